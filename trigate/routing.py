@@ -1,0 +1,132 @@
+"""From a model id to the targets that serve it. Pure: the state of the upstreams is an argument.
+
+The rules, in this order, and never a silent re-route:
+
+1. an alias (``[models.NAME]``, ``default``) is its targets;
+2. ``upstream/model``, split at the first slash, goes to that upstream, also where its list does not name the model
+   (lists are incomplete, and the upstream's own 404 says it better);
+3. a bare id that exactly one upstream lists goes there; if several list it, the client must say which;
+4. anything else is a 404 that names the closest ids.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from trigate.errors import GatewayError, Unavailable, UnknownModel
+
+
+@attrs.frozen
+class Target:
+    """An upstream, and a model id as that upstream knows it."""
+
+    upstream: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.upstream}/{self.model}"
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Splits ``upstream/model`` at the first slash.
+
+        >>> Target.parse("openrouter/google/gemini-flash")
+        Target(upstream='openrouter', model='google/gemini-flash')
+        """
+        upstream, _, model = text.partition("/")
+        return cls(upstream, model)
+
+
+@attrs.frozen(kw_only=True)
+class Known:
+    """What routing needs to know of an upstream.
+
+    Attributes:
+        models: The ids that it lists, in its order.
+        default_model: The one that stands for it, if it is set or its list has one.
+        unusable: Why it cannot serve at all (its secret is missing, …); None = it can.
+        down: Why it is believed not to serve right now; a call that names it is still tried.
+    """
+
+    models: tuple[str, ...] = ()
+    default_model: str | None = None
+    unusable: str | None = None
+    down: str | None = None
+
+
+def plan(model: str, *, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]) -> tuple[Target, ...]:
+    """Returns the targets for a model id, in the order in which they shall be tried; at least one.
+
+    Raises:
+        UnknownModel: Nothing is known under that id.
+        Unavailable: It is known, but switched off; the message says why.
+    """
+    if model in aliases:
+        return _usable(model, aliases[model], upstreams)
+    if model == "default":
+        return (default_target(upstreams),)
+    target = Target.parse(model)
+    if target.model and target.upstream in upstreams:
+        return _usable(model, (target,), upstreams)
+    owners = [name for name, known in upstreams.items() if model in known.models]
+    if len(owners) == 1:
+        return _usable(model, (Target(owners[0], model),), upstreams)
+    if owners:
+        choices = ", ".join(f"{name}/{model}" for name in owners)
+        raise UnknownModel(model, reason=f"Several upstreams have it; say which: {choices}.")
+    raise UnknownModel(model, closest=closest(model, public_ids(aliases=aliases, upstreams=upstreams)))
+
+
+def _usable(model: str, targets: tuple[Target, ...], upstreams: Mapping[str, Known]) -> tuple[Target, ...]:
+    usable = tuple(target for target in targets if upstreams[target.upstream].unusable is None)
+    if not usable:
+        reasons = "; ".join(f"{name}: {upstreams[name].unusable}" for name in dict.fromkeys(t.upstream for t in targets))
+        raise Unavailable(f"The model {model!r} is configured, but switched off ({reasons}).", status=503)
+    return usable
+
+
+def default_target(upstreams: Mapping[str, Known]) -> Target:
+    """Returns what ``default`` means where no alias says it: the first upstream that can serve, with its model.
+
+    Raises:
+        Unavailable: None can.
+    """
+    for name, known in upstreams.items():
+        if known.unusable is None and known.down is None and known.default_model is not None:
+            return Target(name, known.default_model)
+    reasons = [f"{name}: {known.unusable or known.down or 'lists no model'}" for name, known in upstreams.items()]
+    raise Unavailable(f"No upstream can serve now ({'; '.join(reasons) or 'none is configured'}).", status=503)
+
+
+def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]) -> dict[str, str]:
+    """Every id that ``GET /v1/models`` lists, with its owner: ``default`` and aliases first, then by upstream."""
+    ids = {}
+    if "default" not in aliases:
+        try:
+            ids["default"] = default_target(upstreams).upstream
+        except GatewayError:
+            ids["default"] = "trigate"
+    for alias, targets in aliases.items():
+        ids[alias] = targets[0].upstream
+    for name, known in upstreams.items():
+        if known.unusable is None:
+            for model in known.models:
+                ids.setdefault(f"{name}/{model}", name)
+    return ids
+
+
+def closest(model: str, ids: Iterable[str]) -> tuple[str, ...]:
+    """The at most three ids that look most like a mistyped one, by their whole or by their last part.
+
+    >>> closest("gpt-4p", ["openai/gpt-4o", "qwen/qwen-turbo"])
+    ('openai/gpt-4o',)
+    """
+    by_text: dict[str, str] = {}
+    for each in ids:
+        by_text.setdefault(each.lower(), each)
+        by_text.setdefault(each.rpartition("/")[2].lower(), each)
+    found = difflib.get_close_matches(model[:100].lower(), by_text, n=6, cutoff=0.6)
+    return tuple(dict.fromkeys(by_text[text] for text in found))[:3]

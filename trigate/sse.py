@@ -1,0 +1,108 @@
+"""Server-sent events, on bytes.
+
+An event ends at a blank line, and a line ends at LF, CRLF or CR: nothing else (U+2028, U+2029 and U+0085 may stand raw
+inside JSON, so a text-mode line splitter breaks events apart). A byte order mark may open the stream. Events are never
+decoded here: what arrived whole leaves whole, byte for byte.
+
+Source: WHATWG HTML, "Server-sent events", 9.2.5 and 9.2.6.
+"""
+
+from __future__ import annotations
+
+import re
+
+BOM = b"\xef\xbb\xbf"
+
+# One line end, taken greedily and not given back: without the atomic group, CRLF would also match as CR + LF,
+# which is a blank line.
+_EOL = rb"(?>\r\n|\n|\r)"
+_BLANK_LINE = re.compile(_EOL + _EOL)
+_LINE = re.compile(_EOL)
+
+
+class EventTooLarge(ValueError):
+    """An event grew beyond the bound."""
+
+
+class EventSplitter:
+    r"""Cuts a stream of bytes into whole events, wherever the pieces were split.
+
+    >>> splitter = EventSplitter(max_event_bytes=100)
+    >>> splitter.feed(b"data: 1\r\n\r\nda")
+    [b'data: 1\r\n\r\n']
+    >>> splitter.feed(b"ta: 2\n"), splitter.feed(b"\n: ping\n\n"), splitter.pending_bytes
+    ([], [b'data: 2\n\n', b': ping\n\n'], 0)
+
+    Args:
+        max_event_bytes: An event longer than this raises `EventTooLarge`; the splitter is of no use afterwards.
+    """
+
+    def __init__(self, *, max_event_bytes: int) -> None:
+        self._max = max_event_bytes
+        self._buffer = b""
+        self._started = False
+        self._swallow_lf = False
+
+    @property
+    def pending_bytes(self) -> int:
+        """How much of an unfinished event is held."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Takes the next piece, returns the events that it completed, each with its blank line."""
+        if self._swallow_lf and data:
+            # The last event ended with a CR at the very end of a piece; this LF belongs to it.
+            self._swallow_lf = False
+            if data[0] == 0x0A:
+                data = data[1:]
+        scan = max(0, len(self._buffer) - 3)
+        buffer = self._buffer + data if self._buffer else data
+        if not self._started:
+            if len(buffer) < 3 and BOM.startswith(buffer):
+                self._buffer = buffer
+                return []
+            self._started = True
+            buffer = buffer.removeprefix(BOM)
+            scan = 0
+        events = []
+        start = 0
+        for match in _BLANK_LINE.finditer(buffer, scan):
+            end = match.end()
+            events.append(buffer[start:end])
+            start = end
+        rest = buffer[start:] if start else buffer
+        if events and not rest and events[-1][-1] == 0x0D:
+            self._swallow_lf = True
+        if len(rest) > self._max or any(len(event) > self._max for event in events):
+            raise EventTooLarge(f"an event is larger than {self._max} bytes")
+        self._buffer = rest
+        return events
+
+
+def data_of(event: bytes) -> bytes | None:
+    r"""Returns an event's data, its lines joined by LF; None where it has no ``data`` field (a comment, a bare id).
+
+    >>> data_of(b"data: {}\n\n"), data_of(b"event: x\r\ndata:a\r\ndata: b\r\n\r\n"), data_of(b": ping\n\n")
+    (b'{}', b'a\nb', None)
+    """
+    if event.startswith(b"data: ") and event.endswith(b"\n\n") and event.find(b"\n") == len(event) - 2:
+        if b"\r" not in event:  # nearly every event of nearly every provider
+            return event[6:-2]
+    found = []
+    for line in _LINE.split(event):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            found.append(value.removeprefix(b" "))
+    return b"\n".join(found) if found else None
+
+
+def comment(text: str) -> bytes:
+    r"""Makes a comment line.
+
+    It is *not* followed by a blank line: after an ``id:`` or ``retry:`` field, openai-python 3 would dispatch an empty
+    event there and fail to parse it.
+
+    >>> comment("keep-alive")
+    b': keep-alive\n'
+    """
+    return b": " + text.encode() + b"\n"

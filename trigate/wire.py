@@ -1,0 +1,345 @@
+"""The OpenAI wire format, as far as the gateway acts on it.
+
+Forward what you got: a request body is taken apart into its top-level fields, each kept as the bytes that the client
+sent (`msgspec.Raw`), and put together again with another ``model``. Only what the gateway acts on is decoded; numbers
+of any size, unknown fields and their order pass through untouched.
+
+Nothing here waits, reads a clock or knows a server.
+
+Source: OpenAI API reference (chat/completions, completions, embeddings, responses, moderations, audio/speech,
+images/generations); which events end a stream is from the "Streaming" pages of the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import attrs
+import msgspec
+
+from trigate import sse
+from trigate.errors import BadRequest, Garbled, GatewayError
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_any = msgspec.json.Decoder()
+
+
+class _Message(msgspec.Struct):
+    role: str
+
+
+_messages = msgspec.json.Decoder(list[_Message])
+
+
+@attrs.frozen(kw_only=True)
+class Endpoint:
+    """A path of the data plane.
+
+    Attributes:
+        path: Below ``/v1``.
+        answer: What a call without ``stream`` gets: one JSON object, or bytes (audio).
+        required: Top-level fields, besides ``model``, without which no upstream could serve the call.
+        ends: Tells from an event's data whether it is the last one of a complete stream.
+    """
+
+    path: str
+    answer: Literal["json", "bytes"] = "json"
+    required: tuple[str, ...] = ()
+    ends: Callable[[bytes], bool]
+
+
+def _ends_with_done(data: bytes) -> bool:
+    return data.strip() == b"[DONE]"
+
+
+def _ends_with_type(*types: str) -> Callable[[bytes], bool]:
+    def ends(data: bytes) -> bool:
+        if not any(kind in data for kind in encoded):
+            return False
+        value = _decode_any(data)
+        return isinstance(value, dict) and value.get("type") in types
+
+    encoded = [kind.encode() for kind in types]
+    return ends
+
+
+ENDPOINTS: Mapping[str, Endpoint] = {
+    f"/v1{endpoint.path}": endpoint
+    for endpoint in (
+        Endpoint(path="/chat/completions", required=("messages",), ends=_ends_with_done),
+        Endpoint(path="/completions", required=("prompt",), ends=_ends_with_done),
+        Endpoint(path="/embeddings", required=("input",), ends=_ends_with_done),
+        Endpoint(
+            path="/responses",
+            ends=_ends_with_type("response.completed", "response.incomplete", "response.failed"),
+        ),
+        Endpoint(path="/moderations", required=("input",), ends=_ends_with_done),
+        Endpoint(path="/audio/speech", answer="bytes", required=("input",), ends=_ends_with_type("speech.audio.done")),
+        Endpoint(
+            path="/images/generations",
+            required=("prompt",),
+            ends=_ends_with_type("image_generation.completed"),
+        ),
+    )
+}
+
+
+# -- the call ---------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Call:
+    """A client's request, validated as far as the gateway acts on it.
+
+    Attributes:
+        model: The id that the client asked for; the answer carries the same.
+        stream: Whether it wants server-sent events.
+        fields: The top-level fields as they came, ``model`` included.
+    """
+
+    endpoint: Endpoint
+    model: str
+    stream: bool
+    fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
+
+    def body_for(self, model: str) -> bytes:
+        """The body to send upstream: this call's, with the upstream's own model id."""
+        return _join(self.fields, model)
+
+
+def _join(fields: Mapping[str, msgspec.Raw], model: str) -> bytes:
+    parts = [
+        msgspec.json.encode(name) + b":" + (msgspec.json.encode(model) if name == "model" else bytes(value))
+        for name, value in fields.items()
+    ]
+    return b"{" + b",".join(parts) + b"}"
+
+
+def decode_call(endpoint: Endpoint, body: bytes) -> Call:
+    """Decodes a request body.
+
+    Raises:
+        BadRequest: It cannot be served; ``param`` names the offending field.
+    """
+    if not body.strip():
+        raise BadRequest("The body is empty; expected a JSON object.")
+    if not body.isascii():
+        try:
+            body.decode()
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+    try:
+        fields = _fields.decode(body)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"The body must be a JSON object: {error}.") from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"The body is not JSON: {error}.") from None
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply.") from None
+    model = _scalar(fields, "model")
+    if model is None:
+        raise BadRequest("You must provide a model.", param="model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest("model must be a non-empty string.", param="model")
+    stream = _scalar(fields, "stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise BadRequest("stream must be true or false.", param="stream")
+    for name in endpoint.required:
+        if name not in fields or bytes(fields[name]) == b"null":
+            raise BadRequest(f"You must provide {name}.", param=name)
+    if "messages" in endpoint.required:
+        _check_messages(fields["messages"])
+    options = _scalar(fields, "stream_options")
+    if options is not None:
+        if not isinstance(options, dict):
+            raise BadRequest("stream_options must be an object.", param="stream_options")
+        if not stream:
+            raise BadRequest("stream_options goes with stream: true only.", param="stream_options")
+    # `stream_format: "sse"` is how audio/speech asks for events
+    events = bool(stream) or (endpoint.answer == "bytes" and _scalar(fields, "stream_format") == "sse")
+    return Call(endpoint=endpoint, model=model, stream=events, fields=fields)
+
+
+def _scalar(fields: Mapping[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape, checked by the caller
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        return _any.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
+
+
+def _check_messages(raw: msgspec.Raw) -> None:
+    try:
+        messages = _messages.decode(raw)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        param = "messages" + where.rstrip("`")
+        raise BadRequest(f"{param}: {what}.", param=param) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"messages cannot be decoded: {error}.", param="messages") from None
+    if not messages:
+        raise BadRequest("messages must hold at least one message.", param="messages")
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Usage:
+    """Token counts as the upstream reported them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def _usage(value: object) -> Usage | None:
+    """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts.
+
+    >>> _usage({"input_tokens": 3, "output_tokens": 4})
+    Usage(prompt_tokens=3, completion_tokens=4)
+    """
+    if not isinstance(value, dict):
+        return None
+    prompt = value.get("prompt_tokens", value.get("input_tokens"))
+    completion = value.get("completion_tokens", value.get("output_tokens", 0))
+    if type(prompt) is int and type(completion) is int:
+        return Usage(prompt_tokens=prompt, completion_tokens=completion)
+    return None
+
+
+def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usage | None]:
+    """Takes an upstream's JSON answer; returns it with the public model id, and the usage in it.
+
+    Raises:
+        Garbled: It is not a JSON object, or it is an error under a 200.
+    """
+    try:
+        fields = _fields.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise Garbled(f"The upstream {upstream} answered 200 with something that is not a JSON object: {error}.") from None
+    error_raw = fields.get("error")
+    if error_raw is not None and bytes(error_raw) != b"null" and "choices" not in fields and "object" not in fields:
+        raise Garbled(f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}")
+    usage = _usage(_decode_any(bytes(fields["usage"]))) if "usage" in fields else None
+    return (_join(fields, model) if "model" in fields else body), usage
+
+
+def _decode_any(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON
+    try:
+        return _any.decode(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+_MODEL = re.compile(rb'"model"(\s*):(\s*)"((?:[^"\\]|\\.)*)"')
+
+
+class StreamReader:
+    """What the gateway must know of a stream, event by event: content, end, error, usage, the model's name.
+
+    JSON is parsed only until the first content, and afterwards only for events that carry usage or an error.
+
+    Args:
+        model: The public model id, which replaces the upstream's in every event.
+        upstream: The upstream's name, for messages.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, model: str, upstream: str) -> None:
+        self._ends = endpoint.ends
+        self._upstream = upstream
+        self._public = msgspec.json.encode(model)
+        self._needle = b""
+        self._replacement = b""
+        self.has_content = False
+        self.complete = False
+        self.usage: Usage | None = None
+        self.error: GatewayError | None = None
+
+    def read(self, event: bytes) -> bytes:
+        """Takes one whole event, returns it as the client shall have it; ``b""`` where it is not for the client.
+
+        Sets ``complete`` at the stream's last event, and ``error`` at an error event (which is then not returned).
+        """
+        data = sse.data_of(event)
+        if data is None:
+            return b""  # comments are the upstream's keep-alive; the gateway sends its own
+        if self._ends(data):
+            self.complete = True
+            self.has_content = True
+        if not self.has_content or b'"usage"' in data or b'"error"' in data:
+            self._look_into(data)
+            if self.error is not None:
+                return b""
+        return self._rename(event)
+
+    def _look_into(self, data: bytes) -> None:
+        value = _decode_any(data)
+        if not isinstance(value, dict):
+            if not self.complete:
+                self.error = Garbled(f"The upstream {self._upstream} sent an event that is not a JSON object.")
+            return
+        if value.get("error") and not self.complete:
+            self.error = StreamedError(self._upstream, value["error"])
+            return
+        inner = value.get("response")
+        usage = _usage(value.get("usage")) or (_usage(inner.get("usage")) if isinstance(inner, dict) else None)
+        self.usage = usage or self.usage
+        self.has_content = self.has_content or _carries_content(value)
+
+    def _rename(self, event: bytes) -> bytes:
+        # Inside a JSON string every quote is escaped, so `"model":"` can only be a key and its value: text that quotes
+        # JSON has `\"model\":\"` and is left alone.
+        if self._needle and self._needle in event:
+            return event.replace(self._needle, self._replacement, 1)
+        match = _MODEL.search(event)
+        if match is None:
+            return event
+        self._needle = match[0]
+        self._replacement = b'"model"' + match[1] + b":" + match[2] + self._public
+        return event.replace(self._needle, self._replacement, 1)
+
+
+class StreamedError(Garbled):
+    """An error that the upstream sent as an event of a stream; the client gets it as it came."""
+
+    code = "upstream_error"
+
+    def __init__(self, upstream: str, error: object) -> None:
+        message = error.get("message") if isinstance(error, dict) else error
+        super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
+        self._error = error if isinstance(error, dict) else None
+
+    @property
+    def payload(self) -> dict[str, object]:
+        return {**super().payload, **self._error} if self._error is not None else super().payload
+
+
+def _carries_content(value: dict[str, Any]) -> bool:
+    """Whether an event has something of the answer in it, or ends a choice.
+
+    A chunk that only announces the role, an empty delta, or a list of no choices (as Azure opens a stream) has not.
+
+    >>> _carries_content({"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+    False
+    >>> _carries_content({"choices": [{"delta": {"tool_calls": [{}]}}]}), _carries_content({"choices": [{"text": "a"}]})
+    (True, True)
+    >>> _carries_content({"type": "response.created"}), _carries_content({"type": "response.output_text.delta"})
+    (False, True)
+    """
+    choices = value.get("choices")
+    if choices is None:
+        kind = value.get("type")
+        return not (isinstance(kind, str) and kind.endswith((".created", ".in_progress", ".queued")))
+    if not isinstance(choices, list):
+        return True
+    for choice in choices:
+        if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("text"):
+            return True
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and any(part for name, part in delta.items() if name != "role"):
+            return True
+    return False
