@@ -1,0 +1,1 @@
+"""The control plane: thin Quart blueprints over what the gateway knows."""

@@ -1,0 +1,27 @@
+"""``GET /health`` (is the process alive) and ``GET /ready`` (should it get work)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from quart import Blueprint, Response, current_app, jsonify
+
+if TYPE_CHECKING:
+    from trigate.app import GatewayApp
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/health")
+async def health() -> Response:
+    """Says that the process answers; needs no key."""
+    return jsonify({"status": "ok"})
+
+
+@blueprint.get("/ready")
+async def ready() -> tuple[Response, int]:
+    """Says 200, or 503 with the reasons: it drains, or no upstream can serve."""
+    reasons = cast("GatewayApp", current_app).gateway.not_ready()
+    if reasons:
+        return jsonify({"status": "not ready", "reasons": reasons}), 503
+    return jsonify({"status": "ready", "reasons": []}), 200

@@ -1,0 +1,46 @@
+"""``GET /v1/models`` and ``GET /v1/models/{id}``: what every upstream lists, under public ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from quart import Blueprint, Response, current_app, jsonify
+
+from trigate import routing
+from trigate.errors import UnknownModel
+
+if TYPE_CHECKING:
+    from trigate.app import GatewayApp
+    from trigate.gateway import Generation
+
+blueprint = Blueprint("models", __name__)
+
+
+def _generation() -> Generation:
+    return cast("GatewayApp", current_app).gateway.generation
+
+
+def _model(model: str, owner: str, created: int) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": created, "owned_by": owner}
+
+
+@blueprint.get("/v1/models")
+async def list_models() -> Response:
+    """Lists the last known models of all upstreams; asks nobody, so it waits for nobody."""
+    generation = _generation()
+    rows = [_model(model, owner, generation.created) for model, owner in generation.public_ids().items()]
+    return jsonify({"object": "list", "data": rows})
+
+
+@blueprint.get("/v1/models/<path:model>")
+async def retrieve_model(model: str) -> Response:
+    """Returns one model by its id; slashes in it may be encoded or not.
+
+    Raises:
+        UnknownModel: It is not listed.
+    """
+    generation = _generation()
+    ids = generation.public_ids()
+    if model not in ids:
+        raise UnknownModel(model, closest=routing.closest(model, ids))
+    return jsonify(_model(model, ids[model], generation.created))

@@ -1,0 +1,134 @@
+"""`create_app`: the QuartTrio app, its blueprints, its error bodies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, LifespanScope
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, MethodNotAllowed as WerkzeugMethodNotAllowed
+
+from trigate import errors
+from trigate.api import health, models, status
+from trigate.connection import GatewayConnection, NoWebsocket
+from trigate.gateway import Gateway, open_gateway
+from trigate.report import startup_lines
+
+if TYPE_CHECKING:
+    from trigate.config import Config
+
+log = structlog.get_logger("trigate.app")
+
+
+class GatewayLifespan:
+    """Opens the gateway for as long as the server runs: its task owns every service."""
+
+    def __init__(self, app: GatewayApp, scope: LifespanScope) -> None:
+        self._app = app
+        self._scope = scope
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        app = self._app
+        await receive()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                app.gateway = await stack.enter_async_context(app.open_gateway())
+                app.nursery = await stack.enter_async_context(trio.open_nursery())
+                await app.startup()
+            except Exception as error:
+                message = _words_of(error)
+                log.error("startup_failed", error=message)
+                await send({"type": "lifespan.startup.failed", "message": message})
+                return
+            self._scope["state"]["drain"] = app.gateway.drain
+            for line in startup_lines(app.gateway):
+                log.info(line)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            app.gateway.drain.begin()
+            app.gateway.drain.cut()
+            await app.shutdown()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def _words_of(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+class GatewayApp(QuartTrio):
+    """The ASGI app.
+
+    Attributes:
+        gateway: There from the lifespan's start to its end.
+    """
+
+    asgi_http_class = GatewayConnection
+    asgi_lifespan_class = GatewayLifespan  # type: ignore[assignment]
+    asgi_websocket_class = NoWebsocket
+    gateway: Gateway
+    open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]
+
+
+def create_app(
+    config: Config | None = None,
+    *,
+    opener: Callable[[], AbstractAsyncContextManager[Gateway]] | None = None,
+) -> GatewayApp:
+    """Makes the app. Nothing is opened before its lifespan starts.
+
+    Args:
+        config: What to serve; left out, it is found (see `trigate.gateway.open_gateway`).
+        opener: Opens the gateway, where `open_gateway` with ``config`` will not do.
+    """
+    app = GatewayApp("trigate", static_folder=None)
+    app.open_gateway = opener or (lambda: open_gateway(config))
+    app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut a response after 60 s, without a trace
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.register_blueprint(health.blueprint)
+    app.register_blueprint(models.blueprint)
+    app.register_blueprint(status.blueprint)
+
+    @app.errorhandler(errors.GatewayError)
+    async def on_gateway_error(error: errors.GatewayError) -> Response:
+        return _rendered(error)
+
+    @app.errorhandler(HTTPException)
+    async def on_http_error(error: HTTPException) -> Response:
+        return _rendered(_our_error(error))
+
+    @app.errorhandler(Exception)
+    async def on_crash(error: Exception) -> Response:
+        log.exception("request_crashed", path=request.path)
+        return _rendered(errors.Internal("The gateway failed; its log says why."))
+
+    return app
+
+
+def _our_error(error: HTTPException) -> errors.GatewayError:
+    if isinstance(error, WerkzeugMethodNotAllowed):
+        allowed = tuple(sorted(error.valid_methods or ()))
+        return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
+    if error.code == 404:
+        return errors.NotFound(f"There is nothing at {request.method} {request.path[:200]}.")
+    if error.code == 413:
+        return errors.TooLarge("The body is too large.")
+    return errors.BadRequest(error.description or error.name)
+
+
+def _rendered(error: errors.GatewayError) -> Response:
+    status_code, headers, body = error.to_response()
+    response: Any = Response(body, status=status_code)  # Any: Quart's headers are untyped
+    response.headers.clear()
+    for name, value in headers:
+        response.headers.add(name.decode(), value.decode("latin-1"))
+    response.headers["content-length"] = str(len(body))
+    return response  # type: ignore[no-any-return]

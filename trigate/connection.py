@@ -1,0 +1,421 @@
+"""The seam to the server: one ASGI HTTP request, its nursery, and the two planes.
+
+Quart-Trio makes an instance of `GatewayConnection` for each request (``asgi_http_class``). Calls that carry model
+traffic (`wire.ENDPOINTS`) go straight to `exchange`, which drives ASGI's ``send`` itself: a stream must never pass
+through a generator, and Quart's request and response objects cost as much as the exchange. Everything else is ordinary
+Quart. Who may come in, CORS, request ids and error bodies are the same for both, and stand here.
+
+What is known of the servers below, and dealt with here:
+
+* Hypercorn recycles a keep-alive connection inside the app's *last* ``send``, and tells ``http.disconnect`` meanwhile:
+  an app that cancels itself on that leaves the idle timer unarmed, for ever. So every send is shielded, and the watch
+  stops watching once the answer is out.
+* Hypercorn raises out of the connection when the app is cancelled inside ``http.response.start``: shielded too.
+* A response that is sent while the client still sends its body is erased by the reset that closing the socket causes:
+  the rest of the body is read, in bounds, before the last message.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import math
+import re
+import secrets
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import structlog
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
+from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
+
+from trigate.errors import (
+    BadRequest,
+    BodyTimeout,
+    Draining,
+    Forbidden,
+    GatewayError,
+    Header,
+    Internal,
+    MethodNotAllowed,
+    TooLarge,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
+from trigate.exchange import Exchange
+from trigate.wire import ENDPOINTS, Endpoint, decode_call
+
+if TYPE_CHECKING:
+    from trigate.app import GatewayApp
+    from trigate.config import Config
+
+log = structlog.get_logger("trigate.connection")
+
+_LINGER_BYTES = 256 * 1024 * 1024
+_LINGER_S = 2.0
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+_FORWARDED = {
+    b"openai-beta": "openai-beta",
+    b"idempotency-key": "idempotency-key",
+    b"traceparent": "traceparent",
+    b"tracestate": "tracestate",
+}
+
+
+class Head:
+    """What is read of a request's head, once.
+
+    Raises:
+        BadRequest: Its length is said twice, or in two ways (request smuggling begins like that).
+    """
+
+    def __init__(self, scope: Any) -> None:  # Any: an ASGI scope is a dict of anything
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.client: str | None = scope["client"][0] if scope.get("client") else None
+        self.server: str | None = scope["server"][0] if scope.get("server") else None
+        self.scheme: str = scope.get("scheme", "http")
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            key = name.lower()
+            if key in (b"content-length", b"host", b"authorization") and key in headers:
+                raise BadRequest(f"The header {key.decode()} stands twice.")
+            headers[key] = value
+        self.headers = headers
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise BadRequest("Content-Length and Transfer-Encoding cannot go together.")
+
+    @property
+    def content_length(self) -> int | None:
+        """The declared length of the body in bytes."""
+        value = self.headers.get(b"content-length", b"")
+        return int(value) if value.isdigit() and len(value) < 20 else None
+
+    @property
+    def origin(self) -> str | None:
+        """The page that a browser sends this for."""
+        value = self.headers.get(b"origin")
+        return value.decode("latin-1") if value is not None else None
+
+    def forwarded(self) -> dict[str, str]:
+        """The client's headers that go upstream."""
+        return {
+            name: self.headers[key].decode("latin-1")
+            for key, name in _FORWARDED.items()
+            if key in self.headers and self.headers[key].isascii()
+        }
+
+
+# -- who may come in --------------------------------------------------------------------------------------------------
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a name or address is this machine's own. A peer without an address is a Unix socket, which is.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("::ffff:127.0.0.1"), is_loopback("10.0.0.1")
+    (True, True, True, False)
+    """
+    if not host or host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _hostname(text: str) -> str | None:
+    try:
+        return urlsplit(f"//{text}").hostname
+    except ValueError:
+        return None
+
+
+def authorize(head: Head, config: Config) -> str | None:
+    """Decides whether a request may come in.
+
+    Returns:
+        The name of its key; None where no key is configured.
+
+    Raises:
+        Unauthenticated: A key is configured, and this is none.
+        Forbidden: No key is configured, and the request is not from this machine, or is a page's that should not.
+    """
+    if config.keys:
+        scheme, _, token = head.headers.get(b"authorization", b"").partition(b" ")
+        given = token.strip() if scheme.lower() == b"bearer" else b""
+        found = None
+        for name, key in config.keys.items():  # every key is compared, whichever matches
+            if hmac.compare_digest(given, key.encode()):
+                found = name
+        if found is None:
+            said = "Incorrect API key provided." if given else "You didn't provide an API key."
+            raise Unauthenticated(f"{said} This gateway wants one: Authorization: Bearer YOUR_KEY.")
+        return found
+    if config.server.insecure:
+        return None
+    if not (is_loopback(head.server) and is_loopback(head.client)):
+        raise Forbidden(
+            "This gateway has no key configured, so it serves this machine only. Set TRIGATE_API_KEY (or [keys]) "
+            "to serve others, or start it with --insecure."
+        )
+    host = _hostname(head.headers.get(b"host", b"").decode("latin-1"))
+    if host and not is_loopback(host) and host not in config.server.allowed_hosts:
+        raise Forbidden(
+            f"The Host {host[:200]!r} is not this machine (DNS rebinding?). Add it to server.allowed_hosts, "
+            "or configure a key."
+        )
+    origin = head.origin
+    if origin is not None and not cors_allows(origin, config):
+        page = _hostname(origin.partition("://")[2])
+        if page is None or not is_loopback(page):
+            raise Forbidden(f"Pages of {origin[:200]!r} may not call this gateway. Add it to server.cors_origins.")
+    return None
+
+
+def cors_allows(origin: str, config: Config) -> bool:
+    """Whether pages of an origin may read answers."""
+    return origin in config.server.cors_origins or "*" in config.server.cors_origins
+
+
+def _cors_headers(origin: str | None, config: Config) -> list[Header]:
+    if not config.server.cors_origins:
+        return []
+    headers: list[Header] = [(b"vary", b"origin")]
+    if origin is not None and cors_allows(origin, config):
+        headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
+        headers.append((b"access-control-expose-headers", b"x-request-id, retry-after, x-should-retry"))
+    return headers
+
+
+# -- the client's side ------------------------------------------------------------------------------------------------
+
+
+class Downstream:
+    """The client's side of a request: ASGI's ``send``, with the rules of this module.
+
+    Attributes:
+        committed: The status line is out.
+        ended: The last byte of the answer has been handed over.
+        sending_since: Since when a send has been waiting; None = none is.
+        last_sent_at: When something was sent last (trio time).
+    """
+
+    def __init__(self, send: ASGISendCallable, headers: Iterable[Header]) -> None:
+        self._send = send
+        self._headers = list(headers)
+        self._lock = trio.Lock()
+        self.committed = False
+        self.ended = False
+        self.close = False
+        self.sending_since: float | None = None
+        self.last_sent_at = trio.current_time()
+
+    async def _emit(self, message: Any) -> None:  # Any: hypercorn's union of ASGI messages
+        with trio.CancelScope(shield=True):
+            try:
+                self._lock.acquire_nowait()
+            except trio.WouldBlock:
+                await self._lock.acquire()
+            self.sending_since = trio.current_time()
+            try:
+                await self._send(message)
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # the client is gone; the watch is told so, and cancels
+            finally:
+                self.sending_since = None
+                self.last_sent_at = trio.current_time()
+                self._lock.release()
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """Sends the head. This is COMMIT."""
+        self.committed = True
+        close: list[Header] = [(b"connection", b"close")] if self.close else []
+        await self._emit(
+            {"type": "http.response.start", "status": status, "headers": [*headers, *self._headers, *close]}
+        )
+
+    async def send(self, data: bytes) -> None:
+        """Sends a piece of the body."""
+        if not self.ended:
+            await self._emit({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """Sends the last piece of the body."""
+        self.ended = True
+        await self._emit({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """Sends a whole response."""
+        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
+        await self.end(body)
+
+    def abandon(self) -> None:
+        """Leaves the response without its end: the server then closes the connection, which is what tells."""
+        self.ended = True
+
+
+class GatewayConnection(TrioASGIHTTPConnection):
+    """One HTTP request to the gateway."""
+
+    app: GatewayApp
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        gateway = self.app.gateway
+        config = gateway.generation.config
+        given = next((value for name, value in self.scope["headers"] if name.lower() == b"x-request-id"), b"")
+        request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
+        down = Downstream(send, [(b"x-request-id", request_id.encode())])
+        try:
+            head = Head(self.scope)
+            down = Downstream(
+                send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)]
+            )
+            if head.method == "OPTIONS" and await _preflight(head, config, down):
+                return
+            if head.path != "/health":
+                authorize(head, config)
+            endpoint = ENDPOINTS.get(head.path)
+            if endpoint is None:
+                await self._control_plane(receive, down)
+            else:
+                await self._data_plane(endpoint, head, request_id, receive, down)
+        except GatewayError as error:
+            log.info("refused", request_id=request_id, path=self.scope["path"], status=error.status, code=error.code)
+            await _refuse(error, receive, down)
+        except Exception:
+            log.exception("request_crashed", request_id=request_id, path=self.scope["path"])
+            if not down.committed:
+                await down.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
+
+    async def _control_plane(self, receive: ASGIReceiveCallable, down: Downstream) -> None:
+        async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
+            if message["type"] == "http.response.start":
+                await down.start(message["status"], list(message["headers"]))
+            elif message.get("more_body", False):
+                await down.send(message["body"])
+            else:
+                await down.end(message.get("body", b""))
+
+        await super().__call__(receive, send)
+
+    async def _data_plane(
+        self, endpoint: Endpoint, head: Head, request_id: str, receive: ASGIReceiveCallable, down: Downstream
+    ) -> None:
+        gateway = self.app.gateway
+        if head.method != "POST":
+            raise MethodNotAllowed(head.method, head.path, allowed=("POST", "OPTIONS"))
+        content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if content_type != b"application/json" and not content_type.endswith(b"+json"):
+            said = content_type.decode("latin-1")[:100] or "none"
+            raise UnsupportedMediaType(f"Content-Type must be application/json; got {said}.")
+        if gateway.draining:
+            raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+        limits = gateway.generation.config.limits
+        body = await _read_body(head, receive, max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
+        if body is None:
+            return
+        call = decode_call(endpoint, body)
+        del body
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_watch, receive, down, nursery.cancel_scope)
+            exchange = Exchange(
+                id=request_id,
+                call=call,
+                gateway=gateway,
+                generation=gateway.generation,
+                down=down,
+                headers={
+                    "content-type": "application/json",
+                    "accept": "text/event-stream" if call.stream else "application/json",
+                    "x-request-id": request_id,
+                    **head.forwarded(),
+                },
+            )
+            await exchange.run(nursery)
+            nursery.cancel_scope.cancel()
+
+
+async def _watch(receive: ASGIReceiveCallable, down: Downstream, scope: trio.CancelScope) -> None:
+    """Cancels the request when its client leaves before the answer is out."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if not down.ended:
+        scope.cancel()
+
+
+async def _read_body(
+    head: Head, receive: ASGIReceiveCallable, *, max_bytes: int, timeout_s: float
+) -> bytes | None:
+    """Reads the request body, which must end in time and in bounds; None where the client left meanwhile.
+
+    Raises:
+        TooLarge: It is, or is declared, larger than ``max_bytes``.
+        BodyTimeout: It did not end within ``timeout_s``.
+    """
+    too_large = TooLarge(f"The body is larger than {max_bytes} bytes (limits.body_bytes).")
+    if (head.content_length or 0) > max_bytes:
+        raise too_large
+    pieces: list[bytes] = []
+    size = 0
+    with trio.move_on_after(timeout_s or math.inf):
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > max_bytes:
+                raise too_large
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s (limits.body_timeout_s).")
+
+
+async def _refuse(error: GatewayError, receive: ASGIReceiveCallable, down: Downstream) -> None:
+    """Answers with an error before COMMIT; a body that is still arriving is drained, in bounds, before the end."""
+    if down.committed:
+        return
+    status, headers, body = error.to_response()
+    down.close = isinstance(error, TooLarge | BodyTimeout | BadRequest)
+    await down.start(status, [*headers, (b"content-length", b"%d" % len(body))])
+    await down.send(body)
+    drained = 0
+    with trio.move_on_after(_LINGER_S):
+        while drained < _LINGER_BYTES:
+            message = await receive()
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                break
+            drained += len(message.get("body", b""))
+    await down.end()
+
+
+async def _preflight(head: Head, config: Config, down: Downstream) -> bool:
+    """Answers a CORS preflight; False where it is none, or not an allowed one."""
+    if head.origin is None or b"access-control-request-method" not in head.headers:
+        return False
+    if not cors_allows(head.origin, config):
+        return False
+    asked = head.headers.get(b"access-control-request-headers", b"")
+    await down.respond(
+        204,
+        [
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+            (b"access-control-allow-headers", asked if asked.isascii() else b""),
+            (b"access-control-max-age", b"600"),
+        ],
+        b"",
+    )
+    return True
+
+
+class NoWebsocket(TrioASGIWebsocketConnection):
+    """There are no WebSocket endpoints: the handshake is refused, before Quart makes anything of it."""
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        await receive()
+        await send({"type": "websocket.close", "code": 1000, "reason": None})

@@ -1,0 +1,434 @@
+"""One request, one nursery: plan → attempt → COMMIT → relay → settle. The page to read first.
+
+The request's nursery (opened in `connection`) has three members: the *watch*, which cancels it when the client leaves;
+the *timers* of this exchange; and the exchange itself. Everything that is done for the request happens inside, so when
+the nursery ends, nothing of the request is left anywhere.
+
+The rules:
+
+* Before COMMIT every failure is an exception and becomes a status; after it, every failure is an error event, and
+  there is no ``[DONE]``. There is no third case.
+* The *upstream half* (`Exchange._half`) is a cancel scope of its own: a deadline, a drain or a stalled client ends the
+  upstream's part at once (that is the costly one), and what the client has to be told can still be told.
+* A frame is sent whole or not begun: `Downstream` shields its sends, so a cancellation lands between frames.
+* `settle` is synchronous and runs in ``finally``: exactly once, whatever happened.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import structlog
+import trio
+
+from trigate import sse
+from trigate.errors import (
+    Garbled,
+    GatewayError,
+    Header,
+    Internal,
+    Stalled,
+    Truncated,
+    Unavailable,
+    UpstreamTimeout,
+)
+from trigate.routing import Target
+from trigate.wire import Call, StreamReader, Usage, decode_answer
+
+if TYPE_CHECKING:
+    from trigate.gateway import Gateway, Generation
+    from trigate.upstream import Reply
+
+log = structlog.get_logger("trigate.exchange")
+
+# How long the rest of an upstream's body (the end of its framing) may take after the last event, before the
+# connection is closed instead of reused. The client has its answer by then.
+_REST_S = 0.25
+
+
+class Downstream(Protocol):
+    """The client's side of an exchange, as `connection` offers it. Sends are shielded; none of them raises when the
+    client is gone (its nursery is being cancelled then)."""
+
+    committed: bool
+    """The status line is out."""
+    sending_since: float | None
+    """Since when a send has been waiting for the client to read; None = none is."""
+    last_sent_at: float
+
+    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """Sends a whole response."""
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """COMMIT: sends the head of a streamed response."""
+
+    async def send(self, data: bytes) -> None:
+        """Sends a piece of a streamed response."""
+
+    async def end(self, data: bytes = b"") -> None:
+        """Sends the last piece."""
+
+    def abandon(self) -> None:
+        """Ends a streamed response without its proper end, where nothing else can say that it is incomplete."""
+
+
+STREAM_HEADERS: list[Header] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@attrs.frozen(kw_only=True)
+class Attempt:
+    """One try at one target, and how it ended (None = well)."""
+
+    target: Target
+    error: str | None = None
+
+
+@attrs.define(eq=False, kw_only=True)
+class Exchange:
+    """A request in flight. Its public attributes are what ``/status`` shows.
+
+    Attributes:
+        phase: ``admitted``, ``queued`` (for a place at the upstream), ``connecting`` (until the reply's head),
+            ``waiting`` (for the first content), ``streaming``, ``reading`` (a JSON answer), ``ending``.
+        outcome: None while it runs; then ``complete``, ``cancelled`` (the client left), or an error code.
+    """
+
+    id: str
+    call: Call
+    gateway: Gateway
+    generation: Generation
+    down: Downstream
+    headers: dict[str, str] = attrs.field(factory=dict)
+    """What goes upstream besides the upstream's own headers."""
+    phase: str = "admitted"
+    target: Target | None = None
+    events: int = 0
+    bytes_sent: int = 0
+    attempts: list[Attempt] = attrs.field(factory=list)
+    usage: Usage | None = None
+    outcome: str | None = None
+    first_content_after_s: float | None = None
+    started_at: float = attrs.field(factory=trio.current_time)
+    started_wall: float = attrs.field(factory=time.time)
+    _half: trio.CancelScope | None = None
+    _cut: GatewayError | None = None
+    _reply: Reply | None = None
+    _attempt_at: float = math.inf
+    _heard_at: float = math.inf
+    _relayed: bool = False
+
+    @property
+    def age_s(self) -> float:
+        """How long it has been running."""
+        return trio.current_time() - self.started_at
+
+    # -- the way of a request -----------------------------------------------------------------------------------------
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Serves the call. Returns when the client has its answer, whichever it is.
+
+        **Cancels:** at any point; the upstream is closed and the exchange settled as ``cancelled``.
+        """
+        self.outcome = "cancelled"
+        try:
+            with self.gateway.admit(self):
+                plan = self.generation.plan(self.call.model)
+                nursery.start_soon(self._timers)
+                await self._try(plan)
+            self.outcome = "complete"
+        except GatewayError as error:
+            self.outcome = error.code
+            await self._fail(error)
+        except Exception as error:
+            log.exception("exchange_crashed", request_id=self.id, model=self.call.model)
+            self.outcome = Internal.code
+            await self._fail(Internal(f"The gateway failed ({type(error).__name__}). Request id: {self.id}."))
+        finally:
+            self._settle()
+
+    async def _try(self, plan: tuple[Target, ...]) -> None:
+        for index, target in enumerate(plan):
+            try:
+                await self._attempt(target)
+            except GatewayError as error:
+                self.attempts.append(Attempt(target=target, error=error.code))
+                last = index == len(plan) - 1
+                if last or self._relayed or not error.retryable or self._total_left_s() <= 0:
+                    raise
+                log.info("attempt_failed", request_id=self.id, target=str(target), error=error.message)
+            else:
+                self.attempts.append(Attempt(target=target))
+                return
+
+    async def _attempt(self, target: Target) -> None:
+        self.target = target
+        upstream = self.generation.upstreams[target.upstream]
+        try:
+            with trio.CancelScope() as self._half:
+                if self._cut is not None:
+                    self._half.cancel()
+                async with upstream.open(
+                    "POST",
+                    self.call.endpoint.path,
+                    self.call.body_for(target.model),
+                    headers=self.headers,
+                    on_phase=self._enter,
+                ) as self._reply:
+                    self._heard_at = trio.current_time()
+                    if not 200 <= self._reply.status < 300:
+                        raise await upstream.error_of(self._reply)
+                    if self.call.stream:
+                        await self._relay(self._reply)
+                    elif self.call.endpoint.answer == "json":
+                        await self._answer(self._reply)
+                    else:
+                        await self._pass_on(self._reply)
+            if self._half.cancelled_caught and self.phase != "ending":
+                raise self._cut_error()
+            upstream.note_up()
+        except GatewayError as error:
+            if self._cut is not None and error is not self._cut:
+                raise self._cut_error() from error  # it is what the cut looks like from the reader's side
+            if isinstance(error, Unavailable) or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
+                upstream.note_down(error)
+            elif error.blame == "provider":
+                upstream.note_error(error)
+            raise
+        finally:
+            self._half = self._reply = None
+            self._attempt_at = self._heard_at = math.inf
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        if phase == "connecting":
+            self._attempt_at = trio.current_time()
+
+    async def _relay(self, reply: Reply) -> None:
+        """Moves whole events from the upstream to the client until the stream is complete."""
+        name = self.target.upstream if self.target else ""
+        if reply.content_type not in ("text/event-stream", ""):
+            raise Garbled(f"The upstream {name} was asked for a stream and answered with {reply.content_type}.")
+        self.phase = "waiting"
+        limit = self.generation.config.limits.event_bytes
+        splitter = sse.EventSplitter(max_event_bytes=limit)
+        reader = StreamReader(self.call.endpoint, model=self.call.model, upstream=name)
+        held = b""
+        while not reader.complete:
+            piece = await reply.receive()
+            self._heard_at = trio.current_time()
+            if piece is None:
+                raise Truncated(f"The upstream {name} ended its stream before it was complete.")
+            try:
+                events = splitter.feed(piece)
+            except sse.EventTooLarge as error:
+                raise Garbled(f"The upstream {name} sent too much: {error}.") from None
+            frames = []
+            for event in events:
+                frame = reader.read(event)
+                if reader.error is not None:
+                    break
+                if frame:
+                    frames.append(frame)
+                if reader.complete:
+                    break
+            self.usage = reader.usage
+            data = held + b"".join(frames)
+            self.events += len(frames)
+            if not reader.has_content and reader.error is None:
+                held = data
+                if len(held) > limit:
+                    raise Garbled(f"The upstream {name} sent {len(held)} bytes without any content.")
+                continue
+            held = b""
+            if reader.error is not None and not self._relayed:
+                raise reader.error  # nothing is out yet: a status, or the next target
+            if self.first_content_after_s is None:
+                self.first_content_after_s = self.age_s
+            self._relayed = True
+            self._attempt_at = math.inf
+            self.phase = "ending" if reader.complete else "streaming"
+            if not self.down.committed:
+                await self.down.start(200, STREAM_HEADERS)
+            self.bytes_sent += len(data)
+            if reader.complete:
+                await self.down.end(data)
+            elif data:
+                await self.down.send(data)
+            if reader.error is not None:
+                raise reader.error
+        await self._finish(reply)
+
+    async def _answer(self, reply: Reply) -> None:
+        """Takes a JSON answer whole, and sends it on under the public model id."""
+        self.phase = "reading"
+        self._attempt_at = math.inf
+        name = self.target.upstream if self.target else ""
+        body = await self._read(reply)
+        data, self.usage = decode_answer(body, model=self.call.model, upstream=name)
+        self.phase = "ending"
+        self._relayed = True
+        self.bytes_sent = len(data)
+        await self.down.respond(200, [(b"content-type", b"application/json")], data)
+
+    async def _read(self, reply: Reply) -> bytes:
+        limit = self.generation.config.limits.response_bytes
+        pieces = []
+        size = 0
+        while (piece := await reply.receive()) is not None:
+            self._heard_at = trio.current_time()
+            size += len(piece)
+            if size > limit:
+                raise Garbled(f"The upstream answered with more than {limit} bytes.")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def _pass_on(self, reply: Reply) -> None:
+        """Moves an answer of bytes (audio) as it comes. Its only proof of completeness is its framing."""
+        self.phase = "waiting"
+        headers: list[Header] = [(b"content-type", (reply.content_type or "application/octet-stream").encode())]
+        if "content-length" in reply.headers and "content-encoding" not in reply.headers:
+            headers.append((b"content-length", reply.headers["content-length"].encode()))
+        while (piece := await reply.receive()) is not None:
+            self._heard_at = trio.current_time()
+            if not self._relayed:
+                self._relayed = True
+                self._attempt_at = math.inf
+                self.phase = "streaming"
+                self.first_content_after_s = self.age_s
+                await self.down.start(200, headers)
+            self.bytes_sent += len(piece)
+            await self.down.send(piece)
+        self.phase = "ending"
+        if not self.down.committed:
+            await self.down.start(200, headers)
+        await self.down.end()
+
+    async def _finish(self, reply: Reply) -> None:
+        """Reads what is left of the upstream's framing, so that its connection can serve the next call."""
+        with trio.move_on_after(_REST_S):
+            while await reply.receive() is not None:
+                pass
+
+    async def _fail(self, error: GatewayError) -> None:
+        """Tells the client, in the one way that is left."""
+        self.phase = "ending"
+        down = self.down
+        if not down.committed:
+            await down.respond(*error.to_response())
+        elif self.call.stream:
+            await down.end(error.to_frame())
+        else:
+            down.abandon()
+
+    # -- what can end the upstream half -------------------------------------------------------------------------------
+
+    def cut(self, error: GatewayError) -> None:
+        """Ends the upstream half now; the client gets ``error``. Synchronous, and only the first one counts."""
+        if self._cut is None and self.phase != "ending":
+            self._cut = error
+            if self._half is not None:
+                self._half.cancel()
+
+    def _cut_error(self) -> GatewayError:
+        error = self._cut
+        assert error is not None, "the upstream half is cancelled by cut() only"
+        if isinstance(error, UpstreamTimeout) and error.phase == "first_token":
+            self._cut = None  # the next target has its own first-token deadline
+        return error
+
+    def _total_left_s(self) -> float:
+        return self._timeout_s(None, "total") - self.age_s
+
+    async def _timers(self) -> None:
+        """Watches every limit in time of this exchange; ends with it.
+
+        It sleeps until the next one is due, and never longer than the shortest of them: whatever starts to run
+        meanwhile cannot be due before it looks again. So a piece of the stream costs a timestamp, not a timer.
+        """
+        limits = self.generation.config.limits
+        keep_alive_s = (limits.keep_alive_s or math.inf) if self.call.stream else math.inf
+        stall_s = limits.stall_timeout_s or math.inf
+        while True:
+            name = self.target.upstream if self.target else None
+            first_s = self._timeout_s(name, "first_token")
+            idle_s = self._timeout_s(name, "idle")
+            total_s = self._timeout_s(name, "total")
+            now = trio.current_time()
+            down = self.down
+            sending_since = down.sending_since if down.sending_since is not None else math.inf
+            quiet_since = max(down.last_sent_at, self.started_at) if sending_since == math.inf else math.inf
+            due: tuple[tuple[float, Callable[[], GatewayError]], ...] = (
+                (
+                    self.started_at + total_s,
+                    lambda: UpstreamTimeout(f"The call took longer than {total_s:g} s in all.", phase="total"),
+                ),
+                (
+                    self._attempt_at + first_s,
+                    lambda: UpstreamTimeout(
+                        f"The upstream {name} sent no content within {first_s:g} s.", phase="first_token"
+                    ),
+                ),
+                (
+                    (self._heard_at if self._attempt_at == math.inf and sending_since == math.inf else math.inf)
+                    + idle_s,
+                    lambda: UpstreamTimeout(f"The upstream {name} fell silent for {idle_s:g} s.", phase="idle"),
+                ),
+                (
+                    sending_since + stall_s,
+                    lambda: Stalled(f"The client read nothing for {stall_s:g} s; its upstream stream was ended."),
+                ),
+            )
+            for at, make in due:
+                if at <= now:
+                    await self._cut_now(make())
+            if quiet_since + keep_alive_s <= now and self._cut is None and self.phase != "ending":
+                if not down.committed:
+                    await down.start(200, STREAM_HEADERS)
+                await down.send(sse.comment("keep-alive"))
+                continue
+            upcoming = min(quiet_since + keep_alive_s, *(at if at > now else math.inf for at, _ in due))
+            shortest = min(keep_alive_s, stall_s, first_s, idle_s, total_s)
+            await trio.sleep_until(min(upcoming, now + shortest))
+
+    def _timeout_s(self, upstream: str | None, phase: str) -> float:
+        config = self.generation.config
+        if upstream is None:
+            return getattr(config.limits, f"{phase}_timeout_s") or math.inf
+        return config.timeout_s(upstream, phase)  # type: ignore[arg-type]  # phase is one of its literals
+
+    async def _cut_now(self, error: GatewayError) -> None:
+        reply = self._reply
+        self.cut(error)
+        if isinstance(error, Stalled) and reply is not None:
+            # The relay sits in a shielded send that no cancellation reaches; so the upstream is closed from here.
+            await reply.aclose()
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Accounts for the exchange, once: the totals and one log line."""
+        self.gateway.settle(self)
+        usage = self.usage
+        log.info(
+            "exchange",
+            request_id=self.id,
+            model=self.call.model,
+            target=str(self.target) if self.target else None,
+            stream=self.call.stream,
+            outcome=self.outcome,
+            duration_s=round(self.age_s, 4),
+            first_content_s=round(self.first_content_after_s, 4) if self.first_content_after_s else None,
+            events=self.events,
+            bytes=self.bytes_sent,
+            attempts=len(self.attempts),
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            completion_tokens=usage.completion_tokens if usage else None,
+        )

@@ -1,0 +1,396 @@
+"""The composition root: every service, opened in the order of its lifetime.
+
+A *generation* is what one configuration makes: its upstreams, their connections and lists of models. An exchange keeps
+the generation that it started with; a reload makes the next one, swaps a reference, and lets the old one end when its
+last exchange has ended. A configuration that cannot be used changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import httpx2
+import structlog
+import trio
+
+from trigate import config as configuration
+from trigate import discovery, echo, local_model, routing
+from trigate.config import Config, ConfigError, UpstreamConfig
+from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected
+from trigate.routing import Known, Target
+from trigate.upstream import Upstream
+
+if TYPE_CHECKING:
+    from trigate.exchange import Exchange
+
+log = structlog.get_logger("trigate.gateway")
+
+REFRESH_S = 60.0
+"""How often an upstream is asked for its models."""
+RETRY_S = 5.0
+"""How soon it is asked again after it did not answer; doubles up to `REFRESH_S`."""
+_FIRST_LOOK_S = 0.3
+_WATCH_FILE_S = 1.0
+
+TransportFactory = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
+
+
+def http_transport(name: str, upstream: UpstreamConfig) -> httpx2.AsyncBaseTransport:
+    """Makes the transport of an upstream on sockets. Places are counted by `Upstream`, so the pool sets no limit."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=30.0)
+    secure = upstream.base_url is not None and upstream.base_url.startswith("https:")
+    # Loading the trust store costs more than everything else at start-up, so only where it is used.
+    return httpx2.AsyncHTTPTransport(limits=limits, verify=secure)
+
+
+class Generation:
+    """The upstreams of one configuration, and the routes to them."""
+
+    def __init__(self, config: Config, upstreams: Mapping[str, Upstream]) -> None:
+        self.config = config
+        self.upstreams = upstreams
+        self.aliases = {
+            alias: tuple(Target.parse(target) for target in model.targets) for alias, model in config.models.items()
+        }
+        self.exchanges = 0
+        self.created = int(time.time())
+        self._retired = False
+        self._unused = trio.Event()
+
+    def known(self) -> dict[str, Known]:
+        """The state of the upstreams, as routing takes it."""
+        return {name: upstream.known() for name, upstream in self.upstreams.items()}
+
+    def plan(self, model: str) -> tuple[Target, ...]:
+        """Returns the targets for a public model id. Raises as `routing.plan`."""
+        if model in self.aliases or "/" in model:
+            # The common way needs one or two upstreams' state, not everybody's.
+            targets = self.aliases.get(model) or (Target.parse(model),)
+            known = {t.upstream: self.upstreams[t.upstream].known() for t in targets if t.upstream in self.upstreams}
+            if len(known) == len({t.upstream for t in targets}) and targets[0].model:
+                return routing.plan(model, aliases=self.aliases, upstreams=known)
+        return routing.plan(model, aliases=self.aliases, upstreams=self.known())
+
+    def public_ids(self) -> dict[str, str]:
+        """Every listed model id with its owner."""
+        return routing.public_ids(aliases=self.aliases, upstreams=self.known())
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps the generation alive for the length of an exchange."""
+        self.exchanges += 1
+        try:
+            yield
+        finally:
+            self.exchanges -= 1
+            if self._retired and not self.exchanges:
+                self._unused.set()
+
+    def retire(self) -> None:
+        """Says that no further exchange will start with it."""
+        self._retired = True
+        if not self.exchanges:
+            self._unused.set()
+
+    async def wait_unused(self) -> None:
+        """Waits until it is retired, and its last exchange has ended."""
+        await self._unused.wait()
+
+
+@contextlib.asynccontextmanager
+async def open_generation(config: Config, transports: TransportFactory) -> AsyncIterator[Generation]:
+    """Opens the upstreams of a configuration and keeps their lists of models fresh."""
+    async with contextlib.AsyncExitStack() as stack:
+        upstreams: dict[str, Upstream] = {}
+        for name, settings in config.upstreams.items():
+            unusable = None
+            process = None
+            if settings.kind == "local":
+                unusable = local_model.why_unavailable(settings.gguf)
+                if unusable is None:
+                    process = await stack.enter_async_context(
+                        local_model.open_local_model(
+                            local_model.LocalModelSettings(
+                                gguf=settings.gguf,
+                                start=settings.start,
+                                context_tokens=settings.context_tokens,
+                                parallel=settings.parallel,
+                                threads=settings.threads,
+                            )
+                        )
+                    )
+            transport = (
+                echo.EchoTransport(words_per_s=settings.words_per_s)
+                if settings.kind == "echo"
+                else transports(name, settings)
+            )
+            await stack.enter_async_context(transport)
+            upstream = Upstream(name, config, transport, local_model=process, unusable=unusable)
+            if settings.kind != "openai" and not upstream.models:
+                upstream.models = (echo.MODEL_ID if settings.kind == "echo" else local_model.model_id(settings.gguf),)
+            upstreams[name] = upstream
+        generation = Generation(config, upstreams)
+        async with trio.open_nursery() as nursery:
+            looked = []
+            for upstream in upstreams.values():
+                if upstream.config.kind == "openai" and upstream.unusable is None:
+                    if upstream.config.models == "discover":
+                        first_look = trio.Event()
+                        looked.append(first_look)
+                        nursery.start_soon(_refresh_models, upstream, first_look)
+            with trio.move_on_after(_FIRST_LOOK_S):
+                for event in looked:
+                    await event.wait()
+            try:
+                yield generation
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+async def _refresh_models(upstream: Upstream, first_look: trio.Event) -> None:
+    """Asks an upstream for its models, for ever. While it does not answer, the last list stands."""
+    pause_s = RETRY_S
+    while True:
+        try:
+            with trio.move_on_after(10.0) as scope:
+                async with upstream.open("GET", "/models") as reply:
+                    if reply.status != 200:
+                        raise await upstream.error_of(reply)
+                    body = await reply.read(16 * 1024 * 1024)
+                try:
+                    upstream.models = discovery.decode_model_list(body)
+                except ValueError as error:
+                    raise Garbled(f"GET /models of {upstream.name} gave no model list: {error}.") from None
+                upstream.note_up()
+                pause_s = REFRESH_S
+            if scope.cancelled_caught:
+                raise Garbled(f"GET /models of {upstream.name} was not answered within 10 s.")
+        except GatewayError as error:
+            if isinstance(error, Rejected) and error.status not in (401, 403):
+                upstream.note_up()  # it answers; it has no list, or none for us
+            elif upstream.state != "down" or upstream.reason != error.message:
+                log.warning("models_not_listed", upstream=upstream.name, error=error.message)
+                upstream.note_down(error)
+            pause_s = min(pause_s * 2, REFRESH_S)
+        first_look.set()
+        await trio.sleep(pause_s)
+
+
+@attrs.define
+class Totals:
+    """Counters since the start."""
+
+    exchanges: int = 0
+    complete: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    events: int = 0
+    bytes: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Drain:
+    """How the server ends the gateway's work; found in the lifespan state under ``drain``."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def begin(self) -> None:
+        """From now on ``GET /ready`` says 503 and new calls are refused; running ones go on."""
+        self._gateway.draining = True
+
+    def cut(self) -> None:
+        """Ends what is still running: each stream gets an error event and its proper end."""
+        for exchange in list(self._gateway.live):
+            exchange.cut(Draining("The gateway is shutting down; the answer up to here is incomplete. Try again."))
+
+
+class Gateway:
+    """Everything that outlives a request. Made by `open_gateway`."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self.generation: Generation
+        self.live: set[Exchange] = set()
+        self.totals = Totals()
+        self.draining = False
+        self.drain = Drain(self)
+        self.started_at = trio.current_time()
+        self.reload_error: str | None = None
+        self._reload_asked = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return trio.current_time() - self.started_at
+
+    @contextlib.contextmanager
+    def admit(self, exchange: Exchange) -> Iterator[None]:
+        """Lets an exchange in, and out again.
+
+        Raises:
+            Draining: The gateway is shutting down.
+            Overloaded: ``limits.max_exchanges`` are in flight.
+        """
+        if self.draining:
+            raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+        limit = exchange.generation.config.limits.max_exchanges
+        if len(self.live) >= limit:
+            raise Overloaded(f"{limit} calls are in flight, which is the limit of this gateway.")
+        self.live.add(exchange)
+        try:
+            with exchange.generation.hold():
+                yield
+        finally:
+            self.live.discard(exchange)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Adds an ended exchange to the totals."""
+        totals = self.totals
+        totals.exchanges += 1
+        totals.events += exchange.events
+        totals.bytes += exchange.bytes_sent
+        if exchange.usage is not None:
+            totals.prompt_tokens += exchange.usage.prompt_tokens
+            totals.completion_tokens += exchange.usage.completion_tokens
+        if exchange.outcome == "complete":
+            totals.complete += 1
+        elif exchange.outcome == "cancelled":
+            totals.cancelled += 1
+        else:
+            totals.failed += 1
+
+    def not_ready(self) -> list[str]:
+        """Why new calls should not be sent here; empty = they should."""
+        if self.draining:
+            return ["draining"]
+        known = self.generation.known().values()
+        if not known:
+            return ["no upstream is configured"]
+        reasons = [each.unusable or each.down for each in known]
+        return [] if None in reasons else [str(reason) for reason in reasons]
+
+    # -- reload -------------------------------------------------------------------------------------------------------
+
+    def reload_soon(self) -> None:
+        """Asks for a reload. Synchronous; from the Trio thread."""
+        self._reload_asked.set()
+
+    async def run_generations(
+        self, transports: TransportFactory, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Opens the first generation, and the next one at each reload."""
+        async with trio.open_nursery() as nursery:
+            self.generation = await nursery.start(self._run_generation, await self._load(), transports)
+            task_status.started()
+            while True:
+                await self._reload_asked.wait()
+                self._reload_asked = trio.Event()
+                try:
+                    config = await self._load()
+                except ConfigError as error:
+                    self.reload_error = str(error)
+                    log.error("reload_refused", source=error.source, problems=list(error.problems))
+                    continue
+                old = self.generation
+                self.generation = await nursery.start(self._run_generation, config, transports)
+                self.reload_error = None
+                old.retire()
+                log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
+
+    async def _run_generation(
+        self, config: Config, transports: TransportFactory, *, task_status: trio.TaskStatus[Generation]
+    ) -> None:
+        async with open_generation(config, transports) as generation:
+            task_status.started(generation)
+            await generation.wait_unused()
+
+    async def watch_file(self, path: Path) -> None:
+        """Asks for a reload when the configuration file changes."""
+        seen = await _fingerprint(path)
+        while True:
+            await trio.sleep(_WATCH_FILE_S)
+            now = await _fingerprint(path)
+            if now != seen:
+                seen = now
+                self.reload_soon()
+
+
+async def _fingerprint(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = await trio.Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+@contextlib.contextmanager
+def _reload_on_sighup(gateway: Gateway) -> Iterator[None]:
+    """Makes SIGHUP a reload, where nobody else has claimed the signal. Works under Trio and in guest mode alike."""
+    usable = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    if not usable or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    token = trio.lowlevel.current_trio_token()
+
+    def on_signal(number: int, frame: object) -> None:
+        token.run_sync_soon(gateway.reload_soon, idempotent=True)
+
+    signal.signal(signal.SIGHUP, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(
+    config: Config | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    transports: TransportFactory = http_transport,
+) -> AsyncIterator[Gateway]:
+    """Opens the gateway.
+
+    Args:
+        config: What to serve. Left out: the file of ``TRIGATE_CONFIG``, else ``./trigate.toml``, else discovery; then
+            it follows SIGHUP and changes of the file.
+        env: Where secrets are looked up; the process's environment by default.
+        transports: How upstreams other than the echo are reached.
+
+    Raises:
+        ConfigError: The configuration cannot be used.
+    """
+    environ = os.environ if env is None else env
+    path = configuration.locate(environ) if config is None else None
+
+    async def load() -> Config:
+        if config is not None:
+            return config
+        if path is not None:
+            return configuration.read(path, env=environ)
+        async with httpx2.AsyncHTTPTransport(verify=False, trust_env=False) as transport:
+            return await discovery.discover(environ, transport=transport)
+
+    gateway = Gateway(load)
+    with _reload_on_sighup(gateway):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(gateway.run_generations, transports)
+            if path is not None:
+                nursery.start_soon(gateway.watch_file, path)
+            try:
+                yield gateway
+            finally:
+                nursery.cancel_scope.cancel()

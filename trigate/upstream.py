@@ -1,0 +1,303 @@
+"""One upstream: a place in its queue, a request, a reply that is closed whatever happens.
+
+The seam below is `httpx2.AsyncBaseTransport`: sockets, the embedded echo, a script in a test. `Upstream.open` is the
+only way to a reply, and it is an ``async with``: slot, connection and stream are given back where the block ends.
+
+Deadlines are the caller's scopes, except for the connect timeout, which only the transport can tell from waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import attrs
+import httpx2
+import trio
+
+from trigate.config import Config, UpstreamConfig
+from trigate.errors import (
+    Garbled,
+    GatewayError,
+    Header,
+    Rejected,
+    Throttled,
+    Truncated,
+    Unavailable,
+    UpstreamTimeout,
+    upstream_message,
+)
+from trigate.local_model import LocalModel, LocalModelUnavailable
+from trigate.routing import Known
+
+_CLOSE_GRACE_S = 1.0
+_PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
+_MAX_ERROR_BODY_BYTES = 1024 * 1024
+
+
+@contextlib.contextmanager
+def _translated(name: str, *, answered: bool) -> Iterator[None]:
+    """Turns the transport's exceptions into the gateway's; the one place where that mapping stands."""
+    try:
+        yield
+    except httpx2.ConnectTimeout as error:
+        raise UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect") from error
+    except httpx2.ConnectError as error:
+        raise Unavailable(f"The upstream {name} cannot be reached: {error or type(error).__name__}.") from error
+    except httpx2.RemoteProtocolError as error:
+        if answered:
+            raise Truncated(f"The upstream {name} cut its answer: {error}.") from error
+        raise Garbled(f"The upstream {name} did not answer with HTTP: {error}.") from error
+    except httpx2.DecodingError as error:
+        raise Garbled(f"The upstream {name} sent a body that cannot be decoded: {error}.") from error
+    except httpx2.TransportError as error:
+        if answered:
+            raise Truncated(f"The upstream {name} broke the connection in its answer.") from error
+        raise Unavailable(f"The upstream {name} broke the connection before it answered.") from error
+
+
+class Reply:
+    """An upstream's answer: its head, and its body piece by piece.
+
+    Attributes:
+        status: The HTTP status.
+        content_type: Without parameters, lower-case.
+    """
+
+    def __init__(self, name: str, response: httpx2.Response) -> None:
+        self._name = name
+        self._response = response
+        self.status = response.status_code
+        self.headers = response.headers
+        self.content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        # Identity was asked for; a provider that compresses all the same is decoded (and bounded by the caller).
+        body = response.stream if encoding == "identity" else response.aiter_bytes()
+        self._pieces = aiter(body)  # type: ignore[arg-type]  # an async transport's response has an async stream
+
+    async def receive(self) -> bytes | None:
+        """Returns the next piece of the body; None at its end.
+
+        Raises:
+            Truncated: The connection broke, or the framing says that more was to come.
+        """
+        with _translated(self._name, answered=True):
+            async for piece in self._pieces:
+                if piece:
+                    return bytes(piece)
+        return None
+
+    async def read(self, max_bytes: int) -> bytes:
+        """Returns the whole body.
+
+        Raises:
+            Garbled: It is larger than ``max_bytes``.
+            Truncated: As `receive`.
+        """
+        pieces = []
+        size = 0
+        while (piece := await self.receive()) is not None:
+            size += len(piece)
+            if size > max_bytes:
+                raise Garbled(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def aclose(self) -> None:
+        """Closes the stream, and the connection too unless the body was read to its end. Never hangs, may be called
+        twice, and from another task than the one that reads as long as that one is not inside `receive`."""
+        with trio.move_on_after(_CLOSE_GRACE_S, shield=True), contextlib.suppress(httpx2.TransportError, OSError):
+            close_pieces = getattr(self._pieces, "aclose", None)
+            if close_pieces is not None:
+                await close_pieces()
+            await self._response.aclose()
+
+
+@attrs.frozen(kw_only=True)
+class UpstreamStatistics:
+    """A moment of an upstream.
+
+    Attributes:
+        state: ``disabled`` (by its configuration), ``down`` (it failed last), ``up``, or ``unknown`` (nothing yet).
+        reason: Why, if it is disabled or down.
+    """
+
+    name: str
+    kind: str
+    state: str
+    reason: str | None
+    in_flight: int
+    queued: int
+    max_connections: int
+    models: int
+    last_error: str | None
+    last_error_at: float | None
+
+
+class Upstream:
+    """A provider that calls can be sent to. Made by the gateway, one for each ``[upstreams.NAME]``.
+
+    Args:
+        local_model: The process behind kind ``local``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        transport: httpx2.AsyncBaseTransport,
+        *,
+        local_model: LocalModel | None = None,
+        unusable: str | None = None,
+    ) -> None:
+        self.name = name
+        self.config: UpstreamConfig = config.upstreams[name]
+        self.transport = transport
+        self.unusable = unusable or config.disabled.get(name)
+        self.models: tuple[str, ...] = self.config.models if self.config.models != "discover" else ()
+        self._secrets = tuple(value for value in config.secrets.get(name, {}).values() if len(value) >= 8)
+        self._headers = {
+            "accept-encoding": "identity",
+            "user-agent": "trigate",
+            **config.secrets.get(name, {}),
+        }
+        self._local_model = local_model
+        self._connect_timeout_s = config.timeout_s(name, "connect")
+        self._queue_timeout_s = config.timeout_s(name, "queue")
+        self._slots = trio.Semaphore(self.config.max_connections)
+        self.in_flight = 0
+        self.state = "unknown"
+        self.reason: str | None = None
+        self.last_error: str | None = None
+        self.last_error_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.name} {self.state}, {self.in_flight} in flight>"
+
+    def known(self) -> Known:
+        """What routing needs of it."""
+        default = self.config.default_model or (self.models[0] if self.models else None)
+        down = self.reason if self.state == "down" else None
+        return Known(models=self.models, default_model=default, unusable=self.unusable, down=down)
+
+    def note_up(self) -> None:
+        """Remembers that it has just served."""
+        self.state, self.reason = "up", None
+
+    def note_down(self, error: GatewayError) -> None:
+        """Remembers that it could not be reached, or refused its credentials."""
+        self.note_error(error)
+        self.state, self.reason = "down", error.message
+
+    def note_error(self, error: GatewayError) -> None:
+        """Remembers its last error; whether it is down is another question."""
+        self.last_error, self.last_error_at = error.message, time.time()
+
+    def statistics(self) -> UpstreamStatistics:
+        """Returns a snapshot."""
+        return UpstreamStatistics(
+            name=self.name,
+            kind=self.config.kind,
+            state="disabled" if self.unusable else self.state,
+            reason=self.unusable or self.reason,
+            in_flight=self.in_flight,
+            queued=self._slots.statistics().tasks_waiting,
+            max_connections=self.config.max_connections,
+            models=len(self.models),
+            last_error=self.last_error,
+            last_error_at=self.last_error_at,
+        )
+
+    async def _base_url(self) -> str:
+        if self._local_model is None:
+            return self.config.base_url or "http://echo.invalid/v1"
+        try:
+            return await self._local_model.wait_listening()
+        except LocalModelUnavailable as error:
+            raise Unavailable(str(error), status=503) from error
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        with trio.move_on_after(self._queue_timeout_s) as queue:
+            await self._slots.acquire()
+        if queue.cancelled_caught:
+            raise UpstreamTimeout(
+                f"The upstream {self.name} has {self.config.max_connections} calls in flight, "
+                f"and no place came free within {self._queue_timeout_s:g} s.",
+                phase="queue",
+            )
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self._slots.release()
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: dict[str, str] | None = None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> AsyncIterator[Reply]:
+        """Sends a request and owns its reply for as long as the block lasts.
+
+        Args:
+            path: Below the upstream's base URL, with its leading slash.
+            on_phase: Told ``queued``, ``connecting`` (until the reply's head is there), and nothing after that.
+
+        Raises:
+            UpstreamTimeout: No place in time, or no connection in time.
+            Unavailable: No connection; or it broke before a reply.
+            Garbled: The reply is not HTTP.
+
+        **Cancels:** at any point; slot and connection are given back.
+        """
+        on_phase("queued")
+        async with self._slot():
+            on_phase("connecting")
+            base_url = await self._base_url()
+            request = httpx2.Request(
+                method,
+                base_url + path,
+                headers={**self._headers, **(headers or {})},
+                content=body,
+                extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
+            )
+            with _translated(self.name, answered=False):
+                response = await self.transport.handle_async_request(request)
+            reply = Reply(self.name, response)
+            try:
+                yield reply
+            finally:
+                await reply.aclose()
+
+    async def error_of(self, reply: Reply) -> GatewayError:
+        """Reads an error reply and returns (not raises) what it means."""
+        try:
+            body = await reply.read(_MAX_ERROR_BODY_BYTES)
+        except (Truncated, Garbled):
+            body = b""
+        for secret in self._secrets:  # some providers quote the key that they refuse
+            body = body.replace(secret.removeprefix("Bearer ").encode(), b"[redacted]")
+        status, said = reply.status, upstream_message(body)
+        passed: tuple[Header, ...] = tuple(
+            (name.encode(), reply.headers[name].encode()) for name in _PASSED_ON if name in reply.headers
+        )
+        if status == 429:
+            return Throttled(self.name, status, body, headers=passed)
+        if 400 <= status < 500:
+            return Rejected(self.name, status, body, headers=passed)
+        if status in (503, 529):
+            return Unavailable(f"The upstream {self.name} is overloaded or down ({status}){said}", status=503)
+        if 500 <= status < 600:
+            return Unavailable(f"The upstream {self.name} failed ({status}){said}")
+        return Garbled(f"The upstream {self.name} answered with status {status}.")
+
+
+def _finite(seconds: float) -> float | None:
+    return None if seconds == float("inf") else seconds
