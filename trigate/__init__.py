@@ -32,10 +32,14 @@ class _LazyApp:
 
 
 def _build() -> Any:
+    import os
+
     import sniffio
 
+    from trigate import logs
     from trigate.app import create_app
 
+    logs.configure(os.environ)
     built = create_app()
     if sniffio.current_async_library() == "trio":
         return built

@@ -1,8 +1,8 @@
 """The configuration: one frozen tree, structured from TOML, with every fault reported at once.
 
 ``read(path)`` gives a `Config` or raises `ConfigError`, whose ``problems`` name each offending value by its path
-(``upstreams.qwen.base_url: …``). Strictness is deliberate: an unknown key is a typing mistake, a string is not a number,
-and ``yes`` is not a bool. A *missing secret* is not a fault of the file: it disables that upstream, with the reason, and
+(``upstreams.qwen.base_url: …``). Strictness is deliberate: an unknown key is a mistake, a string is not a number, and
+``yes`` is not a bool. A *missing secret* is not a fault of the file: it disables that upstream, with the reason, and
 the rest starts.
 
 Units stand in the names: ``_s`` seconds, ``_bytes`` bytes. The types `Seconds`, `Size`, `Count`, `Port` and `Url`
@@ -29,6 +29,7 @@ Size = NewType("Size", int)
 Count = NewType("Count", int)
 Port = NewType("Port", int)
 Url = NewType("Url", str)
+TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 
 _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
 UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
@@ -185,7 +186,7 @@ class Config:
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
 
-    def timeout_s(self, upstream: str, phase: Literal["connect", "first_token", "idle", "total", "queue"]) -> float:
+    def timeout_s(self, upstream: str, phase: TimeoutPhase) -> float:
         """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off."""
         own = getattr(self.upstreams[upstream], f"{phase}_timeout_s")
         value: float = own if own is not None else getattr(self.limits, f"{phase}_timeout_s")
@@ -205,7 +206,14 @@ def _exactly(kind: type, name: str) -> Any:
 
 
 def _kind_of(value: Any) -> str:
-    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "an array", dict: "a table"}
+    names = {
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        list: "an array",
+        dict: "a table",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

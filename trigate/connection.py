@@ -271,9 +271,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         down = Downstream(send, [(b"x-request-id", request_id.encode())])
         try:
             head = Head(self.scope)
-            down = Downstream(
-                send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)]
-            )
+            down = Downstream(send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)])
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return
             if head.path != "/health":
@@ -347,9 +345,7 @@ async def _watch(receive: ASGIReceiveCallable, down: Downstream, scope: trio.Can
         scope.cancel()
 
 
-async def _read_body(
-    head: Head, receive: ASGIReceiveCallable, *, max_bytes: int, timeout_s: float
-) -> bytes | None:
+async def _read_body(head: Head, receive: ASGIReceiveCallable, *, max_bytes: int, timeout_s: float) -> bytes | None:
     """Reads the request body, which must end in time and in bounds; None where the client left meanwhile.
 
     Raises:

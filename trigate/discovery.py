@@ -45,14 +45,10 @@ PROVIDERS = (
     Provider("MISTRAL_API_KEY", "mistral", "https://api.mistral.ai/v1", "mistral-small-latest"),
     Provider("MOONSHOT_API_KEY", "moonshot", "https://api.moonshot.cn/v1", "moonshot-v1-8k"),
     Provider("XAI_API_KEY", "xai", "https://api.x.ai/v1", "grok-3-mini"),
-    Provider(
-        "TOGETHER_API_KEY", "together", "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo"
-    ),
+    Provider("TOGETHER_API_KEY", "together", "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo"),
     Provider("ZHIPU_API_KEY", "zhipu", "https://open.bigmodel.cn/api/paas/v4", "glm-4-flash"),
     Provider("SILICONFLOW_API_KEY", "siliconflow", "https://api.siliconflow.cn/v1", "Qwen/Qwen2.5-7B-Instruct"),
-    Provider(
-        "GEMINI_API_KEY", "gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.0-flash"
-    ),
+    Provider("GEMINI_API_KEY", "gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.0-flash"),
     Provider("FIREWORKS_API_KEY", "fireworks", "https://api.fireworks.ai/inference/v1", ""),
     Provider("CEREBRAS_API_KEY", "cerebras", "https://api.cerebras.ai/v1", ""),
 )

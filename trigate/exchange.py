@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
 import structlog
 import trio
 
 from trigate import sse
+from trigate.config import TimeoutPhase
 from trigate.errors import (
     Garbled,
     GatewayError,
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from trigate.upstream import Reply
 
 log = structlog.get_logger("trigate.exchange")
+
+Deadline = Literal["total", "first_token", "idle", "stall"]
 
 # How long the rest of an upstream's body (the end of its framing) may take after the last event, before the
 # connection is closed instead of reused. The client has its answer by then.
@@ -221,7 +223,7 @@ class Exchange:
         splitter = sse.EventSplitter(max_event_bytes=limit)
         reader = StreamReader(self.call.endpoint, model=self.call.model, upstream=name)
         held = b""
-        while not reader.complete:
+        while True:
             piece = await reply.receive()
             self._heard_at = trio.current_time()
             if piece is None:
@@ -260,11 +262,11 @@ class Exchange:
             self.bytes_sent += len(data)
             if reader.complete:
                 await self.down.end(data)
-            elif data:
+                return await self._finish(reply)
+            if data:
                 await self.down.send(data)
             if reader.error is not None:
                 raise reader.error
-        await self._finish(reply)
 
     async def _answer(self, reply: Reply) -> None:
         """Takes a JSON answer whole, and sends it on under the public model id."""
@@ -345,7 +347,7 @@ class Exchange:
         return error
 
     def _total_left_s(self) -> float:
-        return self._timeout_s(None, "total") - self.age_s
+        return self._timeout_s("total") - self.age_s
 
     async def _timers(self) -> None:
         """Watches every limit in time of this exchange; ends with it.
@@ -356,60 +358,54 @@ class Exchange:
         limits = self.generation.config.limits
         keep_alive_s = (limits.keep_alive_s or math.inf) if self.call.stream else math.inf
         stall_s = limits.stall_timeout_s or math.inf
+        down = self.down
         while True:
-            name = self.target.upstream if self.target else None
-            first_s = self._timeout_s(name, "first_token")
-            idle_s = self._timeout_s(name, "idle")
-            total_s = self._timeout_s(name, "total")
             now = trio.current_time()
-            down = self.down
+            sending = down.sending_since is not None
             sending_since = down.sending_since if down.sending_since is not None else math.inf
-            quiet_since = max(down.last_sent_at, self.started_at) if sending_since == math.inf else math.inf
-            due: tuple[tuple[float, Callable[[], GatewayError]], ...] = (
-                (
-                    self.started_at + total_s,
-                    lambda: UpstreamTimeout(f"The call took longer than {total_s:g} s in all.", phase="total"),
-                ),
-                (
-                    self._attempt_at + first_s,
-                    lambda: UpstreamTimeout(
-                        f"The upstream {name} sent no content within {first_s:g} s.", phase="first_token"
-                    ),
-                ),
-                (
-                    (self._heard_at if self._attempt_at == math.inf and sending_since == math.inf else math.inf)
-                    + idle_s,
-                    lambda: UpstreamTimeout(f"The upstream {name} fell silent for {idle_s:g} s.", phase="idle"),
-                ),
-                (
-                    sending_since + stall_s,
-                    lambda: Stalled(f"The client read nothing for {stall_s:g} s; its upstream stream was ended."),
-                ),
+            # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
+            idle_since = self._heard_at if self._attempt_at == math.inf and not sending else math.inf
+            deadlines: tuple[tuple[Deadline, float, float], ...] = (
+                ("total", self.started_at, self._timeout_s("total")),
+                ("first_token", self._attempt_at, self._timeout_s("first_token")),
+                ("idle", idle_since, self._timeout_s("idle")),
+                ("stall", sending_since, stall_s),
             )
-            for at, make in due:
-                if at <= now:
-                    await self._cut_now(make())
+            for deadline, since, timeout_s in deadlines:
+                if since + timeout_s <= now:
+                    await self._expire(deadline, timeout_s)
+            quiet_since = math.inf if sending else max(down.last_sent_at, self.started_at)
             if quiet_since + keep_alive_s <= now and self._cut is None and self.phase != "ending":
                 if not down.committed:
                     await down.start(200, STREAM_HEADERS)
                 await down.send(sse.comment("keep-alive"))
                 continue
-            upcoming = min(quiet_since + keep_alive_s, *(at if at > now else math.inf for at, _ in due))
-            shortest = min(keep_alive_s, stall_s, first_s, idle_s, total_s)
-            await trio.sleep_until(min(upcoming, now + shortest))
+            due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
+            shortest = min(keep_alive_s, *(timeout_s for _, _, timeout_s in deadlines))
+            await trio.sleep_until(min([now + shortest, *(at for at in due if at > now)]))
 
-    def _timeout_s(self, upstream: str | None, phase: str) -> float:
+    def _timeout_s(self, phase: TimeoutPhase) -> float:
         config = self.generation.config
-        if upstream is None:
+        if self.target is None:
             return getattr(config.limits, f"{phase}_timeout_s") or math.inf
-        return config.timeout_s(upstream, phase)  # type: ignore[arg-type]  # phase is one of its literals
+        return config.timeout_s(self.target.upstream, phase)
 
-    async def _cut_now(self, error: GatewayError) -> None:
-        reply = self._reply
-        self.cut(error)
-        if isinstance(error, Stalled) and reply is not None:
-            # The relay sits in a shielded send that no cancellation reaches; so the upstream is closed from here.
-            await reply.aclose()
+    async def _expire(self, deadline: Deadline, timeout_s: float) -> None:
+        name = self.target.upstream if self.target else None
+        match deadline:
+            case "total":
+                self.cut(UpstreamTimeout(f"The call took longer than {timeout_s:g} s in all.", phase="total"))
+            case "first_token":
+                said = f"The upstream {name} sent no content within {timeout_s:g} s."
+                self.cut(UpstreamTimeout(said, phase="first_token"))
+            case "idle":
+                self.cut(UpstreamTimeout(f"The upstream {name} fell silent for {timeout_s:g} s.", phase="idle"))
+            case "stall":
+                reply = self._reply
+                self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
+                if reply is not None:
+                    # The relay sits in a shielded send, where no cancellation reaches it: close from here.
+                    await reply.aclose()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import httpx2
@@ -141,11 +141,11 @@ async def open_generation(config: Config, transports: TransportFactory) -> Async
         async with trio.open_nursery() as nursery:
             looked = []
             for upstream in upstreams.values():
-                if upstream.config.kind == "openai" and upstream.unusable is None:
-                    if upstream.config.models == "discover":
-                        first_look = trio.Event()
-                        looked.append(first_look)
-                        nursery.start_soon(_refresh_models, upstream, first_look)
+                settings = upstream.config
+                if settings.kind == "openai" and settings.models == "discover" and upstream.unusable is None:
+                    first_look = trio.Event()
+                    looked.append(first_look)
+                    nursery.start_soon(_refresh_models, upstream, first_look)
             with trio.move_on_after(_FIRST_LOOK_S):
                 for event in looked:
                     await event.wait()
@@ -217,7 +217,7 @@ class Drain:
 class Gateway:
     """Everything that outlives a request. Made by `open_gateway`."""
 
-    def __init__(self, load: Callable[[], Any]) -> None:
+    def __init__(self, load: Callable[[], Awaitable[Config]]) -> None:
         self._load = load
         self.generation: Generation
         self.live: set[Exchange] = set()
@@ -355,12 +355,25 @@ def _reload_on_sighup(gateway: Gateway) -> Iterator[None]:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+async def read_config(path: Path | None, env: Mapping[str, str]) -> Config:
+    """Reads the configuration file, or, where there is none, finds what can be found.
+
+    Raises:
+        ConfigError: It cannot be used.
+    """
+    if path is not None:
+        return configuration.read(path, env=env)
+    async with httpx2.AsyncHTTPTransport(verify=False, trust_env=False) as transport:
+        return await discovery.discover(env, transport=transport)
+
+
 @contextlib.asynccontextmanager
 async def open_gateway(
     config: Config | None = None,
     *,
     env: Mapping[str, str] | None = None,
     transports: TransportFactory = http_transport,
+    adjust: Callable[[Config], Config] = lambda config: config,
 ) -> AsyncIterator[Gateway]:
     """Opens the gateway.
 
@@ -369,6 +382,7 @@ async def open_gateway(
             it follows SIGHUP and changes of the file.
         env: Where secrets are looked up; the process's environment by default.
         transports: How upstreams other than the echo are reached.
+        adjust: Applied to each configuration that is read (what the command line says goes first).
 
     Raises:
         ConfigError: The configuration cannot be used.
@@ -377,12 +391,7 @@ async def open_gateway(
     path = configuration.locate(environ) if config is None else None
 
     async def load() -> Config:
-        if config is not None:
-            return config
-        if path is not None:
-            return configuration.read(path, env=environ)
-        async with httpx2.AsyncHTTPTransport(verify=False, trust_env=False) as transport:
-            return await discovery.discover(environ, transport=transport)
+        return adjust(config if config is not None else await read_config(path, environ))
 
     gateway = Gateway(load)
     with _reload_on_sighup(gateway):

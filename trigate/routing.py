@@ -57,7 +57,9 @@ class Known:
     down: str | None = None
 
 
-def plan(model: str, *, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]) -> tuple[Target, ...]:
+def plan(
+    model: str, *, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]
+) -> tuple[Target, ...]:
     """Returns the targets for a model id, in the order in which they shall be tried; at least one.
 
     Raises:
@@ -83,7 +85,9 @@ def plan(model: str, *, aliases: Mapping[str, tuple[Target, ...]], upstreams: Ma
 def _usable(model: str, targets: tuple[Target, ...], upstreams: Mapping[str, Known]) -> tuple[Target, ...]:
     usable = tuple(target for target in targets if upstreams[target.upstream].unusable is None)
     if not usable:
-        reasons = "; ".join(f"{name}: {upstreams[name].unusable}" for name in dict.fromkeys(t.upstream for t in targets))
+        reasons = "; ".join(
+            f"{name}: {upstreams[name].unusable}" for name in dict.fromkeys(t.upstream for t in targets)
+        )
         raise Unavailable(f"The model {model!r} is configured, but switched off ({reasons}).", status=503)
     return usable
 

@@ -85,9 +85,8 @@ def data_of(event: bytes) -> bytes | None:
     >>> data_of(b"data: {}\n\n"), data_of(b"event: x\r\ndata:a\r\ndata: b\r\n\r\n"), data_of(b": ping\n\n")
     (b'{}', b'a\nb', None)
     """
-    if event.startswith(b"data: ") and event.endswith(b"\n\n") and event.find(b"\n") == len(event) - 2:
-        if b"\r" not in event:  # nearly every event of nearly every provider
-            return event[6:-2]
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event[6:-2]  # one line: nearly every event of nearly every provider
     found = []
     for line in _LINE.split(event):
         name, _, value = line.partition(b":")

@@ -44,7 +44,7 @@ def _translated(name: str, *, answered: bool) -> Iterator[None]:
     except httpx2.ConnectTimeout as error:
         raise UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect") from error
     except httpx2.ConnectError as error:
-        raise Unavailable(f"The upstream {name} cannot be reached: {error or type(error).__name__}.") from error
+        raise Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.") from error
     except httpx2.RemoteProtocolError as error:
         if answered:
             raise Truncated(f"The upstream {name} cut its answer: {error}.") from error

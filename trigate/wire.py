@@ -220,10 +220,14 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
     try:
         fields = _fields.decode(body)
     except (ValueError, RecursionError) as error:
-        raise Garbled(f"The upstream {upstream} answered 200 with something that is not a JSON object: {error}.") from None
+        raise Garbled(
+            f"The upstream {upstream} answered 200 with something that is not a JSON object: {error}."
+        ) from None
     error_raw = fields.get("error")
     if error_raw is not None and bytes(error_raw) != b"null" and "choices" not in fields and "object" not in fields:
-        raise Garbled(f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}")
+        raise Garbled(
+            f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
+        )
     usage = _usage(_decode_any(bytes(fields["usage"]))) if "usage" in fields else None
     return (_join(fields, model) if "model" in fields else body), usage
 

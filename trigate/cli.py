@@ -1,0 +1,343 @@
+"""The command line, and the only place that exits the process.
+
+Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the command line itself is wrong; 130 = Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from trigate import __version__
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from trigate.config import Config, ServerConfig
+
+_config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False),
+    help="A TOML file. Left out: $TRIGATE_CONFIG, else ./trigate.toml, else what can be found.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trigate")
+def cli() -> None:
+    """Trigate: an OpenAI-compatible gateway in which a request is one Trio nursery."""
+
+
+def main(args: Sequence[str] | None = None, prog_name: str = "trigate") -> NoReturn:
+    """Runs a command and exits the process."""
+    cli.main(args=args, prog_name=prog_name)
+    raise AssertionError("click exits")
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"trigate: {message}", err=True)
+    sys.exit(1)
+
+
+def _read(config_path: str | None) -> Config:
+    """Reads the configuration as the gateway will."""
+    import trio
+
+    from trigate.config import ConfigError, locate
+    from trigate.gateway import read_config
+
+    if config_path is not None:
+        os.environ["TRIGATE_CONFIG"] = os.path.abspath(config_path)  # the gateway and its workers read it again
+    path = locate(os.environ)
+    try:
+        return trio.run(read_config, path, os.environ)
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(f"trigate: {error.source}: {problem}", err=True)
+        sys.exit(1)
+
+
+# -- serve ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_config_option
+@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="0 = any free one.  [default: 18888]")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes that share the port.  [default: 1]")
+@click.option("--certfile", type=click.Path(exists=True, dir_okay=False), help="A PEM certificate chain: serve TLS.")
+@click.option("--keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
+@click.option("--insecure", is_flag=True, help="Serve others than this machine without a key.")
+@click.option("--fd", "fds", type=int, multiple=True, hidden=True)
+@click.option("--parent-fd", type=int, hidden=True)
+def serve(
+    config_path: str | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    certfile: str | None,
+    keyfile: str | None,
+    insecure: bool,
+    fds: tuple[int, ...],
+    parent_fd: int | None,
+) -> None:
+    """Serve the gateway until SIGTERM or Ctrl-C (once: running streams may finish; twice: now)."""
+    import attrs
+
+    from trigate import logs
+
+    if (certfile is None) != (keyfile is None):
+        raise click.UsageError("--certfile and --keyfile go together.")
+    logs.configure(os.environ)
+    said: Any = {
+        name: value
+        for name, value in (
+            ("host", host),
+            ("port", port),
+            ("workers", workers),
+            ("certfile", certfile),
+            ("keyfile", keyfile),
+            ("insecure", insecure or None),
+        )
+        if value is not None
+    }
+
+    def adjust(config: Config) -> Config:
+        return attrs.evolve(config, server=attrs.evolve(config.server, **said))
+
+    config = adjust(_read(config_path))
+    settings = config.server
+    _refuse_open_door(config)
+    if parent_fd is not None:
+        _run_worker(settings, adjust, fds, parent_fd)
+    elif settings.workers == 1:
+        _run_alone(settings, adjust)
+    else:
+        _supervise(settings, sys.argv[1:] or ["serve"])
+
+
+def _refuse_open_door(config: Config) -> None:
+    from trigate.connection import is_loopback
+
+    if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
+        _fail(
+            f"refusing to listen on {config.server.host} without a key: anybody who reaches it could spend your "
+            "providers' money. Set TRIGATE_API_KEY (or [keys]), or say --insecure."
+        )
+
+
+def _run_alone(settings: ServerConfig, adjust: Any) -> None:
+    from trigate.server import ListenError, open_sockets
+
+    try:
+        sockets = open_sockets(settings)
+    except ListenError as error:
+        _fail(str(error))
+    _run_server(settings, adjust, sockets, None)
+
+
+def _run_worker(settings: ServerConfig, adjust: Any, fds: Sequence[int], parent_fd: int) -> None:
+    from trigate.supervisor import sockets_from_fds
+
+    _run_server(settings, adjust, sockets_from_fds(fds), parent_fd)
+
+
+def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: int | None) -> None:
+    import trio
+
+    from trigate.app import create_app
+    from trigate.gateway import open_gateway
+    from trigate.server import StartupFailed, run
+
+    app = create_app(opener=lambda: open_gateway(adjust=adjust))
+    try:
+        finished = trio.run(run, app, settings, sockets, parent_fd)
+    except* StartupFailed as failed:
+        _fail(str(failed.exceptions[0]))
+    sys.exit(0 if finished else 1)
+
+
+def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
+    import trio
+
+    from trigate.server import ListenError, open_sockets
+    from trigate.supervisor import WorkersFailed, supervise
+
+    try:
+        sockets = open_sockets(settings)
+    except ListenError as error:
+        _fail(str(error))
+    command = [sys.executable, "-m", "trigate", *arguments]
+    try:
+        finished = trio.run(supervise, command, sockets, settings)
+    except* WorkersFailed as failed:
+        _fail(str(failed.exceptions[0]))
+    sys.exit(0 if finished else 1)
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_config_option
+def check(config_path: str | None) -> None:
+    """Validate the configuration, and print the upstreams, models and routes that it makes.
+
+    Asks no provider anything. Exit code 1 if something is wrong, with every problem on a line of its own.
+    """
+    config = _read(config_path)
+    click.echo(f"{config.source}: ok")
+    click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
+    click.echo(f"keys: {', '.join(config.keys) or 'none (this machine only)'}")
+    click.echo("upstreams:")
+    for name, upstream in config.upstreams.items():
+        where = f" {upstream.base_url}" if upstream.base_url else ""
+        reason = config.disabled.get(name)
+        click.echo(f"  {name}: {upstream.kind}{where}" + (f" -- disabled: {reason}" if reason else ""))
+        if upstream.models != "discover":
+            for model in upstream.models:
+                click.echo(f"    {name}/{model}")
+        elif upstream.kind == "openai":
+            click.echo(f"    {name}/… (asked for its models while serving)")
+    click.echo("routes:")
+    for alias, model_config in config.models.items():
+        click.echo(f"  {alias} -> {', then '.join(model_config.targets)}")
+    if "default" not in config.models:
+        click.echo("  default -> the first upstream that can serve")
+    _refuse_open_door(config)
+
+
+# -- talking to a running gateway -------------------------------------------------------------------------------------
+
+
+def _gateway_options(command: Any) -> Any:
+    command = click.option(
+        "--url", envvar="TRIGATE_URL", default="http://127.0.0.1:18888", show_default=True, help="The gateway."
+    )(command)
+    return click.option("--key", envvar="TRIGATE_API_KEY", help="Its key, if it wants one.  [env: TRIGATE_API_KEY]")(
+        command
+    )
+
+
+def _client(url: str, key: str | None) -> httpx2.Client:
+    import httpx2
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    timeout = httpx2.Timeout(600.0, connect=5.0)
+    return httpx2.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
+
+
+def _get(url: str, key: str | None, path: str) -> Any:
+    import httpx2
+
+    try:
+        with _client(url, key) as client:
+            response = client.get(path)
+            response.read()
+    except httpx2.TransportError as error:
+        _unreachable(url, error)
+    if response.status_code != 200:
+        _fail(_message_of(response))
+    return response.json()
+
+
+def _unreachable(url: str, error: Exception) -> NoReturn:
+    _fail(f"cannot reach {url}: {str(error) or type(error).__name__}. Is `trigate serve` running there?")
+
+
+def _message_of(response: httpx2.Response) -> str:
+    try:
+        return f"{response.status_code}: {response.json()['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"{response.status_code}: {response.text[:300]}"
+
+
+@cli.command()
+@_gateway_options
+def models(url: str, key: str | None) -> None:
+    """List the models of a running gateway, one id a line."""
+    for row in _get(url, key, "/v1/models")["data"]:
+        click.echo(row["id"])
+
+
+@cli.command()
+@_gateway_options
+@click.option("--json", "as_json", is_flag=True, help="As the gateway says it.")
+def status(url: str, key: str | None, as_json: bool) -> None:
+    """Show what a running gateway is doing."""
+    body = _get(url, key, "/status")
+    if as_json:
+        click.echo(json.dumps(body, indent=2, ensure_ascii=False))
+        return
+    totals = body["totals"]
+    click.echo(f"Trigate {body['version']}: {body['status']}, up {body['uptime']}, configured by {body['config']}")
+    click.echo(
+        f"{len(body['streams'])} live; {totals['exchanges']} ended: {totals['complete']} complete, "
+        f"{totals['cancelled']} cancelled, {totals['failed']} failed"
+    )
+    for row in body["upstreams"]:
+        reason = f" ({row['reason']})" if row["reason"] else ""
+        click.echo(f"  {row['name']}: {row['state']}{reason}, {row['in_flight']} in flight, {row['models']} models")
+    for row in body["streams"]:
+        click.echo(
+            f"  {row['id']} {row['model']} -> {row['upstream']}: {row['phase']}, {row['age_s']:.1f} s, "
+            f"{row['events']} events, {row['bytes']} bytes"
+        )
+
+
+@cli.command()
+@_gateway_options
+@click.argument("question")
+@click.option("--model", default="default", show_default=True)
+@click.option("--system", help="A system message.")
+def chat(url: str, key: str | None, question: str, model: str, system: str | None) -> None:
+    """Ask a running gateway QUESTION (- reads standard input); the answer streams to the terminal."""
+    import httpx2
+
+    text = sys.stdin.read() if question == "-" else question
+    messages = [{"role": "system", "content": system}] if system else []
+    payload = {"model": model, "stream": True, "messages": [*messages, {"role": "user", "content": text}]}
+    try:
+        with _client(url, key) as client, client.stream("POST", "/v1/chat/completions", json=payload) as response:
+            if response.status_code != 200:
+                response.read()
+                _fail(_message_of(response))
+            complete = False
+            for said in _deltas(response):
+                complete = said is None
+                click.echo(said or "", nl=complete)
+                sys.stdout.flush()
+    except httpx2.TransportError as error:
+        _unreachable(url, error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if not complete:
+        _fail("the answer was cut off.")
+
+
+def _deltas(response: httpx2.Response) -> Iterator[str | None]:
+    """Yields the pieces of the answer's text, and None at its proper end."""
+    from trigate import sse
+
+    splitter = sse.EventSplitter(max_event_bytes=64 * 1024 * 1024)
+    for piece in response.iter_bytes():
+        for event in splitter.feed(piece):
+            data = sse.data_of(event)
+            if data is None:
+                continue
+            if data.strip() == b"[DONE]":
+                yield None
+                return
+            value = json.loads(data)
+            if value.get("error"):
+                click.echo()
+                _fail(str(value["error"].get("message", value["error"])))
+            for choice in value.get("choices", []):
+                if choice.get("delta", {}).get("content"):
+                    yield choice["delta"]["content"]
