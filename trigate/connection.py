@@ -32,7 +32,7 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate.errors import (
-    BadRequest,
+    Ambiguous,
     BodyTimeout,
     Draining,
     Forbidden,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("trigate.connection")
 
+_CONTROL_PLANE_BYTES = 1024 * 1024
 _LINGER_BYTES = 256 * 1024 * 1024
 _LINGER_S = 2.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
@@ -68,7 +69,7 @@ class Head:
     """What is read of a request's head, once.
 
     Raises:
-        BadRequest: Its length is said twice, or in two ways (request smuggling begins like that).
+        Ambiguous: Its length is said twice, or in two ways (request smuggling begins like that).
     """
 
     def __init__(self, scope: Any) -> None:  # Any: an ASGI scope is a dict of anything
@@ -81,11 +82,11 @@ class Head:
         for name, value in scope["headers"]:
             key = name.lower()
             if key in (b"content-length", b"host", b"authorization") and key in headers:
-                raise BadRequest(f"The header {key.decode()} stands twice.")
+                raise Ambiguous(f"The header {key.decode()} stands twice.")
             headers[key] = value
         self.headers = headers
         if b"content-length" in headers and b"transfer-encoding" in headers:
-            raise BadRequest("Content-Length and Transfer-Encoding cannot go together.")
+            raise Ambiguous("Content-Length and Transfer-Encoding cannot go together.")
 
     @property
     def content_length(self) -> int | None:
@@ -210,7 +211,6 @@ class Downstream:
         self._lock = trio.Lock()
         self.committed = False
         self.ended = False
-        self.close = False
         self.sending_since: float | None = None
         self.last_sent_at = trio.current_time()
 
@@ -233,10 +233,7 @@ class Downstream:
     async def start(self, status: int, headers: list[Header]) -> None:
         """Sends the head. This is COMMIT."""
         self.committed = True
-        close: list[Header] = [(b"connection", b"close")] if self.close else []
-        await self._emit(
-            {"type": "http.response.start", "status": status, "headers": [*headers, *self._headers, *close]}
-        )
+        await self._emit({"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]})
 
     async def send(self, data: bytes) -> None:
         """Sends a piece of the body."""
@@ -258,6 +255,70 @@ class Downstream:
         self.ended = True
 
 
+class Inbound:
+    """The request's body: ASGI's ``receive``, counted.
+
+    Attributes:
+        complete: The whole body has been received, or its client has left.
+    """
+
+    def __init__(self, receive: ASGIReceiveCallable) -> None:
+        self._receive = receive
+        self._received_bytes = 0
+        self.complete = False
+
+    async def receive(self) -> Any:  # Any: hypercorn's union of ASGI messages
+        """Receives the next message."""
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self.complete = True
+        return message
+
+    async def receive_bounded(self) -> Any:  # Any: as above
+        """Receives for the control plane, which has no use for a large body: more than a bound is a client that left.
+
+        (Quart keeps whatever arrives, and its own limit does not see chunked bodies.)
+        """
+        message = await self.receive()
+        self._received_bytes += len(message.get("body", b""))
+        return message if self._received_bytes <= _CONTROL_PLANE_BYTES else {"type": "http.disconnect"}
+
+    async def read(self, *, max_bytes: int, timeout_s: float) -> bytes | None:
+        """Reads the body, which must end in time and in bounds; None where the client left meanwhile.
+
+        Raises:
+            TooLarge: It is larger than ``max_bytes``.
+            BodyTimeout: It did not end within ``timeout_s``.
+        """
+        pieces: list[bytes] = []
+        size = 0
+        with trio.move_on_after(timeout_s or math.inf):
+            while True:
+                message = await self.receive()
+                if message["type"] != "http.request":
+                    return None
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size > max_bytes:
+                    raise too_large(max_bytes)
+                pieces.append(piece)
+                if self.complete:
+                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s (limits.body_timeout_s).")
+
+    async def drain(self) -> None:
+        """Throws away what is left of the body, in bounds of bytes and time."""
+        drained = 0
+        with trio.move_on_after(_LINGER_S):
+            while not self.complete and drained < _LINGER_BYTES:
+                drained += len((await self.receive()).get("body", b""))
+
+
+def too_large(max_bytes: int) -> TooLarge:
+    """The error for a body over the limit."""
+    return TooLarge(f"The body is larger than {max_bytes} bytes (limits.body_bytes).")
+
+
 class GatewayConnection(TrioASGIHTTPConnection):
     """One HTTP request to the gateway."""
 
@@ -269,6 +330,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         given = next((value for name, value in self.scope["headers"] if name.lower() == b"x-request-id"), b"")
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
         down = Downstream(send, [(b"x-request-id", request_id.encode())])
+        inbound = Inbound(receive)
         try:
             head = Head(self.scope)
             down = Downstream(send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)])
@@ -278,18 +340,18 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 authorize(head, config)
             endpoint = ENDPOINTS.get(head.path)
             if endpoint is None:
-                await self._control_plane(receive, down)
+                await self._control_plane(inbound, down)
             else:
-                await self._data_plane(endpoint, head, request_id, receive, down)
+                await self._data_plane(endpoint, head, request_id, inbound, down)
         except GatewayError as error:
             log.info("refused", request_id=request_id, path=self.scope["path"], status=error.status, code=error.code)
-            await _refuse(error, receive, down)
+            await _refuse(error, inbound, down)
         except Exception:
             log.exception("request_crashed", request_id=request_id, path=self.scope["path"])
             if not down.committed:
                 await down.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
 
-    async def _control_plane(self, receive: ASGIReceiveCallable, down: Downstream) -> None:
+    async def _control_plane(self, inbound: Inbound, down: Downstream) -> None:
         async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
             if message["type"] == "http.response.start":
                 await down.start(message["status"], list(message["headers"]))
@@ -298,10 +360,10 @@ class GatewayConnection(TrioASGIHTTPConnection):
             else:
                 await down.end(message.get("body", b""))
 
-        await super().__call__(receive, send)
+        await super().__call__(inbound.receive_bounded, send)
 
     async def _data_plane(
-        self, endpoint: Endpoint, head: Head, request_id: str, receive: ASGIReceiveCallable, down: Downstream
+        self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream
     ) -> None:
         gateway = self.app.gateway
         if head.method != "POST":
@@ -313,13 +375,15 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if gateway.draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         limits = gateway.generation.config.limits
-        body = await _read_body(head, receive, max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
+        if (head.content_length or 0) > limits.body_bytes:
+            raise too_large(limits.body_bytes)
+        body = await inbound.read(max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
         if body is None:
             return
         call = decode_call(endpoint, body)
         del body
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch, receive, down, nursery.cancel_scope)
+            nursery.start_soon(_watch, inbound, down, nursery.cancel_scope)
             exchange = Exchange(
                 id=request_id,
                 call=call,
@@ -337,56 +401,23 @@ class GatewayConnection(TrioASGIHTTPConnection):
             nursery.cancel_scope.cancel()
 
 
-async def _watch(receive: ASGIReceiveCallable, down: Downstream, scope: trio.CancelScope) -> None:
+async def _watch(inbound: Inbound, down: Downstream, scope: trio.CancelScope) -> None:
     """Cancels the request when its client leaves before the answer is out."""
-    while (await receive())["type"] != "http.disconnect":
+    while (await inbound.receive())["type"] != "http.disconnect":
         pass
     if not down.ended:
         scope.cancel()
 
 
-async def _read_body(head: Head, receive: ASGIReceiveCallable, *, max_bytes: int, timeout_s: float) -> bytes | None:
-    """Reads the request body, which must end in time and in bounds; None where the client left meanwhile.
-
-    Raises:
-        TooLarge: It is, or is declared, larger than ``max_bytes``.
-        BodyTimeout: It did not end within ``timeout_s``.
-    """
-    too_large = TooLarge(f"The body is larger than {max_bytes} bytes (limits.body_bytes).")
-    if (head.content_length or 0) > max_bytes:
-        raise too_large
-    pieces: list[bytes] = []
-    size = 0
-    with trio.move_on_after(timeout_s or math.inf):
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            piece = message.get("body", b"")
-            size += len(piece)
-            if size > max_bytes:
-                raise too_large
-            pieces.append(piece)
-            if not message.get("more_body", False):
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s (limits.body_timeout_s).")
-
-
-async def _refuse(error: GatewayError, receive: ASGIReceiveCallable, down: Downstream) -> None:
-    """Answers with an error before COMMIT; a body that is still arriving is drained, in bounds, before the end."""
+async def _refuse(error: GatewayError, inbound: Inbound, down: Downstream) -> None:
+    """Answers with an error before COMMIT. A body that is still arriving is drained before the response ends: the
+    client has the whole answer by then (it is as long as it said), and no reset can take it away."""
     if down.committed:
         return
     status, headers, body = error.to_response()
-    down.close = isinstance(error, TooLarge | BodyTimeout | BadRequest)
     await down.start(status, [*headers, (b"content-length", b"%d" % len(body))])
     await down.send(body)
-    drained = 0
-    with trio.move_on_after(_LINGER_S):
-        while drained < _LINGER_BYTES:
-            message = await receive()
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
-            drained += len(message.get("body", b""))
+    await inbound.drain()
     await down.end()
 
 

@@ -3,7 +3,7 @@
 The tree::
 
     GatewayError
-    ├─ CallError            the client's call           BadRequest 400 · Unauthenticated 401 · Forbidden 403
+    ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401 · Forbidden 403
     │                                                   UnknownModel 404 · NotFound 404 · MethodNotAllowed 405
     │                                                   BodyTimeout 408 · TooLarge 413 · UnsupportedMediaType 415
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
@@ -29,6 +29,7 @@ from typing import ClassVar
 import msgspec
 
 Header = tuple[bytes, bytes]
+_CLOSE: Header = (b"connection", b"close")
 
 
 class GatewayError(Exception):
@@ -93,6 +94,16 @@ class BadRequest(CallError):
     code = "invalid_request"
 
 
+class Ambiguous(BadRequest):
+    """The head says something twice, or in two ways; what follows on the connection cannot be trusted."""
+
+    code = "ambiguous_request"
+
+    @property
+    def headers(self) -> list[Header]:
+        return [_CLOSE]
+
+
 class Unauthenticated(CallError):
     """No gateway key, or one that is not known."""
 
@@ -154,12 +165,20 @@ class BodyTimeout(CallError):
     status = 408
     code = "body_timeout"
 
+    @property
+    def headers(self) -> list[Header]:
+        return [_CLOSE]
+
 
 class TooLarge(CallError):
     """The request body is larger than ``limits.body_bytes``."""
 
     status = 413
     code = "body_too_large"
+
+    @property
+    def headers(self) -> list[Header]:
+        return [_CLOSE]
 
 
 class UnsupportedMediaType(CallError):
@@ -309,7 +328,7 @@ class Draining(Fault):
 
     @property
     def headers(self) -> list[Header]:
-        return [(b"retry-after-ms", b"1000"), (b"retry-after", b"1"), (b"connection", b"close")]
+        return [(b"retry-after-ms", b"1000"), (b"retry-after", b"1"), _CLOSE]
 
 
 class Stalled(Fault):

@@ -1,0 +1,407 @@
+"""One client connection: HTTP/1.1 and HTTP/2 by hypercorn's protocol classes, on any Trio stream.
+
+`H11Protocol`, `H2Protocol` and `HTTPStream` are hypercorn's (its version is pinned: this room touches
+their insides). What drives them is here, as hypercorn's own Trio connection changes protocols on
+cleartext, can wait for itself when an app answers early, and never lets go of a stalled peer. The rules:
+
+- **Whoever reads ends the connection.** Other tasks half-close it and leave the rest to the reader,
+  which discards what still arrives, within bounds: closing a socket that has unread input sends a
+  reset, and a reset may overtake the last response.
+- **A send is shielded**, as half a message spoils the connection. A task that sends to a peer that
+  does not read is therefore only freed from outside, by `Connection.abort`.
+- **There is no timer task.** A connection that is idle, or whose request head is not complete, has a
+  deadline on its read; that is the keep-alive timeout, the head timeout and the drain in one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import aclosing, suppress
+from typing import Any, TypeAlias, cast
+
+import attrs
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+import h11
+import structlog
+import trio
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
+from hypercorn.utils import UnexpectedMessageError
+
+from trigate import request_head
+from trigate.config import ServerConfig
+from trigate.errors import BadRequest, Header, Internal
+from trigate.request_head import HeadRefused
+
+log = structlog.get_logger("trigate.server")
+
+# Any: the values of an ASGI message depend on its type, and the specification has no narrower one.
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+Application: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
+Address: TypeAlias = tuple[str, int]
+_Put: TypeAlias = Callable[[Message | None], Awaitable[None]]
+
+READ_BYTES = 64 * 1024
+HANDSHAKE_TIMEOUT_S = 10.0
+LINGER_S = 2.0
+"""How long input is discarded after the last response of a connection."""
+LINGER_BYTES = 1024 * 1024
+QUEUED_MESSAGES = 10
+"""How many pieces of a request body wait for the app before the connection is read no further."""
+
+
+def _refusal(status: int, message: str) -> tuple[list[Header], bytes]:
+    error = BadRequest(message[:300])
+    error.status = status
+    _, headers, body = error.to_response()
+    return [*headers, (b"content-length", b"%d" % len(body))], body
+
+
+class _StrictConnection(h11.Connection):
+    """h11, with each head examined before it is parsed. ``fault``: what the peer did wrong."""
+
+    fault = ""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            if self.their_state is h11.IDLE:
+                request_head.examine(self.trailing_data[0])
+            return super().next_event()
+        except HeadRefused as error:
+            self.fault = error.message
+            raise h11.RemoteProtocolError(error.message, error_status_hint=error.status) from None
+        except h11.RemoteProtocolError as error:
+            self.fault = str(error)
+            raise
+
+
+class _Http1(H11Protocol):
+    """HTTP/1.1 with a strict head, error bodies in OpenAI's shape, and an announced end in a drain.
+
+    The requests that hypercorn answers with a change of protocol do not get past the head.
+    """
+
+    connection: _StrictConnection
+
+    def __init__(self, *args: Any) -> None:  # Any: handed on as they are
+        super().__init__(*args)
+        self.connection = _StrictConnection(
+            h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size
+        )
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response) and self.context.terminated.is_set():
+            event.headers.append((b"connection", b"close"))
+        await super().stream_send(event)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        fault = self.connection.fault
+        log.debug("request_refused", status=status_code, reason=fault, client=self.client)
+        headers, body = _refusal(status_code, fault)
+        headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+class _Http2(H2Protocol):
+    """HTTP/2 (over TLS only) without WebSockets, and without the requests that hypercorn dies of."""
+
+    def __init__(self, *args: Any) -> None:  # Any: handed on as they are
+        super().__init__(*args)
+        codes = h2.settings.SettingCodes
+        self.connection.local_settings = h2.settings.Settings(
+            client=False,
+            initial_values={
+                codes.MAX_CONCURRENT_STREAMS: self.config.h2_max_concurrent_streams,
+                codes.MAX_HEADER_LIST_SIZE: self.config.h2_max_header_list_size,
+            },
+        )
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()  # else an app that waits for room in it waits for ever
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        for event in events:
+            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                self._stop_upload(event)
+                continue
+            await super()._handle_events([event])
+            if isinstance(event, h2.events.RequestReceived | h2.events.StreamReset) and self.idle:
+                await self.send(Updated(idle=True))
+        await self._flush()
+
+    def _stop_upload(self, event: h2.events.DataReceived) -> None:
+        with suppress(h2.exceptions.ProtocolError):
+            self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.NO_ERROR)
+
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        try:
+            request_head.examine_h2(request.headers)
+        except HeadRefused as error:
+            log.debug(
+                "request_refused", status=error.status, reason=error.message, client=self.client
+            )
+            headers, body = _refusal(error.status, error.message)
+            headers += self.config.response_headers("h2")
+            with suppress(h2.exceptions.ProtocolError):
+                self.connection.send_headers(
+                    request.stream_id, [(b":status", b"%d" % error.status), *headers]
+                )
+                self.connection.send_data(request.stream_id, body, end_stream=True)
+            await self._flush()
+        else:
+            await super()._create_stream(request)
+
+
+@attrs.define(eq=False)
+class _AppTasks:
+    """Runs the app for the protocol classes, in the place of hypercorn's ``TaskGroup``.
+
+    Unlike there, the end of a request never waits: a disconnect needs no room in the queue, and once
+    the app has returned, its input is dropped. (Else an app that answers before it has read a long
+    body waits for itself.)
+    """
+
+    _nursery: trio.Nursery
+
+    def spawn(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        self._nursery.start_soon(function, *args)
+
+    async def spawn_app(
+        self, app: AppWrapper, config: HypercornConfig, scope: Message, send: _Put
+    ) -> Send:
+        to_app, inbox = trio.open_memory_channel[Message](config.max_app_queue_size)
+
+        async def put(message: Message) -> None:
+            if message["type"] == "http.disconnect":
+                to_app.close()
+                return
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await to_app.send(message)
+
+        self._nursery.start_soon(self._run, cast(Application, app), scope, inbox, send)
+        return put
+
+    async def _run(
+        self,
+        app: Application,
+        scope: Message,
+        inbox: trio.MemoryReceiveChannel[Message],
+        send: _Put,
+    ) -> None:
+        async def receive() -> Message:
+            try:
+                return await inbox.receive()
+            except trio.EndOfChannel:
+                return {"type": "http.disconnect"}
+
+        crash: ExceptionGroup | None = None
+        with inbox:
+            try:
+                await app(scope, receive, send)
+            except* Exception as group:
+                crash = group
+        if crash is not None:
+            log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
+            await self._apologize(send)
+        await send(None)
+
+    async def _apologize(self, send: _Put) -> None:
+        status, headers, body = Internal("The server failed on this request.").to_response()
+        headers.append((b"content-length", b"%d" % len(body)))
+        with suppress(UnexpectedMessageError):  # a response had begun; it stays cut off
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+
+@attrs.define(eq=False)
+class Connection:
+    """One connection, from its acceptance to its end.
+
+    Args:
+        app: The ASGI app.
+        config: hypercorn's; see `hypercorn_config`.
+        context: hypercorn's; its ``terminated`` says that a drain has begun.
+        state: The lifespan state, copied into the scope of each request.
+        stream: Owned. A `trio.SSLStream` makes it HTTPS, with HTTP/2 if the peer wants it.
+        client: The peer's address, for the scope.
+        server: This end's address, for the scope.
+    """
+
+    _app: Application
+    _config: HypercornConfig
+    _context: WorkerContext
+    _state: Mapping[str, Any]  # Any: whatever the app has put there
+    _stream: trio.abc.Stream
+    client: Address | None = None
+    server: Address | None = None
+    _protocol: H11Protocol | H2Protocol = attrs.field(init=False)
+    _sending: trio.Lock = attrs.field(init=False, factory=trio.Lock)
+    _receiving: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
+    _deadline: float = attrs.field(init=False, default=math.inf)
+    _idle: bool = attrs.field(init=False, default=True)
+    _ending: bool = attrs.field(init=False, default=False)
+
+    async def run(self) -> None:
+        """Serves the connection until it is closed."""
+        async with aclosing(self._stream):
+            secure = isinstance(self._stream, trio.SSLStream)
+            alpn = await self._shake_hands() if secure else "http/1.1"
+            if alpn is None:
+                return
+            async with trio.open_nursery() as nursery:
+                protocol = _Http2 if alpn == "h2" else _Http1
+                self._protocol = protocol(
+                    cast(AppWrapper, self._app),
+                    self._config,
+                    self._context,
+                    cast(TaskGroup, _AppTasks(nursery)),
+                    ConnectionState(dict(self._state)),
+                    secure,
+                    self.client,
+                    self.server,
+                    self._send,
+                )
+                await self._protocol.initiate()
+                self._set_idle(True)
+                await self._read()
+
+    def close_if_idle(self) -> None:
+        """Closes the connection unless it is serving a request."""
+        if self._idle:
+            self._deadline = self._receiving.deadline = -math.inf
+
+    async def abort(self) -> None:
+        """Closes the connection at once, whatever its tasks are doing."""
+        await trio.aclose_forcefully(self._stream)
+
+    async def _shake_hands(self) -> str | None:
+        assert isinstance(self._stream, trio.SSLStream)
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                await self._stream.do_handshake()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
+            log.debug("handshake_failed", client=self.client, reason=repr(error.__cause__ or error))
+            return None
+        return self._stream.selected_alpn_protocol() or "http/1.1"
+
+    async def _read(self) -> None:
+        discarded = 0
+        while discarded <= LINGER_BYTES:
+            with trio.CancelScope(deadline=self._deadline) as self._receiving:
+                try:
+                    data = bytes(await self._stream.receive_some(READ_BYTES))
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    break
+            if self._receiving.cancelled_caught:
+                break
+            if self._ending:
+                discarded += len(data)
+            else:
+                await self._protocol.handle(RawData(data))
+            if not data:
+                break
+        await self._protocol.handle(Closed())
+        if self._ending:
+            await self._stream.aclose()
+
+    async def _send(self, event: Event) -> None:
+        match event:
+            case RawData(data=data):
+                # The lock is under the shield too: the protocol counts these bytes as sent already.
+                with trio.CancelScope(shield=True):
+                    async with self._sending:
+                        try:
+                            await self._stream.send_all(data)
+                            return
+                        except (trio.BrokenResourceError, trio.ClosedResourceError):
+                            pass
+                await self._protocol.handle(Closed())
+            case Closed():
+                await self._end()
+                await self._protocol.handle(Closed())
+            case Updated(idle=idle):
+                self._set_idle(idle)
+
+    def _set_idle(self, idle: bool) -> None:
+        self._idle = idle
+        if self._ending:
+            return
+        if not idle:
+            self._deadline = math.inf
+        elif self._context.terminated.is_set():
+            self._deadline = -math.inf
+        else:
+            self._deadline = trio.current_time() + self._config.keep_alive_timeout
+        self._receiving.deadline = self._deadline
+
+    async def _end(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._deadline = self._receiving.deadline = trio.current_time() + LINGER_S
+        stream = self._stream
+        transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+        if isinstance(transport, trio.abc.HalfCloseableStream):
+            busy_or_gone = (
+                trio.BusyResourceError,
+                trio.BrokenResourceError,
+                trio.ClosedResourceError,
+            )
+            with trio.CancelScope(shield=True), suppress(*busy_or_gone):
+                await transport.send_eof()
+
+
+def hypercorn_config(config: ServerConfig) -> HypercornConfig:
+    """Makes hypercorn's configuration, as far as `Connection` needs one."""
+    made = HypercornConfig()
+    made.accesslog = made.errorlog = None
+    made.include_server_header = False
+    made.keep_alive_timeout = config.keep_alive_timeout_s
+    made.keep_alive_max_requests = sys.maxsize  # HTTP/2 streams are cut when it is reached
+    # Above the limits of `request_head`, which so are those that speak.
+    made.h11_max_incomplete_size = request_head.MAX_LINE_BYTES + request_head.MAX_FIELDS_BYTES + 4
+    made.h2_max_header_list_size = request_head.MAX_FIELDS_BYTES
+    made.max_app_queue_size = QUEUED_MESSAGES
+    return made
+
+
+async def serve_connection(
+    app: Application,
+    stream: trio.abc.Stream,
+    *,
+    config: ServerConfig | None = None,
+    state: Mapping[str, Any] | None = None,
+    client: Address | None = None,
+    server: Address | None = None,
+) -> None:
+    """Serves one connection on any stream (one of a pair of memory streams will do), unguarded.
+
+    Args:
+        app: A Trio-native ASGI app; its lifespan is the caller's business.
+        stream: The server's end. Owned.
+        config: Its timeouts apply.
+        state: The lifespan state.
+        client: The peer's address, for the scope.
+        server: This end's address, for the scope.
+    """
+    settings, context = hypercorn_config(config or ServerConfig()), WorkerContext(None)
+    await Connection(app, settings, context, state or {}, stream, client, server).run()
