@@ -149,12 +149,16 @@ def _run_worker(settings: ServerConfig, adjust: Any, fds: Sequence[int], parent_
 
 
 def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: int | None) -> None:
+    import resource
+
     import trio
 
     from trigate.app import create_app
     from trigate.gateway import open_gateway
     from trigate.server import StartupFailed, run
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream takes two file descriptors
     app = create_app(opener=lambda: open_gateway(adjust=adjust))
     try:
         finished = trio.run(run, app, settings, sockets, parent_fd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import threading
 import time
@@ -198,6 +199,12 @@ class Totals:
     completion_tokens: int = 0
 
 
+def _exchanges_by_descriptors() -> int:
+    """How many exchanges the process has file descriptors for: two each, and some for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (soft - 64) // 2) if soft != resource.RLIM_INFINITY else 10**9
+
+
 class Drain:
     """How the server ends the gateway's work; found in the lifespan state under ``drain``."""
 
@@ -227,6 +234,7 @@ class Gateway:
         self.started_at = trio.current_time()
         self.reload_error: str | None = None
         self._reload_asked = trio.Event()
+        self._descriptor_limit = _exchanges_by_descriptors()
 
     def __repr__(self) -> str:
         return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
@@ -242,11 +250,11 @@ class Gateway:
 
         Raises:
             Draining: The gateway is shutting down.
-            Overloaded: ``limits.max_exchanges`` are in flight.
+            Overloaded: ``limits.max_exchanges`` are in flight, or as many as there are file descriptors for.
         """
         if self.draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
-        limit = exchange.generation.config.limits.max_exchanges
+        limit = min(exchange.generation.config.limits.max_exchanges, self._descriptor_limit)
         if len(self.live) >= limit:
             raise Overloaded(f"{limit} calls are in flight, which is the limit of this gateway.")
         self.live.add(exchange)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from trigate import __version__
+from trigate.errors import GatewayError
 
 if TYPE_CHECKING:
     from trigate.exchange import Exchange
@@ -18,10 +19,9 @@ def startup_lines(gateway: Gateway) -> list[str]:
     """What was found, in two or three lines."""
     generation = gateway.generation
     config = generation.config
-    default = "default: none can serve now"
     try:
         default = f"default is {generation.plan('default')[0]}"
-    except Exception as error:  # the reason is worth a line, whatever it is
+    except GatewayError as error:
         default = f"default cannot serve: {error}"
     found = []
     for name, upstream in generation.upstreams.items():
