@@ -34,14 +34,14 @@ class _LazyApp:
 def _build() -> Any:
     import os
 
-    import sniffio
+    import trio
 
     from trigate import logs
     from trigate.app import create_app
 
     logs.configure(os.environ)
     built = create_app()
-    if sniffio.current_async_library() == "trio":
+    if trio.lowlevel.in_trio_run():
         return built
     from trigate.asyncio_host import AsyncioHost
 

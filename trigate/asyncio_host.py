@@ -39,6 +39,8 @@ Known warts:
 - Trio allows one guest run in a thread: two `AsyncioHost` on one loop are one too many.
 - A loop that is closed without cancelling its tasks abandons the run on it. uvicorn does so when
   SIGTERM reaches it under ``--lifespan off``: it raises the signal again before its loop closes.
+- hypercorn on Python 3.12 and later waits at SIGTERM until its clients have left, whatever its
+  graceful timeout says (its issue 308): nothing of that reaches an app before.
 - uvicorn mistakes an exception out of a lifespan for a missing lifespan and does not show it. So
   the crash of a guest run is logged here, and a second time by servers that do show it.
 """
@@ -90,9 +92,7 @@ class AsyncioHost:
         self._guest: _Guest | None = None
         self._keeper: asyncio.Task[None] | None = None  # asyncio itself holds its tasks weakly
 
-    async def __call__(
-        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serves one call of an asyncio server: its lifespan, a request or a WebSocket.
 
         Raises:
@@ -106,9 +106,7 @@ class AsyncioHost:
         else:
             await self._guest_here().serve(scope, receive, send)
 
-    async def _serve_lifespan(
-        self, scope: LifespanScope, receive: ASGIReceiveCallable, send: ASGISendCallable
-    ) -> None:
+    async def _serve_lifespan(self, scope: LifespanScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         await receive()  # lifespan.startup
         guest = self._start_guest(scope)
         shutdown: asyncio.Future[ASGIReceiveEvent] | None = None
@@ -225,16 +223,12 @@ class _Guest:
             self._lifespan_scope.cancel()
         await _outlast((self.ended,), self._lifespan_scope.cancel)
 
-    async def serve(
-        self, scope: WWWScope, receive: ASGIReceiveCallable, send: ASGISendCallable
-    ) -> None:
+    async def serve(self, scope: WWWScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Runs the app for one request, which starts after the app has."""
         if not self.startup.done():
             await asyncio.wait((self.startup,))
         if self.refusal is not None or self._nursery is None:
-            raise RuntimeError(
-                f"The app cannot serve this request: {self.refusal}."
-            ) from self.crash
+            raise RuntimeError(f"The app cannot serve this request: {self.refusal}.") from self.crash
         if self.state is not None:
             scope = cast("WWWScope", {**scope, "state": self.state.copy()})
         call = _Call(loop=self.loop, server_receive=receive, server_send=send)
@@ -264,18 +258,20 @@ class _Guest:
 
     async def _main(self) -> None:
         to_app, from_server = trio.open_memory_channel["ASGIReceiveEvent"](2)
-        to_app.send_nowait({"type": "lifespan.startup"})
+        await to_app.send({"type": "lifespan.startup"})
         async with trio.open_nursery() as lifespan:
             lifespan.start_soon(self._run_lifespan, from_server)
             async with trio.open_nursery() as self._nursery:
                 await self._closing.wait()
                 for call in self._calls:
                     call.cancel()
-            to_app.send_nowait({"type": "lifespan.shutdown"})
+            await to_app.send({"type": "lifespan.shutdown"})
         if self.crash is not None:
             raise self.crash
 
-    async def _run_lifespan(self, from_server: trio.MemoryReceiveChannel[ASGIReceiveEvent]) -> None:
+    async def _run_lifespan(  # noqa: ASYNC910 - the app waits
+        self, from_server: trio.MemoryReceiveChannel[ASGIReceiveEvent]
+    ) -> None:
         async def receive() -> ASGIReceiveEvent:
             if self.farewell is not None:
                 self._lifespan_scope.cancel()  # it has said its last word: nothing comes any more
@@ -349,7 +345,7 @@ class _Call:
                 self._last_words.cancel()
             self._silence()
             left = [task for task in (self._receiving, self._sending) if task is not None]
-            await _outlast(left, self._silence)
+            await _outlast(left, self._silence)  # noqa: ASYNC102 - asyncio's; that is what it is for
         if self._error is not None:
             raise self._error
 
@@ -372,7 +368,7 @@ class _Call:
 
     # -- Trio's side ------------------------------------------------------------------------------
 
-    async def run(self, app: ASGIFramework, scope: WWWScope) -> None:
+    async def run(self, app: ASGIFramework, scope: WWWScope) -> None:  # noqa: ASYNC910 - the app waits
         """Runs the app. Raises nothing that the app raises."""
         try:
             with self._cancel_scope:
@@ -401,9 +397,7 @@ class _Call:
         await _slept_through(task)
         _result_of(task)
 
-    def _begin(
-        self, call: Callable[[*_Args], Awaitable[_T]], *args: *_Args
-    ) -> asyncio.Task[outcome.Outcome[_T]]:
+    def _begin(self, call: Callable[[*_Args], Awaitable[_T]], *args: *_Args) -> asyncio.Task[outcome.Outcome[_T]]:
         """Begins a call of the server's, in a task that raises nothing: `_result_of` does."""
         if self._silenced:
             raise ConnectionAbortedError("this request is over")
@@ -420,13 +414,14 @@ async def _slept_through(task: asyncio.Task[outcome.Outcome[_T]]) -> None:
 
 
 def _result_of(task: asyncio.Task[outcome.Outcome[_T]]) -> _T:
-    try:
-        return task.result().unwrap()
-    except asyncio.CancelledError:  # of the other world: to Trio it is an error of the server's
-        raise ConnectionAbortedError("the server has ended this request") from None
+    result = outcome.Error(asyncio.CancelledError()) if task.cancelled() else task.result()
+    if isinstance(result, outcome.Error) and isinstance(result.error, asyncio.CancelledError):
+        # Of the other world: to Trio it is an error of the server's.
+        raise ConnectionAbortedError("the server has ended this request")
+    return result.unwrap()
 
 
-async def _outlast(
+async def _outlast(  # noqa: ASYNC910 - asyncio's
     futures: Collection[asyncio.Future[Any]],  # Any: their results are nobody's concern here
     on_cancel: Callable[[], object],
 ) -> None:
@@ -435,7 +430,7 @@ async def _outlast(
     while not all(future.done() for future in futures):
         try:
             await asyncio.wait(futures)
-        except asyncio.CancelledError as error:
+        except asyncio.CancelledError as error:  # noqa: ASYNC103 - raised below
             cancelled = error
             on_cancel()
     if cancelled is not None:

@@ -159,7 +159,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream takes two file descriptors
-    app = create_app(opener=lambda: open_gateway(adjust=adjust))
+    app: Any = create_app(opener=lambda: open_gateway(adjust=adjust))  # Any: Quart types ASGI messages more narrowly
     try:
         finished = trio.run(run, app, settings, sockets, parent_fd)
     except* StartupFailed as failed:
@@ -193,7 +193,8 @@ def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
 def check(config_path: str | None) -> None:
     """Validate the configuration, and print the upstreams, models and routes that it makes.
 
-    Asks no provider anything. Exit code 1 if something is wrong, with every problem on a line of its own.
+    Asks no provider anything (without a file it looks for model servers on this machine).
+    Exit code 1 if something is wrong, with every problem on a line of its own.
     """
     config = _read(config_path)
     click.echo(f"{config.source}: ok")

@@ -29,6 +29,7 @@ Size = NewType("Size", int)
 Count = NewType("Count", int)
 Port = NewType("Port", int)
 Url = NewType("Url", str)
+Rate = NewType("Rate", float)
 TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 
 _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
@@ -82,7 +83,8 @@ class Secret:
 
 @attrs.frozen(kw_only=True)
 class ServerConfig:
-    """``[server]``: where to listen, and how to stop. What stands here needs a restart to change."""
+    """``[server]``: where to listen, and how to stop. Only who may come in (``insecure``, ``allowed_hosts``,
+    ``cors_origins``) follows a reload; the rest needs a restart."""
 
     host: str = "127.0.0.1"
     port: Port = Port(18888)
@@ -130,7 +132,7 @@ class UpstreamConfig:
     context_tokens: Count = Count(4096)
     parallel: Count = Count(2)
     threads: Count | None = None
-    words_per_s: Seconds = Seconds(0.0)
+    words_per_s: Rate = Rate(0.0)
     """``echo``: the pace of the answer, in words a second; 0 = at once."""
 
 
@@ -217,7 +219,7 @@ def _kind_of(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _seconds(value: Any, _: Any) -> float:
+def _not_negative(value: Any, _: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"expected a number, got {_kind_of(value)}")
     if not 0 <= value < 1e9:  # also refuses nan
@@ -243,11 +245,11 @@ def _url(value: Any, _: Any) -> str:
         parts = urlsplit(value)
         _ = parts.port
     except ValueError as error:
-        raise ValueError(f"{value!r} is not a URL: {error}") from None
+        raise ValueError("is not a URL" if "@" in value else f"{value!r} is not a URL: {error}") from None
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{value!r} is not an http:// or https:// URL")
-    if parts.query or parts.fragment or parts.username is not None:
-        raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
     if not value.isascii() or any(c.isspace() for c in value):
         raise ValueError(f"{value!r} has characters that a URL cannot carry")
     return value.rstrip("/")
@@ -281,7 +283,8 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
     converter.register_structure_hook(str, _exactly(str, "a string"))
     converter.register_structure_hook(bool, _exactly(bool, "true or false"))
-    converter.register_structure_hook(Seconds, _seconds)
+    converter.register_structure_hook(Seconds, _not_negative)
+    converter.register_structure_hook(Rate, _not_negative)
     converter.register_structure_hook(Size, _whole(1, 2**40))
     converter.register_structure_hook(Count, _whole(1, 10**6))
     converter.register_structure_hook(Port, _whole(0, 65535))
@@ -377,7 +380,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         upstream = take(UpstreamConfig, value, f"upstreams.{name}")
         if upstream is not None:
             upstreams[name] = upstream
-            problems.extend(f"upstreams.{name}.{problem}" for problem in _kind_problems(upstream))
+            problems.extend(f"upstreams.{name}.{problem}" for problem in _kind_problems(upstream, value))
     models: dict[str, ModelConfig] = {}
     for alias, value in _table(data, "models", problems).items():
         model = take(ModelConfig, value, f"models.{alias}")
@@ -403,18 +406,27 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     )
 
 
-def _kind_problems(upstream: UpstreamConfig) -> list[str]:
+_OF_KIND = {
+    "base_url": "openai",
+    "api_key": "openai",
+    "gguf": "local",
+    "start": "local",
+    "context_tokens": "local",
+    "parallel": "local",
+    "threads": "local",
+    "words_per_s": "echo",
+}
+
+
+def _kind_problems(upstream: UpstreamConfig, table: Mapping[str, Any]) -> list[str]:
     found = []
     if upstream.kind == "openai" and upstream.base_url is None:
         found.append("base_url: required for kind 'openai'")
-    if upstream.kind != "openai":
-        for name in ("base_url", "api_key"):
-            if getattr(upstream, name) is not None:
-                found.append(f"{name}: not used by kind {upstream.kind!r}")
-    if upstream.kind != "local" and upstream.gguf is not None:
-        found.append(f"gguf: not used by kind {upstream.kind!r}")
-    if upstream.kind != "echo" and upstream.words_per_s:
-        found.append(f"words_per_s: not used by kind {upstream.kind!r}")
+    found += [
+        f"{name}: not used by kind {upstream.kind!r}"
+        for name, kind in _OF_KIND.items()
+        if name in table and kind != upstream.kind
+    ]
     for header in upstream.headers:
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
             found.append(f"headers.{header}: not a header name")

@@ -135,6 +135,21 @@ def _hostname(text: str) -> str | None:
         return None
 
 
+def _hops(value: bytes) -> list[str]:
+    """The addresses in an ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239) header.
+
+    >>> _hops(b"10.0.0.1, 127.0.0.1"), _hops(b'for="[2001:db8::1]:80";proto=http, for=192.0.2.1')
+    (['10.0.0.1', '127.0.0.1'], ['2001:db8::1', '192.0.2.1'])
+    """
+    hops = []
+    for hop in value.decode("latin-1").split(","):
+        pairs = [pair.partition("=")[2] for pair in hop.split(";") if pair.strip().lower().startswith("for=")]
+        text = pairs[0] if pairs else hop
+        if text.strip() and (pairs or "=" not in text):
+            hops.append(_hostname(text.strip().strip('"')) or text.strip())
+    return hops
+
+
 def authorize(head: Head, config: Config) -> str | None:
     """Decides whether a request may come in.
 
@@ -163,6 +178,12 @@ def authorize(head: Head, config: Config) -> str | None:
             "This gateway has no key configured, so it serves this machine only. Set TRIGATE_API_KEY (or [keys]) "
             "to serve others, or start it with --insecure."
         )
+    for field in (b"x-forwarded-for", b"forwarded", b"x-real-ip"):
+        if not all(is_loopback(hop) for hop in _hops(head.headers.get(field, b""))):
+            raise Forbidden(
+                f"This request came through a proxy ({field.decode()}), and this gateway has no key configured, so it "
+                "serves this machine only. Set TRIGATE_API_KEY (or [keys]), or start it with --insecure."
+            )
     host = _hostname(head.headers.get(b"host", b"").decode("latin-1"))
     if host and not is_loopback(host) and host not in config.server.allowed_hosts:
         raise Forbidden(
@@ -188,7 +209,7 @@ def _cors_headers(origin: str | None, config: Config) -> list[Header]:
     headers: list[Header] = [(b"vary", b"origin")]
     if origin is not None and cors_allows(origin, config):
         headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
-        headers.append((b"access-control-expose-headers", b"x-request-id, retry-after, x-should-retry"))
+        headers.append((b"access-control-expose-headers", b"x-request-id, retry-after, retry-after-ms, x-should-retry"))
     return headers
 
 
@@ -431,7 +452,7 @@ async def _preflight(head: Head, config: Config, down: Downstream) -> bool:
     await down.respond(
         204,
         [
-            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"access-control-allow-headers", asked if asked.isascii() else b""),
             (b"access-control-max-age", b"600"),
         ],

@@ -17,8 +17,11 @@ import trio
 from trigate import config as configuration
 from trigate import echo, local_model
 from trigate.config import Config, Secret, UpstreamConfig, Url
+from trigate.errors import GatewayError
+from trigate.upstream import Reply
 
 PROBE_TIMEOUT_S = 0.3
+MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 
 
 @attrs.frozen
@@ -74,7 +77,10 @@ def decode_model_list(body: bytes) -> tuple[str, ...]:
     Raises:
         ValueError: It is not a model list.
     """
-    return tuple(dict.fromkeys(item.id for item in _model_list.decode(body).data))
+    try:
+        return tuple(dict.fromkeys(item.id for item in _model_list.decode(body).data))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
@@ -101,13 +107,12 @@ async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]
     async def ask(name: str, port: int) -> None:
         base_url = f"http://127.0.0.1:{port}/v1"
         try:
-            response = await transport.handle_async_request(httpx2.Request("GET", f"{base_url}/models"))
+            reply = Reply(name, await transport.handle_async_request(httpx2.Request("GET", f"{base_url}/models")))
             try:
-                body = await response.aread()
+                models = decode_model_list(await reply.read(MAX_MODEL_LIST_BYTES)) if reply.status == 200 else ()
             finally:
-                await response.aclose()
-            models = decode_model_list(body) if response.status_code == 200 else ()
-        except (httpx2.TransportError, ValueError, OSError):
+                await reply.aclose()
+        except (httpx2.HTTPError, GatewayError, ValueError):
             return
         if models:
             found[name] = UpstreamConfig(base_url=Url(base_url))

@@ -58,8 +58,8 @@ def answer(payload: dict[str, Any]) -> _Answer:
     """
     said = [message.get("content") for message in payload.get("messages", []) if message.get("role") == "user"]
     text = _text_of(said[-1]) if said else ""
-    stops = payload.get("stop") or []
-    for stop in [stops] if isinstance(stops, str) else stops:
+    stop_option = payload.get("stop")
+    for stop in stop_option if isinstance(stop_option, list) else [stop_option]:
         if isinstance(stop, str) and stop:
             text = text.partition(stop)[0]
     words = _WORD.findall(text)
@@ -67,7 +67,7 @@ def answer(payload: dict[str, Any]) -> _Answer:
         words[-1] += text[len("".join(words)) :]
     elif text:
         words = [text]
-    limit = payload.get("max_completion_tokens", payload.get("max_tokens"))
+    limit = payload.get("max_completion_tokens") or payload.get("max_tokens")
     if isinstance(limit, int) and len(words) > limit:
         return _Answer(words=tuple(words[: max(limit, 0)]), finish_reason="length")
     return _Answer(words=tuple(words), finish_reason="stop")
@@ -103,9 +103,10 @@ class EchoTransport(httpx2.AsyncBaseTransport):
         self._count = 0
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        payload = msgspec.json.decode(await request.aread())
+        body = await request.aread()
         if not request.url.path.endswith("/chat/completions"):
             return _refusal(404, f"The echo model serves chat/completions only, not {request.url.path}.", None)
+        payload = msgspec.json.decode(body)
         n = payload.get("n") or 1
         if type(n) is not int or not 1 <= n <= 128:
             return _refusal(400, "n must be an integer from 1 to 128.", "n")
@@ -134,7 +135,8 @@ class EchoTransport(httpx2.AsyncBaseTransport):
         chunks = [chunk(i, {"role": "assistant", "content": ""}) for i in range(n)]
         chunks += [chunk(i, {"content": word}) for word in said.words for i in range(n)]
         chunks += [chunk(i, {}, said.finish_reason) for i in range(n)]
-        if (payload.get("stream_options") or {}).get("include_usage"):
+        options = payload.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             chunks.append({**head, "choices": [], "usage": _usage(payload, said, n)})
         events = [b"data: " + msgspec.json.encode(each) + b"\n\n" for each in chunks]
         events.append(b"data: [DONE]\n\n")

@@ -9,11 +9,13 @@ The tree::
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · Garbled 502* · Truncated 502*
-    └─ Fault                the gateway, or its state   Overloaded 503 · Draining 503 · Stopped 503 · Internal 500
+    │                                                   Reported 502* (an error event of its stream)
+    └─ Fault                the gateway, or its state   Overloaded 503 · Draining 503 · Stalled 503 · Internal 500
 
-``*`` = retryable: another target may be tried, but only before COMMIT (the moment at which the status line is sent).
+``*`` = retryable: another target may be tried, as long as nothing of an answer has been sent.
 
-Two renderers, and no third: `GatewayError.to_response` before COMMIT, `GatewayError.to_frame` after it. Constructing
+Two renderers, and no third: `GatewayError.to_response` before COMMIT (the moment at which the status line is sent),
+`GatewayError.to_frame` after it. Constructing
 an error never logs; whoever ends the request logs once. ``code`` comes from a closed set (`CODES`), so that it can
 be a metric label and a thing that people search the documentation for.
 
@@ -278,6 +280,26 @@ class Garbled(UpstreamError):
 
     status = 502
     code = "upstream_garbled"
+
+
+class Reported(UpstreamError):
+    """The provider sent an error as an event of its stream; the client gets it as it came.
+
+    Args:
+        error: The value of the event's ``error`` key.
+    """
+
+    status = 502
+    code = "upstream_error"
+
+    def __init__(self, upstream: str, error: object) -> None:
+        message = error.get("message") if isinstance(error, dict) else error
+        super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
+        self._error = error if isinstance(error, dict) else {}
+
+    @property
+    def payload(self) -> dict[str, object]:
+        return {**super().payload, **self._error}
 
 
 class Truncated(UpstreamError):

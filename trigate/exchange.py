@@ -16,6 +16,7 @@ The rules:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -126,6 +127,7 @@ class Exchange:
     _attempt_at: float = math.inf
     _heard_at: float = math.inf
     _relayed: bool = False
+    _reading: bool = False
 
     @property
     def age_s(self) -> float:
@@ -143,7 +145,7 @@ class Exchange:
         try:
             with self.gateway.admit(self):
                 plan = self.generation.plan(self.call.model)
-                nursery.start_soon(self._timers)
+                nursery.start_soon(self._timers, nursery, plan)
                 await self._try(plan)
             self.outcome = "complete"
         except GatewayError as error:
@@ -157,18 +159,20 @@ class Exchange:
             self._settle()
 
     async def _try(self, plan: tuple[Target, ...]) -> None:
-        for index, target in enumerate(plan):
+        for target in plan:
+            ended: str | None = "cancelled"
             try:
                 await self._attempt(target)
+                ended = None
+                return
             except GatewayError as error:
-                self.attempts.append(Attempt(target=target, error=error.code))
-                last = index == len(plan) - 1
+                ended = error.code
+                last = target is plan[-1]
                 if last or self._relayed or not error.retryable or self._total_left_s() <= 0:
                     raise
                 log.info("attempt_failed", request_id=self.id, target=str(target), error=error.message)
-            else:
-                self.attempts.append(Attempt(target=target))
-                return
+            finally:
+                self.attempts.append(Attempt(target=target, error=ended))
 
     async def _attempt(self, target: Target) -> None:
         self.target = target
@@ -224,8 +228,7 @@ class Exchange:
         reader = StreamReader(self.call.endpoint, model=self.call.model, upstream=name)
         held = b""
         while True:
-            piece = await reply.receive()
-            self._heard_at = trio.current_time()
+            piece = await self._receive(reply)
             if piece is None:
                 raise Truncated(f"The upstream {name} ended its stream before it was complete.")
             try:
@@ -268,6 +271,14 @@ class Exchange:
             if reader.error is not None:
                 raise reader.error
 
+    async def _receive(self, reply: Reply) -> bytes | None:
+        self._reading = True
+        try:
+            return await reply.receive()
+        finally:
+            self._reading = False
+            self._heard_at = trio.current_time()
+
     async def _answer(self, reply: Reply) -> None:
         """Takes a JSON answer whole, and sends it on under the public model id."""
         self.phase = "reading"
@@ -284,8 +295,7 @@ class Exchange:
         limit = self.generation.config.limits.response_bytes
         pieces = []
         size = 0
-        while (piece := await reply.receive()) is not None:
-            self._heard_at = trio.current_time()
+        while (piece := await self._receive(reply)) is not None:
             size += len(piece)
             if size > limit:
                 raise Garbled(f"The upstream answered with more than {limit} bytes.")
@@ -298,8 +308,7 @@ class Exchange:
         headers: list[Header] = [(b"content-type", (reply.content_type or "application/octet-stream").encode())]
         if "content-length" in reply.headers and "content-encoding" not in reply.headers:
             headers.append((b"content-length", reply.headers["content-length"].encode()))
-        while (piece := await reply.receive()) is not None:
-            self._heard_at = trio.current_time()
+        while (piece := await self._receive(reply)) is not None:
             if not self._relayed:
                 self._relayed = True
                 self._attempt_at = math.inf
@@ -315,7 +324,7 @@ class Exchange:
 
     async def _finish(self, reply: Reply) -> None:
         """Reads what is left of the upstream's framing, so that its connection can serve the next call."""
-        with trio.move_on_after(_REST_S):
+        with trio.move_on_after(_REST_S), contextlib.suppress(GatewayError):
             while await reply.receive() is not None:
                 pass
 
@@ -342,22 +351,26 @@ class Exchange:
     def _cut_error(self) -> GatewayError:
         error = self._cut
         assert error is not None, "the upstream half is cancelled by cut() only"
-        if isinstance(error, UpstreamTimeout) and error.phase == "first_token":
-            self._cut = None  # the next target has its own first-token deadline
+        if isinstance(error, UpstreamTimeout) and error.phase != "total":
+            self._cut = None  # the next target has deadlines of its own
         return error
 
     def _total_left_s(self) -> float:
         return self._timeout_s("total") - self.age_s
 
-    async def _timers(self) -> None:
+    async def _timers(self, nursery: trio.Nursery, plan: tuple[Target, ...]) -> None:
         """Watches every limit in time of this exchange; ends with it.
 
-        It sleeps until the next one is due, and never longer than the shortest of them: whatever starts to run
+        It sleeps until the next one is due, and never longer than the shortest of them all: whatever starts to run
         meanwhile cannot be due before it looks again. So a piece of the stream costs a timestamp, not a timer.
         """
-        limits = self.generation.config.limits
+        config = self.generation.config
+        phases: tuple[TimeoutPhase, ...] = ("first_token", "idle", "total")
+        shortest = min(config.timeout_s(target.upstream, phase) for target in plan for phase in phases)
+        limits = config.limits
         keep_alive_s = (limits.keep_alive_s or math.inf) if self.call.stream else math.inf
         stall_s = limits.stall_timeout_s or math.inf
+        shortest = min(shortest, keep_alive_s, stall_s)
         down = self.down
         while True:
             now = trio.current_time()
@@ -376,13 +389,16 @@ class Exchange:
                     await self._expire(deadline, timeout_s)
             quiet_since = math.inf if sending else max(down.last_sent_at, self.started_at)
             if quiet_since + keep_alive_s <= now and self._cut is None and self.phase != "ending":
-                if not down.committed:
-                    await down.start(200, STREAM_HEADERS)
-                await down.send(sse.comment("keep-alive"))
-                continue
+                # In a task of its own: the client may not read, and the stall limit holds for this send too.
+                nursery.start_soon(self._keep_alive)
+                quiet_since = now
             due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
-            shortest = min(keep_alive_s, *(timeout_s for _, _, timeout_s in deadlines))
             await trio.sleep_until(min([now + shortest, *(at for at in due if at > now)]))
+
+    async def _keep_alive(self) -> None:
+        if not self.down.committed:
+            await self.down.start(200, STREAM_HEADERS)
+        await self.down.send(sse.comment("keep-alive"))
 
     def _timeout_s(self, phase: TimeoutPhase) -> float:
         config = self.generation.config
@@ -403,7 +419,7 @@ class Exchange:
             case "stall":
                 reply = self._reply
                 self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
-                if reply is not None:
+                if reply is not None and not self._reading:
                     # The relay sits in a shielded send, where no cancellation reaches it: close from here.
                     await reply.aclose()
 

@@ -165,7 +165,7 @@ async def _refresh_models(upstream: Upstream, first_look: trio.Event) -> None:
                 async with upstream.open("GET", "/models") as reply:
                     if reply.status != 200:
                         raise await upstream.error_of(reply)
-                    body = await reply.read(16 * 1024 * 1024)
+                    body = await reply.read(discovery.MAX_MODEL_LIST_BYTES)
                 try:
                     upstream.models = discovery.decode_model_list(body)
                 except ValueError as error:

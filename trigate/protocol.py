@@ -33,7 +33,7 @@ from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.events import Response
-from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h2 import BUFFER_LOW_WATER, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
@@ -84,7 +84,7 @@ class _StrictConnection(h11.Connection):
             self.fault = error.message
             raise h11.RemoteProtocolError(error.message, error_status_hint=error.status) from None
         except h11.RemoteProtocolError as error:
-            self.fault = str(error)
+            self.fault = str(error).partition(": bytearray(")[0]
             raise
 
 
@@ -98,9 +98,7 @@ class _Http1(H11Protocol):
 
     def __init__(self, *args: Any) -> None:  # Any: handed on as they are
         super().__init__(*args)
-        self.connection = _StrictConnection(
-            h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size
-        )
+        self.connection = _StrictConnection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and self.context.terminated.is_set():
@@ -112,9 +110,25 @@ class _Http1(H11Protocol):
         log.debug("request_refused", status=status_code, reason=fault, client=self.client)
         headers, body = _refusal(status_code, fault)
         headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
-        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
-        await self._send_h11_event(h11.Data(data=body))
-        await self._send_h11_event(h11.EndOfMessage())
+        response = h11.Response(status_code=status_code, headers=headers)
+        data = b""  # as one piece: the app, in its own task, may be about to answer as well
+        with suppress(h11.LocalProtocolError):  # the answer to HEAD has no body
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                data += self.connection.send(event) or b""
+        await self.send(RawData(data))
+
+
+class _Buffer(StreamBuffer):
+    """hypercorn's buffer of a response, but it makes its app wait also while the client's window is shut."""
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
 
 
 class _Http2(H2Protocol):
@@ -156,19 +170,17 @@ class _Http2(H2Protocol):
         try:
             request_head.examine_h2(request.headers)
         except HeadRefused as error:
-            log.debug(
-                "request_refused", status=error.status, reason=error.message, client=self.client
-            )
+            log.debug("request_refused", status=error.status, reason=error.message, client=self.client)
             headers, body = _refusal(error.status, error.message)
             headers += self.config.response_headers("h2")
             with suppress(h2.exceptions.ProtocolError):
-                self.connection.send_headers(
-                    request.stream_id, [(b":status", b"%d" % error.status), *headers]
-                )
+                self.connection.send_headers(request.stream_id, [(b":status", b"%d" % error.status), *headers])
                 self.connection.send_data(request.stream_id, body, end_stream=True)
             await self._flush()
         else:
             await super()._create_stream(request)
+            # The app has only been scheduled: nothing is in the other buffer yet.
+            self.stream_buffers[request.stream_id] = _Buffer(self.context.event_class)
 
 
 @attrs.define(eq=False)
@@ -185,9 +197,7 @@ class _AppTasks:
     def spawn(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         self._nursery.start_soon(function, *args)
 
-    async def spawn_app(
-        self, app: AppWrapper, config: HypercornConfig, scope: Message, send: _Put
-    ) -> Send:
+    async def spawn_app(self, app: AppWrapper, config: HypercornConfig, scope: Message, send: _Put) -> Send:
         to_app, inbox = trio.open_memory_channel[Message](config.max_app_queue_size)
 
         async def put(message: Message) -> None:
@@ -295,13 +305,14 @@ class Connection:
 
     async def _shake_hands(self) -> str | None:
         assert isinstance(self._stream, trio.SSLStream)
-        try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+        with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as self._receiving:
+            try:
                 await self._stream.do_handshake()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
-            log.debug("handshake_failed", client=self.client, reason=repr(error.__cause__ or error))
-            return None
-        return self._stream.selected_alpn_protocol() or "http/1.1"
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                log.debug("handshake_failed", client=self.client, reason=repr(error.__cause__ or error))
+            else:
+                return self._stream.selected_alpn_protocol() or "http/1.1"
+        return None
 
     async def _read(self) -> None:
         discarded = 0
@@ -326,20 +337,36 @@ class Connection:
     async def _send(self, event: Event) -> None:
         match event:
             case RawData(data=data):
-                # The lock is under the shield too: the protocol counts these bytes as sent already.
-                with trio.CancelScope(shield=True):
-                    async with self._sending:
-                        try:
-                            await self._stream.send_all(data)
-                            return
-                        except (trio.BrokenResourceError, trio.ClosedResourceError):
-                            pass
-                await self._protocol.handle(Closed())
+                if not await self._write(data):
+                    await self._protocol.handle(Closed())
             case Closed():
-                await self._end()
+                if not self._ending:
+                    self._ending = True
+                    self._deadline = self._receiving.deadline = trio.current_time() + LINGER_S
+                    if not self._sending.locked():  # else `_write` does it
+                        await self._half_close()
                 await self._protocol.handle(Closed())
             case Updated(idle=idle):
                 self._set_idle(idle)
+
+    async def _write(self, data: bytes) -> bool:
+        # The lock is under the shield too: the protocol counts these bytes as sent already.
+        with trio.CancelScope(shield=True):
+            async with self._sending:
+                try:
+                    await self._stream.send_all(data)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    return False
+                if self._ending and not self._sending.statistics().tasks_waiting:
+                    await self._half_close()
+        return True
+
+    async def _half_close(self) -> None:
+        stream = self._stream
+        transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+        if isinstance(transport, trio.abc.HalfCloseableStream):
+            with trio.CancelScope(shield=True), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await transport.send_eof()
 
     def _set_idle(self, idle: bool) -> None:
         self._idle = idle
@@ -352,22 +379,6 @@ class Connection:
         else:
             self._deadline = trio.current_time() + self._config.keep_alive_timeout
         self._receiving.deadline = self._deadline
-
-    async def _end(self) -> None:
-        if self._ending:
-            return
-        self._ending = True
-        self._deadline = self._receiving.deadline = trio.current_time() + LINGER_S
-        stream = self._stream
-        transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-        if isinstance(transport, trio.abc.HalfCloseableStream):
-            busy_or_gone = (
-                trio.BusyResourceError,
-                trio.BrokenResourceError,
-                trio.ClosedResourceError,
-            )
-            with trio.CancelScope(shield=True), suppress(*busy_or_gone):
-                await transport.send_eof()
 
 
 def hypercorn_config(config: ServerConfig) -> HypercornConfig:

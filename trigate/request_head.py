@@ -63,9 +63,7 @@ def examine(data: bytes) -> None:
     if len(line) > MAX_LINE_BYTES:
         raise HeadRefused(414, f"The request line is longer than {MAX_LINE_BYTES} bytes.")
     if len(rest) > MAX_FIELDS_BYTES:
-        raise HeadRefused(
-            431, f"The header fields have more than {MAX_FIELDS_BYTES} bytes together."
-        )
+        raise HeadRefused(431, f"The header fields have more than {MAX_FIELDS_BYTES} bytes together.")
     if not end:
         return
     lines = data[: end.end()].split(b"\n")[:-2]
@@ -83,9 +81,7 @@ def examine(data: bytes) -> None:
         raise HeadRefused(400, "The Host header is not a host.")
     if method == b"CONNECT":
         raise HeadRefused(501, "This server is not a proxy: it does not know CONNECT.")
-    protocols = {
-        token.strip().lower() for value in fields.get(b"upgrade", []) for token in value.split(b",")
-    }
+    protocols = {token.strip().lower() for value in fields.get(b"upgrade", []) for token in value.split(b",")}
     if b"h2c" in protocols:
         raise HeadRefused(400, "HTTP/2 is spoken over TLS only; leave the Upgrade header out.")
     if b"websocket" in protocols:

@@ -114,7 +114,9 @@ def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[
         except GatewayError:
             ids["default"] = "trigate"
     for alias, targets in aliases.items():
-        ids[alias] = targets[0].upstream
+        usable = [target.upstream for target in targets if upstreams[target.upstream].unusable is None]
+        if usable:
+            ids[alias] = usable[0]
     for name, known in upstreams.items():
         if known.unusable is None:
             for model in known.models:

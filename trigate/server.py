@@ -6,7 +6,7 @@ warning in the log. (Under hypercorn's Trio worker one malformed request can end
 **The end, in order**: the app is told (`Drainable.begin`); no new connections; idle ones are closed;
 running exchanges may finish within ``drain_timeout_s``; the rest are told to end (`Drainable.cut`) and
 get `CUT_TIMEOUT_S` for their last words; what is left is aborted. A task that sends to a peer which
-does not read is shielded, so `_Server.abort` is the one thing that always ends a connection, and
+does not read is shielded, so `Connection.abort` is the one thing that always ends a connection, and
 every way out of `serve` goes through it.
 """
 
@@ -53,6 +53,7 @@ __all__ = [
 log = structlog.get_logger("trigate.server")
 
 CUT_TIMEOUT_S = 2.0
+ABORT_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 10.0
 ACCEPT_PAUSE_S = 0.1
 SLICE = 100
@@ -102,8 +103,8 @@ class Drained:
 async def open_lifespan(app: Application) -> AsyncIterator[dict[str, Any]]:
     """Runs the ASGI lifespan of an app around a block, and gives its ``state``.
 
-    An app that raises on a lifespan scope before it completes its start-up has no lifespan, says the specification, and is
-    served without one. What an app raises later ends the block.
+    An app that raises on a lifespan scope before it completes its start-up has no lifespan, says the
+    specification, and is served without one. What an app raises later ends the block.
 
     Raises:
         StartupFailed: The app said that its start-up failed.
@@ -115,6 +116,7 @@ async def open_lifespan(app: Application) -> AsyncIterator[dict[str, Any]]:
 
     async def send(message: Message) -> None:
         nonlocal failure
+        await trio.lowlevel.checkpoint()
         match message["type"]:
             case "lifespan.startup.complete":
                 started.set()
@@ -172,9 +174,7 @@ def open_sockets(config: ServerConfig) -> list[socket.socket]:
     """
     where = f"{config.host}:{config.port}"
     try:
-        found = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ListenError(f"{where} cannot be listened on: {reason}") from None
@@ -184,9 +184,7 @@ def open_sockets(config: ServerConfig) -> list[socket.socket]:
     try:
         for family, address in dict.fromkeys((each[0], each[4]) for each in found):
             try:
-                sock = _listen(
-                    family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1
-                )
+                sock = _listen(family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1)
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
@@ -228,9 +226,7 @@ def _listen(family: int, address: Any, config: ServerConfig, *, only_v6: bool) -
 def _why_not(where: str, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return (
-                f"{where} is in use by another program (choose another port, or stop that program)"
-            )
+            return f"{where} is in use by another program (choose another port, or stop that program)"
         case errno.EACCES | errno.EPERM:
             return f"{where} is forbidden to this user (ports under 1024 need a privilege)"
         case errno.EADDRNOTAVAIL:
@@ -269,6 +265,36 @@ class _Server:
     def __attrs_post_init__(self) -> None:
         self._hypercorn = hypercorn_config(self.config)
 
+    async def run(
+        self,
+        sockets: Sequence[socket.socket],
+        stop: trio.Event,
+        task_status: trio.TaskStatus[list[str]],
+    ) -> Drained:
+        """Serves on these sockets until ``stop`` is set, then drains."""
+        scheme = "https" if self.tls else "http"
+        urls = [f"{scheme}://{_show(sock.getsockname())}" for sock in sockets]
+        drain = self.state.get("drain")
+        async with trio.open_nursery() as connections:
+            try:
+                async with trio.open_nursery() as accepting:
+                    for sock in sockets:
+                        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+                        accepting.start_soon(self.accept, listener, connections)
+                    log.info(f"Listening on {', '.join(urls)}")
+                    task_status.started(urls)
+                    await stop.wait()
+                    accepting.cancel_scope.cancel()
+                for sock in sockets:
+                    sock.close()
+                drained = await self._drain(drain if isinstance(drain, Drainable) else None)
+            finally:
+                with trio.move_on_after(ABORT_TIMEOUT_S, shield=True):
+                    for connection in list(self._live):
+                        await connection.abort()
+                connections.cancel_scope.cancel()
+        return drained
+
     async def accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
         """Accepts connections for ever; want of file descriptors or memory only slows it down."""
         failures, told_at = 0, -math.inf
@@ -281,9 +307,7 @@ class _Server:
                 failures += 1
                 if trio.current_time() >= told_at + 1.0:
                     reason = errno.errorcode[error.errno]
-                    log.warning(
-                        "accept_failed", reason=reason, times=failures, connections=len(self._live)
-                    )
+                    log.warning("accept_failed", reason=reason, times=failures, connections=len(self._live))
                     failures, told_at = 0, trio.current_time()
                 await trio.sleep(ACCEPT_PAUSE_S)
             else:
@@ -298,14 +322,8 @@ class _Server:
         except OSError:  # reset before it was accepted
             stream.socket.close()
             return
-        secured = (
-            trio.SSLStream(stream, self.tls, server_side=True, https_compatible=True)
-            if self.tls
-            else stream
-        )
-        connection = Connection(
-            self.app, self._hypercorn, self._context, self.state, secured, client, server
-        )
+        secured = trio.SSLStream(stream, self.tls, server_side=True, https_compatible=True) if self.tls else stream
+        connection = Connection(self.app, self._hypercorn, self._context, self.state, secured, client, server)
         self._live.add(connection)
         connections.start_soon(self.run_connection, connection)
 
@@ -320,34 +338,25 @@ class _Server:
             if not self._live:
                 self._quiet.set()
 
-    async def drain(self) -> Drained:
-        """Lets the connections end, in the order that this module's docstring gives."""
+    async def _drain(self, drain: Drainable | None) -> Drained:
         began = len(self._live)
         log.info("draining", connections=began, timeout_s=self.config.drain_timeout_s)
+        if drain is not None:
+            drain.begin()
         await self._context.terminated.set()
-        await self._in_slices(Connection.close_if_idle)
+        for number, connection in enumerate(list(self._live), 1):
+            connection.close_if_idle()
+            if number % SLICE == 0:
+                await trio.lowlevel.checkpoint()
         await self._wait_quiet(self.config.drain_timeout_s)
         late = len(self._live)
-        if late and isinstance(drain := self.state.get("drain"), Drainable):
+        if late and drain is not None:
             drain.cut()
             await self._wait_quiet(CUT_TIMEOUT_S)
         left = len(self._live)
-        await self.abort()
         drained = Drained(finished=began - late, cut=late - left, forced=left)
         log.info("drained", **attrs.asdict(drained))
         return drained
-
-    async def abort(self) -> None:
-        """Closes every connection at once. Not cancellable: its tasks may be where only this reaches them."""
-        with trio.CancelScope(shield=True):
-            for connection in list(self._live):
-                await connection.abort()
-
-    async def _in_slices(self, close: Callable[[Connection], None]) -> None:
-        for number, connection in enumerate(list(self._live), 1):
-            close(connection)
-            if number % SLICE == 0:
-                await trio.lowlevel.checkpoint()
 
     async def _wait_quiet(self, timeout_s: float) -> None:
         if self._live:
@@ -364,7 +373,7 @@ async def serve(
     app: Application,
     config: ServerConfig,
     *,
-    stop: trio.Event,
+    stop: trio.Event | None = None,
     sockets: Sequence[socket.socket] | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> Drained:
@@ -375,7 +384,7 @@ async def serve(
         config: Where and how.
         sockets: Sockets that already listen (see `open_sockets`), instead of those that the config names. Owned: closed
             when the drain begins.
-        stop: Set it to begin the drain.
+        stop: Set it to begin the drain. Without one, it serves until it is cancelled.
         task_status: Started with the base URLs, once connections are accepted.
 
     Returns:
@@ -390,38 +399,12 @@ async def serve(
     listening = list(sockets) if sockets is not None else open_sockets(config)
     try:
         async with open_lifespan(app) as state:
-            return await _serve(_Server(app, config, tls, state), listening, stop, task_status)
+            return await _Server(app, config, tls, state).run(
+                listening, trio.Event() if stop is None else stop, task_status
+            )
     finally:
         for sock in listening:
             sock.close()
-
-
-async def _serve(
-    server: _Server,
-    sockets: Sequence[socket.socket],
-    stop: trio.Event,
-    task_status: trio.TaskStatus[list[str]],
-) -> Drained:
-    scheme = "https" if server.tls else "http"
-    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
-    async with trio.open_nursery() as connections:
-        try:
-            async with trio.open_nursery() as accepting:
-                for listener in listeners:
-                    accepting.start_soon(server.accept, listener, connections)
-                urls = [f"{scheme}://{_show(sock.getsockname())}" for sock in sockets]
-                log.info(f"Listening on {', '.join(urls)}")
-                task_status.started(urls)
-                await stop.wait()
-                accepting.cancel_scope.cancel()
-            if isinstance(drain := server.state.get("drain"), Drainable):
-                drain.begin()
-            for sock in sockets:
-                sock.close()
-            return await server.drain()
-        finally:
-            await server.abort()
-            connections.cancel_scope.cancel()
 
 
 def _show(name: Any) -> str:

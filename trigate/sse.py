@@ -95,6 +95,16 @@ def data_of(event: bytes) -> bytes | None:
     return b"\n".join(found) if found else None
 
 
+def with_data(event: bytes, data: bytes) -> bytes:
+    r"""Returns the event with other data (of one line), its other fields as they are.
+
+    >>> with_data(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n", b"c")
+    b'event: x\ndata: c\n\n'
+    """
+    others = [line for line in _LINE.split(event) if line and line.partition(b":")[0] != b"data"]
+    return b"\n".join([*others, b"data: " + data]) + b"\n\n"
+
+
 def comment(text: str) -> bytes:
     r"""Makes a comment line.
 

@@ -30,7 +30,7 @@ SETTLED_S = 5.0
 EARLY_DEATHS = 3
 BACKOFF_S = 0.25
 BACKOFF_MAX_S = 30.0
-STOP_MARGIN_S = 5.0
+STOP_MARGIN_S = 20.0
 """What a worker may take to stop, beyond its drain."""
 
 
@@ -154,9 +154,7 @@ def _how_it_ended(status: int) -> str:
         return f"signal {-status}"
 
 
-async def supervise(
-    command: Sequence[str], sockets: Sequence[socket.socket], config: ServerConfig
-) -> bool:
+async def supervise(command: Sequence[str], sockets: Sequence[socket.socket], config: ServerConfig) -> bool:
     """Runs ``config.workers`` workers until SIGTERM or SIGINT, and stops them.
 
     The first such signal reaches the workers as SIGTERM, and they may drain; a second one, or a drain

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import attrs
@@ -34,6 +35,7 @@ from trigate.routing import Known
 _CLOSE_GRACE_S = 1.0
 _PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
+_INFLATED_BYTES = 1024 * 1024
 
 
 @contextlib.contextmanager
@@ -48,9 +50,9 @@ def _translated(name: str, *, answered: bool) -> Iterator[None]:
     except httpx2.RemoteProtocolError as error:
         if answered:
             raise Truncated(f"The upstream {name} cut its answer: {error}.") from error
+        if "disconnected" in str(error):  # httpcore has no exception of its own for this
+            raise Unavailable(f"The upstream {name} closed the connection before it answered.") from error
         raise Garbled(f"The upstream {name} did not answer with HTTP: {error}.") from error
-    except httpx2.DecodingError as error:
-        raise Garbled(f"The upstream {name} sent a body that cannot be decoded: {error}.") from error
     except httpx2.TransportError as error:
         if answered:
             raise Truncated(f"The upstream {name} broke the connection in its answer.") from error
@@ -71,10 +73,11 @@ class Reply:
         self.status = response.status_code
         self.headers = response.headers
         self.content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        encoding = response.headers.get("content-encoding", "identity").lower()
-        # Identity was asked for; a provider that compresses all the same is decoded (and bounded by the caller).
-        body = response.stream if encoding == "identity" else response.aiter_bytes()
-        self._pieces = aiter(body)  # type: ignore[arg-type]  # an async transport's response has an async stream
+        self._encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        # Identity was asked for; a provider that compresses all the same is decoded, a bounded piece at a time.
+        self._inflate = zlib.decompressobj(wbits=47) if self._encoding in ("gzip", "x-gzip", "deflate") else None
+        self._deflated = b""
+        self._pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's is an async stream
 
     async def receive(self) -> bytes | None:
         """Returns the next piece of the body; None at its end.
@@ -82,6 +85,25 @@ class Reply:
         Raises:
             Truncated: The connection broke, or the framing says that more was to come.
         """
+        if self._inflate is None:
+            return await self._receive_raw()
+        while True:
+            deflated = self._deflated or await self._receive_raw()
+            if deflated is None:
+                if not self._inflate.eof:
+                    raise Truncated(f"The upstream {self._name} cut its compressed answer.")
+                return None
+            try:
+                piece = self._inflate.decompress(deflated, _INFLATED_BYTES)
+            except zlib.error as error:
+                raise Garbled(f"The upstream {self._name} sent a body that cannot be decoded: {error}.") from None
+            self._deflated = self._inflate.unconsumed_tail
+            if piece:
+                return piece
+
+    async def _receive_raw(self) -> bytes | None:
+        if self._encoding != "identity" and self._inflate is None:
+            raise Garbled(f"The upstream {self._name} sent a body encoded as {self._encoding[:50]!r}.")
         with _translated(self._name, answered=True):
             async for piece in self._pieces:
                 if piece:
@@ -156,7 +178,8 @@ class Upstream:
         self.transport = transport
         self.unusable = unusable or config.disabled.get(name)
         self.models: tuple[str, ...] = self.config.models if self.config.models != "discover" else ()
-        self._secrets = tuple(value for value in config.secrets.get(name, {}).values() if len(value) >= 8)
+        values = (value.removeprefix("Bearer ") for value in config.secrets.get(name, {}).values())
+        self._secrets = tuple(value.encode() for value in values if len(value) >= 8)  # a short one is any word
         self._headers = {
             "accept-encoding": "identity",
             "user-agent": "trigate",
@@ -283,7 +306,7 @@ class Upstream:
         except (Truncated, Garbled):
             body = b""
         for secret in self._secrets:  # some providers quote the key that they refuse
-            body = body.replace(secret.removeprefix("Bearer ").encode(), b"[redacted]")
+            body = body.replace(secret, b"[redacted]")
         status, said = reply.status, upstream_message(body)
         passed: tuple[Header, ...] = tuple(
             (name.encode(), reply.headers[name].encode()) for name in _PASSED_ON if name in reply.headers

@@ -20,7 +20,7 @@ import attrs
 import msgspec
 
 from trigate import sse
-from trigate.errors import BadRequest, Garbled, GatewayError
+from trigate.errors import BadRequest, Garbled, GatewayError, Reported
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _any = msgspec.json.Decoder()
@@ -106,12 +106,13 @@ class Call:
 
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id."""
-        return _join(self.fields, model)
+        return _join(self.fields, msgspec.json.encode(model))
 
 
-def _join(fields: Mapping[str, msgspec.Raw], model: str) -> bytes:
+def _join(fields: Mapping[str, msgspec.Raw], model: bytes | None) -> bytes:
+    """Writes an object of its fields; ``model``, as JSON, takes the place of the one in it."""
     parts = [
-        msgspec.json.encode(name) + b":" + (msgspec.json.encode(model) if name == "model" else bytes(value))
+        msgspec.json.encode(name) + b":" + (model if name == "model" and model is not None else bytes(value))
         for name, value in fields.items()
     ]
     return b"{" + b",".join(parts) + b"}"
@@ -229,7 +230,7 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
             f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
         )
     usage = _usage(_decode_any(bytes(fields["usage"]))) if "usage" in fields else None
-    return (_join(fields, model) if "model" in fields else body), usage
+    return (_join(fields, msgspec.json.encode(model)) if "model" in fields else body), usage
 
 
 def _decode_any(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON
@@ -237,9 +238,6 @@ def _decode_any(data: bytes) -> Any:  # Any: JSON of any shape; None where it is
         return _any.decode(data)
     except (ValueError, RecursionError):
         return None
-
-
-_MODEL = re.compile(rb'"model"(\s*):(\s*)"((?:[^"\\]|\\.)*)"')
 
 
 class StreamReader:
@@ -269,7 +267,7 @@ class StreamReader:
         Sets ``complete`` at the stream's last event, and ``error`` at an error event (which is then not returned).
         """
         data = sse.data_of(event)
-        if data is None:
+        if not data:
             return b""  # comments are the upstream's keep-alive; the gateway sends its own
         if self._ends(data):
             self.complete = True
@@ -278,7 +276,7 @@ class StreamReader:
             self._look_into(data)
             if self.error is not None:
                 return b""
-        return self._rename(event)
+        return self._rename(event, data)
 
     def _look_into(self, data: bytes) -> None:
         value = _decode_any(data)
@@ -287,39 +285,57 @@ class StreamReader:
                 self.error = Garbled(f"The upstream {self._upstream} sent an event that is not a JSON object.")
             return
         if value.get("error") and not self.complete:
-            self.error = StreamedError(self._upstream, value["error"])
+            self.error = Reported(self._upstream, value["error"])
+            return
+        if value.get("type") == "error":  # the responses API says it beside the type
+            self.error = Reported(self._upstream, {k: v for k, v in value.items() if k != "type"})
             return
         inner = value.get("response")
         usage = _usage(value.get("usage")) or (_usage(inner.get("usage")) if isinstance(inner, dict) else None)
         self.usage = usage or self.usage
         self.has_content = self.has_content or _carries_content(value)
 
-    def _rename(self, event: bytes) -> bytes:
-        # Inside a JSON string every quote is escaped, so `"model":"` can only be a key and its value: text that quotes
-        # JSON has `\"model\":\"` and is left alone.
-        if self._needle and self._needle in event:
+    def _rename(self, event: bytes, data: bytes) -> bytes:
+        # Inside a JSON string every quote is escaped, so the bytes `"model"` are a whole string: a key, or a text that
+        # is just that word. Where they stand once and the upstream's id follows, that is the one to replace; where
+        # anything is unusual, the event's top level is taken apart.
+        mentions = data.count(b'"model"')
+        if mentions == 1 and self._needle and self._needle in event:
             return event.replace(self._needle, self._replacement, 1)
-        match = _MODEL.search(event)
-        if match is None:
+        if not mentions:
             return event
-        self._needle = match[0]
-        self._replacement = b'"model"' + match[1] + b":" + match[2] + self._public
+        named = _model_of(data)
+        if named is None:
+            return event
+        raw, renamed = named
+        if mentions > 1:
+            return sse.with_data(event, renamed(self._public))
+        match = re.search(rb'("model"\s*:\s*)' + re.escape(raw), event)
+        if match is None:  # cut in two by a line end
+            return event
+        self._needle, self._replacement = match[0], match[1] + self._public
         return event.replace(self._needle, self._replacement, 1)
 
 
-class StreamedError(Garbled):
-    """An error that the upstream sent as an event of a stream; the client gets it as it came."""
+def _model_of(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]] | None:
+    """Finds an event's model id: at its top level, or in the ``response`` of a responses API event.
 
-    code = "upstream_error"
-
-    def __init__(self, upstream: str, error: object) -> None:
-        message = error.get("message") if isinstance(error, dict) else error
-        super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
-        self._error = error if isinstance(error, dict) else None
-
-    @property
-    def payload(self) -> dict[str, object]:
-        return {**super().payload, **self._error} if self._error is not None else super().payload
+    Returns:
+        The id as it stands in the data, quotes and all, and a function that makes the data with another one (as JSON);
+        None where there is no model id.
+    """
+    try:
+        fields = _fields.decode(data)
+        if "model" in fields:
+            raw = bytes(fields["model"])
+            return (raw, lambda public: _join(fields, public)) if raw.startswith(b'"') else None
+        inner = _fields.decode(fields["response"]) if "response" in fields else {}
+    except (ValueError, RecursionError):
+        return None
+    raw = bytes(inner.get("model", b""))
+    if not raw.startswith(b'"'):
+        return None
+    return raw, lambda public: _join({**fields, "response": msgspec.Raw(_join(inner, public))}, None)
 
 
 def _carries_content(value: dict[str, Any]) -> bool:

@@ -1,0 +1,129 @@
+"""Gateways as people start them: a real process, asked over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import attrs
+
+import trigate
+
+START_S = 20.0
+STOP_S = 15.0
+
+SERVE = (sys.executable, "-m", "trigate", "serve", "--port", "0")
+"""The command that serves, on a port of the system's choice."""
+
+
+def configuration(upstream: str, *, more: str = "") -> str:
+    """A configuration in TOML: the scripted upstream as ``mock``, and ``default``."""
+    return f"""
+[upstreams.mock]
+kind = "openai"
+base_url = "{upstream}/v1"
+[models.default]
+targets = ["mock/hello"]
+{more}
+"""
+
+
+@attrs.frozen
+class Gateway:
+    """A running gateway.
+
+    Attributes:
+        url: Without ``/v1``.
+        process: What was started: it, or the parent of its workers.
+        log: What it has written so far, when called.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Callable[[], str]
+
+    def stop(self) -> tuple[int, float]:
+        """Sends SIGTERM; gives the exit code (-N = signal N) and the seconds that it took.
+
+        Raises:
+            subprocess.TimeoutExpired: It is still there after `STOP_S`.
+        """
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_S), time.monotonic() - began
+
+
+def environment(config: Path | None = None, **more: str) -> dict[str, str]:
+    """This process's environment without keys and settings that a gateway would pick up."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.endswith("_API_KEY") and not name.startswith("TRIGATE_") and not name.lower().endswith("_proxy")
+    }
+    root = str(Path(trigate.__file__).parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    env["PYTHONUNBUFFERED"] = "1"
+    if config is not None:
+        env["TRIGATE_CONFIG"] = str(config)
+    return env | more
+
+
+@contextlib.contextmanager
+def run_gateway(
+    config_toml: str, room: Path, *, command: Sequence[str] = SERVE, env: dict[str, str] | None = None
+) -> Iterator[Gateway]:
+    """Runs a gateway until the end of the block.
+
+    Args:
+        config_toml: Its configuration.
+        room: A directory for its files, and the working directory.
+        command: What to run; it names a free port in what it writes.
+        env: Further variables.
+
+    Raises:
+        AssertionError: It did not come up in `START_S`; the message holds what it wrote.
+    """
+    config = room / "trigate.toml"
+    config.write_text(config_toml, encoding="utf-8")
+    log_path = room / "gateway.log"
+
+    def log() -> str:
+        return log_path.read_text(encoding="utf-8", errors="replace")
+
+    with log_path.open("wb") as log_file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            cwd=room,
+            env=environment(config, **(env or {})),
+            start_new_session=True,
+        )
+    try:
+        yield Gateway(_wait_up(process, log), process, log)
+    finally:
+        # The whole group: a parent that is killed leaves its workers behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_up(process: subprocess.Popen[bytes], log: Callable[[], str]) -> str:
+    give_up_at = time.monotonic() + START_S
+    while time.monotonic() < give_up_at and process.poll() is None:
+        found = re.search(r"(?i)(?:listening|running) on (https?://127\.0\.0\.1:[1-9]\d*)", log())
+        if found is not None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{found[1]}/health", timeout=5):
+                return found[1]
+        time.sleep(0.02)
+    how = "it is mute" if process.poll() is None else f"it exited with {process.returncode}"
+    raise AssertionError(f"no gateway: {how}\n{log()}")

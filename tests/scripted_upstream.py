@@ -1,0 +1,320 @@
+"""A scripted OpenAI-compatible upstream for clients of any kind: the synchronous SDK, another interpreter, Node.
+
+It serves on a thread, and its scripts are not fed by the test: the *model id* says what happens. What stands behind
+the first dot of an id only keeps the records of two tests apart: ``endless.a1`` and ``endless.b2`` play the same part.
+
+====================  ==================================================================================================
+``hello``             says `TEXT`, in one piece or word by word
+``tools``             asks for a tool; once a tool's result is in the messages, says it
+``endless``           streams a word every 5 ms, for ever
+``silent``            takes the call and says nothing
+``cut``, ``reset``    streams two words, then closes the connection, or resets it
+``status-N``          refuses with that status and `REFUSAL`; 429 with ``retry-after: 7``
+====================  ==================================================================================================
+
+``GET /seen/MODEL`` tells what reached a model: ``hits``, the ``bodies`` as text, ``open`` (calls that are being served)
+and ``closed_at`` (POSIX time at which the gateway was last seen to have closed a connection, or null).
+
+`provider` scripts the same far end step by step, on Trio; this one is for tests whose clients have no Trio to share.
+Standard library only: `sdk_scenarios` imports it in environments where nothing of this project is installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import json
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+MODELS = ("hello", "org/deep/model", "tools", "endless")
+# U+2028 and U+0085 end a line for careless readers of server-sent events, and may stand raw in JSON.
+WORDS = ("Grüße,", " liebe", "\u2028Welt", " 🌍\u0085!")
+TEXT = "".join(WORDS)
+REFUSAL = {"error": {"message": "said the upstream", "type": "some_type", "param": "p", "code": "some_code"}}
+USAGE = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+SPEECH = bytes(range(256)) * 300
+IMAGE = base64.b64encode(b"not really a picture").decode()
+EMBEDDING = (0.25, -1.5, 3.0)
+TOOL_ARGUMENTS = '{"city": "Köln"}'
+
+
+@dataclasses.dataclass
+class Seen:
+    """What reached one model id."""
+
+    hits: int = 0
+    bodies: list[str] = dataclasses.field(default_factory=list)
+    open: int = 0
+    closed_at: float | None = None
+
+
+class _Gone(Exception):
+    """The gateway closed the connection."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/seen/"):
+            self._json(dataclasses.asdict(self.server.seen_of(self.path.removeprefix("/seen/"))))
+        elif self.path == "/v1/models":
+            rows = [{"id": model, "object": "model", "created": 1, "owned_by": "them"} for model in MODELS]
+            self._json({"object": "list", "data": rows})
+        else:
+            self._json(REFUSAL, 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        call = json.loads(body)
+        with self.server.lock:
+            seen = self.server.seen.setdefault(call["model"], Seen())
+            seen.hits += 1
+            seen.open += 1
+            seen.bodies.append(body)
+        try:
+            self._play(call)
+        except (_Gone, OSError):
+            seen.closed_at = time.time()
+            self.close_connection = True
+        finally:
+            with self.server.lock:
+                seen.open -= 1
+
+    # -- the parts
+
+    def _play(self, call: dict[str, Any]) -> None:
+        part = call["model"].partition(".")[0]
+        if part.startswith("status-"):
+            self._json(REFUSAL, int(part.removeprefix("status-")))
+        elif part == "silent":
+            self._wait_gone(60.0)
+        elif self.path != "/v1/chat/completions":
+            self._other_endpoint(call)
+        elif call.get("stream"):
+            self._chat_stream(call, part)
+        else:
+            self._json(
+                {
+                    "id": "chatcmpl-1",
+                    "object": "chat.completion",
+                    "created": 1,
+                    "model": call["model"],
+                    "choices": [_answer(_message(call, part))],
+                    "usage": USAGE,
+                    "x_unknown": {"kept": [1.0, 1e2]},
+                }
+            )
+
+    def _chat_stream(self, call: dict[str, Any], part: str) -> None:
+        def chunk(**more: Any) -> dict[str, Any]:
+            head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": call["model"]}
+            return {**head, "choices": [], **more}
+
+        self._start_stream()
+        self._event(chunk(choices=[_choice(delta={"role": "assistant", "content": ""})]))
+        if part == "endless":
+            while True:
+                self._event(chunk(choices=[_choice(delta={"content": "word "})]))
+                self._wait_gone(0.005)
+        message = _message(call, part)
+        if message.get("tool_calls"):
+            [tool] = message["tool_calls"]
+            arguments = tool["function"]["arguments"]
+            deltas: list[dict[str, Any]]
+            deltas = [{"tool_calls": [{"index": 0, **tool, "function": {**tool["function"], "arguments": ""}}]}]
+            deltas += [
+                {"tool_calls": [{"index": 0, "function": {"arguments": arguments[at : at + 4]}}]}
+                for at in range(0, len(arguments), 4)
+            ]
+            finish = "tool_calls"
+        else:
+            words = WORDS if message["content"] == TEXT else (message["content"],)
+            deltas = [{"content": word} for word in words]
+            finish = "stop"
+        if part in ("cut", "reset"):
+            for delta in deltas[:2]:
+                self._event(chunk(choices=[_choice(delta=delta)]))
+            time.sleep(0.05)  # a reset must not overtake the words
+            if part == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            self.close_connection = True
+            return
+        for delta in deltas:
+            self._event(chunk(choices=[_choice(delta=delta)]))
+        self._event(chunk(choices=[_choice(delta={}, finish_reason=finish)]))
+        if (call.get("stream_options") or {}).get("include_usage"):
+            self._event(chunk(usage=USAGE))
+        self._event("[DONE]")
+        self._end_stream()
+
+    def _other_endpoint(self, call: dict[str, Any]) -> None:
+        model = call["model"]
+        if self.path == "/v1/audio/speech":
+            self._bytes(SPEECH, "audio/mpeg")
+        elif self.path == "/v1/images/generations":
+            self._json({"created": 1, "data": [{"b64_json": IMAGE}]})
+        elif self.path == "/v1/moderations":
+            self._json({"id": "modr-1", "model": model, "results": [{"flagged": True}]})
+        elif self.path == "/v1/embeddings":
+            encoded = base64.b64encode(struct.pack(f"<{len(EMBEDDING)}f", *EMBEDDING)).decode()
+            vector = encoded if call.get("encoding_format") == "base64" else EMBEDDING
+            row = {"object": "embedding", "index": 0, "embedding": vector}
+            self._json({"object": "list", "model": model, "data": [row], "usage": USAGE})
+        elif self.path == "/v1/completions":
+            head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": model}
+            if not call.get("stream"):
+                choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}
+                self._json({**head, "choices": [choice], "usage": USAGE})
+                return
+            self._start_stream()
+            for word in WORDS:
+                self._event({**head, "choices": [{"index": 0, "text": word, "finish_reason": None}]})
+            self._event("[DONE]")
+            self._end_stream()
+        else:
+            self._responses(call)
+
+    def _responses(self, call: dict[str, Any]) -> None:
+        content = [{"type": "output_text", "text": TEXT, "annotations": []}]
+        answer = {
+            "id": "resp-1",
+            "object": "response",
+            "created_at": 1,
+            "status": "completed",
+            "model": call["model"],
+            "output": [
+                {"type": "message", "id": "msg-1", "status": "completed", "role": "assistant", "content": content}
+            ],
+            "usage": {"input_tokens": 7, "output_tokens": 4, "total_tokens": 11},
+        }
+        if not call.get("stream"):
+            self._json(answer)
+            return
+        self._start_stream()
+        started = {**answer, "status": "in_progress", "output": [], "usage": None}
+        self._event({"type": "response.created", "sequence_number": 0, "response": started}, "response.created")
+        for number, word in enumerate(WORDS, 1):
+            delta = {"item_id": "msg-1", "output_index": 0, "content_index": 0, "delta": word}
+            kind = "response.output_text.delta"
+            self._event({"type": kind, "sequence_number": number, **delta}, kind)
+        self._event({"type": "response.completed", "sequence_number": 9, "response": answer}, "response.completed")
+        self._end_stream()
+
+    # -- the wire
+
+    def _json(self, value: object, status: int = 200) -> None:
+        self._bytes(json.dumps(value, ensure_ascii=False).encode(), "application/json", status)
+
+    def _bytes(self, body: bytes, content_type: str, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("content-type", content_type)
+        self.send_header("content-length", str(len(body)))
+        if status == 429:
+            self.send_header("retry-after", "7")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _start_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+
+    def _event(self, value: object, kind: str = "") -> None:
+        data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        event = (f"event: {kind}\n" if kind else "") + f"data: {data}\n\n"
+        piece = event.encode()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def _end_stream(self) -> None:
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _wait_gone(self, at_most_s: float) -> None:
+        readable, _, _ = select.select([self.connection], [], [], at_most_s)
+        if readable:
+            raise _Gone  # nobody pipelines here: what can be read is the end
+
+
+def _choice(**what: Any) -> dict[str, Any]:
+    return {"index": 0, "logprobs": None, "finish_reason": None, **what}
+
+
+def _answer(message: dict[str, Any]) -> dict[str, Any]:
+    return _choice(message=message, finish_reason="tool_calls" if "tool_calls" in message else "stop")
+
+
+def _message(call: dict[str, Any], part: str) -> dict[str, Any]:
+    if part != "tools":
+        return {"role": "assistant", "content": TEXT}
+    last = call["messages"][-1]
+    if last["role"] == "tool":
+        return {"role": "assistant", "content": f"{last['tool_call_id']} says {last['content']}"}
+    function = {"name": call["tools"][0]["function"]["name"], "arguments": TOOL_ARGUMENTS}
+    tool = {"id": "call-1", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [tool]}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.lock = threading.Lock()
+        self.seen: dict[str, Seen] = {}
+
+    def seen_of(self, model: str) -> Seen:
+        return self.seen.get(model, Seen())
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        # A connection that the gateway gives up while it is idle is no error; all else is.
+        if not isinstance(sys.exc_info()[1], OSError | ValueError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def open_upstream() -> Iterator[str]:
+    """Serves the provider of this module's docstring on a free port; gives its URL, without ``/v1``."""
+    with _Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def seen(upstream: str, model: str) -> dict[str, Any]:
+    """What reached a model of `open_upstream`."""
+    with urllib.request.urlopen(f"{upstream}/seen/{model}", timeout=5) as response:
+        return json.load(response)  # type: ignore[no-any-return]
+
+
+def wait_closed(upstream: str, model: str) -> float:
+    """Waits until the gateway has closed the connection of a model; gives the POSIX time at which it did."""
+    give_up_at = time.monotonic() + 5.0
+    while time.monotonic() < give_up_at:
+        state = seen(upstream, model)
+        if state["closed_at"] is not None and not state["open"]:
+            return float(state["closed_at"])
+        time.sleep(0.005)
+    raise AssertionError(f"the upstream's stream of {model} is still open after 5 s")

@@ -1,0 +1,407 @@
+"""The configuration: what works as it stands, what is refused, and that every fault is told at once by its path."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+
+import attrs
+import pytest
+
+from trigate import config as configuration
+from trigate.config import Config, ConfigError, LimitsConfig, Secret, ServerConfig, UpstreamConfig, Url, locate, read
+
+EXAMPLE = """
+[upstreams.mock]
+kind = "openai"
+base_url = "http://127.0.0.1:9100/v1"
+
+[models.default]
+targets = ["mock/some-model"]
+"""
+SECRET = "sk-very-secret-0123456789"
+MOCK = '[upstreams.mock]\nbase_url = "http://127.0.0.1:9100/v1"\n'
+
+
+def _structure(text: str, env: dict[str, str] | None = None) -> Config:
+    return configuration.structure(tomllib.loads(text), env=env or {}, source="test.toml")
+
+
+def _problems(text: str, env: dict[str, str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        _structure(text, env)
+    assert caught.value.source == "test.toml"
+    return caught.value.problems
+
+
+def test_the_example_works_as_it_stands(tmp_path: Path) -> None:
+    """The smallest configuration: one upstream, and what ``default`` means."""
+    path = tmp_path / "trigate.toml"
+    path.write_text(EXAMPLE)
+    config = read(path, env={})
+    assert config.source == str(path)
+    assert config.upstreams == {"mock": UpstreamConfig(kind="openai", base_url=Url("http://127.0.0.1:9100/v1"))}
+    assert config.models["default"].targets == ("mock/some-model",)
+    assert config.disabled == {}
+    assert config.keys == {}
+    assert config.server.port == 18888
+    assert config.limits.body_bytes == 32 * 1024 * 1024
+    assert config.limits.keep_alive_s == configuration.Seconds(15.0)
+
+
+def test_nothing_is_a_configuration() -> None:
+    """An empty file is the defaults, and those are what the class says."""
+    config = _structure("")
+    assert config == Config(source="test.toml")
+
+
+def test_every_setting_can_be_written() -> None:
+    """Each section's fields are read, integers where seconds are asked for too."""
+    config = _structure(
+        """
+        [server]
+        host = "::1"
+        port = 0
+        workers = 2
+        certfile = "c.pem"
+        keyfile = "k.pem"
+        keep_alive_timeout_s = 5
+        insecure = true
+        allowed_hosts = ["gateway.lan"]
+        cors_origins = ["https://app.example"]
+        [limits]
+        body_bytes = 1000
+        queue_timeout_s = 0.5
+        [upstreams.a]
+        base_url = "https://api.example/v1/"
+        api_key = "k"
+        headers = { X-Team = "t", X-Org = { env = "ORG" } }
+        models = ["m", "org/m"]
+        default_model = "m"
+        max_connections = 3
+        connect_timeout_s = 1
+        [upstreams.b]
+        kind = "local"
+        gguf = "m.gguf"
+        start = "startup"
+        threads = 2
+        [upstreams.c]
+        kind = "echo"
+        words_per_s = 2.5
+        [models."org/alias"]
+        targets = ["a/org/m", "c/echo"]
+        [keys]
+        alice = "alice-key"
+        """,
+        {"ORG": "o"},
+    )
+    assert config.server == ServerConfig(
+        host="::1",
+        port=configuration.Port(0),
+        workers=configuration.Count(2),
+        certfile="c.pem",
+        keyfile="k.pem",
+        keep_alive_timeout_s=configuration.Seconds(5.0),
+        insecure=True,
+        allowed_hosts=("gateway.lan",),
+        cors_origins=("https://app.example",),
+    )
+    assert type(config.server.keep_alive_timeout_s) is float
+    assert config.limits.body_bytes == 1000
+    assert config.upstreams["a"].base_url == "https://api.example/v1"
+    assert config.upstreams["a"].models == ("m", "org/m")
+    assert config.secrets["a"] == {"authorization": "Bearer k", "x-team": "t", "x-org": "o"}
+    assert config.upstreams["b"].start == "startup"
+    assert config.upstreams["c"].words_per_s == 2.5
+    assert config.models["org/alias"].targets == ("a/org/m", "c/echo")
+    assert config.keys == {"alice": "alice-key"}
+
+
+def test_a_configuration_is_frozen() -> None:
+    """Running requests keep the configuration that they started with: it cannot change under them."""
+    config = _structure(EXAMPLE)
+    for value in (config, config.server, config.limits, config.upstreams["mock"], config.models["default"]):
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            value.source = "x"  # type: ignore[misc, union-attr]
+
+
+def test_all_problems_at_once() -> None:
+    """Everything that is wrong is named in one go, each by its path."""
+    problems = _problems(
+        """
+        sever = 1
+        [server]
+        port = "80"
+        insecure = "yes"
+        prot = 1
+        [limits]
+        body_bytes = 0
+        [upstreams.qwen]
+        base_url = "dashscope"
+        max_connections = 1.5
+        typo = true
+        [upstreams."no good"]
+        kind = "echo"
+        [upstreams.x]
+        [models.a]
+        targets = ["nowhere/m", "qwen"]
+        [models.b]
+        [keys]
+        k = 5
+        """
+    )
+    for path, what in {
+        "sever": "unknown section",
+        "server.port": "an integer, got a string",
+        "server.insecure": "true or false, got a string",
+        "server": "unknown key prot",
+        "limits.body_bytes": "got 0",
+        "upstreams.qwen.base_url": "not an http:// or https:// URL",
+        "upstreams.qwen.max_connections": "an integer, got a number",
+        "upstreams.qwen": "unknown key typo",
+        "upstreams.no good": "a name has letters",
+        "upstreams.x.base_url": "required",
+        "models.a.targets.0": "no upstream 'nowhere'",
+        "models.a.targets.1": "'upstream/model'",
+        "models.b.targets": "missing",
+        "keys.k": "expected a string",
+    }.items():
+        assert any(line.startswith(f"{path}: ") and what in line for line in problems), (path, problems)
+    assert len(problems) == 14
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("server = 1", "server: expected a table, got an integer"),
+        ("upstreams = []", "upstreams: expected a table, got an array"),
+        ("models = 'x'", "models: expected a table, got a string"),
+        ("keys = true", "keys: expected a table, got a boolean"),
+        ("[upstreams]\nx = 1", "upstreams.x: expected a table, got an integer"),
+        ("[server]\nport = 65536", "server.port: expected 0 to 65535, got 65536"),
+        ("[server]\nport = true", "server.port: expected an integer, got a boolean"),
+        ("[server]\nworkers = 0", "server.workers: expected 1 to"),
+        ("[server]\nhost = 1", "server.host: expected a string, got an integer"),
+        ("[server]\nallowed_hosts = 'x'", "server.allowed_hosts: expected an array of strings"),
+        ("[server]\nallowed_hosts = [1]", "server.allowed_hosts: expected an array of strings"),
+        ("[server]\ncertfile = 'x'", "server.certfile: certfile and keyfile go together"),
+        ("[limits]\nidle_timeout_s = -1", "limits.idle_timeout_s: expected 0 or more"),
+        ("[limits]\nidle_timeout_s = nan", "limits.idle_timeout_s: expected 0 or more"),
+        ("[limits]\nidle_timeout_s = inf", "limits.idle_timeout_s: expected 0 or more"),
+        ("[limits]\nidle_timeout_s = '1s'", "limits.idle_timeout_s: expected a number, got a string"),
+        ("[limits]\nidle_timeout_s = true", "limits.idle_timeout_s: expected a number, got a boolean"),
+        (MOCK + "kind = 'anthropic'", "upstreams.mock.kind: expected 'openai' or 'echo' or 'local'"),
+        (MOCK + "models = 'all'", 'upstreams.mock.models: expected "discover" or an array of model ids'),
+        (MOCK + "models = ['']", 'upstreams.mock.models: expected "discover" or an array of model ids'),
+        (MOCK + "api_key = 5", "upstreams.mock.api_key: expected a string, {env"),
+        (MOCK + "api_key = {env = 'A', file = 'b'}", "upstreams.mock.api_key: expected a string, {env"),
+        (MOCK + "api_key = {evn = 'A'}", "upstreams.mock.api_key: expected a string, {env"),
+        (MOCK + "api_key = {env = ''}", "upstreams.mock.api_key: expected a string, {env"),
+        (MOCK + "headers = {x = 5}", "upstreams.mock.headers.x: expected a string, {env"),
+        (MOCK + "headers = {'a b' = 'x'}", "upstreams.mock.headers.a b: not a header name"),
+        (MOCK + "headers = {Host = 'x'}", "upstreams.mock.headers.Host: the gateway sets this header itself"),
+        (MOCK + "headers = 'x'", "upstreams.mock.headers: expected a table"),
+        (MOCK + "gguf = 'x'", "upstreams.mock.gguf: not used by kind 'openai'"),
+        (MOCK + "words_per_s = 1", "upstreams.mock.words_per_s: not used by kind 'openai'"),
+        (MOCK + "kind = 'echo'", "upstreams.mock.base_url: not used by kind 'echo'"),
+        ("[upstreams.e]\nkind = 'local'\napi_key = 'x'", "upstreams.e.api_key: not used by kind 'local'"),
+        ("[models.a]\ntargets = []", "models.a.targets: expected at least one target"),
+        ("[models.a]\ntargets = ['e/']", "models.a.targets.0: expected 'upstream/model', got 'e/'"),
+        ("[keys]\nk = ''", "keys.k: the value is empty"),
+        ("[keys]\nk = {env = 'NO_SUCH'}", "keys.k: the environment variable NO_SUCH is not set"),
+    ],
+)
+def test_one_problem(text: str, problem: str) -> None:
+    """Each fault is one line that begins with its path and says what is expected."""
+    [line] = _problems(text)
+    assert line.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "api.example/v1",
+        "ftp://api.example",
+        "http://",
+        "http://:80/v1",
+        "http://api.example:port/v1",
+        "http://api.example:99999/v1",
+        "http://[::1/v1",
+        "http://api.example/v1?key=x",
+        "http://api.example/v1#x",
+        "http://api.example/v 1",
+        "http://äpi.example/v1",
+    ],
+)
+def test_bad_urls(url: str) -> None:
+    """What is not a plain http or https base URL is refused."""
+    [line] = _problems(f"[upstreams.u]\nbase_url = '{url}'")
+    assert line.startswith("upstreams.u.base_url: ")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://user:{SECRET}@api.example/v1",
+        f"ftp://user:{SECRET}@api.example/v1",
+        f"http://user:{SECRET}@api.example:port/v1",
+    ],
+)
+def test_a_password_in_a_url_is_not_quoted(url: str) -> None:
+    """Credentials in a URL are refused, and the message, which may end in a log, does not repeat them."""
+    [line] = _problems(f"[upstreams.u]\nbase_url = '{url}'")
+    assert SECRET not in line
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/v1", "https://api.example", "http://127.0.0.1:1/a/b/"])
+def test_good_urls(url: str) -> None:
+    """IPv6, no path, any path; the last slash is dropped."""
+    assert _structure(f"[upstreams.u]\nbase_url = '{url}'").upstreams["u"].base_url == url.rstrip("/")
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
+    """Each of the three ways gives the value; a file's is stripped."""
+    path = tmp_path / "key"
+    path.write_text(f"{SECRET}\n")
+    for api_key in (f"'{SECRET}'", "{env = 'KEY'}", f"{{file = '{path}'}}"):
+        config = _structure(MOCK + f"api_key = {api_key}", {"KEY": SECRET})
+        assert config.secrets["mock"] == {"authorization": f"Bearer {SECRET}"}
+        assert config.disabled == {}
+
+
+@pytest.mark.parametrize(
+    ("api_key", "reason"),
+    [
+        ("''", "api_key: the value is empty"),
+        ("{env = 'KEY'}", "api_key: the environment variable KEY is not set"),
+        ("{file = '/no/such/file'}", "api_key: the file /no/such/file cannot be read"),
+        ('"two\\nlines"', "api_key: the value has characters"),
+        ("'Schlüssel'", "api_key: the value has characters"),
+    ],
+)
+def test_a_missing_secret_disables_that_upstream_only(api_key: str, reason: str) -> None:
+    """The rest of the file stands; the upstream has the reason."""
+    config = _structure(f"{MOCK}api_key = {api_key}\n[upstreams.other]\nkind = 'echo'\n", {"KEY": ""})
+    assert list(config.disabled) == ["mock"]
+    assert config.disabled["mock"].startswith(reason)
+    assert set(config.upstreams) == {"mock", "other"}
+
+
+def test_every_missing_secret_is_named() -> None:
+    """A key and a header that are both missing are both in the reason."""
+    config = _structure(MOCK + "api_key = {env = 'A'}\nheaders = {x-b = {env = 'B'}}")
+    assert "headers.x-b: the environment variable B is not set" in config.disabled["mock"]
+    assert "api_key: the environment variable A is not set" in config.disabled["mock"]
+
+
+def test_an_unreadable_file_of_a_secret(tmp_path: Path) -> None:
+    """A file that is empty, a directory, or not text is a missing secret, not a crash."""
+    empty = tmp_path / "empty"
+    empty.write_text(" \n")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    for path in (empty, binary, tmp_path):
+        with pytest.raises(LookupError, match=path.name):
+            Secret(file=str(path)).reveal({})
+
+
+def test_a_secret_s_file_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` is the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "key").write_text(SECRET)
+    assert Secret(file="~/key").reveal({}) == SECRET
+
+
+def test_no_repr_shows_a_secret() -> None:
+    """No repr of a configuration, or of a part of it, shows a literal, a revealed value or a gateway key."""
+    config = _structure(
+        MOCK + "api_key = {env = 'KEY'}\n[upstreams.b]\nbase_url = 'http://b/v1'\n"
+        f"api_key = '{SECRET}'\nheaders = {{x-key = '{SECRET}'}}\n[keys]\nalice = '{SECRET}'\n",
+        {"KEY": SECRET, "TRIGATE_API_KEY": SECRET},
+    )
+    assert config.keys == {"alice": SECRET, "TRIGATE_API_KEY": SECRET}
+    for value in (config, config.upstreams["b"], config.upstreams["b"].api_key, config.server, config.keys.keys()):
+        assert SECRET not in repr(value)
+        assert SECRET not in str(value)
+    assert "alice" in repr(config)
+
+
+def test_no_problem_quotes_a_secret() -> None:
+    """A message about a bad value of a secret's kind does not show the value."""
+    text = f"[upstreams.u]\nbase_url = 'x'\napi_key = {{evn = '{SECRET}'}}\nheaders = {{x = ['{SECRET}']}}\n"
+    text += f"[keys]\nk = ['{SECRET}']"
+    with pytest.raises(ConfigError) as caught:
+        _structure(text)
+    assert len(caught.value.problems) == 4
+    assert SECRET not in str(caught.value)
+
+
+def test_with_upstreams_looks_secrets_up() -> None:
+    """Upstreams that were found get their secrets, or their reason, like configured ones."""
+    found = {
+        "a": UpstreamConfig(base_url=Url("http://a/v1"), api_key=Secret(env="A")),
+        "b": UpstreamConfig(base_url=Url("http://b/v1"), api_key=Secret(env="B")),
+    }
+    config = configuration.with_upstreams(Config(source="discovery"), found, env={"A": SECRET})
+    assert config.upstreams == found
+    assert config.secrets["a"] == {"authorization": f"Bearer {SECRET}"}
+    assert list(config.disabled) == ["b"]
+
+
+def test_the_gateway_s_key_from_the_environment() -> None:
+    """``TRIGATE_API_KEY`` is a key beside those of the file; set but empty is a fault: it would open the gateway."""
+    assert _structure("", {"TRIGATE_API_KEY": "k"}).keys == {"TRIGATE_API_KEY": "k"}
+    assert _structure("[keys]\na = 'b'", {"TRIGATE_API_KEY": "k"}).keys == {"a": "b", "TRIGATE_API_KEY": "k"}
+    [line] = _problems("", {"TRIGATE_API_KEY": ""})
+    assert line.startswith("TRIGATE_API_KEY: ")
+
+
+# -- timeouts, files --------------------------------------------------------------------------------------------------
+
+
+def test_timeouts() -> None:
+    """An upstream's own timeout goes before the limits'; 0 switches either off."""
+    config = _structure(
+        MOCK + "connect_timeout_s = 2\nidle_timeout_s = 0\n[limits]\nconnect_timeout_s = 7\nqueue_timeout_s = 0"
+    )
+    assert config.timeout_s("mock", "connect") == 2
+    assert config.timeout_s("mock", "idle") == math.inf
+    assert config.timeout_s("mock", "queue") == math.inf
+    assert config.timeout_s("mock", "total") == LimitsConfig().total_timeout_s
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"[server", "is not TOML"), (b"a = 1\na = 2", "is not TOML"), (b"x = '\xff'", "is not UTF-8")],
+)
+def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> None:
+    """The message names the file, and the place in it."""
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says) as caught:
+        read(path, env={})
+    assert caught.value.source == str(path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """A file that is not there, and a directory, are told as the system tells it."""
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read(tmp_path / "none.toml", env={})
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read(tmp_path, env={})
+
+
+def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``TRIGATE_CONFIG``, whether it is there or not, else ``./trigate.toml`` if it is, else none."""
+    monkeypatch.chdir(tmp_path)
+    assert locate({}) is None
+    assert locate({"TRIGATE_CONFIG": ""}) is None
+    assert locate({"TRIGATE_CONFIG": "none.toml"}) == Path("none.toml")
+    (tmp_path / "trigate.toml").write_text("")
+    assert locate({}) == Path("trigate.toml")
+    assert locate({"TRIGATE_CONFIG": "other.toml"}) == Path("other.toml")

@@ -1,0 +1,375 @@
+"""What exists is documented, and what is documented exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+import pytest
+
+import trigate
+from trigate import config, discovery, errors, wire
+from trigate.app import create_app
+from trigate.cli import cli
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PACKAGE = Path(trigate.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+ROW = re.compile(r"^\| (?!-)(.*) \|$", re.M)
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+BLOCKS = [
+    pytest.param(body, id=f"{page.relative_to(ROOT)}:{page.read_text()[: found.start()].count(chr(10)) + 1}")
+    for page in PAGES
+    for found in FENCED.finditer(page.read_text(encoding="utf-8"))
+    for language, body in [found.groups()]
+    if language == "toml"
+]
+
+
+def _page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def _sections(text: str, level: str = "##") -> dict[str, str]:
+    """The parts of a page by their headings, without backticks."""
+    parts = re.split(rf"^{level} (.*)$", text, flags=re.M)
+    return {title.replace("`", ""): body for title, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _rows(text: str) -> Iterator[list[str]]:
+    """The cells of every row of the tables in a text, their headers included."""
+    for line in ROW.findall(text):
+        yield [cell.strip() for cell in line.split(" | ")]
+
+
+def _names(cell: str) -> list[str]:
+    """What stands in backticks in a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def _first_names(text: str) -> dict[str, list[str]]:
+    """The rows whose first cell begins with a backtick, by what stands in it."""
+    return {_names(row[0])[0]: row for row in _rows(text) if row[0].startswith("`")}
+
+
+# -- the configuration ------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "[server]": config.ServerConfig,
+    "[upstreams.NAME]": config.UpstreamConfig,
+    "[models.ALIAS]": config.ModelConfig,
+    "[limits]": config.LimitsConfig,
+}
+
+
+def _written(default: object) -> str:
+    """A default value as the tables have it."""
+    default = getattr(default, "factory", lambda: default)()
+    match default:
+        case attrs.NOTHING:
+            return "required"
+        case None:
+            return "not set"
+        case bool():
+            return f"`{str(default).lower()}`"
+        case int() | float():
+            return f"`{int(default) if default == int(default) else default}`"
+        case str():
+            return f'`"{default}"`'
+        case tuple():
+            return f"`{list(default)}`"
+    return f"`{default}`"
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_settings(title: str) -> None:
+    """Each section has a table of exactly its settings, in their order, with their defaults."""
+    documented = [
+        (_names(row[0])[0], row[2])
+        for row in _rows(_sections(_page("reference/configuration.md"))[title])
+        if row[0].startswith("`")
+    ]
+    assert documented == [(field.name, _written(field.default)) for field in attrs.fields(SECTIONS[title])]
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_units(title: str) -> None:
+    """The documented type of a setting is its own."""
+    types = {
+        "Seconds": "seconds",
+        "Size": "bytes",
+        "Count": "count",
+        "Port": "port",
+        "Url": "URL",
+        "Secret": "secret",
+        "bool": "true or false",
+        "str": "string",
+        "tuple[str, ...]": "array of strings",
+        "Mapping[str, Secret]": "table of secrets",
+        'tuple[str, ...] | Literal["discover"]': '`"discover"` or array of strings',
+    }
+    documented = _first_names(_sections(_page("reference/configuration.md"))[title])
+    for name, annotation in SECTIONS[title].__annotations__.items():  # strings, and no cattrs resolves them
+        kind = annotation.removesuffix(" | None").replace("'", '"')
+        said = documented[name][1]
+        if kind.startswith("Literal"):
+            assert _names(said) == re.findall(r'"\w+"', kind)
+        elif name == "words_per_s":  # the one number whose unit is no time
+            assert said == "words per second"
+        else:
+            assert said == types[kind], name
+
+
+def test_sections() -> None:
+    """Every section that the code knows is documented."""
+    with pytest.raises(config.ConfigError) as caught:
+        config.structure({"nonsense": 1}, env={}, source="test")
+    [problem] = caught.value.problems
+    known = problem.partition("there are ")[2].split(", ")
+    titles = [title for title in _sections(_page("reference/configuration.md")) if title.startswith("[")]
+    assert [title.strip("[]").partition(".")[0] for title in titles] == known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_in_prose(page: Path) -> None:
+    """A setting that a page speaks of exists."""
+    tables = {"server": config.ServerConfig, "limits": config.LimitsConfig}
+    for section, name in re.findall(r"`(server|limits)\.(\w+)`", page.read_text(encoding="utf-8")):
+        assert name in attrs.fields_dict(tables[section]), f"{section}.{name}"
+
+
+@pytest.mark.parametrize("body", BLOCKS)
+def test_examples(body: str) -> None:
+    """Each example is a configuration as it stands, once the environment has the variables that it names."""
+    env = dict.fromkeys(re.findall(r'env = "(\w+)"', body), "a-value")
+    data = tomllib.loads(body)
+    for name, secret in data.get("keys", {}).items():
+        if isinstance(secret, dict) and "file" in secret:  # there is no such file here
+            data["keys"][name] = "a-value"
+    made = config.structure(data, env=env, source="example")
+    assert made.disabled == {}
+
+
+def test_providers() -> None:
+    """The providers that discovery knows are in its table, in its order."""
+    documented = [
+        (*(_names(cell)[0] for cell in row[:3]), _names(row[3])[0] if row[3].startswith("`") else "")
+        for row in _rows(_sections(_page("reference/configuration.md"))["Discovery"])
+        if row[0].startswith("`")
+    ]
+    assert documented == [attrs.astuple(provider) for provider in discovery.PROVIDERS]
+
+
+def test_local_servers() -> None:
+    """So are the local servers and their ports."""
+    prose = _sections(_page("reference/configuration.md"))["Discovery"]
+    assert dict(re.findall(r"`(\w+)` on (\d+)", prose)) == {
+        name: str(port) for name, port in discovery.LOCAL_SERVERS.items()
+    }
+    assert f"within {discovery.PROBE_TIMEOUT_S} seconds" in prose
+
+
+def test_environment_variables() -> None:
+    """The variables of Trigate's own that are in the sources are those that are documented."""
+    used = {name for path in SOURCES for name in re.findall(r"\bTRIGATE_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
+    documented = _first_names(_sections(_page("reference/configuration.md"))["Environment variables"])
+    assert set(documented) == used
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _error_classes(cls: type[errors.GatewayError] = errors.GatewayError) -> Iterator[type[errors.GatewayError]]:
+    for each in cls.__subclasses__():
+        if each.__module__.startswith("trigate."):
+            yield each
+            yield from _error_classes(each)
+
+
+def test_error_codes() -> None:
+    """Every code is in the table with its status, its type and whether the next target may be tried."""
+    rows = _first_names(_sections(_page("reference/errors.md"))["Codes"])
+    found = {cls.code: cls for cls in _error_classes() if "code" in vars(cls)}
+    assert set(rows) == set(found)
+    assert set(rows) >= errors.CODES
+    for code, cls in found.items():
+        _, status, kind, following, *_ = rows[code]
+        assert (_names(kind), following) == ([cls.openai_type], "yes" if cls.retryable else "no"), code
+        if isinstance(getattr(cls, "status", None), int):
+            assert status == str(cls.status), code
+
+
+# -- endpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_endpoints() -> None:
+    """Every path and method has a heading, and every heading is served."""
+    served = {f"POST {path}" for path in wire.ENDPOINTS}
+    for rule in create_app(config.Config()).url_map.iter_rules():
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
+    titles = re.findall(r"^### `(.*)`$", _page("reference/endpoints.md"), re.M)
+    assert sorted(titles) == sorted(served)
+
+
+def test_required_fields() -> None:
+    """The table of the data plane says what each path requires."""
+    rows = _first_names(_sections(_page("reference/endpoints.md"))["Data plane"])
+    documented = {path: tuple(_names(row[1])) for path, row in rows.items()}
+    assert documented == {path: endpoint.required for path, endpoint in wire.ENDPOINTS.items()}
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def _documented_options(text: str) -> set[str]:
+    return {name.split()[0] for row in _rows(text) for name in _names(row[0])}
+
+
+def _options(command: click.Command) -> set[str]:
+    return {
+        name
+        for option in command.params
+        if isinstance(option, click.Option) and not option.hidden
+        for name in option.opts
+    }
+
+
+def test_commands() -> None:
+    """Every command has a section, and every such section is a command."""
+    titles = [title for title in _sections(_page("reference/command-line.md")) if title.startswith("trigate ")]
+    assert set(titles) == {f"trigate {name}" for name in cli.commands}
+    intro = _page("reference/command-line.md").partition("## ")[0]
+    assert _documented_options(intro) == _options(cli) | set(cli.context_settings["help_option_names"])
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_command_options(name: str) -> None:
+    """The options of a command are in its section with the variables that stand for them; so are its arguments."""
+    command = cli.commands[name]
+    text = _sections(_page("reference/command-line.md"))[f"trigate {name}"]
+    assert _documented_options(text) == _options(command)
+    for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            assert parameter.make_metavar(click.Context(command)) in text
+        elif isinstance(parameter.envvar, str):
+            assert f"`{parameter.envvar}`" in text
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
+
+
+def _logged() -> Iterator[tuple[str, str, set[str]]]:
+    """Every event that is logged under a literal name, with its level and the keys that are written out."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Name(id="log"), attr=method),
+                    args=[ast.Constant(value=str(event))],
+                ) if method in LEVELS:
+                    keys = {keyword.arg for keyword in node.keywords if keyword.arg}
+                    yield event, LEVELS[method], keys - {"exc_info"}
+
+
+def test_log_events() -> None:
+    """Every event is documented with its level and its keys, and none that does not exist is."""
+    documented = _first_names(_page("reference/logging.md"))
+    found: dict[str, tuple[str, set[str]]] = {}
+    for event, level, keys in _logged():
+        found[event] = (level, keys | found.get(event, ("", set()))[1])
+    assert {event for event, row in documented.items() if row[1] in LEVELS} == set(found)
+    for event, (level, keys) in found.items():
+        assert documented[event][1] == level, event
+        assert keys <= set(_names(documented[event][2])), event
+
+
+# -- the design -------------------------------------------------------------------------------------------------------
+
+
+def _rooms() -> list[str]:
+    return list(_first_names(_sections(_page("design.md"))["The rooms"]))
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """The rooms that a module imports when it runs, also within functions."""
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.ImportFrom(module="trigate", level=0):
+                yield from (alias.name for alias in node.names)
+            case ast.ImportFrom(module=str(module), level=0) if module.startswith("trigate."):
+                yield module.split(".")[1]
+            case ast.ImportFrom(level=level) if level:
+                pytest.fail("imports are absolute in this package")
+        yield from _imports(node)
+
+
+def test_rooms() -> None:
+    """The table of rooms names every module of the package, and nothing else."""
+    assert sorted(_rooms()) == sorted({_room(path) for path in SOURCES})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows(path: Path) -> None:
+    """A room imports only rooms that stand below it in the table."""
+    rooms = _rooms()
+    below = rooms[rooms.index(_room(path)) + 1 :]
+    imported = set(_imports(ast.parse(path.read_text(encoding="utf-8")))) & set(rooms)
+    assert imported - {_room(path)} <= set(below)
+
+
+def test_dependencies() -> None:
+    """The table of dependencies has those that are declared and imported, and no others."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[=<>]", each)[0] for each in project["dependencies"]}
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    imported = {name.replace("_", "-") for name in re.findall(r"^ *(?:from|import) (\w+)", sources, re.M)}
+    _, *rows = _rows(_sections(_page("design.md"))["Dependencies"])
+    documented = [name for row in rows if "(optional)" not in row[1] for name in row[1].split(", ")]
+    assert sorted(documented) == sorted(declared & imported)
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    """Every relative link leads to a file that is there, and to a heading that is in it."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in _anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_index() -> None:
+    """Every page is in the index."""
+    links: set[Any] = {(DOCS / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", _page("index.md"))}
+    assert {page.resolve() for page in PAGES} - {DOCS / "index.md"} <= links

@@ -1,0 +1,255 @@
+"""The error tree: who is to blame, what the client is told, and in which form."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+
+import pytest
+
+import trigate
+from trigate import errors
+from trigate.errors import (
+    CODES,
+    Ambiguous,
+    BadRequest,
+    BodyTimeout,
+    CallError,
+    Draining,
+    Fault,
+    Forbidden,
+    Garbled,
+    GatewayError,
+    Internal,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    Rejected,
+    Reported,
+    Stalled,
+    Throttled,
+    TooLarge,
+    Truncated,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+    UnsupportedMediaType,
+    UpstreamError,
+    UpstreamTimeout,
+    upstream_message,
+)
+
+ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
+
+# One of each, with the status, type and code that clients may rely on.
+SAMPLES: list[tuple[GatewayError, int, str, str]] = [
+    (BadRequest("no", param="messages[0].role"), 400, "invalid_request_error", "invalid_request"),
+    (Ambiguous("no"), 400, "invalid_request_error", "ambiguous_request"),
+    (Unauthenticated("no"), 401, "invalid_request_error", "invalid_api_key"),
+    (Forbidden("no"), 403, "permission_error", "forbidden"),
+    (UnknownModel("gpt-5p", closest=("openai/gpt-5",)), 404, "invalid_request_error", "model_not_found"),
+    (NotFound("no"), 404, "invalid_request_error", "not_found"),
+    (MethodNotAllowed("GET", "/v1/x", allowed=("POST",)), 405, "invalid_request_error", "method_not_allowed"),
+    (BodyTimeout("no"), 408, "invalid_request_error", "body_timeout"),
+    (TooLarge("no"), 413, "invalid_request_error", "body_too_large"),
+    (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
+    (Rejected("mock", 422, b""), 422, "invalid_request_error", "upstream_rejected"),
+    (Throttled("mock", 429, b""), 429, "rate_limit_error", "upstream_throttled"),
+    (Unavailable("down"), 502, "upstream_error", "upstream_unavailable"),
+    (Unavailable("down", status=503), 503, "upstream_error", "upstream_unavailable"),
+    (UpstreamTimeout("slow", phase="idle"), 504, "upstream_error", "upstream_timeout"),
+    (Garbled("odd"), 502, "upstream_error", "upstream_garbled"),
+    (Truncated("cut"), 502, "upstream_error", "upstream_truncated"),
+    (Reported("mock", "busy"), 502, "upstream_error", "upstream_error"),
+    (Overloaded("full", retry_after_s=1.5), 503, "overloaded_error", "overloaded"),
+    (Draining("bye"), 503, "server_error", "draining"),
+    (Stalled("asleep"), 503, "server_error", "client_stalled"),
+    (Internal("oops"), 500, "server_error", "internal_error"),
+]
+each_sample = pytest.mark.parametrize("error", [sample[0] for sample in SAMPLES], ids=repr)
+
+
+def _tree(cls: type[GatewayError] = GatewayError) -> set[type[GatewayError]]:
+    return {cls}.union(*(_tree(sub) for sub in cls.__subclasses__()))
+
+
+@pytest.fixture(scope="module")
+def every_class() -> set[type[GatewayError]]:
+    """Every error class of the package, wherever it is defined."""
+    for module in pkgutil.walk_packages(trigate.__path__, "trigate."):
+        if not module.name.rpartition(".")[2].startswith("_"):
+            importlib.import_module(module.name)
+    return {cls for cls in _tree() if cls.__module__.startswith("trigate.")}
+
+
+def test_every_class_has_a_sample(every_class: set[type[GatewayError]]) -> None:
+    """The samples above are the whole tree: a new class fails here until it says what the client sees."""
+    assert {type(sample[0]) for sample in SAMPLES} == every_class - ABSTRACT
+
+
+@pytest.mark.parametrize(("error", "status", "openai_type", "code"), SAMPLES, ids=lambda value: None)
+def test_what_the_client_may_rely_on(error: GatewayError, status: int, openai_type: str, code: str) -> None:
+    """Status, type and code of each error are what is documented, and somebody is to blame."""
+    assert (error.status, error.openai_type, error.code) == (status, openai_type, code)
+    assert error.blame in ("client", "provider", "gateway")
+
+
+def test_codes_are_a_closed_set(every_class: set[type[GatewayError]]) -> None:
+    """`CODES` is exactly the codes of the tree, wherever in the package a class is defined."""
+    assert {cls.code for cls in every_class - ABSTRACT} == CODES
+
+
+def test_codes_differ(every_class: set[type[GatewayError]]) -> None:
+    """No two classes share a code: it is what people search the documentation for."""
+    codes = [cls.code for cls in every_class - ABSTRACT]
+    assert sorted(codes) == sorted(set(codes))
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    """The module's docstring draws every class of the module, with its status, and none that does not exist."""
+    drawn = set(re.findall(r"\b[A-Z][A-Za-z]+(?= \d{3}\b| \(its own 4xx|\))", inspect.getdoc(errors) or ""))
+    defined = {cls.__name__ for cls in _tree() - ABSTRACT if cls.__module__ == errors.__name__}
+    assert drawn == defined
+
+
+@each_sample
+def test_to_response(error: GatewayError) -> None:
+    """Before COMMIT an error is OpenAI's object, under its status, as JSON."""
+    status, headers, body = error.to_response()
+    assert status == error.status
+    assert dict(headers)[b"content-type"] == b"application/json"
+    assert all(type(name) is bytes and name == name.lower() and type(value) is bytes for name, value in headers)
+    document = json.loads(body)
+    assert list(document) == ["error"]
+    assert {"message", "type", "param", "code"} <= set(document["error"])
+    assert document["error"]["type"] == error.openai_type
+    assert document["error"]["code"] == error.code
+    assert document["error"]["message"] == error.message == str(error)
+
+
+@each_sample
+def test_to_frame(error: GatewayError) -> None:
+    """After COMMIT it is the same object in one event, the ``error`` key inside ``data``."""
+    frame = error.to_frame()
+    assert frame.startswith(b"data: ")
+    assert frame.endswith(b"\n\n")
+    assert b"\n" not in frame[:-2]
+    assert json.loads(frame[6:]) == json.loads(error.to_response()[2])
+
+
+@each_sample
+def test_only_the_provider_s_failures_can_be_retried(error: GatewayError) -> None:
+    """Another target is tried for what is the provider's fault, never for the client's or the gateway's."""
+    assert not error.retryable or error.blame == "provider"
+
+
+def test_what_is_retryable() -> None:
+    """A provider's own 4xx is final; 429, silence, breakage and nonsense are worth another target."""
+    retryable = {type(sample[0]) for sample in SAMPLES if sample[0].retryable}
+    assert retryable == {Throttled, Unavailable, UpstreamTimeout, Garbled, Truncated, Reported}
+
+
+@each_sample
+def test_the_sdks_do_not_retry_what_was_tried(error: GatewayError) -> None:
+    """``x-should-retry: false`` is on every error of a provider, and on no other."""
+    headers = dict(error.to_response()[1])
+    assert (headers.get(b"x-should-retry") == b"false") == (error.blame == "provider")
+
+
+@each_sample
+def test_reprs_say_what_happened(error: GatewayError) -> None:
+    """A repr has the class, the status, the code and the message."""
+    assert repr(error) == f"{type(error).__name__}({error.status} {error.code}: {error.message!r})"
+
+
+def test_headers_that_belong_to_an_error() -> None:
+    """401 names the scheme, 405 what is allowed, 503 when to come back: whole seconds rounded up."""
+    assert Unauthenticated("no").headers == [(b"www-authenticate", b"Bearer")]
+    assert MethodNotAllowed("GET", "/x", allowed=("POST", "OPTIONS")).headers == [(b"allow", b"POST, OPTIONS")]
+    assert Overloaded("full", retry_after_s=1.2).headers == [(b"retry-after-ms", b"1200"), (b"retry-after", b"2")]
+    assert dict(Draining("bye").headers)[b"connection"] == b"close"
+    assert dict(Ambiguous("no").headers)[b"connection"] == b"close"
+
+
+def test_param_names_the_offending_input() -> None:
+    """``param`` is the path, or null."""
+    assert (
+        json.loads(BadRequest("no", param="messages[0].role").to_response()[2])["error"]["param"] == "messages[0].role"
+    )
+    assert json.loads(BadRequest("no").to_response()[2])["error"]["param"] is None
+
+
+def test_unknown_model_helps() -> None:
+    """It names the model (shortened, if it is long), the reason and the closest ids."""
+    error = UnknownModel("x" * 5000, closest=("a/b", "c/d"), reason="Say which.")
+    assert error.param == "model"
+    assert "a/b, c/d" in error.message
+    assert "Say which." in error.message
+    assert len(error.message) < 400
+
+
+def test_a_timeout_says_its_phase() -> None:
+    """The payload of a timeout has the phase in which it struck."""
+    assert UpstreamTimeout("slow", phase="first_token").payload["phase"] == "first_token"
+
+
+def test_a_provider_s_error_body_passes_through() -> None:
+    """A 4xx body in OpenAI's shape reaches the client byte for byte, its retry headers too."""
+    body = b'{ "error": {"message": "no such tool", "type": "t", "param": "tools", "code": "c", "more": [1.0]} }'
+    error = Rejected("mock", 422, body, headers=((b"retry-after", b"7"),))
+    status, headers, sent = error.to_response()
+    assert (status, sent) == (422, body)
+    assert dict(headers)[b"retry-after"] == b"7"
+    assert error.message == "no such tool"
+    assert json.loads(error.to_frame()[6:]) == json.loads(body)
+
+
+def test_a_pretty_printed_error_body_is_one_event() -> None:
+    """Line ends inside a provider's body do not break the frame apart."""
+    frame = Rejected("mock", 400, b'{\r\n  "error": {\n    "message": "no"\n  }\n}').to_frame()
+    assert frame == b'data: {"error":{"message":"no"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>Not found</html>",
+        b'{"detail": "bad"}',
+        b"[1]",
+        b'{"error": ',
+        b'{"error": "\xff"}',
+        b'{"error": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=["empty", "html", "detail", "array", "cut", "not UTF-8", "deep"],
+)
+def test_other_error_bodies_become_ours(body: bytes) -> None:
+    """What is not an error object is not passed on: the status stays, the object is the gateway's."""
+    error = Rejected("mock", 404, body)
+    for document in (json.loads(error.to_response()[2]), json.loads(error.to_frame()[6:])):
+        assert document["error"]["code"] == "upstream_rejected"
+        assert document["error"]["message"] in ("The upstream mock answered 404.", "bad")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "no such model"}}', ": no such model"),
+        (b'{"error": "busy"}', ": busy"),
+        (b'{"message": "busy"}', ": busy"),
+        (b'{"detail": "bad"}', ": bad"),
+        (b'{"error": {"message": 5}, "detail": "bad"}', ": bad"),
+        (b'{"error": {"message": "' + b"x" * 5000 + b'"}}', ": " + "x" * 500),
+        (b"<html>", ""),
+        (b"[]", ""),
+        (b"[" * 100_000, ""),
+        (b"", ""),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_an_upstream_said(body: bytes, said: str) -> None:
+    """The sentence is found in each of the usual shapes, bounded, and is empty where there is none."""
+    assert upstream_message(body) == said

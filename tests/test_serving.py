@@ -1,0 +1,203 @@
+"""The ways of serving, as real processes: each passes the same end-to-end test, and ends properly."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from processes import SERVE, Gateway, configuration, environment, run_gateway
+from scripted_upstream import MODELS, TEXT, open_upstream, wait_closed
+from sdk_scenarios import CLOSES_WITHIN_S, HELLO, TRIES
+from trigate.local_model import MODEL_ID, why_unavailable
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(sys.executable).with_name("trigate")
+WITH_HYPERCORN = (sys.executable, "-m", "hypercorn", "--bind", "127.0.0.1:0")
+WITH_UVICORN = (sys.executable, "-m", "uvicorn", "--port", "0", "trigate:app")
+
+WAYS = {
+    "trigate serve": (str(SCRIPT), "serve", "--port", "0"),
+    "python -m trigate": SERVE,
+    "hypercorn": (*WITH_HYPERCORN, "trigate:app"),
+    "hypercorn -k trio": (*WITH_HYPERCORN, "-k", "trio", "trigate:app"),
+    "uvicorn": WITH_UVICORN,
+}
+EXITS = {way: {0} for way in WAYS} | {
+    "uvicorn": {0, -signal.SIGTERM}  # it raises the signal again once it has shut down
+}
+ENDS_WITHIN_S = 3.0
+
+# How long running streams may go on after SIGTERM: ours is in the configuration, theirs on the command line.
+GRACE_S = 1
+GRACE = {
+    "hypercorn": ("--graceful-timeout", str(GRACE_S)),
+    "hypercorn -k trio": ("--graceful-timeout", str(GRACE_S)),
+    "uvicorn": ("--timeout-graceful-shutdown", str(GRACE_S)),
+}
+
+QUESTION = "Name three colors."
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "violet", "black", "white", "pink", "brown")
+
+
+def _command(way: str, workers: int) -> tuple[str, ...]:
+    if way == "trigate serve" and not SCRIPT.exists():
+        pytest.skip("the package is not installed here, so there is no `trigate` command")
+    if way == "uvicorn" and importlib.util.find_spec("uvicorn") is None:
+        pytest.skip("there is no uvicorn here")
+    return WAYS[way] if workers == 1 else (*WAYS[way], "--workers", str(workers))
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return json.load(response)
+
+
+def _text(stream: Iterable[Any]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def _closing_times(gateway: Gateway, upstream: str) -> list[float]:
+    # A client of its own each: with more than one worker, another connection may be another process.
+    late = []
+    for attempt in range(TRIES):
+        model = f"endless.{attempt}"
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
+            stream = client.chat.completions.create(model=f"mock/{model}", messages=HELLO, stream=True)
+            for _ in range(3):
+                assert next(stream)
+            left_at = time.time()
+            stream.close()
+        late.append(wait_closed(upstream, model) - left_at)
+    return late
+
+
+@pytest.mark.parametrize(
+    ("way", "workers"),
+    # `python -m trigate` is `trigate`: once will do
+    [(way, workers) for way in WAYS for workers in (1, 2) if (way, workers) != ("python -m trigate", 2)],
+)
+def test_serves(way: str, workers: int, tmp_path: Path) -> None:
+    """Health, models, an answer and a stream; a client that leaves is gone upstream; SIGTERM ends it at once, with 0."""
+    command = _command(way, workers)
+    with open_upstream() as upstream, run_gateway(configuration(upstream), tmp_path, command=command) as gateway:
+        assert _get(f"{gateway.url}/health") == {"status": "ok"}
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client:
+            assert {f"mock/{model}" for model in MODELS} <= {model.id for model in client.models.list()}
+            answer = client.chat.completions.create(model="default", messages=HELLO)
+            assert (answer.model, answer.choices[0].message.content) == ("default", TEXT)
+            assert _text(client.chat.completions.create(model="default", messages=HELLO, stream=True)) == TEXT
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve("nobody/has-this")
+        late = _closing_times(gateway, upstream)
+        assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client had left"
+        assert max(late) < 1
+        code, took_s = gateway.stop()
+        assert code in EXITS[way], gateway.log()
+        assert took_s < ENDS_WITHIN_S
+        log = gateway.log()
+        assert "Traceback" not in log
+        assert "[error" not in log
+        for found in ("configured by", "Upstreams: mock", "Models: "):  # what it says on start-up
+            assert found in log
+
+
+@pytest.mark.parametrize("way", ["python -m trigate", *GRACE])
+def test_stream_at_sigterm(way: str, tmp_path: Path) -> None:
+    """A stream that is still running when the grace is over is an error at the client, never a clean end.
+
+    Our server says why. The others know nothing of streams: they cut the connection.
+    """
+    command = (*_command(way, 1), *GRACE.get(way, ()))
+    config = f"[server]\ndrain_timeout_s = {GRACE_S}"
+    with (
+        open_upstream() as upstream,
+        run_gateway(configuration(upstream, more=config), tmp_path, command=command) as gateway,
+        openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client,
+    ):
+        stream = client.chat.completions.create(model="mock/endless", messages=HELLO, stream=True)
+        assert next(stream)
+        gateway.process.terminate()
+        with pytest.raises(openai.APIError) as raised:
+            _text(stream)
+        if way == "python -m trigate":
+            assert raised.value.code == "draining"
+        wait_closed(upstream, "endless")
+        assert gateway.process.wait(ENDS_WITHIN_S) in EXITS[way], gateway.log()
+
+
+@pytest.fixture
+def modelled(tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway whose ``default`` is the embedded model."""
+    why = why_unavailable(None)
+    if why is not None:
+        pytest.skip(why)
+    config = f"""
+[upstreams.trigate]
+kind = "local"
+start = "startup"
+[models.default]
+targets = ["trigate/{MODEL_ID}"]
+"""
+    with run_gateway(config, tmp_path) as gateway:
+        yield gateway
+
+
+def _assert_sensible(answer: str) -> None:
+    assert any(color in answer.lower() for color in COLORS), answer
+
+
+@pytest.mark.model
+def test_embedded_model_answers(modelled: Gateway) -> None:
+    """The embedded model answers a question through the Python SDK, whole and streamed, and counts its tokens."""
+    call: dict[str, Any] = {
+        "model": "default",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": 48,
+    }
+    with openai.OpenAI(base_url=f"{modelled.url}/v1", api_key="not-needed") as client:
+        answer = client.chat.completions.create(**call)
+        _assert_sensible(answer.choices[0].message.content or "")
+        assert answer.model == "default"
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens > 3
+        assert answer.usage.completion_tokens > 3
+        chunks = list(client.chat.completions.create(**call, stream=True, stream_options={"include_usage": True}))
+        _assert_sensible(_text(chunks))
+        assert len(chunks) > 5
+        assert {chunk.model for chunk in chunks} == {"default"}
+        assert chunks[-1].usage is not None
+
+
+@pytest.mark.model
+def test_embedded_model_answers_typescript(modelled: Gateway) -> None:
+    """The embedded model answers the same question through the TypeScript SDK, whole and streamed."""
+    room = Path(__file__).with_name("node")
+    node = shutil.which("node")
+    if node is None or not (room / "node_modules/openai").exists():
+        pytest.skip("there is no Node, or no tests/node/node_modules (./scripts/test makes it)")
+    done = subprocess.run(
+        [node, room / "ask.mjs"],
+        env=environment(BASE_URL=f"{modelled.url}/v1", MODEL="default", QUESTION=QUESTION),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    said = json.loads(done.stdout)
+    assert said["model"] == "default"
+    _assert_sensible(said["whole"])
+    _assert_sensible(said["streamed"])

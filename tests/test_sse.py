@@ -1,0 +1,208 @@
+"""Server-sent events: cut at blank lines and nowhere else, however the bytes arrive."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trigate.sse import BOM, EventSplitter, EventTooLarge, comment, data_of
+
+# Made of what matters to the splitter, so that every order of line ends, half a BOM and half a U+2028 turn up.
+streams = st.lists(
+    st.sampled_from(
+        [b"\n", b"\r", b"\r\n", b"\n\n", b"data: x", b":", b"\xef", b"\xbb", b"\xbf", BOM, b"\xe2\x80\xa8"]
+    ),
+    max_size=24,
+).map(b"".join)
+
+LINE_SEPARATORS_IN_TEXT = "\u2028\u2029\u0085\x0b\x0c\x1c"
+
+
+def _split(data: bytes, cuts: Iterable[int]) -> list[bytes]:
+    places = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(places)]
+
+
+def _feed(pieces: Iterable[bytes]) -> tuple[list[bytes], int]:
+    splitter = EventSplitter(max_event_bytes=10_000)
+    events = [event for piece in pieces for event in splitter.feed(piece)]
+    return events, splitter.pending_bytes
+
+
+def _every_way(data: bytes) -> list[list[bytes]]:
+    """Whole, byte by byte, cut in two at every place."""
+    return [
+        [data],
+        [bytes([byte]) for byte in data],
+        *([data[:place], data[place:]] for place in range(1, len(data))),
+    ]
+
+
+def _with_lf(data: bytes) -> bytes:
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+def test_each_line_end_ends_events(eol: bytes) -> None:
+    """LF, CRLF and CR each end lines, and two in a row an event, however the bytes are cut."""
+    stream = eol.join([b"data: 1", b"", b"event: e", b"data: 2", b"", b": c", b"", b"data: 3"])
+    for pieces in _every_way(stream):
+        events, pending_bytes = _feed(pieces)
+        assert [data_of(event) for event in events] == [b"1", b"2", None], pieces
+        # When a CR ends both an event and a piece, the LF that may follow it is not there to be waited for.
+        assert pending_bytes == len(b"data: 3"), pieces
+
+
+@pytest.mark.parametrize(
+    "blank", [first + second for first in (b"\n", b"\r\n", b"\r") for second in (b"\n", b"\r\n", b"\r")]
+)
+def test_mixed_line_ends_make_one_blank_line(blank: bytes) -> None:
+    """Any two line ends in a row make exactly one blank line; CR followed by LF is one line end and makes none."""
+    expected = [b"1", b"2"] if blank != b"\r\n" else [b"1\n2"]
+    stream = b"data: 1" + blank + b"data: 2\n\n"
+    for pieces in _every_way(stream):
+        events, pending_bytes = _feed(pieces)
+        assert [data_of(event) for event in events] == expected, pieces
+        assert pending_bytes == 0
+
+
+def test_a_byte_order_mark_opens_the_stream() -> None:
+    """A BOM before the first event is dropped, also when it arrives in pieces, and only there."""
+    for pieces in _every_way(BOM + b"data: 1\n\n" + BOM + b"data: 2\n\n"):
+        events, _ = _feed(pieces)
+        assert events == [b"data: 1\n\n", BOM + b"data: 2\n\n"], pieces
+
+
+def test_half_a_byte_order_mark_is_content() -> None:
+    """What only begins like a BOM is kept."""
+    for pieces in _every_way(BOM[:2] + b"data: 1\n\n"):
+        assert _feed(pieces) == ([BOM[:2] + b"data: 1\n\n"], 0), pieces
+    assert _feed([BOM[:2]]) == ([], 2)
+
+
+def test_unicode_line_separators_are_text() -> None:
+    """U+2028, U+2029, U+0085 and the control characters at which `str.splitlines` splits are part of the data."""
+    text = json.dumps({"content": LINE_SEPARATORS_IN_TEXT}, ensure_ascii=False).encode()
+    assert LINE_SEPARATORS_IN_TEXT[:3].encode() in text
+    stream = b"data: " + text + b"\n\n"
+    for pieces in _every_way(stream):
+        events, _ = _feed(pieces)
+        assert events == [stream], pieces
+        assert json.loads(data_of(events[0]) or b"") == {"content": LINE_SEPARATORS_IN_TEXT}
+
+
+def test_trailing_bytes_stay() -> None:
+    """What follows the last blank line is held, counted, and completed by the next piece."""
+    splitter = EventSplitter(max_event_bytes=100)
+    assert splitter.feed(b"data: 1\n\ndata: 2") == [b"data: 1\n\n"]
+    assert splitter.pending_bytes == len(b"data: 2")
+    assert splitter.feed(b"") == []
+    assert splitter.feed(b"\n\n") == [b"data: 2\n\n"]
+    assert splitter.pending_bytes == 0
+
+
+def test_one_lf_is_swallowed_after_a_cr() -> None:
+    """The LF that completes a CRLF in the next piece is dropped, once; the one after it is a line of its own."""
+    splitter = EventSplitter(max_event_bytes=100)
+    assert splitter.feed(b"data: 1\r\r") == [b"data: 1\r\r"]
+    assert splitter.feed(b"") == []
+    assert splitter.feed(b"\n") == []
+    assert splitter.pending_bytes == 0
+    assert splitter.feed(b"\n") == []
+    assert splitter.pending_bytes == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(streams, st.lists(st.integers(0, 1000), max_size=8))
+def test_any_split_gives_the_same_events(stream: bytes, cuts: list[int]) -> None:
+    """The events do not depend on the pieces, and are those of the plain definition: LF for every line end, cut after
+    each blank line."""
+    expected = re.findall(rb".*?\n\n", _with_lf(stream.removeprefix(BOM)), re.S)
+    for pieces in ([stream], [bytes([byte]) for byte in stream], _split(stream, cuts)):
+        events, _ = _feed(pieces)
+        assert [_with_lf(event) for event in events] == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(streams, st.lists(st.integers(0, 1000), max_size=8))
+def test_nothing_is_lost_or_added(stream: bytes, cuts: list[int]) -> None:
+    """The events and what is pending are the input, byte for byte, but for a leading BOM and for an LF that opens a
+    piece where the piece before ended an event with CR."""
+    splitter = EventSplitter(max_event_bytes=10_000)
+    joined = kept = b""
+    after_cr = False
+    for piece in filter(None, _split(stream, cuts)):
+        kept += piece[1:] if after_cr and piece.startswith(b"\n") else piece
+        events = splitter.feed(piece)
+        joined += b"".join(events)
+        after_cr = bool(events) and events[-1].endswith(b"\r") and splitter.pending_bytes == 0
+    kept = kept.removeprefix(BOM)
+    assert kept.startswith(joined)
+    assert len(kept) == len(joined) + splitter.pending_bytes
+
+
+def test_a_giant_event_is_refused_when_it_passes_the_bound() -> None:
+    """An unfinished event holds no more than the bound and one piece; an event of exactly the bound passes."""
+    splitter = EventSplitter(max_event_bytes=1000)
+    for _ in range(10):
+        assert splitter.feed(b"x" * 100) == []
+    with pytest.raises(EventTooLarge, match="1000 bytes"):
+        splitter.feed(b"x")
+    assert splitter.pending_bytes == 1000
+
+    exact = b"x" * 998 + b"\n\n"
+    assert EventSplitter(max_event_bytes=1000).feed(exact) == [exact]
+
+
+def test_a_giant_event_that_comes_whole_is_refused_too() -> None:
+    """The bound holds for an event that is complete in its first piece, also behind a small one."""
+    with pytest.raises(EventTooLarge):
+        EventSplitter(max_event_bytes=1000).feed(b"data: 1\n\n" + b"x" * 999 + b"\n\n")
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        (b"data: {}\n\n", b"{}"),
+        (b"data:{}\n\n", b"{}"),
+        (b"data:  {}\n\n", b" {}"),
+        (b"data: {}\r\n\r\n", b"{}"),
+        (b"data: {}\r\r", b"{}"),
+        (b"data: a\ndata: b\n\n", b"a\nb"),
+        (b"data: a\rdata: b\n\n", b"a\nb"),
+        (b"event: e\nid: 7\ndata: a\nretry: 5\n\n", b"a"),
+        (b": comment\ndata: a\n\n", b"a"),
+        (b"\ndata: a\n\n", b"a"),
+        (b"data: a: b\n\n", b"a: b"),
+        (b"data\n\n", b""),
+        (b"data:\n\n", b""),
+        (b": data: a\n\n", None),
+        (b"id: 1\n\n", None),
+        (b"datax: a\n\n", None),
+        (b"\n\n", None),
+    ],
+)
+def test_data_of(event: bytes, data: bytes | None) -> None:
+    """The ``data`` fields of an event joined by LF, one leading space of each dropped; None where there is none."""
+    assert data_of(event) == data
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])), min_size=1, max_size=4))
+def test_data_survives_the_round_trip(lines: list[str]) -> None:
+    """Any text in any number of lines is read back as it was written."""
+    event = b"".join(b"data: " + line.encode() + b"\n" for line in lines) + b"\n"
+    assert data_of(event) == "\n".join(lines).encode()
+
+
+def test_a_comment_is_one_line() -> None:
+    """The keep-alive comment ends with one LF: a blank line would make some clients dispatch an empty event."""
+    assert comment("keep-alive") == b": keep-alive\n"
+    assert _feed([comment("keep-alive"), b"data: 1\n\n"]) == ([b": keep-alive\ndata: 1\n\n"], 0)
+    assert data_of(b": keep-alive\ndata: 1\n\n") == b"1"

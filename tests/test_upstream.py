@@ -1,0 +1,570 @@
+"""One upstream: its queue, its replies, and what becomes of everything that goes wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
+
+import httpx2
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trigate import config as configuration
+from trigate.config import Config
+from trigate.errors import (
+    Garbled,
+    GatewayError,
+    Rejected,
+    Throttled,
+    Truncated,
+    Unavailable,
+    UpstreamTimeout,
+)
+from trigate.local_model import LocalModel, LocalModelUnavailable
+from trigate.routing import Known
+from trigate.upstream import Reply, Upstream
+
+KEY = "sk-very-secret-0123456789"
+
+Step = bytes | BaseException | None
+Act = Callable[[httpx2.Request], Awaitable[httpx2.Response]]
+
+
+class Body(httpx2.AsyncByteStream):
+    """A body in steps: bytes are said, exceptions raised, None is silence for ever."""
+
+    def __init__(self, *steps: Step, close_takes_s: float = 0.0) -> None:
+        self.steps = list(steps)
+        self.close_takes_s = close_takes_s
+        self.given = False
+        self.closed = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if not self.steps:
+            raise StopAsyncIteration
+        step = self.steps.pop(0)
+        if isinstance(step, BaseException):
+            raise step
+        if step is None:
+            await trio.sleep_forever()
+        assert step is not None
+        return step
+
+    async def aclose(self) -> None:
+        await trio.sleep(self.close_takes_s)
+        self.closed = True
+
+
+class Script(httpx2.AsyncBaseTransport):
+    """A transport that does what it is told, and keeps what it was asked."""
+
+    def __init__(self, act: Act) -> None:
+        self.act = act
+        self.requests: list[httpx2.Request] = []
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        return await self.act(request)
+
+
+def _answering(
+    *steps: Step, status: int = 200, headers: dict[str, str] | None = None, close_takes_s: float = 0.0
+) -> tuple[Script, Body]:
+    body = Body(*steps, close_takes_s=close_takes_s)
+
+    async def act(request: httpx2.Request) -> httpx2.Response:
+        await trio.lowlevel.checkpoint()
+        body.given = True
+        return httpx2.Response(status, headers=headers, stream=body)
+
+    return Script(act), body
+
+
+def _raising(error: Exception) -> Script:
+    async def act(request: httpx2.Request) -> httpx2.Response:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    return Script(act)
+
+
+async def _hang(request: httpx2.Request) -> httpx2.Response:
+    await trio.sleep_forever()
+    raise AssertionError
+
+
+def _config(*, limits: dict[str, float] | None = None, **settings: object) -> Config:
+    table = {"base_url": "http://127.0.0.1:9100/v1", **settings}
+    return configuration.structure({"upstreams": {"mock": table}, "limits": limits or {}}, env={}, source="test")
+
+
+def _upstream(transport: httpx2.AsyncBaseTransport, **settings: Any) -> Upstream:
+    return Upstream("mock", _config(**settings), transport)
+
+
+async def _error_of(
+    body: bytes, *, status: int, headers: dict[str, str] | None = None, **settings: Any
+) -> GatewayError:
+    upstream = _upstream(_answering(body, status=status, headers=headers)[0], **settings)
+    async with upstream.open("POST", "/chat/completions") as reply:
+        return await upstream.error_of(reply)
+
+
+# -- a request and its reply ------------------------------------------------------------------------------------------
+
+
+async def test_a_request_and_its_reply() -> None:
+    """The request goes to the base URL with the secrets and asks for identity; the reply comes piece by piece."""
+    script, body = _answering(b"a", b"", b"bc", headers={"Content-Type": "Text/Event-Stream; charset=utf-8", "x": "y"})
+    upstream = _upstream(script, api_key=KEY, headers={"X-Team": "blue"})
+    phases: list[str] = []
+    async with upstream.open(
+        "POST", "/chat/completions", b"{}", headers={"content-type": "application/json"}, on_phase=phases.append
+    ) as reply:
+        assert (reply.status, reply.content_type, reply.headers["x"]) == (200, "text/event-stream", "y")
+        assert upstream.in_flight == 1
+        assert [await reply.receive() for _ in range(4)] == [b"a", b"bc", None, None]
+    [request] = script.requests
+    assert (request.method, str(request.url)) == ("POST", "http://127.0.0.1:9100/v1/chat/completions")
+    assert await request.aread() == b"{}"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.headers["x-team"] == "blue"
+    assert request.headers["accept-encoding"] == "identity"
+    assert request.headers["content-type"] == "application/json"
+    assert request.headers["content-length"] == "2"
+    assert phases == ["queued", "connecting"]
+    assert body.closed
+    assert upstream.in_flight == 0
+
+
+async def test_a_reply_without_a_content_type() -> None:
+    """No content type is the empty one."""
+    async with _upstream(_answering(b"x")[0]).open("GET", "/models") as reply:
+        assert reply.content_type == ""
+
+
+@pytest.mark.parametrize(("timeout_s", "connect"), [(2, 2.0), (0, None)])
+async def test_the_transport_is_told_the_connect_timeout_only(timeout_s: float, connect: float | None) -> None:
+    """All other deadlines are scopes of the caller's; 0 is no deadline."""
+    script, _ = _answering()
+    async with _upstream(script, connect_timeout_s=timeout_s).open("GET", "/models"):
+        pass
+    assert script.requests[0].extensions["timeout"] == {"connect": connect}
+
+
+async def test_a_compressed_reply_is_decoded() -> None:
+    """A provider that compresses unasked is read all the same; damage in it is the provider's failure."""
+    packed = gzip.compress(b"hello" * 100)
+    headers = {"content-encoding": "gzip"}
+    async with _upstream(_answering(packed[:20], packed[20:], headers=headers)[0]).open("GET", "/") as reply:
+        assert await reply.read(10_000) == b"hello" * 100
+    for body, other_headers, error in (
+        (b"not gzip", headers, Garbled),
+        (packed[:-9], headers, Truncated),
+        (b"x", {"content-encoding": "br"}, Garbled),
+    ):
+        async with _upstream(_answering(body, headers=other_headers)[0]).open("GET", "/") as reply:
+            with pytest.raises(error, match="mock"):
+                await reply.read(10_000)
+
+
+async def test_a_compressed_flood_is_bounded() -> None:
+    """A small body that inflates to a large one is refused at the bound, as any other."""
+    packed = gzip.compress(bytes(20_000_000), compresslevel=1)
+    async with _upstream(_answering(packed, headers={"content-encoding": "gzip"})[0]).open("GET", "/") as reply:
+        with pytest.raises(Garbled, match="more than 100000 bytes"):
+            await reply.read(100_000)
+        assert len(await reply.receive() or b"") <= 1024 * 1024
+
+
+async def test_read_is_bounded() -> None:
+    """A body of exactly the bound is read; one byte more is refused without reading on."""
+    async with _upstream(_answering(b"12345", b"67890")[0]).open("GET", "/") as reply:
+        assert await reply.read(10) == b"1234567890"
+    script, body = _answering(b"12345", b"67890", b"never read")
+    async with _upstream(script).open("GET", "/") as reply:
+        with pytest.raises(Garbled, match="more than 9 bytes"):
+            await reply.read(9)
+    assert body.steps == [b"never read"]
+    assert body.closed
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "translated"),
+    [
+        (httpx2.ConnectTimeout("slow"), UpstreamTimeout),
+        (httpx2.ConnectError("refused"), Unavailable),
+        (httpx2.ConnectError(""), Unavailable),
+        (httpx2.RemoteProtocolError("not HTTP"), Garbled),
+        (httpx2.LocalProtocolError("odd"), Unavailable),
+        (httpx2.ReadError(""), Unavailable),
+        (httpx2.WriteError(""), Unavailable),
+        (httpx2.CloseError(""), Unavailable),
+        (httpx2.ReadTimeout(""), Unavailable),
+        (httpx2.PoolTimeout(""), Unavailable),
+        (httpx2.ProxyError("407"), Unavailable),
+        (httpx2.UnsupportedProtocol("x"), Unavailable),
+    ],
+    ids=repr,
+)
+async def test_failures_before_the_reply(raised: Exception, translated: type[GatewayError]) -> None:
+    """Each exception of the transport before a reply is one of ours, names the upstream, and keeps its cause."""
+    upstream = _upstream(_raising(raised))
+    with pytest.raises(translated, match="mock") as caught:
+        async with upstream.open("POST", "/chat/completions"):
+            pytest.fail("there is no reply")
+    assert type(caught.value) is translated
+    assert caught.value.__cause__ is raised
+    assert caught.value.retryable
+    assert upstream.in_flight == 0
+    if isinstance(caught.value, UpstreamTimeout):
+        assert caught.value.phase == "connect"
+
+
+@pytest.mark.parametrize(
+    ("raised", "translated"),
+    [
+        (httpx2.RemoteProtocolError("peer closed connection without sending complete message body"), Truncated),
+        (httpx2.ReadError(""), Truncated),
+        (httpx2.ReadTimeout(""), Truncated),
+    ],
+    ids=repr,
+)
+async def test_failures_in_the_reply(raised: Exception, translated: type[GatewayError]) -> None:
+    """Once a reply has begun, a break is a truncated answer; what came before it was received."""
+    script, body = _answering(b"a", raised)
+    upstream = _upstream(script)
+    async with upstream.open("POST", "/chat/completions") as reply:
+        assert await reply.receive() == b"a"
+        with pytest.raises(translated, match="mock") as caught:
+            await reply.receive()
+    assert type(caught.value) is translated
+    assert caught.value.__cause__ is raised
+    assert body.closed
+    assert upstream.in_flight == 0
+
+
+async def test_a_defect_is_not_the_provider_s() -> None:
+    """An exception that is not the transport's is not translated: it is a defect, and shall be seen as one."""
+    with pytest.raises(ZeroDivisionError):
+        async with _upstream(_raising(ZeroDivisionError())).open("GET", "/"):
+            pytest.fail("there is no reply")
+    script, body = _answering(b"a")
+    with pytest.raises(ZeroDivisionError):
+        async with _upstream(script).open("GET", "/"):
+            raise ZeroDivisionError
+    assert body.closed
+
+
+OPENAI_ERROR = (
+    b'{"error": {"message": "no such tool", "type": "invalid_request_error", "param": "tools", "code": null}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "answered", "says"),
+    [
+        (400, OPENAI_ERROR, Rejected, 400, "no such tool"),
+        (401, OPENAI_ERROR, Rejected, 401, "no such tool"),
+        (404, b"<html>Not found</html>", Rejected, 404, "The upstream mock answered 404."),
+        (422, b'{"detail": "bad"}', Rejected, 422, "bad"),
+        (429, OPENAI_ERROR, Throttled, 429, "no such tool"),
+        (429, b"", Throttled, 429, "The upstream mock answered 429."),
+        (500, OPENAI_ERROR, Unavailable, 502, "failed (500): no such tool"),
+        (502, b"<html>Bad gateway</html>", Unavailable, 502, "The upstream mock failed (502)"),
+        (503, OPENAI_ERROR, Unavailable, 503, "down (503): no such tool"),
+        (504, b"", Unavailable, 502, "failed (504)"),
+        (529, b'{"message": "overloaded"}', Unavailable, 503, "down (529): overloaded"),
+        (302, b"", Garbled, 502, "status 302"),
+        (101, b"", Garbled, 502, "status 101"),
+        (999, b"", Garbled, 502, "status 999"),
+    ],
+)
+async def test_error_replies(status: int, body: bytes, kind: type[GatewayError], answered: int, says: str) -> None:
+    """What a reply that is no success means: its kind, the status for the client, and the provider's own words;
+    a 4xx body in OpenAI's shape is the client's as it came."""
+    error = await _error_of(body, status=status)
+    assert type(error) is kind
+    assert error.status == answered
+    assert says in error.message
+    assert (error.to_response()[2] == body) == (body == OPENAI_ERROR and status < 500)
+
+
+async def test_retry_headers_go_along() -> None:
+    """When to come back is the provider's to say; its other headers stay with us."""
+    headers = {"retry-after": "7", "retry-after-ms": "6500", "x-ratelimit-reset-tokens": "6s", "set-cookie": "a=b"}
+    for status in (429, 408):
+        sent = dict((await _error_of(b"", status=status, headers=headers)).headers)
+        assert sent == {
+            b"retry-after": b"7",
+            b"retry-after-ms": b"6500",
+            b"x-ratelimit-reset-tokens": b"6s",
+            b"x-should-retry": b"false",
+        }
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 503])
+async def test_secrets_are_redacted(status: int) -> None:
+    """Some providers quote the key that they refuse: the client sees neither it nor a secret header's value."""
+    body = json.dumps({"error": {"message": f"Incorrect key: {KEY} and {KEY}-2"}}).encode()
+    error = await _error_of(body, status=status, api_key=KEY, headers={"x-org": f"{KEY}-2"})
+    for shown in (error.message, repr(error), error.to_response()[2].decode(), error.to_frame().decode()):
+        assert KEY not in shown
+        assert "[redacted]" in shown
+
+
+@pytest.mark.parametrize("key", ["e", "error", "none"])
+async def test_a_short_key_redacts_nothing(key: str) -> None:
+    """Keys such as people make up for local servers are words of the language: replacing them would garble the body."""
+    body = b'{"error": {"message": "error: none of these"}}'
+    error = await _error_of(body, status=400, api_key=key)
+    assert error.to_response()[2] == body
+
+
+@pytest.mark.parametrize(
+    "steps", [(b'{"error"', httpx2.ReadError("")), (b"x" * 600_000, b"x" * 600_000)], ids=["cut", "too long"]
+)
+async def test_an_error_reply_that_cannot_be_read(steps: tuple[Step, ...]) -> None:
+    """A body that breaks off, or is larger than a MiB, is as good as none: the status counts."""
+    upstream = _upstream(_answering(*steps, status=404)[0])
+    async with upstream.open("GET", "/") as reply:
+        error = await upstream.error_of(reply)
+    assert (type(error), error.status, error.message) == (Rejected, 404, "The upstream mock answered 404.")
+
+
+# -- the queue --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_queue_is_first_come_first_served() -> None:
+    """Beyond ``max_connections`` calls wait; each place that comes free goes to the one that waited longest."""
+    upstream = _upstream(_answering()[0], max_connections=2)
+    order: list[int] = []
+    leave = [trio.Event() for _ in range(5)]
+
+    async def call(number: int) -> None:
+        async with upstream.open("GET", "/"):
+            order.append(number)
+            await leave[number].wait()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(5):
+            nursery.start_soon(call, number)
+            await wait_all_tasks_blocked()
+        assert order == [0, 1]
+        statistics = upstream.statistics()
+        assert (statistics.in_flight, statistics.queued, statistics.max_connections) == (2, 3, 2)
+        for number, expected in ((1, [0, 1, 2]), (0, [0, 1, 2, 3]), (2, [0, 1, 2, 3, 4])):
+            leave[number].set()
+            await wait_all_tasks_blocked()
+            assert order == expected
+        nursery.cancel_scope.cancel()
+    assert (upstream.in_flight, upstream.statistics().queued) == (0, 0)
+
+
+async def test_the_queue_timeout(autojump_clock: MockClock) -> None:
+    """Who gets no place in time is told so, in the phase ``queue``; the one who left does not get the next place."""
+    script, _ = _answering()
+    upstream = _upstream(script, max_connections=1, queue_timeout_s=3)
+    phases: list[str] = []
+    async with upstream.open("GET", "/"):
+        started = trio.current_time()
+        with pytest.raises(UpstreamTimeout, match="no place came free within 3 s") as caught:
+            async with upstream.open("GET", "/", on_phase=phases.append):
+                pytest.fail("there is no place")
+        assert trio.current_time() - started == pytest.approx(3)
+    assert caught.value.phase == "queue"
+    assert phases == ["queued"]
+    assert len(script.requests) == 1
+    async with upstream.open("GET", "/"):
+        assert upstream.in_flight == 1
+
+
+async def test_no_queue_timeout(autojump_clock: MockClock) -> None:
+    """0 waits for as long as it takes."""
+    upstream = _upstream(_answering()[0], max_connections=1, queue_timeout_s=0)
+
+    async def hold() -> None:
+        async with upstream.open("GET", "/"):
+            await trio.sleep(50_000)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hold)
+        await wait_all_tasks_blocked()
+        async with upstream.open("GET", "/"):
+            assert trio.current_time() >= 50_000
+
+
+# -- cancellation -----------------------------------------------------------------------------------------------------
+
+
+def _is_free(upstream: Upstream) -> bool:
+    return upstream.in_flight == 0 and upstream.statistics().queued == 0
+
+
+@pytest.mark.parametrize("phase", ["queued", "connecting", "reading"])
+async def test_cancelled_in_each_phase(phase: str) -> None:
+    """Cancelled while it waits for a place, for the head or for the body: place and stream are given back at once."""
+    script, body = _answering(b"a", None)
+    if phase == "connecting":
+        script.act = _hang
+    upstream = _upstream(script, max_connections=1)
+
+    async def call(scope: trio.CancelScope) -> None:
+        with scope:
+            async with upstream.open("GET", "/") as reply:
+                assert await reply.receive() == b"a"
+                await reply.receive()
+
+    scopes = [trio.CancelScope(), trio.CancelScope()]
+    async with trio.open_nursery() as nursery:
+        for scope in scopes:
+            nursery.start_soon(call, scope)
+            await wait_all_tasks_blocked()
+        assert (upstream.in_flight, upstream.statistics().queued) == (1, 1)
+        if phase == "queued":
+            scopes[1].cancel()
+            await wait_all_tasks_blocked()
+            assert (upstream.in_flight, upstream.statistics().queued) == (1, 0)
+            assert len(script.requests) == 1
+        scopes[1].cancel()
+        scopes[0].cancel()
+    assert all(scope.cancelled_caught for scope in scopes)
+    assert body.closed == (phase != "connecting")
+    assert _is_free(upstream)
+
+
+class CancelAtStep(trio.abc.Instrument):
+    """Cancels a scope just before the task step that comes as number ``steps``."""
+
+    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
+        self.scope = scope
+        self.steps = steps
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.steps -= 1
+        if self.steps == 0:
+            self.scope.cancel()
+
+
+async def test_cancelled_at_every_checkpoint() -> None:
+    """Whichever checkpoint a cancellation strikes at, the place is free and the stream closed afterwards."""
+    for step in range(1, 50):
+        script, body = _answering(b"a", b"b")
+        upstream = _upstream(script, max_connections=1)
+        with trio.CancelScope() as scope:
+            instrument = CancelAtStep(scope, step)
+            trio.lowlevel.add_instrument(instrument)
+            try:
+                async with upstream.open("GET", "/") as reply:
+                    await reply.read(100)
+            finally:
+                trio.lowlevel.remove_instrument(instrument)
+        assert body.closed == body.given
+        assert _is_free(upstream)
+        with trio.fail_after(1):
+            async with upstream.open("GET", "/"):
+                pass
+        if not scope.cancel_called:
+            break
+    assert 5 < step < 49  # it struck everywhere, and got through in the end
+
+
+async def test_a_close_that_hangs_is_bounded(autojump_clock: MockClock) -> None:
+    """A stream that will not close costs a second, also when the call was cancelled, and the place is free after it."""
+    script, _ = _answering(b"a", None, close_takes_s=1e6)
+    upstream = _upstream(script)
+    started = trio.current_time()
+    with trio.move_on_after(5):
+        async with upstream.open("GET", "/") as reply:
+            while True:
+                await reply.receive()
+    assert trio.current_time() - started == pytest.approx(6)
+    assert _is_free(upstream)
+
+
+async def test_closing_twice_is_harmless() -> None:
+    """The watcher of a request may close a reply that its own block closes again."""
+    script, body = _answering(b"a")
+    async with _upstream(script).open("GET", "/") as reply:
+        await reply.aclose()
+        assert body.closed
+        await reply.aclose()
+
+
+async def test_a_close_that_fails_is_not_the_answer_s_failure() -> None:
+    """What the socket says while it is closed is of no interest any more."""
+
+    class Broken(Body):
+        async def aclose(self) -> None:
+            await trio.lowlevel.checkpoint()
+            raise httpx2.CloseError("gone")
+
+    reply = Reply("mock", httpx2.Response(200, stream=Broken(b"a")))
+    assert await reply.read(10) == b"a"
+    await reply.aclose()
+
+
+# -- the local model --------------------------------------------------------------------------------------------------
+
+
+async def test_the_local_model_is_waited_for() -> None:
+    """Kind ``local`` goes to where its process listens; while it cannot start, the call is told why: 503."""
+
+    class Process:
+        async def wait_listening(self) -> str:
+            await trio.lowlevel.checkpoint()
+            if not listening:
+                raise LocalModelUnavailable("no such file: m.gguf")
+            return "http://127.0.0.1:4321/v1"
+
+    config = configuration.structure({"upstreams": {"local": {"kind": "local"}}}, env={}, source="test")
+    script, _ = _answering(b"x")
+    upstream = Upstream("local", config, script, local_model=cast(LocalModel, Process()))
+    listening = True
+    async with upstream.open("POST", "/chat/completions"):
+        assert str(script.requests[0].url) == "http://127.0.0.1:4321/v1/chat/completions"
+    listening = False
+    with pytest.raises(Unavailable, match="no such file") as caught:
+        async with upstream.open("POST", "/chat/completions"):
+            pytest.fail("there is no model")
+    assert caught.value.status == 503
+    assert _is_free(upstream)
+
+
+# -- what is known of it ----------------------------------------------------------------------------------------------
+
+
+def test_states() -> None:
+    """Unknown at first, down with a reason after a failure, up again after a success; its last error stays."""
+    upstream = _upstream(_answering()[0], models=["m", "n"])
+    assert upstream.known() == Known(models=("m", "n"), default_model="m")
+    assert (upstream.statistics().state, upstream.statistics().models) == ("unknown", 2)
+    upstream.note_error(Garbled("odd"))
+    assert upstream.statistics().state == "unknown"
+    upstream.note_down(Unavailable("refused"))
+    assert (upstream.known().down, upstream.statistics().reason) == ("refused", "refused")
+    upstream.note_up()
+    statistics = upstream.statistics()
+    assert (statistics.state, statistics.reason, statistics.last_error) == ("up", None, "refused")
+    assert statistics.last_error_at is not None
+    assert upstream.known().down is None
+    assert repr(upstream) == "<Upstream mock up, 0 in flight>"
+
+
+def test_an_upstream_without_its_secret_is_disabled() -> None:
+    """The configuration's reason is routing's reason, and the state says so."""
+    upstream = _upstream(_answering()[0], api_key={"env": "NO_SUCH"}, default_model="d")
+    assert upstream.known().default_model == "d"
+    assert "NO_SUCH is not set" in (upstream.known().unusable or "")
+    assert upstream.statistics().state == "disabled"
+    assert "NO_SUCH" in (upstream.statistics().reason or "")

@@ -1,0 +1,539 @@
+"""The OpenAI wire format: what is refused by name, and what passes through byte for byte."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trigate import sse
+from trigate.errors import BadRequest, Garbled, Rejected, Reported
+from trigate.wire import ENDPOINTS, StreamReader, Usage, decode_answer, decode_call
+
+CHAT = ENDPOINTS["/v1/chat/completions"]
+RESPONSES = ENDPOINTS["/v1/responses"]
+SPEECH = ENDPOINTS["/v1/audio/speech"]
+HELLO = '"messages":[{"role":"user","content":"Hello"}]'
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+# Text that a careless replacement would take for the key and its value.
+tricky_text = st.lists(
+    st.sampled_from(
+        ['"model":"up"', '\\"model\\":\\"up\\"', '"model": "', '"', "\\", "model", ":", "up", "\n", "\u2028", "é"]
+    )
+    | text,
+    max_size=6,
+).map("".join)
+model_ids = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+def _deep(prefix: str, suffix: str, depth: int = 100_000) -> bytes:
+    return f"{prefix}{'[' * depth}{']' * depth}{suffix}".encode()
+
+
+# -- the call ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        (b"", None, "empty"),
+        (b" \r\n\t", None, "empty"),
+        (b"hello", None, "not JSON"),
+        (b"{", None, "not JSON"),
+        (b"\x00", None, "not JSON"),
+        (b"{'model': 'm'}", None, "not JSON"),
+        (f'{{"model":"m",{HELLO},}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO}}} x'.encode(), None, "trailing"),
+        (f'{{"model":"m",{HELLO}}}{{}}'.encode(), None, "trailing"),
+        (f'{{"model":"m",{HELLO}}}\0'.encode(), None, "trailing"),
+        (f'\ufeff{{"model":"m",{HELLO}}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"top_p":NaN}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"top_p":Infinity}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":[1,,2]}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":01}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"a\nb"}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"\\u12"}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"'.encode() + b'\xff"}', None, "not UTF-8"),
+        (f'{{"model":"m",{HELLO},"x":"'.encode() + b'\xed\xa0\x80"}', None, "not UTF-8"),
+        (f'{{"model":"m",{HELLO}}}'.encode("utf-16"), None, "not UTF-8"),
+        (_deep("", ""), None, ""),
+        (b'{"a":' * 100_000, None, "nested too deeply"),
+        (_deep(f'{{"model":"m",{HELLO},"x":', "}"), None, "nested too deeply"),
+        (_deep('{"model":', "}"), None, "nested too deeply"),
+        (_deep('{"model":"m","messages":', "}"), None, "nested too deeply"),
+        (_deep('{"model":"m","messages":[{"role":"user","content":', "}]}"), None, "nested too deeply"),
+        (b"[]", None, "must be a JSON object"),
+        (b'"model"', None, "must be a JSON object"),
+        (b"null", None, "must be a JSON object"),
+        (b"1", None, "must be a JSON object"),
+        (f"{{{HELLO}}}".encode(), "model", "must provide a model"),
+        (f'{{"model":null,{HELLO}}}'.encode(), "model", "must provide a model"),
+        (f'{{"model":"",{HELLO}}}'.encode(), "model", "non-empty"),
+        (f'{{"model":5,{HELLO}}}'.encode(), "model", "string"),
+        (f'{{"model":["m"],{HELLO}}}'.encode(), "model", "string"),
+        (b'{"model":"m"}', "messages", "must provide messages"),
+        (b'{"model":"m","messages":null}', "messages", "must provide messages"),
+        (b'{"model":"m","messages": null }', "messages", "must provide messages"),
+        (b'{"model":"m","messages":[]}', "messages", "at least one"),
+        (b'{"model":"m","messages":{}}', "messages", "array"),
+        (b'{"model":"m","messages":"Hello"}', "messages", "array"),
+        (b'{"model":"m","messages":5}', "messages", "array"),
+        (b'{"model":"m","messages":["Hello"]}', "messages[0]", "object"),
+        (b'{"model":"m","messages":[{"role":"user"},null]}', "messages[1]", "object"),
+        (b'{"model":"m","messages":[{"content":"Hello"}]}', "messages[0]", "role"),
+        (b'{"model":"m","messages":[{"role":"user"},{"role":7}]}', "messages[1].role", "str"),
+        (f'{{"model":"m",{HELLO},"stream":"true"}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":1}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":[]}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":true,"stream_options":1}}'.encode(), "stream_options", "object"),
+        (f'{{"model":"m",{HELLO},"stream_options":{{}}}}'.encode(), "stream_options", "stream: true"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_bad_input(body: bytes, param: str | None, says: str) -> None:
+    """Each malformed body is a 400 that says what is wrong and where, within 100 ms."""
+    started = time.perf_counter()
+    with pytest.raises(BadRequest) as caught:
+        decode_call(CHAT, body)
+    assert time.perf_counter() - started < 0.1
+    assert caught.value.status == 400
+    assert caught.value.param == param
+    assert says in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=list(ENDPOINTS))
+def test_each_endpoint_names_what_it_needs(endpoint: Any) -> None:
+    """A field without which no upstream could serve the call is asked for by name; with it the call is taken."""
+    fields: dict[str, object] = {"model": "m", "messages": [{"role": "user"}], "prompt": "p", "input": "i"}
+    assert decode_call(endpoint, json.dumps(fields).encode()).endpoint is endpoint
+    for name in endpoint.required:
+        with pytest.raises(BadRequest) as caught:
+            decode_call(endpoint, json.dumps({**fields, name: None}).encode())
+        assert caught.value.param == name
+
+
+def test_messages_are_chat_s_alone() -> None:
+    """Where messages are not the input, a field of that name is anybody's and passes through."""
+    body = b'{"model":"m","input":"i","messages":5}'
+    assert decode_call(RESPONSES, body).body_for("m") == body
+
+
+@pytest.mark.parametrize(
+    ("more", "stream"),
+    [({}, False), ({"stream": False}, False), ({"stream": None}, False), ({"stream": True}, True)],
+    ids=repr,
+)
+def test_stream(more: dict[str, object], stream: bool) -> None:
+    """Only ``stream: true`` asks for events; null is as good as absent."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user"}], **more}).encode()
+    assert decode_call(CHAT, body).stream is stream
+
+
+def test_speech_streams_by_its_format() -> None:
+    """``stream_format: "sse"`` is how audio/speech asks for events, and nobody else."""
+    assert decode_call(SPEECH, b'{"model":"m","input":"i","stream_format":"sse"}').stream
+    assert not decode_call(SPEECH, b'{"model":"m","input":"i","stream_format":"audio"}').stream
+    assert not decode_call(CHAT, f'{{"model":"m",{HELLO},"stream_format":"sse"}}'.encode()).stream
+
+
+def test_values_pass_through_byte_for_byte() -> None:
+    """Numbers of any size and spelling, escapes, key order, inner spaces and inner duplicates are kept."""
+    body = (
+        '{"z":1.0,"a":1,"big":123456789012345678901234567890,"exp":1E+2,"huge":1e999,"model":"m","neg":-0.0,'
+        '"esc":"\\u00e9\\/\\ud83d\\ude00","raw":"é","inner":{ "b" : 1 , "a":2,"b":3 },' + HELLO + "}"
+    ).encode()
+    call = decode_call(CHAT, body)
+    assert call.body_for("m") == body
+    assert call.body_for('up/"x"') == body.replace(b'"model":"m"', b'"model":"up/\\"x\\""')
+
+
+def test_duplicate_keys_leave_one() -> None:
+    """Of a repeated top-level key the last value counts, for the gateway and for the upstream alike."""
+    call = decode_call(CHAT, f'{{"model":"a","stream":true,{HELLO},"model":"b","stream":false}}'.encode())
+    assert (call.model, call.stream) == ("b", False)
+    assert call.body_for("up") == f'{{"model":"up","stream":false,{HELLO}}}'.encode()
+
+
+def test_white_space_around_the_body_is_allowed() -> None:
+    """JSON may be surrounded by white space, and pretty-printed."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user"}]}, indent=2).encode()
+    assert decode_call(CHAT, b"\r\n " + body + b"\n").model == "m"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.dictionaries(text, json_values, max_size=4), model_ids, model_ids, st.booleans())
+def test_only_the_model_changes(more: dict[str, Any], asked: str, upstream_s: str, ascii_only: bool) -> None:
+    """Whatever other fields a call has, the upstream gets them, in their order, under its own model id."""
+    fields = {**more, "model": asked, "messages": [{"role": "user"}]}
+    for name in ("stream", "stream_options"):
+        fields.pop(name, None)
+    call = decode_call(CHAT, json.dumps(fields, ensure_ascii=ascii_only).encode())
+    assert call.model == asked
+    sent = json.loads(call.body_for(upstream_s))
+    assert sent == {**fields, "model": upstream_s}
+    assert list(sent) == list(fields)
+    assert [repr(value) for value in sent.values()] == [
+        repr(value) for value in {**fields, "model": upstream_s}.values()
+    ]
+
+
+def test_a_call_s_repr_has_no_content() -> None:
+    """What people said is not in a repr, and so not in a log."""
+    assert "Hello" not in repr(decode_call(CHAT, f'{{"model":"m",{HELLO}}}'.encode()))
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_gets_the_public_model_id() -> None:
+    """Of a JSON answer only the model changes; usage is read from it."""
+    body = b'{"id":"c","model":"up","choices":[{"message":{"content":"\\"model\\":\\"up\\""}}],'
+    body += b'"usage":{"prompt_tokens":3,"completion_tokens":4,"x":1.0}}'
+    data, usage = decode_answer(body, model="mock/up", upstream="mock")
+    assert data == body.replace(b'"model":"up"', b'"model":"mock/up"', 1)
+    assert usage == Usage(prompt_tokens=3, completion_tokens=4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.dictionaries(text, json_values, max_size=4), model_ids)
+def test_an_answer_is_otherwise_untouched(more: dict[str, Any], public: str) -> None:
+    """Any answer keeps every field but its top-level model; without one it is passed on as it came."""
+    more.pop("model", None)
+    more["object"] = "x"
+    body = json.dumps(more).encode()
+    assert decode_answer(body, model=public, upstream="mock")[0] == body
+    data, _ = decode_answer(json.dumps({**more, "model": "up"}).encode(), model=public, upstream="mock")
+    assert json.loads(data) == {**more, "model": public}
+
+
+@pytest.mark.parametrize(
+    ("usage", "read"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)),
+        ({"input_tokens": 3, "output_tokens": 4}, (3, 4)),
+        ({"prompt_tokens": 3, "total_tokens": 3}, (3, 0)),
+        ({"prompt_tokens": "3", "completion_tokens": 4}, None),
+        ({"prompt_tokens": True, "completion_tokens": 4}, None),
+        ({}, None),
+        (None, None),
+        ([3, 4], None),
+    ],
+    ids=repr,
+)
+def test_usage(usage: object, read: tuple[int, int] | None) -> None:
+    """Counts are read in both spellings; what is not a count is no usage, and never an error."""
+    body = json.dumps({"object": "x", "usage": usage}).encode()
+    expected = Usage(prompt_tokens=read[0], completion_tokens=read[1]) if read else None
+    assert decode_answer(body, model="m", upstream="mock")[1] == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b'"ok"',
+        b'{"object": ',
+        b'{"error": {"message": "busy"}}',
+        b'{"error": "busy"}',
+        _deep("", ""),
+    ],
+    ids=lambda body: repr(body)[:30],
+)
+def test_an_answer_that_is_none(body: bytes) -> None:
+    """Under a 200, what is not a JSON object, and an error object, is the provider's failure."""
+    with pytest.raises(Garbled, match="mock"):
+        decode_answer(body, model="m", upstream="mock")
+
+
+def test_a_null_error_is_no_error() -> None:
+    """Answers of the responses API carry ``error: null``."""
+    body = b'{"object":"response","error":null}'
+    assert decode_answer(body, model="m", upstream="mock") == (body, None)
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+
+def _event(value: object) -> bytes:
+    return b"data: " + (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n\n"
+
+
+def _delta(**delta: object) -> bytes:
+    return _event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+
+def _reader(endpoint: Any = CHAT, *, model: str = "mock/up") -> StreamReader:
+    return StreamReader(endpoint, model=model, upstream="mock")
+
+
+@pytest.mark.parametrize(
+    ("event", "has_content"),
+    [
+        (_delta(role="assistant", content=""), False),
+        (_delta(role="assistant"), False),
+        (_delta(role="assistant", content=None, tool_calls=None), False),
+        (_delta(), False),
+        (_event({"choices": []}), False),
+        (_event({"choices": [], "prompt_filter_results": [{}]}), False),
+        (_event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}), False),
+        (_delta(content="H"), True),
+        (_delta(content=" "), True),
+        (_delta(reasoning_content="hm"), True),
+        (_delta(refusal="no"), True),
+        (_delta(tool_calls=[{"index": 0}]), True),
+        (_event({"choices": [{"index": 0, "text": "H"}]}), True),
+        (_event({"choices": [{"index": 0, "text": ""}]}), False),
+        (_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), True),
+        (_event({"choices": [{"delta": {"content": ""}}, {"index": 1, "delta": {"content": "H"}}]}), True),
+        (_event({"type": "response.created", "response": {}}), False),
+        (_event({"type": "response.in_progress", "response": {}}), False),
+        (_event({"type": "response.queued", "response": {}}), False),
+        (_event({"type": "response.output_text.delta", "delta": "H"}), True),
+        (_event(b"[DONE]"), True),
+        (b": ping\n\n", False),
+        (b"id: 7\n\n", False),
+    ],
+    ids=repr,
+)
+def test_content(event: bytes, has_content: bool) -> None:
+    """The first token is the first event with something of the answer in it, or the end of it."""
+    reader = _reader()
+    reader.read(event)
+    assert reader.has_content is has_content
+    assert reader.error is None
+
+
+def test_content_stays() -> None:
+    """Once there was content there was content."""
+    reader = _reader()
+    reader.read(_delta(content="H"))
+    reader.read(_delta(content=""))
+    assert reader.has_content
+
+
+def test_comments_are_dropped() -> None:
+    """An upstream's comments, and events without data, are not for the client: the gateway sends its own keep-alive."""
+    reader = _reader()
+    for event in (b": ping\n\n", b"\n\n", b"event: ping\n\n", b"retry: 5\n\n"):
+        assert reader.read(event) == b""
+    assert not reader.complete
+
+
+def test_an_event_with_empty_data_is_dropped() -> None:
+    """Data that is empty makes no event by the standard: clients that dispatch it all the same fail to parse it."""
+    reader = _reader()
+    for event in (b"data:\n\n", b"data: \n\n", b"event: ping\ndata: \n\n"):
+        assert reader.read(event) == b""
+        assert reader.error is None
+    reader.read(_delta(content="H"))
+    assert reader.read(b"data: \n\n") == b""
+
+
+@pytest.mark.parametrize("done", [b"data: [DONE]\n\n", b"data:[DONE]\r\n\r\n", b"data: [DONE] \n\n"], ids=repr)
+def test_done_ends_a_chat_stream(done: bytes) -> None:
+    """``[DONE]`` completes the stream, and goes to the client as it came."""
+    reader = _reader()
+    reader.read(_delta(content="H"))
+    before = reader.complete
+    assert reader.read(done) == done
+    assert (before, reader.complete) == (False, True)
+    assert reader.error is None
+
+
+def test_a_finish_reason_is_not_the_end() -> None:
+    """Usage may follow the last choice: only ``[DONE]`` completes a chat stream, and ``[DONE]`` in a text does not."""
+    reader = _reader()
+    reader.read(_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+    reader.read(_delta(content="[DONE]"))
+    reader.read(_event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
+    assert not reader.complete
+    assert reader.usage == Usage(prompt_tokens=1, completion_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/responses", "response.completed"),
+        ("/v1/responses", "response.incomplete"),
+        ("/v1/responses", "response.failed"),
+        ("/v1/audio/speech", "speech.audio.done"),
+        ("/v1/images/generations", "image_generation.completed"),
+    ],
+)
+def test_other_streams_end_with_a_type(path: str, kind: str) -> None:
+    """Streams without ``[DONE]`` end with an event of a known type; that type inside a text ends nothing."""
+    reader = _reader(ENDPOINTS[path])
+    reader.read(_event({"type": "response.output_text.delta", "delta": json.dumps({"type": kind})}))
+    reader.read(_event({"type": "x", "inner": {"type": kind}}))
+    before = reader.complete
+    last = _event({"type": kind, "usage": {"input_tokens": 3, "output_tokens": 4}, "response": {"error": None}})
+    assert reader.read(last) == last
+    assert (before, reader.complete) == (False, True)
+    assert reader.error is None
+    assert reader.usage == Usage(prompt_tokens=3, completion_tokens=4)
+
+
+def test_usage_of_a_response_is_inside_it() -> None:
+    """The responses API reports usage in ``response.usage`` of its last event."""
+    reader = _reader(RESPONSES)
+    reader.read(_event({"type": "response.completed", "response": {"usage": {"input_tokens": 3, "output_tokens": 4}}}))
+    assert reader.usage == Usage(prompt_tokens=3, completion_tokens=4)
+
+
+def test_the_last_usage_counts() -> None:
+    """Some upstreams count along with every event, or send null until the last: the last count is the usage."""
+    reader = _reader()
+    for usage in (
+        None,
+        {"prompt_tokens": 3, "completion_tokens": 1},
+        {"prompt_tokens": 3, "completion_tokens": 2},
+        None,
+    ):
+        reader.read(_event({"choices": [{"delta": {"content": "H"}}], "usage": usage}))
+    assert reader.usage == Usage(prompt_tokens=3, completion_tokens=2)
+
+
+@pytest.mark.parametrize("before", [[], [_delta(content="H")]], ids=["before content", "after content"])
+def test_an_error_event(before: list[bytes]) -> None:
+    """An error event is kept as the reader's error, its own type and code with it, and not returned."""
+    reader = _reader()
+    for event in before:
+        reader.read(event)
+    error = {"message": "out of memory", "type": "server_error", "code": 507}
+    assert reader.read(b"event: error\n" + _event({"error": error})) == b""
+    assert isinstance(reader.error, Reported)
+    assert reader.error.message == "out of memory"
+    assert reader.error.payload == {"param": None, **error}
+    assert not reader.complete
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [("busy", "busy"), ({}, None), ({"message": None}, "sent an error"), (5, "5")]
+)
+def test_odd_error_events(error: object, message: str | None) -> None:
+    """An error of any shape has a message; an empty one is no error."""
+    reader = _reader()
+    reader.read(_event({"error": error}))
+    if message is None:
+        assert reader.error is None
+    else:
+        assert reader.error is not None
+        assert message in reader.error.message
+        assert json.loads(reader.error.to_frame()[6:])["error"]["type"] == "upstream_error"
+
+
+def test_the_word_error_in_a_text_is_no_error() -> None:
+    """Neither text that quotes an error event, nor ``error: null``, is an error."""
+    reader = _reader()
+    reader.read(_delta(content="H"))
+    for event in (_delta(content='{"error": {"message": "no"}}'), _event({"choices": [], "error": None})):
+        assert reader.read(event) == event
+    assert reader.error is None
+
+
+def test_an_error_event_of_the_responses_api() -> None:
+    """The responses API's error event has its code and message beside ``type: error``, not inside ``error``."""
+    reader = _reader(RESPONSES)
+    reader.read(_event({"type": "response.created", "response": {}}))
+    reader.read(b"event: error\n" + _event({"type": "error", "code": "server_error", "message": "busy", "param": None}))
+    assert reader.error is not None
+    assert reader.error.message == "busy"
+    assert not reader.has_content
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello", b"[1]", b'"x"', b'{"choices": ', b"[" * 100_000], ids=lambda data: repr(data)[:20]
+)
+def test_a_first_event_that_is_not_an_object(data: bytes) -> None:
+    """Before any content, data that is not a JSON object means that the upstream speaks something else."""
+    reader = _reader()
+    assert reader.read(b"data: " + data + b"\n\n") == b""
+    assert isinstance(reader.error, Garbled)
+    assert not isinstance(reader.error, Rejected)
+
+
+def test_every_event_gets_the_public_model_id() -> None:
+    """The upstream's id is replaced in each event, whatever its spelling; every other byte stays."""
+    reader = _reader(model="my/model")
+    for key, value in (
+        (b'"model":', b'"up"'),
+        (b'"model":', b'"up"'),
+        (b'"model": ', b'"up"'),
+        (b'"model" :  ', b'"up"'),
+        (b'"model":', b'"up-2024"'),
+        (b'"model":', b'"\\u0075p"'),
+        (b'"model":', b'"u\\"p"'),
+    ):
+        more = b',"choices":[{"delta":{"content":"a\\u00e9"},"logprob":-1.0}]'
+        event = b'event: x\r\ndata: {"id":"1",' + key + value + more + b"}\r\n\r\n"
+        assert reader.read(event) == event.replace(key + value, key + b'"my/model"')
+
+
+def test_a_pretty_printed_event_is_renamed() -> None:
+    """An object over several ``data`` lines is one object."""
+    reader = _reader()
+    text = json.dumps({"choices": [{"delta": {"content": "a"}}], "model": "up"}, indent=1)
+    event = "".join(f"data: {line}\n" for line in text.split("\n")).encode() + b"\n"
+    [out] = sse.EventSplitter(max_event_bytes=1000).feed(reader.read(event))
+    assert json.loads(sse.data_of(out) or b"") == {**json.loads(text), "model": "mock/up"}
+
+
+def test_a_response_s_model_is_replaced_inside_it() -> None:
+    """In the responses API the model stands inside ``response``."""
+    out = _reader(RESPONSES).read(_event({"type": "response.created", "response": {"id": "r", "model": "up"}}))
+    assert json.loads(out[6:])["response"]["model"] == "mock/up"
+
+
+def test_an_event_without_a_model_is_untouched() -> None:
+    """No model is added where the upstream sent none."""
+    event = _delta(content="a")
+    assert _reader().read(event) == event
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(tricky_text, st.permutations(["id", "choices", "model"])), min_size=1, max_size=4),
+    model_ids | st.just("up"),
+    model_ids,
+    st.booleans(),
+    st.sampled_from([(",", ":"), (", ", ": ")]),
+)
+def test_only_the_model_of_an_event_changes(
+    events: list[tuple[str, list[str]]], upstream_s: str, public: str, ascii_only: bool, separators: tuple[str, str]
+) -> None:
+    """Whatever a text quotes, and in whatever order the keys come, only the model id changes."""
+    reader = _reader(model=public)
+    for content, order in events:
+        choices = [{"index": 0, "delta": {"content": content, "tool_calls": [{"function": {"arguments": content}}]}}]
+        values = {"id": content, "choices": choices, "model": upstream_s}
+        chunk = {name: values[name] for name in order}
+        out = reader.read(_event(json.dumps(chunk, ensure_ascii=ascii_only, separators=separators).encode()))
+        assert reader.error is None
+        found = json.loads(sse.data_of(out) or b"")
+        assert found == {**chunk, "model": public}
+        assert list(found) == order
+
+
+@pytest.mark.parametrize("order", [("model", "choices"), ("choices", "model")], ids=" before ".join)
+@pytest.mark.parametrize(
+    "inner", [{"model": "whisper"}, {"model": "up"}, {'"model': "up"}], ids=["another", "the same", "a quoted key"]
+)
+def test_a_model_inside_the_content_is_not_the_stream_s(inner: dict[str, str], order: tuple[str, str]) -> None:
+    """A ``model`` deeper in an event belongs to whatever it is in: only the top-level one is replaced."""
+    values = {"model": "up", "choices": [{"delta": {"content": "a", "x": inner}}]}
+    chunk = {name: values[name] for name in order}
+    out = _reader().read(_event(chunk))
+    assert json.loads(out[6:]) == {**chunk, "model": "mock/up"}
