@@ -194,6 +194,11 @@ class AsgiClient:
         for call in self.calls:
             call.disconnect()
 
+    @staticmethod
+    def encode(body: object) -> bytes:
+        """Encodes a request body."""
+        return msgspec.json.encode(body)
+
     def start(
         self,
         method: str,
@@ -213,7 +218,7 @@ class AsgiClient:
         if isinstance(body, bytes):
             data = body
         else:
-            data = msgspec.json.encode(body)
+            data = self.encode(body)
             fields.append((b"content-type", b"application/json"))
         if raw is None:
             fields.append((b"content-length", b"%d" % len(data)))

@@ -78,9 +78,7 @@ def logs() -> Iterator[Logs]:
     found = Logs()
     handler = _Handler(found)
     # Configured and not only captured: `trigate.logs.configure` leaves a configured structlog alone.
-    structlog.configure(
-        processors=[found.take], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False
-    )
+    structlog.configure(processors=[found.take], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
     logging.getLogger().addHandler(handler)
     try:
         yield found
@@ -155,9 +153,7 @@ async def _open_app(
     if providers is None or isinstance(providers, Provider):
         providers = {"up": providers or Provider()}
     found = providers
-    app = create_app(
-        opener=lambda: open_gateway(settings, env={}, transports=lambda name, _: found[name].transport())
-    )
+    app = create_app(opener=lambda: open_gateway(settings, env={}, transports=lambda name, _: found[name].transport()))
     async with server.open_lifespan(app) as state, trio.open_nursery() as nursery:
         client = AsgiClient(app, nursery)
         try:

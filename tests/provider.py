@@ -152,6 +152,7 @@ class Served:
     """One call that reached the provider.
 
     Attributes:
+        connection: Which connection carried it; 0 in memory.
         said: How many pieces of the body were taken.
         ended: None while it runs; then ``complete`` (its reply was taken to the end), ``broken`` (by the script) or
             ``closed`` (the gateway left).
@@ -162,6 +163,7 @@ class Served:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    connection: int = 0
     said: int = 0
     ended: str | None = None
     ended_at: float = math.nan
@@ -351,6 +353,7 @@ async def _serve_connection(provider: Provider, stream: trio.SocketStream) -> No
     received = bytearray()
     while (request := await _read_request(stream, received)) is not None:
         call, script = provider.begin(*request)
+        call.connection = id(stream)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch, stream, call, received, nursery.cancel_scope)

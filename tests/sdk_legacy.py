@@ -12,7 +12,6 @@ import sys
 import traceback
 
 import openai
-
 from sdk_scenarios import SCENARIOS, Case
 
 

@@ -575,7 +575,9 @@ async def test_keep_alive_before_the_first_token(open_app: OpenApp, autojump_clo
         assert call.header("content-type") == "text/event-stream; charset=utf-8"
 
 
-async def test_keep_alive_in_the_middle_counts_from_the_last_event(open_app: OpenApp, autojump_clock: MockClock) -> None:
+async def test_keep_alive_in_the_middle_counts_from_the_last_event(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
     """Events reset the silence; the upstream's own comments do not count as speech, and are not passed on."""
     script = (Say(content("a")), Pause(10), Say(content("b")), Pause(10), Say(b": upstream\n\n"), Pause(6), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
@@ -614,6 +616,24 @@ async def test_a_failure_after_a_keep_alive_is_an_error_event(open_app: OpenApp,
         assert call.status == 200
         assert call.body == KEEP_ALIVE + b"data: " + body + b"\n\n"
         assert call.ended
+
+
+@pytest.mark.parametrize("attempt", range(8))
+async def test_a_keep_alive_never_lands_in_a_status(
+    open_app: OpenApp, autojump_clock: MockClock, attempt: int
+) -> None:
+    """An answer that comes in the very moment of the first keep-alive is a status or a stream, never half of each."""
+    scripts = ((Break(),), answers(b'{"error":{"message":"m"}}', status=400), says("x"), (Head(200, "text/html"),))
+    async with open_app(providers=Provider(*((Pause(15), *script) for script in scripts))) as served:
+        for call in [served.client.chat() for _ in scripts]:
+            await call.wait()
+            if call.header("content-length"):
+                assert int(call.header("content-length")) == len(call.body)
+                assert set(call.error) >= {"message", "type"}
+            else:
+                assert call.status == 200
+                assert call.body.endswith(DONE) or call.error["message"]
+        served.assert_clean()
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
@@ -720,9 +740,7 @@ async def test_slow_but_steady_is_not_idle(open_app: OpenApp, autojump_clock: Mo
 
 async def test_each_target_has_its_own_deadlines(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The second target's shorter deadline fires when it is due, not when the first one's would have."""
-    config = make_config(
-        {"a": {}, "b": {"first_token_timeout_s": 2}}, models={"both": {"targets": ["a/m", "b/m"]}}
-    )
+    config = make_config({"a": {}, "b": {"first_token_timeout_s": 2}}, models={"both": {"targets": ["a/m", "b/m"]}})
     async with open_app(config, {"a": Provider((Refuse(),)), "b": Provider((Stall(),))}) as served:
         begun = trio.current_time()
         call = await served.client.chat(model="both").wait()

@@ -226,9 +226,7 @@ def test_unavailable_file(wheels: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the cores of this process on Linux")
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3), (64, 8)])
-def test_threads(
-    cores: int, threads: int, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads(cores: int, threads: int, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gateway keeps a core where there are several, unless the number of threads is given."""
     add_package(wheels, "xllamacpp")
     file = tmp_path / "a.gguf"
@@ -347,9 +345,7 @@ async def test_backoff_grows(autojump_clock: trio.testing.MockClock) -> None:
 
 
 @pytest.mark.slow
-async def test_backoff_forgets(
-    fake_child: Callable[[str], Command], mock_clock: trio.testing.MockClock
-) -> None:
+async def test_backoff_forgets(fake_child: Callable[[str], Command], mock_clock: trio.testing.MockClock) -> None:
     """A child that served for longer than the longest pause is not held against the next one."""
     mock_clock.rate = 1
     settings = LocalModelSettings(start="startup", backoff_min_s=10, backoff_max_s=1000)
@@ -386,10 +382,7 @@ async def test_start_fails(fake_child: Callable[[str], Command], tmp_path: Path)
         assert model.state == "backoff"
         with trio.fail_after(5):
             await call()
-        expected = (
-            "the local model ended before it listened (exit status 3): "
-            "loading | no such tensor: blk.7"
-        )
+        expected = "the local model ended before it listened (exit status 3): loading | no such tensor: blk.7"
         assert messages == [expected] * 3
         assert model.statistics().reason == expected
     assert count_starts(tmp_path) == 1
@@ -596,9 +589,7 @@ async def test_real_answer() -> None:
     """The model answers a question sensibly, under its own id, and counts its tokens."""
     async with open_local_model(REAL) as model, httpx2.AsyncClient(timeout=60) as client:
         base_url = await listening(model)
-        response = await client.post(
-            f"{base_url}/chat/completions", json=question("Name three colors.", max_tokens=48)
-        )
+        response = await client.post(f"{base_url}/chat/completions", json=question("Name three colors.", max_tokens=48))
     assert response.status_code == 200
     answer = response.json()
     content = answer["choices"][0]["message"]["content"].lower()
@@ -612,9 +603,7 @@ async def test_real_answer() -> None:
 @real
 async def test_real_stream() -> None:
     """A stream brings content in pieces, the usage if asked for, and ends with ``[DONE]``."""
-    asked = question(
-        "Name three colors.", max_tokens=24, stream=True, stream_options={"include_usage": True}
-    )
+    asked = question("Name three colors.", max_tokens=24, stream=True, stream_options={"include_usage": True})
     async with open_local_model(REAL) as model, httpx2.AsyncClient(timeout=60) as client:
         base_url = await listening(model)
         response = await client.post(f"{base_url}/chat/completions", json=asked)

@@ -96,7 +96,9 @@ async def test_a_break_before_the_head_is_a_transport_error(opener: Opener, how:
         assert provider.open_now == 0
 
 
-@pytest.mark.parametrize("script", [(Stall(),), (Head(), Stall()), (Say(b"x"), Stall())], ids=["connected", "headed", "said"])
+@pytest.mark.parametrize(
+    "script", [(Stall(),), (Head(), Stall()), (Say(b"x"), Stall())], ids=["connected", "headed", "said"]
+)
 async def test_a_client_that_leaves_is_seen(opener: Opener, script: Script) -> None:
     """Whatever the provider is doing, it notices that it was left, and when."""
     async with opener(script) as (provider, client), trio.open_nursery() as nursery:

@@ -13,7 +13,6 @@ from typing import Any
 import attrs
 import openai
 import pytest
-
 from processes import configuration, environment, run_gateway
 from scripted_upstream import open_upstream
 from sdk_scenarios import SCENARIOS, Case

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from processes import configuration, environment, run_gateway
 from scripted_upstream import TEXT, open_upstream
 

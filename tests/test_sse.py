@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trigate.sse import BOM, EventSplitter, EventTooLarge, comment, data_of
+from trigate.sse import BOM, EventSplitter, EventTooLarge, comment, data_of, without_resumption
 
 # Made of what matters to the splitter, so that every order of line ends, half a BOM and half a U+2028 turn up.
 streams = st.lists(
@@ -206,3 +206,9 @@ def test_a_comment_is_one_line() -> None:
     assert comment("keep-alive") == b": keep-alive\n"
     assert _feed([comment("keep-alive"), b"data: 1\n\n"]) == ([b": keep-alive\ndata: 1\n\n"], 0)
     assert data_of(b": keep-alive\ndata: 1\n\n") == b"1"
+
+
+def test_resumption_fields_are_taken_out() -> None:
+    """``id`` and ``retry`` lines go, wherever they stand and however lines end; text that looks like them stays."""
+    assert without_resumption(b"data: 1\r\nid\r\nretry: 5\r\n\r\n") == b"data: 1\n\n"
+    assert without_resumption(b"identity: 1\ndata: id: 2\n\n") == b"identity: 1\ndata: id: 2\n\n"

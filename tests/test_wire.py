@@ -370,7 +370,6 @@ def test_a_finish_reason_is_not_the_end() -> None:
         ("/v1/responses", "response.incomplete"),
         ("/v1/responses", "response.failed"),
         ("/v1/audio/speech", "speech.audio.done"),
-        ("/v1/images/generations", "image_generation.completed"),
     ],
 )
 def test_other_streams_end_with_a_type(path: str, kind: str) -> None:
@@ -384,6 +383,18 @@ def test_other_streams_end_with_a_type(path: str, kind: str) -> None:
     assert (before, reader.complete) == (False, True)
     assert reader.error is None
     assert reader.usage == Usage(prompt_tokens=3, completion_tokens=4)
+
+
+def test_a_stream_of_images_may_close_after_each() -> None:
+    """Several images each have their own last event: the stream is whole if it closes after one, or it goes on."""
+    reader = _reader(ENDPOINTS["/v1/images/generations"])
+    reader.read(_event({"type": "image_generation.partial_image", "b64_json": "x"}))
+    assert not reader.may_end
+    for _ in range(2):
+        reader.read(_event({"type": "image_generation.completed", "b64_json": "x"}))
+        assert (reader.may_end, reader.complete, reader.error) == (True, False, None)
+    reader.read(_event({"error": {"message": "the third failed"}}))
+    assert isinstance(reader.error, Reported)
 
 
 def test_usage_of_a_response_is_inside_it() -> None:

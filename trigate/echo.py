@@ -107,7 +107,7 @@ class EchoTransport(httpx2.AsyncBaseTransport):
         if not request.url.path.endswith("/chat/completions"):
             return _refusal(404, f"The echo model serves chat/completions only, not {request.url.path}.", None)
         payload = msgspec.json.decode(body)
-        n = payload.get("n") or 1
+        n = 1 if payload.get("n") is None else payload["n"]
         if type(n) is not int or not 1 <= n <= 128:
             return _refusal(400, "n must be an integer from 1 to 128.", "n")
         self._count += 1

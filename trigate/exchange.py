@@ -230,6 +230,9 @@ class Exchange:
         while True:
             piece = await self._receive(reply)
             if piece is None:
+                if reader.may_end:
+                    self.phase = "ending"
+                    return await self.down.end()
                 raise Truncated(f"The upstream {name} ended its stream before it was complete.")
             try:
                 events = splitter.feed(piece)

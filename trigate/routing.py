@@ -74,6 +74,7 @@ def plan(
     if target.model and target.upstream in upstreams:
         return _usable(model, (target,), upstreams)
     owners = [name for name, known in upstreams.items() if model in known.models]
+    owners = [name for name in owners if upstreams[name].unusable is None] or owners
     if len(owners) == 1:
         return _usable(model, (Target(owners[0], model),), upstreams)
     if owners:

@@ -18,6 +18,7 @@ BOM = b"\xef\xbb\xbf"
 _EOL = rb"(?>\r\n|\n|\r)"
 _BLANK_LINE = re.compile(_EOL + _EOL)
 _LINE = re.compile(_EOL)
+_RESUMPTION = re.compile(rb"^(?:id|retry)(?=:|\r|$)", re.M)
 
 
 class EventTooLarge(ValueError):
@@ -103,6 +104,18 @@ def with_data(event: bytes, data: bytes) -> bytes:
     """
     others = [line for line in _LINE.split(event) if line and line.partition(b":")[0] != b"data"]
     return b"\n".join([*others, b"data: " + data]) + b"\n\n"
+
+
+def without_resumption(event: bytes) -> bytes:
+    r"""Returns the event without its ``id`` and ``retry`` fields: a stream through the gateway cannot be resumed.
+
+    >>> without_resumption(b"id: 7\nevent: x\ndata: a\n\n"), without_resumption(b"data: id\n\n")
+    (b'event: x\ndata: a\n\n', b'data: id\n\n')
+    """
+    if not _RESUMPTION.search(event):
+        return event
+    kept = [line for line in _LINE.split(event) if line and not _RESUMPTION.match(line)]
+    return b"\n".join(kept) + b"\n\n"
 
 
 def comment(text: str) -> bytes:

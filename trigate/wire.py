@@ -12,6 +12,7 @@ images/generations); which events end a stream is from the "Streaming" pages of 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -42,12 +43,14 @@ class Endpoint:
         answer: What a call without ``stream`` gets: one JSON object, or bytes (audio).
         required: Top-level fields, besides ``model``, without which no upstream could serve the call.
         ends: Tells from an event's data whether it is the last one of a complete stream.
+        repeats: There may be several such events, one for each result; the stream is complete when it closes after one.
     """
 
     path: str
     answer: Literal["json", "bytes"] = "json"
     required: tuple[str, ...] = ()
     ends: Callable[[bytes], bool]
+    repeats: bool = False
 
 
 def _ends_with_done(data: bytes) -> bool:
@@ -81,6 +84,7 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             path="/images/generations",
             required=("prompt",),
             ends=_ends_with_type("image_generation.completed"),
+            repeats=True,
         ),
     )
 }
@@ -237,6 +241,10 @@ def _decode_any(data: bytes) -> Any:  # Any: JSON of any shape; None where it is
     try:
         return _any.decode(data)
     except (ValueError, RecursionError):
+        pass
+    try:  # slower, and takes the half surrogate pairs that some providers send where they cut an emoji
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None
 
 
@@ -251,32 +259,35 @@ class StreamReader:
     """
 
     def __init__(self, endpoint: Endpoint, *, model: str, upstream: str) -> None:
-        self._ends = endpoint.ends
+        self._endpoint = endpoint
         self._upstream = upstream
         self._public = msgspec.json.encode(model)
         self._needle = b""
         self._replacement = b""
         self.has_content = False
         self.complete = False
+        self.may_end = False
         self.usage: Usage | None = None
         self.error: GatewayError | None = None
 
     def read(self, event: bytes) -> bytes:
         """Takes one whole event, returns it as the client shall have it; ``b""`` where it is not for the client.
 
-        Sets ``complete`` at the stream's last event, and ``error`` at an error event (which is then not returned).
+        Sets ``complete`` at the stream's last event, ``may_end`` where the stream may close now or go on, and ``error``
+        at an error event (which is then not returned).
         """
         data = sse.data_of(event)
         if not data:
             return b""  # comments are the upstream's keep-alive; the gateway sends its own
-        if self._ends(data):
-            self.complete = True
+        if self._endpoint.ends(data):
+            self.complete = not self._endpoint.repeats
+            self.may_end = True
             self.has_content = True
         if not self.has_content or b'"usage"' in data or b'"error"' in data:
             self._look_into(data)
             if self.error is not None:
                 return b""
-        return self._rename(event, data)
+        return self._rename(sse.without_resumption(event), data)
 
     def _look_into(self, data: bytes) -> None:
         value = _decode_any(data)
