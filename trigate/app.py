@@ -93,6 +93,7 @@ def create_app(
     app.open_gateway = opener or (lambda: open_gateway(config))
     app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut a response after 60 s, without a trace
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
+    app.url_map.merge_slashes = False  # no redirects
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(health.blueprint)
     app.register_blueprint(models.blueprint)

@@ -361,7 +361,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 authorize(head, config)
             endpoint = ENDPOINTS.get(head.path)
             if endpoint is None:
-                await self._control_plane(inbound, down)
+                await self._control_plane(head, inbound, down)
             else:
                 await self._data_plane(endpoint, head, request_id, inbound, down)
         except GatewayError as error:
@@ -372,14 +372,15 @@ class GatewayConnection(TrioASGIHTTPConnection):
             if not down.committed:
                 await down.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
 
-    async def _control_plane(self, inbound: Inbound, down: Downstream) -> None:
+    async def _control_plane(self, head: Head, inbound: Inbound, down: Downstream) -> None:
         async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
+            body = message.get("body", b"") if head.method != "HEAD" else b""
             if message["type"] == "http.response.start":
                 await down.start(message["status"], list(message["headers"]))
             elif message.get("more_body", False):
-                await down.send(message["body"])
+                await down.send(body)
             else:
-                await down.end(message.get("body", b""))
+                await down.end(body)
 
         await super().__call__(inbound.receive_bounded, send)
 

@@ -391,7 +391,7 @@ class Exchange:
                 if since + timeout_s <= now:
                     await self._expire(deadline, timeout_s)
             quiet_since = math.inf if sending else max(down.last_sent_at, self.started_at)
-            if quiet_since + keep_alive_s <= now and self._cut is None and self.phase != "ending":
+            if quiet_since + keep_alive_s <= now and self._may_keep_alive():
                 # In a task of its own: the client may not read, and the stall limit holds for this send too.
                 nursery.start_soon(self._keep_alive)
                 quiet_since = now
@@ -399,9 +399,14 @@ class Exchange:
             await trio.sleep_until(min([now + shortest, *(at for at in due if at > now)]))
 
     async def _keep_alive(self) -> None:
-        if not self.down.committed:
-            await self.down.start(200, STREAM_HEADERS)
-        await self.down.send(sse.comment("keep-alive"))
+        down = self.down
+        if not down.committed and self._may_keep_alive():
+            await down.start(200, STREAM_HEADERS)
+        if self._may_keep_alive():  # asked again: the answer may have come meanwhile
+            await down.send(sse.comment("keep-alive"))
+
+    def _may_keep_alive(self) -> bool:
+        return self._cut is None and self.phase != "ending"
 
     def _timeout_s(self, phase: TimeoutPhase) -> float:
         config = self.generation.config

@@ -227,7 +227,7 @@ class Gateway:
     def __init__(self, load: Callable[[], Awaitable[Config]]) -> None:
         self._load = load
         self.generation: Generation
-        self.live: set[Exchange] = set()
+        self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.totals = Totals()
         self.draining = False
         self.drain = Drain(self)
@@ -257,12 +257,12 @@ class Gateway:
         limit = min(exchange.generation.config.limits.max_exchanges, self._descriptor_limit)
         if len(self.live) >= limit:
             raise Overloaded(f"{limit} calls are in flight, which is the limit of this gateway.")
-        self.live.add(exchange)
+        self.live[exchange] = None
         try:
             with exchange.generation.hold():
                 yield
         finally:
-            self.live.discard(exchange)
+            del self.live[exchange]
 
     def settle(self, exchange: Exchange) -> None:
         """Adds an ended exchange to the totals."""
@@ -297,11 +297,15 @@ class Gateway:
         self._reload_asked.set()
 
     async def run_generations(
-        self, transports: TransportFactory, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        first: Config,
+        transports: TransportFactory,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
-            self.generation = await nursery.start(self._run_generation, await self._load(), transports)
+            self.generation = await nursery.start(self._run_generation, first, transports)
             task_status.started()
             while True:
                 await self._reload_asked.wait()
@@ -401,10 +405,11 @@ async def open_gateway(
     async def load() -> Config:
         return adjust(config if config is not None else await read_config(path, environ))
 
+    first = await load()
     gateway = Gateway(load)
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
-            await nursery.start(gateway.run_generations, transports)
+            await nursery.start(gateway.run_generations, first, transports)
             if path is not None:
                 nursery.start_soon(gateway.watch_file, path)
             try:

@@ -7,8 +7,9 @@ cleartext, can wait for itself when an app answers early, and never lets go of a
 - **Whoever reads ends the connection.** Other tasks half-close it and leave the rest to the reader,
   which discards what still arrives, within bounds: closing a socket that has unread input sends a
   reset, and a reset may overtake the last response.
-- **A send is shielded**, as half a message spoils the connection. A task that sends to a peer that
-  does not read is therefore only freed from outside, by `Connection.abort`.
+- **A send happens as a whole or not at all**: an app that is cancelled gets `trio.Cancelled` at the
+  beginning of a send, or after it. In between it is shielded, as half a message spoils the connection. A
+  task that sends to a peer which does not read is therefore only freed from outside, by `Connection.abort`.
 - **There is no timer task.** A connection that is idle, or whose request head is not complete, has a
   deadline on its read; that is the keep-alive timeout, the head timeout and the drain in one.
 """
@@ -31,8 +32,8 @@ import structlog
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Body, Response
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import Response
 from hypercorn.protocol.h2 import BUFFER_LOW_WATER, H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.worker_context import WorkerContext
@@ -100,7 +101,14 @@ class _Http1(H11Protocol):
         super().__init__(*args)
         self.connection = _StrictConnection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
 
+    @property
+    def input_is_over(self) -> bool:
+        """Whether nothing is missing of the request, nor anything there beyond it."""
+        return self.connection.their_state in (h11.DONE, h11.MUST_CLOSE) and not self.connection.trailing_data[0]
+
     async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response | Body):
+            await trio.lowlevel.checkpoint_if_cancelled()
         if isinstance(event, Response) and self.context.terminated.is_set():
             event.headers.append((b"connection", b"close"))
         await super().stream_send(event)
@@ -144,6 +152,14 @@ class _Http2(H2Protocol):
                 codes.MAX_HEADER_LIST_SIZE: self.config.h2_max_header_list_size,
             },
         )
+
+    input_is_over = False
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Body):
+            # Nothing below need wait; an app that goes on sending after the end would never be cancelled.
+            await trio.lowlevel.checkpoint()
+        await super().stream_send(event)
 
     async def handle(self, event: Event) -> None:
         await super().handle(event)
@@ -263,7 +279,7 @@ class Connection:
     _stream: trio.abc.Stream
     client: Address | None = None
     server: Address | None = None
-    _protocol: H11Protocol | H2Protocol = attrs.field(init=False)
+    _protocol: _Http1 | _Http2 = attrs.field(init=False)
     _sending: trio.Lock = attrs.field(init=False, factory=trio.Lock)
     _receiving: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _deadline: float = attrs.field(init=False, default=math.inf)
@@ -342,7 +358,8 @@ class Connection:
             case Closed():
                 if not self._ending:
                     self._ending = True
-                    self._deadline = self._receiving.deadline = trio.current_time() + LINGER_S
+                    linger_s = 0.0 if self._protocol.input_is_over else LINGER_S
+                    self._deadline = self._receiving.deadline = trio.current_time() + linger_s
                     if not self._sending.locked():  # else `_write` does it
                         await self._half_close()
                 await self._protocol.handle(Closed())

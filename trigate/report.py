@@ -86,6 +86,6 @@ def status(gateway: Gateway) -> dict[str, Any]:
         "channels": [],
         "sessions": {"active": 0, "total": 0},
         "upstreams": upstreams,
-        "streams": [_stream(exchange) for exchange in sorted(gateway.live, key=lambda each: each.started_at)],
+        "streams": [_stream(exchange) for exchange in gateway.live],
         "totals": attrs.asdict(gateway.totals),
     }
