@@ -9,6 +9,7 @@ the first dot of an id only keeps the records of two tests apart: ``endless.a1``
 ``endless``           streams a word every 5 ms, for ever
 ``silent``            takes the call and says nothing
 ``cut``, ``reset``    streams two words, then closes the connection, or resets it
+``short``             streams two words, then ends the reply properly, but without ``[DONE]``
 ``status-N``          refuses with that status and `REFUSAL`; 429 with ``retry-after: 7``
 ====================  ==================================================================================================
 
@@ -147,14 +148,16 @@ class _Handler(BaseHTTPRequestHandler):
             words = WORDS if message["content"] == TEXT else (message["content"],)
             deltas = [{"content": word} for word in words]
             finish = "stop"
-        if part in ("cut", "reset"):
+        if part in ("cut", "reset", "short"):
             for delta in deltas[:2]:
                 self._event(chunk(choices=[_choice(delta=delta)]))
             time.sleep(0.05)  # a reset must not overtake the words
             if part == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
-            self.close_connection = True
+            if part == "short":
+                self._end_stream()
+            self.close_connection = part != "short"
             return
         for delta in deltas:
             self._event(chunk(choices=[_choice(delta=delta)]))

@@ -346,8 +346,8 @@ async def _take_words(stream: Any, words: list[str]) -> None:
 
 
 async def cut_stream_is_an_error(case: Case) -> None:
-    """A stream that the upstream cuts, by FIN or RST, gives the words that came, and then an APIError; no clean end."""
-    for part in ("cut", "reset"):
+    """A stream cut by FIN, RST or want of ``[DONE]`` gives its words and then an APIError: no clean end."""
+    for part in ("cut", "reset", "short"):
         stream = await case.chat(part, stream=True)
         words: list[str] = []
         error = await refused(partial(_take_words, stream, words), openai.APIError)

@@ -190,7 +190,7 @@ test("refusals of the upstream keep their class and are not retried", async () =
 });
 
 test("a cut stream is an error", async () => {
-  for (const part of ["cut", "reset"]) {
+  for (const part of ["cut", "reset", "short"]) {
     const stream = await client.chat.completions.create({ model: `mock/${part}.node`, messages, stream: true });
     const words = [];
     const error = await refused(async () => {
