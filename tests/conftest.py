@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -22,7 +23,7 @@ from provider import Provider
 from trigate import config as configuration
 from trigate import server
 from trigate.app import GatewayApp, create_app
-from trigate.config import Config
+from trigate.config import Config, Port
 from trigate.gateway import Gateway, http_transport, open_gateway
 
 # -- the log ----------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class Logs:
         missing = self._expected - {entry["event"] for entry in errors}
         assert not missing, f"expected in the log at ERROR, but not there: {sorted(missing)}"
 
-    def take(self, logger: object, method: str, entry: dict[str, Any]) -> Any:
+    def take(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Mapping[str, Any]:
         """The structlog processor."""
         self.entries.append({**entry, "log_level": method})
         raise structlog.DropEvent
@@ -102,7 +103,7 @@ def make_config(
         sections: ``limits``, ``models``, ``keys``, ``server``.
     """
     tables = {
-        name: ({} if "kind" in own else {"base_url": "http://up.invalid/v1", "models": ["m"]}) | own
+        name: {**({} if "kind" in own else {"base_url": "http://up.invalid/v1", "models": ["m"]}), **own}
         for name, own in (upstreams if upstreams is not None else {"up": {}}).items()
     }
     return configuration.structure({"upstreams": tables, **sections}, env=env or {}, source="test")
@@ -153,7 +154,10 @@ async def _open_app(
     if providers is None or isinstance(providers, Provider):
         providers = {"up": providers or Provider()}
     found = providers
-    app = create_app(opener=lambda: open_gateway(settings, env={}, transports=lambda name, _: found[name].transport()))
+    # Any: hypercorn's ASGI types are not those of the server
+    app: Any = create_app(
+        opener=lambda: open_gateway(settings, env={}, transports=lambda name, _: found[name].transport())
+    )
     async with server.open_lifespan(app) as state, trio.open_nursery() as nursery:
         client = AsgiClient(app, nursery)
         try:
@@ -172,14 +176,10 @@ def open_app() -> Callable[..., AbstractAsyncContextManager[Served]]:
 @contextlib.asynccontextmanager
 async def _open_server(config: Config) -> AsyncIterator[tuple[httpx2.AsyncClient, GatewayApp]]:
     """Serves a gateway on a port of loopback, with upstreams on real sockets; gives a client with its base URL."""
-    app = create_app(opener=lambda: open_gateway(config, env={}, transports=http_transport))
+    app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=http_transport))
     async with trio.open_nursery() as nursery:
-        listening = server.open_sockets(attrs.evolve(config.server, port=0))
-
-        async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
-            await server.serve(app, config.server, sockets=listening, task_status=task_status)
-
-        urls = await nursery.start(run)
+        listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
+        urls = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
         async with httpx2.AsyncClient(base_url=urls[0], timeout=10.0, trust_env=False) as client:
             try:
                 yield client, app

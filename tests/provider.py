@@ -14,7 +14,7 @@ import contextlib
 import math
 import socket
 import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -163,6 +163,7 @@ class Served:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    _tell: Callable[[], None]
     connection: int = 0
     said: int = 0
     ended: str | None = None
@@ -173,10 +174,16 @@ class Served:
         """The body, decoded."""
         return msgspec.json.decode(self.body)
 
+    def take(self) -> None:
+        """Notes that a piece was taken."""
+        self.said += 1
+        self._tell()
+
     def end(self, how: str) -> None:
         """Notes how it ended; only the first one counts."""
         if self.ended is None:
             self.ended, self.ended_at = how, trio.current_time()
+            self._tell()
 
 
 class Provider:
@@ -189,6 +196,7 @@ class Provider:
     def __init__(self, *scripts: Script) -> None:
         self._scripts = list(scripts) or [says("Hello", "!")]
         self.calls: list[Served] = []
+        self._news = trio.Event()
 
     def __repr__(self) -> str:
         return f"<Provider {self.open_now} open of {len(self.calls)}>"
@@ -214,10 +222,20 @@ class Provider:
 
     def begin(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[Served, Script]:
         """Takes a call, and the script that it gets."""
-        call = Served(method, path, headers, body)
+        call = Served(method, path, headers, body, self._tell)
         self.calls.append(call)
+        self._tell()
         script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
         return call, script
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def wait_until(self, holds: Callable[[Provider], bool]) -> None:
+        """Waits until something is true of it."""
+        while not holds(self):
+            await self._news.wait()
 
     def transport(self) -> MemoryTransport:
         """Makes the memory twin."""
@@ -300,7 +318,7 @@ class _MemoryBody(httpx2.AsyncByteStream):
             for step in self._steps:
                 match step:
                     case Say(data):
-                        self._call.said += 1
+                        self._call.take()
                         return data
                     case Break(how):
                         self._call.end("broken")
@@ -423,7 +441,7 @@ async def _play(stream: trio.SocketStream, call: Served, script: Script) -> None
                 if not headed:
                     headed = True
                     await say_head(Head())
-                call.said += 1
+                call.take()
                 await stream.send_all(b"%x\r\n%s\r\n" % (len(data), data) if framed else data)
             case Break(how):
                 call.end("broken")

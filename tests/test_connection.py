@@ -1,4 +1,4 @@
-"""Who may come in, what a request's head and body may be, and, over real sockets, how soon a client's end is acted on."""
+"""Who may come in, what a request's head and body may be, and, over sockets, how soon a client's end is acted on."""
 
 from __future__ import annotations
 
@@ -184,7 +184,9 @@ async def test_insecure_is_for_everybody(open_app: OpenApp) -> None:
     """Who says so gets it."""
     async with open_app(make_config(server={"insecure": True})) as served:
         served.client.client, served.client.server = ("203.0.113.9", 1), ("203.0.113.1", 80)
-        call = await served.client.ask("POST", CHAT, chat(), headers={"host": "x.example", "origin": "https://y.example"})
+        call = await served.client.ask(
+            "POST", CHAT, chat(), headers={"host": "x.example", "origin": "https://y.example"}
+        )
         assert call.status == 200
 
 
@@ -252,7 +254,9 @@ async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, method: str
         assert served.providers["up"].opened == 0
 
 
-@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/json"])
+@pytest.mark.parametrize(
+    "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/json"]
+)
 async def test_a_body_that_is_not_declared_as_json_is_a_415(open_app: OpenApp, content_type: str | None) -> None:
     """Which is also what keeps a page from sending one without a preflight."""
     async with open_app() as served:
@@ -299,7 +303,7 @@ async def test_a_sane_request_id_is_kept(open_app: OpenApp, logs: Logs, given: s
         assert logs.named("exchange")[0]["request_id"] == given
 
 
-@pytest.mark.parametrize("given", ["", " ", "x" * 129, "a b", "a\nb", "é", "<script>", "a;b"])
+@pytest.mark.parametrize("given", ["", " ", "x" * 129, "a b", "a\tb", "é", "<script>", "a;b"])
 async def test_an_insane_request_id_is_replaced(open_app: OpenApp, given: str) -> None:
     """By one of ours; and every answer has one, refusals too."""
     async with open_app() as served:
@@ -474,37 +478,34 @@ async def _dial(client: httpx2.AsyncClient, *, stream: bool) -> trio.SocketStrea
     return connection
 
 
-async def _until(holds: Callable[[], bool], within_s: float = 2.0) -> None:
-    with trio.fail_after(within_s):
-        while not holds():
-            await trio.sleep(0.001)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize("phase", SOCKET_PHASES)
 async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: OpenServer, phase: str, how: str) -> None:
     """FIN and RST, in every phase, from one socket to the other."""
     script, stream, first = SOCKET_PHASES[phase]
-    async with open_socket_provider(script) as (provider, url):
-        async with open_server(make_config({"up": {"base_url": url}})) as (client, app):
-            connection = await _dial(client, stream=stream)
-            said = sum(isinstance(step, Say) for step in script)
-            await _until(lambda: provider.opened == 1 and provider.calls[0].said == said)
-            received = b""
-            while first not in received:
-                received += await connection.receive_some()
-            await trio.sleep(0.02)
-            assert provider.open_now == 1
-            if how == "rst":
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            left = time.perf_counter()
-            connection.socket.close()
-            await _until(lambda: provider.open_now == 0)
-            assert time.perf_counter() - left < 0.05
-            assert provider.calls[0].ended == "closed"
-            await _until(lambda: not app.gateway.live)
-            assert app.gateway.totals.cancelled == 1
+    async with (
+        open_socket_provider(script) as (provider, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, app),
+    ):
+        connection = await _dial(client, stream=stream)
+        said = sum(isinstance(step, Say) for step in script)
+        await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said == said)
+        received = b""
+        while first not in received:
+            received += await connection.receive_some()
+        await trio.sleep(0.02)
+        assert provider.open_now == 1
+        if how == "rst":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        left = time.perf_counter()
+        connection.socket.close()
+        await provider.wait_until(lambda provider: provider.open_now == 0)
+        assert time.perf_counter() - left < 0.05
+        assert provider.calls[0].ended == "closed"
+        await wait_all_tasks_blocked(0.01)
+        assert not app.gateway.live
+        assert app.gateway.totals.cancelled == 1
 
 
 @pytest.mark.slow
@@ -516,24 +517,28 @@ async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: Ope
 )
 async def test_a_killed_upstream_is_an_error_event(open_server: OpenServer, how: Any, rest: Script) -> None:
     """And the response has its proper end: chunked framing is complete, the connection can be used again."""
-    async with open_socket_provider((Say(content("a")), Pause(0.02), *rest, Break(how)), says("x")) as (_, url):
-        async with open_server(make_config({"up": {"base_url": url}})) as (client, _app):
-            response = await client.post(CHAT, json=chat())
-            assert response.status_code == 200
-            assert response.text.startswith("data: ")
-            assert "upstream_truncated" in response.text.rstrip().rpartition("\n")[2]
-            assert "[DONE]" not in response.text
-            assert (await client.post(CHAT, json=chat())).text.endswith(DONE.decode())
+    async with (
+        open_socket_provider((Say(content("a")), Pause(0.02), *rest, Break(how)), says("x")) as (_, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, _app),
+    ):
+        response = await client.post(CHAT, json=chat())
+        assert response.status_code == 200
+        assert response.text.startswith("data: ")
+        assert "upstream_truncated" in response.text.rstrip().rpartition("\n")[2]
+        assert "[DONE]" not in response.text
+        assert (await client.post(CHAT, json=chat())).text.endswith(DONE.decode())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fin", "rst"])
 async def test_an_upstream_killed_before_its_head_is_a_502(open_server: OpenServer, how: Any) -> None:
     """As is one where nobody listens."""
-    async with open_socket_provider((Break(how),)) as (_, url):
-        async with open_server(make_config({"up": {"base_url": url}})) as (client, _app):
-            response = await client.post(CHAT, json=chat())
-            assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
+    async with (
+        open_socket_provider((Break(how),)) as (_, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, _app),
+    ):
+        response = await client.post(CHAT, json=chat())
+        assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
     async with open_server(make_config({"up": {"base_url": url}})) as (client, _app):
         response = await client.post(CHAT, json=chat())
         assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
@@ -544,15 +549,19 @@ async def test_an_upstream_connection_serves_many_calls(open_server: OpenServer)
     """A complete answer leaves its connection for the next call, streamed or not; so does an error."""
     connections = set()
     scripts = (says("x"), answers(completion("y")), answers(b'{"error":{"message":"m"}}', status=400), says("z"))
-    async with open_socket_provider(*scripts) as (provider, url):
-        async with open_server(make_config({"up": {"base_url": url}})) as (client, _app):
-            for stream in (True, False, False, True):
-                await client.post(CHAT, json=chat(stream=stream))
-            connections = {call.connection for call in provider.calls}
-            assert len(provider.calls) == 4
-            assert len(connections) == 1
+    async with (
+        open_socket_provider(*scripts) as (provider, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, _app),
+    ):
+        for stream in (True, False, False, True):
+            await client.post(CHAT, json=chat(stream=stream))
+        connections = {call.connection for call in provider.calls}
+        assert len(provider.calls) == 4
+        assert len(connections) == 1
 
 
+# httpx2 leaves a generator of its own behind where a reply is closed between two reads; its connection is closed.
+@pytest.mark.filterwarnings("ignore:.*PoolByteStream:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
     """A client that reads nothing: the gateway takes no more than the buffers hold, and closes the upstream in time."""
@@ -562,9 +571,10 @@ async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
         config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.5})
         async with open_server(config) as (client, _app):
             connection = await _dial(client, stream=True)
-            await _until(lambda: provider.opened == 1 and provider.calls[0].said > 0)
+            await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said > 0)
             begun = time.perf_counter()
-            await _until(lambda: provider.open_now == 0, within_s=5)
+            with trio.fail_after(5):
+                await provider.wait_until(lambda provider: provider.open_now == 0)
             assert provider.calls[0].ended == "closed"
             assert time.perf_counter() - begun < 2
             assert provider.calls[0].said < 500, "200 MB were offered"

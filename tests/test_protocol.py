@@ -156,19 +156,21 @@ async def test_the_client_may_ask_for_the_end(autojump_clock: trio.testing.MockC
         assert trio.current_time() == 0.0
 
 
-@pytest.mark.parametrize("step", [10**9, 1], ids=["whole", "byte by byte"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])
 @pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
 async def test_a_refusal_is_an_error_in_openai_shape(
-    autojump_clock: trio.testing.MockClock, status: int, data: bytes, step: int
+    autojump_clock: trio.testing.MockClock, status: int, data: bytes, whole: bool
 ) -> None:
     """A bad head gets its status, the error object, and the end of the connection; the app sees nothing of it."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await trio.lowlevel.checkpoint()
         raise AssertionError("it was called")
 
     async with open_connection(app) as client, trio.open_nursery() as nursery:
 
         async def send() -> None:
+            step = len(data) if whole else 1 if len(data) < 1000 else 97
             with contextlib.suppress(trio.BrokenResourceError):
                 for start in range(0, len(data), step):
                     await client.send_all(data[start : start + step])
@@ -271,6 +273,7 @@ async def test_a_crash_of_the_app_is_a_500(autojump_clock: trio.testing.MockCloc
     logs.expect_error("app_crashed")
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
         raise RuntimeError("a defect")
 
     async with open_connection(app) as client:
@@ -306,18 +309,56 @@ async def test_expect_continue(autojump_clock: trio.testing.MockClock) -> None:
         assert body_of(await read_until(client, b"POST /")) == b"POST /"
 
 
-async def test_a_cancelled_send_is_whole(autojump_clock: trio.testing.MockClock) -> None:
-    """An app that is cancelled within a send, also of its head, can still end its answer properly."""
+async def test_a_cancelled_send_is_whole_or_not_at_all(autojump_clock: trio.testing.MockClock) -> None:
+    """Of a send that is cancelled, all arrives or nothing: the app can still end its answer properly."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
-        with trio.CancelScope() as scope_:
-            scope_.cancel()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
+        begin = {"type": "http.response.start", "status": 200, "headers": []}
+        with trio.CancelScope() as cancelled:
+            cancelled.cancel()
+            await send(begin)
+        assert cancelled.cancelled_caught
+        await send(begin)
+        with trio.move_on_after(1.0):
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": b"data: 2\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b"data: error\n\n"})
 
-    async with open_connection(app) as client:
+    client, server = trio.testing.memory_stream_pair()
+    slow = SlowStream(server, 2.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_connection, app, slow, config=CONFIG))
         await client.send_all(HELLO)
-        assert (await read_until(client, b"0\r\n\r\n")).endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        body = (await read_until(client, b"0\r\n\r\n")).partition(b"\r\n\r\n")[2]
+        assert body == b"9\r\ndata: 1\n\n\r\nd\r\ndata: error\n\n\r\n0\r\n\r\n"
+        await client.aclose()
+
+
+class SlowStream(trio.abc.Stream):
+    """A stream whose sends of a body take a while before, in the middle and after."""
+
+    def __init__(self, stream: trio.abc.Stream, pause_s: float) -> None:
+        self._stream = stream
+        self._pause_s = pause_s
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Sends in two halves."""
+        middle = len(data) // 2
+        for half in (data[:middle], data[middle:]):
+            await trio.sleep(self._pause_s if b"data: 1" in bytes(data) else 0)
+            await self._stream.send_all(half)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the stream behind."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """As the stream behind."""
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        """As the stream behind."""
+        await self._stream.aclose()
 
 
 # -- HTTP/2 -----------------------------------------------------------------------------------------------------------
@@ -514,6 +555,32 @@ async def test_an_h2_client_that_does_not_read_stops_its_app(
         assert len(sent) * 10_000 < 65_535 + 60_000
         await client.stream.aclose()
     assert ended == [10.0]
+
+
+@pytest.mark.parametrize("alpn", ["h2", "http/1.1"])
+async def test_an_app_that_sends_for_ever_can_be_cancelled(
+    autojump_clock: trio.testing.MockClock, authority: trustme.CA, alpn: str
+) -> None:
+    """An app that does nothing but send, and takes no notice of a disconnect, does not hold up the loop."""
+    began, cancelled = trio.Event(), []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with trio.move_on_after(20.0) as scope_:
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 10_000, "more_body": True})
+                began.set()
+        cancelled.append(scope_.cancelled_caught)
+
+    async with open_h2(app, authority, alpn=alpn) as client:
+        if alpn == "h2":
+            await client.ask(H2_GET)
+        else:
+            await client.stream.send_all(HELLO)
+        await began.wait()
+        await client.stream.aclose()
+        autojump_clock.jump(20.0)
+    assert cancelled == [True]
 
 
 async def test_a_failed_handshake_is_quiet(

@@ -39,9 +39,11 @@ async def _in_memory(*scripts: Script) -> AsyncIterator[tuple[Provider, httpx2.A
 
 @contextlib.asynccontextmanager
 async def _over_socket(*scripts: Script) -> AsyncIterator[tuple[Provider, httpx2.AsyncClient]]:
-    async with open_socket_provider(*scripts) as (provider, url):
-        async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
-            yield provider, client
+    async with (
+        open_socket_provider(*scripts) as (provider, url),
+        httpx2.AsyncClient(base_url=url, trust_env=False) as client,
+    ):
+        yield provider, client
 
 
 @pytest.fixture(params=[_in_memory, _over_socket], ids=["memory", "socket"])
@@ -56,7 +58,8 @@ async def test_a_stream_is_said_whole(opener: Opener) -> None:
     async with opener(says("a", "b")) as (provider, client):
         response = await client.post("/chat/completions", json={"model": "m"})
         assert response.headers["content-type"] == "text/event-stream"
-        assert response.content.startswith(b"data: {") and response.content.endswith(DONE)
+        assert response.content.startswith(b"data: {")
+        assert response.content.endswith(DONE)
         assert response.content.count(b"data: ") == 5
         [call] = provider.calls
         assert (call.method, call.path, call.json) == ("POST", "/v1/chat/completions", {"model": "m"})
@@ -108,13 +111,12 @@ async def test_a_client_that_leaves_is_seen(opener: Opener, script: Script) -> N
                 await response.aread()
 
         nursery.start_soon(call)
-        while not (provider.opened and provider.calls[0].said == sum(isinstance(step, Say) for step in script)):
-            await trio.sleep(0.001)
+        said = sum(isinstance(step, Say) for step in script)
+        await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said == said)
         assert provider.open_now == 1
         nursery.cancel_scope.cancel()
     with trio.fail_after(1):
-        while provider.open_now:
-            await trio.sleep(0.001)
+        await provider.wait_until(lambda provider: provider.open_now == 0)
     assert provider.calls[0].ended == "closed"
     assert len(provider.closed_at) == 1
 

@@ -75,25 +75,26 @@ def test_bad_heads_are_refused(status: int, data: bytes) -> None:
     assert caught.value.message.endswith(".")
 
 
+def status_of(data: bytes) -> int | None:
+    """The status of a refusal, or None."""
+    try:
+        examine(data)
+    except HeadRefused as error:
+        return error.status
+    return None
+
+
 @pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
 def test_segments_make_no_difference(status: int, data: bytes) -> None:
     """Byte by byte, the same head is refused for the same reason, at some byte of it."""
-    for length in range(len(data) + 1):
-        try:
-            examine(data[:length])
-        except HeadRefused as error:
-            assert error.status == status
-            return
-    raise AssertionError("it passed")
+    found = (status_of(data[:length]) for length in range(len(data) + 1))
+    assert next(filter(None, found)) == status
 
 
 @given(st.binary() | st.lists(st.sampled_from([b"GET / HTTP/1.1", b"\r\n", b"\n", b"Host:", b" ", b"x"])).map(b"".join))
 def test_any_bytes_are_judged(data: bytes) -> None:
     """Whatever the bytes are, the answer is a pass or a refusal."""
-    try:
-        examine(data)
-    except HeadRefused as error:
-        assert 400 <= error.status <= 505
+    assert status_of(data) in (None, 400, 414, 431, 501, 505)
 
 
 _H2 = [(b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"x"), (b":path", b"/")]

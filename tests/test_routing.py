@@ -118,13 +118,20 @@ def test_a_default_alias_wins() -> None:
 
 def test_no_default_says_why() -> None:
     """Where nobody can serve, each upstream's reason is named: 503, since it may pass."""
-    upstreams = {"a": Known(unusable="no key"), "b": Known(default_model="m", down="refused"), "c": Known()}
+    upstreams = {"a": Known(unusable="no key"), "b": Known(down="refused"), "c": Known()}
     with pytest.raises(Unavailable) as caught:
         plan("default", aliases={}, upstreams=upstreams)
     assert caught.value.status == 503
     assert "a: no key; b: refused; c: lists no model" in caught.value.message
     with pytest.raises(Unavailable, match="none is configured"):
         plan("default", aliases={}, upstreams={})
+
+
+def test_default_is_tried_where_all_are_down() -> None:
+    """Nothing but a call shows that an upstream is up again, so the first one gets it; one that is not down goes first."""
+    down = {"a": Known(default_model="m", down="refused"), "b": Known(default_model="n", down="refused")}
+    assert plan("default", aliases={}, upstreams=down) == (Target("a", "m"),)
+    assert plan("default", aliases={}, upstreams={**down, "c": Known(default_model="o")}) == (Target("c", "o"),)
 
 
 def test_public_ids() -> None:

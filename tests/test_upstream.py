@@ -544,7 +544,7 @@ async def test_the_local_model_is_waited_for() -> None:
 # -- what is known of it ----------------------------------------------------------------------------------------------
 
 
-def test_states() -> None:
+async def test_states() -> None:
     """Unknown at first, down with a reason after a failure, up again after a success; its last error stays."""
     upstream = _upstream(_answering()[0], models=["m", "n"])
     assert upstream.known() == Known(models=("m", "n"), default_model="m")
@@ -559,6 +559,21 @@ def test_states() -> None:
     assert statistics.last_error_at is not None
     assert upstream.known().down is None
     assert repr(upstream) == "<Upstream mock up, 0 in flight>"
+
+
+async def test_down_is_not_for_ever(autojump_clock: MockClock) -> None:
+    """A failure is forgotten after a while, unless somebody asks the upstream regularly and so knows better."""
+    upstream = _upstream(_answering()[0], models=["m"])
+    upstream.note_down(Unavailable("refused"))
+    await trio.sleep(9)
+    assert upstream.known().down == "refused"
+    await trio.sleep(2)
+    assert upstream.known().down is None
+    assert upstream.statistics().state == "unknown"
+    upstream.watched = True
+    upstream.note_down(Unavailable("refused"))
+    await trio.sleep(100)
+    assert upstream.known().down == "refused"
 
 
 def test_an_upstream_without_its_secret_is_disabled() -> None:

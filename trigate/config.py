@@ -11,6 +11,7 @@ carry the range checks.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -250,7 +251,12 @@ def _url(value: Any, _: Any) -> str:
         raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{value!r} is not an http:// or https:// URL")
-    if not value.isascii() or any(c.isspace() for c in value):
+    if parts.hostname.replace(".", "").isdigit():
+        try:
+            ipaddress.ip_address(parts.hostname)
+        except ValueError:
+            raise ValueError(f"{parts.hostname} is not an IPv4 address") from None
+    if not value.isascii() or not value.isprintable() or " " in value:
         raise ValueError(f"{value!r} has characters that a URL cannot carry")
     return value.rstrip("/")
 

@@ -222,6 +222,7 @@ class Downstream:
     Attributes:
         committed: The status line is out.
         ended: The last byte of the answer has been handed over.
+        gone: The client has left.
         sending_since: Since when a send has been waiting; None = none is.
         last_sent_at: When something was sent last (trio time).
     """
@@ -232,6 +233,7 @@ class Downstream:
         self._lock = trio.Lock()
         self.committed = False
         self.ended = False
+        self.gone = False
         self.sending_since: float | None = None
         self.last_sent_at = trio.current_time()
 
@@ -427,6 +429,7 @@ async def _watch(inbound: Inbound, down: Downstream, scope: trio.CancelScope) ->
     """Cancels the request when its client leaves before the answer is out."""
     while (await inbound.receive())["type"] != "http.disconnect":
         pass
+    down.gone = True
     if not down.ended:
         scope.cancel()
 

@@ -28,6 +28,7 @@ import trio
 from trigate import sse
 from trigate.config import TimeoutPhase
 from trigate.errors import (
+    Draining,
     Garbled,
     GatewayError,
     Header,
@@ -51,6 +52,7 @@ Deadline = Literal["total", "first_token", "idle", "stall"]
 # How long the rest of an upstream's body (the end of its framing) may take after the last event, before the
 # connection is closed instead of reused. The client has its answer by then.
 _REST_S = 0.25
+_LAST_WORDS_S = 1.0
 
 
 class Downstream(Protocol):
@@ -62,6 +64,10 @@ class Downstream(Protocol):
     sending_since: float | None
     """Since when a send has been waiting for the client to read; None = none is."""
     last_sent_at: float
+    gone: bool
+    """The client has left."""
+    ended: bool
+    """The last byte of the answer has been handed over."""
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """Sends a whole response."""
@@ -156,7 +162,16 @@ class Exchange:
             self.outcome = Internal.code
             await self._fail(Internal(f"The gateway failed ({type(error).__name__}). Request id: {self.id}."))
         finally:
-            self._settle()
+            down = self.down
+            try:
+                if self.outcome == "cancelled" and down.ended:
+                    self.outcome = "complete"  # only the rest of the upstream's framing was cut
+                elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
+                    # It was not the client who cut the answer, but a server that stops.
+                    with trio.move_on_after(_LAST_WORDS_S, shield=True):
+                        await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
+            finally:
+                self._settle()
 
     async def _try(self, plan: tuple[Target, ...]) -> None:
         for target in plan:

@@ -159,6 +159,7 @@ async def open_generation(config: Config, transports: TransportFactory) -> Async
 async def _refresh_models(upstream: Upstream, first_look: trio.Event) -> None:
     """Asks an upstream for its models, for ever. While it does not answer, the last list stands."""
     pause_s = RETRY_S
+    upstream.watched = True
     while True:
         try:
             with trio.move_on_after(10.0) as scope:
@@ -181,6 +182,9 @@ async def _refresh_models(upstream: Upstream, first_look: trio.Event) -> None:
                 log.warning("models_not_listed", upstream=upstream.name, error=error.message)
                 upstream.note_down(error)
             pause_s = min(pause_s * 2, REFRESH_S)
+        except Exception:  # whatever is wrong with one upstream, the others go on
+            log.exception("models_refresh_crashed", upstream=upstream.name)
+            pause_s = REFRESH_S
         first_look.set()
         await trio.sleep(pause_s)
 

@@ -136,7 +136,7 @@ class _Buffer(StreamBuffer):
             await self._paused.set()
         if not self.buffer:
             await self._is_empty.set()
-        return data
+        return data  # noqa: ASYNC910 - nothing may happen between this and what is done with the data
 
 
 class _Http2(H2Protocol):
@@ -216,15 +216,15 @@ class _AppTasks:
     async def spawn_app(self, app: AppWrapper, config: HypercornConfig, scope: Message, send: _Put) -> Send:
         to_app, inbox = trio.open_memory_channel[Message](config.max_app_queue_size)
 
-        async def put(message: Message) -> None:
+        async def put(message: Message) -> None:  # noqa: ASYNC910 - an end must not wait
             if message["type"] == "http.disconnect":
                 to_app.close()
-                return
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                await to_app.send(message)
+            else:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await to_app.send(message)
 
         self._nursery.start_soon(self._run, cast(Application, app), scope, inbox, send)
-        return put
+        return put  # noqa: ASYNC910 - the request's body is put in before the app runs
 
     async def _run(
         self,
@@ -237,6 +237,7 @@ class _AppTasks:
             try:
                 return await inbox.receive()
             except trio.EndOfChannel:
+                await trio.lowlevel.checkpoint()
                 return {"type": "http.disconnect"}
 
         crash: ExceptionGroup | None = None
@@ -250,7 +251,7 @@ class _AppTasks:
             await self._apologize(send)
         await send(None)
 
-    async def _apologize(self, send: _Put) -> None:
+    async def _apologize(self, send: _Put) -> None:  # noqa: ASYNC910 - it sends, or has sent
         status, headers, body = Internal("The server failed on this request.").to_response()
         headers.append((b"content-length", b"%d" % len(body)))
         with suppress(UnexpectedMessageError):  # a response had begun; it stays cut off
@@ -328,7 +329,7 @@ class Connection:
                 log.debug("handshake_failed", client=self.client, reason=repr(error.__cause__ or error))
             else:
                 return self._stream.selected_alpn_protocol() or "http/1.1"
-        return None
+        return None  # noqa: ASYNC910 - the handshake waits
 
     async def _read(self) -> None:
         discarded = 0
@@ -350,21 +351,26 @@ class Connection:
         if self._ending:
             await self._stream.aclose()
 
-    async def _send(self, event: Event) -> None:
+    async def _send(self, event: Event) -> None:  # noqa: ASYNC910 - becoming idle does not wait
         match event:
             case RawData(data=data):
                 if not await self._write(data):
                     await self._protocol.handle(Closed())
-            case Closed():
-                if not self._ending:
-                    self._ending = True
-                    linger_s = 0.0 if self._protocol.input_is_over else LINGER_S
-                    self._deadline = self._receiving.deadline = trio.current_time() + linger_s
-                    if not self._sending.locked():  # else `_write` does it
-                        await self._half_close()
+            case Updated(idle=True) if not self._context.terminated.is_set():
+                self._set_idle(True)
+            case Updated(idle=False):
+                self._set_idle(False)
+            case _:
+                await self._end()
                 await self._protocol.handle(Closed())
-            case Updated(idle=idle):
-                self._set_idle(idle)
+
+    async def _end(self) -> None:  # noqa: ASYNC910 - the first to come does it
+        if not self._ending:
+            self._ending = True
+            linger_s = 0.0 if self._protocol.input_is_over else LINGER_S
+            self._deadline = self._receiving.deadline = trio.current_time() + linger_s
+            if not self._sending.locked():  # else `_write` does it
+                await self._half_close()
 
     async def _write(self, data: bytes) -> bool:
         # The lock is under the shield too: the protocol counts these bytes as sent already.
@@ -378,7 +384,7 @@ class Connection:
                     await self._half_close()
         return True
 
-    async def _half_close(self) -> None:
+    async def _half_close(self) -> None:  # noqa: ASYNC910 - only some streams can
         stream = self._stream
         transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
         if isinstance(transport, trio.abc.HalfCloseableStream):

@@ -96,12 +96,18 @@ def _usable(model: str, targets: tuple[Target, ...], upstreams: Mapping[str, Kno
 def default_target(upstreams: Mapping[str, Known]) -> Target:
     """Returns what ``default`` means where no alias says it: the first upstream that can serve, with its model.
 
+    Where all are believed to be down, the first one is tried all the same: that is how it is found to be up again.
+
     Raises:
-        Unavailable: None can.
+        Unavailable: None has a model and is not switched off.
     """
-    for name, known in upstreams.items():
-        if known.unusable is None and known.down is None and known.default_model is not None:
-            return Target(name, known.default_model)
+    candidates = [
+        (known.down is not None, Target(name, known.default_model))
+        for name, known in upstreams.items()
+        if known.unusable is None and known.default_model is not None
+    ]
+    if candidates:
+        return min(candidates, key=lambda candidate: candidate[0])[1]
     reasons = [f"{name}: {known.unusable or known.down or 'lists no model'}" for name, known in upstreams.items()]
     raise Unavailable(f"No upstream can serve now ({'; '.join(reasons) or 'none is configured'}).", status=503)
 

@@ -131,7 +131,7 @@ async def open_lifespan(app: Application) -> AsyncIterator[dict[str, Any]]:
             case kind:
                 raise ValueError(f"{kind} is not a message of an ASGI lifespan")
 
-    async def run() -> None:
+    async def run() -> None:  # noqa: ASYNC910 - the app waits
         scope = {
             "type": "lifespan",
             "asgi": {"version": "3.0", "spec_version": "2.0"},
@@ -327,7 +327,7 @@ class _Server:
         self._live.add(connection)
         connections.start_soon(self.run_connection, connection)
 
-    async def run_connection(self, connection: Connection) -> None:
+    async def run_connection(self, connection: Connection) -> None:  # noqa: ASYNC910 - it reads
         """The firewall: whatever a connection raises ends that connection and nothing else."""
         try:
             await connection.run()
@@ -359,17 +359,18 @@ class _Server:
         return drained
 
     async def _wait_quiet(self, timeout_s: float) -> None:
-        if self._live:
-            self._quiet = trio.Event()
-            with trio.move_on_after(timeout_s):
-                await self._quiet.wait()
+        self._quiet = trio.Event()
+        if not self._live:
+            self._quiet.set()
+        with trio.move_on_after(timeout_s):
+            await self._quiet.wait()
 
 
 def _address(name: Any) -> Address | None:
     return (name[0], name[1]) if isinstance(name, tuple) else None
 
 
-async def serve(
+async def serve(  # noqa: ASYNC128 - `_Server.run` calls it
     app: Application,
     config: ServerConfig,
     *,

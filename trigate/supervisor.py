@@ -72,7 +72,7 @@ class _Supervisor:
     workers: Sequence[_Worker]
     stop: trio.Event = attrs.field(init=False, factory=trio.Event)
 
-    async def keep(self, worker: _Worker) -> None:
+    async def keep(self, worker: _Worker) -> None:  # noqa: ASYNC910 - it waits for a process
         """Keeps a process at this place until the supervisor stops.
 
         Raises:

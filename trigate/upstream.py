@@ -9,6 +9,7 @@ Deadlines are the caller's scopes, except for the connect timeout, which only th
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -33,6 +34,7 @@ from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing import Known
 
 _CLOSE_GRACE_S = 1.0
+_DOWN_S = 10.0
 _PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _INFLATED_BYTES = 1024 * 1024
@@ -45,6 +47,8 @@ def _translated(name: str, *, answered: bool) -> Iterator[None]:
         yield
     except httpx2.ConnectTimeout as error:
         raise UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect") from error
+    except httpx2.InvalidURL as error:
+        raise Unavailable(f"The upstream {name} has an address that cannot be used: {error}.") from error
     except httpx2.ConnectError as error:
         raise Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.") from error
     except httpx2.RemoteProtocolError as error:
@@ -192,6 +196,9 @@ class Upstream:
         self.in_flight = 0
         self.state = "unknown"
         self.reason: str | None = None
+        self.watched = False
+        """Somebody asks it for its models again and again, and so keeps its state fresh."""
+        self._down_at = -math.inf
         self.last_error: str | None = None
         self.last_error_at: float | None = None
 
@@ -201,8 +208,13 @@ class Upstream:
     def known(self) -> Known:
         """What routing needs of it."""
         default = self.config.default_model or (self.models[0] if self.models else None)
-        down = self.reason if self.state == "down" else None
-        return Known(models=self.models, default_model=default, unusable=self.unusable, down=down)
+        return Known(models=self.models, default_model=default, unusable=self.unusable, down=self._down())
+
+    def _down(self) -> str | None:
+        if self.state == "down" and not self.watched and trio.current_time() - self._down_at >= _DOWN_S:
+            # Nobody asks it regularly, so a failure says nothing about later.
+            self.state, self.reason = "unknown", None
+        return self.reason if self.state == "down" else None
 
     def note_up(self) -> None:
         """Remembers that it has just served."""
@@ -212,6 +224,7 @@ class Upstream:
         """Remembers that it could not be reached, or refused its credentials."""
         self.note_error(error)
         self.state, self.reason = "down", error.message
+        self._down_at = trio.current_time()
 
     def note_error(self, error: GatewayError) -> None:
         """Remembers its last error; whether it is down is another question."""
@@ -219,6 +232,7 @@ class Upstream:
 
     def statistics(self) -> UpstreamStatistics:
         """Returns a snapshot."""
+        self._down()
         return UpstreamStatistics(
             name=self.name,
             kind=self.config.kind,
@@ -284,14 +298,14 @@ class Upstream:
         async with self._slot():
             on_phase("connecting")
             base_url = await self._base_url()
-            request = httpx2.Request(
-                method,
-                base_url + path,
-                headers={**self._headers, **(headers or {})},
-                content=body,
-                extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
-            )
             with _translated(self.name, answered=False):
+                request = httpx2.Request(
+                    method,
+                    base_url + path,
+                    headers={**self._headers, **(headers or {})},
+                    content=body,
+                    extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
+                )
                 response = await self.transport.handle_async_request(request)
             reply = Reply(self.name, response)
             try:

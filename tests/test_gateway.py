@@ -1,0 +1,257 @@
+"""Generations and their reload: atomic, refused as a whole, and never under a request's feet."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from asgi_client import AsgiClient
+from conftest import Logs
+from provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
+from trio.testing import MockClock
+
+from trigate import server
+from trigate.app import create_app
+from trigate.config import ConfigError, UpstreamConfig
+from trigate.gateway import Gateway, open_gateway
+
+
+def toml(*upstreams: str, **limits: float) -> str:
+    """A configuration with these upstreams, each with the model ``m``."""
+    tables = [f'[upstreams.{name}]\nbase_url = "http://{name}.invalid/v1"\nmodels = ["m"]' for name in upstreams]
+    return "\n".join([*tables, "[limits]", *(f"{name} = {value}" for name, value in limits.items())])
+
+
+class Files:
+    """A gateway that serves a file, and what became of the transports of its upstreams."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.providers: dict[str, Provider] = {}
+        self.transports: list[tuple[str, MemoryTransport]] = []
+        self.gateway: Gateway
+        self.client: AsgiClient
+
+    def transport(self, name: str, config: UpstreamConfig) -> MemoryTransport:
+        """Makes a transport, and remembers it."""
+        made = self.providers.setdefault(name, Provider()).transport()
+        self.transports.append((name, made))
+        return made
+
+    @property
+    def open_transports(self) -> list[str]:
+        """Which upstreams have an open one."""
+        return [name for name, transport in self.transports if not transport.closed]
+
+    async def reload(self, text: str) -> None:
+        """Changes the file, and waits until the change has been dealt with."""
+        self.path.write_text(text)
+        self.gateway.reload_soon()
+        await trio.sleep(0.5)
+
+    async def wait_watched(self) -> None:
+        """Waits until the file has been looked at several times."""
+        for _ in range(20):
+            await _turn()
+
+    async def models(self) -> list[str]:
+        """What is listed."""
+        return [row["id"] for row in (await self.client.ask("GET", "/v1/models")).json["data"]]
+
+
+async def _turn() -> None:
+    # The file is looked at in a thread, for which a virtual clock does not wait: this does.
+    await trio.to_thread.run_sync(bool)
+    await trio.sleep(1)
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if holds():
+            return
+        await _turn()
+    raise AssertionError("it never came to hold")
+
+
+@pytest.fixture
+async def files(tmp_path: Path) -> AsyncIterator[Files]:
+    """A gateway that serves ``trigate.toml`` with the upstream ``a``."""
+    found = Files(tmp_path / "trigate.toml")
+    found.path.write_text(toml("a"))
+    app: Any = create_app(
+        opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(found.path)}, transports=found.transport)
+    )
+    async with server.open_lifespan(app), trio.open_nursery() as nursery:
+        found.gateway, found.client = app.gateway, AsgiClient(app, nursery)
+        try:
+            yield found
+        finally:
+            found.client.leave()
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_reload_swaps_everything(files: Files, autojump_clock: MockClock) -> None:
+    """New upstreams serve, old ones are gone and closed, and the log says so."""
+    assert await files.models() == ["default", "a/m"]
+    await files.reload(toml("b"))
+    assert await files.models() == ["default", "b/m"]
+    assert (await files.client.chat(model="b/m").wait()).body.endswith(DONE)
+    assert (await files.client.chat(model="a/m").wait()).status == 404
+    assert files.open_transports == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[upstreams", "is not TOML"),
+        (toml("b") + "\nnonsense = 1", "limits: unknown key nonsense"),
+        (toml("b", keep_alive_s=-1), "limits.keep_alive_s"),
+        ('[upstreams.b]\nbase_url = "ftp://x"', "upstreams.b.base_url"),
+        ('[upstreams.b]\nbase_url = "http://192.168.1.300:8080/v1"', "upstreams.b.base_url"),
+        (toml("b") + '\n[models.x]\ntargets = ["nobody/m"]', "nobody"),
+    ],
+    ids=["not TOML", "unknown key", "bad value", "bad URL", "no such address", "bad target"],
+)
+async def test_a_bad_file_changes_nothing(
+    files: Files, logs: Logs, autojump_clock: MockClock, text: str, why: str
+) -> None:
+    """The old configuration goes on, ``/status`` says why, and a good file makes it forgotten."""
+    logs.expect_error("reload_refused")
+    generation = files.gateway.generation
+    await files.reload(text)
+    assert files.gateway.generation is generation
+    assert await files.models() == ["default", "a/m"]
+    assert (await files.client.chat(model="a/m").wait()).body.endswith(DONE)
+    status = (await files.client.ask("GET", "/status")).json
+    assert why in status["reload_error"]
+    assert str(files.path) in status["reload_error"]
+    assert files.open_transports == ["a"]
+    await files.reload(toml("a", "b"))
+    assert (await files.client.ask("GET", "/status")).json["reload_error"] is None
+    assert await files.models() == ["default", "a/m", "b/m"]
+
+
+async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs, autojump_clock: MockClock) -> None:
+    """Editors remove a file before they write it."""
+    logs.expect_error("reload_refused")
+    await files.wait_watched()
+    files.path.unlink()
+    await _until(lambda: files.gateway.reload_error is not None)
+    assert "cannot be read" in str(files.gateway.reload_error)
+    assert (await files.client.chat(model="a/m").wait()).status == 200
+    files.path.write_text(toml("a", "b"))
+    await _until(lambda: files.gateway.reload_error is None)
+    assert await files.models() == ["default", "a/m", "b/m"]
+
+
+async def test_a_running_exchange_keeps_its_generation(files: Files, autojump_clock: MockClock) -> None:
+    """Its upstream, limits and connections stay until its end; then they are closed. New calls have the new ones."""
+    files.providers["a"] = files.providers["a"]
+    files.providers["a"].play((Say(content("one")), Pause(10), *says("two")))
+    old = files.gateway.generation
+    running = files.client.chat(model="a/m")
+    await running.wait_for(b"one")
+    await files.reload(toml("b", idle_timeout_s=1))
+    assert files.gateway.generation is not old
+    assert (await files.client.chat(model="b/m").wait()).body.endswith(DONE)
+    assert files.open_transports == ["a", "b"]
+    [exchange] = files.gateway.live
+    assert exchange.generation is old
+    assert (await running.wait()).body.endswith(DONE)
+    await trio.testing.wait_all_tasks_blocked()
+    assert files.open_transports == ["b"]
+
+
+async def test_a_client_that_leaves_frees_the_old_generation(files: Files, autojump_clock: MockClock) -> None:
+    """However the last exchange ends."""
+    files.providers["a"].play((Stall(),))
+    running = files.client.chat(model="a/m")
+    await trio.testing.wait_all_tasks_blocked()
+    await files.reload(toml("b"))
+    assert files.open_transports == ["a", "b"]
+    running.disconnect()
+    await running.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    assert files.open_transports == ["b"]
+    assert files.providers["a"].open_now == 0
+
+
+async def test_many_reloads_leave_one_generation(files: Files, autojump_clock: MockClock) -> None:
+    """Whether each was waited for or not, the last file is the one that is served."""
+    for round_ in range(10):
+        files.path.write_text(toml(f"u{round_}"))
+        files.gateway.reload_soon()
+        files.gateway.reload_soon()
+        await trio.sleep(0.01 * round_)
+    await trio.sleep(1)
+    assert await files.models() == ["default", "u9/m"]
+    assert files.open_transports == ["u9"]
+
+
+async def test_a_changed_file_is_noticed(files: Files, autojump_clock: MockClock) -> None:
+    """Without a signal, within seconds; a file that did not change reloads nothing."""
+    await files.wait_watched()
+    assert len(files.transports) == 1
+    files.path.write_text(toml("a", "b"))
+    await _until(lambda: len(files.transports) == 3)
+    await trio.sleep(1)
+    assert await files.models() == ["default", "a/m", "b/m"]
+    await files.wait_watched()
+    assert len(files.transports) == 3
+
+
+async def test_a_drain_survives_a_reload(files: Files, autojump_clock: MockClock) -> None:
+    """Draining is the gateway's, not a generation's; a cut reaches the exchanges of every generation."""
+    files.providers["a"].play((Stall(),))
+    running = files.client.chat(model="a/m")
+    await trio.testing.wait_all_tasks_blocked()
+    files.gateway.drain.begin()
+    await files.reload(toml("b"))
+    assert (await files.client.ask("GET", "/ready")).status == 503
+    files.gateway.drain.cut()
+    assert (await running.wait()).error["code"] == "draining"
+
+
+async def test_limits_follow_the_generation(files: Files, autojump_clock: MockClock) -> None:
+    """The next call has them."""
+    files.providers["a"].play((Stall(),))
+    await files.reload(toml("a", first_token_timeout_s=2))
+    begun = trio.current_time()
+    call = await files.client.chat(model="a/m", stream=False).wait()
+    assert call.status == 504
+    assert trio.current_time() - begun == pytest.approx(2)
+
+
+async def test_keys_follow_a_reload(files: Files, autojump_clock: MockClock) -> None:
+    """A key that is added is asked for at once."""
+    assert (await files.client.ask("GET", "/v1/models")).status == 200
+    await files.reload(toml("a") + '\n[keys]\nme = "a-new-key"')
+    assert (await files.client.ask("GET", "/v1/models")).status == 401
+    headers = {"authorization": "Bearer a-new-key"}
+    assert (await files.client.ask("GET", "/v1/models", headers=headers)).status == 200
+
+
+async def test_a_gateway_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
+    """At the start there is no old configuration to keep: it says what is wrong."""
+    path = tmp_path / "trigate.toml"
+    path.write_text("[limits]\nnonsense = 1\nkeep_alive_s = true")
+    with pytest.raises(ConfigError) as caught:
+        async with open_gateway(env={"TRIGATE_CONFIG": str(path)}):
+            pass
+    assert caught.value.source == str(path)
+    assert len(caught.value.problems) == 2
+
+
+async def test_a_lifespan_that_cannot_start_says_why(tmp_path: Path, logs: Logs) -> None:
+    """In words, to the server."""
+    logs.expect_error("startup_failed")
+    path = tmp_path / "trigate.toml"
+    path.write_text("nonsense = 1")
+    app: Any = create_app(opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(path)}))
+    with pytest.raises(server.StartupFailed, match="nonsense"):
+        async with server.open_lifespan(app):
+            pass
+    assert "nonsense" in logs.named("startup_failed")[0]["error"]
