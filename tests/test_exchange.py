@@ -219,6 +219,38 @@ async def test_the_client_goes_and_so_does_the_upstream(
         served.assert_clean()
 
 
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_server_that_stops_leaves_the_client_a_last_word(
+    open_app: OpenApp, autojump_clock: MockClock, phase: str
+) -> None:
+    """Cancelled by the server and not by its client, a request still ends with a status or an error event."""
+    script, stream = PHASES[phase]
+    async with open_app(make_config(limits={"connect_timeout_s": 0, "keep_alive_s": 0}), Provider(script)) as served:
+        call = served.client.chat(stream=stream)
+        await trio.sleep(3)
+        call.scope.cancel()
+        await call.wait()
+        assert call.status == (200 if phase == "streaming" else 503)
+        assert call.error["code"] == "draining"
+        assert call.ended
+        assert b"[DONE]" not in call.body
+
+
+async def test_a_server_that_stops_waits_for_no_stalled_client(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A last word that cannot be said within a moment is not said."""
+    async with open_app(providers=Provider((Say(content("a")), Stall()))) as served:
+        call = served.client.chat()
+        await call.wait_for(b"data")
+        call.stall()
+        call.scope.cancel()
+        stopped = trio.current_time()
+        with trio.move_on_after(20) as patience:
+            await call.wait()
+        assert not patience.cancelled_caught, "the request outlived its cancellation"
+        assert call.returned_at - stopped <= 2
+        served.assert_clean()
+
+
 async def test_a_queued_client_goes_and_its_place_is_not_taken(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """Who leaves the queue leaves nothing in it: the next one is served when its turn comes."""
     config = make_config({"up": {"max_connections": 1}})

@@ -447,10 +447,10 @@ async def test_http2_over_tls(autojump_clock: trio.testing.MockClock, authority:
     """HTTP/2 serves several requests at once on one connection."""
     async with open_h2(hello, authority) as client:
         first, second = await client.ask(H2_GET, end=False), await client.ask(H2_GET)
-        await client.read(h2.events.StreamEnded, second)
+        assert await client.read(h2.events.StreamEnded, second) is not None
         client.connection.end_stream(first)
         await client.flush()
-        await client.read(h2.events.StreamEnded, first)
+        assert await client.read(h2.events.StreamEnded, first) is not None
         assert client.statuses == {first: 200, second: 200}
         assert client.bodies == {first: b"GET /", second: b"GET /"}
 
@@ -484,11 +484,11 @@ async def test_h2_poison_is_refused(
     """What hypercorn dies of is an answer, and the connection goes on."""
     async with open_h2(hello, authority) as client:
         number = await client.ask(headers)
-        await client.read(h2.events.StreamEnded, number)
+        assert await client.read(h2.events.StreamEnded, number) is not None
         assert client.statuses == {number: status}
         assert "error" in json.loads(client.bodies[number])
         after = await client.ask(H2_GET)
-        await client.read(h2.events.StreamEnded, after)
+        assert await client.read(h2.events.StreamEnded, after) is not None
         assert client.statuses[after] == 200
 
 
@@ -507,13 +507,13 @@ async def test_h2_data_after_an_early_answer(autojump_clock: trio.testing.MockCl
 
     async with open_h2(early, authority) as client:
         number = await client.ask(H2_POST, end=False)
-        await client.read(h2.events.StreamEnded, number)
+        assert await client.read(h2.events.StreamEnded, number) is not None
         client.connection.send_data(number, b"x" * 1000)
         await client.flush()
         reset = await client.read(h2.events.StreamReset, number)
         assert reset.error_code == 0
         after = await client.ask(H2_POST)
-        await client.read(h2.events.StreamEnded, after)
+        assert await client.read(h2.events.StreamEnded, after) is not None
         assert client.statuses[after] == 413
 
 

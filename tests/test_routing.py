@@ -128,7 +128,7 @@ def test_no_default_says_why() -> None:
 
 
 def test_default_is_tried_where_all_are_down() -> None:
-    """Nothing but a call shows that an upstream is up again, so the first one gets it; one that is not down goes first."""
+    """Only a call shows that an upstream is up again, so the first one gets it; one that is not down goes first."""
     down = {"a": Known(default_model="m", down="refused"), "b": Known(default_model="n", down="refused")}
     assert plan("default", aliases={}, upstreams=down) == (Target("a", "m"),)
     assert plan("default", aliases={}, upstreams={**down, "c": Known(default_model="o")}) == (Target("c", "o"),)

@@ -113,7 +113,7 @@ async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]
             finally:
                 await reply.aclose()
         except (httpx2.HTTPError, GatewayError, ValueError):
-            return
+            return  # noqa: ASYNC910 - it was refused, by a socket
         if models:
             found[name] = UpstreamConfig(base_url=Url(base_url))
 

@@ -84,7 +84,7 @@ class _Events(httpx2.AsyncByteStream):
         self._events = events
         self._pause_s = pause_s
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncIterator[bytes]:  # noqa: ASYNC900
         # A generator without a scope or nursery around its yields: safe to leave anywhere.
         for event in self._events:
             await trio.sleep(self._pause_s)

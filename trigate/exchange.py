@@ -173,7 +173,7 @@ class Exchange:
             finally:
                 self._settle()
 
-    async def _try(self, plan: tuple[Target, ...]) -> None:
+    async def _try(self, plan: tuple[Target, ...]) -> None:  # noqa: ASYNC910 - a plan has at least one target
         for target in plan:
             ended: str | None = "cancelled"
             try:
@@ -340,13 +340,13 @@ class Exchange:
             await self.down.start(200, headers)
         await self.down.end()
 
-    async def _finish(self, reply: Reply) -> None:
+    async def _finish(self, reply: Reply) -> None:  # noqa: ASYNC910 - as `Reply.receive`
         """Reads what is left of the upstream's framing, so that its connection can serve the next call."""
         with trio.move_on_after(_REST_S), contextlib.suppress(GatewayError):
             while await reply.receive() is not None:
                 pass
 
-    async def _fail(self, error: GatewayError) -> None:
+    async def _fail(self, error: GatewayError) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         """Tells the client, in the one way that is left."""
         self.phase = "ending"
         down = self.down
@@ -413,7 +413,7 @@ class Exchange:
             due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
             await trio.sleep_until(min([now + shortest, *(at for at in due if at > now)]))
 
-    async def _keep_alive(self) -> None:
+    async def _keep_alive(self) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         down = self.down
         if not down.committed and self._may_keep_alive():
             await down.start(200, STREAM_HEADERS)
@@ -429,7 +429,7 @@ class Exchange:
             return getattr(config.limits, f"{phase}_timeout_s") or math.inf
         return config.timeout_s(self.target.upstream, phase)
 
-    async def _expire(self, deadline: Deadline, timeout_s: float) -> None:
+    async def _expire(self, deadline: Deadline, timeout_s: float) -> None:  # noqa: ASYNC910 - a cut does not wait
         name = self.target.upstream if self.target else None
         match deadline:
             case "total":

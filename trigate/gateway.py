@@ -348,7 +348,7 @@ async def _fingerprint(path: Path) -> tuple[int, int, int] | None:
     try:
         stat = await trio.Path(path).stat()
     except OSError:
-        return None
+        return None  # noqa: ASYNC910 - a thread was asked
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
@@ -378,6 +378,7 @@ async def read_config(path: Path | None, env: Mapping[str, str]) -> Config:
         ConfigError: It cannot be used.
     """
     if path is not None:
+        await trio.lowlevel.checkpoint()
         return configuration.read(path, env=env)
     async with httpx2.AsyncHTTPTransport(verify=False, trust_env=False) as transport:
         return await discovery.discover(env, transport=transport)
@@ -407,6 +408,7 @@ async def open_gateway(
     path = configuration.locate(environ) if config is None else None
 
     async def load() -> Config:
+        await trio.lowlevel.checkpoint()
         return adjust(config if config is not None else await read_config(path, environ))
 
     first = await load()

@@ -127,16 +127,19 @@ class _Http1(H11Protocol):
 
 
 class _Buffer(StreamBuffer):
-    """hypercorn's buffer of a response, but it makes its app wait also while the client's window is shut."""
+    """hypercorn's buffer of a response, but its app waits also while the client's window is shut."""
 
     async def pop(self, max_length: int) -> bytes:
         data = bytes(self.buffer[:max_length])
         del self.buffer[:max_length]
         if len(self.buffer) < BUFFER_LOW_WATER:
             await self._paused.set()
+        return data  # noqa: ASYNC910 - nothing may happen between this and what is done with the data
+
+    async def note_sent(self) -> None:  # noqa: ASYNC910 - it waits for nothing
+        """Lets go of an app that waits until everything is sent."""
         if not self.buffer:
             await self._is_empty.set()
-        return data  # noqa: ASYNC910 - nothing may happen between this and what is done with the data
 
 
 class _Http2(H2Protocol):
@@ -166,6 +169,12 @@ class _Http2(H2Protocol):
         if isinstance(event, Closed):
             for buffer in list(self.stream_buffers.values()):
                 await buffer.close()  # else an app that waits for room in it waits for ever
+
+    async def _send_data(self, stream_id: int) -> None:
+        buffer = self.stream_buffers[stream_id]
+        await super()._send_data(stream_id)
+        if isinstance(buffer, _Buffer):
+            await buffer.note_sent()  # only now: in a drain, the connection ends with the last app
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:

@@ -96,14 +96,14 @@ class Reply:
             if deflated is None:
                 if not self._inflate.eof:
                     raise Truncated(f"The upstream {self._name} cut its compressed answer.")
-                return None
+                return None  # noqa: ASYNC910 - its end was received
             try:
                 piece = self._inflate.decompress(deflated, _INFLATED_BYTES)
             except zlib.error as error:
                 raise Garbled(f"The upstream {self._name} sent a body that cannot be decoded: {error}.") from None
             self._deflated = self._inflate.unconsumed_tail
             if piece:
-                return piece
+                return piece  # noqa: ASYNC910 - more of what was received
 
     async def _receive_raw(self) -> bytes | None:
         if self._encoding != "identity" and self._inflate is None:
@@ -130,7 +130,7 @@ class Reply:
             pieces.append(piece)
         return b"".join(pieces)
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: ASYNC910 - closing twice does nothing
         """Closes the stream, and the connection too unless the body was read to its end. Never hangs, may be called
         twice, and from another task than the one that reads as long as that one is not inside `receive`."""
         with trio.move_on_after(_CLOSE_GRACE_S, shield=True), contextlib.suppress(httpx2.TransportError, OSError):
@@ -248,7 +248,7 @@ class Upstream:
 
     async def _base_url(self) -> str:
         if self._local_model is None:
-            return self.config.base_url or "http://echo.invalid/v1"
+            return self.config.base_url or "http://echo.invalid/v1"  # noqa: ASYNC910 - known
         try:
             return await self._local_model.wait_listening()
         except LocalModelUnavailable as error:
@@ -319,6 +319,9 @@ class Upstream:
             body = await reply.read(_MAX_ERROR_BODY_BYTES)
         except (Truncated, Garbled):
             body = b""
+        return self._meaning(reply, body)  # noqa: ASYNC910 - it was received
+
+    def _meaning(self, reply: Reply, body: bytes) -> GatewayError:
         for secret in self._secrets:  # some providers quote the key that they refuse
             body = body.replace(secret, b"[redacted]")
         status, said = reply.status, upstream_message(body)
