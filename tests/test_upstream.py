@@ -544,7 +544,7 @@ async def test_the_local_model_is_waited_for() -> None:
 # -- what is known of it ----------------------------------------------------------------------------------------------
 
 
-async def test_states() -> None:
+async def test_states() -> None:  # noqa: ASYNC124 - it needs a clock
     """Unknown at first, down with a reason after a failure, up again after a success; its last error stays."""
     upstream = _upstream(_answering()[0], models=["m", "n"])
     assert upstream.known() == Known(models=("m", "n"), default_model="m")

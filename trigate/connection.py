@@ -225,6 +225,7 @@ class Downstream:
         gone: The client has left.
         sending_since: Since when a send has been waiting; None = none is.
         last_sent_at: When something was sent last (trio time).
+        patience_s: How long a send may wait for the client; finite only for the last words of a server that stops.
     """
 
     def __init__(self, send: ASGISendCallable, headers: Iterable[Header]) -> None:
@@ -236,11 +237,12 @@ class Downstream:
         self.gone = False
         self.sending_since: float | None = None
         self.last_sent_at = trio.current_time()
+        self.patience_s = math.inf
 
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
     async def _emit(self, message: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s):
             try:
                 self._lock.acquire_nowait()
             except trio.WouldBlock:

@@ -66,6 +66,8 @@ class Downstream(Protocol):
     last_sent_at: float
     gone: bool
     """The client has left."""
+    patience_s: float
+    """How long a send may wait for the client."""
     ended: bool
     """The last byte of the answer has been handed over."""
 
@@ -168,7 +170,8 @@ class Exchange:
                     self.outcome = "complete"  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
                     # It was not the client who cut the answer, but a server that stops.
-                    with trio.move_on_after(_LAST_WORDS_S, shield=True):
+                    down.patience_s = _LAST_WORDS_S
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
                         await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
             finally:
                 self._settle()
