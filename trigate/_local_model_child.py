@@ -47,6 +47,8 @@ def main() -> None:
     params.cpuparams.n_threads = settings["threads"]
     params.sampling.temp = settings["temperature"]
     params.sampling.top_p = settings["top_p"]
+    params.sampling.penalty_repeat = settings["repeat_penalty"]
+    params.n_predict = settings["answer_tokens"]
     params.use_jinja = True  # the chat template that the weights carry
     params.verbosity = 2  # warnings and errors
     params.offline = True

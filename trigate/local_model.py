@@ -73,6 +73,10 @@ class LocalModelSettings:
     temperature: float = 0.2
     """For requests that send none. This and `top_p` are what the authors of SmolLM2 recommend."""
     top_p: float = 0.9
+    repeat_penalty: float = 1.1
+    """For requests that send none: a model of this size is apt to say the same for ever."""
+    answer_tokens: int = 512
+    """The longest answer to a request without ``max_tokens``; it then ends with finish reason ``length``."""
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 3.0
     """How long a terminated child may take before it is killed."""
@@ -144,6 +148,8 @@ def child_command(settings: LocalModelSettings) -> list[str]:
         "threads": settings.threads or min(max(1, cores - 1), _MOST_THREADS),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
+        "repeat_penalty": settings.repeat_penalty,
+        "answer_tokens": settings.answer_tokens,
     }
     # -P: the file's directory, this package, is not a place to import top-level modules from
     child = Path(__file__).with_name("_local_model_child.py")
