@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import trio
 from asgi_client import AsgiClient
 from conftest import Logs
 from provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import server
+from trigate import gateway, server
 from trigate.app import create_app
 from trigate.config import ConfigError, UpstreamConfig
 from trigate.gateway import Gateway, open_gateway
@@ -32,6 +33,7 @@ class Files:
         self.path = path
         self.providers: dict[str, Provider] = {}
         self.transports: list[tuple[str, MemoryTransport]] = []
+        self.looks = 0
         self.gateway: Gateway
         self.client: AsgiClient
 
@@ -46,41 +48,50 @@ class Files:
         """Which upstreams have an open one."""
         return [name for name, transport in self.transports if not transport.closed]
 
+    def write(self, text: str) -> None:
+        """Replaces the file in one step: a file seen half written would be read twice."""
+        new = self.path.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.path)
+
     async def reload(self, text: str) -> None:
         """Changes the file, and waits until the change has been dealt with."""
-        self.path.write_text(text)
+        self.write(text)
         self.gateway.reload_soon()
         await trio.sleep(0.5)
 
     async def wait_watched(self) -> None:
-        """Waits until the file has been looked at several times."""
-        for _ in range(20):
-            await _turn()
+        """Waits until the file has been looked at several times more."""
+        enough = self.looks + 3
+        await _until(lambda: self.looks >= enough)
 
     async def models(self) -> list[str]:
         """What is listed."""
         return [row["id"] for row in (await self.client.ask("GET", "/v1/models")).json["data"]]
 
 
-async def _turn() -> None:
-    # The file is looked at in a thread, for which a virtual clock does not wait: this does.
-    await trio.to_thread.run_sync(bool)
-    await trio.sleep(1)
-
-
 async def _until(holds: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if holds():
-            return
-        await _turn()
-    raise AssertionError("it never came to hold")
+    # The file is looked at in a thread, for which a virtual clock does not wait: so this goes by the real one.
+    given_up_at = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < given_up_at, "it never came to hold"
+        await trio.to_thread.run_sync(time.sleep, 0.001)
+        await trio.sleep(1)
 
 
 @pytest.fixture
-async def files(tmp_path: Path) -> AsyncIterator[Files]:
+async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Files]:
     """A gateway that serves ``trigate.toml`` with the upstream ``a``."""
     found = Files(tmp_path / "trigate.toml")
-    found.path.write_text(toml("a"))
+    fingerprint = gateway._fingerprint
+
+    async def look(path: Path) -> tuple[int, int, int] | None:
+        seen = await fingerprint(path)
+        found.looks += 1
+        return seen
+
+    monkeypatch.setattr(gateway, "_fingerprint", look)
+    found.write(toml("a"))
     app: Any = create_app(
         opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(found.path)}, transports=found.transport)
     )
@@ -142,7 +153,7 @@ async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs, aut
     await _until(lambda: files.gateway.reload_error is not None)
     assert "cannot be read" in str(files.gateway.reload_error)
     assert (await files.client.chat(model="a/m").wait()).status == 200
-    files.path.write_text(toml("a", "b"))
+    files.write(toml("a", "b"))
     await _until(lambda: files.gateway.reload_error is None)
     assert await files.models() == ["default", "a/m", "b/m"]
 
@@ -161,7 +172,23 @@ async def test_a_running_exchange_keeps_its_generation(files: Files, autojump_cl
     [exchange] = files.gateway.live
     assert exchange.generation is old
     assert (await running.wait()).body.endswith(DONE)
-    await trio.testing.wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
+    assert files.open_transports == ["b"]
+
+
+async def test_the_old_generation_waits_for_its_last_exchange(files: Files, autojump_clock: MockClock) -> None:
+    """And not only for the first one that ends after the reload."""
+    files.providers["a"].play((Say(content("x")), Pause(5), Say(DONE)), (Say(content("x")), Pause(10), Say(DONE)))
+    calls = [files.client.chat(model="a/m"), files.client.chat(model="a/m")]
+    for call in calls:
+        await call.wait_for(b"x")
+    await files.reload(toml("b"))
+    await trio.sleep(7)
+    assert sum(call.ended for call in calls) == 1
+    assert files.open_transports == ["a", "b"]
+    for call in calls:
+        assert (await call.wait()).body.endswith(DONE)
+    await wait_all_tasks_blocked()
     assert files.open_transports == ["b"]
 
 
@@ -169,12 +196,12 @@ async def test_a_client_that_leaves_frees_the_old_generation(files: Files, autoj
     """However the last exchange ends."""
     files.providers["a"].play((Stall(),))
     running = files.client.chat(model="a/m")
-    await trio.testing.wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
     await files.reload(toml("b"))
     assert files.open_transports == ["a", "b"]
     running.disconnect()
     await running.wait()
-    await trio.testing.wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
     assert files.open_transports == ["b"]
     assert files.providers["a"].open_now == 0
 
@@ -182,7 +209,7 @@ async def test_a_client_that_leaves_frees_the_old_generation(files: Files, autoj
 async def test_many_reloads_leave_one_generation(files: Files, autojump_clock: MockClock) -> None:
     """Whether each was waited for or not, the last file is the one that is served."""
     for round_ in range(10):
-        files.path.write_text(toml(f"u{round_}"))
+        files.write(toml(f"u{round_}"))
         files.gateway.reload_soon()
         files.gateway.reload_soon()
         await trio.sleep(0.01 * round_)
@@ -195,9 +222,9 @@ async def test_a_changed_file_is_noticed(files: Files, autojump_clock: MockClock
     """Without a signal, within seconds; a file that did not change reloads nothing."""
     await files.wait_watched()
     assert len(files.transports) == 1
-    files.path.write_text(toml("a", "b"))
-    await _until(lambda: len(files.transports) == 3)
-    await trio.sleep(1)
+    files.write(toml("a", "b"))
+    old = files.gateway.generation
+    await _until(lambda: files.gateway.generation is not old)
     assert await files.models() == ["default", "a/m", "b/m"]
     await files.wait_watched()
     assert len(files.transports) == 3
@@ -207,7 +234,7 @@ async def test_a_drain_survives_a_reload(files: Files, autojump_clock: MockClock
     """Draining is the gateway's, not a generation's; a cut reaches the exchanges of every generation."""
     files.providers["a"].play((Stall(),))
     running = files.client.chat(model="a/m")
-    await trio.testing.wait_all_tasks_blocked()
+    await wait_all_tasks_blocked()
     files.gateway.drain.begin()
     await files.reload(toml("b"))
     assert (await files.client.ask("GET", "/ready")).status == 503
