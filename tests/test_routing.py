@@ -134,6 +134,14 @@ def test_default_is_tried_where_all_are_down() -> None:
     assert plan("default", aliases={}, upstreams={**down, "c": Known(default_model="o")}) == (Target("c", "o"),)
 
 
+def test_the_echo_stands_in_only_where_there_is_nothing_else() -> None:
+    """`default` never falls back to the echo because a real upstream is down: its answer would look like one."""
+    echo = Known(default_model="echo", stands_in=True)
+    down = Known(default_model="m", down="refused")
+    assert plan("default", aliases={}, upstreams={"t": echo, "a": down}) == (Target("a", "m"),)
+    assert plan("default", aliases={}, upstreams={"t": echo, "a": Known(unusable="no key")}) == (Target("t", "echo"),)
+
+
 def test_public_ids() -> None:
     """``default`` and the aliases come first, then every model under its upstream; what is off is not listed."""
     assert list(public_ids(aliases=ALIASES, upstreams=UPSTREAMS).items()) == [

@@ -233,6 +233,8 @@ def _gateway_options(command: Any) -> Any:
 def _client(url: str, key: str | None) -> httpx2.Client:
     import httpx2
 
+    if key and not (key.isascii() and key.isprintable()):
+        _fail("the key has characters that an HTTP header cannot carry.")  # and is not quoted here
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx2.Timeout(600.0, connect=5.0)
     return httpx2.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)

@@ -247,12 +247,17 @@ class Throttled(Rejected):
 
 
 class Unavailable(UpstreamError):
-    """The provider cannot be reached (502), or says that it is down (5xx: 502, or 503 where it said 503/529)."""
+    """The provider cannot be reached (502), or says that it is down (5xx: 502, or 503 where it said 503/529).
+
+    Args:
+        answered: It did answer; only this call failed.
+    """
 
     code = "upstream_unavailable"
 
-    def __init__(self, message: str, *, status: int = 502) -> None:
+    def __init__(self, message: str, *, status: int = 502, answered: bool = False) -> None:
         self.status = status
+        self.answered = answered
         super().__init__(message)
 
 

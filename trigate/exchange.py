@@ -221,7 +221,9 @@ class Exchange:
         except GatewayError as error:
             if self._cut is not None and error is not self._cut:
                 raise self._cut_error() from error  # it is what the cut looks like from the reader's side
-            if isinstance(error, Unavailable) or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
+            if (isinstance(error, Unavailable) and not error.answered) or (
+                isinstance(error, UpstreamTimeout) and error.phase == "connect"
+            ):
                 upstream.note_down(error)
             elif error.blame == "provider":
                 upstream.note_error(error)

@@ -49,12 +49,14 @@ class Known:
         default_model: The one that stands for it, if it is set or its list has one.
         unusable: Why it cannot serve at all (its secret is missing, …); None = it can.
         down: Why it is believed not to serve right now; a call that names it is still tried.
+        stands_in: It is a model in name only (the echo): ``default`` only where there is no other at all.
     """
 
     models: tuple[str, ...] = ()
     default_model: str | None = None
     unusable: str | None = None
     down: str | None = None
+    stands_in: bool = False
 
 
 def plan(
@@ -102,7 +104,7 @@ def default_target(upstreams: Mapping[str, Known]) -> Target:
         Unavailable: None has a model and is not switched off.
     """
     candidates = [
-        (known.down is not None, Target(name, known.default_model))
+        ((known.stands_in, known.down is not None), Target(name, known.default_model))
         for name, known in upstreams.items()
         if known.unusable is None and known.default_model is not None
     ]

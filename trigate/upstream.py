@@ -35,6 +35,7 @@ from trigate.routing import Known
 
 _CLOSE_GRACE_S = 1.0
 _DOWN_S = 10.0
+_DEATH_NOTICED_S = 0.2
 _PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _INFLATED_BYTES = 1024 * 1024
@@ -208,7 +209,13 @@ class Upstream:
     def known(self) -> Known:
         """What routing needs of it."""
         default = self.config.default_model or (self.models[0] if self.models else None)
-        return Known(models=self.models, default_model=default, unusable=self.unusable, down=self._down())
+        return Known(
+            models=self.models,
+            default_model=default,
+            unusable=self.unusable,
+            down=self._down(),
+            stands_in=self.config.kind == "echo",
+        )
 
     def _down(self) -> str | None:
         if self.state == "down" and not self.watched and trio.current_time() - self._down_at >= _DOWN_S:
@@ -297,21 +304,30 @@ class Upstream:
         on_phase("queued")
         async with self._slot():
             on_phase("connecting")
-            base_url = await self._base_url()
-            with _translated(self.name, answered=False):
-                request = httpx2.Request(
-                    method,
-                    base_url + path,
-                    headers={**self._headers, **(headers or {})},
-                    content=body,
-                    extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
-                )
-                response = await self.transport.handle_async_request(request)
+            try:
+                response = await self._send(method, path, body, headers or {})
+            except Unavailable:
+                if self._local_model is None:
+                    raise
+                await trio.sleep(_DEATH_NOTICED_S)  # its process has just died: the next one has another port
+                response = await self._send(method, path, body, headers or {})
             reply = Reply(self.name, response)
             try:
                 yield reply
             finally:
                 await reply.aclose()
+
+    async def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> httpx2.Response:
+        base_url = await self._base_url()
+        with _translated(self.name, answered=False):
+            request = httpx2.Request(
+                method,
+                base_url + path,
+                headers={**self._headers, **headers},
+                content=body,
+                extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
+            )
+            return await self.transport.handle_async_request(request)
 
     async def error_of(self, reply: Reply) -> GatewayError:
         """Reads an error reply and returns (not raises) what it means."""
@@ -333,9 +349,11 @@ class Upstream:
         if 400 <= status < 500:
             return Rejected(self.name, status, body, headers=passed)
         if status in (503, 529):
-            return Unavailable(f"The upstream {self.name} is overloaded or down ({status}){said}", status=503)
+            return Unavailable(
+                f"The upstream {self.name} is overloaded or down ({status}){said}", status=503, answered=True
+            )
         if 500 <= status < 600:
-            return Unavailable(f"The upstream {self.name} failed ({status}){said}")
+            return Unavailable(f"The upstream {self.name} failed ({status}){said}", answered=True)
         return Garbled(f"The upstream {self.name} answered with status {status}.")
 
 
