@@ -268,6 +268,25 @@ async def test_disconnect_is_told(autojump_clock: trio.testing.MockClock) -> Non
     assert trio.current_time() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("behind", [b"G", b"\r\n", HELLO, HELLO * 10_000], ids=["byte", "line", "request", "many"])
+async def test_disconnect_is_told_also_behind_another_request(
+    autojump_clock: trio.testing.MockClock, behind: bytes
+) -> None:
+    """Whatever was sent behind a request, a client that leaves meanwhile ends it; what it left behind is not served."""
+    told = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        told.append((await receive())["type"])
+
+    async with open_connection(app) as client:
+        await client.send_all(HELLO + behind[: protocol.READ_AHEAD_BYTES // 2])
+        await trio.testing.wait_all_tasks_blocked()
+        await client.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == ["http.disconnect"]
+
+
 async def test_a_crash_of_the_app_is_a_500(autojump_clock: trio.testing.MockClock, logs: Any) -> None:
     """An app that raises before it answers gives a 500 in OpenAI's shape, and one line in the log."""
     logs.expect_error("app_crashed")

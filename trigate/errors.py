@@ -32,6 +32,7 @@ import msgspec
 
 Header = tuple[bytes, bytes]
 _CLOSE: Header = (b"connection", b"close")
+_REDACTED = "[redacted]"
 
 
 class GatewayError(Exception):
@@ -65,6 +66,12 @@ class GatewayError(Exception):
     def headers(self) -> list[Header]:
         """Headers that belong to this error, beyond ``content-type``."""
         return []
+
+    def redact(self, secrets: tuple[str, ...]) -> None:
+        """Takes the gateway's own credentials out of what a provider said: some quote the key that they refuse."""
+        for secret in secrets:
+            self.message = self.message.replace(secret, _REDACTED)
+        self.args = (self.message,)
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
         """Renders the error as status, headers and JSON body (before COMMIT)."""
@@ -211,7 +218,7 @@ class Rejected(UpstreamError):
     """The provider answered 4xx: its status and, where it is JSON, its body are the client's.
 
     Args:
-        body: The provider's body, without the gateway's own credentials in it.
+        body: The provider's body.
     """
 
     code = "upstream_rejected"
@@ -223,6 +230,12 @@ class Rejected(UpstreamError):
         self.body = body if _is_error_object(body) else None
         self._headers = headers
         super().__init__(_message_of(body) or f"The upstream {upstream} answered {status}.")
+
+    def redact(self, secrets: tuple[str, ...]) -> None:
+        super().redact(secrets)
+        for secret in secrets:
+            if self.body is not None:
+                self.body = self.body.replace(secret.encode(), _REDACTED.encode())
 
     @property
     def headers(self) -> list[Header]:
@@ -250,14 +263,14 @@ class Unavailable(UpstreamError):
     """The provider cannot be reached (502), or says that it is down (5xx: 502, or 503 where it said 503/529).
 
     Args:
-        answered: It did answer; only this call failed.
+        reachable: It can be reached; only this call failed.
     """
 
     code = "upstream_unavailable"
 
-    def __init__(self, message: str, *, status: int = 502, answered: bool = False) -> None:
+    def __init__(self, message: str, *, status: int = 502, reachable: bool = False) -> None:
         self.status = status
-        self.answered = answered
+        self.reachable = reachable
         super().__init__(message)
 
 
@@ -300,7 +313,14 @@ class Reported(UpstreamError):
     def __init__(self, upstream: str, error: object) -> None:
         message = error.get("message") if isinstance(error, dict) else error
         super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
-        self._error = error if isinstance(error, dict) else {}
+        self._error: dict[str, object] = error if isinstance(error, dict) else {}
+
+    def redact(self, secrets: tuple[str, ...]) -> None:
+        super().redact(secrets)
+        text = msgspec.json.encode(self._error).decode()
+        for secret in secrets:
+            text = text.replace(secret, _REDACTED)
+        self._error = msgspec.json.decode(text)
 
     @property
     def payload(self) -> dict[str, object]:

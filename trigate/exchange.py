@@ -221,7 +221,7 @@ class Exchange:
         except GatewayError as error:
             if self._cut is not None and error is not self._cut:
                 raise self._cut_error() from error  # it is what the cut looks like from the reader's side
-            if (isinstance(error, Unavailable) and not error.answered) or (
+            if (isinstance(error, Unavailable) and not error.reachable) or (
                 isinstance(error, UpstreamTimeout) and error.phase == "connect"
             ):
                 upstream.note_down(error)

@@ -8,9 +8,11 @@ last exchange has ended. A configuration that cannot be used changes nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -48,8 +50,13 @@ def http_transport(name: str, upstream: UpstreamConfig) -> httpx2.AsyncBaseTrans
     """Makes the transport of an upstream on sockets. Places are counted by `Upstream`, so the pool sets no limit."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=30.0)
     secure = upstream.base_url is not None and upstream.base_url.startswith("https:")
-    # Loading the trust store costs more than everything else at start-up, so only where it is used.
-    return httpx2.AsyncHTTPTransport(limits=limits, verify=secure)
+    return httpx2.AsyncHTTPTransport(limits=limits, verify=_trust() if secure else False)
+
+
+@functools.cache
+def _trust() -> ssl.SSLContext:
+    # Loading the trust store costs more than everything else at start-up: once, and only where it is used.
+    return httpx2.create_ssl_context()
 
 
 class Generation:

@@ -56,6 +56,8 @@ Address: TypeAlias = tuple[str, int]
 _Put: TypeAlias = Callable[[Message | None], Awaitable[None]]
 
 READ_BYTES = 64 * 1024
+READ_AHEAD_BYTES = 64 * 1024
+"""How much of further requests is read while one is being served."""
 HANDSHAKE_TIMEOUT_S = 10.0
 LINGER_S = 2.0
 """How long input is discarded after the last response of a connection."""
@@ -72,11 +74,20 @@ def _refusal(status: int, message: str) -> tuple[list[Header], bytes]:
 
 
 class _StrictConnection(h11.Connection):
-    """h11, with each head examined before it is parsed. ``fault``: what the peer did wrong."""
+    """h11, with each head examined before it is parsed.
+
+    Attributes:
+        fault: What the peer did wrong.
+        deaf: Whether what is there, and what comes, is of no interest any more. (Else a request that came
+            behind the last one to be answered would keep the reader waiting for its turn.)
+    """
 
     fault = ""
+    deaf = False
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.deaf:
+            return h11.NEED_DATA
         try:
             if self.their_state is h11.IDLE:
                 request_head.examine(self.trailing_data[0])
@@ -101,10 +112,11 @@ class _Http1(H11Protocol):
         super().__init__(*args)
         self.connection = _StrictConnection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
 
-    @property
-    def input_is_over(self) -> bool:
-        """Whether nothing is missing of the request, nor anything there beyond it."""
-        return self.connection.their_state in (h11.DONE, h11.MUST_CLOSE) and not self.connection.trailing_data[0]
+    def end_input(self) -> bool:
+        """Ignores further input. Says whether some is there, or must be expected."""
+        self.connection.deaf = True
+        complete = self.connection.their_state in (h11.DONE, h11.MUST_CLOSE)
+        return not complete or bool(self.connection.trailing_data[0])
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response | Body):
@@ -124,6 +136,33 @@ class _Http1(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 data += self.connection.send(event) or b""
         await self.send(RawData(data))
+
+
+@attrs.define(eq=False)
+class _Turn:
+    """Where the reader waits while a request, come behind another one, waits for its turn.
+
+    In the place of hypercorn's event, which stops reading: a client that leaves would then not be
+    noticed before the first request has ended.
+    """
+
+    _read_ahead: Callable[[], Awaitable[None]]
+    _event: trio.Event = attrs.field(init=False, factory=trio.Event)
+
+    async def clear(self) -> None:  # noqa: ASYNC910 - hypercorn's interface
+        self._event = trio.Event()
+
+    async def set(self) -> None:  # noqa: ASYNC910 - hypercorn's interface
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    async def wait(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_ahead)
+            await self._event.wait()
+            nursery.cancel_scope.cancel()
 
 
 class _Buffer(StreamBuffer):
@@ -156,7 +195,9 @@ class _Http2(H2Protocol):
             },
         )
 
-    input_is_over = False
+    def end_input(self) -> bool:
+        """Says that input must be expected: window updates, at the least."""
+        return True
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Body):
@@ -170,9 +211,12 @@ class _Http2(H2Protocol):
             for buffer in list(self.stream_buffers.values()):
                 await buffer.close()  # else an app that waits for room in it waits for ever
 
-    async def _send_data(self, stream_id: int) -> None:
-        buffer = self.stream_buffers[stream_id]
-        await super()._send_data(stream_id)
+    async def _send_data(self, stream_id: int) -> None:  # noqa: ASYNC910 - there may be nothing to send
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is None:
+            self.priority.block(stream_id)  # a PRIORITY frame has made it known, and nothing else has
+        else:
+            await super()._send_data(stream_id)
         if isinstance(buffer, _Buffer):
             await buffer.note_sent()  # only now: in a drain, the connection ends with the last app
 
@@ -316,6 +360,8 @@ class Connection:
                     self.server,
                     self._send,
                 )
+                if isinstance(self._protocol, _Http1):
+                    self._protocol.can_read = _Turn(self._read_ahead)
                 await self._protocol.initiate()
                 self._set_idle(True)
                 await self._read()
@@ -360,6 +406,23 @@ class Connection:
         if self._ending:
             await self._stream.aclose()
 
+    async def _read_ahead(self) -> None:
+        """Reads on while the protocol waits, up to a bound, so that the end of the connection is noticed."""
+        assert isinstance(self._protocol, _Http1)
+        requests = self._protocol.connection
+        await trio.lowlevel.checkpoint()
+        while len(requests.trailing_data[0]) < READ_AHEAD_BYTES:
+            try:
+                data = bytes(await self._stream.receive_some(READ_BYTES))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            if not data:
+                self._protocol.end_input()
+                await self._protocol.handle(Closed())
+                await self._protocol.can_read.set()
+                break
+            requests.receive_data(data)
+
     async def _send(self, event: Event) -> None:  # noqa: ASYNC910 - becoming idle does not wait
         match event:
             case RawData(data=data):
@@ -376,7 +439,7 @@ class Connection:
     async def _end(self) -> None:  # noqa: ASYNC910 - the first to come does it
         if not self._ending:
             self._ending = True
-            linger_s = 0.0 if self._protocol.input_is_over else LINGER_S
+            linger_s = LINGER_S if self._protocol.end_input() else 0.0
             self._deadline = self._receiving.deadline = trio.current_time() + linger_s
             if not self._sending.locked():  # else `_write` does it
                 await self._half_close()

@@ -67,7 +67,7 @@ class _Worker:
 @attrs.define(eq=False)
 class _Supervisor:
     command: Sequence[str]
-    fds: Sequence[int]
+    sockets: Sequence[socket.socket]
     lifeline: int
     workers: Sequence[_Worker]
     stop: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -80,7 +80,12 @@ class _Supervisor:
         """
         replaces: int | None = None
         while not self.stop.is_set():
-            process = await self._start(worker, replaces)
+            try:
+                process = await self._start(worker, replaces)
+            except (OSError, ValueError):
+                if self.stop.is_set():  # its sockets have just been closed
+                    return  # noqa: ASYNC910 - it was tried
+                raise
             started_at = trio.current_time()
             try:
                 status = await process.wait()
@@ -107,12 +112,13 @@ class _Supervisor:
             replaces = process.pid
 
     async def _start(self, worker: _Worker, replaces: int | None) -> trio.Process:
-        arguments = [text for fd in self.fds for text in ("--fd", str(fd))]
+        fds = [sock.fileno() for sock in self.sockets]
+        arguments = [text for fd in fds for text in ("--fd", str(fd))]
         # A process group of its own: a terminal's Ctrl-C goes to the supervisor alone, which passes
         # it on once. A worker would take a second one for "now".
         process = await trio.lowlevel.open_process(
             [*self.command, *arguments, "--parent-fd", str(self.lifeline)],
-            pass_fds=[*self.fds, self.lifeline],
+            pass_fds=[*fds, self.lifeline],
             process_group=0,
         )
         worker.process = process
@@ -177,8 +183,7 @@ async def supervise(command: Sequence[str], sockets: Sequence[socket.socket], co
     lifeline, held = os.pipe()
     try:
         workers = [_Worker(number) for number in range(1, config.workers + 1)]
-        fds = [sock.fileno() for sock in sockets]
-        supervisor = _Supervisor(command, fds, lifeline, workers)
+        supervisor = _Supervisor(command, sockets, lifeline, workers)
         return await _supervise(supervisor, config.drain_timeout_s + STOP_MARGIN_S)
     finally:
         os.close(held)
@@ -199,6 +204,8 @@ async def _supervise(supervisor: _Supervisor, stop_timeout_s: float) -> bool:
             else:
                 supervisor.stop.set()
                 supervisor.signal_all(signal.SIGTERM)
+                for sock in supervisor.sockets:
+                    sock.close()  # else a new client would wait in a queue that nobody serves
                 keeping.deadline = trio.current_time() + stop_timeout_s
 
     signals = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,6 +35,7 @@ from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing import Known
 
 _CLOSE_GRACE_S = 1.0
+_A_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
 _DOWN_S = 10.0
 _DEATH_NOTICED_S = 0.2
 _PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
@@ -56,12 +58,14 @@ def _translated(name: str, *, answered: bool) -> Iterator[None]:
         if answered:
             raise Truncated(f"The upstream {name} cut its answer: {error}.") from error
         if "disconnected" in str(error):  # httpcore has no exception of its own for this
-            raise Unavailable(f"The upstream {name} closed the connection before it answered.") from error
+            message = f"The upstream {name} closed the connection before it answered."
+            raise Unavailable(message, reachable=True) from error
         raise Garbled(f"The upstream {name} did not answer with HTTP: {error}.") from error
     except httpx2.TransportError as error:
         if answered:
             raise Truncated(f"The upstream {name} broke the connection in its answer.") from error
-        raise Unavailable(f"The upstream {name} broke the connection before it answered.") from error
+        message = f"The upstream {name} broke the connection before it answered."
+        raise Unavailable(message, reachable=True) from error
 
 
 class Reply:
@@ -184,7 +188,7 @@ class Upstream:
         self.unusable = unusable or config.disabled.get(name)
         self.models: tuple[str, ...] = self.config.models if self.config.models != "discover" else ()
         values = (value.removeprefix("Bearer ") for value in config.secrets.get(name, {}).values())
-        self._secrets = tuple(value.encode() for value in values if len(value) >= 8)  # a short one is any word
+        self._secrets = tuple(value for value in values if len(value) >= 8)  # a short one is any word
         self._headers = {
             "accept-encoding": "identity",
             "user-agent": "trigate",
@@ -301,16 +305,27 @@ class Upstream:
 
         **Cancels:** at any point; slot and connection are given back.
         """
+        try:
+            async with self._open(method, path, body, headers or {}, on_phase) as reply:
+                yield reply
+        except GatewayError as error:
+            error.redact(self._secrets)
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _open(
+        self, method: str, path: str, body: bytes, headers: dict[str, str], on_phase: Callable[[str], None]
+    ) -> AsyncIterator[Reply]:
         on_phase("queued")
         async with self._slot():
             on_phase("connecting")
             try:
-                response = await self._send(method, path, body, headers or {})
+                response = await self._send(method, path, body, headers)
             except Unavailable:
                 if self._local_model is None:
                     raise
                 await trio.sleep(_DEATH_NOTICED_S)  # its process has just died: the next one has another port
-                response = await self._send(method, path, body, headers or {})
+                response = await self._send(method, path, body, headers)
             reply = Reply(self.name, response)
             try:
                 yield reply
@@ -335,14 +350,16 @@ class Upstream:
             body = await reply.read(_MAX_ERROR_BODY_BYTES)
         except (Truncated, Garbled):
             body = b""
-        return self._meaning(reply, body)  # noqa: ASYNC910 - it was received
+        error = self._meaning(reply, body)
+        error.redact(self._secrets)
+        return error  # noqa: ASYNC910 - it was received
 
     def _meaning(self, reply: Reply, body: bytes) -> GatewayError:
-        for secret in self._secrets:  # some providers quote the key that they refuse
-            body = body.replace(secret, b"[redacted]")
         status, said = reply.status, upstream_message(body)
         passed: tuple[Header, ...] = tuple(
-            (name.encode(), reply.headers[name].encode()) for name in _PASSED_ON if name in reply.headers
+            (name.encode(), reply.headers[name].encode())
+            for name in _PASSED_ON
+            if _A_TIME.fullmatch(reply.headers.get(name, ""))
         )
         if status == 429:
             return Throttled(self.name, status, body, headers=passed)
@@ -350,10 +367,10 @@ class Upstream:
             return Rejected(self.name, status, body, headers=passed)
         if status in (503, 529):
             return Unavailable(
-                f"The upstream {self.name} is overloaded or down ({status}){said}", status=503, answered=True
+                f"The upstream {self.name} is overloaded or down ({status}){said}", status=503, reachable=True
             )
         if 500 <= status < 600:
-            return Unavailable(f"The upstream {self.name} failed ({status}){said}", answered=True)
+            return Unavailable(f"The upstream {self.name} failed ({status}){said}", reachable=True)
         return Garbled(f"The upstream {self.name} answered with status {status}.")
 
 

@@ -41,6 +41,9 @@ async def retrieve_model(model: str) -> Response:
     """
     generation = _generation()
     ids = generation.public_ids()
-    if model not in ids:
+    if model in ids:
+        return jsonify(_model(model, ids[model], generation.created))
+    target = generation.plan(model)[0]  # a bare id that exactly one upstream lists
+    if str(target) not in ids:
         raise UnknownModel(model, closest=routing.closest(model, ids))
-    return jsonify(_model(model, ids[model], generation.created))
+    return jsonify(_model(model, target.upstream, generation.created))

@@ -1,0 +1,108 @@
+"""The log: its formats, its levels, and what never stands in it. Its configuration is global: a process each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import structlog
+from processes import environment
+
+from trigate import logs
+
+SECRET = "sk-not-for-the-log"  # handed over as an argument: a traceback quotes lines of source
+
+START = """
+import os, sys, structlog
+from trigate import logs
+logs.configure(os.environ)
+log = structlog.get_logger("trigate.test")
+"""
+CRASH = """
+def crash(secret):
+    messages = [secret, 1]
+    raise ValueError("it broke")
+try:
+    crash(sys.argv[1])
+except ValueError:
+    log.exception("crashed", request_id="r1")
+"""
+LEVELS = "for level in ('debug', 'info', 'warning', 'error'):\n    getattr(log, level)(level + '_said')\n"
+
+
+def _logged(script: str, **env: str) -> str:
+    """Runs a script after the log's configuration; gives what it wrote to standard error."""
+    done = subprocess.run(
+        [sys.executable, "-c", START + script, SECRET],
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_json_is_an_object_a_line() -> None:
+    """Whatever is logged: line breaks, text beyond ASCII, values that JSON does not know, a traceback."""
+    script = "log.info('one', text='a\\nb\\u2028\\x1b[31mä', value=object())\nlog.warning('two')\n" + CRASH
+    entries = [json.loads(line) for line in _logged(script, TRIGATE_LOG_FORMAT="json").splitlines()]
+    assert [(entry["event"], entry["level"]) for entry in entries] == [
+        ("one", "info"),
+        ("two", "warning"),
+        ("crashed", "error"),
+    ]
+    assert entries[0]["text"] == "a\nb\u2028\x1b[31mä"
+    assert entries[2]["request_id"] == "r1"
+    assert entries[2]["exception"].startswith("Traceback")
+    for entry in entries:
+        assert entry["timestamp"].endswith("Z")
+
+
+@pytest.mark.slow
+def test_for_people_an_event_is_a_line() -> None:
+    """A value with line breaks cannot begin one, and without a terminal there are no colors."""
+    first, second = _logged("log.info('one', text='a\\n2 [error] forged')\nlog.info('two', n=2)\n").splitlines()
+    assert "one" in first
+    assert "forged" in first
+    assert "n=2" in second
+    assert "\x1b" not in first + second
+
+
+@pytest.mark.slow
+def test_a_value_for_people_cannot_steer_the_terminal() -> None:
+    """A path is what the client says: its escape sequences are not passed on."""
+    assert "\x1b" not in _logged("log.info('refused', path='/\\x1b[2J\\x1b]0;owned\\x07')\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("level", "first"),
+    [("debug", 0), ("info", 1), ("WARNING", 2), ("error", 3), ("nonsense", 1), ("", 1)],
+)
+def test_the_level_filters(level: str, first: int) -> None:
+    """What is below it is not written; case does not matter, and a name that is none means info."""
+    lines = _logged(LEVELS, TRIGATE_LOG_LEVEL=level, TRIGATE_LOG_FORMAT="json").splitlines()
+    said = ["debug_said", "info_said", "warning_said", "error_said"]
+    assert [json.loads(line)["event"] for line in lines] == said[first:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_traceback_holds_no_values(log_format: str) -> None:
+    """It says what broke, and where; not what the local variables were, for those hold messages and keys."""
+    written = _logged(CRASH, TRIGATE_LOG_FORMAT=log_format)
+    assert "ValueError: it broke" in written
+    assert "in crash" in written
+    assert SECRET not in written
+
+
+def test_what_is_configured_stays() -> None:
+    """An application around the gateway has its own way to log; these tests too."""
+    before = structlog.get_config()
+    logs.configure({"TRIGATE_LOG_FORMAT": "json", "TRIGATE_LOG_LEVEL": "error"})
+    assert structlog.get_config() == before
