@@ -22,7 +22,7 @@ from provider import Provider
 
 from trigate import config as configuration
 from trigate import server
-from trigate.app import GatewayApp, create_app
+from trigate.application import GatewayApp, create_app
 from trigate.config import Config, Port
 from trigate.gateway import Gateway, http_transport, open_gateway
 

@@ -125,6 +125,7 @@ def test_check_prints_what_the_file_makes(run: Run, tmp_path: Path) -> None:
         "  off: openai http://off.invalid/v1 -- disabled: api_key: the environment variable NOT_SET is not set",
         "    off/… (asked for its models while serving)",
         "  parrot: echo",
+        "    parrot/echo",
         "routes:",
         "  fast -> mock/a, then asked/x",
         "  default -> the first upstream that can serve",

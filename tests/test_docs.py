@@ -15,7 +15,7 @@ import pytest
 
 import trigate
 from trigate import config, discovery, errors, wire
-from trigate.app import create_app
+from trigate.application import create_app
 from trigate.cli import cli
 
 ROOT = Path(__file__).parent.parent

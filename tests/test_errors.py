@@ -23,6 +23,7 @@ from trigate.errors import (
     Forbidden,
     Garbled,
     GatewayError,
+    HeadersTooLarge,
     Internal,
     MethodNotAllowed,
     NotFound,
@@ -48,6 +49,7 @@ ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
 SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (BadRequest("no", param="messages[0].role"), 400, "invalid_request_error", "invalid_request"),
     (Ambiguous("no"), 400, "invalid_request_error", "ambiguous_request"),
+    (HeadersTooLarge("no"), 431, "invalid_request_error", "headers_too_large"),
     (Unauthenticated("no"), 401, "invalid_request_error", "invalid_api_key"),
     (Forbidden("no"), 403, "permission_error", "forbidden"),
     (UnknownModel("gpt-5p", closest=("openai/gpt-5",)), 404, "invalid_request_error", "model_not_found"),

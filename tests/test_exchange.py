@@ -354,11 +354,11 @@ async def test_a_stream_without_content_is_a_status(open_app: OpenApp, script: S
         (Say(chunk({}, finish_reason="stop")), Break("fin")),
         (Say(chunk({}, finish_reason="stop")), Say(usage(1, 2)), Break("rst")),
         (Say(b"data: [DO"), Break("fin")),
-        (Say(b"data: [DONE]\n"),),
+        (Say(b"data: [DONE]\n"), Break("fin")),
     ],
     ids=[
         "fin", "rst", "end", "mid-event fin", "mid-event rst", "mid-event end", "no DONE", "no DONE fin",
-        "no DONE rst", "half a DONE", "DONE without its blank line",
+        "no DONE rst", "half a DONE", "DONE without its blank line, cut",
     ],
 )  # fmt: skip
 async def test_after_commit_a_cut_is_an_error_event(open_app: OpenApp, rest: Script) -> None:
@@ -387,6 +387,15 @@ async def test_a_cut_after_the_last_event_harms_nobody(open_app: OpenApp, how: A
         assert b'"error"' not in call.body
         assert served.settled[0].outcome == "complete"
         served.assert_clean()
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n"])
+async def test_done_without_its_blank_line_is_done(open_app: OpenApp, end: bytes) -> None:
+    """A body that ends well, right behind ``[DONE]``, was complete."""
+    async with open_app(providers=Provider((Say(content("a")), Say(end)))) as served:
+        call = await served.client.chat().wait()
+        assert call.body.endswith(b"data: [DONE]\n\n")
+        assert served.settled[0].outcome == "complete"
 
 
 async def test_an_upstream_that_never_ends_its_body_is_closed(open_app: OpenApp, autojump_clock: MockClock) -> None:

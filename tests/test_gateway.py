@@ -15,7 +15,7 @@ from provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import gateway, server
-from trigate.app import create_app
+from trigate.application import create_app
 from trigate.config import ConfigError, UpstreamConfig
 from trigate.gateway import Gateway, open_gateway
 

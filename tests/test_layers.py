@@ -22,8 +22,7 @@ ROWS = (
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
     ("server", "asyncio_host"),
     ("supervisor", "protocol"),  # the supervisor knows no server: it starts processes, and tells them who they are
-    ("request_head",),
-    ("app",),
+    ("application",),
     ("api",),
     ("report", "connection"),
     ("exchange",),
@@ -33,7 +32,7 @@ ROWS = (
     ("local_model", "_local_model_child", "echo"),
     ("logs",),
     ("wire", "routing"),
-    ("sse",),
+    ("sse", "request_head"),
     ("config", "errors"),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}

@@ -28,7 +28,15 @@ _config_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(130)  # click would make it 1
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="trigate")
 def cli() -> None:
     """Trigate: an OpenAI-compatible gateway in which a request is one Trio nursery."""
@@ -153,7 +161,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
 
     import trio
 
-    from trigate.app import create_app
+    from trigate.application import create_app
     from trigate.gateway import open_gateway
     from trigate.server import StartupFailed, run
 
@@ -196,18 +204,27 @@ def check(config_path: str | None) -> None:
     Asks no provider anything (without a file it looks for model servers on this machine).
     Exit code 1 if something is wrong, with every problem on a line of its own.
     """
+    from trigate import echo, local_model
+
     config = _read(config_path)
     click.echo(f"{config.source}: ok")
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
-    click.echo(f"keys: {', '.join(config.keys) or 'none (this machine only)'}")
+    nobody = "none (anybody may come: insecure)" if config.server.insecure else "none (this machine only)"
+    click.echo(f"keys: {', '.join(config.keys) or nobody}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():
         where = f" {upstream.base_url}" if upstream.base_url else ""
         reason = config.disabled.get(name)
+        if upstream.kind == "local":
+            reason = local_model.why_unavailable(upstream.gguf)
         click.echo(f"  {name}: {upstream.kind}{where}" + (f" -- disabled: {reason}" if reason else ""))
         if upstream.models != "discover":
             for model in upstream.models:
                 click.echo(f"    {name}/{model}")
+        elif upstream.kind == "local":
+            click.echo(f"    {name}/{local_model.model_id(upstream.gguf)}")
+        elif upstream.kind == "echo":
+            click.echo(f"    {name}/{echo.MODEL_ID}")
         elif upstream.kind == "openai":
             click.echo(f"    {name}/… (asked for its models while serving)")
     click.echo("routes:")
@@ -235,6 +252,11 @@ def _client(url: str, key: str | None) -> httpx2.Client:
 
     if key and not (key.isascii() and key.isprintable()):
         _fail("the key has characters that an HTTP header cannot carry.")  # and is not quoted here
+    try:
+        if httpx2.URL(url).scheme not in ("http", "https"):
+            raise httpx2.InvalidURL("it does not begin with http:// or https://")
+    except httpx2.InvalidURL as error:
+        _fail(f"{url!r} is not a URL: {error}.")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx2.Timeout(600.0, connect=5.0)
     return httpx2.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
@@ -251,7 +273,17 @@ def _get(url: str, key: str | None, path: str) -> Any:
         _unreachable(url, error)
     if response.status_code != 200:
         _fail(_message_of(response))
-    return response.json()
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        _not_a_gateway(url)
+    return body
+
+
+def _not_a_gateway(url: str) -> NoReturn:
+    _fail(f"what answers at {url} is not a Trigate gateway.")
 
 
 def _unreachable(url: str, error: Exception) -> NoReturn:
@@ -269,7 +301,10 @@ def _message_of(response: httpx2.Response) -> str:
 @_gateway_options
 def models(url: str, key: str | None) -> None:
     """List the models of a running gateway, one id a line."""
-    for row in _get(url, key, "/v1/models")["data"]:
+    body = _get(url, key, "/v1/models")
+    if body.get("object") != "list":
+        _not_a_gateway(url)
+    for row in body["data"]:
         click.echo(row["id"])
 
 
@@ -282,6 +317,8 @@ def status(url: str, key: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(body, indent=2, ensure_ascii=False))
         return
+    if "totals" not in body:
+        _not_a_gateway(url)
     totals = body["totals"]
     click.echo(f"Trigate {body['version']}: {body['status']}, up {body['uptime']}, configured by {body['config']}")
     click.echo(
@@ -307,7 +344,11 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
     """Ask a running gateway QUESTION (- reads standard input); the answer streams to the terminal."""
     import httpx2
 
-    text = sys.stdin.read() if question == "-" else question
+    try:
+        text = sys.stdin.read() if question == "-" else question
+        text.encode()
+    except UnicodeError:
+        _fail("the question is not UTF-8.")
     messages = [{"role": "system", "content": system}] if system else []
     payload = {"model": model, "stream": True, "messages": [*messages, {"role": "user", "content": text}]}
     try:
@@ -322,8 +363,6 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
                 sys.stdout.flush()
     except httpx2.TransportError as error:
         _unreachable(url, error)
-    except KeyboardInterrupt:
-        sys.exit(130)
     if not complete:
         _fail("the answer was cut off.")
 
@@ -344,7 +383,8 @@ def _deltas(response: httpx2.Response) -> Iterator[str | None]:
             value = json.loads(data)
             if value.get("error"):
                 click.echo()
-                _fail(str(value["error"].get("message", value["error"])))
+                error = value["error"]
+                _fail(str(error.get("message", error) if isinstance(error, dict) else error))
             for choice in value.get("choices", []):
-                if choice.get("delta", {}).get("content"):
+                if (choice.get("delta") or {}).get("content"):
                     yield choice["delta"]["content"]

@@ -22,8 +22,8 @@ import ipaddress
 import math
 import re
 import secrets
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import structlog
@@ -38,6 +38,7 @@ from trigate.errors import (
     Forbidden,
     GatewayError,
     Header,
+    HeadersTooLarge,
     Internal,
     MethodNotAllowed,
     TooLarge,
@@ -45,10 +46,11 @@ from trigate.errors import (
     UnsupportedMediaType,
 )
 from trigate.exchange import Exchange
+from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 from trigate.wire import ENDPOINTS, Endpoint, decode_call
 
 if TYPE_CHECKING:
-    from trigate.app import GatewayApp
+    from trigate.application import GatewayApp
     from trigate.config import Config
 
 log = structlog.get_logger("trigate.connection")
@@ -70,6 +72,7 @@ class Head:
 
     Raises:
         Ambiguous: Its length is said twice, or in two ways (request smuggling begins like that).
+        HeadersTooLarge: `trigate serve` has seen to that already; other servers may not.
     """
 
     def __init__(self, scope: Any) -> None:  # Any: an ASGI scope is a dict of anything
@@ -84,6 +87,8 @@ class Head:
             if key in (b"content-length", b"host", b"authorization") and key in headers:
                 raise Ambiguous(f"The header {key.decode()} stands twice.")
             headers[key] = value
+        if len(scope["headers"]) > MAX_FIELDS or sum(len(n) + len(v) for n, v in scope["headers"]) > MAX_FIELDS_BYTES:
+            raise HeadersTooLarge(f"More than {MAX_FIELDS} header fields, or {MAX_FIELDS_BYTES} bytes of them.")
         self.headers = headers
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise Ambiguous("Content-Length and Transfer-Encoding cannot go together.")
@@ -228,8 +233,16 @@ class Downstream:
         patience_s: How long a send may wait for the client; finite only for the last words of a server that stops.
     """
 
-    def __init__(self, send: ASGISendCallable, headers: Iterable[Header]) -> None:
+    def __init__(
+        self,
+        send: ASGISendCallable,
+        headers: Iterable[Header],
+        *,
+        abort: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._send = send
+        self._abort = abort
+        self._emitting = trio.CancelScope()
         self._headers = list(headers)
         self._lock = trio.Lock()
         self.committed = False
@@ -242,7 +255,7 @@ class Downstream:
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
     async def _emit(self, message: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s) as self._emitting:
             try:
                 self._lock.acquire_nowait()
             except trio.WouldBlock:
@@ -276,6 +289,19 @@ class Downstream:
         """Sends a whole response."""
         await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.end(body)
+
+    async def abort(self) -> None:
+        """Closes the client's connection now, whatever waits to be sent on it; where the server lets us.
+
+        Under `trigate serve` HTTP/1.1 connections offer it (`trigate.abort` in the scope's extensions); under asyncio
+        servers the send that waits is given up; under ``hypercorn -k trio`` nothing can reach it.
+        """
+        self.ended = True
+        self._emitting.cancel()
+        if self._abort is not None:
+            await self._abort()
+        else:
+            await trio.lowlevel.checkpoint()
 
     def abandon(self) -> None:
         """Leaves the response without its end: the server then closes the connection, which is what tells."""
@@ -360,7 +386,11 @@ class GatewayConnection(TrioASGIHTTPConnection):
         inbound = Inbound(receive)
         try:
             head = Head(self.scope)
-            down = Downstream(send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)])
+            down = Downstream(
+                send,
+                [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)],
+                abort=cast("Any", self.scope).get("extensions", {}).get("trigate.abort"),  # Any: not one of hypercorn's
+            )
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
             if head.path != "/health":
@@ -395,7 +425,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
     ) -> None:
         gateway = self.app.gateway
         if head.method != "POST":
-            raise MethodNotAllowed(head.method, head.path, allowed=("POST", "OPTIONS"))
+            raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
         content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if content_type != b"application/json" and not content_type.endswith(b"+json"):
             said = content_type.decode("latin-1")[:100] or "none"

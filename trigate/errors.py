@@ -6,6 +6,7 @@ The tree::
     ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401 · Forbidden 403
     │                                                   UnknownModel 404 · NotFound 404 · MethodNotAllowed 405
     │                                                   BodyTimeout 408 · TooLarge 413 · UnsupportedMediaType 415
+    │                                                   HeadersTooLarge 431
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · Garbled 502* · Truncated 502*
@@ -70,7 +71,7 @@ class GatewayError(Exception):
     def redact(self, secrets: tuple[str, ...]) -> None:
         """Takes the gateway's own credentials out of what a provider said: some quote the key that they refuse."""
         for secret in secrets:
-            self.message = self.message.replace(secret, _REDACTED)
+            self.message = self.message.replace(secret, _REDACTED).replace(secret.lower(), _REDACTED)
         self.args = (self.message,)
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
@@ -107,6 +108,17 @@ class Ambiguous(BadRequest):
     """The head says something twice, or in two ways; what follows on the connection cannot be trusted."""
 
     code = "ambiguous_request"
+
+    @property
+    def headers(self) -> list[Header]:
+        return [_CLOSE]
+
+
+class HeadersTooLarge(CallError):
+    """The request's header fields are too many, or too large."""
+
+    status = 431
+    code = "headers_too_large"
 
     @property
     def headers(self) -> list[Header]:

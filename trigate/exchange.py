@@ -86,6 +86,9 @@ class Downstream(Protocol):
     def abandon(self) -> None:
         """Ends a streamed response without its proper end, where nothing else can say that it is incomplete."""
 
+    async def abort(self) -> None:
+        """Closes the connection of a client that does not read."""
+
 
 STREAM_HEADERS: list[Header] = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -166,7 +169,9 @@ class Exchange:
         finally:
             down = self.down
             try:
-                if self.outcome == "cancelled" and down.ended:
+                if self.outcome == "cancelled" and self._cut is not None:
+                    self.outcome = self._cut.code
+                elif self.outcome == "cancelled" and down.ended:
                     self.outcome = "complete"  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
                     # It was not the client who cut the answer, but a server that stops.
@@ -253,6 +258,9 @@ class Exchange:
                 if reader.may_end:
                     self.phase = "ending"
                     return await self.down.end()
+                if sse.data_of(splitter.pending + b"\n\n") == b"[DONE]":
+                    piece = b"\n\n"  # complete, but for its last line end
+            if piece is None:
                 raise Truncated(f"The upstream {name} ended its stream before it was complete.")
             try:
                 events = splitter.feed(piece)
@@ -445,11 +453,13 @@ class Exchange:
             case "idle":
                 self.cut(UpstreamTimeout(f"The upstream {name} fell silent for {timeout_s:g} s.", phase="idle"))
             case "stall":
-                reply = self._reply
+                reply, ending = self._reply, self.phase == "ending"
                 self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
                 if reply is not None and not self._reading:
                     # The relay sits in a shielded send, where no cancellation reaches it: close from here.
                     await reply.aclose()
+                if not ending:
+                    await self.down.abort()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

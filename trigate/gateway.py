@@ -323,6 +323,8 @@ class Gateway:
                 self._reload_asked = trio.Event()
                 try:
                     config = await self._load()
+                    if not config.upstreams:  # many a program empties a file before it writes it
+                        raise ConfigError(config.source, ("upstreams: there are none",))
                 except ConfigError as error:
                     self.reload_error = str(error)
                     log.error("reload_refused", source=error.source, problems=list(error.problems))

@@ -19,7 +19,9 @@ def configure(env: Mapping[str, str]) -> None:
         return
     level = logging.getLevelNamesMapping().get(env.get("TRIGATE_LOG_LEVEL", "info").upper(), logging.INFO)
     renderer: structlog.typing.Processor
+    shape: list[structlog.typing.Processor] = [_on_one_line]
     if env.get("TRIGATE_LOG_FORMAT") == "json":
+        shape = [structlog.processors.format_exc_info]
         renderer = structlog.processors.JSONRenderer()
     else:
         renderer = structlog.dev.ConsoleRenderer(
@@ -29,10 +31,18 @@ def configure(env: Mapping[str, str]) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([structlog.processors.format_exc_info] if env.get("TRIGATE_LOG_FORMAT") == "json" else []),
+            *shape,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def _on_one_line(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escapes what would steer a terminal: paths and model ids are whatever a client sent."""
+    return {
+        name: value.encode("unicode_escape").decode() if isinstance(value, str) and not value.isprintable() else value
+        for name, value in event.items()
+    }

@@ -262,12 +262,15 @@ class _AppTasks:
     """
 
     _nursery: trio.Nursery
+    _abort: Callable[[], Awaitable[None]]
 
     def spawn(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         self._nursery.start_soon(function, *args)
 
     async def spawn_app(self, app: AppWrapper, config: HypercornConfig, scope: Message, send: _Put) -> Send:
         to_app, inbox = trio.open_memory_channel[Message](config.max_app_queue_size)
+        if scope["http_version"] in ("1.0", "1.1"):  # an HTTP/2 connection is not one request's to close
+            scope["extensions"]["trigate.abort"] = self._abort
 
         async def put(message: Message) -> None:  # noqa: ASYNC910 - an end must not wait
             if message["type"] == "http.disconnect":
@@ -353,7 +356,7 @@ class Connection:
                     cast(AppWrapper, self._app),
                     self._config,
                     self._context,
-                    cast(TaskGroup, _AppTasks(nursery)),
+                    cast(TaskGroup, _AppTasks(nursery, self.abort)),
                     ConnectionState(dict(self._state)),
                     secure,
                     self.client,

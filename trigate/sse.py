@@ -45,6 +45,11 @@ class EventSplitter:
         self._swallow_lf = False
 
     @property
+    def pending(self) -> bytes:
+        """What is held of an unfinished event."""
+        return self._buffer
+
+    @property
     def pending_bytes(self) -> int:
         """How much of an unfinished event is held."""
         return len(self._buffer)

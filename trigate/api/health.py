@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from quart import Blueprint, Response, current_app, jsonify
 
 if TYPE_CHECKING:
-    from trigate.app import GatewayApp
+    from trigate.application import GatewayApp
 
 blueprint = Blueprint("health", __name__)
 

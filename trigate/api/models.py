@@ -10,7 +10,7 @@ from trigate import routing
 from trigate.errors import UnknownModel
 
 if TYPE_CHECKING:
-    from trigate.app import GatewayApp
+    from trigate.application import GatewayApp
     from trigate.gateway import Generation
 
 blueprint = Blueprint("models", __name__)

@@ -9,7 +9,7 @@ from quart import Blueprint, Response, current_app, jsonify
 from trigate import report
 
 if TYPE_CHECKING:
-    from trigate.app import GatewayApp
+    from trigate.application import GatewayApp
 
 blueprint = Blueprint("status", __name__)
 

@@ -24,7 +24,7 @@ from trigate.report import startup_lines
 if TYPE_CHECKING:
     from trigate.config import Config
 
-log = structlog.get_logger("trigate.app")
+log = structlog.get_logger("trigate.application")
 
 
 class GatewayLifespan:
