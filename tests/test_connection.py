@@ -564,12 +564,13 @@ async def test_an_upstream_connection_serves_many_calls(open_server: OpenServer)
 @pytest.mark.filterwarnings("ignore:.*PoolByteStream:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
-    """A client that reads nothing: the gateway takes no more than the buffers hold, and closes the upstream in time."""
+    """A client that reads nothing: the gateway takes no more than the buffers hold, closes the upstream in time, and
+    gives its place back while the client still holds its socket."""
     piece = content("x" * 100_000)
     script = (*(Say(piece) for _ in range(2000)), Say(DONE))
     async with open_socket_provider(script) as (provider, url):
         config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.5})
-        async with open_server(config) as (client, _app):
+        async with open_server(config) as (client, app):
             connection = await _dial(client, stream=True)
             await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said > 0)
             begun = time.perf_counter()
@@ -578,6 +579,10 @@ async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
             assert provider.calls[0].ended == "closed"
             assert time.perf_counter() - begun < 2
             assert provider.calls[0].said < 500, "200 MB were offered"
+            with trio.fail_after(2):
+                while app.gateway.live:
+                    await trio.sleep(0.01)
+            assert app.gateway.generation.upstreams["up"].in_flight == 0
             connection.socket.close()
 
 

@@ -169,8 +169,8 @@ class Exchange:
         finally:
             down = self.down
             try:
-                if self.outcome == "cancelled" and self._cut is not None:
-                    self.outcome = self._cut.code
+                if self.outcome == "cancelled" and isinstance(self._cut, Stalled):
+                    self.outcome = self._cut.code  # its connection was closed for that
                 elif self.outcome == "cancelled" and down.ended:
                     self.outcome = "complete"  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
