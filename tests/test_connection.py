@@ -580,7 +580,7 @@ async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
             assert time.perf_counter() - begun < 2
             assert provider.calls[0].said < 500, "200 MB were offered"
             with trio.fail_after(2):
-                while app.gateway.live:
+                while app.gateway.live:  # noqa: ASYNC110 - nothing tells
                     await trio.sleep(0.01)
             assert app.gateway.generation.upstreams["up"].in_flight == 0
             connection.socket.close()
