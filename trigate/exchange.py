@@ -308,30 +308,22 @@ class Exchange:
             return await reply.receive()
         finally:
             self._reading = False
-            self._heard_at = trio.current_time()
+            self._hear()
 
     async def _answer(self, reply: Reply) -> None:
         """Takes a JSON answer whole, and sends it on under the public model id."""
         self.phase = "reading"
         self._attempt_at = math.inf
         name = self.target.upstream if self.target else ""
-        body = await self._read(reply)
+        body = await reply.read(self.generation.config.limits.response_bytes, on_piece=self._hear)
         data, self.usage = decode_answer(body, model=self.call.model, upstream=name)
         self.phase = "ending"
         self._relayed = True
         self.bytes_sent = len(data)
         await self.down.respond(200, [(b"content-type", b"application/json")], data)
 
-    async def _read(self, reply: Reply) -> bytes:
-        limit = self.generation.config.limits.response_bytes
-        pieces = []
-        size = 0
-        while (piece := await self._receive(reply)) is not None:
-            size += len(piece)
-            if size > limit:
-                raise Garbled(f"The upstream answered with more than {limit} bytes.")
-            pieces.append(piece)
-        return b"".join(pieces)
+    def _hear(self) -> None:
+        self._heard_at = trio.current_time()
 
     async def _pass_on(self, reply: Reply) -> None:
         """Moves an answer of bytes (audio) as it comes. Its only proof of completeness is its framing."""

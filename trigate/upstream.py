@@ -119,8 +119,11 @@ class Reply:
                     return bytes(piece)
         return None
 
-    async def read(self, max_bytes: int) -> bytes:
+    async def read(self, max_bytes: int, *, on_piece: Callable[[], None] = lambda: None) -> bytes:
         """Returns the whole body.
+
+        Args:
+            on_piece: Told of each piece as it comes.
 
         Raises:
             Garbled: It is larger than ``max_bytes``.
@@ -129,6 +132,7 @@ class Reply:
         pieces = []
         size = 0
         while (piece := await self.receive()) is not None:
+            on_piece()
             size += len(piece)
             if size > max_bytes:
                 raise Garbled(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
