@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -25,6 +26,10 @@ from trigate import server
 from trigate.application import GatewayApp, create_app
 from trigate.config import Config, Port
 from trigate.gateway import Gateway, http_transport, open_gateway
+
+# A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # -- the log ----------------------------------------------------------------------------------------------------------
 
