@@ -1,0 +1,102 @@
+"""One epoll for many sockets, and one task that calls back.
+
+Trio's own way to wait for a socket is a task that sleeps: right where something happens once a request, and dear where
+it happens for each event of a stream. A `Poller` has an epoll of its own. One task waits until *that* is readable (an
+epoll can wait for an epoll), takes what is ready, and calls a function for each. So a ready socket costs a call, and
+the price of waking up is shared by all that are ready at the same time.
+
+Rules for what is called back: it is synchronous, it may add, change and remove sockets (its own, and any other), and
+it must not raise. What it wakes (`trio.lowlevel.reschedule`, `trio.CancelScope.cancel`) runs after this turn.
+
+Bounds: at most `TURN` callbacks are made between two turns of everything else.
+
+Linux only (`select.epoll`); elsewhere `open_poller` gives None, and who would use one does without.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import structlog
+import trio
+
+log = structlog.get_logger("trigate.poller")
+
+TURN = 256
+
+Callback = Callable[[int], None]
+"""Takes the events that epoll tells, as a mask."""
+
+if sys.platform == "linux":
+    READABLE = select.EPOLLIN
+    WRITABLE = select.EPOLLOUT
+    PEER_CLOSED = select.EPOLLRDHUP
+    """The peer has closed its sending side. (A reset, EPOLLHUP and EPOLLERR, is always told.)"""
+else:
+    READABLE, WRITABLE, PEER_CLOSED = 0x1, 0x4, 0x2000
+
+
+class Poller:
+    """Sockets and what to call when something happens on them. Made by `open_poller`."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callback] = {}
+
+    def __repr__(self) -> str:
+        return f"<Poller of {len(self._callbacks)} sockets>"
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
+
+    def add(self, fd: int, events: int, callback: Callback) -> None:
+        """Calls back whenever one of these events is pending (it is level-triggered)."""
+        self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def change(self, fd: int, events: int) -> None:
+        """Waits for other events on it from now on; 0 = only for its end."""
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Forgets a socket, which must still be open. It is not called back any more, not even in this turn."""
+        del self._callbacks[fd]
+        self._epoll.unregister(fd)
+
+    async def run(self) -> None:
+        """Calls back, for ever."""
+        poll, callbacks, fileno = self._epoll.poll, self._callbacks, self._epoll.fileno()
+        while True:
+            await trio.lowlevel.wait_readable(fileno)
+            for fd, events in poll(0, TURN):
+                callback = callbacks.get(fd)  # one that was called before it may have removed it
+                if callback is not None:
+                    try:
+                        callback(events)
+                    except Exception:
+                        log.exception("callback_crashed", callback=repr(callback))
+                        if fd in callbacks:
+                            self.remove(fd)
+
+    def close(self) -> None:
+        """Closes the epoll. The sockets are their owners'."""
+        self._epoll.close()
+
+
+@asynccontextmanager
+async def open_poller() -> AsyncIterator[Poller | None]:
+    """Opens a poller and runs its task around a block; None where there is no epoll."""
+    if not hasattr(select, "epoll"):
+        yield None
+        return
+    poller = Poller()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(poller.run, name="poller")
+        try:
+            yield poller
+        finally:
+            nursery.cancel_scope.cancel()
+            poller.close()
