@@ -45,6 +45,8 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
+        self.now = trio.current_time()
+        """The time of this turn: asked for once, and not once for each socket."""
 
     def __repr__(self) -> str:
         return f"<Poller of {len(self._callbacks)} sockets>"
@@ -71,6 +73,7 @@ class Poller:
         poll, callbacks, fileno = self._epoll.poll, self._callbacks, self._epoll.fileno()
         while True:
             await trio.lowlevel.wait_readable(fileno)
+            self.now = trio.current_time()
             for fd, events in poll(0, TURN):
                 callback = callbacks.get(fd)  # one that was called before it may have removed it
                 if callback is not None:

@@ -50,6 +50,11 @@ class EventSplitter:
         return self._buffer
 
     @property
+    def is_between_events(self) -> bool:
+        """Whether the next byte begins an event."""
+        return self._started and not self._buffer and not self._swallow_lf
+
+    @property
     def pending_bytes(self) -> int:
         """How much of an unfinished event is held."""
         return len(self._buffer)
