@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -300,14 +301,14 @@ def test_every_missing_secret_is_named() -> None:
 
 
 def test_an_unreadable_file_of_a_secret(tmp_path: Path) -> None:
-    """A file that is empty, a directory, or not text is a missing secret, not a crash."""
+    """A file that is empty, a directory, not text, or of a name that cannot be is a missing secret, not a crash."""
     empty = tmp_path / "empty"
     empty.write_text(" \n")
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
-    for path in (empty, binary, tmp_path):
-        with pytest.raises(LookupError, match=path.name):
-            Secret(file=str(path)).reveal({})
+    for path in (str(empty), str(binary), str(tmp_path), "~nobody-of-that-name/key", "a\0b"):
+        with pytest.raises(LookupError, match=re.escape(path)):
+            Secret(file=path).reveal({})
 
 
 def test_a_secret_s_file_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +378,7 @@ def test_timeouts() -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"[server", "is not TOML"), (b"a = 1\na = 2", "is not TOML"), (b"x = '\xff'", "is not UTF-8")],
+    [(b"[server", "is not TOML"), (b"a = 1\na = 2", "is not TOML"), (b"x = '\xff'", "is not UTF-8"), (b"x = " + 20_000 * b"[", "nested")],
 )
 def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> None:
     """The message names the file, and the place in it."""

@@ -73,7 +73,7 @@ class Secret:
             where = f"the file {self.file} is empty"
             try:
                 value = Path(str(self.file)).expanduser().read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # also NUL in the path, or a ~user who is nobody
                 raise LookupError(f"the file {self.file} cannot be read: {error}") from None
         if not value:
             raise LookupError(where)
@@ -515,6 +515,8 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
         raise ConfigError(source, (f"is not UTF-8: {error}",)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(source, (f"is not TOML: {error}",)) from None
+    except RecursionError:
+        raise ConfigError(source, ("is nested too deeply",)) from None
     return structure(data, env=env, source=source)
 
 
