@@ -266,11 +266,11 @@ def test_good_urls(url: str) -> None:
 
 
 def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
-    """Each of the three ways gives the value; a file's is stripped."""
+    """Each of the three ways gives the value, without the white space around it."""
     path = tmp_path / "key"
     path.write_text(f"{SECRET}\n")
-    for api_key in (f"'{SECRET}'", "{env = 'KEY'}", f"{{file = '{path}'}}"):
-        config = _structure(MOCK + f"api_key = {api_key}", {"KEY": SECRET})
+    for api_key in (f"' {SECRET} '", "{env = 'KEY'}", f"{{file = '{path}'}}"):
+        config = _structure(MOCK + f"api_key = {api_key}", {"KEY": f"{SECRET}\n"})
         assert config.secrets["mock"] == {"authorization": f"Bearer {SECRET}"}
         assert config.disabled == {}
 
@@ -279,6 +279,7 @@ def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
     ("api_key", "reason"),
     [
         ("''", "api_key: the value is empty"),
+        ("' '", "api_key: the value is empty"),
         ("{env = 'KEY'}", "api_key: the environment variable KEY is not set"),
         ("{file = '/no/such/file'}", "api_key: the file /no/such/file cannot be read"),
         ('"two\\nlines"', "api_key: the value has characters"),
@@ -358,8 +359,11 @@ def test_the_gateway_s_key_from_the_environment() -> None:
     """``TRIGATE_API_KEY`` is a key beside those of the file; set but empty is a fault: it would open the gateway."""
     assert _structure("", {"TRIGATE_API_KEY": "k"}).keys == {"TRIGATE_API_KEY": "k"}
     assert _structure("[keys]\na = 'b'", {"TRIGATE_API_KEY": "k"}).keys == {"a": "b", "TRIGATE_API_KEY": "k"}
-    [line] = _problems("", {"TRIGATE_API_KEY": ""})
-    assert line.startswith("TRIGATE_API_KEY: ")
+    assert _structure("", {"TRIGATE_API_KEY": " k\n"}).keys == {"TRIGATE_API_KEY": "k"}
+    for empty in ("", " "):
+        assert _problems("", {"TRIGATE_API_KEY": empty})[0].startswith("TRIGATE_API_KEY: set, but empty")
+    [line] = _problems("", {"TRIGATE_API_KEY": "Schlüssel"})
+    assert line == "TRIGATE_API_KEY: the value has characters that an HTTP header cannot carry"
 
 
 # -- timeouts, files --------------------------------------------------------------------------------------------------
@@ -378,7 +382,12 @@ def test_timeouts() -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"[server", "is not TOML"), (b"a = 1\na = 2", "is not TOML"), (b"x = '\xff'", "is not UTF-8"), (b"x = " + 20_000 * b"[", "nested")],
+    [
+        (b"[server", "is not TOML"),
+        (b"a = 1\na = 2", "is not TOML"),
+        (b"x = '\xff'", "is not UTF-8"),
+        (b"x = " + 20_000 * b"[", "nested"),
+    ],
 )
 def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> None:
     """The message names the file, and the place in it."""
@@ -387,6 +396,13 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> N
     with pytest.raises(ConfigError, match=says) as caught:
         read(path, env={})
     assert caught.value.source == str(path)
+
+
+def test_a_byte_order_mark_opens_the_file(tmp_path: Path) -> None:
+    """As some editors write it."""
+    path = tmp_path / "trigate.toml"
+    path.write_text(EXAMPLE, encoding="utf-8-sig")
+    assert set(read(path, env={}).upstreams) == {"mock"}
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

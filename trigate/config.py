@@ -72,9 +72,11 @@ class Secret:
         else:
             where = f"the file {self.file} is empty"
             try:
-                value = Path(str(self.file)).expanduser().read_text(encoding="utf-8").strip()
+                value = Path(str(self.file)).expanduser().read_text(encoding="utf-8")
             except (OSError, ValueError, RuntimeError) as error:  # also NUL in the path, or a ~user who is nobody
                 raise LookupError(f"the file {self.file} cannot be read: {error}") from None
+        # a key with white space around it would never match, and no header can carry it
+        value = value.strip()
         if not value:
             raise LookupError(where)
         if not value.isascii() or not value.isprintable():
@@ -465,8 +467,11 @@ def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dic
     if "TRIGATE_API_KEY" in env:
         try:
             keys.setdefault("TRIGATE_API_KEY", Secret(env="TRIGATE_API_KEY").reveal(env))
-        except LookupError:
-            problems.append("TRIGATE_API_KEY: set, but empty (unset it to serve without a key)")
+        except LookupError as error:
+            empty = not env["TRIGATE_API_KEY"].strip()
+            problems.append(
+                f"TRIGATE_API_KEY: {'set, but empty (unset it to serve without a key)' if empty else error}"
+            )
     return keys, problems
 
 
@@ -508,7 +513,7 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
     """
     source = os.fspath(path)
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:
         raise ConfigError(source, (f"cannot be read: {error.strerror or error}",)) from None
     except UnicodeDecodeError as error:
