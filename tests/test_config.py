@@ -186,6 +186,11 @@ def test_all_problems_at_once() -> None:
         ("[server]\nhost = 1", "server.host: expected a string, got an integer"),
         ("[server]\nallowed_hosts = 'x'", "server.allowed_hosts: expected an array of strings"),
         ("[server]\nallowed_hosts = [1]", "server.allowed_hosts: expected an array of strings"),
+        ("[server]\nallowed_hosts = ['a:80']", "server.allowed_hosts: expected a host name without a port or a path"),
+        ("[server]\nallowed_hosts = ['http://a']", "server.allowed_hosts: expected a host name without a port"),
+        ("[server]\nallowed_hosts = ['']", "server.allowed_hosts: expected a host name"),
+        ("[server]\ncors_origins = ['https://a/']", 'server.cors_origins: expected "*" or an origin without a path'),
+        ("[server]\ncors_origins = ['a']", 'server.cors_origins: expected "*" or an origin without a path'),
         ("[server]\ncertfile = 'x'", "server.certfile: certfile and keyfile go together"),
         ("[limits]\nidle_timeout_s = -1", "limits.idle_timeout_s: expected 0 or more"),
         ("[limits]\nidle_timeout_s = nan", "limits.idle_timeout_s: expected 0 or more"),
@@ -260,6 +265,16 @@ def test_a_password_in_a_url_is_not_quoted(url: str) -> None:
 def test_good_urls(url: str) -> None:
     """IPv6, no path, any path; the last slash is dropped."""
     assert _structure(f"[upstreams.u]\nbase_url = '{url}'").upstreams["u"].base_url == url.rstrip("/")
+
+
+def test_hosts_and_origins_are_compared_in_lower_case() -> None:
+    """As browsers send them, however they are written in the file."""
+    server = _structure(
+        "[server]\nallowed_hosts = ['MyBox.lan', '[::1]', '10.0.0.1']\n"
+        "cors_origins = ['https://App.Example:8443', '*', 'http://[::1]:3000', 'moz-extension://0a']"
+    ).server
+    assert server.allowed_hosts == ("mybox.lan", "::1", "10.0.0.1")
+    assert server.cors_origins == ("https://app.example:8443", "*", "http://[::1]:3000", "moz-extension://0a")
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------

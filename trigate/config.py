@@ -30,6 +30,8 @@ Size = NewType("Size", int)
 Count = NewType("Count", int)
 Port = NewType("Port", int)
 Url = NewType("Url", str)
+HostName = NewType("HostName", str)
+Origin = NewType("Origin", str)
 Rate = NewType("Rate", float)
 TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 
@@ -103,9 +105,9 @@ class ServerConfig:
     """``TCP_USER_TIMEOUT`` of accepted sockets (Linux): the bound on a peer that acknowledges nothing. 0 = system's."""
     insecure: bool = False
     """Serve non-loopback addresses without a key, and without Host and Origin checks."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[HostName, ...] = ()
     """Further names that a Host header may carry while no key is set."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Origin, ...] = ()
     """Origins whose pages may read answers (``https://app.example``); ``*`` for any. Empty = CORS is off."""
 
 
@@ -263,6 +265,26 @@ def _url(value: Any, _: Any) -> str:
     return value.rstrip("/")
 
 
+def _host_name(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a host name, got {_kind_of(value)}")
+    try:
+        host = urlsplit(f"//{value}").hostname
+    except ValueError:
+        host = None
+    if host is None or host != value.lower().strip("[]"):
+        raise ValueError(f"expected a host name without a port or a path, got {value!r}")
+    return host  # as a Host header is compared: lower-case
+
+
+def _origin(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected an origin, got {_kind_of(value)}")
+    if value != "*" and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#@\s]+", value):
+        raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
+    return value.lower()  # as browsers send it
+
+
 def _secret(value: Any, _: Any) -> Secret:
     if isinstance(value, str):
         return Secret(literal=value)
@@ -297,6 +319,8 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Count, _whole(1, 10**6))
     converter.register_structure_hook(Port, _whole(0, 65535))
     converter.register_structure_hook(Url, _url)
+    converter.register_structure_hook(HostName, _host_name)
+    converter.register_structure_hook(Origin, _origin)
     converter.register_structure_hook(Secret, _secret)
     converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
     converter.register_structure_hook(
@@ -315,6 +339,12 @@ def _make_converter() -> cattrs.Converter:
         return tuple(value)
 
     converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], strings)
+
+    def each(value: Any, kind: Any) -> tuple[Any, ...]:
+        strings(value, kind)
+        return tuple(converter.structure(item, kind.__args__[0]) for item in value)
+
+    converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), each)
     return converter
 
 
