@@ -188,6 +188,9 @@ async def test_not_ready_without_any_upstream(open_app: OpenApp) -> None:
         refused = await served.client.chat(model="off/m").wait()
         assert refused.status == 503
         assert "NOT_SET" in refused.error["message"]
+        refused = await served.client.ask("GET", "/v1/models/off/m")
+        assert (refused.status, refused.error["code"]) == (404, "model_not_found")
+        assert "NOT_SET" in refused.error["message"]
 
 
 # -- discovery of models ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import click.testing
 import pytest
-from processes import Gateway, configuration, environment, run_gateway
+from processes import SERVE, Gateway, configuration, environment, run_gateway
 from scripted_upstream import TEXT, open_upstream, seen, wait_closed
 
 import trigate
@@ -230,6 +230,17 @@ def test_a_port_that_is_taken(run: Run, tmp_path: Path, workers: str) -> None:
 
 
 @pytest.mark.slow
+def test_workers_that_cannot_start(tmp_path: Path) -> None:
+    """Whatever keeps them from it, the last line says how they died."""
+    no_certificate = _file(tmp_path, PARROT)
+    command = [*SERVE, "--workers", "2", "--certfile", no_certificate, "--keyfile", no_certificate]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=60)
+    assert done.returncode == 1
+    assert f"trigate: TLS: {no_certificate}" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("trigate: no worker stays alive: each of 2 died 3 times")
+
+
+@pytest.mark.slow
 def test_without_arguments_it_serves(tmp_path: Path) -> None:
     """``python -m trigate`` is ``python -m trigate serve``; with JSON as log format, every line of it is JSON."""
     env = {"TRIGATE_LOG_FORMAT": "json"}
@@ -276,6 +287,14 @@ def test_models(ask: Run) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[:2] == ["default", "mock/hello"]
     assert "parrot/echo" in result.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_an_sdk_s_base_url_and_a_key_with_a_line_end_will_do(ask: Run, gateway: Gateway) -> None:
+    """They are what people have at hand: with ``/v1`` at its end the one, from a file the other."""
+    for command in (("models",), ("status",), ("chat", "Hello")):
+        result = ask(*command, "--url", f"{gateway.url}/v1/", TRIGATE_API_KEY=f"{KEY}\n")
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.slow

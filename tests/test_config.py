@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -185,6 +186,11 @@ def test_all_problems_at_once() -> None:
         ("[server]\nhost = 1", "server.host: expected a string, got an integer"),
         ("[server]\nallowed_hosts = 'x'", "server.allowed_hosts: expected an array of strings"),
         ("[server]\nallowed_hosts = [1]", "server.allowed_hosts: expected an array of strings"),
+        ("[server]\nallowed_hosts = ['a:80']", "server.allowed_hosts: expected a host name without a port or a path"),
+        ("[server]\nallowed_hosts = ['http://a']", "server.allowed_hosts: expected a host name without a port"),
+        ("[server]\nallowed_hosts = ['']", "server.allowed_hosts: expected a host name"),
+        ("[server]\ncors_origins = ['https://a/']", 'server.cors_origins: expected "*" or an origin without a path'),
+        ("[server]\ncors_origins = ['a']", 'server.cors_origins: expected "*" or an origin without a path'),
         ("[server]\ncertfile = 'x'", "server.certfile: certfile and keyfile go together"),
         ("[limits]\nidle_timeout_s = -1", "limits.idle_timeout_s: expected 0 or more"),
         ("[limits]\nidle_timeout_s = nan", "limits.idle_timeout_s: expected 0 or more"),
@@ -261,15 +267,25 @@ def test_good_urls(url: str) -> None:
     assert _structure(f"[upstreams.u]\nbase_url = '{url}'").upstreams["u"].base_url == url.rstrip("/")
 
 
+def test_hosts_and_origins_are_compared_in_lower_case() -> None:
+    """As browsers send them, however they are written in the file."""
+    server = _structure(
+        "[server]\nallowed_hosts = ['MyBox.lan', '[::1]', '10.0.0.1']\n"
+        "cors_origins = ['https://App.Example:8443', '*', 'http://[::1]:3000', 'moz-extension://0a']"
+    ).server
+    assert server.allowed_hosts == ("mybox.lan", "::1", "10.0.0.1")
+    assert server.cors_origins == ("https://app.example:8443", "*", "http://[::1]:3000", "moz-extension://0a")
+
+
 # -- secrets ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
-    """Each of the three ways gives the value; a file's is stripped."""
+    """Each of the three ways gives the value, without the white space around it."""
     path = tmp_path / "key"
     path.write_text(f"{SECRET}\n")
-    for api_key in (f"'{SECRET}'", "{env = 'KEY'}", f"{{file = '{path}'}}"):
-        config = _structure(MOCK + f"api_key = {api_key}", {"KEY": SECRET})
+    for api_key in (f"' {SECRET} '", "{env = 'KEY'}", f"{{file = '{path}'}}"):
+        config = _structure(MOCK + f"api_key = {api_key}", {"KEY": f"{SECRET}\n"})
         assert config.secrets["mock"] == {"authorization": f"Bearer {SECRET}"}
         assert config.disabled == {}
 
@@ -278,6 +294,7 @@ def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
     ("api_key", "reason"),
     [
         ("''", "api_key: the value is empty"),
+        ("' '", "api_key: the value is empty"),
         ("{env = 'KEY'}", "api_key: the environment variable KEY is not set"),
         ("{file = '/no/such/file'}", "api_key: the file /no/such/file cannot be read"),
         ('"two\\nlines"', "api_key: the value has characters"),
@@ -300,14 +317,14 @@ def test_every_missing_secret_is_named() -> None:
 
 
 def test_an_unreadable_file_of_a_secret(tmp_path: Path) -> None:
-    """A file that is empty, a directory, or not text is a missing secret, not a crash."""
+    """A file that is empty, a directory, not text, or of a name that cannot be is a missing secret, not a crash."""
     empty = tmp_path / "empty"
     empty.write_text(" \n")
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
-    for path in (empty, binary, tmp_path):
-        with pytest.raises(LookupError, match=path.name):
-            Secret(file=str(path)).reveal({})
+    for path in (str(empty), str(binary), str(tmp_path), "~nobody-of-that-name/key", "a\0b"):
+        with pytest.raises(LookupError, match=re.escape(path)):
+            Secret(file=path).reveal({})
 
 
 def test_a_secret_s_file_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,8 +374,11 @@ def test_the_gateway_s_key_from_the_environment() -> None:
     """``TRIGATE_API_KEY`` is a key beside those of the file; set but empty is a fault: it would open the gateway."""
     assert _structure("", {"TRIGATE_API_KEY": "k"}).keys == {"TRIGATE_API_KEY": "k"}
     assert _structure("[keys]\na = 'b'", {"TRIGATE_API_KEY": "k"}).keys == {"a": "b", "TRIGATE_API_KEY": "k"}
-    [line] = _problems("", {"TRIGATE_API_KEY": ""})
-    assert line.startswith("TRIGATE_API_KEY: ")
+    assert _structure("", {"TRIGATE_API_KEY": " k\n"}).keys == {"TRIGATE_API_KEY": "k"}
+    for empty in ("", " "):
+        assert _problems("", {"TRIGATE_API_KEY": empty})[0].startswith("TRIGATE_API_KEY: set, but empty")
+    [line] = _problems("", {"TRIGATE_API_KEY": "Schlüssel"})
+    assert line == "TRIGATE_API_KEY: the value has characters that an HTTP header cannot carry"
 
 
 # -- timeouts, files --------------------------------------------------------------------------------------------------
@@ -377,7 +397,12 @@ def test_timeouts() -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"[server", "is not TOML"), (b"a = 1\na = 2", "is not TOML"), (b"x = '\xff'", "is not UTF-8")],
+    [
+        (b"[server", "is not TOML"),
+        (b"a = 1\na = 2", "is not TOML"),
+        (b"x = '\xff'", "is not UTF-8"),
+        (b"x = " + 20_000 * b"[", "nested"),
+    ],
 )
 def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> None:
     """The message names the file, and the place in it."""
@@ -386,6 +411,13 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> N
     with pytest.raises(ConfigError, match=says) as caught:
         read(path, env={})
     assert caught.value.source == str(path)
+
+
+def test_a_byte_order_mark_opens_the_file(tmp_path: Path) -> None:
+    """As some editors write it."""
+    path = tmp_path / "trigate.toml"
+    path.write_text(EXAMPLE, encoding="utf-8-sig")
+    assert set(read(path, env={}).upstreams) == {"mock"}
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_units(title: str) -> None:
         "bool": "true or false",
         "str": "string",
         "tuple[str, ...]": "array of strings",
+        "tuple[HostName, ...]": "array of strings",
+        "tuple[Origin, ...]": "array of strings",
         "Mapping[str, Secret]": "table of secrets",
         'tuple[str, ...] | Literal["discover"]': '`"discover"` or array of strings',
     }

@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trigate import gateway, server
 from trigate.application import create_app
 from trigate.config import ConfigError, UpstreamConfig
-from trigate.gateway import Gateway, open_gateway
+from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
 
 
 def toml(*upstreams: str, **limits: float) -> str:
@@ -34,6 +34,7 @@ class Files:
         self.providers: dict[str, Provider] = {}
         self.transports: list[tuple[str, MemoryTransport]] = []
         self.looks = 0
+        self.make: TransportFactory = self.transport
         self.gateway: Gateway
         self.client: AsgiClient
 
@@ -93,7 +94,7 @@ async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setattr(gateway, "_fingerprint", look)
     found.write(toml("a"))
     app: Any = create_app(
-        opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(found.path)}, transports=found.transport)
+        opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(found.path)}, transports=lambda *of: found.make(*of))
     )
     async with server.open_lifespan(app), trio.open_nursery() as nursery:
         found.gateway, found.client = app.gateway, AsgiClient(app, nursery)
@@ -123,8 +124,9 @@ async def test_a_reload_swaps_everything(files: Files, autojump_clock: MockClock
         ('[upstreams.b]\nbase_url = "ftp://x"', "upstreams.b.base_url"),
         ('[upstreams.b]\nbase_url = "http://192.168.1.300:8080/v1"', "upstreams.b.base_url"),
         (toml("b") + '\n[models.x]\ntargets = ["nobody/m"]', "nobody"),
+        ("x = " + 20_000 * "[", "nested too deeply"),
     ],
-    ids=["not TOML", "unknown key", "bad value", "bad URL", "no such address", "bad target"],
+    ids=["not TOML", "unknown key", "bad value", "bad URL", "no such address", "bad target", "too deep"],
 )
 async def test_a_bad_file_changes_nothing(
     files: Files, logs: Logs, autojump_clock: MockClock, text: str, why: str
@@ -143,6 +145,43 @@ async def test_a_bad_file_changes_nothing(
     await files.reload(toml("a", "b"))
     assert (await files.client.ask("GET", "/status")).json["reload_error"] is None
     assert await files.models() == ["default", "a/m", "b/m"]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_upstreams_that_cannot_be_opened_change_nothing(
+    files: Files, logs: Logs, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    """A file that is right as a text may still not be put to use, for whatever reason: the old one goes on."""
+    make = files.transport
+
+    def transport(name: str, config: UpstreamConfig) -> MemoryTransport:
+        if name == "b":
+            raise ExceptionGroup("", [OSError("no luck")]) if grouped else OSError("no luck")
+        return make(name, config)
+
+    monkeypatch.setattr(files, "make", transport)
+    logs.expect_error("reload_refused")
+    await files.reload(toml("c", "b"))
+    assert "no luck" in str(files.gateway.reload_error)
+    assert files.open_transports == ["a"]
+    assert (await files.client.chat(model="a/m").wait()).body.endswith(DONE)
+    await files.reload(toml("c"))
+    assert files.gateway.reload_error is None
+    assert files.open_transports == ["c"]
+
+
+async def test_certificate_authorities_that_are_not_there(
+    files: Files, logs: Logs, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are looked for when the first ``https:`` upstream comes, which may be at a reload: that is refused."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setattr(files, "make", http_transport)
+    gateway._trust.cache_clear()
+    logs.expect_error("reload_refused")
+    await files.reload('[upstreams.b]\nbase_url = "https://127.0.0.1:9/v1"\nmodels = ["m"]')
+    assert files.gateway.reload_error == "SSL_CERT_FILE: cannot be used: No such file or directory"
+    assert await files.models() == ["default", "a/m"]
 
 
 async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs, autojump_clock: MockClock) -> None:

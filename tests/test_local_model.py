@@ -215,6 +215,8 @@ def test_unavailable_file(wheels: Path, tmp_path: Path, monkeypatch: pytest.Monk
     add_package(wheels, "xllamacpp")
     file = tmp_path / "Other.GGUF"
     assert why_unavailable(str(file)) == f"{file} cannot be read: No such file or directory"
+    assert why_unavailable("a\0b") == "a\0b cannot be read: embedded null byte"
+    assert str(why_unavailable("~nobody-of-that-name/b")).startswith("~nobody-of-that-name/b cannot be read: ")
     assert why_unavailable(str(tmp_path)) == f"{tmp_path} cannot be read: Is a directory"
     file.write_bytes(b"PK\x03\x04")
     assert why_unavailable(str(file)) == f"{file} is not a GGUF file"

@@ -211,4 +211,5 @@ def test_a_comment_is_one_line() -> None:
 def test_resumption_fields_are_taken_out() -> None:
     """``id`` and ``retry`` lines go, wherever they stand and however lines end; text that looks like them stays."""
     assert without_resumption(b"data: 1\r\nid\r\nretry: 5\r\n\r\n") == b"data: 1\n\n"
+    assert without_resumption(b"event: x\rid: 7\rretry\rdata: 1\r\r") == b"event: x\ndata: 1\n\n"
     assert without_resumption(b"identity: 1\ndata: id: 2\n\n") == b"identity: 1\ndata: id: 2\n\n"

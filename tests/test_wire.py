@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trigate import sse
-from trigate.errors import BadRequest, Garbled, Rejected, Reported
+from trigate.errors import BadRequest, Garbled, Rejected, Reported, UnknownModel
 from trigate.wire import ENDPOINTS, StreamReader, Usage, decode_answer, decode_call
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
@@ -109,6 +109,16 @@ def test_bad_input(body: bytes, param: str | None, says: str) -> None:
     assert caught.value.status == 400
     assert caught.value.param == param
     assert says in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+def test_a_model_id_is_bounded() -> None:
+    """It is logged and shown for every call, so it cannot be as large as a body."""
+    longest = "m" * 4096
+    assert decode_call(CHAT, f'{{"model":"{longest}",{HELLO}}}'.encode()).model == longest
+    with pytest.raises(UnknownModel) as caught:
+        decode_call(CHAT, f'{{"model":"{longest}m",{HELLO}}}'.encode())
+    assert (caught.value.status, caught.value.param) == (404, "model")
     assert len(caught.value.message) < 500
 
 

@@ -43,7 +43,7 @@ class GatewayLifespan:
                 app.nursery = await stack.enter_async_context(trio.open_nursery())
                 await app.startup()
             except Exception as error:
-                message = _words_of(error)
+                message = errors.words_of(error)
                 log.error("startup_failed", error=message)
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
@@ -56,12 +56,6 @@ class GatewayLifespan:
             app.gateway.drain.cut()
             await app.shutdown()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-def _words_of(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error) or type(error).__name__
 
 
 class GatewayApp(QuartTrio):

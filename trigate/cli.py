@@ -162,6 +162,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     import trio
 
     from trigate.application import create_app
+    from trigate.errors import words_of
     from trigate.gateway import open_gateway
     from trigate.server import StartupFailed, run
 
@@ -171,13 +172,14 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     try:
         finished = trio.run(run, app, settings, sockets, parent_fd)
     except* StartupFailed as failed:
-        _fail(str(failed.exceptions[0]))
+        _fail(words_of(failed))
     sys.exit(0 if finished else 1)
 
 
 def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
     import trio
 
+    from trigate.errors import words_of
     from trigate.server import ListenError, open_sockets
     from trigate.supervisor import WorkersFailed, supervise
 
@@ -189,7 +191,7 @@ def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
     try:
         finished = trio.run(supervise, command, sockets, settings)
     except* WorkersFailed as failed:
-        _fail(str(failed.exceptions[0]))
+        _fail(words_of(failed))
     sys.exit(0 if finished else 1)
 
 
@@ -250,6 +252,7 @@ def _gateway_options(command: Any) -> Any:
 def _client(url: str, key: str | None) -> httpx2.Client:
     import httpx2
 
+    key = key and key.strip()  # as the gateway takes it
     if key and not (key.isascii() and key.isprintable()):
         _fail("the key has characters that an HTTP header cannot carry.")  # and is not quoted here
     try:
@@ -259,7 +262,10 @@ def _client(url: str, key: str | None) -> httpx2.Client:
         _fail(f"{url!r} is not a URL: {error}.")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx2.Timeout(600.0, connect=5.0)
-    return httpx2.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
+    # the base URL of the SDKs will do too
+    return httpx2.Client(
+        base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout, trust_env=False
+    )
 
 
 def _get(url: str, key: str | None, path: str) -> Any:

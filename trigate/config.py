@@ -30,6 +30,8 @@ Size = NewType("Size", int)
 Count = NewType("Count", int)
 Port = NewType("Port", int)
 Url = NewType("Url", str)
+HostName = NewType("HostName", str)
+Origin = NewType("Origin", str)
 Rate = NewType("Rate", float)
 TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 
@@ -72,9 +74,11 @@ class Secret:
         else:
             where = f"the file {self.file} is empty"
             try:
-                value = Path(str(self.file)).expanduser().read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
+                value = Path(str(self.file)).expanduser().read_text(encoding="utf-8")
+            except (OSError, ValueError, RuntimeError) as error:  # also NUL in the path, or a ~user who is nobody
                 raise LookupError(f"the file {self.file} cannot be read: {error}") from None
+        # a key with white space around it would never match, and no header can carry it
+        value = value.strip()
         if not value:
             raise LookupError(where)
         if not value.isascii() or not value.isprintable():
@@ -101,9 +105,9 @@ class ServerConfig:
     """``TCP_USER_TIMEOUT`` of accepted sockets (Linux): the bound on a peer that acknowledges nothing. 0 = system's."""
     insecure: bool = False
     """Serve non-loopback addresses without a key, and without Host and Origin checks."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[HostName, ...] = ()
     """Further names that a Host header may carry while no key is set."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Origin, ...] = ()
     """Origins whose pages may read answers (``https://app.example``); ``*`` for any. Empty = CORS is off."""
 
 
@@ -261,6 +265,26 @@ def _url(value: Any, _: Any) -> str:
     return value.rstrip("/")
 
 
+def _host_name(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a host name, got {_kind_of(value)}")
+    try:
+        host = urlsplit(f"//{value}").hostname
+    except ValueError:
+        host = None
+    if host is None or host != value.lower().strip("[]"):
+        raise ValueError(f"expected a host name without a port or a path, got {value!r}")
+    return host  # as a Host header is compared: lower-case
+
+
+def _origin(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected an origin, got {_kind_of(value)}")
+    if value != "*" and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#@\s]+", value):
+        raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
+    return value.lower()  # as browsers send it
+
+
 def _secret(value: Any, _: Any) -> Secret:
     if isinstance(value, str):
         return Secret(literal=value)
@@ -295,6 +319,8 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Count, _whole(1, 10**6))
     converter.register_structure_hook(Port, _whole(0, 65535))
     converter.register_structure_hook(Url, _url)
+    converter.register_structure_hook(HostName, _host_name)
+    converter.register_structure_hook(Origin, _origin)
     converter.register_structure_hook(Secret, _secret)
     converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
     converter.register_structure_hook(
@@ -313,6 +339,12 @@ def _make_converter() -> cattrs.Converter:
         return tuple(value)
 
     converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], strings)
+
+    def each(value: Any, kind: Any) -> tuple[Any, ...]:
+        strings(value, kind)
+        return tuple(converter.structure(item, kind.__args__[0]) for item in value)
+
+    converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), each)
     return converter
 
 
@@ -465,8 +497,11 @@ def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dic
     if "TRIGATE_API_KEY" in env:
         try:
             keys.setdefault("TRIGATE_API_KEY", Secret(env="TRIGATE_API_KEY").reveal(env))
-        except LookupError:
-            problems.append("TRIGATE_API_KEY: set, but empty (unset it to serve without a key)")
+        except LookupError as error:
+            empty = not env["TRIGATE_API_KEY"].strip()
+            problems.append(
+                f"TRIGATE_API_KEY: {'set, but empty (unset it to serve without a key)' if empty else error}"
+            )
     return keys, problems
 
 
@@ -508,13 +543,15 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
     """
     source = os.fspath(path)
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:
         raise ConfigError(source, (f"cannot be read: {error.strerror or error}",)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(source, (f"is not UTF-8: {error}",)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(source, (f"is not TOML: {error}",)) from None
+    except RecursionError:
+        raise ConfigError(source, ("is nested too deeply",)) from None
     return structure(data, env=env, source=source)
 
 

@@ -452,6 +452,17 @@ def _message_of(body: bytes) -> str | None:
     return None
 
 
+def words_of(error: BaseException) -> str:
+    """What an exception says; of a group, its first one.
+
+    >>> words_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")])])), words_of(KeyError())
+    ('this', 'KeyError')
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
 def upstream_message(body: bytes) -> str:
     """What a provider's error body says, shortened for a message of ours; ``""`` if nothing can be read from it."""
     found = _message_of(body)

@@ -27,7 +27,7 @@ import trio
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, routing
 from trigate.config import Config, ConfigError, UpstreamConfig
-from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected
+from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
 from trigate.routing import Known, Target
 from trigate.upstream import Upstream
 
@@ -56,7 +56,12 @@ def http_transport(name: str, upstream: UpstreamConfig) -> httpx2.AsyncBaseTrans
 @functools.cache
 def _trust() -> ssl.SSLContext:
     # Loading the trust store costs more than everything else at start-up: once, and only where it is used.
-    return httpx2.create_ssl_context()
+    try:
+        return httpx2.create_ssl_context()
+    except OSError as error:  # also ssl.SSLError
+        variables = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if name in os.environ]
+        where = " and ".join(variables) or "the system's certificate authorities"
+        raise ConfigError(where, (f"cannot be used: {error.strerror or error}",)) from error
 
 
 class Generation:
@@ -321,16 +326,21 @@ class Gateway:
             while True:
                 await self._reload_asked.wait()
                 self._reload_asked = trio.Event()
+                old = self.generation
                 try:
                     config = await self._load()
                     if not config.upstreams:  # many a program empties a file before it writes it
                         raise ConfigError(config.source, ("upstreams: there are none",))
+                    self.generation = await nursery.start(self._run_generation, config, transports)
                 except ConfigError as error:
                     self.reload_error = str(error)
                     log.error("reload_refused", source=error.source, problems=list(error.problems))
                     continue
-                old = self.generation
-                self.generation = await nursery.start(self._run_generation, config, transports)
+                except Exception as error:  # whatever is wrong with the new one, the old one goes on
+                    words = f"cannot be put to use: {words_of(error)}"
+                    self.reload_error = f"{old.config.source}: {words}"
+                    log.exception("reload_refused", source=old.config.source, problems=[words])
+                    continue
                 self.reload_error = None
                 old.retire()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))

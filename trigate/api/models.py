@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from quart import Blueprint, Response, current_app, jsonify
 
 from trigate import routing
-from trigate.errors import UnknownModel
+from trigate.errors import Unavailable, UnknownModel
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
@@ -43,7 +43,10 @@ async def retrieve_model(model: str) -> Response:
     ids = generation.public_ids()
     if model in ids:
         return jsonify(_model(model, ids[model], generation.created))
-    target = generation.plan(model)[0]  # a bare id that exactly one upstream lists
+    try:
+        target = generation.plan(model)[0]  # a bare id that exactly one upstream lists
+    except Unavailable as error:  # a call for it would be a 503; but it is not listed
+        raise UnknownModel(model, reason=error.message) from None
     if str(target) not in ids:
         raise UnknownModel(model, closest=routing.closest(model, ids))
     return jsonify(_model(model, target.upstream, generation.created))
