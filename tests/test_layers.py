@@ -22,6 +22,7 @@ ROWS = (
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
     ("server", "asyncio_host"),
     ("supervisor", "protocol"),  # the supervisor knows no server: it starts processes, and tells them who they are
+    ("http1",),
     ("application",),
     ("api",),
     ("report", "connection"),
@@ -30,14 +31,15 @@ ROWS = (
     ("discovery",),
     ("upstream",),
     ("local_model", "_local_model_child", "echo"),
-    ("logs",),
+    ("logs", "poller"),
     ("wire", "routing"),
+    ("request_parser", "response_head"),
     ("sse", "request_head"),
     ("config", "errors"),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
-PURE = ("request_head", "sse", "wire", "routing", "config", "errors")
+PURE = ("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors")
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),

@@ -23,12 +23,13 @@ import pytest
 import trio
 import trustme
 from processes import environment
-from test_protocol import H2_GET, HELLO, H2Client, body_of, hello, read_all, read_until, say
+from test_http1 import HELLO, body_of, hello, read_all, read_until, say
+from test_protocol import H2_GET, H2Client
 from test_request_head import BAD
 
-from trigate import protocol, server
+from trigate import request_head, server
 from trigate.config import ServerConfig
-from trigate.protocol import Application, Message, Receive, Send
+from trigate.http1 import Application, Message, Receive, Send
 from trigate.server import Drained, ListenError, StartupFailed, open_lifespan, open_sockets, serve
 
 CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
@@ -243,11 +244,14 @@ async def open_connection_pair() -> AsyncIterator[tuple[trio.SocketStream, Runni
 async def test_a_crash_ends_one_connection(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect in a connection's own task ends that connection, with its traceback in the log, and no other."""
 
-    def crash(data: bytes) -> None:
+    examine = request_head.examine
+
+    def crash(data: bytes) -> request_head.RequestHead | None:
         if b"/crash" in data:
             raise ZeroDivisionError("a defect")
+        return examine(data)
 
-    monkeypatch.setattr(protocol.request_head, "examine", crash)
+    monkeypatch.setattr(request_head, "examine", crash)
     app = App()
     async with open_server(app) as running:
         other = await running.ask("/stream")

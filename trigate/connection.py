@@ -23,7 +23,7 @@ import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -293,7 +293,7 @@ class Downstream:
     async def abort(self) -> None:
         """Closes the client's connection now, whatever waits to be sent on it; where the server lets us.
 
-        Under `trigate serve` HTTP/1.1 connections offer it (`trigate.abort` in the scope's extensions); under asyncio
+        Under `trigate serve` HTTP/1.1 connections offer it (`trigate.client` in the scope's extensions); under asyncio
         servers the send that waits is given up; under ``hypercorn -k trio`` nothing can reach it.
         """
         self.ended = True
@@ -389,7 +389,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
             down = Downstream(
                 send,
                 [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)],
-                abort=cast("Any", self.scope).get("extensions", {}).get("trigate.abort"),  # Any: not one of hypercorn's
+                abort=getattr(self.scope.get("extensions", {}).get("trigate.client"), "abort", None),
             )
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910

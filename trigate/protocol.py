@@ -1,24 +1,24 @@
-"""One client connection: HTTP/1.1 and HTTP/2 by hypercorn's protocol classes, on any Trio stream.
+"""One client connection: HTTP/1.1 (`http1`), or, where TLS has agreed on it, HTTP/2 by hypercorn's protocol class.
 
-`H11Protocol`, `H2Protocol` and `HTTPStream` are hypercorn's (its version is pinned: this room touches
-their insides). What drives them is here, as hypercorn's own Trio connection changes protocols on
-cleartext, can wait for itself when an app answers early, and never lets go of a stalled peer. The rules:
+`H2Protocol` and its `HTTPStream` are hypercorn's (its version is pinned: this room touches their insides). What drives
+them is here, as hypercorn's own Trio connection can wait for itself when an app answers early, and never lets go of a
+stalled peer. The rules for HTTP/2:
 
-- **Whoever reads ends the connection.** Other tasks half-close it and leave the rest to the reader,
-  which discards what still arrives, within bounds: closing a socket that has unread input sends a
+- **Whoever reads ends the connection.** Other tasks half-close it and leave the rest to the reader, which discards
+  what still arrives (window updates, at the least), within bounds: closing a socket that has unread input sends a
   reset, and a reset may overtake the last response.
 - **A send happens as a whole or not at all**: an app that is cancelled gets `trio.Cancelled` at the
   beginning of a send, or after it. In between it is shielded, as half a message spoils the connection. A
   task that sends to a peer which does not read is therefore only freed from outside, by `Connection.abort`.
-- **There is no timer task.** A connection that is idle, or whose request head is not complete, has a
-  deadline on its read; that is the keep-alive timeout, the head timeout and the drain in one.
+- **There is no timer task.** A connection that is idle has a deadline on its read; that is the keep-alive timeout and
+  the drain in one.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeAlias, cast
 
@@ -27,142 +27,35 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
-import h11
 import structlog
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol.events import Body, Response
+from hypercorn.protocol.events import Body
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import BUFFER_LOW_WATER, H2Protocol, StreamBuffer
-from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 from hypercorn.utils import UnexpectedMessageError
 
-from trigate import request_head
+from trigate import http1, request_head
 from trigate.config import ServerConfig
-from trigate.errors import BadRequest, Header, Internal
+from trigate.errors import Internal
+from trigate.http1 import Address, Application, Message, Send, refusal
+from trigate.poller import Poller
 from trigate.request_head import HeadRefused
 
 log = structlog.get_logger("trigate.server")
 
-# Any: the values of an ASGI message depend on its type, and the specification has no narrower one.
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-Application: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
-Address: TypeAlias = tuple[str, int]
 _Put: TypeAlias = Callable[[Message | None], Awaitable[None]]
 
 READ_BYTES = 64 * 1024
-READ_AHEAD_BYTES = 64 * 1024
-"""How much of further requests is read while one is being served."""
 HANDSHAKE_TIMEOUT_S = 10.0
 LINGER_S = 2.0
 """How long input is discarded after the last response of a connection."""
 LINGER_BYTES = 1024 * 1024
 QUEUED_MESSAGES = 10
 """How many pieces of a request body wait for the app before the connection is read no further."""
-
-
-def _refusal(status: int, message: str) -> tuple[list[Header], bytes]:
-    error = BadRequest(message[:300])
-    error.status = status
-    _, headers, body = error.to_response()
-    return [*headers, (b"content-length", b"%d" % len(body))], body
-
-
-class _StrictConnection(h11.Connection):
-    """h11, with each head examined before it is parsed.
-
-    Attributes:
-        fault: What the peer did wrong.
-        deaf: Whether what is there, and what comes, is of no interest any more. (Else a request that came
-            behind the last one to be answered would keep the reader waiting for its turn.)
-    """
-
-    fault = ""
-    deaf = False
-
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        if self.deaf:
-            return h11.NEED_DATA
-        try:
-            if self.their_state is h11.IDLE:
-                request_head.examine(self.trailing_data[0])
-            return super().next_event()
-        except HeadRefused as error:
-            self.fault = error.message
-            raise h11.RemoteProtocolError(error.message, error_status_hint=error.status) from None
-        except h11.RemoteProtocolError as error:
-            self.fault = str(error).partition(": bytearray(")[0]
-            raise
-
-
-class _Http1(H11Protocol):
-    """HTTP/1.1 with a strict head, error bodies in OpenAI's shape, and an announced end in a drain.
-
-    The requests that hypercorn answers with a change of protocol do not get past the head.
-    """
-
-    connection: _StrictConnection
-
-    def __init__(self, *args: Any) -> None:  # Any: handed on as they are
-        super().__init__(*args)
-        self.connection = _StrictConnection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
-
-    def end_input(self) -> bool:
-        """Ignores further input. Says whether some is there, or must be expected."""
-        self.connection.deaf = True
-        complete = self.connection.their_state in (h11.DONE, h11.MUST_CLOSE)
-        return not complete or bool(self.connection.trailing_data[0])
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, Response | Body):
-            await trio.lowlevel.checkpoint_if_cancelled()
-        if isinstance(event, Response) and self.context.terminated.is_set():
-            event.headers.append((b"connection", b"close"))
-        await super().stream_send(event)
-
-    async def _send_error_response(self, status_code: int) -> None:
-        fault = self.connection.fault
-        log.debug("request_refused", status=status_code, reason=fault, client=self.client)
-        headers, body = _refusal(status_code, fault)
-        headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
-        response = h11.Response(status_code=status_code, headers=headers)
-        data = b""  # as one piece: the app, in its own task, may be about to answer as well
-        with suppress(h11.LocalProtocolError):  # the answer to HEAD has no body
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                data += self.connection.send(event) or b""
-        await self.send(RawData(data))
-
-
-@attrs.define(eq=False)
-class _Turn:
-    """Where the reader waits while a request, come behind another one, waits for its turn.
-
-    In the place of hypercorn's event, which stops reading: a client that leaves would then not be
-    noticed before the first request has ended.
-    """
-
-    _read_ahead: Callable[[], Awaitable[None]]
-    _event: trio.Event = attrs.field(init=False, factory=trio.Event)
-
-    async def clear(self) -> None:  # noqa: ASYNC910 - hypercorn's interface
-        self._event = trio.Event()
-
-    async def set(self) -> None:  # noqa: ASYNC910 - hypercorn's interface
-        self._event.set()
-
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    async def wait(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_ahead)
-            await self._event.wait()
-            nursery.cancel_scope.cancel()
 
 
 class _Buffer(StreamBuffer):
@@ -194,10 +87,6 @@ class _Http2(H2Protocol):
                 codes.MAX_HEADER_LIST_SIZE: self.config.h2_max_header_list_size,
             },
         )
-
-    def end_input(self) -> bool:
-        """Says that input must be expected: window updates, at the least."""
-        return True
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Body):
@@ -240,8 +129,8 @@ class _Http2(H2Protocol):
             request_head.examine_h2(request.headers)
         except HeadRefused as error:
             log.debug("request_refused", status=error.status, reason=error.message, client=self.client)
-            headers, body = _refusal(error.status, error.message)
-            headers += self.config.response_headers("h2")
+            _, headers, body = refusal(error)
+            headers += [(b"content-length", b"%d" % len(body)), *self.config.response_headers("h2")]
             with suppress(h2.exceptions.ProtocolError):
                 self.connection.send_headers(request.stream_id, [(b":status", b"%d" % error.status), *headers])
                 self.connection.send_data(request.stream_id, body, end_stream=True)
@@ -262,15 +151,12 @@ class _AppTasks:
     """
 
     _nursery: trio.Nursery
-    _abort: Callable[[], Awaitable[None]]
 
     def spawn(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         self._nursery.start_soon(function, *args)
 
     async def spawn_app(self, app: AppWrapper, config: HypercornConfig, scope: Message, send: _Put) -> Send:
         to_app, inbox = trio.open_memory_channel[Message](config.max_app_queue_size)
-        if scope["http_version"] in ("1.0", "1.1"):  # an HTTP/2 connection is not one request's to close
-            scope["extensions"]["trigate.abort"] = self._abort
 
         async def put(message: Message) -> None:  # noqa: ASYNC910 - an end must not wait
             if message["type"] == "http.disconnect":
@@ -316,27 +202,42 @@ class _AppTasks:
 
 
 @attrs.define(eq=False)
+class Http2Service:
+    """What connections share, where some of them may be HTTP/2.
+
+    Args:
+        http1: What they share anyway.
+        config: hypercorn's; see `hypercorn_config`.
+        context: hypercorn's; its ``terminated`` says that a drain has begun.
+    """
+
+    http1: http1.Service
+    config: HypercornConfig
+    context: WorkerContext = attrs.field(init=False, factory=lambda: WorkerContext(None))
+
+    async def begin_drain(self) -> None:
+        """Lets every connection end with what it is serving."""
+        self.http1.draining = True
+        await self.context.terminated.set()
+
+
+@attrs.define(eq=False)
 class Connection:
     """One connection, from its acceptance to its end.
 
     Args:
-        app: The ASGI app.
-        config: hypercorn's; see `hypercorn_config`.
-        context: hypercorn's; its ``terminated`` says that a drain has begun.
-        state: The lifespan state, copied into the scope of each request.
+        service: What it shares with the others.
         stream: Owned. A `trio.SSLStream` makes it HTTPS, with HTTP/2 if the peer wants it.
         client: The peer's address, for the scope.
         server: This end's address, for the scope.
     """
 
-    _app: Application
-    _config: HypercornConfig
-    _context: WorkerContext
-    _state: Mapping[str, Any]  # Any: whatever the app has put there
+    _service: Http2Service
     _stream: trio.abc.Stream
     client: Address | None = None
     server: Address | None = None
-    _protocol: _Http1 | _Http2 = attrs.field(init=False)
+    _http1: http1.Connection | None = attrs.field(init=False, default=None)
+    _protocol: _Http2 = attrs.field(init=False)
     _sending: trio.Lock = attrs.field(init=False, factory=trio.Lock)
     _receiving: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _deadline: float = attrs.field(init=False, default=math.inf)
@@ -345,38 +246,29 @@ class Connection:
 
     async def run(self) -> None:
         """Serves the connection until it is closed."""
-        async with aclosing(self._stream):
-            secure = isinstance(self._stream, trio.SSLStream)
-            alpn = await self._shake_hands() if secure else "http/1.1"
-            if alpn is None:
-                return
-            async with trio.open_nursery() as nursery:
-                protocol = _Http2 if alpn == "h2" else _Http1
-                self._protocol = protocol(
-                    cast(AppWrapper, self._app),
-                    self._config,
-                    self._context,
-                    cast(TaskGroup, _AppTasks(nursery, self.abort)),
-                    ConnectionState(dict(self._state)),
-                    secure,
-                    self.client,
-                    self.server,
-                    self._send,
-                )
-                if isinstance(self._protocol, _Http1):
-                    self._protocol.can_read = _Turn(self._read_ahead)
-                await self._protocol.initiate()
-                self._set_idle(True)
-                await self._read()
+        if isinstance(self._stream, trio.SSLStream):
+            async with aclosing(self._stream):
+                alpn = await self._shake_hands()
+                if alpn == "h2":
+                    await self._serve_http2()
+                elif alpn is not None:
+                    await self._serve_http1()
+        else:
+            await self._serve_http1()
 
     def close_if_idle(self) -> None:
         """Closes the connection unless it is serving a request."""
-        if self._idle:
+        if self._http1 is not None:
+            self._http1.close_if_idle()
+        elif self._idle:
             self._deadline = self._receiving.deadline = -math.inf
 
     async def abort(self) -> None:
         """Closes the connection at once, whatever its tasks are doing."""
-        await trio.aclose_forcefully(self._stream)
+        if self._http1 is not None:
+            await self._http1.abort()
+        else:
+            await trio.aclose_forcefully(self._stream)
 
     async def _shake_hands(self) -> str | None:
         assert isinstance(self._stream, trio.SSLStream)
@@ -388,6 +280,28 @@ class Connection:
             else:
                 return self._stream.selected_alpn_protocol() or "http/1.1"
         return None  # noqa: ASYNC910 - the handshake waits
+
+    async def _serve_http1(self) -> None:
+        self._http1 = http1.Connection(self._service.http1, self._stream, self.client, self.server)
+        await self._http1.run()
+
+    async def _serve_http2(self) -> None:
+        async with trio.open_nursery() as nursery:
+            service = self._service
+            self._protocol = _Http2(
+                cast(AppWrapper, service.http1.app),
+                service.config,
+                service.context,
+                cast(TaskGroup, _AppTasks(nursery)),
+                ConnectionState(dict(service.http1.state)),
+                True,
+                self.client,
+                self.server,
+                self._send,
+            )
+            await self._protocol.initiate()
+            self._set_idle(True)
+            await self._read()
 
     async def _read(self) -> None:
         discarded = 0
@@ -409,29 +323,12 @@ class Connection:
         if self._ending:
             await self._stream.aclose()
 
-    async def _read_ahead(self) -> None:
-        """Reads on while the protocol waits, up to a bound, so that the end of the connection is noticed."""
-        assert isinstance(self._protocol, _Http1)
-        requests = self._protocol.connection
-        await trio.lowlevel.checkpoint()
-        while len(requests.trailing_data[0]) < READ_AHEAD_BYTES:
-            try:
-                data = bytes(await self._stream.receive_some(READ_BYTES))
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                data = b""
-            if not data:
-                self._protocol.end_input()
-                await self._protocol.handle(Closed())
-                await self._protocol.can_read.set()
-                break
-            requests.receive_data(data)
-
     async def _send(self, event: Event) -> None:  # noqa: ASYNC910 - becoming idle does not wait
         match event:
             case RawData(data=data):
                 if not await self._write(data):
                     await self._protocol.handle(Closed())
-            case Updated(idle=True) if not self._context.terminated.is_set():
+            case Updated(idle=True) if not self._service.context.terminated.is_set():
                 self._set_idle(True)
             case Updated(idle=False):
                 self._set_idle(False)
@@ -442,8 +339,7 @@ class Connection:
     async def _end(self) -> None:  # noqa: ASYNC910 - the first to come does it
         if not self._ending:
             self._ending = True
-            linger_s = LINGER_S if self._protocol.end_input() else 0.0
-            self._deadline = self._receiving.deadline = trio.current_time() + linger_s
+            self._deadline = self._receiving.deadline = trio.current_time() + LINGER_S
             if not self._sending.locked():  # else `_write` does it
                 await self._half_close()
 
@@ -472,10 +368,10 @@ class Connection:
             return
         if not idle:
             self._deadline = math.inf
-        elif self._context.terminated.is_set():
+        elif self._service.context.terminated.is_set():
             self._deadline = -math.inf
         else:
-            self._deadline = trio.current_time() + self._config.keep_alive_timeout
+            self._deadline = trio.current_time() + self._service.config.keep_alive_timeout
         self._receiving.deadline = self._deadline
 
 
@@ -486,11 +382,23 @@ def hypercorn_config(config: ServerConfig) -> HypercornConfig:
     made.include_server_header = False
     made.keep_alive_timeout = config.keep_alive_timeout_s
     made.keep_alive_max_requests = sys.maxsize  # HTTP/2 streams are cut when it is reached
-    # Above the limits of `request_head`, which so are those that speak.
-    made.h11_max_incomplete_size = request_head.MAX_LINE_BYTES + request_head.MAX_FIELDS_BYTES + 4
     made.h2_max_header_list_size = request_head.MAX_FIELDS_BYTES
     made.max_app_queue_size = QUEUED_MESSAGES
     return made
+
+
+def open_service(
+    app: Application, config: ServerConfig, state: Mapping[str, Any], poller: Poller | None = None
+) -> Http2Service:
+    """Makes what the connections of a server share.
+
+    Args:
+        app: A Trio-native ASGI app.
+        config: Its timeouts apply.
+        state: The lifespan state.
+        poller: Tells of clients that leave.
+    """
+    return Http2Service(http1.Service(app, config.keep_alive_timeout_s, state, poller), hypercorn_config(config))
 
 
 async def serve_connection(
@@ -512,5 +420,5 @@ async def serve_connection(
         client: The peer's address, for the scope.
         server: This end's address, for the scope.
     """
-    settings, context = hypercorn_config(config or ServerConfig()), WorkerContext(None)
-    await Connection(app, settings, context, state or {}, stream, client, server).run()
+    service = open_service(app, config or ServerConfig(), state or {})
+    await Connection(service, stream, client, server).run()

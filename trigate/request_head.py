@@ -1,16 +1,18 @@
 """Judges the head of a request on its raw bytes, before a parser sees it.
 
-h11 merges and forgives what a proxy in front may have read differently (two equal Content-Lengths,
-Content-Length beside Transfer-Encoding, bare LF, folded fields, any Host), and its limits depend on
-how the bytes were segmented. `examine` refuses all of it; what it lets pass, the parser judges further.
+Parsers merge and forgive what a proxy in front may have read differently (two equal Content-Lengths, Content-Length
+beside Transfer-Encoding, bare LF, folded fields, any Host), and their limits depend on how the bytes were segmented.
+`examine` refuses all of it; what it lets pass, llhttp judges further: the characters of methods, targets, names and
+values. It costs a few searches over the whole head, and looks closely only at the fields that decide something.
 
-Source: RFC 9112 sections 2.2, 3, 5.2 and 6.1 to 6.3; RFC 9110 section 7.2; RFC 9113 section 8.3.
+Source: RFC 9112 sections 2.2, 3, 5.2 and 6.1 to 6.3; RFC 9110 sections 7.2 and 10.1.1; RFC 9113 section 8.3.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 MAX_LINE_BYTES = 8 * 1024
 """The longest request line, and the longest header field."""
@@ -26,6 +28,10 @@ _HOST = re.compile(
          ) (?: : [0-9]* )? \Z""",
     re.VERBOSE,
 )
+_DECISIVE = re.compile(
+    rb"\n(host|content-length|transfer-encoding|connection|upgrade|expect):[ \t]*([^\r\n]*)", re.IGNORECASE
+)
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 
 
 class HeadRefused(Exception):
@@ -42,87 +48,190 @@ class HeadRefused(Exception):
         self.message = message
 
 
-def examine(data: bytes) -> None:
+class RequestHead(NamedTuple):
+    """What a head says about its request, as far as a server acts on it.
+
+    Attributes:
+        end: Where it ends in the bytes that were examined, its empty line included.
+        method: As it stands there.
+        target: In origin form: path and query. ``*`` with OPTIONS.
+        version: ``HTTP/1.1`` or ``HTTP/1.0``.
+        content_length: None where none is declared.
+        chunked: Whether the body comes in chunks.
+        persistent: Whether the client would use the connection further.
+        expects_continue: Whether it waits for a word before it sends the body.
+    """
+
+    end: int
+    method: bytes
+    target: bytes
+    version: bytes
+    content_length: int | None
+    chunked: bool
+    persistent: bool
+    expects_continue: bool
+
+
+def examine(data: bytes) -> RequestHead | None:
     """Judges what has arrived of an HTTP/1 request head.
 
     Args:
         data: Everything from the first byte of the request line on. Bytes after the head are not
             looked at. Of a head that is not complete, only the size is judged.
 
+    Returns:
+        What it says; None if it is not complete.
+
     Raises:
         HeadRefused: It is not acceptable.
 
-    >>> examine(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+    >>> examine(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n")
+    >>> examine(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n").target
+    b'/'
     >>> examine(b"GET / HTTP/1.1\\r\\nHost: a@b/c\\r\\n\\r\\n")
     Traceback (most recent call last):
     trigate.request_head.HeadRefused: The Host header is not a host.
     """
-    end = _END.search(data)
-    head = data[: end.start()] if end else data
-    line, _, rest = head.partition(b"\n")
-    if len(line) > MAX_LINE_BYTES:
+    end = data.find(b"\r\n\r\n")
+    lines = data.count(b"\r\n", 0, end + 2) if end >= 0 else 0
+    if not lines or data.count(b"\n", 0, end + 2) != lines:
+        _examine_unusual(data)  # it has no end yet, or one with a bare LF
+        return None
+    line_end = data.find(b"\n")
+    if line_end > MAX_LINE_BYTES:
         raise HeadRefused(414, f"The request line is longer than {MAX_LINE_BYTES} bytes.")
-    if len(rest) > MAX_FIELDS_BYTES:
+    if end - line_end > MAX_FIELDS_BYTES:
         raise HeadRefused(431, f"The header fields have more than {MAX_FIELDS_BYTES} bytes together.")
-    if not end:
-        return
-    lines = data[: end.end()].split(b"\n")[:-2]
-    if not all(each.endswith(b"\r") for each in lines) or data[end.start() : end.end()] == b"\n\n":
-        raise HeadRefused(400, "A line of the request head does not end in CR LF.")
-    method, version = _examine_request_line(lines[0][:-1])
-    fields = _fields([each[:-1] for each in lines[1:]])
-    _examine_framing(fields, version)
-    hosts = fields.get(b"host", [])
-    if len(hosts) > 1:
-        raise HeadRefused(400, "The request has several Host headers.")
-    if not hosts and version == b"HTTP/1.1":
-        raise HeadRefused(400, "The request has no Host header.")
-    if hosts and not _HOST.match(hosts[0]):
+    method, target, version = _split(data[: line_end - 1])
+    if lines > MAX_FIELDS + 1:
+        raise HeadRefused(431, f"The request has more than {MAX_FIELDS} header fields.")
+    if end - line_end > MAX_LINE_BYTES and max(map(len, data[line_end + 1 : end].split(b"\r\n"))) > MAX_LINE_BYTES:
+        raise HeadRefused(431, f"A header field is longer than {MAX_LINE_BYTES} bytes.")
+    if data.find(b"\n ", 0, end) >= 0 or data.find(b"\n\t", 0, end) >= 0:
+        raise HeadRefused(400, "A header field is folded over several lines.")
+
+    host: bytes | None = None
+    length: bytes | None = None
+    coding: bytes | None = None
+    wishes = upgrades = expectation = b""
+    for name, value in _DECISIVE.findall(data, line_end, end):
+        match name.lower():
+            case b"host":
+                if host is not None:
+                    raise HeadRefused(400, "The request has several Host headers.")
+                host = value.rstrip(b" \t")
+            case b"connection":
+                wishes += b"," + value.lower()
+            case b"content-length":
+                if length is not None:
+                    raise HeadRefused(400, "The request has several Content-Lengths.")
+                length = value.rstrip(b" \t")
+            case b"transfer-encoding":
+                coding = value if coding is None else coding + b"," + value
+            case b"upgrade":
+                upgrades += b"," + value.lower()
+            case _:
+                expectation = value.rstrip(b" \t").lower()
+
+    content_length = _content_length(length, coding) if length is not None else None
+    if coding is not None:
+        _examine_coding(coding, version)
+    if host is None:
+        if version == b"HTTP/1.1":
+            raise HeadRefused(400, "The request has no Host header.")
+    elif not _HOST.match(host):
         raise HeadRefused(400, "The Host header is not a host.")
     if method == b"CONNECT":
         raise HeadRefused(501, "This server is not a proxy: it does not know CONNECT.")
-    protocols = {token.strip().lower() for value in fields.get(b"upgrade", []) for token in value.split(b",")}
+    if upgrades:
+        _examine_upgrades(upgrades)
+    if target[:1] != b"/" or b"#" in target:
+        target = _origin_form(method, target, host)
+    persistent = version == b"HTTP/1.1"
+    if wishes:
+        tokens = [token.strip(b" \t") for token in wishes.split(b",")]
+        persistent = b"close" not in tokens and (persistent or b"keep-alive" in tokens)
+    return RequestHead(
+        end + 4,
+        method,
+        target,
+        version,
+        content_length,
+        coding is not None,
+        persistent,
+        expectation == b"100-continue" and version == b"HTTP/1.1",
+    )
+
+
+def _examine_unusual(data: bytes) -> None:
+    """Judges a head that has no proper end: by its size, and by its first end, proper or not.
+
+    What is refused by its size must be so whether it comes in pieces or not: hence the 2 bytes of an end that may
+    be about to come.
+    """
+    end = _END.search(data)
+    line, _, rest = (data[: end.start()] if end else data).partition(b"\n")
+    if len(line) > MAX_LINE_BYTES:
+        raise HeadRefused(414, f"The request line is longer than {MAX_LINE_BYTES} bytes.")
+    if len(rest) > MAX_FIELDS_BYTES + (0 if end else 2):
+        raise HeadRefused(431, f"The header fields have more than {MAX_FIELDS_BYTES} bytes together.")
+    if end:
+        raise HeadRefused(400, "A line of the request head does not end in CR LF.")
+
+
+def _split(line: bytes) -> tuple[bytes, bytes, bytes]:
+    parts = line.split(b" ")
+    if len(parts) != 3 or not _VERSION.match(parts[2]):
+        raise HeadRefused(400, "The first line is not 'METHOD TARGET HTTP/1.1'.")
+    method, target, version = parts
+    if method == b"PRI":
+        raise HeadRefused(400, "HTTP/2 is spoken over TLS only.")
+    if version not in (b"HTTP/1.1", b"HTTP/1.0"):
+        raise HeadRefused(505, "The HTTP version is neither 1.0 nor 1.1.")
+    return method, target, version
+
+
+def _content_length(length: bytes, coding: bytes | None) -> int:
+    if coding is not None:
+        raise HeadRefused(400, "The request has both Content-Length and Transfer-Encoding.")
+    if b"," in length:
+        raise HeadRefused(400, "The request has several Content-Lengths.")
+    if not length.isdigit() or len(length) > 18:
+        raise HeadRefused(400, "The Content-Length is not a number of bytes.")
+    return int(length)
+
+
+def _examine_coding(coding: bytes, version: bytes) -> None:
+    if version == b"HTTP/1.0":
+        raise HeadRefused(400, "HTTP/1.0 has no Transfer-Encoding.")
+    if coding.strip(b" \t").lower() != b"chunked":
+        raise HeadRefused(501, "The only Transfer-Encoding that this server knows is chunked, once.")
+
+
+def _examine_upgrades(upgrades: bytes) -> None:
+    protocols = {token.strip(b" \t") for token in upgrades.split(b",")}
     if b"h2c" in protocols:
         raise HeadRefused(400, "HTTP/2 is spoken over TLS only; leave the Upgrade header out.")
     if b"websocket" in protocols:
         raise HeadRefused(400, "There is no WebSocket here.")
 
 
-def _examine_request_line(line: bytes) -> tuple[bytes, bytes]:
-    parts = line.split(b" ")
-    if len(parts) != 3 or not _VERSION.match(parts[2]):
-        raise HeadRefused(400, "The first line is not 'METHOD TARGET HTTP/1.1'.")
-    method, _, version = parts
-    if method == b"PRI":
-        raise HeadRefused(400, "HTTP/2 is spoken over TLS only.")
-    if version not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise HeadRefused(505, "The HTTP version is neither 1.0 nor 1.1.")
-    return method, version
-
-
-def _fields(lines: Sequence[bytes]) -> Mapping[bytes, list[bytes]]:
-    if len(lines) > MAX_FIELDS:
-        raise HeadRefused(431, f"The request has more than {MAX_FIELDS} header fields.")
-    fields: dict[bytes, list[bytes]] = {}
-    for line in lines:
-        if len(line) > MAX_LINE_BYTES:
-            raise HeadRefused(431, f"A header field is longer than {MAX_LINE_BYTES} bytes.")
-        if line[:1] in (b" ", b"\t"):
-            raise HeadRefused(400, "A header field is folded over several lines.")
-        name, _, value = line.partition(b":")
-        fields.setdefault(name.lower(), []).append(value.strip(b" \t"))
-    return fields
-
-
-def _examine_framing(fields: Mapping[bytes, list[bytes]], version: bytes) -> None:
-    lengths = fields.get(b"content-length", [])
-    codings = fields.get(b"transfer-encoding", [])
-    if lengths and codings:
-        raise HeadRefused(400, "The request has both Content-Length and Transfer-Encoding.")
-    if len(lengths) > 1 or any(b"," in value for value in lengths):
-        raise HeadRefused(400, "The request has several Content-Lengths.")
-    if codings and version == b"HTTP/1.0":
-        raise HeadRefused(400, "HTTP/1.0 has no Transfer-Encoding.")
+def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
+    """Makes path and query of a target that is not just that."""
+    if target == b"*" and method == b"OPTIONS":
+        return target
+    absolute = _ABSOLUTE.match(target)
+    if absolute is None and target[:1] != b"/":
+        raise HeadRefused(400, "The target is neither a path nor a URL.")
+    if b"#" in target:
+        raise HeadRefused(400, "The target has a fragment.")
+    assert absolute is not None
+    if host is not None and absolute[1].lower() != host.lower():
+        raise HeadRefused(400, "The target and the Host header name different hosts.")
+    if not _HOST.match(absolute[1]):
+        raise HeadRefused(400, "The target's host is not a host.")
+    path = target[absolute.end() :]
+    return path if path[:1] == b"/" else b"/" + path
 
 
 def examine_h2(headers: Sequence[tuple[bytes, bytes]]) -> None:

@@ -24,18 +24,11 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 import structlog
 import trio
-from hypercorn.config import Config as HypercornConfig
-from hypercorn.trio.worker_context import WorkerContext
 
 from trigate.config import ServerConfig
-from trigate.protocol import (
-    Address,
-    Application,
-    Connection,
-    Message,
-    hypercorn_config,
-    serve_connection,
-)
+from trigate.http1 import Address, Application, Message
+from trigate.poller import open_poller
+from trigate.protocol import Connection, Http2Service, open_service, serve_connection
 from trigate.supervisor import wait_parent_gone
 
 __all__ = [
@@ -257,13 +250,9 @@ class _Server:
     config: ServerConfig
     tls: ssl.SSLContext | None
     state: Mapping[str, Any]
-    _hypercorn: HypercornConfig = attrs.field(init=False)
-    _context: WorkerContext = attrs.field(init=False, factory=lambda: WorkerContext(None))
+    _service: Http2Service = attrs.field(init=False)
     _live: set[Connection] = attrs.field(init=False, factory=set)
     _quiet: trio.Event = attrs.field(init=False, factory=trio.Event)
-
-    def __attrs_post_init__(self) -> None:
-        self._hypercorn = hypercorn_config(self.config)
 
     async def run(
         self,
@@ -275,7 +264,8 @@ class _Server:
         scheme = "https" if self.tls else "http"
         urls = [f"{scheme}://{_show(sock.getsockname())}" for sock in sockets]
         drain = self.state.get("drain")
-        async with trio.open_nursery() as connections:
+        async with open_poller() as poller, trio.open_nursery() as connections:
+            self._service = open_service(self.app, self.config, self.state, poller)
             try:
                 async with trio.open_nursery() as accepting:
                     for sock in sockets:
@@ -323,7 +313,7 @@ class _Server:
             stream.socket.close()
             return
         secured = trio.SSLStream(stream, self.tls, server_side=True, https_compatible=True) if self.tls else stream
-        connection = Connection(self.app, self._hypercorn, self._context, self.state, secured, client, server)
+        connection = Connection(self._service, secured, client, server)
         self._live.add(connection)
         connections.start_soon(self.run_connection, connection)
 
@@ -343,7 +333,7 @@ class _Server:
         log.info("draining", connections=began, timeout_s=self.config.drain_timeout_s)
         if drain is not None:
             drain.begin()
-        await self._context.terminated.set()
+        await self._service.begin_drain()
         for number, connection in enumerate(list(self._live), 1):
             connection.close_if_idle()
             if number % SLICE == 0:

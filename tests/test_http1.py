@@ -1,0 +1,375 @@
+"""`trigate.http1`: one connection, on memory streams and virtual time; and on sockets, where those matter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from test_request_head import BAD
+
+from trigate import http1
+from trigate.config import ServerConfig
+from trigate.http1 import Application, Message, Receive, Send
+from trigate.protocol import serve_connection
+
+CONFIG = ServerConfig(keep_alive_timeout_s=75.0)
+HELLO = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+Pair = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
+
+
+async def hello(scope: Message, receive: Receive, send: Send) -> None:
+    """Says the path and the method; reads the body first."""
+    while (await receive()).get("more_body"):
+        pass
+    await say(send, f"{scope['method']} {scope['path']}".encode())
+
+
+async def say(send: Send, body: bytes, *, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Answers."""
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.asynccontextmanager
+async def open_connection(app: Application, **kwargs: Any) -> AsyncIterator[Pair]:
+    """Serves an app on one end of a stream, and gives the other; the server must have ended it by the end."""
+    client, server = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_connection, app, server, config=CONFIG, **kwargs))
+        yield client
+        await client.aclose()
+
+
+async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
+    """Everything up to the end."""
+    return b"".join([bytes(data) async for data in stream])
+
+
+async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
+    """Everything up to some bytes, which must be the last that have come."""
+    data = b""
+    while not data.endswith(end):
+        more = await stream.receive_some()
+        assert more, f"the connection ended: {data!r}"
+        data += more
+    return data
+
+
+def body_of(response: bytes) -> bytes:
+    """The body of a response whose head it also checks: complete, and without the server's name."""
+    head, _, body = response.partition(b"\r\n\r\n")
+    lines = head.lower().split(b"\r\n")
+    assert b"content-length: %d" % len(body) in lines, response
+    assert any(line.startswith(b"date: ") for line in lines)
+    assert not any(line.startswith(b"server:") for line in lines)
+    return body
+
+
+async def test_requests_follow_each_other(autojump_clock: trio.testing.MockClock) -> None:
+    """A connection serves one request after another, also when they are sent at once."""
+    async with open_connection(hello) as client:
+        for path in ("/a", "/b"):
+            await client.send_all(HELLO.replace(b"/ ", path.encode() + b" "))
+            assert body_of(await read_until(client, path.encode())) == b"GET " + path.encode()
+        await client.send_all(HELLO.replace(b"/ ", b"/c ") + HELLO.replace(b"/ ", b"/d "))
+        both = await read_until(client, b"/d")
+        assert both.count(b"HTTP/1.1 200") == 2
+        assert b"GET /c" in both
+
+
+async def test_the_scope_holds_the_state(autojump_clock: trio.testing.MockClock) -> None:
+    """Each request sees the lifespan state as a copy, and the addresses that the caller gave."""
+    scopes = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        scopes.append((dict(scope["state"]), scope["client"], scope["server"]))
+        scope["state"]["mine"] = True
+        await say(send, b"!")
+
+    addresses: Any = {"client": ("10.0.0.1", 5), "server": ("10.0.0.2", 80)}
+    async with open_connection(app, state={"drain": 1}, **addresses) as client:
+        for _ in range(2):
+            await client.send_all(HELLO)
+            await read_until(client, b"!")
+    assert scopes == [({"drain": 1}, ("10.0.0.1", 5), ("10.0.0.2", 80))] * 2
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", HELLO[:-2]])
+async def test_an_incomplete_head_has_a_deadline(autojump_clock: trio.testing.MockClock, sent: bytes) -> None:
+    """A connection on which no whole request head arrives is closed after the keep-alive timeout."""
+    async with open_connection(hello) as client:
+        if sent:
+            await client.send_all(sent)
+        assert await read_all(client) == b""
+        assert trio.current_time() == pytest.approx(75.0)
+
+
+async def test_a_drip_does_not_move_the_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    """A head that arrives byte by byte has the same deadline as one that does not arrive."""
+    async with open_connection(hello) as client, trio.open_nursery() as nursery:
+
+        async def drip() -> None:
+            for byte in HELLO:
+                await client.send_all(bytes([byte]))
+                await trio.sleep(10.0)
+
+        nursery.start_soon(drip)
+        assert await read_all(client) == b""
+        assert trio.current_time() == pytest.approx(75.0)
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_idle_connection_is_closed(autojump_clock: trio.testing.MockClock) -> None:
+    """The keep-alive timeout counts from the end of the last response; a long one is not cut by it."""
+
+    async def slow(scope: Message, receive: Receive, send: Send) -> None:
+        await trio.sleep(500.0)
+        await say(send, b"late")
+
+    async with open_connection(slow) as client:
+        await client.send_all(HELLO)
+        assert body_of(await read_until(client, b"late")) == b"late"
+        assert trio.current_time() == pytest.approx(500.0)
+        assert await read_all(client) == b""
+        assert trio.current_time() == pytest.approx(575.0)
+
+
+@pytest.mark.parametrize("request_head", [HELLO[:-2] + b"Connection: close\r\n\r\n", b"GET / HTTP/1.0\r\n\r\n"])
+async def test_the_client_may_ask_for_the_end(autojump_clock: trio.testing.MockClock, request_head: bytes) -> None:
+    """After ``Connection: close`` or HTTP/1.0 the connection ends with the response."""
+    async with open_connection(hello) as client:
+        await client.send_all(request_head)
+        assert body_of(await read_all(client)) == b"GET /"
+        assert trio.current_time() == 0.0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
+async def test_a_refusal_is_an_error_in_openai_shape(
+    autojump_clock: trio.testing.MockClock, status: int, data: bytes, whole: bool
+) -> None:
+    """A bad head gets its status, the error object, and the end of the connection; the app sees nothing of it."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await trio.lowlevel.checkpoint()
+        raise AssertionError("it was called")
+
+    async with open_connection(app) as client, trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            step = len(data) if whole else 1 if len(data) < 1000 else 97
+            with contextlib.suppress(trio.BrokenResourceError):
+                for start in range(0, len(data), step):
+                    await client.send_all(data[start : start + step])
+
+        nursery.start_soon(send)
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 %d " % status)
+        assert b"\r\nconnection: close\r\n" in response
+        assert json.loads(body_of(response))["error"]["type"] == "invalid_request_error"
+        assert trio.current_time() == 0.0
+
+
+async def test_a_bad_second_request_is_refused_too(autojump_clock: trio.testing.MockClock) -> None:
+    """A head is judged also when it came together with the request before it."""
+    async with open_connection(hello) as client:
+        await client.send_all(HELLO + HELLO[:-2] + b"Host: y\r\n\r\n")
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 400 " in response
+
+
+async def test_a_bad_chunk_is_refused(autojump_clock: trio.testing.MockClock) -> None:
+    """A body that is not what its head says gets a 400 with a body, and the app a disconnect, whatever it does then."""
+    seen = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            pass
+        seen.append(message)
+        await say(send, b"too late")
+
+    async with open_connection(app) as client:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n")
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body_of(response))["error"]["code"] == "invalid_request"
+    assert seen == [{"type": "http.disconnect"}]
+
+
+async def test_a_refusal_and_an_answer_do_not_mix(autojump_clock: trio.testing.MockClock) -> None:
+    """An app that answers while its request turns out to be bad cannot tear the refusal apart."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await say(send, b"hasty")
+
+    async with open_connection(app) as client:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n")
+        body_of(await read_all(client))
+        assert trio.current_time() == 0.0
+
+
+async def test_an_early_answer_leaves_nothing_waiting(autojump_clock: trio.testing.MockClock) -> None:
+    """An app may answer without reading; the rest of the body is discarded, within bounds, and the connection ends."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await trio.sleep(1.0)  # long enough for its queue to be full
+        await say(send, b"too large", status=413, headers=[(b"connection", b"close")])
+
+    async with open_connection(app) as client, trio.open_nursery() as nursery:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+
+        async def upload() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while True:
+                    await client.send_all(b"x" * http1.READ_BYTES)
+                    await trio.sleep(0.05)
+
+        nursery.start_soon(upload)
+        assert body_of(await read_all(client)) == b"too large"
+        assert trio.current_time() == pytest.approx(1.0)
+    assert trio.current_time() < 1.0 + http1.LINGER_S + 0.1
+
+
+async def test_lingering_ends(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that neither reads on nor leaves after a refusal is waited for as long as `LINGER_S`, not longer."""
+    client, server = trio.testing.memory_stream_pair()
+    await client.send_all(b"GET / HTTP/2.0\r\n\r\n")
+    await serve_connection(hello, server, config=CONFIG)
+    assert trio.current_time() == pytest.approx(http1.LINGER_S)
+    assert (await read_all(client)).startswith(b"HTTP/1.1 505 ")
+
+
+async def test_disconnect_is_told(autojump_clock: trio.testing.MockClock) -> None:
+    """An app that waits is told at once that its client is gone, and again as often as it asks."""
+    seen = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        seen.extend([await receive() for _ in range(3)])
+
+    async with open_connection(app) as client:
+        await client.send_all(HELLO)
+        await trio.sleep(1.0)
+        await client.aclose()
+    assert [message["type"] for message in seen] == ["http.request", "http.disconnect", "http.disconnect"]
+    assert trio.current_time() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("behind", [b"G", b"\r\n", HELLO, HELLO * 10_000], ids=["byte", "line", "request", "many"])
+async def test_disconnect_is_told_also_behind_another_request(
+    autojump_clock: trio.testing.MockClock, behind: bytes
+) -> None:
+    """Whatever was sent behind a request, a client that leaves meanwhile ends it; what it left behind is not served."""
+    told = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        told.append((await receive())["type"])
+
+    async with open_connection(app) as client:
+        await client.send_all(HELLO + behind[: http1.READ_AHEAD_BYTES // 2])
+        await trio.testing.wait_all_tasks_blocked()
+        await client.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == ["http.disconnect"]
+
+
+async def test_a_crash_of_the_app_is_a_500(autojump_clock: trio.testing.MockClock, logs: Any) -> None:
+    """An app that raises before it answers gives a 500 in OpenAI's shape, and one line in the log."""
+    logs.expect_error("app_crashed")
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        raise RuntimeError("a defect")
+
+    async with open_connection(app) as client:
+        await client.send_all(HELLO)
+        response = await read_until(client, b"}}")
+        assert response.startswith(b"HTTP/1.1 500 ")
+        assert json.loads(body_of(response))["error"]["code"] == "internal_error"
+        assert b"a defect" not in response
+    assert len(logs.named("app_crashed")) == 1
+
+
+async def test_a_crash_after_the_head_cuts_the_answer(autojump_clock: trio.testing.MockClock, logs: Any) -> None:
+    """An app that raises within its answer gets no proper end to it."""
+    logs.expect_error("app_crashed")
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise RuntimeError("a defect")
+
+    async with open_connection(app) as client:
+        await client.send_all(HELLO)
+        response = await read_all(client)
+        assert response.endswith(b"\r\n4\r\nhalf\r\n")
+
+
+async def test_expect_continue(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that asks before it sends its body is told to go on."""
+    async with open_connection(hello) as client:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert (await read_until(client, b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        await client.send_all(b"{}")
+        assert body_of(await read_until(client, b"POST /")) == b"POST /"
+
+
+async def test_a_cancelled_send_is_whole_or_not_at_all(autojump_clock: trio.testing.MockClock) -> None:
+    """Of a send that is cancelled, all arrives or nothing: the app can still end its answer properly."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        begin = {"type": "http.response.start", "status": 200, "headers": []}
+        with trio.CancelScope() as cancelled:
+            cancelled.cancel()
+            await send(begin)
+        assert cancelled.cancelled_caught
+        await send(begin)
+        with trio.move_on_after(1.0):
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": b"data: 2\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: error\n\n"})
+
+    client, server = trio.testing.memory_stream_pair()
+    slow = SlowStream(server, 2.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_connection, app, slow, config=CONFIG))
+        await client.send_all(HELLO)
+        body = (await read_until(client, b"0\r\n\r\n")).partition(b"\r\n\r\n")[2]
+        assert body == b"9\r\ndata: 1\n\n\r\nd\r\ndata: error\n\n\r\n0\r\n\r\n"
+        await client.aclose()
+
+
+class SlowStream(trio.abc.Stream):
+    """A stream whose sends of a body take a while before, in the middle and after."""
+
+    def __init__(self, stream: trio.abc.Stream, pause_s: float) -> None:
+        self._stream = stream
+        self._pause_s = pause_s
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Sends in two halves."""
+        middle = len(data) // 2
+        for half in (data[:middle], data[middle:]):
+            await trio.sleep(self._pause_s if b"data: 1" in bytes(data) else 0)
+            await self._stream.send_all(half)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As the stream behind."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """As the stream behind."""
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        """As the stream behind."""
+        await self._stream.aclose()
