@@ -253,23 +253,17 @@ async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock,
     assert await sweep(open_app, cut, trial) > 15
 
 
-@contextlib.asynccontextmanager
-async def _leaky_slot(self: Any) -> AsyncIterator[None]:
-    await self._slots.acquire()
+async def _leaky_take_place(self: Any) -> None:
+    await self._places.acquire()
     self.in_flight += 1
     await trio.lowlevel.checkpoint()  # the gap: cancelled here, the place is never given back
-    try:
-        yield
-    finally:
-        self.in_flight -= 1
-        self._slots.release()
 
 
 async def test_the_sweep_finds_a_leak(
     open_app: OpenApp, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A place that leaks when the client leaves at one certain step is found: the sweep can fail."""
-    monkeypatch.setattr("trigate.upstream.Upstream._slot", _leaky_slot)
+    monkeypatch.setattr("trigate.upstream.Upstream._take_place", _leaky_take_place)
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:
         return await _asgi_trial(served, scene, steps, "cancel")

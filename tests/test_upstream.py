@@ -25,7 +25,7 @@ from trigate.errors import (
 )
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing import Known
-from trigate.upstream import Reply, Upstream
+from trigate.upstream import Httpx2Source, Reply, Upstream
 
 KEY = "sk-very-secret-0123456789"
 
@@ -509,7 +509,7 @@ async def test_a_close_that_fails_is_not_the_answer_s_failure() -> None:
             await trio.lowlevel.checkpoint()
             raise httpx2.CloseError("gone")
 
-    reply = Reply("mock", httpx2.Response(200, stream=Broken(b"a")))
+    reply = Reply("mock", Httpx2Source(httpx2.Response(200, stream=Broken(b"a"))))
     assert await reply.read(10) == b"a"
     await reply.aclose()
 

@@ -17,12 +17,15 @@ What is known of the servers below, and dealt with here:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hmac
 import ipaddress
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -52,6 +55,7 @@ from trigate.wire import ENDPOINTS, Endpoint, decode_call
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
     from trigate.config import Config
+    from trigate.http1 import Client
 
 log = structlog.get_logger("trigate.connection")
 
@@ -117,6 +121,7 @@ class Head:
 # -- who may come in --------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)
 def is_loopback(host: str | None) -> bool:
     """Whether a name or address is this machine's own. A peer without an address is a Unix socket, which is.
 
@@ -233,18 +238,13 @@ class Downstream:
         patience_s: How long a send may wait for the client; finite only for the last words of a server that stops.
     """
 
-    def __init__(
-        self,
-        send: ASGISendCallable,
-        headers: Iterable[Header],
-        *,
-        abort: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
+    def __init__(self, send: ASGISendCallable, headers: Iterable[Header], client: Client | None = None) -> None:
         self._send = send
-        self._abort = abort
+        self.client = client
         self._emitting = trio.CancelScope()
         self._headers = list(headers)
         self._lock = trio.Lock()
+        self._owed = b""
         self.committed = False
         self.ended = False
         self.gone = False
@@ -252,23 +252,55 @@ class Downstream:
         self.last_sent_at = trio.current_time()
         self.patience_s = math.inf
 
+    @property
+    def socket(self) -> socket.socket | None:
+        """The client's socket, where pieces of the body may be written to it directly once the head is out."""
+        return self.client.socket if self.client is not None else None
+
+    @property
+    def chunked(self) -> bool:
+        """How what is written there has to be framed."""
+        return self.client is not None and self.client.chunked
+
+    def owe(self, rest: bytes) -> None:
+        """Takes what is left of a frame that was begun at the socket; it goes out before anything else."""
+        self._owed = rest
+
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
     async def _emit(self, message: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
+        if self.client is not None:
+            await self._emit_whole(message)  # this server cuts no message in two
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s) as self._emitting:
-            try:
-                self._lock.acquire_nowait()
-            except trio.WouldBlock:
+            await self._emit_whole(message)
+
+    async def _emit_whole(self, message: Any) -> None:  # noqa: ASYNC910 - Any: as above
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            with trio.CancelScope(shield=True):
                 await self._lock.acquire()
-            self.sending_since = trio.current_time()
-            try:
-                await self._send(message)
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # the client is gone; the watch is told so, and cancels
-            finally:
-                self.sending_since = None
-                self.last_sent_at = trio.current_time()
-                self._lock.release()
+        self.sending_since = trio.current_time()
+        try:
+            if self._owed:
+                await self._pay()
+            await self._send(message)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client is gone; the watch is told so, and cancels
+        finally:
+            self.sending_since = None
+            self.last_sent_at = trio.current_time()
+            self._lock.release()
+
+    async def _pay(self) -> None:  # noqa: ASYNC910 - it is shielded
+        """Sends what is left of a frame."""
+        rest, self._owed = memoryview(self._owed), b""
+        with trio.CancelScope(shield=True):
+            while rest and self.socket is not None:
+                await trio.lowlevel.wait_writable(self.socket)
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[self.socket.send(rest) :]
 
     async def start(self, status: int, headers: list[Header]) -> None:
         """Sends the head. This is COMMIT."""
@@ -298,8 +330,8 @@ class Downstream:
         """
         self.ended = True
         self._emitting.cancel()
-        if self._abort is not None:
-            await self._abort()
+        if self.client is not None:
+            await self.client.abort()
         else:
             await trio.lowlevel.checkpoint()
 
@@ -380,16 +412,16 @@ class GatewayConnection(TrioASGIHTTPConnection):
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:  # noqa: ASYNC910
         gateway = self.app.gateway
         config = gateway.generation.config
-        given = next((value for name, value in self.scope["headers"] if name.lower() == b"x-request-id"), b"")
+        scope: Any = self.scope  # Any: hypercorn's type does not know our extension
+        given = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
         down = Downstream(send, [(b"x-request-id", request_id.encode())])
         inbound = Inbound(receive)
         try:
-            head = Head(self.scope)
+            head = Head(scope)
+            client = scope.get("extensions", {}).get("trigate.client")
             down = Downstream(
-                send,
-                [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)],
-                abort=getattr(self.scope.get("extensions", {}).get("trigate.client"), "abort", None),
+                send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)], client
             )
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
@@ -441,7 +473,14 @@ class GatewayConnection(TrioASGIHTTPConnection):
         call = decode_call(endpoint, body)
         del body
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch, inbound, down, nursery.cancel_scope)
+
+            def leave() -> None:
+                down.gone = True
+                if not down.ended:
+                    nursery.cancel_scope.cancel()
+
+            if down.client is None or not down.client.watch(leave):
+                nursery.start_soon(_watch, inbound, leave)
             exchange = Exchange(
                 id=request_id,
                 call=call,
@@ -459,13 +498,11 @@ class GatewayConnection(TrioASGIHTTPConnection):
             nursery.cancel_scope.cancel()
 
 
-async def _watch(inbound: Inbound, down: Downstream, scope: trio.CancelScope) -> None:
-    """Cancels the request when its client leaves before the answer is out."""
+async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:
+    """Waits for the client to leave before the answer is out, where the server has no cheaper way to tell."""
     while (await inbound.receive())["type"] != "http.disconnect":
         pass
-    down.gone = True
-    if not down.ended:
-        scope.cancel()
+    leave()
 
 
 async def _refuse(error: GatewayError, inbound: Inbound, down: Downstream) -> None:

@@ -18,7 +18,7 @@ from trigate import config as configuration
 from trigate import echo, local_model
 from trigate.config import Config, Secret, UpstreamConfig, Url
 from trigate.errors import GatewayError
-from trigate.upstream import Reply
+from trigate.upstream import Httpx2Source, Reply
 
 PROBE_TIMEOUT_S = 0.3
 MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
@@ -107,7 +107,8 @@ async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]
     async def ask(name: str, port: int) -> None:
         base_url = f"http://127.0.0.1:{port}/v1"
         try:
-            reply = Reply(name, await transport.handle_async_request(httpx2.Request("GET", f"{base_url}/models")))
+            request = httpx2.Request("GET", f"{base_url}/models")
+            reply = Reply(name, Httpx2Source(await transport.handle_async_request(request)))
             try:
                 models = decode_model_list(await reply.read(MAX_MODEL_LIST_BYTES)) if reply.status == 200 else ()
             finally:

@@ -1,8 +1,7 @@
 """One request, one nursery: plan → attempt → COMMIT → relay → settle. The page to read first.
 
-The request's nursery (opened in `connection`) has three members: the *watch*, which cancels it when the client leaves;
-the *timers* of this exchange; and the exchange itself. Everything that is done for the request happens inside, so when
-the nursery ends, nothing of the request is left anywhere.
+The request's nursery (opened in `connection`) is cancelled by the *watch* when the client leaves. Everything that is
+done for the request happens inside, so when the nursery ends, nothing of the request is left anywhere.
 
 The rules:
 
@@ -10,7 +9,10 @@ The rules:
   there is no ``[DONE]``. There is no third case.
 * The *upstream half* (`Exchange._half`) is a cancel scope of its own: a deadline, a drain or a stalled client ends the
   upstream's part at once (that is the costly one), and what the client has to be told can still be told.
-* A frame is sent whole or not begun: `Downstream` shields its sends, so a cancellation lands between frames.
+* A frame is sent whole or not begun: `Downstream` sees to it, so a cancellation lands between frames.
+* Once the answer has begun, and where both ends are plain sockets, the `relay` engine moves the events while the
+  exchange sleeps; everywhere else the loop in `_relay` does. Both feed the same `wire.StreamReader`.
+* The limits in time are kept by one task for all exchanges (`timers`), which asks each one when it is due (`_on_time`).
 * `settle` is synchronous and runs in ``finally``: exactly once, whatever happened.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import time
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -34,7 +37,6 @@ from trigate.errors import (
     Header,
     Internal,
     Stalled,
-    Truncated,
     Unavailable,
     UpstreamTimeout,
 )
@@ -43,6 +45,8 @@ from trigate.wire import Call, StreamReader, Usage, decode_answer
 
 if TYPE_CHECKING:
     from trigate.gateway import Gateway, Generation
+    from trigate.relay import Relay, Stream
+    from trigate.timers import Timer
     from trigate.upstream import Reply
 
 log = structlog.get_logger("trigate.exchange")
@@ -56,7 +60,7 @@ _LAST_WORDS_S = 1.0
 
 
 class Downstream(Protocol):
-    """The client's side of an exchange, as `connection` offers it. Sends are shielded; none of them raises when the
+    """The client's side of an exchange, as `connection` offers it. What is sent is sent whole; no send raises when the
     client is gone (its nursery is being cancelled then)."""
 
     committed: bool
@@ -70,6 +74,17 @@ class Downstream(Protocol):
     """How long a send may wait for the client."""
     ended: bool
     """The last byte of the answer has been handed over."""
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """The client's socket, where pieces of the body may be written to it directly once the head is out."""
+
+    @property
+    def chunked(self) -> bool:
+        """How what is written there has to be framed."""
+
+    def owe(self, rest: bytes) -> None:
+        """Takes what is left of a frame that was begun at the socket; it goes out before anything else."""
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """Sends a whole response."""
@@ -124,7 +139,6 @@ class Exchange:
     """What goes upstream besides the upstream's own headers."""
     phase: str = "admitted"
     target: Target | None = None
-    events: int = 0
     bytes_sent: int = 0
     attempts: list[Attempt] = attrs.field(factory=list)
     usage: Usage | None = None
@@ -137,8 +151,17 @@ class Exchange:
     _reply: Reply | None = None
     _attempt_at: float = math.inf
     _heard_at: float = math.inf
+    _reader: StreamReader | None = None
+    _carried: Stream | None = None
+    _shortest_s: float = math.inf
+    _nursery: trio.Nursery = attrs.field(init=False)
     _relayed: bool = False
     _reading: bool = False
+
+    @property
+    def events(self) -> int:
+        """How many events have been sent."""
+        return self._reader.events if self._reader is not None else 0
 
     @property
     def age_s(self) -> float:
@@ -153,11 +176,14 @@ class Exchange:
         **Cancels:** at any point; the upstream is closed and the exchange settled as ``cancelled``.
         """
         self.outcome = "cancelled"
+        timer: Timer | None = None
         try:
-            with self.gateway.admit(self):
-                plan = self.generation.plan(self.call.model)
-                nursery.start_soon(self._timers, nursery, plan)
-                await self._try(plan)
+            self.gateway.admit(self)
+            plan = self.generation.plan(self.call.model)
+            self._nursery = nursery
+            self._shortest_s = self._shortest_limit_s(plan)
+            timer = self.gateway.timers.start(self.started_at + self._shortest_s, self._on_time)
+            await self._try(plan)
             self.outcome = "complete"
         except GatewayError as error:
             self.outcome = error.code
@@ -179,6 +205,8 @@ class Exchange:
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
                         await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
             finally:
+                if timer is not None:
+                    timer.stop()
                 self._settle()
 
     async def _try(self, plan: tuple[Target, ...]) -> None:  # noqa: ASYNC910 - a plan has at least one target
@@ -234,6 +262,8 @@ class Exchange:
                 upstream.note_error(error)
             raise
         finally:
+            if self._reader is not None:
+                self.usage = self._reader.usage
             self._half = self._reply = None
             self._attempt_at = self._heard_at = math.inf
 
@@ -248,59 +278,78 @@ class Exchange:
         if reply.content_type not in ("text/event-stream", ""):
             raise Garbled(f"The upstream {name} was asked for a stream and answered with {reply.content_type}.")
         self.phase = "waiting"
-        limit = self.generation.config.limits.event_bytes
-        splitter = sse.EventSplitter(max_event_bytes=limit)
-        reader = StreamReader(self.call.endpoint, model=self.call.model, upstream=name)
-        held = b""
+        reader = self._reader = StreamReader(
+            self.call.endpoint,
+            model=self.call.model,
+            upstream=name,
+            max_event_bytes=self.generation.config.limits.event_bytes,
+        )
+        down = self.down
         while True:
-            piece = await self._receive(reply)
-            if piece is None:
-                if reader.may_end:
-                    self.phase = "ending"
-                    return await self.down.end()
-                if sse.data_of(splitter.pending + b"\n\n") == b"[DONE]":
-                    piece = b"\n\n"  # complete, but for its last line end
-            if piece is None:
-                raise Truncated(f"The upstream {name} ended its stream before it was complete.")
-            try:
-                events = splitter.feed(piece)
-            except sse.EventTooLarge as error:
-                raise Garbled(f"The upstream {name} sent too much: {error}.") from None
-            frames = []
-            for event in events:
-                frame = reader.read(event)
-                if reader.error is not None:
-                    break
-                if frame:
-                    frames.append(frame)
+            if self._relayed and await self._be_carried(reply, reader):
                 if reader.complete:
-                    break
-            self.usage = reader.usage
-            data = held + b"".join(frames)
-            self.events += len(frames)
-            if not reader.has_content and reader.error is None:
-                held = data
-                if len(held) > limit:
-                    raise Garbled(f"The upstream {name} sent {len(held)} bytes without any content.")
-                continue
-            held = b""
+                    return await self._end_stream(reply, b"")
+                if reader.error is not None:
+                    raise reader.error
+            piece = await self._receive(reply)
+            data = reader.feed(piece) if piece is not None else reader.feed_end()
             if reader.error is not None and not self._relayed:
                 raise reader.error  # nothing is out yet: a status, or the next target
-            if self.first_content_after_s is None:
+            if reader.has_content and not self._relayed:
+                self._relayed = True
+                self._attempt_at = math.inf
                 self.first_content_after_s = self.age_s
-            self._relayed = True
-            self._attempt_at = math.inf
-            self.phase = "ending" if reader.complete else "streaming"
-            if not self.down.committed:
-                await self.down.start(200, STREAM_HEADERS)
+                self.phase = "ending" if reader.complete else "streaming"
+                if not down.committed:
+                    await down.start(200, STREAM_HEADERS)
             self.bytes_sent += len(data)
             if reader.complete:
-                await self.down.end(data)
-                return await self._finish(reply)
+                return await self._end_stream(reply, data)
             if data:
-                await self.down.send(data)
+                await down.send(data)
             if reader.error is not None:
                 raise reader.error
+
+    async def _end_stream(self, reply: Reply, data: bytes) -> None:
+        self.phase = "ending"
+        await self.down.end(data)
+        response = reply.plain_response
+        if response is None or not response.complete:
+            await self._finish(reply)
+
+    async def _be_carried(self, reply: Reply, reader: StreamReader) -> bool:
+        """Has the engine move the stream, until it is complete, has an error, or its body has ended.
+
+        Returns:
+            Whether it did; False where the two ends are not both plain sockets.
+        """
+        relay, response, client = self.gateway.relay, reply.plain_response, self.down.socket
+        if relay is None or response is None or response.socket is None or response.complete or client is None:
+            return False  # noqa: ASYNC910 - the caller goes on
+        stream = relay.stream(response, response.socket, client, chunked=self.down.chunked, reader=reader)
+        self._carried = stream
+        try:
+            await stream.carry(self)
+        finally:
+            self._carried = None
+        if stream.failure is not None and not reader.complete:
+            raise reply.cut_error(stream.failure) from stream.failure
+        return True
+
+    def note_relayed(self, now: float, sent_bytes: int) -> None:
+        """For the engine: something came, and was sent on."""
+        self._heard_at = now
+        if sent_bytes:
+            self.bytes_sent += sent_bytes
+            self.down.last_sent_at = now
+
+    def note_parked(self, since: float | None) -> None:
+        """For the engine: since when the client has not been reading."""
+        self.down.sending_since = since
+
+    def owe(self, rest: bytes) -> None:
+        """For the engine: what is left of a frame."""
+        self.down.owe(rest)
 
     async def _receive(self, reply: Reply) -> bytes | None:
         self._reading = True
@@ -381,42 +430,48 @@ class Exchange:
     def _total_left_s(self) -> float:
         return self._timeout_s("total") - self.age_s
 
-    async def _timers(self, nursery: trio.Nursery, plan: tuple[Target, ...]) -> None:
-        """Watches every limit in time of this exchange; ends with it.
-
-        It sleeps until the next one is due, and never longer than the shortest of them all: whatever starts to run
-        meanwhile cannot be due before it looks again. So a piece of the stream costs a timestamp, not a timer.
-        """
+    def _shortest_limit_s(self, plan: tuple[Target, ...]) -> float:
+        """The shortest of all limits: whatever starts to run cannot be due sooner than that."""
         config = self.generation.config
         phases: tuple[TimeoutPhase, ...] = ("first_token", "idle", "total")
-        shortest = min(config.timeout_s(target.upstream, phase) for target in plan for phase in phases)
-        limits = config.limits
-        keep_alive_s = (limits.keep_alive_s or math.inf) if self.call.stream else math.inf
-        stall_s = limits.stall_timeout_s or math.inf
-        shortest = min(shortest, keep_alive_s, stall_s)
+        shortest = min([config.timeout_s(target.upstream, phase) for target in plan for phase in phases])
+        return min(shortest, self._keep_alive_s(), config.limits.stall_timeout_s or math.inf)
+
+    def _keep_alive_s(self) -> float:
+        return (self.generation.config.limits.keep_alive_s or math.inf) if self.call.stream else math.inf
+
+    def _on_time(self, now: float) -> float:
+        """Looks whether a limit in time has been reached, and says when to look again.
+
+        That is when the next one is due, and never later than the shortest of them all: whatever starts to run
+        meanwhile cannot be due before. So a piece of the stream costs a timestamp, not a timer.
+        """
         down = self.down
-        while True:
-            now = trio.current_time()
-            sending = down.sending_since is not None
-            sending_since = down.sending_since if down.sending_since is not None else math.inf
-            # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
-            idle_since = self._heard_at if self._attempt_at == math.inf and not sending else math.inf
-            deadlines: tuple[tuple[Deadline, float, float], ...] = (
-                ("total", self.started_at, self._timeout_s("total")),
-                ("first_token", self._attempt_at, self._timeout_s("first_token")),
-                ("idle", idle_since, self._timeout_s("idle")),
-                ("stall", sending_since, stall_s),
-            )
-            for deadline, since, timeout_s in deadlines:
-                if since + timeout_s <= now:
-                    await self._expire(deadline, timeout_s)
-            quiet_since = math.inf if sending else max(down.last_sent_at, self.started_at)
-            if quiet_since + keep_alive_s <= now and self._may_keep_alive():
+        keep_alive_s = self._keep_alive_s()
+        sending = down.sending_since is not None
+        sending_since = down.sending_since if down.sending_since is not None else math.inf
+        # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
+        idle_since = self._heard_at if self._attempt_at == math.inf and not sending else math.inf
+        deadlines: tuple[tuple[Deadline, float, float], ...] = (
+            ("total", self.started_at, self._timeout_s("total")),
+            ("first_token", self._attempt_at, self._timeout_s("first_token")),
+            ("idle", idle_since, self._timeout_s("idle")),
+            ("stall", sending_since, self.generation.config.limits.stall_timeout_s or math.inf),
+        )
+        for deadline, since, timeout_s in deadlines:
+            if since + timeout_s <= now:
+                self._expire(deadline, timeout_s)
+        quiet_since = math.inf if sending else max(down.last_sent_at, self.started_at)
+        if quiet_since + keep_alive_s <= now and self._may_keep_alive():
+            if self._carried is not None:
+                self._carried.inject(sse.comment("keep-alive"))
+                down.last_sent_at = now
+            else:
                 # In a task of its own: the client may not read, and the stall limit holds for this send too.
-                nursery.start_soon(self._keep_alive)
-                quiet_since = now
-            due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
-            await trio.sleep_until(min([now + shortest, *(at for at in due if at > now)]))
+                self._nursery.start_soon(self._keep_alive)
+            quiet_since = now
+        due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
+        return min([now + self._shortest_s, *(at for at in due if at > now)])
 
     async def _keep_alive(self) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         down = self.down
@@ -434,7 +489,7 @@ class Exchange:
             return getattr(config.limits, f"{phase}_timeout_s") or math.inf
         return config.timeout_s(self.target.upstream, phase)
 
-    async def _expire(self, deadline: Deadline, timeout_s: float) -> None:  # noqa: ASYNC910 - a cut does not wait
+    def _expire(self, deadline: Deadline, timeout_s: float) -> None:
         name = self.target.upstream if self.target else None
         match deadline:
             case "total":
@@ -445,13 +500,18 @@ class Exchange:
             case "idle":
                 self.cut(UpstreamTimeout(f"The upstream {name} fell silent for {timeout_s:g} s.", phase="idle"))
             case "stall":
-                reply, ending = self._reply, self.phase == "ending"
-                self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
-                if reply is not None and not self._reading:
-                    # The relay sits in a shielded send, where no cancellation reaches it: close from here.
-                    await reply.aclose()
-                if not ending:
-                    await self.down.abort()
+                self._nursery.start_soon(self._cut_stalled, timeout_s)
+
+    async def _cut_stalled(self, timeout_s: float) -> None:
+        reply, ending = self._reply, self.phase == "ending"
+        self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
+        if reply is not None and not self._reading:
+            # The relay may sit in a send that no cancellation reaches: close from here.
+            await reply.aclose()
+        if not ending:
+            await self.down.abort()
+        else:
+            await trio.lowlevel.checkpoint()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,11 @@ from trigate import config as configuration
 from trigate import discovery, echo, local_model, routing
 from trigate.config import Config, ConfigError, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
+from trigate.poller import open_poller
+from trigate.relay import Relay
 from trigate.routing import Known, Target
+from trigate.timers import Timers, open_timers
+from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -48,9 +52,9 @@ TransportFactory = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
 
 def http_transport(name: str, upstream: UpstreamConfig) -> httpx2.AsyncBaseTransport:
     """Makes the transport of an upstream on sockets. Places are counted by `Upstream`, so the pool sets no limit."""
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=30.0)
-    secure = upstream.base_url is not None and upstream.base_url.startswith("https:")
-    return httpx2.AsyncHTTPTransport(limits=limits, verify=_trust() if secure else False)
+    if upstream.base_url is not None and upstream.base_url.startswith("https:"):
+        _trust()  # what is wrong with it is the configuration's, and not the first call's
+    return SocketTransport(trust=_trust)
 
 
 @functools.cache
@@ -96,16 +100,15 @@ class Generation:
         """Every listed model id with its owner."""
         return routing.public_ids(aliases=self.aliases, upstreams=self.known())
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keeps the generation alive for the length of an exchange."""
+    def hold(self) -> None:
+        """Keeps the generation alive until `let_go`, once for each call."""
         self.exchanges += 1
-        try:
-            yield
-        finally:
-            self.exchanges -= 1
-            if self._retired and not self.exchanges:
-                self._unused.set()
+
+    def let_go(self) -> None:
+        """An exchange that held it has ended."""
+        self.exchanges -= 1
+        if self._retired and not self.exchanges:
+            self._unused.set()
 
     def retire(self) -> None:
         """Says that no further exchange will start with it."""
@@ -152,6 +155,9 @@ async def open_generation(config: Config, transports: TransportFactory) -> Async
             upstreams[name] = upstream
         generation = Generation(config, upstreams)
         async with trio.open_nursery() as nursery:
+            for upstream in upstreams.values():
+                if isinstance(upstream.transport, SocketTransport):
+                    nursery.start_soon(upstream.transport.run)
             looked = []
             for upstream in upstreams.values():
                 settings = upstream.config
@@ -240,8 +246,11 @@ class Drain:
 class Gateway:
     """Everything that outlives a request. Made by `open_gateway`."""
 
-    def __init__(self, load: Callable[[], Awaitable[Config]]) -> None:
+    def __init__(self, load: Callable[[], Awaitable[Config]], timers: Timers, relay: Relay | None) -> None:
         self._load = load
+        self.timers = timers
+        self.relay = relay
+        """Carries streams between plain sockets; None where there is no epoll."""
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.totals = Totals()
@@ -260,9 +269,8 @@ class Gateway:
         """Seconds since the start."""
         return trio.current_time() - self.started_at
 
-    @contextlib.contextmanager
-    def admit(self, exchange: Exchange) -> Iterator[None]:
-        """Lets an exchange in, and out again.
+    def admit(self, exchange: Exchange) -> None:
+        """Lets an exchange in; `settle` lets it out again.
 
         Raises:
             Draining: The gateway is shutting down.
@@ -274,14 +282,13 @@ class Gateway:
         if len(self.live) >= limit:
             raise Overloaded(f"{limit} calls are in flight, which is the limit of this gateway.")
         self.live[exchange] = None
-        try:
-            with exchange.generation.hold():
-                yield
-        finally:
-            del self.live[exchange]
+        exchange.generation.hold()
 
     def settle(self, exchange: Exchange) -> None:
-        """Adds an ended exchange to the totals."""
+        """Lets an exchange out, if it was let in, and adds it to the totals."""
+        if exchange in self.live:
+            del self.live[exchange]
+            exchange.generation.let_go()
         totals = self.totals
         totals.exchanges += 1
         totals.events += exchange.events
@@ -431,13 +438,22 @@ async def open_gateway(
         return adjust(config if config is not None else await read_config(path, environ))
 
     first = await load()
-    gateway = Gateway(load)
+    async with open_timers() as timers, open_poller() as poller:
+        gateway = Gateway(load, timers, Relay(poller) if poller is not None else None)
+        async with _running(gateway, first, transports, path):
+            yield gateway
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    gateway: Gateway, first: Config, transports: TransportFactory, path: Path | None
+) -> AsyncIterator[None]:
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run_generations, first, transports)
             if path is not None:
                 nursery.start_soon(gateway.watch_file, path)
             try:
-                yield gateway
+                yield
             finally:
                 nursery.cancel_scope.cancel()

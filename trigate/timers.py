@@ -38,6 +38,11 @@ class Timer:
         self._check: Check | None = check
         self._queued = False
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether no further check will be made."""
+        return self._check is None
+
     def stop(self) -> None:
         """Makes no further checks. May be called twice."""
         if self._check is not None:
@@ -97,7 +102,7 @@ class Timers:
                 except Exception:
                     log.exception("timer_crashed")
                     again = math.inf
-                if timer._check is not None and again < math.inf:
+                if again < math.inf and not timer.is_stopped:
                     self._push(max(again, now + 1e-6), timer)
                 else:
                     timer._check = None

@@ -1,7 +1,9 @@
 """One upstream: a place in its queue, a request, a reply that is closed whatever happens.
 
-The seam below is `httpx2.AsyncBaseTransport`: sockets, the embedded echo, a script in a test. `Upstream.open` is the
-only way to a reply, and it is an ``async with``: slot, connection and stream are given back where the block ends.
+The seam below is `httpx2.AsyncBaseTransport`: the embedded echo, a proxy, a script in a test. A `SocketTransport`,
+which nearly all upstreams have, is used by its own interface: to build and take apart `httpx2`'s requests and responses
+costs as much as everything else. `Upstream.open` is the only way to a reply, and it is an ``async with``: place, connection
+and stream are given back where the block ends.
 
 Deadlines are the caller's scopes, except for the connect timeout, which only the transport can tell from waiting.
 """
@@ -13,7 +15,10 @@ import math
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Protocol
 
 import attrs
 import httpx2
@@ -33,6 +38,7 @@ from trigate.errors import (
 )
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing import Known
+from trigate.transport import Origin, Response, SocketTransport
 
 _CLOSE_GRACE_S = 1.0
 _A_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
@@ -43,29 +49,92 @@ _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _INFLATED_BYTES = 1024 * 1024
 
 
-@contextlib.contextmanager
-def _translated(name: str, *, answered: bool) -> Iterator[None]:
-    """Turns the transport's exceptions into the gateway's; the one place where that mapping stands."""
-    try:
-        yield
-    except httpx2.ConnectTimeout as error:
-        raise UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect") from error
-    except httpx2.InvalidURL as error:
-        raise Unavailable(f"The upstream {name} has an address that cannot be used: {error}.") from error
-    except httpx2.ConnectError as error:
-        raise Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.") from error
-    except httpx2.RemoteProtocolError as error:
-        if answered:
-            raise Truncated(f"The upstream {name} cut its answer: {error}.") from error
-        if "disconnected" in str(error):  # httpcore has no exception of its own for this
-            message = f"The upstream {name} closed the connection before it answered."
-            raise Unavailable(message, reachable=True) from error
-        raise Garbled(f"The upstream {name} did not answer with HTTP: {error}.") from error
-    except httpx2.TransportError as error:
-        if answered:
-            raise Truncated(f"The upstream {name} broke the connection in its answer.") from error
-        message = f"The upstream {name} broke the connection before it answered."
-        raise Unavailable(message, reachable=True) from error
+def _translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, answered: bool) -> GatewayError:
+    """Turns a transport's exception into the gateway's; the one place where that mapping stands.
+
+    Args:
+        answered: The reply's head was there.
+    """
+    match error:
+        case httpx2.ConnectTimeout():
+            return UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect")
+        case httpx2.InvalidURL():
+            return Unavailable(f"The upstream {name} has an address that cannot be used: {error}.")
+        case httpx2.ConnectError():
+            return Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.")
+        case httpx2.RemoteProtocolError() if answered:
+            return Truncated(f"The upstream {name} cut its answer: {error}.")
+        case httpx2.RemoteProtocolError() if "disconnected" in str(error):  # there is no exception of its own for it
+            return Unavailable(f"The upstream {name} closed the connection before it answered.", reachable=True)
+        case httpx2.RemoteProtocolError():
+            return Garbled(f"The upstream {name} did not answer with HTTP: {error}.")
+        case _ if answered:
+            return Truncated(f"The upstream {name} broke the connection in its answer.")
+        case _:
+            return Unavailable(f"The upstream {name} broke the connection before it answered.", reachable=True)
+
+
+class _Source(Protocol):
+    """Where a reply comes from: a transport of our own, or any other."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By their names in lower case."""
+
+    @property
+    def response(self) -> Response | None:
+        """The transport's own."""
+
+    async def receive(self) -> bytes | None:
+        """The next piece of the body; None at its end."""
+
+    async def aclose(self) -> None:
+        """Gives the connection back, or closes it."""
+
+
+class _SocketSource:
+    """A response of `transport`, whose connection the ``async with`` of `_Opening` owns."""
+
+    __slots__ = ("_opening", "headers", "receive", "response", "status")
+
+    def __init__(self, opening: AbstractAsyncContextManager[Response], response: Response) -> None:
+        self._opening = opening
+        self.response = response
+        self.receive = response.receive
+        self.status = response.status
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
+
+    async def aclose(self) -> None:
+        await self._opening.__aexit__(None, None, None)
+
+
+class Httpx2Source:
+    """A response of any transport that speaks `httpx2`: the echo, a proxy, HTTP/2, a script in a test."""
+
+    response: Response | None = None
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self._response = response
+        self.status = response.status_code
+        self.headers = response.headers
+        self._pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's is an async stream
+
+    async def receive(self) -> bytes | None:
+        async for piece in self._pieces:
+            if piece:
+                return bytes(piece)
+        return None
+
+    async def aclose(self) -> None:
+        with trio.move_on_after(_CLOSE_GRACE_S, shield=True):
+            close_pieces = getattr(self._pieces, "aclose", None)
+            if close_pieces is not None:
+                await close_pieces()
+            await self._response.aclose()
 
 
 class Reply:
@@ -76,17 +145,26 @@ class Reply:
         content_type: Without parameters, lower-case.
     """
 
-    def __init__(self, name: str, response: httpx2.Response) -> None:
+    def __init__(self, name: str, source: _Source) -> None:
         self._name = name
-        self._response = response
-        self.status = response.status_code
-        self.headers = response.headers
-        self.content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        self._encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        self._source = source
+        self.status = source.status
+        self.headers = source.headers
+        self.content_type = source.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self._encoding = source.headers.get("content-encoding", "identity").strip().lower()
         # Identity was asked for; a provider that compresses all the same is decoded, a bounded piece at a time.
         self._inflate = zlib.decompressobj(wbits=47) if self._encoding in ("gzip", "x-gzip", "deflate") else None
         self._deflated = b""
-        self._pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's is an async stream
+
+    @property
+    def plain_response(self) -> Response | None:
+        """The response, where a relay may read its socket itself: nothing stands between the two."""
+        response = self._source.response
+        return response if response is not None and response.socket is not None and self._inflate is None else None
+
+    def cut_error(self, failure: httpx2.TransportError) -> GatewayError:
+        """What it means that the transport failed in the body."""
+        return _translated(failure, self._name, answered=True)
 
     async def receive(self) -> bytes | None:
         """Returns the next piece of the body; None at its end.
@@ -113,11 +191,10 @@ class Reply:
     async def _receive_raw(self) -> bytes | None:
         if self._encoding != "identity" and self._inflate is None:
             raise Garbled(f"The upstream {self._name} sent a body encoded as {self._encoding[:50]!r}.")
-        with _translated(self._name, answered=True):
-            async for piece in self._pieces:
-                if piece:
-                    return bytes(piece)
-        return None
+        try:
+            return await self._source.receive()
+        except httpx2.TransportError as error:
+            raise self.cut_error(error) from error
 
     async def read(self, max_bytes: int, *, on_piece: Callable[[], None] = lambda: None) -> bytes:
         """Returns the whole body.
@@ -137,16 +214,13 @@ class Reply:
             if size > max_bytes:
                 raise Garbled(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
             pieces.append(piece)
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def aclose(self) -> None:  # noqa: ASYNC910 - closing twice does nothing
         """Closes the stream, and the connection too unless the body was read to its end. Never hangs, may be called
         twice, and from another task than the one that reads as long as that one is not inside `receive`."""
-        with trio.move_on_after(_CLOSE_GRACE_S, shield=True), contextlib.suppress(httpx2.TransportError, OSError):
-            close_pieces = getattr(self._pieces, "aclose", None)
-            if close_pieces is not None:
-                await close_pieces()
-            await self._response.aclose()
+        with contextlib.suppress(httpx2.TransportError, OSError):
+            await self._source.aclose()
 
 
 @attrs.frozen(kw_only=True)
@@ -201,7 +275,8 @@ class Upstream:
         self._local_model = local_model
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
-        self._slots = trio.Semaphore(self.config.max_connections)
+        self._places = trio.Semaphore(self.config.max_connections)
+        self._address: _Address | None = None
         self.in_flight = 0
         self.state = "unknown"
         self.reason: str | None = None
@@ -254,7 +329,7 @@ class Upstream:
             state="disabled" if self.unusable else self.state,
             reason=self.unusable or self.reason,
             in_flight=self.in_flight,
-            queued=self._slots.statistics().tasks_waiting,
+            queued=self._places.statistics().tasks_waiting,
             max_connections=self.config.max_connections,
             models=len(self.models),
             last_error=self.last_error,
@@ -269,10 +344,16 @@ class Upstream:
         except LocalModelUnavailable as error:
             raise Unavailable(str(error), status=503) from error
 
-    @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
+    async def _take_place(self) -> None:  # noqa: ASYNC910 - where one is free there is nothing to wait for
+        try:
+            self._places.acquire_nowait()
+        except trio.WouldBlock:
+            pass
+        else:
+            self.in_flight += 1
+            return
         with trio.move_on_after(self._queue_timeout_s) as queue:
-            await self._slots.acquire()
+            await self._places.acquire()
         if queue.cancelled_caught:
             raise UpstreamTimeout(
                 f"The upstream {self.name} has {self.config.max_connections} calls in flight, "
@@ -280,22 +361,20 @@ class Upstream:
                 phase="queue",
             )
         self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self._slots.release()
 
-    @contextlib.asynccontextmanager
-    async def open(
+    def _give_place(self) -> None:
+        self.in_flight -= 1
+        self._places.release()
+
+    def open(
         self,
         method: str,
         path: str,
         body: bytes = b"",
         *,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
-    ) -> AsyncIterator[Reply]:
+    ) -> AbstractAsyncContextManager[Reply]:
         """Sends a request and owns its reply for as long as the block lasts.
 
         Args:
@@ -307,38 +386,24 @@ class Upstream:
             Unavailable: No connection; or it broke before a reply.
             Garbled: The reply is not HTTP.
 
-        **Cancels:** at any point; slot and connection are given back.
+        **Cancels:** at any point; place and connection are given back.
         """
-        try:
-            async with self._open(method, path, body, headers or {}, on_phase) as reply:
-                yield reply
-        except GatewayError as error:
-            error.redact(self._secrets)
-            raise
+        return _Request(self, method, path, body, headers or {}, on_phase)
 
-    @contextlib.asynccontextmanager
-    async def _open(
-        self, method: str, path: str, body: bytes, headers: dict[str, str], on_phase: Callable[[str], None]
-    ) -> AsyncIterator[Reply]:
-        on_phase("queued")
-        async with self._slot():
-            on_phase("connecting")
-            try:
-                response = await self._send(method, path, body, headers)
-            except Unavailable:
-                if self._local_model is None:
-                    raise
-                await trio.sleep(_DEATH_NOTICED_S)  # its process has just died: the next one has another port
-                response = await self._send(method, path, body, headers)
-            reply = Reply(self.name, response)
-            try:
-                yield reply
-            finally:
-                await reply.aclose()
-
-    async def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> httpx2.Response:
+    async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Source:
         base_url = await self._base_url()
-        with _translated(self.name, answered=False):
+        try:
+            if isinstance(self.transport, SocketTransport):
+                address = self._address
+                if address is None or base_url != address.base_url:
+                    address = self._address = _Address.of(base_url)
+                opening = self.transport.open(
+                    address.origin,
+                    _serialized(method, address, path, {**self._headers, **headers}, body),
+                    method=method,
+                    connect_timeout_s=self._connect_timeout_s,
+                )
+                return _SocketSource(opening, await opening.__aenter__())
             request = httpx2.Request(
                 method,
                 base_url + path,
@@ -346,7 +411,9 @@ class Upstream:
                 content=body,
                 extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
             )
-            return await self.transport.handle_async_request(request)
+            return Httpx2Source(await self.transport.handle_async_request(request))
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            raise _translated(error, self.name, answered=False) from error
 
     async def error_of(self, reply: Reply) -> GatewayError:
         """Reads an error reply and returns (not raises) what it means."""
@@ -376,6 +443,92 @@ class Upstream:
         if 500 <= status < 600:
             return Unavailable(f"The upstream {self.name} failed ({status}){said}", reachable=True)
         return Garbled(f"The upstream {self.name} answered with status {status}.")
+
+
+class _Request:
+    """A place, a request, a reply; and all given back. Written out, as generators would cost more than the rest."""
+
+    __slots__ = ("_body", "_headers", "_method", "_on_phase", "_path", "_reply", "_upstream")
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        on_phase: Callable[[str], None],
+    ) -> None:
+        self._upstream = upstream
+        self._method = method
+        self._path = path
+        self._body = body
+        self._headers = headers
+        self._on_phase = on_phase
+        self._reply: Reply
+
+    async def __aenter__(self) -> Reply:
+        upstream = self._upstream
+        try:
+            self._on_phase("queued")
+            await upstream._take_place()
+            try:
+                self._on_phase("connecting")
+                self._reply = Reply(upstream.name, await self._send())
+            except BaseException:
+                upstream._give_place()
+                raise
+        except GatewayError as error:
+            error.redact(upstream._secrets)
+            raise
+        return self._reply
+
+    async def _send(self) -> _Source:
+        upstream = self._upstream
+        try:
+            return await upstream._send(self._method, self._path, self._body, self._headers)
+        except Unavailable:
+            if upstream._local_model is None:
+                raise
+        # Out of the handler: an error that has been dealt with is not part of the next one.
+        await trio.sleep(_DEATH_NOTICED_S)  # its process has just died: the next one has another port
+        return await upstream._send(self._method, self._path, self._body, self._headers)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._reply.aclose()
+        finally:
+            self._upstream._give_place()
+        if isinstance(error, GatewayError):
+            error.redact(self._upstream._secrets)
+
+
+@attrs.frozen
+class _Address:
+    """A base URL, taken apart once."""
+
+    base_url: str
+    origin: Origin
+    path: str
+    netloc: str
+
+    @classmethod
+    def of(cls, base_url: str) -> _Address:
+        """Raises httpx2.InvalidURL as `Origin.of` does."""
+        url = httpx2.URL(base_url)
+        path = url.raw_path.decode("ascii")
+        return cls(base_url, Origin.of(url), "" if path == "/" else path, url.netloc.decode("ascii"))
+
+
+def _serialized(method: str, address: _Address, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """The request as it goes out. The values come from a validated configuration and a parsed request: no line ends."""
+    lines = [f"{method} {address.path}{path} HTTP/1.1\r\nhost: {address.netloc}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if body or method != "GET":
+        lines.append(f"content-length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def _finite(seconds: float) -> float | None:

@@ -323,10 +323,8 @@ class StreamReader:
             plain = self._plain(piece)
             if plain is not None:
                 return plain
-        if self.complete:
-            return b""
         try:
-            events = self._splitter.feed(piece)
+            events = self._splitter.feed(piece) if not self.complete else []
         except sse.EventTooLarge as error:
             self.error = Garbled(f"The upstream {self._upstream} sent too much: {error}.")
             return b""
@@ -452,7 +450,7 @@ class StreamReader:
         return self._renamed(event, match.start())
 
     def _renamed(self, event: bytes, at: int) -> bytes:
-        """The event with the public id, whose model stands ``at`` there; what is before it is the prefix from now on."""
+        """The event with the public id, whose model stands ``at`` there; what comes before is the prefix from now on."""
         end = at + len(self._needle)
         public_prefix = event[:at] + self._replacement
         prefix = event[:end]
