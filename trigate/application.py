@@ -71,6 +71,12 @@ class GatewayApp(QuartTrio):
     gateway: Gateway
     open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]
 
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI as servers type it
+        if scope["type"] == "http":
+            await GatewayConnection(self, scope)(receive, send)  # what Quart would do, without its detours
+        else:
+            await super().__call__(scope, receive, send)
+
 
 def create_app(
     config: Config | None = None,

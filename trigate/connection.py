@@ -189,7 +189,7 @@ def authorize(head: Head, config: Config) -> str | None:
             "to serve others, or start it with --insecure."
         )
     for field in (b"x-forwarded-for", b"forwarded", b"x-real-ip"):
-        if not all(is_loopback(hop) for hop in _hops(head.headers.get(field, b""))):
+        if field in head.headers and not all(is_loopback(hop) for hop in _hops(head.headers.get(field, b""))):
             raise Forbidden(
                 f"This request came through a proxy ({field.decode()}), and this gateway has no key configured, so it "
                 "serves this machine only. Set TRIGATE_API_KEY (or [keys]), or start it with --insecure."
@@ -241,9 +241,9 @@ class Downstream:
     def __init__(self, send: ASGISendCallable, headers: Iterable[Header], client: Client | None = None) -> None:
         self._send = send
         self.client = client
-        self._emitting = trio.CancelScope()
-        self._headers = list(headers)
-        self._lock = trio.Lock()
+        self.headers = list(headers)
+        self._emitting: trio.CancelScope | None = None
+        self._sent: trio.Event | None = None
         self._owed = b""
         self.committed = False
         self.ended = False
@@ -268,30 +268,33 @@ class Downstream:
 
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
-    async def _emit(self, message: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
+    async def _emit(self, *messages: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
         if self.client is not None:
-            await self._emit_whole(message)  # this server cuts no message in two
+            await self._emit_whole(messages)  # this server cuts no message in two
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s) as self._emitting:
-            await self._emit_whole(message)
+            await self._emit_whole(messages)
 
-    async def _emit_whole(self, message: Any) -> None:  # noqa: ASYNC910 - Any: as above
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
+    async def _emit_whole(self, messages: tuple[Any, ...]) -> None:  # noqa: ASYNC910 - Any: as above
+        while self.sending_since is not None:  # a keep-alive, or the relay while one is sent
+            if self._sent is None:
+                self._sent = trio.Event()
             with trio.CancelScope(shield=True):
-                await self._lock.acquire()
+                await self._sent.wait()
         self.sending_since = trio.current_time()
         try:
             if self._owed:
                 await self._pay()
-            await self._send(message)
+            for message in messages:
+                await self._send(message)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client is gone; the watch is told so, and cancels
         finally:
             self.sending_since = None
             self.last_sent_at = trio.current_time()
-            self._lock.release()
+            if self._sent is not None:
+                self._sent.set()
+                self._sent = None
 
     async def _pay(self) -> None:  # noqa: ASYNC910 - it is shielded
         """Sends what is left of a frame."""
@@ -305,7 +308,7 @@ class Downstream:
     async def start(self, status: int, headers: list[Header]) -> None:
         """Sends the head. This is COMMIT."""
         self.committed = True
-        await self._emit({"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]})
+        await self._emit({"type": "http.response.start", "status": status, "headers": [*headers, *self.headers]})
 
     async def send(self, data: bytes) -> None:  # noqa: ASYNC910
         """Sends a piece of the body."""
@@ -319,8 +322,12 @@ class Downstream:
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """Sends a whole response."""
-        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
-        await self.end(body)
+        self.committed = self.ended = True
+        headers = [*headers, (b"content-length", b"%d" % len(body)), *self.headers]
+        await self._emit(
+            {"type": "http.response.start", "status": status, "headers": headers},
+            {"type": "http.response.body", "body": body, "more_body": False},
+        )
 
     async def abort(self) -> None:
         """Closes the client's connection now, whatever waits to be sent on it; where the server lets us.
@@ -329,7 +336,8 @@ class Downstream:
         servers the send that waits is given up; under ``hypercorn -k trio`` nothing can reach it.
         """
         self.ended = True
-        self._emitting.cancel()
+        if self._emitting is not None:
+            self._emitting.cancel()
         if self.client is not None:
             await self.client.abort()
         else:
@@ -375,8 +383,19 @@ class Inbound:
             TooLarge: It is larger than ``max_bytes``.
             BodyTimeout: It did not end within ``timeout_s``.
         """
-        pieces: list[bytes] = []
-        size = 0
+        message = await self.receive()
+        if message["type"] != "http.request":
+            return None
+        first: bytes = message.get("body", b"")
+        if len(first) > max_bytes:
+            raise too_large(max_bytes)
+        if self.complete:
+            return first  # nearly always; a deadline costs as much as all of this
+        return await self._read_on(first, max_bytes, timeout_s)
+
+    async def _read_on(self, first: bytes, max_bytes: int, timeout_s: float) -> bytes | None:
+        pieces = [first]
+        size = len(first)
         with trio.move_on_after(timeout_s or math.inf):
             while True:
                 message = await self.receive()
@@ -388,7 +407,7 @@ class Inbound:
                     raise too_large(max_bytes)
                 pieces.append(piece)
                 if self.complete:
-                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                    return b"".join(pieces)
         raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s (limits.body_timeout_s).")
 
     async def drain(self) -> None:  # noqa: ASYNC910 - there may be nothing to drain
@@ -415,14 +434,12 @@ class GatewayConnection(TrioASGIHTTPConnection):
         scope: Any = self.scope  # Any: hypercorn's type does not know our extension
         given = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
-        down = Downstream(send, [(b"x-request-id", request_id.encode())])
+        client = scope.get("extensions", {}).get("trigate.client")
+        down = Downstream(send, [(b"x-request-id", request_id.encode())], client)
         inbound = Inbound(receive)
         try:
             head = Head(scope)
-            client = scope.get("extensions", {}).get("trigate.client")
-            down = Downstream(
-                send, [(b"x-request-id", request_id.encode()), *_cors_headers(head.origin, config)], client
-            )
+            down.headers += _cors_headers(head.origin, config)
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
             if head.path != "/health":
@@ -495,7 +512,8 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 },
             )
             await exchange.run(nursery)
-            nursery.cancel_scope.cancel()
+            if nursery.child_tasks:  # the watch, or a keep-alive that the client does not take
+                nursery.cancel_scope.cancel()
 
 
 async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:
