@@ -248,7 +248,7 @@ class Connection:
                 self._scope.deadline = math.inf
                 return True
 
-    async def _answer(self) -> None:
+    async def _answer(self) -> None:  # noqa: ASYNC910 - the app may not wait
         """Has the app answer the current request."""
         parser, service = self._parser, self._service
         head = parser.head
@@ -303,7 +303,7 @@ class Connection:
         status, headers, body = Internal("The server failed on this request.").to_response()
         await self._send_whole(status, headers, body, self._parser.head.method)
 
-    async def _refuse(self, error: HeadRefused) -> None:
+    async def _refuse(self, error: HeadRefused) -> None:  # noqa: ASYNC910 - it sends, or has sent
         """Answers what is no request, unless an answer has begun; the connection then ends."""
         log.debug("request_refused", status=error.status, reason=error.message, client=self.client)
         if self._phase != _BEGUN:
@@ -319,7 +319,7 @@ class Connection:
         self._phase = _DONE
         await self._write(answer.data if answer.bodiless else answer.data + body)
 
-    async def _end(self, unread: bool) -> None:
+    async def _end(self, unread: bool) -> None:  # noqa: ASYNC910 - not every stream can be half-closed
         """Closes the sending side, and discards what still arrives, where something does."""
         plain = self._socket
         stream = self._stream.transport_stream if isinstance(self._stream, trio.SSLStream) else self._stream
@@ -419,7 +419,7 @@ class Connection:
                 break
             if piece or parser.complete:
                 self._told = parser.complete
-                return {"type": "http.request", "body": piece, "more_body": not parser.complete}
+                return {"type": "http.request", "body": piece, "more_body": not parser.complete}  # noqa: ASYNC910
             if self._continues:
                 self._continues = False
                 if self._phase < _BEGUN:
@@ -458,7 +458,7 @@ class Connection:
         else:
             raise RuntimeError(f"{kind} is not what a response goes on with here")
 
-    async def _send_body(self, body: bytes, more: bool) -> None:
+    async def _send_body(self, body: bytes, more: bool) -> None:  # noqa: ASYNC910 - as `_write`
         if self._phase not in (_HELD, _BEGUN):
             raise RuntimeError("http.response.body has no place before the start of a response, or after its end")
         short = False
@@ -503,7 +503,7 @@ class Connection:
         plain = self._socket
         try:
             if plain is None:
-                return b"" if self._lost else bytes(await self._stream.receive_some(READ_BYTES))
+                return b"" if self._lost else bytes(await self._stream.receive_some(READ_BYTES))  # noqa: ASYNC910
             while True:
                 await wait_readable(self._fd)
                 try:
@@ -511,21 +511,21 @@ class Connection:
                 except BlockingIOError:
                     pass
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
+            return b""  # noqa: ASYNC910
 
-    async def _read_at_once(self) -> bytes:  # noqa: ASYNC910 - that is its purpose
+    async def _read_at_once(self) -> bytes:  # noqa: ASYNC910 - it does not wait
         """Reads what is there; nothing if that is nothing, or if only `_read` can tell."""
         if self._socket is None:
-            return b""
+            return b""  # noqa: ASYNC910
         if self._unyielding_bytes > UNYIELDING_BYTES:
             self._unyielding_bytes = 0
             await checkpoint()
         try:
             data = self._socket.recv(READ_BYTES)
         except OSError:
-            return b""
+            return b""  # noqa: ASYNC910
         self._unyielding_bytes += len(data)
-        return data
+        return data  # noqa: ASYNC910
 
     async def _write(self, data: bytes) -> None:  # noqa: ASYNC910 - the socket may take it at once
         """Sends all of it. Not to be cancelled."""
@@ -542,11 +542,11 @@ class Connection:
                 pass
             except OSError:
                 self._lose()
-                return
+                return  # noqa: ASYNC910
             if sent == len(data):
-                return
+                return  # noqa: ASYNC910
         elif self._lost:
-            return
+            return  # noqa: ASYNC910
         self._sending = trio.Event()
         try:
             with trio.CancelScope(shield=True):
@@ -560,7 +560,7 @@ class Connection:
             self._sending.set()
             self._sending = None
 
-    async def _write_slowly(self, plain: socket.socket, data: memoryview) -> None:
+    async def _write_slowly(self, plain: socket.socket, data: memoryview) -> None:  # noqa: ASYNC910 - there is something to write
         while data:
             await wait_writable(self._fd)
             with suppress(BlockingIOError):
