@@ -15,7 +15,7 @@ import trio
 import trio.testing
 from test_request_head import BAD
 
-from trigate import http1, poller
+from trigate import http1, peer, poller
 from trigate.config import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
 from trigate.protocol import serve_connection
@@ -232,7 +232,7 @@ async def test_an_early_answer_leaves_nothing_waiting(autojump_clock: trio.testi
         async def upload() -> None:
             with contextlib.suppress(trio.BrokenResourceError):
                 while True:
-                    await client.send_all(b"x" * http1.READ_BYTES)
+                    await client.send_all(b"x" * peer.READ_BYTES)
                     await trio.sleep(0.05)
 
         nursery.start_soon(upload)
