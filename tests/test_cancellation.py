@@ -74,7 +74,9 @@ SCENES = {
     ),
     "JSON, second target": Scene(a=(Say(b"x"), Break()), b=(Pause(1), *answers(completion("x"))), stream=False),
     "first token too late, second target": Scene(a=(Head(), Pause(100)), b=says("x")),
-    "refused": Scene(a=answers(b'{"error":{"message":"no"}}', status=400), outcomes=("cancelled", "upstream_rejected")),
+    "refused": Scene(
+        a=(Pause(1), *answers(b'{"error":{"message":"no"}}', status=400)), outcomes=("cancelled", "upstream_rejected")
+    ),
     "cut": Scene(a=(Say(content("a")), Pause(1), Break()), outcomes=("cancelled", "upstream_truncated")),
     "error event": Scene(
         a=(Say(content("a")), Pause(1), Say(event({"error": {"message": "m"}}))),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
+import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +15,7 @@ import trio
 import trio.testing
 from test_request_head import BAD
 
-from trigate import http1
+from trigate import http1, peer, poller
 from trigate.config import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
 from trigate.protocol import serve_connection
@@ -230,7 +232,7 @@ async def test_an_early_answer_leaves_nothing_waiting(autojump_clock: trio.testi
         async def upload() -> None:
             with contextlib.suppress(trio.BrokenResourceError):
                 while True:
-                    await client.send_all(b"x" * http1.READ_BYTES)
+                    await client.send_all(b"x" * peer.READ_BYTES)
                     await trio.sleep(0.05)
 
         nursery.start_soon(upload)
@@ -373,3 +375,401 @@ class SlowStream(trio.abc.Stream):
     async def aclose(self) -> None:
         """As the stream behind."""
         await self._stream.aclose()
+
+
+# -- what a response looks like ---------------------------------------------------------------------------------------
+
+
+async def ask(app: Application, *requests: bytes) -> bytes:
+    """All that comes back for requests that are sent at once, up to the end of the connection."""
+    async with open_connection(app) as client:
+        await client.send_all(b"".join(requests))
+        return await read_all(client)
+
+
+def answer(*messages: Message) -> Application:
+    """An app that sends these messages, whatever it is asked."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(dict(message))
+
+    return app
+
+
+START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+LAST: Message = {"type": "http.response.body", "body": b"last"}
+CLOSE = HELLO[:-2] + b"Connection: close\r\n\r\n"
+
+
+async def test_a_body_without_length_comes_in_chunks(autojump_clock: trio.testing.MockClock) -> None:
+    """HTTP/1.1 gets chunks; HTTP/1.0 a body that ends with the connection, even if it asks to keep it."""
+    piece = {"type": "http.response.body", "body": b"first", "more_body": True}
+    app = answer(START, piece, {**piece, "body": b""}, LAST)
+    assert (await ask(app, CLOSE)).endswith(b"\r\n\r\n5\r\nfirst\r\n4\r\nlast\r\n0\r\n\r\n")
+    response = await ask(app, b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+    assert response.endswith(b"\r\nconnection: close\r\n\r\nfirstlast")
+    assert b"chunked" not in response
+
+
+async def test_http10_may_keep_its_connection(autojump_clock: trio.testing.MockClock) -> None:
+    """Who speaks HTTP/1.0 and asks for it keeps the connection after an answer of known length."""
+    old = b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
+    response = await ask(hello, old, old, CLOSE)
+    assert response.count(b"HTTP/1.1 200 OK\r\n") == 3
+    assert response.count(b"\r\nconnection: keep-alive\r\n") == 2
+
+
+@pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"GET", 204), (b"GET", 304), (b"HEAD", 404)])
+async def test_answers_without_a_body(autojump_clock: trio.testing.MockClock, method: bytes, status: int) -> None:
+    """The answer to HEAD, 204 and 304 end with their head, whatever the app sends; the next answer follows."""
+    app = answer({**START, "status": status, "headers": [(b"content-length", b"4")]}, LAST)
+    response = await ask(app, CLOSE.replace(b"Connection: close\r\n", b"").replace(b"GET", method) * 2)
+    heads = response.split(b"\r\n\r\n")
+    assert len(heads) == 3
+    assert heads[2] == b""
+    assert all(head.startswith(b"HTTP/1.1 %d " % status) for head in heads[:2])
+    assert (b"content-length" in heads[0]) is (status != 204)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (LAST,),
+        (START, START),
+        ({**START, "status": 99}, LAST),
+        ({**START, "headers": [(b"a", b"b\r\nc: d")]}, LAST),
+        ({**START, "headers": [(b"a", b"\0")]}, LAST),
+        ({**START, "headers": [(b"a b", b"c")]}, LAST),
+        ({**START, "headers": [(b"content-length", b"4"), (b"Content-Length", b"4")]}, LAST),
+        ({**START, "headers": [(b"content-length", b"-4")]}, LAST),
+        ({**START, "headers": [(b"content-length", b"3")]}, LAST),
+        ({"type": "websocket.accept"},),
+    ],
+)
+async def test_what_is_no_response_is_a_500(
+    autojump_clock: trio.testing.MockClock, logs: Any, messages: Sequence[Message]
+) -> None:
+    """An app that breaks HTTP or ASGI before anything is out gives a 500, and an error in the log."""
+    logs.expect_error("app_crashed")
+    response = await ask(answer(*messages), CLOSE)
+    assert response.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    body_of(response)
+
+
+@pytest.mark.parametrize("messages", [(), (START,)])
+async def test_an_app_that_does_not_answer_is_a_500(
+    autojump_clock: trio.testing.MockClock, messages: Sequence[Message]
+) -> None:
+    """An app that returns before there is anything to send gives a 500."""
+    assert (await ask(answer(*messages), CLOSE)).startswith(b"HTTP/1.1 500 ")
+
+
+async def test_an_answer_without_its_end_ends_the_connection(autojump_clock: trio.testing.MockClock) -> None:
+    """An app that returns within its answer leaves it cut off, and what comes behind is not served."""
+    piece = {"type": "http.response.body", "body": b"half", "more_body": True}
+    response = await ask(answer(START, piece), HELLO, HELLO)
+    assert response.count(b"HTTP/1.1 200 ") == 1
+    assert response.endswith(b"4\r\nhalf\r\n")
+
+
+async def test_an_app_may_end_the_connection(autojump_clock: trio.testing.MockClock) -> None:
+    """The app's ``connection: close`` is kept; its other words on framing are not its to say."""
+    headers = [(b"Connection", b"close"), (b"transfer-encoding", b"gzip"), (b"date", b"today")]
+    response = await ask(answer({**START, "headers": headers}, LAST), HELLO)
+    assert response == (
+        b"HTTP/1.1 200 OK\r\ndate: today\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+        b"4\r\nlast\r\n0\r\n\r\n"
+    )
+
+
+async def test_a_head_waits_for_its_body(autojump_clock: trio.testing.MockClock) -> None:
+    """The head leaves with the first piece, an empty one if need be, or when it is flushed; never twice."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        client = scope["extensions"]["trigate.client"]
+        await send(dict(START))
+        await trio.sleep(1.0)
+        if scope["path"] == "/flush":
+            await client.flush()
+            assert client.chunked
+            await client.flush()
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
+        await trio.sleep(1.0)
+        await send(dict(LAST))
+
+    for path in (b"/flush", b"/empty"):
+        async with open_connection(app) as client:
+            began = trio.current_time()
+            await client.send_all(HELLO.replace(b" / ", b" %b " % path))
+            head = await read_until(client, b"\r\n\r\n")
+            assert head.count(b"HTTP/1.1") == 1
+            assert trio.current_time() - began == pytest.approx(1.0)
+            assert await read_until(client, b"0\r\n\r\n") == b"4\r\nlast\r\n0\r\n\r\n"
+
+
+async def test_expect_continue_is_answered_only_to_who_reads(autojump_clock: trio.testing.MockClock) -> None:
+    """An app that refuses a body unseen does not ask for it; the connection ends, as nobody knows what follows."""
+    expecting = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+    async with open_connection(answer({**START, "status": 401}, LAST)) as client:
+        await client.send_all(expecting)
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 401 ")
+        assert b"HTTP/1.1 100 " not in response
+    async with open_connection(hello) as client:
+        await client.send_all(expecting + b"{}")  # it did not wait
+        assert (await read_until(client, b"POST /")).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_disconnect_is_told_after_the_answer_too(autojump_clock: trio.testing.MockClock) -> None:
+    """A task of the app that waits for the client to leave is released by the end of the response."""
+    told = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        async def watch() -> None:
+            await receive()
+            told.append((await receive())["type"])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await trio.sleep(1.0)
+            await say(send, b"!")
+        told.append((await receive())["type"])
+
+    async with open_connection(app) as client:
+        for _ in range(2):
+            await client.send_all(HELLO)
+            await read_until(client, b"!")
+    assert told == ["http.disconnect"] * 4
+
+
+async def test_two_tasks_may_send(autojump_clock: trio.testing.MockClock) -> None:
+    """Pieces that two tasks send at once do not mix, also where the client is slow."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send(dict(START))
+        async with trio.open_nursery() as nursery:
+            for letter in (b"a", b"b", b"c"):
+                body = b"data: 1" + letter * 93
+                nursery.start_soon(send, {"type": "http.response.body", "body": body, "more_body": True})
+        await send(dict(LAST))
+
+    client, server = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_connection, app, SlowStream(server, 1.0), config=CONFIG))
+        await client.send_all(CLOSE)
+        pieces = (await read_until(client, b"0\r\n\r\n")).split(b"\r\n")
+        for letter in (b"a", b"b", b"c"):
+            assert b"data: 1" + letter * 93 in pieces
+        await client.aclose()
+
+
+# -- on sockets -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_sockets(
+    app: Application, *, polled: bool = True
+) -> AsyncIterator[tuple[trio.SocketStream, http1.Connection]]:
+    """Serves an app on one TCP connection, with a poller or without one, and gives the other end."""
+    async with poller.open_poller() as found, trio.open_nursery() as nursery:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener:
+            near = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+            far = await listener.accept()
+        connection = http1.Connection(http1.Service(app, 75.0, {}, found if polled else None), far)
+        nursery.start_soon(connection.run)
+        with trio.fail_after(10):
+            yield near, connection
+        await near.aclose()
+        nursery.cancel_scope.cancel()
+
+
+each_way_to_poll = pytest.mark.parametrize(
+    "polled",
+    [
+        pytest.param(True, marks=pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")),
+        False,
+    ],
+    ids=["polled", "not polled"],
+)
+
+
+@each_way_to_poll
+@pytest.mark.parametrize("behind", [b"", b"G", HELLO * 1000], ids=["nothing", "byte", "many"])
+@pytest.mark.parametrize("how", ["reset", "close", "half-close"])
+async def test_leaving_is_told_on_sockets(polled: bool, behind: bytes, how: str) -> None:
+    """A client that leaves, in whichever way and whatever it has sent, is noticed while the app waits."""
+    told = []
+    waiting = trio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        waiting.set()
+        told.append((await receive())["type"])
+
+    async with open_sockets(app, polled=polled) as (client, _):
+        await client.send_all(HELLO + behind)
+        await waiting.wait()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not told
+        await leave(client, how)
+        while not told:
+            await trio.testing.wait_all_tasks_blocked(0.001)
+    assert told == ["http.disconnect"]
+
+
+async def leave(client: trio.SocketStream, how: str) -> None:
+    """Leaves."""
+    if how == "half-close":
+        await client.send_eof()
+    else:
+        if how == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await client.aclose()
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
+@pytest.mark.parametrize("how", ["close", "half-close"])
+async def test_watch_calls_back_once(how: str) -> None:
+    """`Client.watch` calls back when the client leaves during the request, and not one request later."""
+    calls: list[str] = []
+    go_on = trio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        client = scope["extensions"]["trigate.client"]
+        assert client.watch(lambda: calls.append(scope["path"]))
+        if scope["path"] == "/unwatched":
+            client.unwatch()
+        if scope["path"] == "/last":
+            await go_on.wait()
+        await say(send, b"!")
+
+    async with open_sockets(app) as (client, _):
+        for path in (b"/first", b"/unwatched"):
+            await client.send_all(HELLO.replace(b" / ", b" %b " % path))
+            await read_until(client, b"!")
+        await client.send_all(HELLO.replace(b" / ", b" /last ") + HELLO)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert calls == []
+        await leave(client, how)
+        while not calls:
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        go_on.set()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    assert calls == ["/last"]
+
+
+async def test_there_is_nothing_to_watch_without_a_socket(autojump_clock: trio.testing.MockClock) -> None:
+    """On other streams `Client.watch` says that it will not call, and there is no socket to write to."""
+    found = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        client = scope["extensions"]["trigate.client"]
+        found.append((client.watch(lambda: None), client.socket))
+        await say(send, b"!")
+
+    await ask(app, CLOSE)
+    assert found == [(False, None)]
+
+
+@each_way_to_poll
+async def test_a_body_written_to_the_socket(polled: bool) -> None:
+    """Once the head is flushed, an app may write chunks to the client's socket itself, and end with ``send``."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        client = scope["extensions"]["trigate.client"]
+        await send(dict(START))
+        await client.flush()
+        assert client.chunked
+        client.socket.send(b"6\r\ndirect\r\n")
+        await send(dict(LAST))
+
+    async with open_sockets(app, polled=polled) as (client, _):
+        for _ in range(2):
+            await client.send_all(HELLO)
+            assert (await read_until(client, b"0\r\n\r\n")).endswith(b"\r\n\r\n6\r\ndirect\r\n4\r\nlast\r\n0\r\n\r\n")
+
+
+@each_way_to_poll
+async def test_abort_frees_a_send(polled: bool) -> None:
+    """`Client.abort`, from another task, ends a send that waits for a client, and closes the socket at once."""
+    left: list[str] = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        client = scope["extensions"]["trigate.client"]
+        client.watch(lambda: left.append("left"))
+        plain = client.socket
+        await send(dict(START))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, {"type": "http.response.body", "body": bytes(2**24), "more_body": True})
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            with trio.CancelScope() as scope_:  # it is out of reach of cancellation
+                scope_.cancel()
+                await trio.lowlevel.checkpoint()
+            await client.abort()
+        assert client.socket is None
+        assert plain.fileno() == -1
+        await send(dict(LAST))
+        left.append((await receive())["type"])
+        left.append((await receive())["type"])
+
+    async with open_sockets(app, polled=polled) as (client, _):
+        await client.send_all(HELLO)
+        with contextlib.suppress(trio.BrokenResourceError):
+            while await client.receive_some():
+                pass
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    assert left[polled:] == ["http.request", "http.disconnect"]
+
+
+async def test_a_fast_client_does_not_hold_up_others() -> None:
+    """An app that sends and receives without ever having to wait lets other tasks have their turn all the same."""
+    turns = 0
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            await send(dict(START))
+            for _ in range(100):
+                await send({"type": "http.response.body", "body": bytes(40_000), "more_body": True})
+            nursery.cancel_scope.cancel()
+        await send(dict(LAST))
+
+    async with open_sockets(app) as (client, _):
+        await client.send_all(CLOSE)
+        assert (await read_all(client)).endswith(b"4\r\nlast\r\n0\r\n\r\n")
+    assert turns
+
+
+@pytest.mark.slow
+async def test_all_clients_that_still_send_read_the_refusal() -> None:
+    """1000 of 1000 clients that send a body which is refused early read the status, and no reset in its place."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        await say(send, b"too large", status=413)
+
+    body = bytes(4 * 1024 * 1024)
+    read = 0
+    limit = trio.CapacityLimiter(20)
+
+    async def ask_one() -> None:
+        nonlocal read
+        async with limit, open_sockets(app) as (client, _), trio.open_nursery() as nursery:
+            await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+            nursery.start_soon(client.send_all, body)
+            assert body_of(await read_all(client)) == b"too large"
+            read += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(1000):
+            nursery.start_soon(ask_one)
+    assert read == 1000

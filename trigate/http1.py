@@ -1,8 +1,8 @@
 """HTTP/1.1: one connection, one task, in which the app is called as well.
 
-`request_parser` says what came in, `response_head` what goes out; here are the socket, the deadlines, and the life of
-a connection. There is no further task, no channel, no lock and no nursery, as each of them costs more than the parsing
-of a request. The rules:
+`request_parser` says what came in, `response_head` what goes out, `peer` reads and writes; here are the deadlines, and
+the life of a connection. There is no further task, no channel, no lock and no nursery, as each of them costs more than
+the parsing of a request. The rules:
 
 - **A message goes out whole or not at all.** `trio.Cancelled` is raised at the beginning of a send, or not. A send to
   a peer that does not read waits in a shield: `Connection.abort`, from outside, ends it. Where the socket takes the
@@ -17,9 +17,6 @@ of a request. The rules:
 - **A half-close counts as a disconnect**: ASGI has one message for both. What the app sends nevertheless is sent.
 - **Input that nobody will read is discarded before a connection is closed**, within bounds: to close a socket that has
   unread input sends a reset, and a reset may overtake the last response.
-
-A plain socket is used directly: ``recv`` and ``send`` at once, and Trio where it must be waited for. All other
-streams, by their methods.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import suppress
 from email.utils import formatdate
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -36,11 +32,12 @@ from urllib.parse import unquote
 import attrs
 import structlog
 import trio
-from trio.lowlevel import checkpoint, checkpoint_if_cancelled, wait_readable, wait_writable
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from trigate import response_head
 from trigate.errors import BadRequest, Header, Internal
-from trigate.poller import PEER_CLOSED, Poller
+from trigate.peer import UNYIELDING_BYTES, Peer
+from trigate.poller import Poller
 from trigate.request_head import HeadRefused
 from trigate.request_parser import RequestParser
 
@@ -53,11 +50,8 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Application: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 Address: TypeAlias = tuple[str, int]
 
-READ_BYTES = 64 * 1024
 READ_AHEAD_BYTES = 64 * 1024
 """How much of further requests is read while one is being served, where a client that leaves is only seen so."""
-UNYIELDING_BYTES = 1024 * 1024
-"""How much may come and go at once before a task lets others have their turn."""
 LINGER_S = 2.0
 """How long input is discarded after the last response of a connection."""
 LINGER_BYTES = 64 * 1024 * 1024
@@ -91,19 +85,25 @@ class Client:
     It belongs to one connection, and speaks of the request that is being served.
 
     Attributes:
-        socket: The plain, non-blocking socket, to write pieces of a body to directly, once `flush` has returned and
-            while no ``send`` is under way; None under TLS, on other streams, and once the connection is closed.
         chunked: Whether the body of the current response goes out in chunks, which who writes to `socket` must make;
-            if not, it is closed by its declared length or by the connection's end. Valid after
+            if not, its length is declared, or it ends with the connection (HTTP/1.0). Valid after
             ``http.response.start``.
     """
 
-    __slots__ = ("_connection", "chunked", "socket")
+    __slots__ = ("_connection", "chunked")
 
-    def __init__(self, connection: Connection, plain: socket.socket | None) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.socket = plain
         self.chunked = False
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """The plain, non-blocking socket, to write pieces of a body of undeclared length to directly.
+
+        Once `flush` has returned, and while no ``send`` is under way. None under TLS, on other streams, and once the
+        connection is closed.
+        """
+        return self._connection.peer.socket
 
     def watch(self, callback: Callable[[], None]) -> bool:
         """Calls back, once, when the client leaves while the current request is being served.
@@ -118,7 +118,7 @@ class Client:
 
     def unwatch(self) -> None:
         """Does not call back any more."""
-        self._connection.on_leave = None
+        self._connection.peer.on_leave = None
 
     async def flush(self) -> None:
         """Sends the head of the response if it still waits for a piece of the body."""
@@ -140,37 +140,27 @@ class Connection:
         server: This end's address, for the scope.
 
     Attributes:
-        on_leave: What to call when the client leaves.
+        peer: The client's end.
     """
 
     _service: Service
     _stream: trio.abc.Stream
     client: Address | None = None
     server: Address | None = None
-    on_leave: Callable[[], None] | None = attrs.field(init=False, default=None)
-
+    peer: Peer = attrs.field(init=False)
     _parser: RequestParser = attrs.field(init=False, factory=RequestParser)
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _idle: bool = attrs.field(init=False, default=True)
-    _socket: socket.socket | None = attrs.field(init=False, default=None)
-    _fd: int = attrs.field(init=False, default=-1)
-    _polled: bool = attrs.field(init=False, default=False)
+    _scheme: str = attrs.field(init=False)
     _client: Client = attrs.field(init=False)
-
-    # the peer
-    _gone: bool = attrs.field(init=False, default=False)  # it has closed its sending side, or all of it
-    _lost: bool = attrs.field(init=False, default=False)  # nothing can be sent to it any more
-    _refused: bool = attrs.field(init=False, default=False)  # it has been told so; what the app sends goes nowhere
-    _sending: trio.Event | None = attrs.field(init=False, default=None)  # set by a send that has to wait, at its end
-    _unyielding_bytes: int = attrs.field(init=False, default=0)
 
     # the current request
     _told: bool = attrs.field(init=False, default=False)  # the app has the whole body
     _continues: bool = attrs.field(init=False, default=False)  # the client waits for 100
-    _waiting: trio.Event | None = attrs.field(init=False, default=None)  # where `receive` waits for the end
     _reading: trio.CancelScope | None = attrs.field(init=False, default=None)  # in which it reads ahead for that
 
     # its response
+    _refused: bool = attrs.field(init=False, default=False)  # by us; what the app sends goes nowhere
     _phase: int = attrs.field(init=False, default=_NOTHING)
     _head: bytes = attrs.field(init=False, default=b"")  # held
     _left: int | None = attrs.field(init=False, default=None)  # what is missing of the declared length
@@ -178,12 +168,9 @@ class Connection:
     _persistent: bool = attrs.field(init=False, default=True)
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self._stream, trio.SocketStream):
-            # A second handle on the descriptor of Trio's socket, detached before that is closed.
-            sock, self._fd = self._stream.socket, self._stream.socket.fileno()
-            self._socket = socket.socket(sock.family, sock.type, sock.proto, self._fd)
-            self._socket.setblocking(False)
-        self._client = Client(self, self._socket)
+        self.peer = Peer(self._stream, self._service.poller)
+        self._scheme = "https" if isinstance(self._stream, trio.SSLStream) else "http"
+        self._client = Client(self)
 
     # -- its life -----------------------------------------------------------------------------------------------------
 
@@ -193,10 +180,10 @@ class Connection:
             try:
                 with self._scope:
                     unread = await self._serve()
-                if not self._scope.cancelled_caught and not self._lost:
+                if not self._scope.cancelled_caught and not self.peer.lost:
                     await self._end(unread)
             finally:
-                self._release()
+                self.peer.release()
         finally:
             await self._stream.aclose()
 
@@ -207,10 +194,7 @@ class Connection:
 
     async def abort(self) -> None:
         """Closes the connection at once, whatever its tasks are doing."""
-        self._lost = True
-        self._release()
-        self._leave()
-        await trio.aclose_forcefully(self._stream)
+        await self.peer.abort()
 
     async def _serve(self) -> bool:
         """Serves requests; says whether input of the client is, or must be expected to be, left unread."""
@@ -229,18 +213,20 @@ class Connection:
                     return False
                 self._idle = False
                 await self._answer()
-                if self._phase != _DONE or not self._persistent or self._gone or service.draining:
+                if self._phase != _DONE or not self._persistent or self.peer.gone or service.draining:
                     return bool(parser.buffered) or not parser.complete
         except HeadRefused as error:
             await self._refuse(error)
             return True
 
     async def _wait_request(self) -> bool:
-        """Reads the head of a request; False if none comes."""
+        """Reads the head of a request; False if none comes, or is waited for."""
         parser = self._parser
+        if self._service.draining:
+            return False  # noqa: ASYNC910
         self._scope.deadline = trio.current_time() + self._service.keep_alive_timeout_s
         while True:
-            data = await self._read()
+            data = await self.peer.read()
             if not data:
                 return False
             parser.feed(data)
@@ -248,7 +234,7 @@ class Connection:
                 self._scope.deadline = math.inf
                 return True
 
-    async def _answer(self) -> None:
+    async def _answer(self) -> None:  # noqa: ASYNC910 - the app may not wait
         """Has the app answer the current request."""
         parser, service = self._parser, self._service
         head = parser.head
@@ -262,7 +248,7 @@ class Connection:
             "http_version": "1.1" if head.version == b"HTTP/1.1" else "1.0",
             "asgi": {"spec_version": "2.1", "version": "3.0"},
             "method": head.method.decode(),
-            "scheme": "https" if isinstance(self._stream, trio.SSLStream) else "http",
+            "scheme": self._scheme,
             "path": unquote(path.decode()) if b"%" in path else path.decode(),
             "raw_path": path,
             "query_string": query,
@@ -279,10 +265,10 @@ class Connection:
         except* Exception as group:
             crash = group
         finally:
-            self.on_leave = None
+            self.peer.on_leave = None
         if crash is not None:
             log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
-        if self._phase < _BEGUN and not self._lost and (crash is not None or not self._gone):
+        if self._phase < _BEGUN and not self.peer.lost and (crash is not None or not self.peer.gone):
             await self._apologize()
         if not parser.complete:
             self._discard_body()
@@ -303,7 +289,7 @@ class Connection:
         status, headers, body = Internal("The server failed on this request.").to_response()
         await self._send_whole(status, headers, body, self._parser.head.method)
 
-    async def _refuse(self, error: HeadRefused) -> None:
+    async def _refuse(self, error: HeadRefused) -> None:  # noqa: ASYNC910 - it sends, or has sent
         """Answers what is no request, unless an answer has begun; the connection then ends."""
         log.debug("request_refused", status=error.status, reason=error.message, client=self.client)
         if self._phase != _BEGUN:
@@ -317,126 +303,84 @@ class Connection:
         persistent = self._persistent and not self._service.draining
         answer = response_head.build(status, headers, date=_date(), method=method, persistent=persistent)
         self._phase = _DONE
-        await self._write(answer.data if answer.bodiless else answer.data + body)
+        await self.peer.write(answer.data if answer.bodiless else answer.data + body)
 
-    async def _end(self, unread: bool) -> None:
+    async def _end(self, unread: bool) -> None:  # noqa: ASYNC910 - not every stream can be half-closed
         """Closes the sending side, and discards what still arrives, where something does."""
-        plain = self._socket
-        stream = self._stream.transport_stream if isinstance(self._stream, trio.SSLStream) else self._stream
-        if isinstance(stream, trio.abc.HalfCloseableStream):
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                await stream.send_eof()
-        if plain is not None and not unread:
-            try:
-                unread = bool(plain.recv(1))
-            except OSError:
-                unread = False
-        if unread:
+        peer = self.peer
+        await peer.half_close()
+        if unread or peer.read_nowait():
             discarded = 0
             with trio.move_on_after(LINGER_S):
                 while discarded < LINGER_BYTES:
-                    data = await self._read()
+                    data = await peer.read()
                     if not data:
                         break
                     discarded += len(data)
 
-    def _release(self) -> None:
-        """Lets go of the descriptor, before it is closed."""
-        if self._polled:
-            self._polled = False
-            assert self._service.poller is not None
-            self._service.poller.remove(self._fd)
-        if self._socket is not None:
-            self._socket.detach()
-            self._socket = self._client.socket = None
-
-    # -- the client leaves --------------------------------------------------------------------------------------------
+    # -- what the app calls -------------------------------------------------------------------------------------------
 
     def watch(self, callback: Callable[[], None]) -> bool:
         """As `Client.watch` has it."""
-        if not self._polled and not self._gone and not self._poll():
+        peer = self.peer
+        if not peer.watch():
             return False
-        self.on_leave = callback
-        if self._gone:
-            self._leave()
+        peer.on_leave = callback
+        if peer.gone:
+            peer.leave()
         return True
-
-    def _poll(self) -> bool:
-        """Sees to it that the poller tells of the client's leaving.
-
-        It goes on doing so until the connection ends, over all its requests: so it costs nothing per request.
-        """
-        poller = self._service.poller
-        if poller is None or self._socket is None:
-            return False
-        poller.add(self._fd, PEER_CLOSED, self._on_peer_closed)
-        self._polled = True
-        return True
-
-    def _on_peer_closed(self, _: int) -> None:
-        assert self._service.poller is not None
-        self._service.poller.remove(self._fd)
-        self._polled = False
-        self._leave()
-
-    def _leave(self) -> None:
-        self._gone = True
-        if self._waiting is not None:
-            self._waiting.set()
-        callback, self.on_leave = self.on_leave, None
-        if callback is not None:
-            callback()
 
     async def _wait_gone(self) -> None:
         """Waits until the client has left, or the response is complete."""
-        if self._gone or self._phase == _DONE:
+        peer = self.peer
+        if peer.gone or self._phase == _DONE:
             await checkpoint()
             return
-        if self._waiting is None:
-            self._waiting = trio.Event()
-        waiting = self._waiting
-        if not self._polled and not self._poll() and self._reading is None:
+        if peer.left is None:
+            peer.left = trio.Event()
+        left = peer.left
+        if not peer.watch() and self._reading is None:
             with trio.CancelScope() as self._reading:
                 while self._parser.buffered < READ_AHEAD_BYTES:
-                    data = await self._read()
+                    data = await peer.read()
                     if not data:
-                        self._leave()
+                        peer.leave()
                         break
                     self._parser.feed(data)
             self._reading = None
-        await waiting.wait()
-
-    # -- what the app calls -------------------------------------------------------------------------------------------
+        await left.wait()
 
     async def _receive(self) -> Message:  # noqa: ASYNC910 - what is there is given at once
-        parser = self._parser
+        parser, peer = self._parser, self.peer
         while not self._told and self._phase != _DONE:
             try:
                 piece = parser.next_piece()
             except HeadRefused as error:
                 await self._refuse(error)
-                self._leave()
+                peer.leave()
                 break
             if piece or parser.complete:
                 self._told = parser.complete
-                return {"type": "http.request", "body": piece, "more_body": not parser.complete}
+                return {"type": "http.request", "body": piece, "more_body": not parser.complete}  # noqa: ASYNC910
             if self._continues:
                 self._continues = False
                 if self._phase < _BEGUN:
-                    await self._write(response_head.CONTINUE)
-            data = await self._read_at_once() or await self._read()
+                    await peer.write(response_head.CONTINUE)
+            if peer.unyielding_bytes > UNYIELDING_BYTES:
+                await peer.take_turns()
+            data = peer.read_nowait() or await peer.read()
             if not data:
-                self._leave()
+                peer.leave()
                 break
             parser.feed(data)
         await self._wait_gone()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
-        if self._unyielding_bytes > UNYIELDING_BYTES or self._lost or self._refused:
-            self._unyielding_bytes = 0
-            await checkpoint()
-            if self._lost or self._refused:
+        peer = self.peer
+        if peer.unyielding_bytes > UNYIELDING_BYTES or peer.lost or self._refused:
+            await peer.take_turns()
+            if peer.lost or self._refused:
                 return
         else:
             await checkpoint_if_cancelled()
@@ -458,7 +402,7 @@ class Connection:
         else:
             raise RuntimeError(f"{kind} is not what a response goes on with here")
 
-    async def _send_body(self, body: bytes, more: bool) -> None:
+    async def _send_body(self, body: bytes, more: bool) -> None:  # noqa: ASYNC910 - as `Peer.write`
         if self._phase not in (_HELD, _BEGUN):
             raise RuntimeError("http.response.body has no place before the start of a response, or after its end")
         short = False
@@ -479,13 +423,14 @@ class Connection:
             data = self._head + data
         self._phase = _BEGUN if more or short else _DONE
         if data:
-            await self._write(data)
+            await self.peer.write(data)
         if short:
             raise RuntimeError("the body is shorter than its content-length")
         if not more:
-            if self._waiting is not None:
-                self._waiting.set()
-                self._waiting = None
+            peer = self.peer
+            if peer.left is not None:
+                peer.left.set()
+                peer.left = None
             if self._reading is not None:
                 self._reading.cancel()
 
@@ -494,82 +439,7 @@ class Connection:
         await checkpoint_if_cancelled()
         if self._phase == _HELD:
             self._phase = _BEGUN
-            await self._write(self._head)
-
-    # -- the stream ---------------------------------------------------------------------------------------------------
-
-    async def _read(self) -> bytes:
-        """Reads what is there, or waits for it; nothing if the client has left."""
-        plain = self._socket
-        try:
-            if plain is None:
-                return b"" if self._lost else bytes(await self._stream.receive_some(READ_BYTES))
-            while True:
-                await wait_readable(self._fd)
-                try:
-                    return plain.recv(READ_BYTES)
-                except BlockingIOError:
-                    pass
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
-
-    async def _read_at_once(self) -> bytes:  # noqa: ASYNC910 - that is its purpose
-        """Reads what is there; nothing if that is nothing, or if only `_read` can tell."""
-        if self._socket is None:
-            return b""
-        if self._unyielding_bytes > UNYIELDING_BYTES:
-            self._unyielding_bytes = 0
-            await checkpoint()
-        try:
-            data = self._socket.recv(READ_BYTES)
-        except OSError:
-            return b""
-        self._unyielding_bytes += len(data)
-        return data
-
-    async def _write(self, data: bytes) -> None:  # noqa: ASYNC910 - the socket may take it at once
-        """Sends all of it. Not to be cancelled."""
-        while self._sending is not None:  # another task of the app
-            with trio.CancelScope(shield=True):
-                await self._sending.wait()
-        self._unyielding_bytes += len(data)
-        plain = self._socket
-        sent = 0
-        if plain is not None:
-            try:
-                sent = plain.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._lose()
-                return
-            if sent == len(data):
-                return
-        elif self._lost:
-            return
-        self._sending = trio.Event()
-        try:
-            with trio.CancelScope(shield=True):
-                if plain is None:
-                    await self._stream.send_all(data)
-                else:
-                    await self._write_slowly(plain, memoryview(data)[sent:])
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            self._lose()
-        finally:
-            self._sending.set()
-            self._sending = None
-
-    async def _write_slowly(self, plain: socket.socket, data: memoryview) -> None:
-        while data:
-            await wait_writable(self._fd)
-            with suppress(BlockingIOError):
-                data = data[plain.send(data) :]
-
-    def _lose(self) -> None:
-        self._lost = True
-        if not self._gone:
-            self._leave()
+            await self.peer.write(self._head)
 
 
 def refusal(error: HeadRefused) -> tuple[int, list[Header], bytes]:
