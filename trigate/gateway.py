@@ -29,6 +29,7 @@ from trigate import discovery, echo, local_model, routing
 from trigate.config import Config, ConfigError, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected
 from trigate.routing import Known, Target
+from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ TransportFactory = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
 
 def http_transport(name: str, upstream: UpstreamConfig) -> httpx2.AsyncBaseTransport:
     """Makes the transport of an upstream on sockets. Places are counted by `Upstream`, so the pool sets no limit."""
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=30.0)
-    secure = upstream.base_url is not None and upstream.base_url.startswith("https:")
-    return httpx2.AsyncHTTPTransport(limits=limits, verify=_trust() if secure else False)
+    return SocketTransport(trust=_trust)
 
 
 @functools.cache
@@ -147,6 +146,9 @@ async def open_generation(config: Config, transports: TransportFactory) -> Async
             upstreams[name] = upstream
         generation = Generation(config, upstreams)
         async with trio.open_nursery() as nursery:
+            for upstream in upstreams.values():
+                if isinstance(upstream.transport, SocketTransport):
+                    nursery.start_soon(upstream.transport.run)
             looked = []
             for upstream in upstreams.values():
                 settings = upstream.config
