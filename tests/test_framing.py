@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
+from itertools import pairwise
 
 import httpx2
 import pytest
@@ -11,6 +13,7 @@ from trigate import framing
 from trigate.framing import MAX_HEAD_BYTES, MAX_INTERIM, Framing
 
 OK = b"HTTP/1.1 200 OK\r\n"
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nlink: x\r\n\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
 
 
@@ -20,9 +23,14 @@ def _taken(framed: Framing) -> bytes:
     return body
 
 
+def _feed(framed: Framing, pieces: Iterable[bytes]) -> None:
+    for piece in pieces:
+        framed.feed(piece)
+
+
 def _cut(data: bytes, *at: int) -> list[bytes]:
     edges = [0, *at, len(data)]
-    return [data[low:high] for low, high in zip(edges, edges[1:], strict=False) if low < high]
+    return [data[low:high] for low, high in pairwise(edges) if low < high]
 
 
 def _ways(data: bytes) -> list[list[bytes]]:
@@ -44,7 +52,7 @@ def _ways(data: bytes) -> list[list[bytes]]:
         ("GET", b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n", b"", True),
         ("HEAD", OK + b"content-length: 5\r\n\r\n", b"", True),
         ("HEAD", CHUNKED, b"", True),
-        ("POST", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nlink: x\r\n\r\n" + OK + b"content-length: 2\r\n\r\nok", b"ok", True),
+        ("POST", INTERIM + OK + b"content-length: 2\r\n\r\nok", b"ok", True),
         ("POST", b"HTTP/1.1 200\r\ncontent-length: 2\r\n\r\nok", b"ok", True),
         ("POST", OK + b"upgrade: h2\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\nok", b"ok", True),
     ],
@@ -81,8 +89,7 @@ def test_what_follows_the_end(data: bytes, extra: bytes) -> None:
     """Bytes behind the end, at once or later, are no part of the answer, and the connection carries no other."""
     for pieces in ([data + extra], [data, extra]):
         framed = Framing()
-        for piece in pieces:
-            framed.feed(piece)
+        _feed(framed, pieces)
         assert framed.complete
         assert not framed.keep_alive
         assert (framed.status, _taken(framed)) in ((200, b"ok"), (204, b""))
@@ -94,8 +101,7 @@ def test_a_body_for_head(head: bytes) -> None:
     body = b"5\r\nhello\r\n" if head is CHUNKED else b"hello"
     for pieces in ([head + body], [head, body]):
         framed = Framing("HEAD")
-        for piece in pieces:
-            framed.feed(piece)
+        _feed(framed, pieces)
         assert (framed.complete, framed.keep_alive, framed.pieces) == (True, False, [])
 
 
@@ -179,8 +185,7 @@ def test_what_is_refused(data: bytes, message: str) -> None:
     for pieces in ([data], [data[at : at + 1] for at in range(len(data))]):
         framed = Framing()
         with pytest.raises(httpx2.RemoteProtocolError, match=message):
-            for piece in pieces:
-                framed.feed(piece)
+            _feed(framed, pieces)
         assert not framed.complete
 
 
@@ -207,14 +212,12 @@ def test_the_head_is_bounded(segment_bytes: int, field: bytes) -> None:
     room = MAX_HEAD_BYTES - len(OK) - len(tail)
     fitting = b"x: " + b"y" * (room - len(b"x: \r\n") - 1) + b"\r\n"
     framed = Framing()
-    for piece in _in(OK + fitting + tail + bytes(100_000), segment_bytes):
-        framed.feed(piece)
+    _feed(framed, _in(OK + fitting + tail + bytes(100_000), segment_bytes))
     assert framed.complete
     assert len(_taken(framed)) == 100_000
     framed = Framing()
     with pytest.raises(httpx2.RemoteProtocolError, match="response head"):
-        for piece in _in(OK + field * (1 + 90_000 // len(field)) + tail, segment_bytes):
-            framed.feed(piece)
+        _feed(framed, _in(OK + field * (1 + 90_000 // len(field)) + tail, segment_bytes))
     assert not framed.begun
 
 
@@ -226,8 +229,7 @@ def test_what_is_no_body_is_bounded(endless: bytes) -> None:
     framed = Framing()
     framed.feed(CHUNKED)
     with pytest.raises(httpx2.RemoteProtocolError, match="between two pieces"):
-        for piece in _in(endless, 1000):
-            framed.feed(piece)
+        _feed(framed, _in(endless, 1000))
 
 
 def test_a_long_stream_in_small_segments_is_no_flood() -> None:

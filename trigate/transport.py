@@ -202,7 +202,7 @@ class _Opening:
         failed: httpx2.TransportError | None = None
         async with trio.open_nursery() as nursery:
 
-            async def listen() -> None:
+            async def listen() -> None:  # noqa: ASYNC910 - as `receive`
                 nonlocal failed
                 try:
                     await response._receive_head()
