@@ -195,12 +195,14 @@ class _Opening:
         else:
             await _within(bounds.read_s, httpx2.ReadTimeout, response._receive_head())
 
-    async def _send_rest(self, connection: Connection, response: Response, rest: memoryview) -> None:
+    async def _send_rest(  # noqa: ASYNC910 - there is a rest, else it is not called
+        self, connection: Connection, response: Response, rest: memoryview
+    ) -> None:
         """Sends what the socket does not take at once, while it listens for an answer that does not wait for it."""
         failed: httpx2.TransportError | None = None
         async with trio.open_nursery() as nursery:
 
-            async def listen() -> None:
+            async def listen() -> None:  # noqa: ASYNC910 - as `receive`
                 nonlocal failed
                 try:
                     await response._receive_head()
