@@ -661,54 +661,6 @@ async def test_watch_calls_back_once(how: str) -> None:
     assert calls == ["/last"]
 
 
-@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
-async def test_a_full_socket_calls_back_when_it_is_read() -> None:
-    """`Client.when_writable` calls back once when the client reads on, and not at all when it leaves instead."""
-    calls: list[str] = []
-    full = [trio.Event(), trio.Event()]
-    called = [trio.Event(), trio.Event()]
-
-    async def app(scope: Message, receive: Receive, send: Send) -> None:
-        client = scope["extensions"]["trigate.client"]
-
-        def note(what: str) -> None:
-            called[len(calls)].set()
-            calls.append(what)
-
-        assert client.watch(partial(note, "left"))
-        await send(dict(START))
-        await client.flush()
-        for number in range(2):
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    client.socket.send(b"1\r\na\r\n" * 10_000)
-            assert client.when_writable(partial(note, "writable"))
-            full[number].set()
-            await called[number].wait()
-        assert not client.when_writable(partial(note, "writable"))
-
-    async with open_sockets(app) as (client, _):
-        await client.send_all(CLOSE)
-        await full[0].wait()
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert calls == []
-        while not calls:
-            await client.receive_some()
-        await full[1].wait()
-        assert calls == ["writable"]
-        await client.aclose()
-        await called[1].wait()
-    assert calls == ["writable", "left"]
-
-
-async def test_a_connection_that_begins_in_a_drain_ends(autojump_clock: trio.testing.MockClock) -> None:
-    """A connection that was accepted just before a drain is not waited for; what it has been sent is no request yet."""
-    client, server = trio.testing.memory_stream_pair()
-    await http1.Connection(http1.Service(hello, 75.0, draining=True), server).run()
-    assert await read_all(client) == b""
-    assert trio.current_time() == 0.0
-
-
 async def test_there_is_nothing_to_watch_without_a_socket(autojump_clock: trio.testing.MockClock) -> None:
     """On other streams `Client.watch` says that it will not call, and there is no socket to write to."""
     found = []

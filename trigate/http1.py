@@ -117,19 +117,8 @@ class Client:
         return self._connection.watch(callback)
 
     def unwatch(self) -> None:
-        """Does not call back any more, whatever for."""
-        self._connection.peer.forget()
-
-    def when_writable(self, callback: Callable[[], None]) -> bool:
-        """Calls back, once, when `socket` takes bytes again: for who writes to it, and found it full.
-
-        The call is synchronous and must not raise. It does not come if the client leaves before: that is what `watch`
-        tells. It is forgotten with the end of the request.
-
-        Returns:
-            Whether it will be so; False where the client has left, or `watch` cannot be had.
-        """
-        return self._connection.peer.when_writable(callback)
+        """Does not call back any more."""
+        self._connection.peer.on_leave = None
 
     async def flush(self) -> None:
         """Sends the head of the response if it still waits for a piece of the body."""
@@ -276,7 +265,7 @@ class Connection:
         except* Exception as group:
             crash = group
         finally:
-            self.peer.forget()
+            self.peer.on_leave = None
         if crash is not None:
             log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
         if self._phase < _BEGUN and not self.peer.lost and (crash is not None or not self.peer.gone):

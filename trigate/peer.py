@@ -22,7 +22,7 @@ from contextlib import suppress
 import trio
 from trio.lowlevel import checkpoint, wait_readable, wait_writable
 
-from trigate.poller import PEER_CLOSED, WRITABLE, Poller
+from trigate.poller import PEER_CLOSED, Poller
 
 READ_BYTES = 64 * 1024
 UNYIELDING_BYTES = 1024 * 1024
@@ -43,14 +43,13 @@ class Peer:
         gone: It has closed its sending side, or all of it.
         lost: Nothing can be sent to it any more.
         on_leave: What to call when it leaves; once.
-        on_writable: What to call when its socket takes bytes again; once. Set by `when_writable`.
         left: Set when it leaves, if somebody has put an event here.
         unyielding_bytes: How much has come and gone since the task has had to wait.
     """
 
     __slots__ = (
         *("_fd", "_polled", "_poller", "_stream", "_writing"),
-        *("gone", "left", "lost", "on_leave", "on_writable", "socket", "unyielding_bytes"),
+        *("gone", "left", "lost", "on_leave", "socket", "unyielding_bytes"),
     )
 
     def __init__(self, stream: trio.abc.Stream, poller: Poller | None) -> None:
@@ -63,7 +62,6 @@ class Peer:
         self.gone = False
         self.lost = False
         self.on_leave: Callable[[], None] | None = None
-        self.on_writable: Callable[[], None] | None = None
         self.left: trio.Event | None = None
         self.unyielding_bytes = 0
         if isinstance(stream, trio.SocketStream) and stream.socket.fileno() >= 0:
@@ -153,44 +151,19 @@ class Peer:
         if not self._polled and not self.gone:
             if self._poller is None or self.socket is None:
                 return False
-            self._poller.add(self._fd, PEER_CLOSED, self._on_event)
+            self._poller.add(self._fd, PEER_CLOSED, self._on_closed)
             self._polled = True
         return True
 
-    def when_writable(self, callback: Callable[[], None]) -> bool:
-        """Calls back once when the socket takes bytes; says whether it will, which is not so when the peer has left."""
-        if self.gone or not self.watch():
-            return False
+    def _on_closed(self, _: int) -> None:
         assert self._poller is not None
-        self.on_writable = callback
-        self._poller.change(self._fd, PEER_CLOSED | WRITABLE)
-        return True
-
-    def forget(self) -> None:
-        """Calls nobody back any more."""
-        self.on_leave = None
-        if self.on_writable is not None:
-            self.on_writable = None
-            if self._polled:
-                assert self._poller is not None
-                self._poller.change(self._fd, PEER_CLOSED)
-
-    def _on_event(self, events: int) -> None:
-        assert self._poller is not None
-        if events & ~WRITABLE:
-            self._poller.remove(self._fd)
-            self._polled = False
-            self.leave()
-        else:
-            self._poller.change(self._fd, PEER_CLOSED)
-            callback, self.on_writable = self.on_writable, None
-            if callback is not None:
-                callback()
+        self._poller.remove(self._fd)
+        self._polled = False
+        self.leave()
 
     def leave(self) -> None:
         """Notes that it has left, and tells who wants to know."""
         self.gone = True
-        self.on_writable = None
         if self.left is not None:
             self.left.set()
         callback, self.on_leave = self.on_leave, None
