@@ -19,6 +19,7 @@ from trigate import http1, peer, poller
 from trigate.config import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
 from trigate.protocol import serve_connection
+from trigate.timers import open_timers
 
 CONFIG = ServerConfig(keep_alive_timeout_s=75.0)
 HELLO = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -573,12 +574,12 @@ async def open_sockets(
     app: Application, *, polled: bool = True
 ) -> AsyncIterator[tuple[trio.SocketStream, http1.Connection]]:
     """Serves an app on one TCP connection, with a poller or without one, and gives the other end."""
-    async with poller.open_poller() as found, trio.open_nursery() as nursery:
+    async with poller.open_poller() as found, open_timers() as timers, trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         async with listener:
             near = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
             far = await listener.accept()
-        connection = http1.Connection(http1.Service(app, 75.0, {}, found if polled else None), far)
+        connection = http1.Connection(http1.Service(app, timers, 75.0, {}, found if polled else None), far)
         nursery.start_soon(connection.run)
         with trio.fail_after(10):
             yield near, connection

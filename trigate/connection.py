@@ -85,13 +85,16 @@ class Head:
         self.client: str | None = scope["client"][0] if scope.get("client") else None
         self.server: str | None = scope["server"][0] if scope.get("server") else None
         self.scheme: str = scope.get("scheme", "http")
-        headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
-            key = name.lower()
-            if key in (b"content-length", b"host", b"authorization") and key in headers:
-                raise Ambiguous(f"The header {key.decode()} stands twice.")
-            headers[key] = value
-        if len(scope["headers"]) > MAX_FIELDS or sum(len(n) + len(v) for n, v in scope["headers"]) > MAX_FIELDS_BYTES:
+        fields: list[tuple[bytes, bytes]] = scope["headers"]
+        headers = {name.lower(): value for name, value in fields}
+        if len(headers) != len(fields):
+            names = [name.lower() for name, _ in fields]
+            for once in (b"content-length", b"host", b"authorization"):
+                if names.count(once) > 1:
+                    raise Ambiguous(f"The header {once.decode()} stands twice.")
+        if "trigate.client" not in scope.get("extensions", {}) and (
+            len(fields) > MAX_FIELDS or sum([len(name) + len(value) for name, value in fields]) > MAX_FIELDS_BYTES
+        ):
             raise HeadersTooLarge(f"More than {MAX_FIELDS} header fields, or {MAX_FIELDS_BYTES} bytes of them.")
         self.headers = headers
         if b"content-length" in headers and b"transfer-encoding" in headers:
@@ -383,19 +386,8 @@ class Inbound:
             TooLarge: It is larger than ``max_bytes``.
             BodyTimeout: It did not end within ``timeout_s``.
         """
-        message = await self.receive()
-        if message["type"] != "http.request":
-            return None
-        first: bytes = message.get("body", b"")
-        if len(first) > max_bytes:
-            raise too_large(max_bytes)
-        if self.complete:
-            return first  # nearly always; a deadline costs as much as all of this
-        return await self._read_on(first, max_bytes, timeout_s)
-
-    async def _read_on(self, first: bytes, max_bytes: int, timeout_s: float) -> bytes | None:
-        pieces = [first]
-        size = len(first)
+        pieces: list[bytes] = []
+        size = 0
         with trio.move_on_after(timeout_s or math.inf):
             while True:
                 message = await self.receive()
@@ -407,7 +399,7 @@ class Inbound:
                     raise too_large(max_bytes)
                 pieces.append(piece)
                 if self.complete:
-                    return b"".join(pieces)
+                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s (limits.body_timeout_s).")
 
     async def drain(self) -> None:  # noqa: ASYNC910 - there may be nothing to drain
@@ -484,7 +476,11 @@ class GatewayConnection(TrioASGIHTTPConnection):
         limits = gateway.generation.config.limits
         if (head.content_length or 0) > limits.body_bytes:
             raise too_large(limits.body_bytes)
-        body = await inbound.read(max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
+        body: bytes | None
+        if down.client is not None and down.client.body_is_here and head.content_length is not None:
+            body = (await inbound.receive()).get("body", b"")  # nearly always: a deadline would cost more than this
+        else:
+            body = await inbound.read(max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
         if body is None:
             return
         call = decode_call(endpoint, body)

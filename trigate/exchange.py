@@ -45,7 +45,7 @@ from trigate.wire import Call, StreamReader, Usage, decode_answer
 
 if TYPE_CHECKING:
     from trigate.gateway import Gateway, Generation
-    from trigate.relay import Relay, Stream
+    from trigate.relay import Stream
     from trigate.timers import Timer
     from trigate.upstream import Reply
 

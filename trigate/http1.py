@@ -9,8 +9,8 @@ the parsing of a request. The rules:
   bytes at once, a send is no checkpoint (but an app that only ever sends is made to wait for its turn now and then).
 - **The head waits for the first piece of the body**, and both leave in one packet; ASGI wants it so. An app that must
   show its head before it has a body sends an empty piece, or calls `Client.flush`.
-- **The scope of the connection is cancelled only while no app runs**: its deadline is the keep-alive timeout, the head
-  timeout and the drain in one.
+- **The scope of the connection is cancelled only while no app runs**: that is the keep-alive timeout, the head timeout
+  and the drain in one.
 - **Reading ahead is bounded, and not needed** where there is a `Poller`: it tells of a client that leaves whatever
   that client has sent before. So bytes behind the current request stay in the kernel. Without one (TLS, memory
   streams, systems without epoll) `READ_AHEAD_BYTES` are read while the app waits for the client to leave.
@@ -40,6 +40,7 @@ from trigate.peer import UNYIELDING_BYTES, Peer
 from trigate.poller import Poller
 from trigate.request_head import HeadRefused
 from trigate.request_parser import RequestParser
+from trigate.timers import Timers
 
 log = structlog.get_logger("trigate.server")
 
@@ -66,6 +67,7 @@ class Service:
 
     Args:
         app: The ASGI app.
+        timers: End connections that wait for a request for too long.
         keep_alive_timeout_s: How long a connection may be without a (whole) request head.
         state: The lifespan state, copied into the scope of each request.
         poller: Tells of clients that leave; None = there is none.
@@ -73,6 +75,7 @@ class Service:
     """
 
     app: Application
+    timers: Timers
     keep_alive_timeout_s: float
     state: Mapping[str, Any] = attrs.field(factory=dict)  # Any: whatever the app has put there
     poller: Poller | None = None
@@ -104,6 +107,11 @@ class Client:
         connection is closed.
         """
         return self._connection.peer.socket
+
+    @property
+    def body_is_here(self) -> bool:
+        """Whether ``receive`` gives the whole body of the current request, or what is left of it, without waiting."""
+        return self._connection._parser.is_whole
 
     def watch(self, callback: Callable[[], None]) -> bool:
         """Calls back, once, when the client leaves while the current request is being served.
@@ -151,6 +159,7 @@ class Connection:
     _parser: RequestParser = attrs.field(init=False, factory=RequestParser)
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _idle: bool = attrs.field(init=False, default=True)
+    _idle_since: float = attrs.field(init=False, factory=trio.current_time)
     _scheme: str = attrs.field(init=False)
     _client: Client = attrs.field(init=False)
 
@@ -176,6 +185,7 @@ class Connection:
 
     async def run(self) -> None:
         """Serves the connection until it is closed."""
+        timer = self._service.timers.start(self._idle_since + self._service.keep_alive_timeout_s, self._on_time)
         try:
             try:
                 with self._scope:
@@ -183,6 +193,7 @@ class Connection:
                 if not self._scope.cancelled_caught and not self.peer.lost:
                     await self._end(unread)
             finally:
+                timer.stop()
                 self.peer.release()
         finally:
             await self._stream.aclose()
@@ -224,15 +235,25 @@ class Connection:
         parser = self._parser
         if self._service.draining:
             return False  # noqa: ASYNC910
-        self._scope.deadline = trio.current_time() + self._service.keep_alive_timeout_s
+        self._idle_since = trio.current_time()
         while True:
             data = await self.peer.read()
             if not data:
                 return False
             parser.feed(data)
             if parser.next_request():
-                self._scope.deadline = math.inf
                 return True
+
+    def _on_time(self, now: float) -> float:
+        # One timer for the connection: to set a deadline anew for each request would cost as much as its parsing.
+        timeout_s = self._service.keep_alive_timeout_s
+        if not self._idle:
+            return now + timeout_s
+        due_at = self._idle_since + timeout_s
+        if due_at <= now:
+            self._scope.cancel()
+            return math.inf
+        return due_at
 
     async def _answer(self) -> None:  # noqa: ASYNC910 - the app may not wait
         """Has the app answer the current request."""

@@ -44,6 +44,7 @@ from trigate.errors import Internal
 from trigate.http1 import Address, Application, Message, Send, refusal
 from trigate.poller import Poller
 from trigate.request_head import HeadRefused
+from trigate.timers import Timers, open_timers
 
 log = structlog.get_logger("trigate.server")
 
@@ -388,7 +389,7 @@ def hypercorn_config(config: ServerConfig) -> HypercornConfig:
 
 
 def open_service(
-    app: Application, config: ServerConfig, state: Mapping[str, Any], poller: Poller | None = None
+    app: Application, config: ServerConfig, state: Mapping[str, Any], timers: Timers, poller: Poller | None = None
 ) -> Http2Service:
     """Makes what the connections of a server share.
 
@@ -396,9 +397,11 @@ def open_service(
         app: A Trio-native ASGI app.
         config: Its timeouts apply.
         state: The lifespan state.
+        timers: End idle connections.
         poller: Tells of clients that leave.
     """
-    return Http2Service(http1.Service(app, config.keep_alive_timeout_s, state, poller), hypercorn_config(config))
+    service = http1.Service(app, timers, config.keep_alive_timeout_s, state, poller)
+    return Http2Service(service, hypercorn_config(config))
 
 
 async def serve_connection(
@@ -420,5 +423,6 @@ async def serve_connection(
         client: The peer's address, for the scope.
         server: This end's address, for the scope.
     """
-    service = open_service(app, config or ServerConfig(), state or {})
-    await Connection(service, stream, client, server).run()
+    async with open_timers() as timers:
+        service = open_service(app, config or ServerConfig(), state or {}, timers)
+        await Connection(service, stream, client, server).run()

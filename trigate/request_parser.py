@@ -161,6 +161,11 @@ class RequestParser:
         """How many bytes have been fed that nobody has asked for."""
         return len(self._data)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the rest of the current body has been fed, as far as that can be told without parsing it."""
+        return self.complete or (self._chunks is None and len(self._data) >= self._left)
+
     def feed(self, data: bytes) -> None:
         """Takes bytes."""
         self._data = self._data + data if self._data else data

@@ -30,6 +30,7 @@ from trigate.http1 import Address, Application, Message
 from trigate.poller import open_poller
 from trigate.protocol import Connection, Http2Service, open_service, serve_connection
 from trigate.supervisor import wait_parent_gone
+from trigate.timers import open_timers
 
 __all__ = [
     "Drainable",
@@ -264,8 +265,8 @@ class _Server:
         scheme = "https" if self.tls else "http"
         urls = [f"{scheme}://{_show(sock.getsockname())}" for sock in sockets]
         drain = self.state.get("drain")
-        async with open_poller() as poller, trio.open_nursery() as connections:
-            self._service = open_service(self.app, self.config, self.state, poller)
+        async with open_poller() as poller, open_timers() as timers, trio.open_nursery() as connections:
+            self._service = open_service(self.app, self.config, self.state, timers, poller)
             try:
                 async with trio.open_nursery() as accepting:
                     for sock in sockets:

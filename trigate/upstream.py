@@ -2,8 +2,8 @@
 
 The seam below is `httpx2.AsyncBaseTransport`: the embedded echo, a proxy, a script in a test. A `SocketTransport`,
 which nearly all upstreams have, is used by its own interface: to build and take apart `httpx2`'s requests and responses
-costs as much as everything else. `Upstream.open` is the only way to a reply, and it is an ``async with``: place, connection
-and stream are given back where the block ends.
+costs as much as everything else. `Upstream.open` is the only way to a reply, and it is an ``async with``: place,
+connection and stream are given back where the block ends.
 
 Deadlines are the caller's scopes, except for the connect timeout, which only the transport can tell from waiting.
 """

@@ -26,6 +26,8 @@ from trigate.errors import BadRequest, Garbled, GatewayError, Reported, Truncate
 # It stands in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
 
+_MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _any = msgspec.json.Decoder()
 
@@ -98,17 +100,41 @@ class Call:
     Attributes:
         model: The id that the client asked for; the answer carries the same.
         stream: Whether it wants server-sent events.
-        fields: The top-level fields as they came, ``model`` included.
+        body: As it came.
+        fields: Its top-level fields as they came, ``model`` included.
     """
 
     endpoint: Endpoint
     model: str
     stream: bool
+    body: bytes = attrs.field(repr=False)
     fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
 
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id."""
-        return _join(self.fields, msgspec.json.encode(model))
+        return _with_model(self.body, self.fields, msgspec.json.encode(model))
+
+
+def _with_model(data: bytes, fields: Mapping[str, msgspec.Raw], model: bytes) -> bytes:
+    """An object with another ``model``, given as JSON; every other byte stays.
+
+    Inside a JSON string every quote is escaped. So where an object has the key, the bytes ``"model"`` stand in it only
+    once, and no letter of it is written as an escape (``\\u006d``), those bytes are the key. Everywhere else the object
+    is put together again of its fields.
+
+    >>> _with_model(b'{"model" : "a", "n": 1.0}', {"model": msgspec.Raw(b'"a"'), "n": msgspec.Raw(b"1.0")}, b'"b"')
+    b'{"model" : "b", "n": 1.0}'
+    """
+    if _has_plain_model_key(data):
+        key = _MODEL_KEY.search(data)
+        raw = bytes(fields["model"])
+        if key is not None and data.startswith(raw, key.end()):
+            return data[: key.end()] + model + data[key.end() + len(raw) :]
+    return _join(fields, model)
+
+
+def _has_plain_model_key(data: bytes) -> bool:
+    return data.count(b'"model"') == 1 and b"\\u006" not in data
 
 
 def _join(fields: Mapping[str, msgspec.Raw], model: bytes | None) -> bytes:
@@ -165,7 +191,7 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
             raise BadRequest("stream_options goes with stream: true only.", param="stream_options")
     # `stream_format: "sse"` is how audio/speech asks for events
     events = bool(stream) or (endpoint.answer == "bytes" and _scalar(fields, "stream_format") == "sse")
-    return Call(endpoint=endpoint, model=model, stream=events, fields=fields)
+    return Call(endpoint=endpoint, model=model, stream=events, body=body, fields=fields)
 
 
 def _scalar(fields: Mapping[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape, checked by the caller
@@ -235,7 +261,7 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
             f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
         )
     usage = _usage(_decode_any(bytes(fields["usage"]))) if "usage" in fields else None
-    return (_join(fields, msgspec.json.encode(model)) if "model" in fields else body), usage
+    return (_with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage
 
 
 def _decode_any(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON
@@ -432,16 +458,16 @@ class StreamReader:
         # Inside a JSON string every quote is escaped, so the bytes `"model"` are a whole string: a key, or a text that
         # is just that word. Where they stand once and the upstream's id follows, that is the one to replace; where
         # anything is unusual, the event's top level is taken apart.
-        mentions = data.count(b'"model"')
-        if mentions == 1 and self._needle and self._needle in event:
+        plain = _has_plain_model_key(data)
+        if plain and self._needle and self._needle in event:
             return self._renamed(event, event.index(self._needle))
-        if not mentions:
+        if not plain and b'"model"' not in data and b"\\u006" not in data:
             return event
         named = _model_of(data)
         if named is None:
             return event
         raw, renamed = named
-        if mentions > 1:
+        if not plain:
             return sse.with_data(event, renamed(self._public))
         match = re.search(rb'("model"\s*:\s*)' + re.escape(raw), event)
         if match is None:  # cut in two by a line end
@@ -450,7 +476,7 @@ class StreamReader:
         return self._renamed(event, match.start())
 
     def _renamed(self, event: bytes, at: int) -> bytes:
-        """The event with the public id, whose model stands ``at`` there; what comes before is the prefix from now on."""
+        """The event with the public id, whose model stands ``at`` there; what is before it is the next one's prefix."""
         end = at + len(self._needle)
         public_prefix = event[:at] + self._replacement
         prefix = event[:end]
