@@ -124,7 +124,7 @@ class Head:
 # -- who may come in --------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
     """Whether a name or address is this machine's own. A peer without an address is a Unix socket, which is.
 
@@ -141,6 +141,7 @@ def is_loopback(host: str | None) -> bool:
     return (mapped or address).is_loopback
 
 
+@functools.lru_cache(maxsize=256)
 def _hostname(text: str) -> str | None:
     try:
         return urlsplit(f"//{text}").hostname

@@ -179,11 +179,12 @@ class Exchange:
         timer: Timer | None = None
         try:
             self.gateway.admit(self)
-            plan = self.generation.plan(self.call.model)
+            route = self.generation.route(self.call.model)
             self._nursery = nursery
-            self._shortest_s = self._shortest_limit_s(plan)
+            stall_s = self.generation.config.limits.stall_timeout_s or math.inf
+            self._shortest_s = min(route.shortest_limit_s, self._keep_alive_s(), stall_s)
             timer = self.gateway.timers.start(self.started_at + self._shortest_s, self._on_time)
-            await self._try(plan)
+            await self._try(route.targets)
             self.outcome = "complete"
         except GatewayError as error:
             self.outcome = error.code
@@ -429,13 +430,6 @@ class Exchange:
 
     def _total_left_s(self) -> float:
         return self._timeout_s("total") - self.age_s
-
-    def _shortest_limit_s(self, plan: tuple[Target, ...]) -> float:
-        """The shortest of all limits: whatever starts to run cannot be due sooner than that."""
-        config = self.generation.config
-        phases: tuple[TimeoutPhase, ...] = ("first_token", "idle", "total")
-        shortest = min([config.timeout_s(target.upstream, phase) for target in plan for phase in phases])
-        return min(shortest, self._keep_alive_s(), config.limits.stall_timeout_s or math.inf)
 
     def _keep_alive_s(self) -> float:
         return (self.generation.config.limits.keep_alive_s or math.inf) if self.call.stream else math.inf

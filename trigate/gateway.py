@@ -28,7 +28,7 @@ import trio
 
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, routing
-from trigate.config import Config, ConfigError, UpstreamConfig
+from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
 from trigate.poller import open_poller
 from trigate.relay import Relay
@@ -48,6 +48,7 @@ RETRY_S = 5.0
 """How soon it is asked again after it did not answer; doubles up to `REFRESH_S`."""
 _FIRST_LOOK_S = 0.3
 _WATCH_FILE_S = 1.0
+_MAX_ROUTES = 1024
 
 TransportFactory = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
 
@@ -119,6 +120,19 @@ def _trust() -> ssl.SSLContext:
         raise ConfigError(where, (f"cannot be used: {error.strerror or error}",)) from error
 
 
+@attrs.frozen
+class Route:
+    """Where the calls for a model id go.
+
+    Attributes:
+        targets: In the order in which they are tried; at least one.
+        shortest_limit_s: The shortest of their limits in time; ``math.inf`` = there is none.
+    """
+
+    targets: tuple[Target, ...]
+    shortest_limit_s: float
+
+
 class Generation:
     """The upstreams of one configuration, and the routes to them."""
 
@@ -128,6 +142,7 @@ class Generation:
         self.aliases = {
             alias: tuple(Target.parse(target) for target in model.targets) for alias, model in config.models.items()
         }
+        self._routes: dict[str, Route] = {}
         self.exchanges = 0
         self.created = int(time.time())
         self._retired = False
@@ -137,15 +152,24 @@ class Generation:
         """The state of the upstreams, as routing takes it."""
         return {name: upstream.known() for name, upstream in self.upstreams.items()}
 
-    def plan(self, model: str) -> tuple[Target, ...]:
-        """Returns the targets for a public model id. Raises as `routing.plan`."""
-        if model in self.aliases or "/" in model:
-            # The common way needs one or two upstreams' state, not everybody's.
-            targets = self.aliases.get(model) or (Target.parse(model),)
-            known = {t.upstream: self.upstreams[t.upstream].known() for t in targets if t.upstream in self.upstreams}
-            if len(known) == len({t.upstream for t in targets}) and targets[0].model:
-                return routing.plan(model, aliases=self.aliases, upstreams=known)
-        return routing.plan(model, aliases=self.aliases, upstreams=self.known())
+    def route(self, model: str) -> Route:
+        """Returns the way to a public model id. Raises as `routing.plan`.
+
+        An alias, and an id that names its upstream, lead to the same targets for as long as the configuration stands;
+        what else there is depends on who is up and on what they list.
+        """
+        found = self._routes.get(model)
+        if found is not None:
+            return found
+        targets = routing.plan(model, aliases=self.aliases, upstreams=self.known())
+        phases: tuple[TimeoutPhase, ...] = ("first_token", "idle", "total")
+        shortest_s = min(self.config.timeout_s(target.upstream, phase) for target in targets for phase in phases)
+        found = Route(targets, shortest_s)
+        if model in self.aliases or Target.parse(model) in targets:
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()  # ids are whatever clients ask for
+            self._routes[model] = found
+        return found
 
     def public_ids(self) -> dict[str, str]:
         """Every listed model id with its owner."""

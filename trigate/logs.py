@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import structlog
 
+_LEVELS = {"warn": "warning", "exception": "error"}
+"""The level of a method that is not called like it."""
 _COLORS = {"debug": "2", "info": "32", "warning": "33", "error": "31;1", "critical": "31;1"}
 
 
@@ -25,7 +27,6 @@ def configure(env: Mapping[str, str]) -> None:
     as_json = env.get("TRIGATE_LOG_FORMAT") == "json"
     structlog.configure(
         processors=[
-            structlog.processors.add_log_level,
             structlog.processors.format_exc_info,
             _JsonLine() if as_json else _Line(colors=sys.stderr.isatty()),
         ],
@@ -59,6 +60,7 @@ class _JsonLine:
         self._clock = _Clock()
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> str:
+        event["level"] = _LEVELS.get(method, method)
         event["timestamp"] = self._clock.now()
         return json.dumps(event, default=repr)  # ASCII: no tool takes U+2028 for the end of a line
 
@@ -71,14 +73,15 @@ class _Line:
 
     def __init__(self, *, colors: bool) -> None:
         self._clock = _Clock()
-        self._levels = {
+        levels = {
             level: f"\x1b[{code}m[{level:<9}]\x1b[0m" if colors else f"[{level:<9}]" for level, code in _COLORS.items()
         }
+        self._levels = levels | {method: levels[level] for method, level in _LEVELS.items()}
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> str:
-        level, name, exception = event.pop("level"), event.pop("event"), event.pop("exception", None)
+        name, exception = event.pop("event"), event.pop("exception", None)
         values = "".join([f" {key}={_text(value)}" for key, value in event.items()])
-        line = f"{self._clock.now()} {self._levels[level]} {name if name.isprintable() else repr(name)}{values}"
+        line = f"{self._clock.now()} {self._levels[method]} {name if name.isprintable() else repr(name)}{values}"
         return line if exception is None else f"{line}\n{exception}"
 
 

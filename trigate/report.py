@@ -20,7 +20,7 @@ def startup_lines(gateway: Gateway) -> list[str]:
     generation = gateway.generation
     config = generation.config
     try:
-        default = f"default is {generation.plan('default')[0]}"
+        default = f"default is {generation.route('default').targets[0]}"
     except GatewayError as error:
         default = f"default cannot serve: {error}"
     found = []

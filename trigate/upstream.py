@@ -275,7 +275,7 @@ class Upstream:
         self._local_model = local_model
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
-        self._places = trio.Semaphore(self.config.max_connections)
+        self._queue = trio.lowlevel.ParkingLot()
         self._address: _Address | None = None
         self.in_flight = 0
         self.state = "unknown"
@@ -329,7 +329,7 @@ class Upstream:
             state="disabled" if self.unusable else self.state,
             reason=self.unusable or self.reason,
             in_flight=self.in_flight,
-            queued=self._places.statistics().tasks_waiting,
+            queued=len(self._queue),
             max_connections=self.config.max_connections,
             models=len(self.models),
             last_error=self.last_error,
@@ -345,26 +345,21 @@ class Upstream:
             raise Unavailable(str(error), status=503) from error
 
     async def _take_place(self) -> None:  # noqa: ASYNC910 - where one is free there is nothing to wait for
-        try:
-            self._places.acquire_nowait()
-        except trio.WouldBlock:
-            pass
-        else:
+        if self.in_flight < self.config.max_connections:
             self.in_flight += 1
             return
         with trio.move_on_after(self._queue_timeout_s) as queue:
-            await self._places.acquire()
+            await self._queue.park()  # who leaves hands its place to the first of the queue
         if queue.cancelled_caught:
             raise UpstreamTimeout(
                 f"The upstream {self.name} has {self.config.max_connections} calls in flight, "
                 f"and no place came free within {self._queue_timeout_s:g} s.",
                 phase="queue",
             )
-        self.in_flight += 1
 
     def _give_place(self) -> None:
-        self.in_flight -= 1
-        self._places.release()
+        if not self._queue.unpark():
+            self.in_flight -= 1
 
     def open(
         self,

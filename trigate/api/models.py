@@ -44,7 +44,7 @@ async def retrieve_model(model: str) -> Response:
     if model in ids:
         return jsonify(_model(model, ids[model], generation.created))
     try:
-        target = generation.plan(model)[0]  # a bare id that exactly one upstream lists
+        target = generation.route(model).targets[0]  # a bare id that exactly one upstream lists
     except Unavailable as error:  # a call for it would be a 503; but it is not listed
         raise UnknownModel(model, reason=error.message) from None
     if str(target) not in ids:
