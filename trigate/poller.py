@@ -8,15 +8,22 @@ the price of waking up is shared by all that are ready at the same time.
 Rules for what is called back: it is synchronous, it may add, change and remove sockets (its own, and any other), and
 it must not raise. What it wakes (`trio.lowlevel.reschedule`, `trio.CancelScope.cancel`) runs after this turn.
 
-Bounds: at most `TURN` callbacks are made between two turns of everything else.
+**When much happens, a turn is longer.** To wake a Trio task costs as much as to move an event. So while turns follow
+each other closely (`CLOSE_S`), one goes on for `LINGER_S`, waiting for further sockets in its own epoll. Everything
+else is held up for that long at the most; or for a millisecond, epoll's unit, where the traffic stops in that moment.
+With 500 streams of 50 events a second, an event takes LINGER_RATIO of the CPU time that it takes without.
+
+Bounds: at most `TURN` callbacks are made between two looks at the clock.
 
 Linux only (`select.epoll`); elsewhere `open_poller` gives None, and who would use one does without.
 """
 
 from __future__ import annotations
 
+import math
 import select
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -26,6 +33,9 @@ import trio
 log = structlog.get_logger("trigate.poller")
 
 TURN = 256
+CLOSE_S = 0.0005
+LINGER_S = 0.0005
+_WAIT_S = 0.001
 
 Callback = Callable[[int], None]
 """Takes the events that epoll tells, as a mask."""
@@ -70,19 +80,30 @@ class Poller:
 
     async def run(self) -> None:
         """Calls back, for ever."""
-        poll, callbacks, fileno = self._epoll.poll, self._callbacks, self._epoll.fileno()
+        poll, fileno, clock = self._epoll.poll, self._epoll.fileno(), time.perf_counter
+        ended_at = -math.inf
         while True:
             await trio.lowlevel.wait_readable(fileno)
+            began_at = clock()
             self.now = trio.current_time()
-            for fd, events in poll(0, TURN):
-                callback = callbacks.get(fd)  # one that was called before it may have removed it
-                if callback is not None:
-                    try:
-                        callback(events)
-                    except Exception:
-                        log.exception("callback_crashed", callback=repr(callback))
-                        if fd in callbacks:
-                            self.remove(fd)
+            self._call_back(poll(0, TURN))
+            if began_at - ended_at < CLOSE_S:
+                while clock() - began_at < LINGER_S and (ready := poll(_WAIT_S, TURN)):
+                    self.now = trio.current_time()
+                    self._call_back(ready)
+            ended_at = clock()
+
+    def _call_back(self, ready: list[tuple[int, int]]) -> None:
+        callbacks = self._callbacks
+        for fd, events in ready:
+            callback = callbacks.get(fd)  # one that was called before it may have removed it
+            if callback is not None:
+                try:
+                    callback(events)
+                except Exception:
+                    log.exception("callback_crashed", callback=repr(callback))
+                    if fd in callbacks:
+                        self.remove(fd)
 
     def close(self) -> None:
         """Closes the epoll. The sockets are their owners'."""
