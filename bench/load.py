@@ -597,6 +597,8 @@ def main() -> None:
                 return
             buffer += data
         line, _, buffer = buffer.partition(b"\n")
+        if line == b"close":  # it came when the streams were closed already
+            continue
         given: Any = json.loads(line)  # Any: JSON
         report = Load(converter.structure(given, Job)).run(control_fd)
         print(json.dumps(converter.unstructure(report)), flush=True)

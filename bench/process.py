@@ -116,14 +116,14 @@ def _tool_environment() -> dict[str, str]:
 class Upstream:
     """The mock upstream's processes, on one port."""
 
-    def __init__(self, port: int, lines: Sequence[Lines]) -> None:
+    def __init__(self, port: int, processes: Sequence[Lines]) -> None:
         self.port = port
-        self._lines = lines
+        self.processes = processes
 
     async def statistics(self, *, reset: bool = False) -> dict[str, Any]:  # Any: see `bench.upstream.Server.statistics`
         """Asks all of them, and adds up; what is a maximum stays one."""
         total: dict[str, Any] = {}
-        for lines in self._lines:
+        for lines in self.processes:
             await lines.tell("reset" if reset else "stats")
             for name, value in (await lines.read()).items():
                 greatest = name in ("late_max_us", "late_mean_us", "now_ns")
@@ -161,6 +161,7 @@ class Generator:
 
     def __init__(self, lines: Sequence[Lines]) -> None:
         self._lines = lines
+        self._early: dict[Lines, Any] = {}  # Any: JSON
 
     async def start(self, job: Job) -> Sequence[Lines]:
         """Gives out a job; `report` gathers what comes of it."""
@@ -170,13 +171,29 @@ class Generator:
             await lines.tell(json.dumps(converter.unstructure(part)))
         return busy
 
+    async def wait_steady(self, busy: Sequence[Lines]) -> int:
+        """Waits until the streams of a ``hold`` stand, and returns how many do."""
+        steady = 0
+        for lines in busy:
+            answer = await lines.read()
+            if "steady" in answer:
+                steady += answer["steady"]
+            else:  # its time ran out first
+                self._early[lines] = answer
+        return steady
+
+    async def close_streams(self, busy: Sequence[Lines]) -> Report:
+        """Ends a ``hold`` that stands."""
+        for lines in busy:
+            if lines not in self._early:
+                await lines.tell("close")
+        return await self.report(busy)
+
     async def report(self, busy: Sequence[Lines]) -> Report:
         """Waits for a job's end."""
         whole = Report()
         for lines in busy:
-            answer = await lines.read()
-            if "steady" in answer:  # a hold whose time ran out before it was told to close
-                answer = await lines.read()
+            answer = self._early.pop(lines, None) or await lines.read()
             whole.merge(converter.structure(answer, Report))
         return whole
 
