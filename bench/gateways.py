@@ -97,7 +97,7 @@ def fill(text: str, values: Mapping[str, str]) -> str:
     >>> fill("{port} {x} {}", {"port": "80"})
     '80 {x} {}'
     """
-    return re.sub(r"\{([a-z_]+)\}", lambda match: values.get(match[1], match[0]), text)
+    return re.sub(r"\{([a-z_0-9]+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 class GatewayFailed(Exception):

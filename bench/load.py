@@ -71,6 +71,7 @@ class Job:
         burst_at_s: After the beginning, so many calls more are due at once.
         close_over_s: A ``hold`` closes its streams over this time; 0 = all at once.
         first_id: The first stream's number.
+        first_ms: What the mock upstream waits before a stream's first event; it is taken off the time to the first.
     """
 
     kind: Literal["closed", "open", "hold"]
@@ -95,6 +96,7 @@ class Job:
     burst_calls: int = 0
     close_over_s: float = 0
     first_id: int = 0
+    first_ms: float = 0
 
 
 @attrs.define(kw_only=True)
@@ -108,7 +110,7 @@ class Report:
         error: What the first of them looked like.
         unfinished: Calls that had not ended when the time was up. Expected of endless streams.
         latency: Of calls that were due within the window.
-        first_content: To a stream's first content event.
+        first_content: To a stream's first content event, without the mock upstream's wait.
         delay: Of content events, from the mock upstream's send to the read here.
         samples: ``(due, microseconds since the beginning; latency)``.
         closed_ns: When each stream was closed, by its number.
@@ -297,6 +299,7 @@ class Load:
         self._connecting = 0
         self._to_connect: deque[Client] = deque()
         self._next_id = job.first_id
+        self._first_ns = int(job.first_ms * 1e6)
         self._begin_ns = job.begin_ns or self.now_ns
         self._open_ns = self._begin_ns + int(job.warmup_s * 1e9)
         self._end_ns = self._open_ns + int(job.window_s * 1e9)
@@ -522,7 +525,7 @@ class Load:
         if self._open_ns <= due_ns < self._end_ns and (self.job.kind == "open" or self.window_open):
             self._latencies.append(now - due_ns)
             if client.first_ns:
-                self._firsts.append(client.first_ns - due_ns)
+                self._firsts.append(client.first_ns - due_ns - self._first_ns)
         if self.job.keep_samples:
             self.report.samples.append(((due_ns - self._begin_ns) // 1000, (now - due_ns) // 1000))
         self._free(client, keep=keep)

@@ -97,11 +97,14 @@ class Lines:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without what would make a gateway find other upstreams, or a proxy."""
+    """This process's environment, without what would make a gateway find other upstreams, other code or a proxy."""
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.endswith("_API_KEY") and not name.startswith("TRIGATE_") and not name.lower().endswith("_proxy")
+        if not name.endswith("_API_KEY")
+        and not name.startswith("TRIGATE_")
+        and not name.lower().endswith("_proxy")
+        and name != "PYTHONPATH"
     }
 
 
@@ -124,8 +127,10 @@ class Upstream:
         """Asks all of them, and adds up; what is a maximum stays one."""
         total: dict[str, Any] = {}
         for lines in self.processes:
-            await lines.tell("reset" if reset else "stats")
-            for name, value in (await lines.read()).items():
+            with trio.CancelScope(shield=True):  # an answer that nobody reads would be taken for the next one
+                await lines.tell("reset" if reset else "stats")
+                answer = await lines.read()
+            for name, value in answer.items():
                 greatest = name in ("late_max_us", "late_mean_us", "now_ns")
                 before = total.get(name, [] if isinstance(value, list) else 0)
                 total[name] = max(before, value) if greatest else before + value

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -33,16 +34,24 @@ class Cell:
     worse: bool | None = None
     marks: str = ""
 
-    def text(self, *, ranges: bool = True) -> str:
+    def text(self) -> str:
         """``12.3 (11.0–14.1) ×1.25``, as much of it as is known."""
+        return " ".join(filter(None, [self.value(), self.range(), self.times(), self.marks]))
+
+    def value(self) -> str:
+        """The median."""
+        return "–" if self.spread is None else _number(self.spread.median, self.digits)
+
+    def range(self) -> str:
+        """The least and the greatest round, where they differ."""
         if self.spread is None:
-            return "–" + self.marks
-        text = _number(self.spread.median, self.digits)
-        if ranges and self.spread.low != self.spread.high:
-            text += f" ({_number(self.spread.low, self.digits)}–{_number(self.spread.high, self.digits)})"
-        if self.ratio is not None:
-            text += f" ×{self.ratio.median:.2f}"
-        return text + (f" {self.marks}" if self.marks else "")
+            return ""
+        low, high = _number(self.spread.low, self.digits), _number(self.spread.high, self.digits)
+        return "" if low == high else f"({low}–{high})"
+
+    def times(self) -> str:
+        """The ratio."""
+        return "" if self.ratio is None else f"×{self.ratio.median:.2f}"
 
 
 @attrs.define(kw_only=True)
@@ -57,6 +66,12 @@ class Table:
 
 
 def _number(value: float, digits: int) -> str:
+    """Three or four digits are all that such a measurement has.
+
+    >>> _number(1234.56, 2), _number(12.345, 2), _number(1.234, 2), _number(1.234, 0)
+    ('1 235', '12.3', '1.23', '1')
+    """
+    digits = min(digits, 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else digits)
     return f"{value:,.{digits}f}".replace(",", " ")
 
 
@@ -119,7 +134,7 @@ def tables(result: Result) -> Iterator[Table]:
                 for metric in scenario["shows"]
                 if any(value is not None for gateway in gateways for value in values_of(scenario, gateway, metric))
             ]
-            table.columns = [result["metrics"][metric]["title"] for metric in shown]
+            table.columns = [result["metrics"][metric]["short"] or result["metrics"][metric]["title"] for metric in shown]
             for gateway in gateways:
                 cells = [_cell(result, scenario, gateway, metric, table.legend) for metric in shown]
                 # what is to be known of a measurement is said once
@@ -149,7 +164,7 @@ def _starts(result: Result) -> Table:
     table = Table(
         title="Start",
         does="From the start of the process to the first answered call; memory after it.",
-        columns=["version", "start, s", "memory, MiB"],
+        columns=["start, s", "memory, MiB"],
         rows=[],
     )
     for name in names(result):
@@ -159,7 +174,6 @@ def _starts(result: Result) -> Table:
             for key, digits in (("start_s", 2), ("idle_mib", 1))
         ]
         table.rows.append((f"{about['title']} {about['version']}".strip(), numbers))
-    table.columns = table.columns[1:]
     return table
 
 
@@ -177,21 +191,27 @@ def head(result: Result) -> str:
 
 def legend(result: Result) -> str:
     """How to read a cell."""
+    return f"Median (least–greatest of the rounds) ×ratio. {_ratios(result)}"
+
+
+def _ratios(result: Result) -> str:
     first = result["gateways"][names(result)[0]]["title"] if names(result) else "the first"
-    return f"Median (least–greatest of the rounds) ×ratio to {first}, the median of the ratios round by round."
+    return f"Ratios are to {first}: the median of those that were taken round by round."
 
 
 def print_tables(result: Result, console: Console) -> None:
     """Prints a result on the terminal."""
     console.print(Text(head(result), style="bold"))
-    console.print(Text(legend(result), style="dim"))
+    console.print(Text(f"Median ×ratio; below, the least–greatest round. {_ratios(result)}", style="dim"))
     for table in tables(result):
-        drawn = RichTable(title=table.title, caption=_caption(table), title_justify="left", caption_justify="left")
+        drawn = RichTable(
+            title=table.title, caption=_caption(table), title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+        )
         drawn.add_column("")
         for column in table.columns:
             drawn.add_column(column, justify="right")
         for title, cells in table.rows:
-            drawn.add_row(title, *(Text(cell.text(), style=_style(cell)) for cell in cells))
+            drawn.add_row(title, *(_drawn(cell) for cell in cells))
         console.print()
         console.print(drawn)
     for note in result["notes"]:
@@ -199,8 +219,14 @@ def print_tables(result: Result, console: Console) -> None:
         console.print(Text(note, style="yellow"))
 
 
-def _style(cell: Cell) -> str:
-    return {None: "", True: "red", False: "green"}[cell.worse]
+def _drawn(cell: Cell) -> Text:
+    """The median and the ratio in one line, the range below them."""
+    text = Text(" ".join(filter(None, [cell.value(), cell.marks])))
+    if cell.ratio is not None:
+        text.append(" " + cell.times(), style={None: "dim", True: "red", False: "green"}[cell.worse])
+    if cell.range():
+        text.append("\n" + cell.range().strip("()"), style="dim")
+    return text
 
 
 def _caption(table: Table) -> str:
