@@ -12,5 +12,6 @@ The rooms, in the order in which a run walks them:
 - `readiness`: the few lines of `select` that those two share;
 - `distribution`: histograms, medians, ratios;
 - `machine`: what it was measured on;
-- `report`, `plots`: tables, comparisons, figures.
+- `report`: tables and comparisons; `terminal` and `plots` show them;
+- `rooms`: micro-benchmarks of the pure rooms, for pytest-benchmark.
 """

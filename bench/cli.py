@@ -18,7 +18,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import gateways, report, session
+from bench import gateways, report, session, terminal
 from bench.process import HAS_PROC
 from bench.readiness import raise_descriptor_limit
 from bench.scenarios import FULL, QUICK, Scale
@@ -30,7 +30,9 @@ ROOMS = Path(__file__).parent / "rooms.py"
 @click.option("--quick", is_flag=True, help="About a minute for each gateway: fewer and shorter rounds.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only scenarios whose names begin so; may be repeated.")
 @click.option("--against", multiple=True, metavar="PEERS", help="Others to take turns with, by commas; `all`.")
-@click.option("--gateway", default="trigate", show_default=True, metavar="PEER", help="What the others are compared to.")
+@click.option(
+    "--gateway", default="trigate", show_default=True, metavar="PEER", help="What the others are compared to."
+)
 @click.option("--url", metavar="URL", help="Measure a gateway that runs on this machine, in place of --gateway.")
 @click.option("--model", default="mock-model", show_default=True, help="The model id to call it by; with --url.")
 @click.option("--path", default="/chat/completions", show_default=True, help="Below /v1; with --url.")
@@ -43,7 +45,9 @@ ROOMS = Path(__file__).parent / "rooms.py"
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Where the result goes.")
 @click.option("--no-plots", is_flag=True, help="JSON only.")
 @click.option("--compare", nargs=2, type=click.Path(exists=True, path_type=Path), metavar="A.json B.json")
-@click.option("--markdown", type=click.Path(exists=True, path_type=Path), metavar="RESULT.json", help="Print its tables.")
+@click.option(
+    "--markdown", type=click.Path(exists=True, path_type=Path), metavar="RESULT.json", help="Print its tables."
+)
 @click.option("--plots", type=click.Path(exists=True, path_type=Path), metavar="RESULT.json", help="Draw its figures.")
 @click.option("--rooms", is_flag=True, help="Micro-benchmarks of the pure rooms instead (pytest-benchmark).")
 @click.option("--list", "list_peers", is_flag=True, help="Say which gateways are known, and which are installed.")
@@ -61,7 +65,7 @@ def main(**options: Any) -> None:  # Any: as the decorators say, one by one
         sys.exit(subprocess.run([*command, columns, "--benchmark-disable-gc"], check=False).returncode)
     elif options["compare"]:
         before, after = (_read(file) for file in options["compare"])
-        report.print_comparison(before, after, console)
+        terminal.print_comparison(before, after, console)
     elif options["markdown"]:
         print(report.markdown(_read(options["markdown"])), end="")
     elif options["plots"]:
@@ -89,7 +93,7 @@ def _run(options: dict[str, Any], console: Console) -> None:
 
     with _progress() as say, _plain_errors():
         result = trio.run(session.run, settings, say, wait_for_gateway if options["url"] else None)
-    report.print_tables(result, console)
+    terminal.print_result(result, console)
     stamp = result["began"].replace(":", "").replace("-", "")[:13].replace("T", "-")
     directory = (options["output"] or Path("bench-results")) / f"{stamp}-{'-'.join(report.names(result))[:60]}"
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,9 @@ def _settings(options: dict[str, Any], console: Console) -> session.Settings:
         if known[name].is_installed():
             peers.append(known[name])
         else:
-            console.print(f"{known[name].title} is left out, for it is not installed: {known[name].install}", markup=False)
+            console.print(
+                f"{known[name].title} is left out, for it is not installed: {known[name].install}", markup=False
+            )
     settings = session.Settings(
         scale=scale,
         peers=peers,

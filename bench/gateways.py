@@ -18,8 +18,8 @@ A peer's file::
     "config.yaml" = "…"
 
 In ``command``, ``version``, ``headers``, ``env`` and ``files`` these are replaced: ``{upstream}`` (the mock's URL,
-without ``/v1``), ``{upstream_port}``, ``{port}``, ``{port2}`` (another free one), ``{config}``, ``{python}`` (the bench's
-own) and ``{peers}`` (this directory).
+without ``/v1``), ``{upstream_port}``, ``{port}``, ``{port2}`` (another free one), ``{config}``, ``{python}`` (the
+bench's own) and ``{peers}`` (this directory).
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: boo
             command=" ".join(peer.command),
         )
         with trio.move_on_after(peer.start_s):
-            while process.poll() is None and not await _answers(asked, gateway):
+            while process.poll() is None and not await _answers(asked, gateway):  # noqa: ASYNC110 - no event tells
                 await trio.sleep(0.01)
         took_s = time.monotonic() - began
         if process.poll() is not None or not await _answers(asked, gateway):

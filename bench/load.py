@@ -16,9 +16,9 @@ A call that does not bring what was asked for (another status, an event too few,
 its times count.
 
 One loop over non-blocking sockets, for the reason given in `readiness`; llhttp parses the answers. Content events
-are counted by the mark that opens each one's content, however a gateway has cut or re-encoded them. The delay of events is
-taken from every event of one stream in ``sample_every``, not of some events of each: those that arrive together would
-be judged by the first or the last of them.
+are counted by the mark that opens each one's content, however a gateway has cut or re-encoded them. The delay of events
+is taken from every event of one stream in ``sample_every``, not of some events of each: those that arrive together
+would be judged by the first or the last of them.
 """
 
 from __future__ import annotations
@@ -219,6 +219,8 @@ class Client:
         "status",
         "tail",
     )
+
+    parser: httptools.HttpResponseParser
 
     def __init__(self, load: Load, number: int) -> None:
         self.load = load
@@ -564,10 +566,9 @@ class Load:
         if not keep:
             self._disconnect(client)
         if self.job.kind == "closed":
-            if not self._stopping:
-                # a gateway that refuses at once is not to be asked a million times
-                if sum(self.report.errors.values()) < 1000:
-                    self._send(client, self.now_ns)
+            # a gateway that refuses at once is not to be asked a million times
+            if not self._stopping and sum(self.report.errors.values()) < 1000:
+                self._send(client, self.now_ns)
         elif self.job.kind == "open":
             if self._queue:
                 self._send(client, self._queue.popleft())

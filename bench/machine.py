@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from pathlib import Path
 
 import attrs
@@ -12,9 +11,11 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Machine:
-    """Attributes:
-    cores: That this process may use.
-    load_1m: How busy it was before the run; None where the system does not say.
+    """A machine.
+
+    Attributes:
+        cores: That this process may use.
+        load_1m: How busy it was before the run; None where the system does not say.
     """
 
     cpu: str
@@ -23,12 +24,6 @@ class Machine:
     kernel: str
     python: str
     load_1m: float | None
-
-    def __str__(self) -> str:
-        load = "" if self.load_1m is None else f", load {self.load_1m:.1f} before the run"
-        return (
-            f"{self.cpu}, {self.cores} cores, {self.memory_gib:.0f} GiB, {self.kernel}, CPython {self.python}{load}"
-        )
 
 
 def this_machine() -> Machine:
@@ -45,7 +40,7 @@ def this_machine() -> Machine:
 
 def usable_cores() -> int:
     """The cores that this process may use."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

@@ -22,7 +22,7 @@ from bench.report import Result, names, values_of
 # Okabe and Ito's colours, which nearly everybody can tell apart; black is for the mock upstream by itself
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
 _DASHES = ("-", "--", "-.", ":")
-_STYLE = {
+_STYLE: Any = {  # Any: matplotlib's type for it is a list of 400 names
     "font.size": 11,
     "axes.grid": True,
     "axes.spines.top": False,
@@ -96,7 +96,9 @@ def _finish(figure: Figure, axes: Axes, result: Result) -> None:
     height_in = figure.get_size_inches()[1]
     bottom = (0.42 + 0.26 * rows) / height_in
     figure.tight_layout(rect=(0, bottom, 1, 1), w_pad=2.5)
-    figure.legend(handles, labels, loc="lower center", ncols=columns, bbox_to_anchor=(0.5, 0.3 / height_in), fontsize=10)
+    figure.legend(
+        handles, labels, loc="lower center", ncols=columns, bbox_to_anchor=(0.5, 0.3 / height_in), fontsize=10
+    )
     figure.text(0.99, 0.08 / height_in, _machine(result), ha="right", va="bottom", fontsize=8, color="#666666")
 
 

@@ -71,7 +71,8 @@ class Lines:
     """A child that is asked in lines, and answers in lines of JSON."""
 
     def __init__(self, process: trio.Process) -> None:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         self.pid = process.pid
         self._input = process.stdin
         self._output = process.stdout
@@ -139,7 +140,7 @@ class Upstream:
     async def wait_active(self, streams: int, *, at_most_s: float) -> bool:
         """Waits until so many streams are open; whether they came to be."""
         with trio.move_on_after(at_most_s):
-            while (await self.statistics())["active"] != streams:
+            while (await self.statistics())["active"] != streams:  # noqa: ASYNC110 - another process's state has no event
                 await trio.sleep(0.02)
             return True
         return False
@@ -223,9 +224,11 @@ async def open_generator(*, processes: int) -> AsyncIterator[Generator]:
 
 @attrs.frozen(kw_only=True)
 class Memory:
-    """Attributes:
-    resident_bytes: Summed over the processes: what they share counts for each.
-    proportional_bytes: What is shared counts once, divided among all that share it. None where it cannot be read.
+    """Memory of some processes.
+
+    Attributes:
+        resident_bytes: Summed: what they share counts for each.
+        proportional_bytes: What is shared counts once, divided among all that share it. None where it cannot be read.
     """
 
     resident_bytes: int

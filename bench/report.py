@@ -1,4 +1,4 @@
-"""A result as tables: on the terminal, in Markdown, and beside another result."""
+"""A result as tables, in Markdown, and beside another result. Pure; `terminal` draws the same."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from bench.distribution import Spread, pair_ratios
 from bench.gateways import DIRECT
@@ -97,7 +93,11 @@ def _cell(result: Result, scenario: Mapping[str, Any], gateway: str, metric: str
     if ratio is not None and about["better"] is not None and not ratio.low <= 1 <= ratio.high:
         worse = (ratio.median > 1) == (about["better"] == "lower")
     return Cell(
-        spread=Spread.of(mine), digits=about["digits"], ratio=ratio, worse=worse, marks=_marks(scenario, gateway, legend)
+        spread=Spread.of(mine),
+        digits=about["digits"],
+        ratio=ratio,
+        worse=worse,
+        marks=_marks(scenario, gateway, legend),
     )
 
 
@@ -134,7 +134,9 @@ def tables(result: Result) -> Iterator[Table]:
                 for metric in scenario["shows"]
                 if any(value is not None for gateway in gateways for value in values_of(scenario, gateway, metric))
             ]
-            table.columns = [result["metrics"][metric]["short"] or result["metrics"][metric]["title"] for metric in shown]
+            table.columns = [
+                result["metrics"][metric]["short"] or result["metrics"][metric]["title"] for metric in shown
+            ]
             for gateway in gateways:
                 cells = [_cell(result, scenario, gateway, metric, table.legend) for metric in shown]
                 # what is to be known of a measurement is said once
@@ -191,47 +193,12 @@ def head(result: Result) -> str:
 
 def legend(result: Result) -> str:
     """How to read a cell."""
-    return f"Median (least–greatest of the rounds) ×ratio. {_ratios(result)}"
+    return f"Median (least–greatest of the rounds) ×ratio. {ratios_note(result)}"
 
 
-def _ratios(result: Result) -> str:
+def ratios_note(result: Result) -> str:
     first = result["gateways"][names(result)[0]]["title"] if names(result) else "the first"
     return f"Ratios are to {first}: the median of those that were taken round by round."
-
-
-def print_tables(result: Result, console: Console) -> None:
-    """Prints a result on the terminal."""
-    console.print(Text(head(result), style="bold"))
-    console.print(Text(f"Median ×ratio; below, the least–greatest round. {_ratios(result)}", style="dim"))
-    for table in tables(result):
-        drawn = RichTable(
-            title=table.title, caption=_caption(table), title_justify="left", caption_justify="left", box=SIMPLE_HEAD
-        )
-        drawn.add_column("")
-        for column in table.columns:
-            drawn.add_column(column, justify="right")
-        for title, cells in table.rows:
-            drawn.add_row(title, *(_drawn(cell) for cell in cells))
-        console.print()
-        console.print(drawn)
-    for note in result["notes"]:
-        console.print()
-        console.print(Text(note, style="yellow"))
-
-
-def _drawn(cell: Cell) -> Text:
-    """The median and the ratio in one line, the range below them."""
-    text = Text(" ".join(filter(None, [cell.value(), cell.marks])))
-    if cell.ratio is not None:
-        text.append(" " + cell.times(), style={None: "dim", True: "red", False: "green"}[cell.worse])
-    if cell.range():
-        text.append("\n" + cell.range().strip("()"), style="dim")
-    return text
-
-
-def _caption(table: Table) -> str:
-    marks = [f"\\[{chr(97 + number % 26)}] {text}" for number, text in enumerate(table.legend)]
-    return "\n".join([table.does, *marks])
 
 
 def markdown(result: Result) -> str:
@@ -285,27 +252,3 @@ def changes(before: Result, after: Result) -> Iterator[Change]:
                 if better is not None and not was.overlaps(now):
                     verdict = "better" if (now.median < was.median) == (better == "lower") else "worse"
                 yield Change(scenario=name, gateway=gateway, metric=metric, before=was, after=now, verdict=verdict)
-
-
-def print_comparison(before: Result, after: Result, console: Console) -> None:
-    """Prints two results side by side."""
-    console.print(f"before: {head(before)}")
-    console.print(f"after:  {head(after)}")
-    if before["machine"]["cpu"] != after["machine"]["cpu"] or before["machine"]["cores"] != after["machine"]["cores"]:
-        console.print(Text("They are of different machines.", style="yellow"))
-    table = RichTable(title="after / before", title_justify="left")
-    for column in ("scenario", "gateway", "", "before", "after", "ratio", ""):
-        table.add_column(column, justify="right" if column in ("before", "after", "ratio") else "left")
-    for change in changes(before, after):
-        about = after["metrics"][change.metric]
-        ratio = f"{change.after.median / change.before.median:.2f}" if change.before.median > 0 else "–"
-        table.add_row(
-            change.scenario,
-            after["gateways"][change.gateway]["title"],
-            about["title"],
-            Cell(spread=change.before, digits=about["digits"]).text(),
-            Cell(spread=change.after, digits=about["digits"]).text(),
-            ratio,
-            Text(change.verdict, style={"better": "green", "worse": "red", "": ""}[change.verdict]),
-        )
-    console.print(table)

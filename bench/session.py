@@ -31,6 +31,7 @@ SCHEMA = "trigate-bench/1"
 Say = Callable[[str, int, int], None]
 """Told before each measurement: what it is, how many were done, how many there will be."""
 
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """What a run is asked for.
@@ -81,8 +82,9 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
     processes = settings.tool_processes or tool_processes()
     if usable_cores() < 3:
         notes.append(
-            "Fewer than three cores: the gateway, the mock upstream and the load generator share them, and what is "
-            "measured at full load is what is left to the gateway. CPU time per request and per event does not suffer."
+            "Fewer than three cores: the gateway, the mock upstream and the load generator share them, and requests/s "
+            "and events/s at full load are what is left to the gateway. Where events wait for a core they then travel "
+            "together, which makes each cheaper: compare gateways by the ratios of one run."
         )
     began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     machine = this_machine()
