@@ -371,7 +371,10 @@ class Load:
         return iter([number * step_ns for number in range(self.job.connections)])
 
     def _hold(self, control_fd: int) -> None:
-        """Opens streams, says when they stand, closes them when told, all within the time of the job."""
+        """Opens streams, says how many stand, closes them when told.
+
+        The window is the time that they may take to stand, and then the time in which it must be told.
+        """
         self._poller.add(control_fd, READ)
         starts = deque(self._starts())
         told = False
@@ -384,10 +387,12 @@ class Load:
             while starts and self._begin_ns + starts[0] <= now:
                 self._arrive(self._begin_ns + starts.popleft())
             settled = self.steady + sum(self.report.errors.values())
-            if not told and not starts and settled >= self.job.connections:
+            if not told and (now >= give_up_ns or (not starts and settled >= self.job.connections)):
+                starts.clear()
                 print(json.dumps({"steady": self.steady}), flush=True)
                 told = True
-            if now >= give_up_ns:
+                give_up_ns = now + int(self.job.window_s * 1e9)
+            elif now >= give_up_ns:
                 break
             if close_at:
                 while close_at and close_at[-1][0] <= now:
@@ -523,8 +528,8 @@ class Load:
         now, due_ns = self.now_ns, client.due_ns
         if self.window_open:
             self.report.calls += 1
-        # an open load's calls count by when they were due; a closed one's late ones would have been followed by others
-        if self._open_ns <= due_ns < self._end_ns and (self.job.kind == "open" or self.window_open):
+        # by when they were due, also those that end later: to leave them out would be to leave out the slow ones
+        if self._open_ns <= due_ns < self._end_ns:
             self._latencies.append(now - due_ns)
             if client.first_ns:
                 self._firsts.append(client.first_ns - due_ns - self._first_ns)

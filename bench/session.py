@@ -37,7 +37,7 @@ class Settings:
     """What a run is asked for.
 
     Attributes:
-        only: Names of scenarios, or their beginnings; none = all.
+        only: Names of scenarios or of sweeps; where there is none such, their beginnings. Nothing = all.
         running: A gateway that runs already, called before the others.
         upstream_port: 0 = any.
     """
@@ -56,13 +56,15 @@ class Settings:
             ValueError: A name means none of them.
         """
         everything = catalogue.scenarios(self.scale)
+        chosen = set()
         for name in self.only:
-            if not any(scenario.name.startswith(name) for scenario in everything):
-                names = ", ".join(dict.fromkeys(scenario.sweep or scenario.name for scenario in everything))
+            found = {each.name for each in everything if name in (each.name, each.sweep)}
+            found = found or {each.name for each in everything if each.name.startswith(name)}
+            if not found:
+                names = ", ".join(dict.fromkeys(each.sweep or each.name for each in everything))
                 raise ValueError(f"no scenario is called {name!r}; there are: {names}")
-        if not self.only:
-            return everything
-        return [scenario for scenario in everything if scenario.name.startswith(tuple(self.only))]
+            chosen |= found
+        return [each for each in everything if each.name in chosen or not self.only]
 
 
 def tool_processes() -> int:
