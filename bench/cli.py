@@ -27,7 +27,7 @@ ROOMS = Path(__file__).parent / "rooms.py"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--quick", is_flag=True, help="About a minute for each gateway: fewer and shorter rounds.")
+@click.option("--quick", is_flag=True, help="About two minutes for each gateway: fewer and shorter rounds.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only scenarios whose names begin so; may be repeated.")
 @click.option("--against", multiple=True, metavar="PEERS", help="Others to take turns with, by commas; `all`.")
 @click.option(

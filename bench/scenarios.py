@@ -93,11 +93,11 @@ class Scale:
 
 
 QUICK = Scale(
-    window_s=1.5,
+    window_s=1.2,
     rounds=2,
     rate=100,
-    first_token_concurrency=(1, 16, 128),
-    stream_counts=(64, 256, 1000),
+    first_token_concurrency=(1, 16, 64),
+    stream_counts=(64, 1000),
     idle_counts=(500, 1000),
 )
 FULL = Scale(
