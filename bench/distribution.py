@@ -189,17 +189,20 @@ def pair_ratios(values: Sequence[float | None], base: Sequence[float | None]) ->
     )
 
 
-def recovery(samples: Iterable[tuple[int, int]], *, burst_at: int, slice_width: int, factor: float = 2.0) -> int | None:
+def recovery(
+    samples: Iterable[tuple[int, int]], *, burst_at: int, slice_width: int, slack: int = 0, calm_slices: int = 4
+) -> int | None:
     """Returns how long after a burst calls were served again as before it; None where that was not seen.
 
     Args:
         samples: ``(when the call was due, its latency)``, in one unit of time.
         burst_at: When the burst was due.
         slice_width: Calls are judged by the median of this much time.
-        factor: "As before" is: at most this many times the median before the burst.
+        slack: "As before" is: at most twice the median before the burst, or so much more than it.
+        calm_slices: So many slices in a row must be as before; a hiccup long after the burst is not the burst's.
 
     Returns:
-        From the burst to the end of the last slice whose median was higher, but not less than 0.
+        From the burst to the beginning of the first such row.
 
     >>> calm = [(at, 10) for at in range(0, 1000, 10)]
     >>> slow = [(at, 300) for at in range(1000, 1200, 10)]
@@ -213,10 +216,13 @@ def recovery(samples: Iterable[tuple[int, int]], *, burst_at: int, slice_width: 
             before.append(latency)
         else:
             slices.setdefault((at - burst_at) // slice_width, []).append(latency)
-    if not before or not slices:
+    if not before:
         return None
-    limit = statistics.median(before) * factor
-    slow = [index for index, latencies in slices.items() if statistics.median(latencies) > limit]
-    if not slow:
-        return 0
-    return None if max(slow) == max(slices) else (max(slow) + 1) * slice_width
+    usual = statistics.median(before)
+    limit = max(2 * usual, usual + slack)
+    row: list[int] = []
+    for index in sorted(slices):
+        row = [*row, index] if statistics.median(slices[index]) <= limit else []
+        if len(row) == calm_slices:
+            return row[0] * slice_width
+    return None

@@ -179,11 +179,12 @@ def _from_zero(axes: Axes) -> None:
 
 
 def _about_zero(axes: Axes) -> None:
-    """Logarithmic, but from -1 to 1 as it is: a difference may be nothing, or by chance less."""
-    axes.set_yscale("symlog", linthresh=1)
-    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    """Logarithmic where much is to be shown, but from -1 to 1 as it is: a difference may be 0, or by chance less."""
+    if axes.get_ylim()[1] > 10:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.set_ylim(bottom=min(0.0, 1.2 * axes.dataLim.ymin))
 
 
 def _both_logarithmic(axes: Axes) -> None:

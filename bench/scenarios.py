@@ -333,6 +333,7 @@ async def _burst(tools: Tools, gateway: Gateway) -> Outcome:
         [sample for sample in report.samples if not burst_us <= sample[0] < burst_us + 1000],
         burst_at=burst_us,
         slice_width=50_000,
+        slack=5_000,
     )
     return _outcome(
         measured,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
@@ -27,15 +26,19 @@ async def relay(request: web.Request) -> web.StreamResponse:
         return response
 
 
-async def session(app: web.Application) -> AsyncIterator[None]:
-    """The connections to the upstream, as many as there are calls."""
+async def connect(app: web.Application) -> None:  # noqa: ASYNC124 - aiohttp awaits it, a session needs a loop
+    """Makes the pool of connections to the upstream: as many as there are calls, for as long as they take."""
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as made:
-        app[session_key] = made
-        yield
+    app[session_key] = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+
+
+async def disconnect(app: web.Application) -> None:
+    """Closes it."""
+    await app[session_key].close()
 
 
 app = web.Application(client_max_size=16 << 20)
-app.cleanup_ctx.append(session)
+app.on_startup.append(connect)
+app.on_cleanup.append(disconnect)
 app.router.add_post("/v1/chat/completions", relay)
 web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None, backlog=2048)
