@@ -1,0 +1,122 @@
+"""Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
+
+What an event costs in `trigate.sse` and `trigate.wire`, and a request in `trigate.wire` and `trigate.routing`, without
+sockets and without Trio. pytest-benchmark calls each many times over and reports the least, the median and the spread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from bench.upstream import MODEL
+from trigate.routing import Known, Target, plan
+from trigate.sse import EventSplitter
+from trigate.wire import ENDPOINTS, StreamReader, decode_answer, decode_call
+
+EVENTS = 100
+CHAT = ENDPOINTS["/v1/chat/completions"]
+Benchmark = Any  # pytest-benchmark's fixture, which has no types
+
+
+def _event(content: str) -> bytes:
+    chunk = {
+        "id": "chatcmpl-bench",
+        "object": "chat.completion.chunk",
+        "created": 1750000000,
+        "model": MODEL,
+        "choices": [{"index": 0, "delta": {"content": content}, "logprobs": None, "finish_reason": None}],
+    }
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+STREAM = [_event(f" word{number}") for number in range(EVENTS)]
+BODY = json.dumps(
+    {
+        "model": "default",
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "Name three colors. " * 20},
+        ],
+        "temperature": 0.7,
+        "stream": True,
+    }
+).encode()
+ANSWER = json.dumps(
+    {
+        "id": "chatcmpl-bench",
+        "object": "chat.completion",
+        "created": 1750000000,
+        "model": MODEL,
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "red " * 50}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 17, "total_tokens": 26},
+    }
+).encode()
+
+
+@pytest.fixture
+def per_event(benchmark: Benchmark) -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Benchmarks something that handles `EVENTS` events."""
+
+    def run(function: Callable[[], object]) -> None:
+        benchmark(function)
+
+    yield run
+    if benchmark.stats is not None:
+        benchmark.extra_info["us_per_event"] = round(benchmark.stats.stats.median * 1e6 / EVENTS, 3)
+        print(f"{benchmark.name}: {benchmark.extra_info['us_per_event']:.2f} µs per event")
+
+
+def test_split_events_one_by_one(per_event: Callable[[Callable[[], object]], None]) -> None:
+    """sse: each event arrives by itself."""
+
+    def split() -> None:
+        splitter = EventSplitter(max_event_bytes=1 << 20)
+        for event in STREAM:
+            splitter.feed(event)
+
+    per_event(split)
+
+
+def test_split_events_together(per_event: Callable[[Callable[[], object]], None]) -> None:
+    """sse: ten events arrive in one piece."""
+    pieces = [b"".join(STREAM[start : start + 10]) for start in range(0, EVENTS, 10)]
+
+    def split() -> None:
+        splitter = EventSplitter(max_event_bytes=1 << 20)
+        for piece in pieces:
+            splitter.feed(piece)
+
+    per_event(split)
+
+
+def test_read_events(per_event: Callable[[Callable[[], object]], None]) -> None:
+    """wire: content, end, usage and the model's name, event by event."""
+
+    def read() -> None:
+        reader = StreamReader(CHAT, model="default", upstream="mock")
+        for event in STREAM:
+            reader.read(event)
+
+    per_event(read)
+
+
+def test_decode_call(benchmark: Benchmark) -> None:
+    """wire: a request's body, and the body for the upstream."""
+    benchmark(lambda: decode_call(CHAT, BODY).body_for(MODEL))
+
+
+def test_decode_answer(benchmark: Benchmark) -> None:
+    """wire: a plain answer, with the public model id put in."""
+    benchmark(lambda: decode_answer(ANSWER, model="default", upstream="mock"))
+
+
+@pytest.mark.parametrize("model", ["default", "mock/mock-model", MODEL])
+def test_plan(benchmark: Benchmark, model: str) -> None:
+    """routing: an alias, an upstream's model, a bare id."""
+    upstreams = {"other": Known(models=("a", "b")), "mock": Known(models=(MODEL,), default_model=MODEL)}
+    aliases = {"default": (Target("mock", MODEL),)}
+    benchmark(lambda: plan(model, aliases=aliases, upstreams=upstreams))
