@@ -344,10 +344,10 @@ class Upstream:
         except LocalModelUnavailable as error:
             raise Unavailable(str(error), status=503) from error
 
-    async def _take_place(self) -> None:  # noqa: ASYNC910 - where one is free there is nothing to wait for
+    async def _take_place(self) -> None:
         if self.in_flight < self.config.max_connections:
             self.in_flight += 1
-            return
+            return  # noqa: ASYNC910 - there was one
         with trio.move_on_after(self._queue_timeout_s) as queue:
             await self._queue.park()  # who leaves hands its place to the first of the queue
         if queue.cancelled_caught:
