@@ -294,11 +294,14 @@ class Downstream:
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client is gone; the watch is told so, and cancels
         finally:
-            self.sending_since = None
-            self.last_sent_at = trio.current_time()
-            if self._sent is not None:
-                self._sent.set()
-                self._sent = None
+            self._note_sent()
+
+    def _note_sent(self) -> None:
+        self.sending_since = None
+        self.last_sent_at = trio.current_time()
+        if self._sent is not None:
+            self._sent.set()
+            self._sent = None
 
     async def _pay(self) -> None:  # noqa: ASYNC910 - it is shielded
         """Sends what is left of a frame."""
@@ -327,6 +330,13 @@ class Downstream:
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """Sends a whole response."""
         self.committed = self.ended = True
+        if self.client is not None and self.sending_since is None:
+            self.sending_since = trio.current_time()
+            try:
+                await self.client.respond(status, headers + self.headers, body)
+            finally:
+                self._note_sent()
+            return
         headers = [*headers, (b"content-length", b"%d" % len(body)), *self.headers]
         await self._emit(
             {"type": "http.response.start", "status": status, "headers": headers},

@@ -512,19 +512,21 @@ class Exchange:
     def _settle(self) -> None:
         """Accounts for the exchange, once: the totals and one log line."""
         self.gateway.settle(self)
-        usage = self.usage
-        log.info(
-            "exchange",
-            request_id=self.id,
-            model=self.call.model,
-            target=str(self.target) if self.target else None,
-            stream=self.call.stream,
-            outcome=self.outcome,
-            duration_s=round(self.age_s, 4),
-            first_content_s=round(self.first_content_after_s, 4) if self.first_content_after_s else None,
-            events=self.events,
-            bytes=self.bytes_sent,
-            attempts=len(self.attempts),
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            completion_tokens=usage.completion_tokens if usage else None,
-        )
+        said: dict[str, object] = {
+            "request_id": self.id,
+            "model": self.call.model,
+            "target": str(self.target) if self.target else None,
+            "stream": self.call.stream,
+            "outcome": self.outcome,
+            "duration_s": round(self.age_s, 4),
+            "bytes": self.bytes_sent,
+            "attempts": len(self.attempts),
+        }
+        if self.call.stream:
+            said["events"] = self.events
+        if self.first_content_after_s is not None:
+            said["first_content_s"] = round(self.first_content_after_s, 4)
+        if self.usage is not None:
+            said["prompt_tokens"] = self.usage.prompt_tokens
+            said["completion_tokens"] = self.usage.completion_tokens
+        log.info("exchange", **said)

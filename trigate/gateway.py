@@ -155,8 +155,8 @@ class Generation:
     def route(self, model: str) -> Route:
         """Returns the way to a public model id. Raises as `routing.plan`.
 
-        An alias, and an id that names its upstream, lead to the same targets for as long as the configuration stands;
-        what else there is depends on who is up and on what they list.
+        It is kept until an upstream lists other models. Only that of ``default``, unless it is an alias, is not: it
+        depends on who is up.
         """
         found = self._routes.get(model)
         if found is not None:
@@ -165,11 +165,15 @@ class Generation:
         phases: tuple[TimeoutPhase, ...] = ("first_token", "idle", "total")
         shortest_s = min(self.config.timeout_s(target.upstream, phase) for target in targets for phase in phases)
         found = Route(targets, shortest_s)
-        if model in self.aliases or Target.parse(model) in targets:
+        if model != "default" or model in self.aliases:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()  # ids are whatever clients ask for
             self._routes[model] = found
         return found
+
+    def forget_routes(self) -> None:
+        """Finds them anew: an upstream lists other models."""
+        self._routes.clear()
 
     def public_ids(self) -> dict[str, str]:
         """Every listed model id with its owner."""
@@ -239,7 +243,7 @@ async def open_generation(config: Config, transports: TransportFactory) -> Async
                 if settings.kind == "openai" and settings.models == "discover" and upstream.unusable is None:
                     first_look = trio.Event()
                     looked.append(first_look)
-                    nursery.start_soon(_refresh_models, upstream, first_look)
+                    nursery.start_soon(_refresh_models, generation, upstream, first_look)
             with trio.move_on_after(_FIRST_LOOK_S):
                 for event in looked:
                     await event.wait()
@@ -249,7 +253,7 @@ async def open_generation(config: Config, transports: TransportFactory) -> Async
                 nursery.cancel_scope.cancel()
 
 
-async def _refresh_models(upstream: Upstream, first_look: trio.Event) -> None:
+async def _refresh_models(generation: Generation, upstream: Upstream, first_look: trio.Event) -> None:
     """Asks an upstream for its models, for ever. While it does not answer, the last list stands."""
     pause_s = RETRY_S
     upstream.watched = True
@@ -262,6 +266,7 @@ async def _refresh_models(upstream: Upstream, first_look: trio.Event) -> None:
                     body = await reply.read(discovery.MAX_MODEL_LIST_BYTES)
                 try:
                     upstream.models = discovery.decode_model_list(body)
+                    generation.forget_routes()
                 except ValueError as error:
                     raise Garbled(f"GET /models of {upstream.name} gave no model list: {error}.") from None
                 upstream.note_up()

@@ -128,6 +128,13 @@ class Client:
         """Does not call back any more."""
         self._connection.peer.on_leave = None
 
+    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """Sends a whole response, in place of ASGI's two messages; its content-length is added here.
+
+        **Cancels:** at its beginning, or not at all.
+        """
+        await self._connection.respond(status, headers, body)
+
     async def flush(self) -> None:
         """Sends the head of the response if it still waits for a piece of the body."""
         await self._connection.flush()
@@ -319,10 +326,25 @@ class Connection:
             await self._send_whole(status, headers, body)
         self._refused = True
 
-    async def _send_whole(self, status: int, headers: list[Header], body: bytes, method: bytes = b"GET") -> None:
+    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """As `Client.respond` has it."""
+        if self.peer.lost or self._refused or self._phase != _NOTHING:
+            await checkpoint()
+            return
+        await checkpoint_if_cancelled()
+        request = self._parser.head
+        await self._send_whole(status, headers, body, request.method, request.version)
+        self._note_done()
+
+    async def _send_whole(
+        self, status: int, headers: list[Header], body: bytes, method: bytes = b"GET", version: bytes = b"HTTP/1.1"
+    ) -> None:
         headers = [*headers, (b"content-length", b"%d" % len(body))]
         persistent = self._persistent and not self._service.draining
-        answer = response_head.build(status, headers, date=_date(), method=method, persistent=persistent)
+        answer = response_head.build(
+            status, headers, date=_date(), version=version, method=method, persistent=persistent
+        )
+        self._persistent = answer.persistent
         self._phase = _DONE
         await self.peer.write(answer.data if answer.bodiless else answer.data + body)
 
@@ -448,12 +470,15 @@ class Connection:
         if short:
             raise RuntimeError("the body is shorter than its content-length")
         if not more:
-            peer = self.peer
-            if peer.left is not None:
-                peer.left.set()
-                peer.left = None
-            if self._reading is not None:
-                self._reading.cancel()
+            self._note_done()
+
+    def _note_done(self) -> None:
+        """Lets go of a `receive` that waits for the client to leave."""
+        if self.peer.left is not None:
+            self.peer.left.set()
+            self.peer.left = None
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def flush(self) -> None:
         """As `Client.flush` has it."""
