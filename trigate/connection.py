@@ -74,9 +74,8 @@ _FORWARDED = {
 class Head:
     """What is read of a request's head, once.
 
-    Raises:
-        Ambiguous: Its length is said twice, or in two ways (request smuggling begins like that).
-        HeadersTooLarge: `trigate serve` has seen to that already; other servers may not.
+    Attributes:
+        examined: `trigate serve` has judged it already.
     """
 
     def __init__(self, scope: Any) -> None:  # Any: an ASGI scope is a dict of anything
@@ -84,19 +83,27 @@ class Head:
         self.path: str = scope["path"]
         self.client: str | None = scope["client"][0] if scope.get("client") else None
         self.server: str | None = scope["server"][0] if scope.get("server") else None
-        self.scheme: str = scope.get("scheme", "http")
-        fields: list[tuple[bytes, bytes]] = scope["headers"]
-        headers = {name.lower(): value for name, value in fields}
+        self._fields: list[tuple[bytes, bytes]] = scope["headers"]
+        self.headers = {name.lower(): value for name, value in self._fields}
+        self.examined = "trigate.client" in scope.get("extensions", {})
+
+    def check(self) -> None:
+        """Looks for what would make it another request to somebody else.
+
+        Raises:
+            Ambiguous: Its length is said twice, or in two ways (request smuggling begins like that).
+            HeadersTooLarge: `trigate serve` has seen to that already; other servers may not.
+        """
+        fields, headers = self._fields, self.headers
         if len(headers) != len(fields):
             names = [name.lower() for name, _ in fields]
             for once in (b"content-length", b"host", b"authorization"):
                 if names.count(once) > 1:
                     raise Ambiguous(f"The header {once.decode()} stands twice.")
-        if "trigate.client" not in scope.get("extensions", {}) and (
+        if not self.examined and (
             len(fields) > MAX_FIELDS or sum([len(name) + len(value) for name, value in fields]) > MAX_FIELDS_BYTES
         ):
             raise HeadersTooLarge(f"More than {MAX_FIELDS} header fields, or {MAX_FIELDS_BYTES} bytes of them.")
-        self.headers = headers
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise Ambiguous("Content-Length and Transfer-Encoding cannot go together.")
 
@@ -435,13 +442,14 @@ class GatewayConnection(TrioASGIHTTPConnection):
         gateway = self.app.gateway
         config = gateway.generation.config
         scope: Any = self.scope  # Any: hypercorn's type does not know our extension
-        given = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
+        head = Head(scope)
+        given = head.headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
         client = scope.get("extensions", {}).get("trigate.client")
         down = Downstream(send, [(b"x-request-id", request_id.encode())], client)
         inbound = Inbound(receive)
         try:
-            head = Head(scope)
+            head.check()
             down.headers += _cors_headers(head.origin, config)
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
