@@ -230,14 +230,34 @@ def test_a_port_that_is_taken(run: Run, tmp_path: Path, workers: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [("check",), ("serve",), ("serve", "--workers", "2")], ids=" ".join)
+def test_a_certificate_that_is_none(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """It is tried before anything is started, once, and named."""
+    files = f'[server]\ncertfile = "{tmp_path}/no.pem"\nkeyfile = "{tmp_path}/no.pem"\nport = 0\n'
+    result = run(*command, "--config", _file(tmp_path, files + PARROT))
+    _assert_failed(result, f"TLS: {tmp_path}/no.pem and {tmp_path}/no.pem cannot be used: No such file")
+
+
+@pytest.mark.slow
 def test_workers_that_cannot_start(tmp_path: Path) -> None:
     """Whatever keeps them from it, the last line says how they died."""
-    no_certificate = _file(tmp_path, PARROT)
-    command = [*SERVE, "--workers", "2", "--certfile", no_certificate, "--keyfile", no_certificate]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=60)
+    config = _file(tmp_path, '[upstreams.far]\nbase_url = "https://far.invalid/v1"\n')
+    command = [*SERVE, "--workers", "2", "--config", config]
+    env = environment(SSL_CERT_FILE=str(tmp_path / "none.pem"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
     assert done.returncode == 1
-    assert f"trigate: TLS: {no_certificate}" in done.stderr
+    assert "cannot be used: No such file" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("trigate: no worker stays alive: each of 2 died 3 times")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("args", [("models",), ("status",), ("chat", "x", "--model", "mock/hello")])
+def test_a_full_disk_under_its_output(gateway: Gateway, args: tuple[str, ...]) -> None:
+    """It fails with the reason, and no traceback."""
+    with open("/dev/full", "wb") as full, _start(gateway, *args, stdout=full) as command:
+        _, said = command.communicate(timeout=15)
+    assert (command.returncode, said) == (1, b"trigate: No space left on device\n")
 
 
 @pytest.mark.slow

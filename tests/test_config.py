@@ -119,6 +119,26 @@ def test_every_setting_can_be_written() -> None:
     assert config.keys == {"alice": "alice-key"}
 
 
+def test_a_wrong_type_hides_nothing() -> None:
+    """What does not go together is named beside what has a wrong type, in the same table."""
+    text = """
+        [upstreams.a]
+        max_connections = "many"
+        headers = { host = "x" }
+        [models.m]
+        targets = ["a", 5]
+    """
+    with pytest.raises(ConfigError) as raised:
+        configuration.structure(tomllib.loads(text), env={}, source="test")
+    assert {problem.partition(":")[0] for problem in raised.value.problems} == {
+        "upstreams.a.max_connections",
+        "upstreams.a.base_url",
+        "upstreams.a.headers.host",
+        "models.m.targets",
+        "models.m.targets.0",
+    }
+
+
 def test_a_configuration_is_frozen() -> None:
     """Running requests keep the configuration that they started with: it cannot change under them."""
     config = _structure(EXAMPLE)

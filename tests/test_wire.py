@@ -334,6 +334,16 @@ def test_content_stays() -> None:
     assert reader.has_content
 
 
+@pytest.mark.parametrize("more", [b"", b"id: 7\n"])
+def test_an_event_that_is_named_error(more: bytes) -> None:
+    """It is an error also where no key of its data says so."""
+    reader = _reader()
+    reader.read(_delta(content="H"))
+    assert reader.read(b"event: error\n" + more + b'data: {"message": "it broke"}\n\n') == b""
+    assert isinstance(reader.error, Reported)
+    assert reader.error.message == "it broke"
+
+
 def test_comments_are_dropped() -> None:
     """An upstream's comments, and events without data, are not for the client: the gateway sends its own keep-alive."""
     reader = _reader()

@@ -5,6 +5,7 @@ Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the comman
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -34,6 +35,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             sys.exit(130)  # click would make it 1
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends quietly, as whoever read has
+            _fail(error.strerror or str(error))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -122,6 +127,8 @@ def serve(
     config = adjust(_read(config_path))
     settings = config.server
     _refuse_open_door(config)
+    if parent_fd is None:
+        _try_certificate(settings)  # here, and not in each worker at each of its restarts
     if parent_fd is not None:
         _run_worker(settings, adjust, fds, parent_fd)
     elif settings.workers == 1:
@@ -138,6 +145,15 @@ def _refuse_open_door(config: Config) -> None:
             f"refusing to listen on {config.server.host} without a key: anybody who reaches it could spend your "
             "providers' money. Set TRIGATE_API_KEY (or [keys]), or say --insecure."
         )
+
+
+def _try_certificate(settings: ServerConfig) -> None:
+    from trigate.server import StartupFailed, open_tls
+
+    try:
+        open_tls(settings)
+    except StartupFailed as failed:
+        _fail(str(failed))
 
 
 def _run_alone(settings: ServerConfig, adjust: Any) -> None:
@@ -214,6 +230,7 @@ def check(config_path: str | None) -> None:
     from trigate import echo, local_model
 
     config = _read(config_path)
+    _try_certificate(config.server)
     click.echo(f"{config.source}: ok")
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     nobody = "none (anybody may come: insecure)" if config.server.insecure else "none (this machine only)"
@@ -370,8 +387,7 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
             complete = False
             for said in _deltas(response):
                 complete = said is None
-                click.echo(said or "", nl=complete)
-                sys.stdout.flush()
+                click.echo(said or "", nl=complete)  # which flushes
     except httpx2.TransportError as error:
         _unreachable(url, error)
     if not complete:

@@ -442,13 +442,16 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         upstream = take(UpstreamConfig, value, f"upstreams.{name}")
         if upstream is not None:
             upstreams[name] = upstream
-            problems.extend(f"upstreams.{name}.{problem}" for problem in _kind_problems(upstream, value))
+        if isinstance(value, dict):
+            problems.extend(f"upstreams.{name}.{problem}" for problem in _kind_problems(value))
     models: dict[str, ModelConfig] = {}
     for alias, value in _table(data, "models", problems).items():
         model = take(ModelConfig, value, f"models.{alias}")
         if model is not None:
             models[alias] = model
-            problems.extend(_target_problems(alias, model, upstream_tables))
+        targets = value.get("targets") if isinstance(value, dict) else None
+        if isinstance(targets, list):
+            problems.extend(_target_problems(alias, targets, upstream_tables))
     keys, key_problems = _gateway_keys(_table(data, "keys", problems), env)
     problems.extend(key_problems)
     if (server.certfile is None) != (server.keyfile is None):
@@ -482,16 +485,17 @@ _OF_KIND = {
 }
 
 
-def _kind_problems(upstream: UpstreamConfig, table: Mapping[str, Any]) -> list[str]:
+def _kind_problems(table: Mapping[str, Any]) -> list[str]:
+    """What does not go together in an upstream's table; as it came, so that all of it is named at once."""
+    kind = table.get("kind", "openai")
+    if kind not in ("openai", "echo", "local"):
+        return []  # which has been said
     found = []
-    if upstream.kind == "openai" and upstream.base_url is None:
+    if kind == "openai" and "base_url" not in table:
         found.append("base_url: required for kind 'openai'")
-    found += [
-        f"{name}: not used by kind {upstream.kind!r}"
-        for name, kind in _OF_KIND.items()
-        if name in table and kind != upstream.kind
-    ]
-    for header in upstream.headers:
+    found += [f"{name}: not used by kind {kind!r}" for name, user in _OF_KIND.items() if name in table and user != kind]
+    headers = table.get("headers")
+    for header in headers if isinstance(headers, dict) else ():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
             found.append(f"headers.{header}: not a header name")
         elif header.lower() in ("host", "content-length", "transfer-encoding", "connection"):
@@ -499,9 +503,11 @@ def _kind_problems(upstream: UpstreamConfig, table: Mapping[str, Any]) -> list[s
     return found
 
 
-def _target_problems(alias: str, model: ModelConfig, upstreams: Mapping[str, Any]) -> list[str]:
-    found = [] if model.targets else [f"models.{alias}.targets: expected at least one target"]
-    for index, target in enumerate(model.targets):
+def _target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]) -> list[str]:
+    found = [] if targets else [f"models.{alias}.targets: expected at least one target"]
+    for index, target in enumerate(targets):
+        if not isinstance(target, str):
+            continue  # which has been said
         upstream, slash, model_id = target.partition("/")
         if not slash or not model_id:
             found.append(f"models.{alias}.targets.{index}: expected 'upstream/model', got {target!r}")

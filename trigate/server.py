@@ -39,6 +39,7 @@ __all__ = [
     "StartupFailed",
     "open_lifespan",
     "open_sockets",
+    "open_tls",
     "run",
     "serve",
     "serve_connection",
@@ -229,7 +230,12 @@ def _why_not(where: str, error: OSError) -> str:
             return f"{where} cannot be listened on: {error.strerror or error}"
 
 
-def _open_tls(config: ServerConfig) -> ssl.SSLContext | None:
+def open_tls(config: ServerConfig) -> ssl.SSLContext | None:
+    """Loads the certificate; None where there is none.
+
+    Raises:
+        StartupFailed: It cannot be used.
+    """
     if config.certfile is None or config.keyfile is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -387,7 +393,7 @@ async def serve(  # noqa: ASYNC128 - `_Server.run` calls it
 
     Cancels: All connections are closed at once, and the app's lifespan is cancelled.
     """
-    tls = _open_tls(config)
+    tls = open_tls(config)
     listening = list(sockets) if sockets is not None else open_sockets(config)
     try:
         async with open_lifespan(app) as state:

@@ -26,6 +26,7 @@ from trigate.errors import BadRequest, Garbled, GatewayError, Reported, Truncate
 # It stands in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
 
+_ERROR_EVENT = re.compile(rb"event: ?error[\r\n]")
 _MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -252,9 +253,7 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
     try:
         fields = _fields.decode(body)
     except (ValueError, RecursionError) as error:
-        raise Garbled(
-            f"The upstream {upstream} answered 200 with something that is not a JSON object: {error}."
-        ) from None
+        raise Garbled(f"The upstream {upstream} answered with something that is not a JSON object: {error}.") from None
     error_raw = fields.get("error")
     if error_raw is not None and bytes(error_raw) != b"null" and "choices" not in fields and "object" not in fields:
         raise Garbled(
@@ -427,6 +426,10 @@ class StreamReader:
         data = sse.data_of(event)
         if not data:
             return b""  # comments are the upstream's keep-alive; the gateway sends its own
+        if _ERROR_EVENT.match(event) and b'"error"' not in data:  # the name says it, and no key does
+            value = _decode_any(data)
+            self.error = Reported(self._upstream, value if isinstance(value, dict) else data.decode(errors="replace"))
+            return b""
         if self._endpoint.ends(data):
             self.complete = not self._endpoint.repeats
             self.may_end = True
