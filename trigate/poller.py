@@ -11,7 +11,6 @@ it must not raise. What it wakes (`trio.lowlevel.reschedule`, `trio.CancelScope.
 **When much happens, a turn is longer.** To wake a Trio task costs as much as to move an event. So while turns follow
 each other closely (`CLOSE_S`), one goes on for `LINGER_S`, waiting for further sockets in its own epoll. Everything
 else is held up for that long at the most; or for a millisecond, epoll's unit, where the traffic stops in that moment.
-With 500 streams of 50 events a second, an event takes LINGER_RATIO of the CPU time that it takes without.
 
 Bounds: at most `TURN` callbacks are made between two looks at the clock.
 
