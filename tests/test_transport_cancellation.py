@@ -134,12 +134,12 @@ def _lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_what_was_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    def release(self: transport._Opening) -> None:
+    def release(self: transport.Opening) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._transport._give_back(connection)
 
-    monkeypatch.setattr(transport._Opening, "release", release)
+    monkeypatch.setattr(transport.Opening, "release", release)
 
 
 @pytest.mark.parametrize("spoil", [_lose_slots, _keep_what_was_read_in_part])

@@ -37,10 +37,11 @@ def _build() -> Any:
     import trio
 
     from trigate import logs
-    from trigate.application import create_app
+    from trigate.application import calm_collector, create_app
 
     logs.configure(os.environ)
     built = create_app()
+    calm_collector()
     if trio.lowlevel.in_trio_run():
         return built
     from trigate.asyncio_host import AsyncioHost

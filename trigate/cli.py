@@ -173,12 +173,11 @@ def _run_worker(settings: ServerConfig, adjust: Any, fds: Sequence[int], parent_
 
 
 def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: int | None) -> None:
-    import gc
     import resource
 
     import trio
 
-    from trigate.application import create_app
+    from trigate.application import calm_collector, create_app
     from trigate.errors import words_of
     from trigate.gateway import open_gateway
     from trigate.server import StartupFailed, run
@@ -186,10 +185,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream takes two file descriptors
     app: Any = create_app(opener=lambda: open_gateway(adjust=adjust))  # Any: Quart types ASGI messages more narrowly
-    # What has been imported is no garbage, and a call leaves none that is cyclic: the collector, at its usual pace,
-    # took an eighth of the time of a short call to find that out again and again.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    calm_collector()
     try:
         finished = trio.run(run, app, settings, sockets, parent_fd)
     except* StartupFailed as failed:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
-import time
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import attrs
@@ -145,7 +144,6 @@ class Exchange:
     outcome: str | None = None
     first_content_after_s: float | None = None
     started_at: float = attrs.field(factory=trio.current_time)
-    started_wall: float = attrs.field(factory=time.time)
     _half: trio.CancelScope | None = None
     _cut: GatewayError | None = None
     _reply: Reply | None = None

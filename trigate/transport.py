@@ -1,6 +1,6 @@
 """An `httpx2.AsyncBaseTransport` on Trio's sockets: a pool of connections, and requests on them.
 
-**Ownership.** A connection is in exactly one place: with the `_Opening` that uses it, or idle in the pool. A *slot* is
+**Ownership.** A connection is in exactly one place: with the `Opening` that uses it, or idle in the pool. A *slot* is
 the right to have one, and goes the same way: taken before a connection is made, given back when it is closed, or
 handed to whoever waits longest. Every change of place is synchronous. Between two of them stands an ``except
 BaseException`` that closes the connection, or the end of the ``async with``. So a cancellation at any point finds an
@@ -25,7 +25,6 @@ import math
 import ssl
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TypeVar
 
@@ -37,7 +36,7 @@ import trio
 from trigate.dialing import Connection, Origin, dial
 from trigate.framing import Framing
 
-__all__ = ["Origin", "Response", "SocketTransport", "TransportStatistics"]
+__all__ = ["Opening", "Origin", "Response", "SocketTransport", "TransportStatistics"]
 
 _SLICE_BYTES = 128 * 1024
 _CLOSED_AT_ONCE = 50
@@ -117,8 +116,11 @@ async def _within(seconds: float, late: type[httpx2.TimeoutException], waiting: 
     raise late(f"nothing within {seconds:g} s")
 
 
-class _Opening:
-    """Acquire, send, wait for the head; give back. Written out, since a generator would cost as much as all of it."""
+class Opening:
+    """An ``async with`` of a response. Made by `SocketTransport.open`.
+
+    Acquire, send, wait for the head; give back. Written out, since a generator would cost as much as all of it.
+    """
 
     __slots__ = ("_bounds", "_connection", "_method", "_origin", "_request", "_response", "_spoilt", "_transport")
 
@@ -293,7 +295,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
 
     def open(
         self, origin: Origin, request: bytes, *, method: str = "POST", connect_timeout_s: float = math.inf
-    ) -> AbstractAsyncContextManager[Response]:
+    ) -> Opening:
         """Sends a request and owns its response for as long as the block lasts.
 
         Args:
@@ -309,14 +311,12 @@ class SocketTransport(httpx2.AsyncBaseTransport):
 
         **Cancels:** at any point. The connection is given back only if it was read to the end of its response.
         """
-        return _Opening(self, origin, request, method, float(connect_timeout_s))
+        return Opening(self, origin, request, method, float(connect_timeout_s))
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """The same for those who speak `httpx2`, with its timeouts. Closing the response gives the connection back."""
         body = await request.aread()
-        opening = _Opening(
-            self, Origin.of(request.url), _serialized(request, body), request.method, _Bounds.of(request)
-        )
+        opening = Opening(self, Origin.of(request.url), _serialized(request, body), request.method, _Bounds.of(request))
         response = await opening.__aenter__()
         try:
             return httpx2.Response(
@@ -448,7 +448,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
 class _Body(httpx2.AsyncByteStream):
     """A response's body, as `httpx2` takes it."""
 
-    def __init__(self, opening: _Opening, response: Response, read_s: float) -> None:
+    def __init__(self, opening: Opening, response: Response, read_s: float) -> None:
         self._opening = opening
         self._response = response
         self._read_s = read_s

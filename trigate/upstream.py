@@ -38,7 +38,7 @@ from trigate.errors import (
 )
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing import Known
-from trigate.transport import Origin, Response, SocketTransport
+from trigate.transport import Opening, Origin, Response, SocketTransport
 
 _CLOSE_GRACE_S = 1.0
 _A_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
@@ -99,17 +99,17 @@ class _Source(Protocol):
 class _SocketSource:
     """A response of `transport`, whose connection the ``async with`` of `_Opening` owns."""
 
-    __slots__ = ("_opening", "headers", "receive", "response", "status")
+    __slots__ = ("headers", "receive", "release", "response", "status")
 
-    def __init__(self, opening: AbstractAsyncContextManager[Response], response: Response) -> None:
-        self._opening = opening
+    def __init__(self, opening: Opening, response: Response) -> None:
+        self.release = opening.release
         self.response = response
         self.receive = response.receive
         self.status = response.status
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
 
-    async def aclose(self) -> None:
-        await self._opening.__aexit__(None, None, None)
+    async def aclose(self) -> None:  # noqa: ASYNC910 - a socket is closed at once
+        self.release()
 
 
 class Httpx2Source:
@@ -227,6 +227,9 @@ class Reply:
     async def aclose(self) -> None:  # noqa: ASYNC910 - closing twice does nothing
         """Closes the stream, and the connection too unless the body was read to its end. Never hangs, may be called
         twice, and from another task than the one that reads as long as that one is not inside `receive`."""
+        if isinstance(self._source, _SocketSource):
+            self._source.release()
+            return
         with contextlib.suppress(httpx2.TransportError, OSError):
             await self._source.aclose()
 
@@ -366,7 +369,9 @@ class Upstream:
             )
 
     def _give_place(self) -> None:
-        if not self._queue.unpark():
+        if self._queue:
+            self._queue.unpark()
+        else:
             self.in_flight -= 1
 
     def open(
