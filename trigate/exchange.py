@@ -325,6 +325,8 @@ class Exchange:
         relay, response, client = self.gateway.relay, reply.plain_response, self.down.socket
         if relay is None or response is None or response.socket is None or response.complete or client is None:
             return False  # noqa: ASYNC910 - the caller goes on
+        if self.down.sending_since is not None:
+            return False  # noqa: ASYNC910 - a keep-alive is half out: the next piece waits for it, and then we see
         stream = relay.stream(response, response.socket, client, chunked=self.down.chunked, reader=reader)
         self._carried = stream
         try:
@@ -469,7 +471,11 @@ class Exchange:
         down = self.down
         if not down.committed and self._may_keep_alive():
             await down.start(200, STREAM_HEADERS)
-        if self._may_keep_alive():  # asked again: the answer may have come meanwhile
+        if not self._may_keep_alive():  # asked again: the answer may have come meanwhile
+            return
+        if self._carried is not None:
+            self._carried.inject(sse.comment("keep-alive"))  # the engine writes to the socket, and nobody else does
+        else:
             await down.send(sse.comment("keep-alive"))
 
     def _may_keep_alive(self) -> bool:
