@@ -229,7 +229,7 @@ class Reply:
         twice, and from another task than the one that reads as long as that one is not inside `receive`."""
         if isinstance(self._source, _SocketSource):
             self._source.release()
-            return
+            return  # noqa: ASYNC910 - at once
         with contextlib.suppress(httpx2.TransportError, OSError):
             await self._source.aclose()
 
