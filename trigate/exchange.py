@@ -472,7 +472,7 @@ class Exchange:
         if not down.committed and self._may_keep_alive():
             await down.start(200, STREAM_HEADERS)
         if not self._may_keep_alive():  # asked again: the answer may have come meanwhile
-            return
+            return  # noqa: ASYNC910 - as above
         if self._carried is not None:
             self._carried.inject(sse.comment("keep-alive"))  # the engine writes to the socket, and nobody else does
         else:
