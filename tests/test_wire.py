@@ -562,7 +562,7 @@ def test_a_model_inside_the_content_is_not_the_stream_s(inner: dict[str, str], o
     assert json.loads(out[6:]) == {**chunk, "model": "mock/up"}
 
 
-# -- a stream, wherever its pieces were split ---------------------------------------------------------------------------
+# -- a stream, wherever its pieces were split -------------------------------------------------------------------------
 
 
 def _chunk(content: str = "a", *, ids: str = "c-1", created: int = 1, model: str = "up", **more: object) -> bytes:

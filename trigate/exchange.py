@@ -471,8 +471,8 @@ class Exchange:
         down = self.down
         if not down.committed and self._may_keep_alive():
             await down.start(200, STREAM_HEADERS)
-        # Asked again: the answer may have come meanwhile. Whatever is being sent breaks the silence as well, and to wait
-        # for it would be to send behind the end.
+        # Asked again: the answer may have come meanwhile. Whatever is being sent breaks the silence as well, and who
+        # waits for it may come behind the end.
         if self._may_keep_alive() and down.sending_since is None:
             if self._carried is not None:
                 self._carried.inject(sse.comment("keep-alive"))

@@ -119,10 +119,12 @@ async def open_poller() -> AsyncIterator[Poller | None]:
         yield None
         return
     poller = Poller()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(poller.run, name="poller")
-        try:
-            yield poller
-        finally:
-            nursery.cancel_scope.cancel()
-            poller.close()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(poller.run, name="poller")
+            try:
+                yield poller
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        poller.close()  # now that its task, which may have been about to ask it, has ended
