@@ -677,6 +677,25 @@ async def test_a_keep_alive_never_lands_in_a_status(open_app: OpenApp, autojump_
         served.assert_clean()
 
 
+async def test_a_keep_alive_is_never_sent_behind_the_end(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A keep-alive that falls due in the moment in which an event has to wait for the client is not sent at all: the
+    silence is over, and the end of the answer may come before its turn."""
+    script = (Say(content("a")), Pause(15), Say(content("b")), Say(DONE))
+    async with open_app(providers=Provider(script)) as served:
+        calls = [served.client.chat() for _ in range(16)]
+        await trio.sleep(14)
+        for call in calls:
+            call.stall()
+        await trio.sleep(2)
+        for call in calls:
+            call.release()
+        for call in calls:
+            await call.wait()
+            assert call.body.replace(KEEP_ALIVE, b"") == (content("a") + content("b")).replace(b'"m"', b'"up/m"') + DONE
+            assert call.body.endswith(DONE)
+        served.assert_clean()
+
+
 # -- deadlines --------------------------------------------------------------------------------------------------------
 
 

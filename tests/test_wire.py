@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import time
 from typing import Any
 
@@ -568,3 +570,212 @@ def test_a_model_inside_the_content_is_not_the_stream_s(inner: dict[str, str], o
     chunk = {name: values[name] for name in order}
     out = _reader().read(_event(chunk))
     assert json.loads(out[6:]) == {**chunk, "model": "mock/up"}
+
+
+# -- a stream, wherever its pieces were split -------------------------------------------------------------------------
+
+
+def _chunk(content: str = "a", *, ids: str = "c-1", created: int = 1, model: str = "up", **more: object) -> bytes:
+    choices = [{"index": 0, "delta": {"content": content}, "finish_reason": None}]
+    value = {"id": ids, "created": created, "model": model, "choices": choices, **more}
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+_PLAIN = _chunk("plain")
+_ODD = [
+    _PLAIN,
+    _chunk('"model":"up"'),
+    _chunk('the "error" and the "usage"'),
+    _chunk("data: [DONE]"),
+    _chunk("[DONE]"),
+    _chunk("ein\u2028Wort\u0085", usage=None),
+    _chunk(usage=None),
+    _chunk(usage={"prompt_tokens": 1, "completion_tokens": 2}),
+    _chunk(ids="c-2"),
+    _chunk(created=2),
+    _chunk(model="up-2"),
+    _chunk(model="u"),
+    _chunk(x={"model": "up"}),
+    _chunk(x=["model", "up"]),
+    _chunk(error=None),
+    _chunk("response.completed"),
+    _PLAIN.replace(b'"model"', b'"\\u006dodel"'),
+    _PLAIN[:-1] + b',"\\u006dodel":"up-3"}',
+    _PLAIN[:-1] + b',"mode\\u006C":"up-3"}',
+    _PLAIN[:-1] + b',"t":"\\u006a"}',
+    _PLAIN[:-1] + b',"usage":null',  # not JSON
+    _PLAIN[:-1] + b',"\\u0065rror":{"message":"m"},"usage":null}',
+    _PLAIN[:-1] + b',"usage": null}',
+    _PLAIN.replace(b'"up"', b'"up"usage":1'),
+    _PLAIN.replace(b'"up"', b'"up"model":1'),
+    _PLAIN.replace(b":", b": "),
+    _PLAIN[:-1] + b', "model": "up-3"}',
+    _PLAIN[:-1] + b',"a\rb": 1}',
+    b'{"x":{"model":"up"},"choices":[{"delta":{"content":"nested"}}]}',
+    b'{"choices":[{"delta":{"content":"first"}}],"model":"up"}',
+    b'{"choices":[{"delta":{"content":"none"}}]}',
+    b'{"choices":[{"delta":{"role":"assistant"}}],"model":"up"}',
+    b'[{"model":"up"}]',
+    b'{"type":"response.created","response":{"model":"up"}}',
+    b'{"type":"response.output_text.delta","delta":"response.completed"}',
+    b"5",
+    b"",
+]
+_RARE = [
+    b"[DONE]",
+    b'{"error":{"message":"m"}}',
+    _chunk(error={"message": "m"}),
+    b'{"type":"response.completed","response":{"model":"up","usage":{"input_tokens":1,"output_tokens":2}}}',
+    _chunk("long" * 200),
+]
+_LAYOUTS = [
+    *(b"data: %b\n\n", b"data:%b\n\n", b"data: %b\r\n\r\n", b"data: %b\r\r", b"data: %b\r\n\n", b"data: %b\r\n\r\n\n"),
+    *(b"data: %b\n\n\n", b"data: %b\n\n\n\n", b"\ndata: %b\n\n", b"data: %b\r: x\n\n", b"data: %b\rid: 1\n\n"),
+    *(b"id: 1\ndata: %b\n\n", b"data: %b\nid: 1\n\n", b"event: x\ndata: %b\n\n", b": ping\n\ndata: %b\n\n"),
+    *(b': "model":"up"\ndata: %b\n\n', b"data: %b\ndata: \n\n"),
+]
+_events = st.builds(
+    lambda layout, data: layout % data,
+    st.one_of(*[st.just(_LAYOUTS[0])] * 2, st.sampled_from(_LAYOUTS)),
+    st.one_of(*[st.sampled_from(_ODD)] * 9, st.sampled_from(_RARE)),
+)
+_streams = st.builds(
+    lambda opening, events, end: opening + b"".join(events) + end,
+    st.sampled_from([b"", b"\xef\xbb\xbf", b": ping\n\n", b"data: " + _PLAIN + b"\n\n"]),
+    st.lists(_events | st.just(b"data: " + _PLAIN + b"\n\n"), max_size=10),
+    st.sampled_from([b"", b"data: [DONE]\n\n", b"data: [DONE]", b"data: [DONE]\n", b"data: " + _PLAIN, b"\n"]),
+)
+
+
+class _SlowReader(StreamReader):
+    """Takes each event apart."""
+
+    def _plain(self, piece: bytes) -> None:
+        return None
+
+
+def _fed(pieces: list[bytes], endpoint: Any, kind: type[StreamReader], max_bytes: int) -> tuple[bytes, list[object]]:
+    """What a reader makes of a stream: what goes to the client, and all that can be known afterwards."""
+    reader = kind(endpoint, model="pub/lic", upstream="mock", max_event_bytes=max_bytes)
+    out = []
+    for piece in pieces:
+        out.append(reader.feed(piece))
+        if reader.complete or reader.error is not None:
+            break
+    else:
+        out.append(reader.feed_end())
+    known = [reader.complete, reader.may_end, reader.has_content, reader.usage, reader.events, repr(reader.error)]
+    given_out = b"".join(out)
+    if any(b"\r" in piece for piece in pieces):
+        # An event that was split between its last CR and LF has been given out without that LF: it is the same event.
+        given_out = re.sub(rb"\n\n+", b"\n\n", given_out.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    return given_out, known
+
+
+def _split(data: bytes, at: list[int]) -> list[bytes]:
+    cuts = sorted({0, len(data), *(place % (len(data) + 1) for place in at)})
+    return [data[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=150)
+@given(_streams, st.sampled_from([CHAT, RESPONSES]), st.lists(st.integers(0, 2**12), max_size=8), st.data())
+def test_it_is_all_the_same_how_a_stream_is_split(stream: bytes, endpoint: Any, at: list[int], data: Any) -> None:
+    """Fed whole, byte by byte, event by event or split at random, by the short way for plain events or without it: the
+    same bytes go to the client, and the same is known."""
+    max_bytes = data.draw(st.sampled_from([2**20, 700]))
+    ends = [place for place in range(1, len(stream)) if stream[:place].endswith(b"\n\n")]
+    expected = _fed([stream], endpoint, _SlowReader, max_bytes)
+    ways = {
+        "whole": [stream],
+        "byte by byte": _split(stream, list(range(len(stream)))),
+        "event by event": _split(stream, ends),
+        "some events at once": _split(stream, data.draw(st.lists(st.sampled_from(ends), max_size=4)) if ends else []),
+        "at random": _split(stream, at),
+    }
+    for way, pieces in ways.items():
+        assert _fed(pieces, endpoint, StreamReader, max_bytes) == expected, way
+        assert _fed(pieces, endpoint, _SlowReader, max_bytes) == expected, way
+
+
+def test_each_oddity_between_plain_events() -> None:
+    """Each odd event, in each way to write it down, ends up as when every event is taken apart: before, behind and
+    between plain ones, alone or in one piece with them."""
+    plain = b"data: " + _PLAIN + b"\n\n"
+    for layout in _LAYOUTS:
+        for data in _ODD + _RARE:
+            odd = layout % data
+            expected = _fed([plain * 3 + odd + plain * 2], CHAT, _SlowReader, 2**20)
+            at = odd.find(b"\n") + 2
+            for pieces in (
+                [plain, plain * 2, odd, plain, plain],
+                [plain, plain, plain + odd + plain, plain],
+                [plain, plain * 2, odd[:at], odd[at:], plain, plain],
+            ):
+                assert _fed(pieces, CHAT, StreamReader, 2**20) == expected, odd
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.sampled_from([data for data in _ODD if data.startswith(b"{")]), max_size=6), st.booleans())
+def test_exactly_the_model_is_replaced(found: list[bytes], one_piece: bool) -> None:
+    """Whatever else is in a stream: the JSON of each event is what it was, but for the model at its top level or that
+    of its ``response``; and where no key is escaped, so is every other byte."""
+    found = [_PLAIN, *(data for data in found if _is_json(data) and not json.loads(data).get("error"))]
+    pieces = [b"data: " + data + b"\n\n" for data in found]
+    reader = StreamReader(CHAT, model="pub/lic", upstream="mock")
+    out = b"".join(reader.feed(piece) for piece in ([b"".join(pieces)] if one_piece else pieces))
+    assert reader.error is None
+    given_out = out.split(b"\n\n")
+    assert given_out.pop() == b""
+    assert len(given_out) == len(found)
+    for before, after in zip(found, given_out, strict=True):
+        value = json.loads(before)
+        holder = value if "model" in value or "response" not in value else value["response"]
+        if "model" in holder:
+            holder["model"] = "pub/lic"
+        assert json.loads(after.removeprefix(b"data: ")) == value
+        if b"\\u006" not in before and before.count(b'"model"') == 1 and b'{"model"' not in before:
+            was = next(raw for raw in (b'"up"', b'"up-2"', b'"u"') if b'"model":' + raw in before.replace(b": ", b":"))
+            assert after == b"data: " + before.replace(was, b'"pub/lic"', 1)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
+
+
+def test_plain_events_take_the_short_way() -> None:
+    """Else the tests above prove nothing about it: it is taken by each piece of plain events after the first."""
+    taken = []
+
+    class Reader(StreamReader):
+        def _plain(self, piece: bytes) -> bytes | None:
+            taken.append(super()._plain(piece))
+            return taken[-1]
+
+    reader = Reader(CHAT, model="pub/lic", upstream="mock")
+    event = b"data: " + _PLAIN + b"\n\n"
+    for piece in (event, event, event * 3, event + b": ping\n\n", event):
+        reader.feed(piece)
+    public = event.replace(b'"up"', b'"pub/lic"')
+    assert taken == [public, public * 3, None, public]
+
+
+def test_what_came_before_an_event_too_large_is_given_out() -> None:
+    """The bound refuses that event, and takes none of the whole ones before it away, also where all came together."""
+    event = b"data: " + _PLAIN + b"\n\n"
+    for pieces in ([event * 2 + b"data: " + b"x" * 500], [event, event, b"data: " + b"x" * 500]):
+        reader = StreamReader(CHAT, model="up", upstream="mock", max_event_bytes=300)
+        assert b"".join(map(reader.feed, pieces)) == event * 2
+        assert isinstance(reader.error, Garbled)
+
+
+def test_an_event_on_several_lines_stays_one() -> None:
+    """Taken apart and put together again, an object over several ``data`` lines has each of its lines in ``data``."""
+    value = {"choices": [{"delta": {"content": "a"}, "model": "inner"}], "model": "up"}
+    event = "".join(f"data: {line}\n" for line in json.dumps(value, indent=1).split("\n")).encode() + b"\n"
+    out = _reader().read(event)
+    assert json.loads(sse.data_of(out) or b"") == {**value, "model": "mock/up"}

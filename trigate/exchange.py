@@ -471,12 +471,13 @@ class Exchange:
         down = self.down
         if not down.committed and self._may_keep_alive():
             await down.start(200, STREAM_HEADERS)
-        if not self._may_keep_alive():  # asked again: the answer may have come meanwhile
-            return  # noqa: ASYNC910 - as above
-        if self._carried is not None:
-            self._carried.inject(sse.comment("keep-alive"))  # the engine writes to the socket, and nobody else does
-        else:
-            await down.send(sse.comment("keep-alive"))
+        # Asked again: the answer may have come meanwhile. Whatever is being sent breaks the silence as well, and who
+        # waits for it may come behind the end.
+        if self._may_keep_alive() and down.sending_since is None:
+            if self._carried is not None:
+                self._carried.inject(sse.comment("keep-alive"))
+            else:
+                await down.send(sse.comment("keep-alive"))
 
     def _may_keep_alive(self) -> bool:
         return self._cut is None and self.phase != "ending"

@@ -73,9 +73,12 @@ class Poller:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forgets a socket, which must still be open. It is not called back any more, not even in this turn."""
-        del self._callbacks[fd]
-        self._epoll.unregister(fd)
+        """Forgets a socket, which must still be open. It is not called back any more, not even in this turn.
+
+        Does nothing for one that it has forgotten by itself, since its callback crashed.
+        """
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     async def run(self) -> None:
         """Calls back, for ever."""
@@ -101,8 +104,7 @@ class Poller:
                     callback(events)
                 except Exception:
                     log.exception("callback_crashed", callback=repr(callback))
-                    if fd in callbacks:
-                        self.remove(fd)
+                    self.remove(fd)
 
     def close(self) -> None:
         """Closes the epoll. The sockets are their owners'."""
@@ -116,10 +118,12 @@ async def open_poller() -> AsyncIterator[Poller | None]:
         yield None
         return
     poller = Poller()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(poller.run, name="poller")
-        try:
-            yield poller
-        finally:
-            nursery.cancel_scope.cancel()
-            poller.close()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(poller.run, name="poller")
+            try:
+                yield poller
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        poller.close()  # now that its task, which may have been about to ask it, has ended

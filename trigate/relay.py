@@ -13,7 +13,8 @@ of them here. The rules:
   is held for a stream is one piece.
 - A frame that is begun goes out whole, also when the stream is cut: what is left of it is its owner's to send
   (`Owner.owe`), before anything else.
-- What happens on a stream ends that stream: errors are told to its exchange, and nothing is raised into the poller.
+- What happens on a stream ends that stream: errors are told to its exchange, defects are raised in it, and nothing is
+  raised into the poller.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import httpx2
+import outcome
 import trio
 
 from trigate.framing import Framing
@@ -128,8 +130,8 @@ class Stream:
         """
         self._owner = owner
         self._task = trio.lowlevel.current_task()
-        self._relay.streams += 1
         self._poller.add(self._upstream_fd, READABLE, self._on_readable)
+        self._relay.streams += 1
 
         def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
             self._let_go()
@@ -148,6 +150,20 @@ class Stream:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _on_readable(self, _: int) -> None:
+        try:
+            ended = self._move()
+        except Exception as error:
+            self._let_go()
+            trio.lowlevel.reschedule(self._task, outcome.Error(error))
+        else:
+            if ended:
+                self._let_go()
+                trio.lowlevel.reschedule(self._task)
+            elif self._rest:
+                self._park()
+
+    def _move(self) -> bool:
+        """Takes what is there from the upstream to the client; says whether the stream is to end."""
         framing, reader = self._framing, self._reader
         try:
             data = self._upstream.recv(_RECEIVE_BYTES)
@@ -156,7 +172,7 @@ class Stream:
             else:
                 framing.feed_eof()
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self.failure = httpx2.ReadError(error.strerror or str(error))
         except httpx2.TransportError as error:
@@ -170,11 +186,7 @@ class Stream:
                 sent_bytes = len(data)
                 self._send(b"%x\r\n%b\r\n" % (sent_bytes, data) if self._chunked else data)
         self._owner.note_relayed(self._poller.now, sent_bytes)
-        if framing.complete or reader.complete or reader.error is not None or self.failure is not None:
-            self._let_go()
-            trio.lowlevel.reschedule(self._task)
-        elif self._rest:
-            self._park()
+        return framing.complete or reader.complete or reader.error is not None or self.failure is not None
 
     def _send(self, frame: bytes) -> None:
         try:

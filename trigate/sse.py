@@ -22,7 +22,15 @@ _RESUMPTION = re.compile(rb"^(?:id|retry)(?=:|\r|$)", re.M)
 
 
 class EventTooLarge(ValueError):
-    """An event grew beyond the bound."""
+    """An event grew beyond the bound.
+
+    Attributes:
+        before: The whole events that came before it in the same piece.
+    """
+
+    def __init__(self, message: str, before: list[bytes]) -> None:
+        super().__init__(message)
+        self.before = before
 
 
 class EventSplitter:
@@ -84,8 +92,9 @@ class EventSplitter:
         rest = buffer[start:] if start else buffer
         if events and not rest and events[-1][-1] == 0x0D:
             self._swallow_lf = True
-        if len(rest) > self._max or any(len(event) > self._max for event in events):
-            raise EventTooLarge(f"an event is larger than {self._max} bytes")
+        for index, event in enumerate([*events, rest] if len(buffer) > self._max else ()):
+            if len(event) > self._max:
+                raise EventTooLarge(f"an event is larger than {self._max} bytes", events[:index])
         self._buffer = rest
         return events
 
@@ -107,13 +116,13 @@ def data_of(event: bytes) -> bytes | None:
 
 
 def with_data(event: bytes, data: bytes) -> bytes:
-    r"""Returns the event with other data (of one line), its other fields as they are.
+    r"""Returns the event with other data, its other fields as they are.
 
-    >>> with_data(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n", b"c")
-    b'event: x\ndata: c\n\n'
+    >>> with_data(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n", b"c\nd")
+    b'event: x\ndata: c\ndata: d\n\n'
     """
     others = [line for line in _LINE.split(event) if line and line.partition(b":")[0] != b"data"]
-    return b"\n".join([*others, b"data: " + data]) + b"\n\n"
+    return b"\n".join([*others, *[b"data: " + line for line in data.split(b"\n")]]) + b"\n\n"
 
 
 def without_resumption(event: bytes) -> bytes:

@@ -28,6 +28,7 @@ _MAX_MODEL_CHARS = 4096
 
 _ERROR_EVENT = re.compile(rb"event: ?error[\r\n]")
 _MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+_BEHIND_TOP_LEVEL = re.compile(rb"[{}\r\n]")
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _any = msgspec.json.Decoder()
@@ -348,12 +349,13 @@ class StreamReader:
             plain = self._plain(piece)
             if plain is not None:
                 return plain
+        too_large: sse.EventTooLarge | None = None
         try:
             events = self._splitter.feed(piece) if not self.complete else []
         except sse.EventTooLarge as error:
-            self.error = Garbled(f"The upstream {self._upstream} sent too much: {error}.")
-            return b""
+            events, too_large = error.before, error
         frames = [self._held]
+        held_bytes = len(self._held)
         for event in events:
             frame = self.read(event)
             if self.error is not None:
@@ -362,12 +364,17 @@ class StreamReader:
                 frames.append(frame)
             if self.complete:
                 break
+            if not self.has_content:
+                held_bytes += len(frame)
+                if held_bytes > self._max_bytes:
+                    self.error = Garbled(f"The upstream {self._upstream} sent {held_bytes} bytes without any content.")
+                    break
+        if too_large is not None and not self.complete and self.error is None:
+            self.error = Garbled(f"The upstream {self._upstream} sent too much: {too_large}.")
         self.events += len(frames) - 1
         out = b"".join(frames)
         if not self.has_content and self.error is None:
             self._held = out
-            if len(out) > self._max_bytes:
-                self.error = Garbled(f"The upstream {self._upstream} sent {len(out)} bytes without any content.")
             return b""
         self._held = b""
         self._steady = (
@@ -388,32 +395,32 @@ class StreamReader:
 
     def _plain(self, piece: bytes) -> bytes | None:
         """What goes to the client for a piece of plain events; None where something in it may be anything else."""
-        size = len(self._prefix)
-        if piece.startswith(self._prefix):
-            rest = piece[size:]
-            if rest.find(b"\n") == len(rest) - 2 and rest.endswith(b"\n\n"):
-                if self._needs_a_look(rest):
-                    return None
-                self.events += 1
-                return self._public_prefix + rest
-            if not rest.endswith(b"\n\n") or len(piece) > self._max_bytes:
+        if not piece.startswith(self._prefix) or not piece.endswith(b"\n\n") or len(piece) > self._max_bytes:
+            return None
+        size = len(self._prefix) - 1  # the last quote of the prefix is looked at together with what is behind it
+        rest = piece[size:]
+        if rest.find(b"\n") == len(rest) - 2:
+            if self._needs_a_look(rest):
                 return None
-            events = piece.split(b"\n\n")
-            events.pop()  # what is behind the last blank line: nothing
-            rests = [event[size:] for event in events]
-            for event, rest in zip(events, rests, strict=True):
-                if not event.startswith(self._prefix) or b"\n" in rest or self._needs_a_look(rest):
-                    return None
-            self.events += len(rests)
-            return b"".join([part for rest in rests for part in (self._public_prefix, rest, b"\n\n")])
-        return None
+            self.events += 1
+            return self._public_prefix + rest
+        events = piece.split(b"\n\n")
+        if events.pop():  # what is behind the last blank line
+            return None
+        rests = [event[size:] for event in events]
+        for event, rest in zip(events, rests, strict=True):
+            if not event.startswith(self._prefix) or b"\n" in rest or self._needs_a_look(rest):
+                return None
+        self.events += len(rests)
+        return b"".join([part for rest in rests for part in (self._public_prefix, rest, b"\n\n")])
 
     def _needs_a_look(self, rest: bytes) -> bool:
         return (
             b'"error"' in rest
             or b'"model"' in rest
+            or b"\\u006" in rest
             or b"\r" in rest
-            or (b'"usage"' in rest and rest.count(b'"usage"') != rest.count(b'"usage":null'))
+            or _has_usage(rest)
             or (self._typed and any(mark in rest for mark in self._endpoint.marks))
         )
 
@@ -434,7 +441,7 @@ class StreamReader:
             self.complete = not self._endpoint.repeats
             self.may_end = True
             self.has_content = True
-        if not self.has_content or b'"usage"' in data or b'"error"' in data:
+        if not self.has_content or b'"error"' in data or _has_usage(data):
             self._look_into(data)
             if self.error is not None:
                 return b""
@@ -459,22 +466,23 @@ class StreamReader:
 
     def _rename(self, event: bytes, data: bytes) -> bytes:
         # Inside a JSON string every quote is escaped, so the bytes `"model"` are a whole string: a key, or a text that
-        # is just that word. Where they stand once and the upstream's id follows, that is the one to replace; where
-        # anything is unusual, the event's top level is taken apart.
+        # is just that word. Where they stand once, at the top level, and the upstream's id follows, that is the one to
+        # replace; where anything is unusual, the event's top level is taken apart.
         plain = _has_plain_model_key(data)
-        if plain and self._needle and self._needle in event:
-            return self._renamed(event, event.index(self._needle))
+        if plain and self._needle:
+            at = event.find(self._needle)
+            if _is_at_top_level(event, at):
+                return self._renamed(event, at)
         if not plain and b'"model"' not in data and b"\\u006" not in data:
             return event
         named = _model_of(data)
         if named is None:
             return event
         raw, renamed = named
-        if not plain:
+        start = event.find(data)
+        match = re.compile(rb'("model"\s*:\s*)' + re.escape(raw)).search(event, start) if plain and start >= 0 else None
+        if match is None:  # or it stands on several lines
             return sse.with_data(event, renamed(self._public))
-        match = re.search(rb'("model"\s*:\s*)' + re.escape(raw), event)
-        if match is None:  # cut in two by a line end
-            return event
         self._needle, self._replacement = match[0], match[1] + self._public
         return self._renamed(event, match.start())
 
@@ -482,13 +490,29 @@ class StreamReader:
         """The event with the public id, whose model stands ``at`` there; what is before it is the next one's prefix."""
         end = at + len(self._needle)
         public_prefix = event[:at] + self._replacement
-        prefix = event[:end]
-        # Nothing in a prefix need be looked into, and it has no line end.
-        if prefix.startswith(b"data: {") and not any(
-            each in prefix for each in (b"\n", b"\r", b'"error"', b'"usage"', *self._endpoint.marks)
-        ):
-            self._prefix, self._public_prefix = prefix, public_prefix
+        # What begins so, and has nothing else in it that must be looked into, is what it is here: the same key.
+        if event.startswith(b"data: {") and _is_at_top_level(event, at):
+            prefix = event[:end]
+            if not any(each in prefix for each in (b'"error"', b'"usage"', *self._endpoint.marks)):
+                self._prefix, self._public_prefix = prefix, public_prefix[:-1]
         return public_prefix + event[end:]
+
+
+def _has_usage(data: bytes) -> bool:
+    """Whether there may be counts: many providers send a null with each event."""
+    return b'"usage"' in data and data.count(b'"usage"') != data.count(b'"usage":null')
+
+
+def _is_at_top_level(event: bytes, at: int) -> bool:
+    """Whether a key that stands ``at`` there is one of the event's own object, and not of one inside it.
+
+    It may say no where it could not tell without parsing: a brace in a text before the key looks like an object.
+
+    >>> [_is_at_top_level(event, event.find(b"k")) for event in (b'data: {"k"', b'data: [{"k"', b'data: {"a":{"k"')]
+    [True, False, False]
+    """
+    start = event.find(b"{", 0, at) if at > 0 else -1
+    return start >= 0 and event[:start] in (b"data: ", b"data:") and not _BEHIND_TOP_LEVEL.search(event, start + 1, at)
 
 
 def _model_of(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]] | None:
