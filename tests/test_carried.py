@@ -36,6 +36,7 @@ from provider import (
 )
 from trio.testing import MockClock
 
+from trigate.connection import Downstream
 from trigate.gateway import Gateway
 from trigate.relay import Stream
 
@@ -409,6 +410,40 @@ async def test_a_stalled_reader_and_the_end(open_house: Any, clock: MockClock, w
             await trio.sleep(1)
         assert house.provider.open_now == 0
     assert house.outcomes == ["draining" if how == "cut" else "cancelled"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BOTH)
+async def test_a_late_keep_alive_goes_the_way_of_the_stream(
+    open_house: Any, clock: MockClock, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """One that was begun before its stream was carried comes as a frame of its own, by the engine and not past it, and
+    returns at once; where the client does not read, it is not said at all."""
+    sends = 0
+    send = Downstream.send
+
+    async def counted(self: Downstream, data: bytes) -> None:
+        nonlocal sends
+        sends += 1
+        await send(self, data)
+
+    async with open_house(way, (Say(A), Pause(10), *MUCH, Say(DONE)), stall_timeout_s=0, **LIMITS) as house:
+        client = await house.call(buffer_bytes=8192)
+        await client.read_until(b'"a"')
+        await trio.sleep(0.5)
+        house.assert_carried()
+        [exchange] = house.gateway.live
+        sent_at = trio.current_time()
+        monkeypatch.setattr(Downstream, "send", counted)
+        await exchange._keep_alive()
+        assert sends == (way == "loop")
+        await client.read_until(KEEP_ALIVE)
+        await trio.sleep(20)
+        assert exchange.down.sending_since is not None
+        await exchange._keep_alive()
+        assert trio.current_time() - sent_at < 21
+        await client.read_all()
+        assert client.body == (public(A, KEEP_ALIVE, *(step.data for step in MUCH), DONE), True)
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------
