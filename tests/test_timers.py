@@ -65,9 +65,8 @@ async def test_a_check_that_is_always_due_holds_nothing_up() -> None:
         timers.start(0, restless)
         timers.start(trio.current_time() + 0.001, noting(others, "other"))
         with trio.fail_after(5):
-            while not others:
+            while not others or made < 3:  # noqa: ASYNC110 - it is made by a check that knows nothing of this task
                 await trio.lowlevel.checkpoint()
-    assert made > 1
 
 
 async def test_an_earlier_timer_wakes_the_sleeper(autojump_clock: MockClock) -> None:

@@ -280,8 +280,10 @@ class Downstream:
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
     async def _emit(self, *messages: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
-        if self.client is not None:
-            await self._emit_whole(messages)  # this server cuts no message in two
+        if self.client is not None and messages[0].get("more_body", False):
+            # This server cuts no message in two. A piece that a cancellation leaves out is missed by nobody; a head and
+            # an end that are noted have to go out.
+            await self._emit_whole(messages)
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s) as self._emitting:
             await self._emit_whole(messages)
