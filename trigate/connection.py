@@ -280,20 +280,20 @@ class Downstream:
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
     async def _emit(self, *messages: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
-        if self.client is not None and messages[0].get("more_body", False):
+        piece = messages[0].get("more_body", False)
+        if piece and self.client is not None and self.sending_since is None and not self._owed:
             # This server cuts no message in two. A piece that a cancellation leaves out is missed by nobody; a head and
             # an end that are noted have to go out.
-            await self._emit_whole(messages)
+            await self._emit_now(messages)
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + self.patience_s) as self._emitting:
-            await self._emit_whole(messages)
-
-    async def _emit_whole(self, messages: tuple[Any, ...]) -> None:  # noqa: ASYNC910 - Any: as above
-        while self.sending_since is not None:  # a keep-alive, or the relay while one is sent
-            if self._sent is None:
-                self._sent = trio.Event()
-            with trio.CancelScope(shield=True):
+            while self.sending_since is not None:  # a keep-alive, or the relay while one is sent
+                if self._sent is None:
+                    self._sent = trio.Event()
                 await self._sent.wait()
+            await self._emit_now(messages)
+
+    async def _emit_now(self, messages: tuple[Any, ...]) -> None:  # noqa: ASYNC910 - Any: as above
         self.sending_since = trio.current_time()
         try:
             if self._owed:

@@ -128,10 +128,12 @@ class Client:
         """Does not call back any more."""
         self._connection.peer.on_leave = None
 
-    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+    async def respond(  # noqa: ASYNC910 - as `Connection.respond`
+        self, status: int, headers: list[Header], body: bytes
+    ) -> None:
         """Sends a whole response, in place of ASGI's two messages; its content-length is added here.
 
-        **Cancels:** at its beginning, or not at all.
+        **Cancels:** not at all, so that who notes it as sent is right.
         """
         await self._connection.respond(status, headers, body)
 
@@ -326,12 +328,12 @@ class Connection:
             await self._send_whole(status, headers, body)
         self._refused = True
 
-    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+    async def respond(  # noqa: ASYNC910 - the socket may take it at once
+        self, status: int, headers: list[Header], body: bytes
+    ) -> None:
         """As `Client.respond` has it."""
         if self.peer.lost or self._refused or self._phase != _NOTHING:
-            await checkpoint()
-            return
-        await checkpoint_if_cancelled()
+            return  # noqa: ASYNC910
         request = self._parser.head
         await self._send_whole(status, headers, body, request.method, request.version)
         self._note_done()
