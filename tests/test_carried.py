@@ -348,7 +348,8 @@ MUCH = tuple(Say(content(f"{n}:" + "x" * 50_000)) for n in range(200))
 @pytest.mark.slow
 @pytest.mark.parametrize("way", BOTH)
 async def test_a_reader_that_stalls_ends_its_upstream(open_house: Any, clock: MockClock, way: str) -> None:
-    """After the limit, and not before; its connection is closed, and what it has is whole frames but for the last."""
+    """After the limit, not before, and at most half of it later; its connection is closed, and what it has is whole
+    frames but for the last."""
     async with open_house(way, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as house:
         client = await house.call(buffer_bytes=8192)
         await client.read_until(b'"a"')
@@ -357,7 +358,7 @@ async def test_a_reader_that_stalls_ends_its_upstream(open_house: Any, clock: Mo
         assert house.provider.open_now == 1
         [exchange] = house.gateway.live
         assert exchange.down.sending_since is not None
-        await trio.sleep(10)
+        await trio.sleep(21)
         assert house.provider.open_now == 0
         await client.read_all()
         body, ended = client.body
@@ -376,6 +377,26 @@ async def test_a_reader_that_stalls_for_a_while_misses_nothing(open_house: Any, 
         await client.read_until(b'"a"')
         await trio.sleep(20)
         house.assert_carried()
+        await client.read_all()
+        body, ended = client.body
+        assert ended
+        assert body == public(A, *(step.data for step in MUCH), DONE)
+    assert house.outcomes == ["complete"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BOTH)
+async def test_a_slow_reader_is_not_a_stalled_one(open_house: Any, clock: MockClock, way: str) -> None:
+    """It takes a part of what waits, again and again: however long the whole takes, it is not cut off."""
+    async with open_house(way, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as house:
+        client = await house.call(buffer_bytes=8192)
+        await client.read_until(b'"a"')
+        for _ in range(8):
+            await trio.sleep(15)
+            before = len(client.wire)
+            while len(client.wire) < before + 300_000:
+                await client.read()
+        assert house.provider.open_now == 1
         await client.read_all()
         body, ended = client.body
         assert ended

@@ -255,3 +255,10 @@ def test_other_error_bodies_become_ours(body: bytes) -> None:
 def test_what_an_upstream_said(body: bytes, said: str) -> None:
     """The sentence is found in each of the usual shapes, bounded, and is empty where there is none."""
     assert upstream_message(body) == said
+
+
+def test_half_a_surrogate_pair_can_be_reported() -> None:
+    """A provider that cuts an emoji in its error has a question mark there; JSON can say more than UTF-8."""
+    error = Reported("mock", {"message": "cut \ud83d", "more": ["\ude00"]})
+    told = json.loads(error.to_frame().removeprefix(b"data: "))["error"]
+    assert (told["message"], told["more"]) == ("cut ?", ["?"])

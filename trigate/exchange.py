@@ -82,6 +82,10 @@ class Downstream(Protocol):
     def chunked(self) -> bool:
         """How what is written there has to be framed."""
 
+    @property
+    def taken_bytes(self) -> int | None:
+        """A number that grows while a send waits, whenever the client takes something; None = that cannot be seen."""
+
     def owe(self, rest: bytes) -> None:
         """Takes what is left of a frame that was begun at the socket; it goes out before anything else."""
 
@@ -151,6 +155,9 @@ class Exchange:
     _heard_at: float = math.inf
     _reader: StreamReader | None = None
     _carried: Stream | None = None
+    _waits_since: float = math.inf
+    _stalled_since: float = math.inf
+    _taken_bytes: int | None = None
     _shortest_s: float = math.inf
     _nursery: trio.Nursery = attrs.field(init=False)
     _relayed: bool = False
@@ -347,6 +354,8 @@ class Exchange:
     def note_parked(self, since: float | None) -> None:
         """For the engine: since when the client has not been reading."""
         self.down.sending_since = since
+        if since is None:
+            self._hear()  # what the upstream has sent meanwhile is yet to be read
 
     def owe(self, rest: bytes) -> None:
         """For the engine: what is left of a frame."""
@@ -421,6 +430,18 @@ class Exchange:
             if self._half is not None:
                 self._half.cancel()
 
+    def abandon_upstream(self) -> bool:
+        """The client has left: closes the upstream's connection now, and from here, where the engine carries the
+        stream.
+
+        Returns:
+            Whether it did. The exchange then sleeps until it is cancelled, which is no longer urgent.
+        """
+        if self._carried is None or self._reply is None or not self._carried.drop():
+            return False
+        self._reply.abandon()
+        return True
+
     def _cut_error(self) -> GatewayError:
         error = self._cut
         assert error is not None, "the upstream half is cancelled by cut() only"
@@ -443,14 +464,13 @@ class Exchange:
         down = self.down
         keep_alive_s = self._keep_alive_s()
         sending = down.sending_since is not None
-        sending_since = down.sending_since if down.sending_since is not None else math.inf
         # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
         idle_since = self._heard_at if self._attempt_at == math.inf and not sending else math.inf
         deadlines: tuple[tuple[Deadline, float, float], ...] = (
             ("total", self.started_at, self._timeout_s("total")),
             ("first_token", self._attempt_at, self._timeout_s("first_token")),
             ("idle", idle_since, self._timeout_s("idle")),
-            ("stall", sending_since, self.generation.config.limits.stall_timeout_s or math.inf),
+            ("stall", *self._stall(now)),
         )
         for deadline, since, timeout_s in deadlines:
             if since + timeout_s <= now:
@@ -466,6 +486,26 @@ class Exchange:
             quiet_since = now
         due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
         return min([now + self._shortest_s, *(at for at in due if at > now)])
+
+    def _stall(self, now: float) -> tuple[float, float]:
+        """Since when the client has taken nothing of what waits for it, and how long it may.
+
+        One that reads slowly does take something, if not the whole of what waits. That shows between two looks: a send
+        of which the first look comes late is given half of the limit for a second one.
+        """
+        limit_s = self.generation.config.limits.stall_timeout_s or math.inf
+        down = self.down
+        if down.sending_since is None:
+            return math.inf, limit_s
+        taken_bytes = down.taken_bytes
+        if self._waits_since != down.sending_since:
+            self._waits_since = self._stalled_since = down.sending_since
+            if taken_bytes is not None:
+                self._stalled_since = max(down.sending_since, now - limit_s / 2)
+        elif taken_bytes is not None and self._taken_bytes is not None and taken_bytes > self._taken_bytes:
+            self._stalled_since = now
+        self._taken_bytes = taken_bytes
+        return self._stalled_since, limit_s
 
     async def _keep_alive(self) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         down = self.down

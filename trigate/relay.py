@@ -43,7 +43,7 @@ class Owner(Protocol):
         """Something came, and so much of it was for the client."""
 
     def note_parked(self, since: float | None) -> None:
-        """Since when a frame has been waiting for the client to read; None = it no longer is."""
+        """Since when a frame has been waiting for the client to read anything; None = none is waiting."""
 
     def owe(self, rest: bytes) -> None:
         """These bytes are what is left of a frame that was begun: they go out before anything else."""
@@ -81,6 +81,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_carrying",
         "_chunked",
         "_client",
         "_client_fd",
@@ -116,6 +117,7 @@ class Stream:
         self._client_fd = client.fileno()
         self._chunked = chunked
         self._reader = reader
+        self._carrying = False
         self._parked = False
         self._rest = b""
         self.failure: httpx2.TransportError | None = None
@@ -131,17 +133,26 @@ class Stream:
         self._owner = owner
         self._task = trio.lowlevel.current_task()
         self._poller.add(self._upstream_fd, READABLE, self._on_readable)
+        self._carrying = True
         self._relay.streams += 1
 
         def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
-            self._let_go()
+            self.drop()
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
+    def drop(self) -> bool:
+        """Lets go of both ends; the owner sleeps on until it is cancelled. Says whether the engine had them."""
+        if not self._carrying:
+            return False
+        self._let_go()
+        return True
+
     def inject(self, data: bytes) -> None:
-        """Sends something of the gateway's own between two events, unless the client does not read anyway."""
-        if not self._parked:
+        """Sends something of the gateway's own between two events, unless the client does not read anyway, or the
+        stream has just ended: its owner may have to send the rest of a frame first."""
+        if self._carrying and not self._parked:
             self._send(self._framed(data))
             if self._rest:
                 self._park()
@@ -212,8 +223,11 @@ class Stream:
             self._poller.remove(self._client_fd)
             self._poller.add(self._upstream_fd, READABLE, self._on_readable)
             self._owner.note_parked(None)
+        elif len(self._rest) < len(rest):
+            self._owner.note_parked(trio.current_time())  # it reads, if slowly
 
     def _let_go(self) -> None:
+        self._carrying = False
         self._relay.streams -= 1
         if self._parked:
             self._parked = False
