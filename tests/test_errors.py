@@ -255,3 +255,21 @@ def test_other_error_bodies_become_ours(body: bytes) -> None:
 def test_what_an_upstream_said(body: bytes, said: str) -> None:
     """The sentence is found in each of the usual shapes, bounded, and is empty where there is none."""
     assert upstream_message(body) == said
+
+
+def test_an_upstreams_half_surrogate_can_be_told() -> None:
+    """JSON can say half a surrogate pair, UTF-8 cannot: the client gets the error all the same, in either form."""
+    for said in ({"message": "cut \ud83d", "code": ["\ud83d"]}, "cut \ud83d"):
+        error = Reported("mock", said)
+        error.redact(("secret",))
+        assert error.message == "cut ?"
+        assert b'"message":"cut ?"' in error.to_frame()
+        assert b'"message":"cut ?"' in error.to_response()[2]
+
+
+def test_an_upstreams_error_of_any_depth_can_be_told() -> None:
+    """Where its value cannot be put into JSON again, the client is told that there was one."""
+    said: object = 1
+    for _ in range(100_000):
+        said = [said]
+    assert Reported("mock", {"message": said}).message == "The upstream mock sent an error event."

@@ -26,6 +26,7 @@ which exception in the SDKs is in openai-python ``_client.py::_make_status_error
 
 from __future__ import annotations
 
+import json
 import math
 from typing import ClassVar
 
@@ -323,6 +324,7 @@ class Reported(UpstreamError):
     code = "upstream_error"
 
     def __init__(self, upstream: str, error: object) -> None:
+        error = _sendable(error)
         message = error.get("message") if isinstance(error, dict) else error
         super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
         self._error: dict[str, object] = error if isinstance(error, dict) else {}
@@ -337,6 +339,14 @@ class Reported(UpstreamError):
     @property
     def payload(self) -> dict[str, object]:
         return {**super().payload, **self._error}
+
+
+def _sendable(value: object) -> object:
+    """The value with a question mark for each half surrogate pair, which JSON can say and UTF-8 cannot."""
+    try:
+        return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
+        return None
 
 
 class Truncated(UpstreamError):
