@@ -266,6 +266,11 @@ class Downstream:
         """How what is written there has to be framed."""
         return self.client is not None and self.client.chunked
 
+    @property
+    def taken_bytes(self) -> int | None:
+        """A number that grows while a send waits, whenever the client takes something; None = that cannot be seen."""
+        return self.client.taken_bytes if self.client is not None else None
+
     def owe(self, rest: bytes) -> None:
         """Takes what is left of a frame that was begun at the socket; it goes out before anything else."""
         self._owed = rest
@@ -487,14 +492,6 @@ class GatewayConnection(TrioASGIHTTPConnection):
         call = decode_call(endpoint, body)
         del body
         async with trio.open_nursery() as nursery:
-
-            def leave() -> None:
-                down.gone = True
-                if not down.ended:
-                    nursery.cancel_scope.cancel()
-
-            if down.client is None or not down.client.watch(leave):
-                nursery.start_soon(_watch, inbound, leave)
             exchange = Exchange(
                 id=request_id,
                 call=call,
@@ -508,6 +505,14 @@ class GatewayConnection(TrioASGIHTTPConnection):
                     **head.forwarded(),
                 },
             )
+
+            def leave() -> None:
+                down.gone = True
+                if not down.ended:
+                    nursery.cancel_scope.cancel()
+
+            if down.client is None or not down.client.watch(leave):
+                nursery.start_soon(_watch, inbound, leave)
             await exchange.run(nursery)
             if nursery.child_tasks:  # the watch, or a keep-alive that the client does not take
                 nursery.cancel_scope.cancel()

@@ -83,6 +83,10 @@ class Downstream(Protocol):
     def chunked(self) -> bool:
         """How what is written there has to be framed."""
 
+    @property
+    def taken_bytes(self) -> int | None:
+        """A number that grows while a send waits, whenever the client takes something; None = that cannot be seen."""
+
     def owe(self, rest: bytes) -> None:
         """Takes what is left of a frame that was begun at the socket; it goes out before anything else."""
 
@@ -153,6 +157,10 @@ class Exchange:
     _heard_at: float = math.inf
     _reader: StreamReader | None = None
     _carried: Stream | None = None
+    _keeping_alive: bool = False
+    _waits_since: float = math.inf
+    _stalled_since: float = math.inf
+    _taken_bytes: int | None = None
     _shortest_s: float = math.inf
     _nursery: trio.Nursery = attrs.field(init=False)
     _relayed: bool = False
@@ -325,6 +333,8 @@ class Exchange:
             Whether it did; False where the two ends are not both plain sockets.
         """
         relay, response, client = self.gateway.relay, reply.plain_response, self.down.socket
+        if self._keeping_alive:  # a comment is on its way to the same socket
+            return False  # noqa: ASYNC910 - the caller goes on
         if relay is None or response is None or response.socket is None or response.complete or client is None:
             return False  # noqa: ASYNC910 - the caller goes on
         stream = relay.stream(response, response.socket, client, chunked=self.down.chunked, reader=reader)
@@ -347,6 +357,8 @@ class Exchange:
     def note_parked(self, since: float | None) -> None:
         """For the engine: since when the client has not been reading."""
         self.down.sending_since = since
+        if since is None:
+            self._hear()  # what the upstream has sent meanwhile is yet to be read
 
     def owe(self, rest: bytes) -> None:
         """For the engine: what is left of a frame."""
@@ -443,14 +455,13 @@ class Exchange:
         down = self.down
         keep_alive_s = self._keep_alive_s()
         sending = down.sending_since is not None
-        sending_since = down.sending_since if down.sending_since is not None else math.inf
         # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
         idle_since = self._heard_at if self._attempt_at == math.inf and not sending else math.inf
         deadlines: tuple[tuple[Deadline, float, float], ...] = (
             ("total", self.started_at, self._timeout_s("total")),
             ("first_token", self._attempt_at, self._timeout_s("first_token")),
             ("idle", idle_since, self._timeout_s("idle")),
-            ("stall", sending_since, self.generation.config.limits.stall_timeout_s or math.inf),
+            ("stall", *self._stall(now)),
         )
         for deadline, since, timeout_s in deadlines:
             if since + timeout_s <= now:
@@ -462,17 +473,41 @@ class Exchange:
                 down.last_sent_at = now
             else:
                 # In a task of its own: the client may not read, and the stall limit holds for this send too.
+                self._keeping_alive = True
                 self._nursery.start_soon(self._keep_alive)
             quiet_since = now
         due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
         return min([now + self._shortest_s, *(at for at in due if at > now)])
 
+    def _stall(self, now: float) -> tuple[float, float]:
+        """Since when the client has taken nothing of what waits for it, and how long it may.
+
+        One that reads slowly does take something, if not the whole of what waits. That shows between two looks: a send
+        of which the first look comes late is given half of the limit for a second one.
+        """
+        limit_s = self.generation.config.limits.stall_timeout_s or math.inf
+        down = self.down
+        if down.sending_since is None:
+            return math.inf, limit_s
+        taken_bytes = down.taken_bytes
+        if self._waits_since != down.sending_since:
+            self._waits_since = self._stalled_since = down.sending_since
+            if taken_bytes is not None:
+                self._stalled_since = max(down.sending_since, now - limit_s / 2)
+        elif taken_bytes is not None and self._taken_bytes is not None and taken_bytes > self._taken_bytes:
+            self._stalled_since = now
+        self._taken_bytes = taken_bytes
+        return self._stalled_since, limit_s
+
     async def _keep_alive(self) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         down = self.down
-        if not down.committed and self._may_keep_alive():
-            await down.start(200, STREAM_HEADERS)
-        if self._may_keep_alive():  # asked again: the answer may have come meanwhile
-            await down.send(sse.comment("keep-alive"))
+        try:
+            if not down.committed and self._may_keep_alive():
+                await down.start(200, STREAM_HEADERS)
+            if self._may_keep_alive():  # asked again: the answer may have come meanwhile
+                await down.send(sse.comment("keep-alive"))
+        finally:
+            self._keeping_alive = False
 
     def _may_keep_alive(self) -> bool:
         return self._cut is None and self.phase != "ending"

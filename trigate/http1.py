@@ -113,6 +113,12 @@ class Client:
         """Whether ``receive`` gives the whole body of the current request, or what is left of it, without waiting."""
         return self._connection._parser.is_whole
 
+    @property
+    def taken_bytes(self) -> int | None:
+        """A number that grows while something waits to be sent, whenever the client takes some of it; None where that
+        cannot be seen."""
+        return self._connection.peer.taken_bytes
+
     def watch(self, callback: Callable[[], None]) -> bool:
         """Calls back, once, when the client leaves while the current request is being served.
 

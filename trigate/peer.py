@@ -15,7 +15,11 @@ nothing per request.
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
+import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -48,7 +52,7 @@ class Peer:
     """
 
     __slots__ = (
-        *("_fd", "_polled", "_poller", "_stream", "_writing"),
+        *("_fd", "_polled", "_poller", "_slowly_bytes", "_stream", "_writing"),
         *("gone", "left", "lost", "on_leave", "socket", "unyielding_bytes"),
     )
 
@@ -57,6 +61,7 @@ class Peer:
         self._poller = poller
         self._polled = False
         self._fd = -1
+        self._slowly_bytes = 0  # have gone out in writes that had to wait
         self._writing: trio.Event | None = None  # set by a write that has to wait, at its end
         self.socket: socket.socket | None = None
         self.gone = False
@@ -142,7 +147,21 @@ class Peer:
         while data:
             await wait_writable(self._fd)
             with suppress(BlockingIOError):
-                data = data[plain.send(data) :]
+                sent = plain.send(data)
+                self._slowly_bytes += sent
+                data = data[sent:]
+
+    @property
+    def taken_bytes(self) -> int | None:
+        """A number that grows while a write waits, whenever the peer's system takes something: so a peer that reads
+        slowly is not one that does not read. None where that cannot be seen (TLS, other streams, other systems)."""
+        if self.socket is None or sys.platform != "linux":
+            return None
+        try:
+            (queued,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)))  # SIOCOUTQ, of a socket
+        except OSError:
+            return None
+        return self._slowly_bytes - int(queued)
 
     # -- leaving ------------------------------------------------------------------------------------------------------
 

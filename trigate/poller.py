@@ -74,9 +74,10 @@ class Poller:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forgets a socket, which must still be open. It is not called back any more, not even in this turn."""
-        del self._callbacks[fd]
-        self._epoll.unregister(fd)
+        """Forgets a socket, which must still be open. It is not called back any more, not even in this turn. One whose
+        callback has crashed is forgotten already."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     async def run(self) -> None:
         """Calls back, for ever."""
@@ -102,8 +103,7 @@ class Poller:
                     callback(events)
                 except Exception:
                     log.exception("callback_crashed", callback=repr(callback))
-                    if fd in callbacks:
-                        self.remove(fd)
+                    self.remove(fd)
 
     def close(self) -> None:
         """Closes the epoll. The sockets are their owners'."""

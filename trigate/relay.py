@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import httpx2
+import outcome
 import trio
 
 from trigate.framing import Framing
@@ -41,7 +42,7 @@ class Owner(Protocol):
         """Something came, and so much of it was for the client."""
 
     def note_parked(self, since: float | None) -> None:
-        """Since when a frame has been waiting for the client to read; None = it no longer is."""
+        """Since when a frame has been waiting for the client to read anything; None = none is waiting."""
 
     def owe(self, rest: bytes) -> None:
         """These bytes are what is left of a frame that was begun: they go out before anything else."""
@@ -79,6 +80,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_carrying",
         "_chunked",
         "_client",
         "_client_fd",
@@ -114,6 +116,7 @@ class Stream:
         self._client_fd = client.fileno()
         self._chunked = chunked
         self._reader = reader
+        self._carrying = False
         self._parked = False
         self._rest = b""
         self.failure: httpx2.TransportError | None = None
@@ -128,6 +131,7 @@ class Stream:
         """
         self._owner = owner
         self._task = trio.lowlevel.current_task()
+        self._carrying = True
         self._relay.streams += 1
         self._poller.add(self._upstream_fd, READABLE, self._on_readable)
 
@@ -138,8 +142,9 @@ class Stream:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     def inject(self, data: bytes) -> None:
-        """Sends something of the gateway's own between two events, unless the client does not read anyway."""
-        if not self._parked:
+        """Sends something of the gateway's own between two events, unless the client does not read anyway, or the
+        stream has just ended: its owner may have to send the rest of a frame first."""
+        if self._carrying and not self._parked:
             self._send(self._framed(data))
             if self._rest:
                 self._park()
@@ -148,6 +153,13 @@ class Stream:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _on_readable(self, _: int) -> None:
+        try:
+            self._move()
+        except Exception as crash:  # a defect of ours; the exchange would sleep on
+            self._let_go()
+            trio.lowlevel.reschedule(self._task, outcome.Error(crash))
+
+    def _move(self) -> None:
         framing, reader = self._framing, self._reader
         try:
             data = self._upstream.recv(_RECEIVE_BYTES)
@@ -200,8 +212,11 @@ class Stream:
             self._poller.remove(self._client_fd)
             self._poller.add(self._upstream_fd, READABLE, self._on_readable)
             self._owner.note_parked(None)
+        elif len(self._rest) < len(rest):
+            self._owner.note_parked(trio.current_time())  # it reads, if slowly
 
     def _let_go(self) -> None:
+        self._carrying = False
         self._relay.streams -= 1
         if self._parked:
             self._parked = False
