@@ -33,7 +33,7 @@ ROWS = (
     ("local_model", "_local_model_child", "echo", "transport", "relay"),
     ("dialing",),
     ("logs", "peer"),
-    ("framing", "poller", "timers"),
+    ("framing", "leaving", "poller", "timers"),
     ("wire", "routing"),
     ("request_parser", "response_head"),
     ("sse", "request_head"),

@@ -509,7 +509,10 @@ class GatewayConnection(TrioASGIHTTPConnection):
             def leave() -> None:
                 down.gone = True
                 if not down.ended:
-                    nursery.cancel_scope.cancel()
+                    if exchange.abandon_upstream():
+                        gateway.leaving.cancel_soon(nursery.cancel_scope)
+                    else:
+                        nursery.cancel_scope.cancel()
 
             if down.client is None or not down.client.watch(leave):
                 nursery.start_soon(_watch, inbound, leave)

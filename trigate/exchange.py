@@ -433,6 +433,18 @@ class Exchange:
             if self._half is not None:
                 self._half.cancel()
 
+    def abandon_upstream(self) -> bool:
+        """The client has left: closes the upstream's connection now, and from here, where the engine carries the
+        stream.
+
+        Returns:
+            Whether it did. The exchange then sleeps until it is cancelled, which is no longer urgent.
+        """
+        if self._carried is None or self._reply is None or not self._carried.drop():
+            return False
+        self._reply.abandon()
+        return True
+
     def _cut_error(self) -> GatewayError:
         error = self._cut
         assert error is not None, "the upstream half is cancelled by cut() only"

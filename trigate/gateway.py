@@ -30,6 +30,7 @@ from trigate import config as configuration
 from trigate import discovery, echo, local_model, routing
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
+from trigate.leaving import Leaving, open_leaving
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
@@ -321,9 +322,12 @@ class Drain:
 class Gateway:
     """Everything that outlives a request. Made by `open_gateway`."""
 
-    def __init__(self, load: Callable[[], Awaitable[Config]], timers: Timers, relay: Relay | None) -> None:
+    def __init__(
+        self, load: Callable[[], Awaitable[Config]], timers: Timers, leaving: Leaving, relay: Relay | None
+    ) -> None:
         self._load = load
         self.timers = timers
+        self.leaving = leaving
         self.relay = relay
         """Carries streams between plain sockets; None where there is no epoll."""
         self.generation: Generation
@@ -513,8 +517,8 @@ async def open_gateway(
         return adjust(config if config is not None else await read_config(path, environ))
 
     first = await load()
-    async with open_timers() as timers, open_poller() as poller:
-        gateway = Gateway(load, timers, Relay(poller) if poller is not None else None)
+    async with open_timers() as timers, open_leaving() as leaving, open_poller() as poller:
+        gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None)
         async with _running(gateway, first, transports, path):
             yield gateway
 

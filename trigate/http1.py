@@ -335,6 +335,8 @@ class Connection:
     async def _end(self, unread: bool) -> None:  # noqa: ASYNC910 - not every stream can be half-closed
         """Closes the sending side, and discards what still arrives, where something does."""
         peer = self.peer
+        if peer.gone and peer.socket is not None and not unread and not peer.read_nowait():
+            return  # noqa: ASYNC910 - to close it says the same, in one step
         await peer.half_close()
         if unread or peer.read_nowait():
             discarded = 0

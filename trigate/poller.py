@@ -13,7 +13,7 @@ each other closely (`CLOSE_S`), one goes on for `LINGER_S`, waiting for further 
 else is held up for that long at the most; or for a millisecond, epoll's unit, where the traffic stops in that moment.
 With 500 streams of 50 events a second, an event takes LINGER_RATIO of the CPU time that it takes without.
 
-Bounds: at most `TURN` callbacks are made between two looks at the clock.
+Bounds: at most ``turn`` callbacks are made between two looks at the clock.
 
 Linux only (`select.epoll`); elsewhere `open_poller` gives None, and who would use one does without.
 """
@@ -52,7 +52,8 @@ else:
 class Poller:
     """Sockets and what to call when something happens on them. Made by `open_poller`."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: int = TURN) -> None:
+        self._turn = turn
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self.now = trio.current_time()
@@ -81,15 +82,16 @@ class Poller:
 
     async def run(self) -> None:
         """Calls back, for ever."""
+        turn = self._turn
         poll, fileno, clock = self._epoll.poll, self._epoll.fileno(), time.perf_counter
         ended_at = -math.inf
         while True:
             await trio.lowlevel.wait_readable(fileno)
             began_at = clock()
             self.now = trio.current_time()
-            self._call_back(poll(0, TURN))
+            self._call_back(poll(0, turn))
             if began_at - ended_at < CLOSE_S:
-                while clock() - began_at < LINGER_S and (ready := poll(_WAIT_S, TURN)):
+                while clock() - began_at < LINGER_S and (ready := poll(_WAIT_S, turn)):
                     self.now = trio.current_time()
                     self._call_back(ready)
             ended_at = clock()
@@ -111,12 +113,16 @@ class Poller:
 
 
 @asynccontextmanager
-async def open_poller() -> AsyncIterator[Poller | None]:
-    """Opens a poller and runs its task around a block; None where there is no epoll."""
+async def open_poller(*, turn: int = TURN) -> AsyncIterator[Poller | None]:
+    """Opens a poller and runs its task around a block; None where there is no epoll.
+
+    Args:
+        turn: How many callbacks may come one after another.
+    """
     if not hasattr(select, "epoll"):
         yield None
         return
-    poller = Poller()
+    poller = Poller(turn)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(poller.run, name="poller")
         try:

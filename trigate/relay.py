@@ -136,10 +136,17 @@ class Stream:
         self._poller.add(self._upstream_fd, READABLE, self._on_readable)
 
         def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
-            self._let_go()
+            self.drop()
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def drop(self) -> bool:
+        """Lets go of both ends; the owner sleeps on until it is cancelled. Says whether the engine had them."""
+        if not self._carrying:
+            return False
+        self._let_go()
+        return True
 
     def inject(self, data: bytes) -> None:
         """Sends something of the gateway's own between two events, unless the client does not read anyway, or the

@@ -52,6 +52,7 @@ SHUTDOWN_TIMEOUT_S = 10.0
 ACCEPT_PAUSE_S = 0.1
 SLICE = 100
 """How many connections are closed between two turns of everything else."""
+_LEAVING_AT_ONCE = 1024  # all that the connections' poller tells is that a client has left: little is done at once then
 
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
@@ -265,7 +266,11 @@ class _Server:
         scheme = "https" if self.tls else "http"
         urls = [f"{scheme}://{_show(sock.getsockname())}" for sock in sockets]
         drain = self.state.get("drain")
-        async with open_poller() as poller, open_timers() as timers, trio.open_nursery() as connections:
+        async with (
+            open_poller(turn=_LEAVING_AT_ONCE) as poller,
+            open_timers() as timers,
+            trio.open_nursery() as connections,
+        ):
             self._service = open_service(self.app, self.config, self.state, timers, poller)
             try:
                 async with trio.open_nursery() as accepting:

@@ -90,6 +90,13 @@ class Response(Framing):
         while not self.begun:
             await self._receive_more()
 
+    def abandon(self) -> None:
+        """Closes the connection at once, from whichever task; its owner still has to give its slot back. Who reads it
+        is told."""
+        self.keep_alive = False
+        if self._connection is not None:
+            self._connection.close()
+
     def close(self) -> None:
         super().close()
         self._connection = self.socket = None

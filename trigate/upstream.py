@@ -162,6 +162,11 @@ class Reply:
         response = self._source.response
         return response if response is not None and response.socket is not None and self._inflate is None else None
 
+    def abandon(self) -> None:
+        """Closes the connection at once, from whichever task, if it is the transport's own."""
+        if self._source.response is not None:
+            self._source.response.abandon()
+
     def cut_error(self, failure: httpx2.TransportError) -> GatewayError:
         """What it means that the transport failed in the body."""
         return _translated(failure, self._name, answered=True)
