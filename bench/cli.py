@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,8 @@ ROOMS = Path(__file__).parent / "rooms.py"
 @click.option("--list", "list_peers", is_flag=True, help="Say which gateways are known, and which are installed.")
 def main(**options: Any) -> None:  # Any: as the decorators say, one by one
     """Measures Trigate, and other gateways in turn with it, before a mock upstream on this machine."""
+    # Ended from outside, it ends what it has started, as at Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     console = Console()
     if options["list_peers"]:
         for peer in gateways.peers().values():

@@ -587,6 +587,27 @@ async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
 
 
 @pytest.mark.slow
+async def test_a_slow_reader_over_sockets_is_not_stalled(open_server: OpenServer) -> None:
+    """A client that reads slowly, but reads, keeps its stream beyond the stall limit; one that stops does not."""
+    piece = content("x" * 100_000)
+    async with open_socket_provider((*(Say(piece) for _ in range(2000)), Say(DONE))) as (provider, url):
+        config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.4})
+        async with open_server(config) as (client, app):
+            connection = await _dial(client, stream=True)
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < 2:
+                assert await connection.receive_some(200_000)
+                await trio.sleep(0.02)
+            assert provider.open_now == 1
+            with trio.fail_after(5):
+                await provider.wait_until(lambda provider: provider.open_now == 0)
+            with trio.fail_after(2):
+                while app.gateway.live:  # noqa: ASYNC110 - nothing tells
+                    await trio.sleep(0.01)
+            connection.socket.close()
+
+
+@pytest.mark.slow
 async def test_a_pipelined_stream_of_refusals_keeps_its_connection(open_server: OpenServer) -> None:
     """A 400 whose body was read costs no connection, and no time: ten of them go over one in well under a second."""
     async with open_server(make_config()) as (client, _app):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import select
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
@@ -595,6 +596,33 @@ each_way_to_poll = pytest.mark.parametrize(
     ],
     ids=["polled", "not polled"],
 )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not to be seen elsewhere")
+async def test_what_a_slow_client_takes_shows() -> None:
+    """While a write waits, `taken_bytes` grows whenever the client's system takes something, and only then."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await say(send, bytes(16 * 1024 * 1024))
+
+    async with open_sockets(app) as (client, connection):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        await client.send_all(HELLO)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        taken = connection.peer.taken_bytes
+        assert taken is not None
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert connection.peer.taken_bytes == taken
+        for _ in range(3):
+            received = 0
+            while received < 512 * 1024:
+                received += len(await client.receive_some())
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            before, taken = taken, connection.peer.taken_bytes
+            assert taken is not None
+            assert taken > before
+        await connection.abort()
+        assert connection.peer.taken_bytes is None
 
 
 @each_way_to_poll

@@ -1,47 +1,157 @@
-"""Ending the requests of clients that have left: all of them, in their order, and others in between."""
+"""The end of requests whose clients have left, and what is done at once for it."""
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Iterator
+
+import pytest
 import trio
-import trio.testing
+from trio.testing import wait_all_tasks_blocked
 
+from trigate.framing import Framing
 from trigate.leaving import SLICE, open_leaving
+from trigate.poller import open_poller
+from trigate.relay import Relay, Stream
+from trigate.wire import ENDPOINTS, StreamReader
+
+needs_epoll = pytest.mark.skipif(sys.platform != "linux", reason="no epoll")
 
 
-async def test_all_are_cancelled_and_others_have_their_turn() -> None:
-    """A thousand at once are cancelled in the order in which they left, and everybody else has turns in between."""
-    ended: list[int] = []
-    most_between_turns = 0
+async def test_many_end_a_few_at_a_time() -> None:
+    """All that have left are cancelled, and between two slices everybody else has a turn."""
+    count = 5 * SLICE
+    ended = 0
 
-    async def request(number: int, scope: trio.CancelScope) -> None:
-        with scope:
+    async def serve(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        nonlocal ended
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
             await trio.sleep_forever()
-        ended.append(number)
+        ended += 1
 
-    scopes = [trio.CancelScope() for _ in range(1000)]
     async with open_leaving() as leaving, trio.open_nursery() as nursery:
-        for number, scope in enumerate(scopes):
-            nursery.start_soon(request, number, scope)
-        await trio.testing.wait_all_tasks_blocked()
+        scopes = [await nursery.start(serve) for _ in range(count)]
         for scope in scopes:
             leaving.cancel_soon(scope)
-        while len(ended) < len(scopes):
-            before = len(ended)
+        assert repr(leaving) == f"<Leaving of {count}>"
+        seen = []
+        while ended < count:
             await trio.lowlevel.checkpoint()
-            most_between_turns = max(most_between_turns, len(ended) - before)
-    assert sorted(ended) == list(range(1000))
-    assert all(abs(place - number) < 2 * SLICE for place, number in enumerate(ended))
-    assert 0 < most_between_turns <= 2 * SLICE  # one slice is in the making while another one ends
+            seen.append(ended)
+        # Tasks run in no certain order: between two looks of this one, two slices may have ended.
+        assert all(after - before <= 2 * SLICE for before, after in zip([0, *seen], seen, strict=False))
+        assert repr(leaving) == "<Leaving of 0>"
+        await wait_all_tasks_blocked()  # it does not go on looking
 
 
-async def test_it_waits_for_the_next_one() -> None:
-    """Between two clients that leave it sleeps; a scope that has ended does no harm."""
+async def test_one_that_has_ended_may_be_cancelled() -> None:
+    """Whether a request has ended meanwhile is nobody's concern."""
     async with open_leaving() as leaving:
-        with trio.CancelScope() as over:
+        with trio.CancelScope() as scope:
             await trio.lowlevel.checkpoint()
-        leaving.cancel_soon(over)
-        for _ in range(3):
-            with trio.CancelScope() as scope:
-                leaving.cancel_soon(scope)
-                await trio.sleep_forever()
-            assert scope.cancelled_caught
+        leaving.cancel_soon(scope)
+        await wait_all_tasks_blocked()
+
+
+class _Owner:
+    def __init__(self) -> None:
+        self.owed = b""
+        self.parked: list[bool] = []
+
+    def note_relayed(self, now: float, sent_bytes: int) -> None:
+        pass
+
+    def note_parked(self, since: float | None) -> None:
+        self.parked.append(since is not None)
+
+    def owe(self, rest: bytes) -> None:
+        self.owed += rest
+
+
+@pytest.fixture
+def ends() -> Iterator[list[socket.socket]]:
+    """The provider's, the gateway's two, and the client's."""
+    sockets = [*socket.socketpair(), *socket.socketpair()]
+    for each in sockets:
+        each.setblocking(False)
+    yield sockets
+    for each in sockets:
+        each.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+EVENT = b'data: {"model":"m","choices":[{"delta":{"content":"x"}}]}\n\n'
+
+
+def _stream(relay: Relay, ends: list[socket.socket]) -> Stream:
+    framing = Framing()
+    framing.feed(HEAD)
+    reader = StreamReader(ENDPOINTS["/v1/chat/completions"], model="up/m", upstream="up")
+    return relay.stream(framing, ends[1], ends[2], chunked=False, reader=reader)
+
+
+@needs_epoll
+async def test_a_dropped_stream_is_left_alone(ends: list[socket.socket]) -> None:
+    """Once its ends are let go, nothing is sent or read for it; its owner sleeps until it is cancelled."""
+    async with open_poller() as poller, trio.open_nursery() as nursery:
+        assert poller is not None
+        relay, owner = Relay(poller), _Owner()
+        stream = _stream(relay, ends)
+        nursery.start_soon(stream.carry, owner)
+        await wait_all_tasks_blocked()
+        assert (relay.streams, len(poller)) == (1, 1)
+        assert stream.drop()
+        assert not stream.drop()
+        assert (relay.streams, len(poller)) == (0, 0)
+        stream.inject(b": keep-alive\n")
+        ends[0].send(EVENT)
+        await wait_all_tasks_blocked(0.01)
+        with pytest.raises(BlockingIOError):
+            ends[3].recv(1)
+        assert len(nursery.child_tasks) == 1
+        nursery.cancel_scope.cancel()
+
+
+@needs_epoll
+async def test_a_slow_reader_is_told_from_one_that_does_not_read(ends: list[socket.socket]) -> None:
+    """A parked stream counts anew from whenever its client has taken something; what it has taken is exact."""
+    ends[2].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    async with open_poller() as poller, trio.open_nursery() as nursery:
+        assert poller is not None
+        owner = _Owner()
+        nursery.start_soon(_stream(Relay(poller), ends).carry, owner)
+        await wait_all_tasks_blocked()
+        sent = EVENT * 500
+        ends[0].send(sent)
+        await wait_all_tasks_blocked(0.01)
+        received = b""
+        while len(owner.parked) < 4:
+            received += ends[3].recv(1024)
+            await wait_all_tasks_blocked(0.001)
+        assert owner.parked[:3] == [True, True, True]
+        while owner.parked[-1]:
+            received += ends[3].recv(1024)
+            await wait_all_tasks_blocked(0.001)
+        nursery.cancel_scope.cancel()
+    received += ends[3].recv(2**20)
+    assert received == sent.replace(b'"m"', b'"up/m"')
+    assert owner.owed == b""
+
+
+@needs_epoll
+async def test_a_crash_ends_that_stream_only(ends: list[socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of ours is raised where the stream is owned, not in the poller; nothing of it stays there."""
+
+    def feed(reader: StreamReader, piece: bytes) -> bytes:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(StreamReader, "feed", feed)
+    async with open_poller() as poller:
+        assert poller is not None
+        relay = Relay(poller)
+        ends[0].send(EVENT)
+        with pytest.raises(RuntimeError, match="a defect"):
+            await _stream(relay, ends).carry(_Owner())
+        assert (relay.streams, len(poller)) == (0, 0)
