@@ -19,8 +19,8 @@ import trio
 from processes import environment
 
 from trigate import supervisor
-from trigate.config import ServerConfig
-from trigate.server import open_sockets
+from trigate.config import Count, Port, ServerConfig
+from trigate.server import ListenError, open_sockets
 from trigate.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
 
 CONFIG = ServerConfig(port=0, workers=2, drain_timeout_s=5.0)
@@ -54,8 +54,8 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 
 SUPERVISOR = """
 import sys, trio
-from trigate.config import ServerConfig
-from trigate.server import open_sockets
+from trigate.config import Count, Port, ServerConfig
+from trigate.server import ListenError, open_sockets
 from trigate.supervisor import supervise
 
 config = ServerConfig(port=0, workers=2, drain_timeout_s=float(sys.argv[2]))
@@ -208,6 +208,30 @@ async def test_workers_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> Non
         await pool.wait_said(b"supervisor_gone")
         with pytest.raises(OSError, match="connect"):
             await trio.open_tcp_stream("127.0.0.1", pool.port)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not spread them")
+async def test_connections_are_spread_evenly(tmp_path: Path) -> None:
+    """Each of two workers has at least a quarter of a hundred connections: it is not the quicker one that takes all."""
+    async with open_pool(tmp_path) as pool:
+        await pool.ask_all()
+        served = [await pool.ask() for _ in range(100)]
+        assert min(served.count(pid) for pid in set(served)) >= 25
+        assert len(set(served)) == 2
+
+
+def test_who_shares_a_port_shares_it_with_its_own_workers_only() -> None:
+    """A second gateway finds the port taken, also where the first one's workers have a socket each."""
+    config = ServerConfig(port=Port(0), workers=Count(2))
+    sockets = open_sockets(config)
+    try:
+        port = sockets[0].getsockname()[1]
+        with pytest.raises(ListenError, match=f"{port} is in use"):
+            open_sockets(attrs.evolve(config, port=port))
+    finally:
+        for sock in sockets:
+            sock.close()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import math
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -165,6 +166,9 @@ async def open_lifespan(app: Application) -> AsyncIterator[dict[str, Any]]:
 def open_sockets(config: ServerConfig) -> list[socket.socket]:
     """Binds and listens on ``config.host`` and ``config.port``: one socket for each address that the host has.
 
+    Several workers get one each for each address, where the system spreads connections over them (Linux): in the order
+    of the workers, for each address. On one socket for all, whoever is quicker takes nearly everything.
+
     Raises:
         ListenError: An address is in use, forbidden, or does not exist.
     """
@@ -186,8 +190,16 @@ def open_sockets(config: ServerConfig) -> list[socket.socket]:
                     raise
                 missing = error  # "localhost" often has an IPv6 address that the machine has not
             else:
-                sockets.append(sock)
                 port = sock.getsockname()[1]
+                if config.workers == 1 or sys.platform != "linux":
+                    sockets.append(sock)
+                    continue
+                sock.close()  # it has shown that nobody else listens there, which those that share do not find out
+                for _ in range(config.workers):
+                    shared = _listen(
+                        family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1, share=True
+                    )
+                    sockets.append(shared)
         if missing is not None and not sockets:
             raise missing
     except OSError as error:
@@ -197,9 +209,11 @@ def open_sockets(config: ServerConfig) -> list[socket.socket]:
     return sockets
 
 
-def _listen(family: int, address: Any, config: ServerConfig, *, only_v6: bool) -> socket.socket:
+def _listen(family: int, address: Any, config: ServerConfig, *, only_v6: bool, share: bool = False) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        if share:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6 and only_v6:

@@ -1,7 +1,7 @@
 """Keeps N worker processes serving the same sockets: a worker that dies is replaced, the others go on.
 
-The supervisor binds the sockets once and hands their descriptors down, so the kernel spreads the
-connections, and the port stays open while a worker is replaced. Each worker also holds the read end
+The supervisor binds the sockets once, one for each worker (Linux), and hands their descriptors down, so the kernel
+spreads the connections evenly, and the port stays open while a worker is replaced. Each worker also holds the read end
 of a pipe that only the supervisor could write to (the *lifeline*): its end of file tells a worker
 that the supervisor is gone, by whatever death, and the worker ends too.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import attrs
@@ -112,7 +113,11 @@ class _Supervisor:
             replaces = process.pid
 
     async def _start(self, worker: _Worker, replaces: int | None) -> trio.Process:
-        fds = [sock.fileno() for sock in self.sockets]
+        # One for each address, where there is one for each worker and address; else all, which they share. Those of a
+        # worker that has died stay open here, and whoever connects meanwhile waits for the next one.
+        apart = sys.platform == "linux" and len(self.sockets) % len(self.workers) == 0
+        sockets = self.sockets[worker.number - 1 :: len(self.workers)] if apart else self.sockets
+        fds = [sock.fileno() for sock in sockets]
         arguments = [text for fd in fds for text in ("--fd", str(fd))]
         # A process group of its own: a terminal's Ctrl-C goes to the supervisor alone, which passes
         # it on once. A worker would take a second one for "now".
@@ -169,7 +174,7 @@ async def supervise(command: Sequence[str], sockets: Sequence[socket.socket], co
     Args:
         command: Starts a worker, which must understand ``--fd N`` (repeated) and ``--parent-fd N``: see
             `sockets_from_fds` and `wait_parent_gone`.
-        sockets: Listening. Owned.
+        sockets: Listening; as `server.open_sockets` gives them for so many workers, or some that all share. Owned.
         config: How many workers, and how long they may drain.
 
     Returns:
