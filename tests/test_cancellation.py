@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import trio
 from asgi_client import chat
+from bomb import Bomb, armed
 from conftest import Served, make_config
 from provider import (
     DONE,
@@ -85,31 +86,6 @@ SCENES = {
     "idle too long": Scene(a=(Say(content("a")), Pause(100)), outcomes=("cancelled", "upstream_timeout")),
     "never ends after DONE": Scene(a=(*says("a"), Pause(100))),
 }
-
-
-class Bomb(trio.abc.Instrument):
-    """Calls something after the n-th step that any task makes."""
-
-    def __init__(self, steps: int, fuse: Callable[[], None]) -> None:
-        self._left = steps
-        self._fuse = fuse
-        self.fired = False
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self.fired = True
-            self._fuse()
-
-
-@contextlib.contextmanager
-def armed(bomb: Bomb) -> Iterator[None]:
-    """Has the bomb count steps during the block."""
-    trio.lowlevel.add_instrument(bomb)
-    try:
-        yield
-    finally:
-        trio.lowlevel.remove_instrument(bomb)
 
 
 @pytest.fixture(autouse=True)

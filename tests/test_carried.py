@@ -9,7 +9,7 @@ import contextlib
 import random
 import select
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import trio
 from asgi_client import chat
+from bomb import Bomb, armed
 from conftest import Logs, make_config
 from provider import (
     DONE,
@@ -468,31 +469,6 @@ async def test_a_late_keep_alive_goes_the_way_of_the_stream(
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------
-
-
-class Bomb(trio.abc.Instrument):
-    """Calls something after the n-th step that any task makes."""
-
-    def __init__(self, steps: int, fuse: Callable[[], None]) -> None:
-        self._left = steps
-        self._fuse = fuse
-        self.fired = False
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self.fired = True
-            self._fuse()
-
-
-@contextlib.contextmanager
-def armed(bomb: Bomb) -> Iterator[None]:
-    """Has the bomb count steps during the block."""
-    trio.lowlevel.add_instrument(bomb)
-    try:
-        yield
-    finally:
-        trio.lowlevel.remove_instrument(bomb)
 
 
 SWEPT: dict[str, tuple[Script, str]] = {

@@ -1,0 +1,33 @@
+"""What the sweeps of cancellations share: something that happens after a certain number of steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import trio
+
+
+class Bomb(trio.abc.Instrument):
+    """Calls something after the n-th step that any task makes."""
+
+    def __init__(self, steps: int, fuse: Callable[[], None]) -> None:
+        self._left = steps
+        self._fuse = fuse
+        self.fired = False
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.fired = True
+            self._fuse()
+
+
+@contextlib.contextmanager
+def armed(bomb: Bomb) -> Iterator[None]:
+    """Has the bomb count steps during the block."""
+    trio.lowlevel.add_instrument(bomb)
+    try:
+        yield
+    finally:
+        trio.lowlevel.remove_instrument(bomb)
