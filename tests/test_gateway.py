@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -76,12 +75,15 @@ class Files:
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    # The file is looked at in a thread, for which a virtual clock does not wait: so this goes by the real one.
-    given_up_at = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < given_up_at, "it never came to hold"
-        await trio.to_thread.run_sync(time.sleep, 0.001)
-        await trio.sleep(1)
+    with trio.fail_after(100):  # of virtual time
+        while not holds():
+            await trio.sleep(1)
+
+
+async def _without_a_thread(sync: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `trio.to_thread.run_sync` does, at once: a virtual clock does not wait for threads."""
+    await trio.lowlevel.checkpoint()
+    return sync(*args)
 
 
 @pytest.fixture
@@ -96,6 +98,7 @@ async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         return seen
 
     monkeypatch.setattr(gateway, "_fingerprint", look)
+    monkeypatch.setattr("trio._path.run_sync", _without_a_thread)
     found.write(toml("a"))
     app: Any = create_app(
         opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(found.path)}, transports=lambda *of: found.make(*of))
