@@ -34,6 +34,7 @@ ROWS = (
     ("dialing",),
     ("logs", "peer"),
     ("framing", "leaving", "poller", "timers"),
+    ("store",),
     ("wire", "routing"),
     ("request_parser", "response_head"),
     ("sse", "request_head"),
