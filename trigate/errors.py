@@ -5,7 +5,7 @@ The tree::
     GatewayError
     ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401 · Forbidden 403
     │                                                   UnknownModel 404 · NotFound 404 · MethodNotAllowed 405
-    │                                                   BodyTimeout 408 · SessionBusy 409 · TooLarge 413
+    │                                                   BodyTimeout 408 · SessionBusy 409 · Stopped 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · HeadersTooLarge 431
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
@@ -198,6 +198,13 @@ class SessionBusy(CallError):
 
     status = 409
     code = "session_busy"
+
+
+class Stopped(CallError):
+    """The run was stopped by a later message of its session."""
+
+    status = 409
+    code = "stopped"
 
 
 class TooLarge(CallError):
