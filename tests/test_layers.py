@@ -31,7 +31,7 @@ ROWS = (
     ("channels",),
     ("telegram", "slack"),
     ("runs",),
-    ("exchange",),
+    ("exchange", "callbacks"),
     ("sessions", "outbox", "discovery"),
     ("workers",),
     ("upstream",),
@@ -41,14 +41,14 @@ ROWS = (
     ("framing", "leaving", "poller", "timers"),
     ("history",),
     ("answers", "store", "verification", "rates"),
-    ("wire", "routing"),
+    ("wire", "routing", "addresses"),
     ("request_parser", "response_head"),
     ("sse", "request_head"),
     ("config", "errors"),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
-PURE = ("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors")
+PURE = ("request_head", "request_parser", "response_head", "sse", "wire", "routing", "addresses", "config", "errors")
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),
