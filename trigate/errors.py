@@ -6,13 +6,15 @@ The tree::
     ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
-    │                                                   TooLarge 413 · UnsupportedMediaType 415 · RateLimited 429
+    │                                                   SessionBusy 409 · Stopped 409 · TooLarge 413
+    │                                                   UnsupportedMediaType 415 · RateLimited 429
     │                                                   HeadersTooLarge 431
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · Garbled 502* · Truncated 502*
     │                                                   Reported 502* (an error event of its stream)
-    └─ Fault                the gateway, or its state   Overloaded 503 · Draining 503 · Stalled 503 · Internal 500
+    └─ Fault                the gateway, or its state   Overloaded 503 · StoreUnavailable 503 · Draining 503
+                                                        Stalled 503 · Internal 500
 
 ``*`` = retryable: another target may be tried, as long as nothing of an answer has been sent.
 
@@ -203,6 +205,20 @@ class BodyTimeout(CallError):
     @property
     def headers(self) -> list[Header]:
         return [_CLOSE]
+
+
+class SessionBusy(CallError):
+    """Another turn of the session is in progress, and did not end in time."""
+
+    status = 409
+    code = "session_busy"
+
+
+class Stopped(CallError):
+    """The run was stopped by a later message of its session."""
+
+    status = 409
+    code = "stopped"
 
 
 class TooLarge(CallError):
@@ -417,6 +433,21 @@ class Overloaded(Fault):
     @property
     def headers(self) -> list[Header]:
         return _retry_after(self.retry_after_s)
+
+
+class StoreUnavailable(Fault):
+    """What has to be remembered cannot be: the disk is full, or the database cannot be read. Nothing was promised.
+
+    Args:
+        message: With the reason, as the database says it.
+    """
+
+    status = 503
+    code = "store_unavailable"
+
+    @property
+    def headers(self) -> list[Header]:
+        return _retry_after(1.0)
 
 
 class Draining(Fault):

@@ -1,0 +1,477 @@
+"""What outlives the process: the interface of a store, and the values that it keeps. No implementation.
+
+There are two: `sqlite_store` (a file that all workers of the machine share) and `memory_store` (a twin for tests, and
+for ``[store] path = ":memory:"``). The same contract tests run over both; a third may come for several machines.
+
+The rules of every implementation:
+
+* **A write is queued when it is called, in the order of the calls, and done when it is awaited.** So a ``finally``
+  can write without waiting (``store.sessions.leave(ticket)``), and what has been awaited is durable: it survives
+  SIGKILL and the loss of power. Each write is one transaction: all of it, or nothing.
+* A write whose waiter is cancelled is done nevertheless.
+* A write or read that cannot be done raises `StoreUnavailable`, with the reason; the next one tries again. Nothing
+  has to be restarted when the reason has gone.
+* *Durable* is what a caller relies on after an acknowledgement. Tickets, beats and counters of channels are not: they
+  are seen by the other workers at once, and may be lost with the machine's power.
+* Times are POSIX seconds, given by the caller. Bodies are bytes of JSON, and are given back as they came.
+* Owners, keys, ids and names are any text. Nothing here judges who may see what: the owner is a part of the key.
+
+**Units:** ``_at`` POSIX seconds, ``_tokens`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Literal, Protocol, TypeVar
+
+import attrs
+
+T_co = TypeVar("T_co", covariant=True)
+
+RunState = Literal["queued", "running", "completed", "failed", "cancelled"]
+DeliveryState = Literal["pending", "sending", "delivered", "failed", "unknown"]
+
+ENDED: frozenset[RunState] = frozenset(("completed", "failed", "cancelled"))
+"""The states of a run that it does not leave any more."""
+
+
+class Write(Awaitable[T_co], Protocol[T_co]):
+    """A write that is on its way. Awaiting it gives its result once it is done; it may be awaited once, or never.
+
+    Raises (when awaited):
+        StoreUnavailable: It was not done.
+    """
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Session:
+    """A conversation that is remembered.
+
+    Attributes:
+        owner: Who made it; a part of its identity.
+        key: What its owner calls it.
+        active_at: When something was appended to it last, or it was reset.
+        epoch: How often it has been reset. Messages of earlier epochs are its archive.
+        turns, messages, tokens: Of the current epoch.
+        system: The system messages that its history begins with, as a JSON array; ``b"[]"`` = none.
+        busy: A turn is in progress, or waits.
+    """
+
+    owner: str
+    key: str
+    created_at: float
+    active_at: float
+    epoch: int = 0
+    turns: int = 0
+    messages: int = 0
+    tokens: int = 0
+    system: bytes = attrs.field(default=b"[]", repr=False)
+    busy: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Message:
+    """One message of a session.
+
+    Attributes:
+        number: Ascending in the session; 0 until it is stored.
+        turn: Which turn of its epoch brought it, from 1; 0 until it is stored.
+        body: The message, a JSON object as OpenAI's API has it.
+        tokens: Reported, or estimated.
+        partial: It is an answer that was cut.
+    """
+
+    body: bytes = attrs.field(repr=False)
+    tokens: int
+    at: float
+    partial: bool = False
+    number: int = 0
+    epoch: int = 0
+    turn: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Turn:
+    """What one turn appends to a session; makes the session where there is none.
+
+    Attributes:
+        system: The system messages from now on, as a JSON array; None = as they were.
+        epoch: The epoch that it was composed in; None = whichever it is. Where the session has been reset since, the
+            messages go to the archive, where they belong.
+    """
+
+    owner: str
+    key: str
+    messages: tuple[Message, ...]
+    at: float
+    system: bytes | None = attrs.field(default=None, repr=False)
+    epoch: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Ticket:
+    """A place in the queue of a session's turns. The lowest number is the one whose turn it is.
+
+    Attributes:
+        run: The run that it is for; None = a call with ``x-session-key``.
+    """
+
+    number: int
+    owner: str
+    key: str
+    worker: str
+    run: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class SessionCounts:
+    """How many sessions there are, of how many something has been heard since a time, and how many are busy."""
+
+    total: int
+    active: int
+    busy: int
+
+
+class Sessions(Protocol):
+    """Conversations, and the queues of their turns."""
+
+    def take_ticket(self, owner: str, key: str, *, worker: str, run: str | None = None) -> Write[Ticket]:
+        """Queues for a turn. Not durable."""
+
+    async def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
+        """The queue of a session, first come first; of all workers."""
+
+    def leave(self, ticket: Ticket) -> Write[None]:
+        """Gives a place back. Not durable; to leave twice is no fault."""
+
+    def append(self, turn: Turn, *, leave: Ticket | None = None) -> Write[Session]:
+        """Appends a turn, and gives the ticket back in the same transaction."""
+
+    async def get(self, owner: str, key: str) -> Session | None:
+        """One session; None = there is none."""
+
+    async def history(self, owner: str, key: str, *, last: int) -> tuple[Session, Sequence[Message]] | None:
+        """A session and the last messages of its current epoch, oldest first; None = there is none."""
+
+    async def messages(
+        self, owner: str, key: str, *, limit: int, after: int = 0, archived: bool = False
+    ) -> Sequence[Message] | None:
+        """A page of messages behind the number ``after``, oldest first, of the current epoch or (``archived``) of all;
+        None = there is no such session."""
+
+    async def list(self, owner: str, *, limit: int, after: str | None = None) -> Sequence[Session]:
+        """A page of an owner's sessions, the last active first, behind the one with the key ``after``."""
+
+    async def count(self, *, active_since: float) -> SessionCounts:
+        """Counts the sessions of all owners."""
+
+    def reset(self, owner: str, key: str, *, at: float) -> Write[Session | None]:
+        """Begins a new epoch, and keeps the old ones as the archive; None = there is no such session."""
+
+    def delete(self, owner: str, key: str) -> Write[bool]:
+        """Forgets a session with all its epochs; False = there is none."""
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """One answer that a message asked for.
+
+    Attributes:
+        id: ``run_…``.
+        channel: The hook or channel that it came by.
+        owner, session: Whose session it belongs to, and its key; session None = it belongs to none.
+        action: What was asked: ``chat`` and so on.
+        request: What is needed to do it, as JSON; its shape is of `runs`.
+        acknowledged: It has been promised (202): it is finished even if this process ends.
+        worker: Who does it.
+        starts: How often it has been begun.
+        status: The HTTP status of its result; 0 = it has none yet.
+        result: The body of its result, as JSON (of the answer, or of the error).
+    """
+
+    id: str
+    channel: str
+    owner: str
+    session: str | None
+    action: str
+    request: bytes = attrs.field(repr=False)
+    state: RunState
+    acknowledged: bool
+    worker: str
+    created_at: float
+    starts: int = 0
+    finished_at: float | None = None
+    status: int = 0
+    result: bytes = attrs.field(default=b"", repr=False)
+
+
+class Runs(Protocol):
+    """What was asked for by messages, and what became of it."""
+
+    def add(self, run: Run) -> Write[None]:
+        """Keeps a run. Counts as *received* by its channel. (With an idempotency key: `Idempotency.claim`.)"""
+
+    async def get(self, run_id: str) -> Run | None:
+        """One run; None = there is none."""
+
+    def acknowledge(self, run_id: str) -> Write[None]:
+        """Promises a run that was not promised: from now on it is finished even if this process ends."""
+
+    def start(self, run_id: str, *, worker: str) -> Write[bool]:
+        """Notes that a run is being done now; False = it has ended already, or is somebody else's."""
+
+    def finish(
+        self,
+        run_id: str,
+        *,
+        state: RunState,
+        status: int,
+        result: bytes,
+        at: float,
+        turn: Turn | None = None,
+        leave: Ticket | None = None,
+        deliveries: Iterable[Delivery] = (),
+    ) -> Write[bool]:
+        """Ends a run: its result, what it appends to its session, its place in the queue, and what is to be delivered,
+        in one transaction. False = it had ended already, and nothing was done (but the place is given back)."""
+
+    def adopt(self, worker: str, *, dead: Iterable[str], at: float) -> Write[Sequence[Run]]:
+        """Takes over from workers that have died: their acknowledged runs become this worker's, ``queued``, and are
+        returned. Their other runs end as ``failed`` with status 503, and their idempotency keys are free again: nobody
+        was promised anything, and who asked will ask again."""
+
+    async def unfinished(self, channel: str) -> int:
+        """How many runs of a channel are queued or running, in all workers."""
+
+
+# -- idempotency ------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Claim:
+    """What came of an attempt to claim a key.
+
+    Attributes:
+        run: The run that the key stands for: the one given, or an older one.
+        is_new: It is the one given.
+        differs: The older one was asked for with another body.
+    """
+
+    run: Run
+    is_new: bool
+    differs: bool = False
+
+
+class Idempotency(Protocol):
+    """Keys that make sure that what is sent twice is done once."""
+
+    def claim(self, scope: str, key: str, *, digest: bytes, run: Run) -> Write[Claim]:
+        """Adds a run under a key, unless the key stands for one already. One of many that try at once succeeds.
+
+        Args:
+            scope: What the key is unique in (the hook).
+            digest: Of the body; the same key with another body is a mistake.
+        """
+
+
+# -- deliveries -------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Delivery:
+    """Something that has to be told to the outside.
+
+    Attributes:
+        id: ``msg_…``; the same at each attempt, so that the receiver can tell a repetition.
+        channel: The hook or channel that sends it, and knows how.
+        target: Where to: a URL, a chat.
+        repeatable: The receiver can tell a repetition by the id. What is not is never sent again after a crash, since
+            it may have arrived: it is then ``unknown``.
+        state: ``pending`` → ``sending`` → ``delivered``, ``failed`` or ``unknown``; or ``pending`` again.
+        due_at: When the next attempt is due.
+        last_status: The HTTP status of the last attempt; 0 = there was none.
+    """
+
+    id: str
+    run_id: str
+    channel: str
+    target: str
+    body: bytes = attrs.field(repr=False)
+    created_at: float
+    due_at: float
+    repeatable: bool = True
+    state: DeliveryState = "pending"
+    attempts: int = 0
+    worker: str | None = None
+    last_status: int = 0
+    last_error: str | None = None
+    done_at: float | None = None
+
+
+class Deliveries(Protocol):
+    """The outbox."""
+
+    def add(self, delivery: Delivery) -> Write[None]:
+        """Keeps something to deliver. (That of a run's result: `Runs.finish`.)"""
+
+    def take(self, worker: str, *, at: float, limit: int, channels: Iterable[str]) -> Write[Sequence[Delivery]]:
+        """Takes what is due on these channels: it becomes ``sending``, by this worker, with one attempt more. Durable:
+        what was not noted as begun must not have been sent."""
+
+    def note(
+        self,
+        delivery_id: str,
+        *,
+        state: DeliveryState,
+        at: float,
+        due_at: float | None = None,
+        status: int = 0,
+        error: str | None = None,
+    ) -> Write[None]:
+        """Notes how an attempt ended. ``delivered`` counts as *replied* by its channel."""
+
+    def release(self, *, dead: Iterable[str]) -> Write[int]:
+        """What workers that have died were sending is pending again where it is repeatable, and else ``unknown``;
+        returns how many there were."""
+
+    async def of_run(self, run_id: str) -> Sequence[Delivery]:
+        """All of a run, in the order in which they were added."""
+
+    async def next_due_at(self, channels: Iterable[str]) -> float | None:
+        """When the next pending one of these channels is due; None = there is none."""
+
+    async def depth(self) -> dict[str, int]:
+        """How many are pending or being sent, by channel; channels with none are left out."""
+
+
+# -- channels and workers ---------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class ChannelRecord:
+    """What is kept of a channel.
+
+    Attributes:
+        cursor: How far it has read its platform (an offset); ``""`` = from the beginning.
+        received, replied: Counted since the channel was first seen.
+        holder: The worker that reads the platform; None = nobody.
+    """
+
+    name: str
+    cursor: str = ""
+    received: int = 0
+    replied: int = 0
+    last_event_at: float | None = None
+    holder: str | None = None
+
+
+class Channels(Protocol):
+    """What is kept of channels."""
+
+    def advance(self, name: str, cursor: str) -> Write[None]:
+        """Notes how far a channel has read its platform. Durable: what lies before is the store's now."""
+
+    def count(self, name: str, *, at: float, received: int = 0, replied: int = 0) -> Write[None]:
+        """Counts what is not counted by a run or a delivery. Not durable."""
+
+    def hold(self, name: str, *, worker: str, dead: Iterable[str]) -> Write[bool]:
+        """Makes a worker the one that reads the channel's platform, unless another one is that is not dead."""
+
+    def let_go(self, name: str, *, worker: str) -> Write[None]:
+        """Gives that up."""
+
+    async def all(self) -> Sequence[ChannelRecord]:
+        """Every channel that was ever noted, by name."""
+
+
+@attrs.frozen(kw_only=True)
+class Worker:
+    """A process that serves.
+
+    Attributes:
+        id: Random; another one after each start.
+        address: Where it can be rung (`bell`).
+        snapshot: What it says of itself, as JSON; its shape is of `report`.
+    """
+
+    id: str
+    pid: int
+    address: str
+    started_at: float
+    seen_at: float
+    snapshot: bytes = attrs.field(default=b"{}", repr=False)
+
+
+class Workers(Protocol):
+    """Who serves."""
+
+    def beat(self, worker: Worker) -> Write[None]:
+        """Says that a worker is there, and what it does. Not durable."""
+
+    async def all(self) -> Sequence[Worker]:
+        """Every worker that has not been removed, the oldest first."""
+
+    def remove(self, ids: Iterable[str]) -> Write[None]:
+        """Forgets workers, with their tickets and the channels that they held. What they were doing has to be adopted
+        before (`Runs.adopt`, `Deliveries.release`)."""
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class StoreStatistics:
+    """How a store is.
+
+    Attributes:
+        state: ``closed`` = nothing has needed it yet.
+        error: Why it is unavailable.
+    """
+
+    kind: str
+    path: str
+    state: Literal["closed", "open", "unavailable"]
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Retention:
+    """What may be forgotten. Runs that have not ended, and deliveries that are not done, never are.
+
+    Attributes:
+        sessions_before, archives_before, runs_before: Whatever was last active before that time; runs go with their
+            deliveries and idempotency keys.
+        max_sessions, max_runs: The oldest beyond so many.
+    """
+
+    sessions_before: float
+    archives_before: float
+    runs_before: float
+    max_sessions: int
+    max_runs: int
+
+
+class Store(Protocol):
+    """All of it. Opened by `sqlite_store.open_sqlite_store` or `memory_store.open_memory_store`."""
+
+    sessions: Sessions
+    runs: Runs
+    idempotency: Idempotency
+    deliveries: Deliveries
+    channels: Channels
+    workers: Workers
+
+    def prune(self, retention: Retention) -> Write[int]:
+        """Forgets what may be forgotten; returns how many rows. Done in slices, so that no other write waits long."""
+
+    async def check(self) -> None:
+        """Raises `StoreUnavailable` where nothing could be written now."""
+
+    def statistics(self) -> StoreStatistics:
+        """How it is. Does not wait."""
