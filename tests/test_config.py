@@ -477,19 +477,3 @@ def test_the_password_of_a_proxy_is_not_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         configuration.structure({"upstreams": {"a": {**table, "proxy": good + "/?x"}}}, env={}, source="test")
     assert "hidden-word" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("verification", "secret", "problem"),
-    [
-        ("github", "x" * 23, "has fewer than 24 bytes"),
-        ("slack", "hunter2", "has fewer than 24 bytes"),
-        ("standard-webhooks", "whsec_" + "A" * 28, "has fewer than 24 bytes"),  # 21, decoded
-        ("standard-webhooks", "a-secret-of-more-than-24-bytes", "is not base64"),
-        ("bearer", "a secret of more than 24 bytes", "has characters that cannot stand in a header"),
-    ],
-)
-def test_secrets_that_verify_nothing(verification: str, secret: str, problem: str) -> None:
-    """A hook does not start with a secret that can be guessed, or that its scheme cannot use."""
-    text = f'[hooks.h]\nverification = "{verification}"\nsecrets = [{{ env = "A" }}]\n'
-    assert _problems(text, {"A": secret}) == (f"hooks.h.secrets.0: {problem}",)

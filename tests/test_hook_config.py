@@ -13,7 +13,8 @@ from trigate.config import ChannelConfig, Config, ConfigError, HookConfig, Secre
 
 SECRET = "a-secret-of-more-than-24-bytes"
 HOOK = f'[hooks.h]\nverification = "github"\nsecrets = ["{SECRET}"]\n'
-CALLBACK = f'[hooks.h]\ncallback_url = "https://a.example/in"\ncallback_secret = "{SECRET}"\n'
+CALLBACK_SECRET = "whsec_0123456789abcdef0123456789abcdef"
+CALLBACK = f'[hooks.h]\ncallback_url = "https://a.example/in"\ncallback_secret = "{CALLBACK_SECRET}"\n'
 BOT = '[channels.bot]\ntype = "telegram"\ntoken = "12:abc"\n'
 TEAM = f'[channels.team]\ntype = "slack"\ntoken = "xoxb-1"\nsecrets = ["{SECRET}"]\n'
 
@@ -76,7 +77,7 @@ def test_every_setting_can_be_written() -> None:
         actions = ["chat", "note"]
         reply = "callback"
         callback_url = "https://a.example/in"
-        callback_secret = "whsec_0123456789abcdef01234567"
+        callback_secret = "whsec_0123456789abcdef0123456789abcdef"
         callback_hosts = ["b.example"]
         callback_private = true
         on_disconnect = "finish"
@@ -150,7 +151,7 @@ def test_every_setting_can_be_written() -> None:
         ("[hooks.h]\ncallback_url = 'https://a.example'", "hooks.h.callback_secret: required for callbacks"),
         ("[hooks.h]\ncallback_hosts = ['a.example']", "hooks.h.callback_secret: required for callbacks"),
         (CALLBACK.replace("https", "ftp"), "hooks.h.callback_url: 'ftp://a.example/in' is not an http"),
-        (CALLBACK.replace(SECRET, "short"), "hooks.h.callback_secret: has fewer than 24 bytes"),
+        (CALLBACK.replace(CALLBACK_SECRET, "whsec_" + "A" * 28), "hooks.h.callback_secret: has fewer than 24 bytes"),
         (BOT.replace("telegram", "irc"), "channels.bot.type: expected 'telegram' or 'slack'"),
         ("[channels.bot]\ntype = 'telegram'", "channels.bot.token: required, but missing"),
         (BOT + "mode = 'webhook'", "channels.bot.secrets: required, since anybody can call /hooks/bot"),
@@ -191,7 +192,24 @@ def test_no_repr_and_no_problem_shows_a_secret() -> None:
     """What is logged of a configuration cannot be used to get in."""
     shown = repr(_structure(HOOK + BOT + TEAM + CALLBACK.replace("hooks.h", "hooks.i")))
     assert SECRET not in shown
+    assert CALLBACK_SECRET not in shown
     assert "12:abc" not in shown
     assert "xoxb-1" not in shown
     problems = _problems(HOOK + f"[keys]\nk = '{SECRET}'\n" + CALLBACK.replace("hooks.h", "hooks.i") + "nope = 1")
     assert SECRET not in "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("verification", "secret", "problem"),
+    [
+        ("github", "x" * 23, "has fewer than 24 bytes"),
+        ("slack", "hunter2", "has fewer than 24 bytes"),
+        ("standard-webhooks", "whsec_" + "A" * 28, "has fewer than 24 bytes"),  # 21, decoded
+        ("standard-webhooks", "a-secret-of-more-than-24-bytes", "is not base64"),
+        ("bearer", "a secret of more than 24 bytes", "has characters that cannot stand in a header"),
+    ],
+)
+def test_secrets_that_verify_nothing(verification: str, secret: str, problem: str) -> None:
+    """A hook does not start with a secret that can be guessed, or that its scheme cannot use."""
+    text = f'[hooks.h]\nverification = "{verification}"\nsecrets = [{{ env = "A" }}]\n'
+    assert _problems(text, {"A": secret}) == (f"hooks.h.secrets.0: {problem}",)
