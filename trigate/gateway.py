@@ -28,9 +28,11 @@ import trio
 
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
+from trigate.callbacks import Callbacks, open_callbacks
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
 from trigate.leaving import Leaving, open_leaving
+from trigate.outbox import Outbox, open_outbox
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
@@ -342,6 +344,8 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
+        self.callbacks: Callbacks
+        self.outbox: Outbox
         self.channels: Channels | None = None
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
@@ -422,6 +426,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
+            self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
             while True:
                 await self._reload_asked.wait()
@@ -443,6 +448,7 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
+                self.callbacks.apply(config.hooks or {}, self.outbox)
                 self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
@@ -548,7 +554,11 @@ async def open_gateway(
         gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
-            async with _running(gateway, first, transports, path):
+            async with (
+                open_callbacks(trust=_trust) as gateway.callbacks,
+                open_outbox(store, gateway.workers) as gateway.outbox,
+                _running(gateway, first, transports, path),
+            ):
                 yield gateway
 
 
