@@ -48,7 +48,10 @@ ROWS = (
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
-PURE = ("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors")
+PURE = (
+    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors"),
+    *("answers", "history"),
+)
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),
