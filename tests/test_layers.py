@@ -38,9 +38,9 @@ ROWS = (
     ("local_model", "_local_model_child", "echo", "transport", "relay", "sqlite_store", "memory_store"),
     ("dialing",),
     ("logs", "peer"),
-    ("framing", "leaving", "poller", "timers"),
+    ("framing", "leaving", "poller", "timers", "display"),
     ("history",),
-    ("answers", "store", "verification", "rates"),
+    ("answers", "store", "verification", "rates", "passages"),
     ("wire", "routing"),
     ("request_parser", "response_head"),
     ("sse", "request_head"),
@@ -48,7 +48,7 @@ ROWS = (
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
-PURE = ("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors")
+PURE = ("passages", "request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors")
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),
