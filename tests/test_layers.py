@@ -40,15 +40,26 @@ ROWS = (
     ("logs", "peer"),
     ("framing", "leaving", "poller", "timers", "display"),
     ("history",),
-    ("answers", "store", "verification", "rates", "passages"),
-    ("wire", "routing"),
+    ("answers", "store", "verification", "rates"),
+    ("wire", "routing", "slack_messages"),
     ("request_parser", "response_head"),
-    ("sse", "request_head"),
+    ("sse", "request_head", "passages"),
     ("config", "errors"),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
-PURE = ("passages", "request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors")
+PURE = (
+    "passages",
+    "slack_messages",
+    "request_head",
+    "request_parser",
+    "response_head",
+    "sse",
+    "wire",
+    "routing",
+    "config",
+    "errors",
+)
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),
