@@ -30,6 +30,7 @@ ROWS = (
     ("gateway",),
     ("channels",),
     ("telegram", "slack"),
+    ("adapter",),
     ("runs",),
     ("exchange",),
     ("sessions", "outbox", "discovery"),
