@@ -32,17 +32,20 @@ def test_both_events_of_a_mention_are_one_message() -> None:
     first = _read(type="app_mention", channel_type=None, text="<@UBOT> hi")
     second = _read(text="<@UBOT> hi")
     assert first == second
-    assert first is not None and first.is_mention and first.text == "hi" and first.key == "C1:1.0"
+    assert first is not None
+    assert (first.is_mention, first.text, first.key) == (True, "hi", "C1:1.0")
 
 
 def test_the_bot_is_known_from_the_event() -> None:
     """Before anything was asked, the event says who the bot is."""
     own = [{"team_id": "T1", "user_id": "UBOT", "is_bot": True}]
     found = _read(text="hey <@UBOT|bot>, hi", bot=None, authorizations=own)
-    assert found is not None and found.is_mention and found.text == "hey , hi"
+    assert found is not None
+    assert (found.is_mention, found.text) == (True, "hey , hi")
     assert _read(user="UBOT", bot=None, authorizations=own) is None
     person = _read(text="<@U9> hi", bot=None, authorizations=[{"user_id": "U9", "is_bot": False}])
-    assert person is not None and not person.is_mention and person.text == "@U9 hi"
+    assert person is not None
+    assert (person.is_mention, person.text) == (False, "@U9 hi")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,8 @@ def test_subtypes_that_are_messages(subtype: str) -> None:
 def test_commands(text: str, action: str) -> None:
     """A command is a message of its own."""
     message = _read(text=text)
-    assert message is not None and message.action == action
+    assert message is not None
+    assert message.action == action
 
 
 def test_replies_and_sessions() -> None:
@@ -97,7 +101,11 @@ def test_replies_and_sessions() -> None:
     direct = _read(channel="D1", channel_type="im")
     direct_thread = _read(channel="D1", channel_type="im", thread_ts="0.5")
     group = _read(channel="G1", channel_type="mpim")
-    assert in_channel and in_thread and direct and direct_thread and group
+    assert in_channel is not None
+    assert in_thread is not None
+    assert direct is not None
+    assert direct_thread is not None
+    assert group is not None
     assert in_channel.reply_thread == "1.0"
     assert in_thread.reply_thread == "0.5"
     assert direct.reply_thread is None
