@@ -34,7 +34,7 @@ ROWS = (
     ("telegram", "slack"),
     ("adapter",),
     ("runs",),
-    ("exchange",),
+    ("exchange", "callbacks"),
     ("sessions", "outbox", "discovery"),
     ("storage",),
     ("workers",),
@@ -48,7 +48,7 @@ ROWS = (
     ("history", "ingress"),
     ("ledger", "sqlite_tables"),
     ("answers", "store"),
-    ("wire", "routing", "slack_messages"),
+    ("wire", "routing", "slack_messages", "addresses"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
     ("config",),
@@ -58,7 +58,7 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
-    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors"),
+    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "addresses", "config", "errors"),
     *("answers", "history", "ingress", "passages", "slack_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
