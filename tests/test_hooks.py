@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import json
 import time
@@ -14,19 +13,23 @@ from typing import Any
 import pytest
 import trio
 from asgi_client import ClientCall
-from conftest import Logs, Served, make_config
+from conftest import Served, make_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, says, usage
-from trio.testing import MockClock, wait_all_tasks_blocked
-
-from trigate.store import ENDED
+from provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
+from trio.testing import MockClock
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 SECRET = "a-secret-of-thirty-two-bytes-or-so"
 WHSEC = "whsec_" + base64.b64encode(b"k" * 32).decode()
-REPLY: Script = (Say(content("Hel")), Say(content("lo")), Say(chunk({}, finish_reason="stop")), Say(usage(7, 2)), Say(DONE))
+REPLY: Script = (
+    Say(content("Hel")),
+    Say(content("lo")),
+    Say(chunk({}, finish_reason="stop")),
+    Say(usage(7, 2)),
+    Say(DONE),
+)
 HI = {"text": "Hi", "from": "ada"}
 
 
@@ -466,9 +469,7 @@ async def test_prefer_respond_async(open_app: OpenApp, autojump_clock: MockClock
 
 async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
     """404 for another key, another hook, and for what never was; a bearer sees what its hook let in."""
-    config = hooks(
-        {"ada": "key-of-ada", "bob": "key-of-bob"}, h={}, b={"verification": "bearer", "secrets": [SECRET]}
-    )
+    config = hooks({"ada": "key-of-ada", "bob": "key-of-bob"}, h={}, b={"verification": "bearer", "secrets": [SECRET]})
     async with open_app(config, Provider(REPLY)) as served:
 
         async def seen(name: str, run_id: str, key: str) -> int:
@@ -650,9 +651,11 @@ async def test_async_duplicates_name_the_same_run(open_app: OpenApp, autojump_cl
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(
-        st.sampled_from(["text", "from", "action", "callback_url", "a"]) | st.text(max_size=5), inner, max_size=5
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["text", "from", "action", "callback_url", "a"]) | st.text(max_size=5), inner, max_size=5
+        )
     ),
     max_leaves=12,
 )
