@@ -317,6 +317,11 @@ class _Performance:
         """It was promised."""
         return self._run.acknowledged or self._run.id in self._runs.promised
 
+    @property
+    def is_owed(self) -> bool:
+        """It was promised, and has not ended."""
+        return self._kept and self.ended is None
+
     async def perform(self) -> None:
         """Does the run. Whatever it raises besides `Cancelled` has become its result."""
         try:
@@ -597,13 +602,14 @@ class Runs:
 
     async def perform(self, run: Run, *, down: Downstream | None = None) -> Run:
         """Does a run in the caller's task, and returns it with its result. Cancelled with the caller, it ends as
-        ``cancelled`` with what there was of the answer; unless it was acknowledged.
+        ``cancelled`` with what there was of the answer; one that was acknowledged goes on in the service.
 
         Args:
             down: The client that the answer is streamed to, as chunks of OpenAI's; None = nobody watches.
         """
         pause_s = RETRY_S
         performance = _Performance(self, run, down)
+        interrupted = True
         try:
             while True:
                 async with contextlib.AsyncExitStack() as stack:
@@ -616,10 +622,17 @@ class Runs:
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
                 performance = _Performance(self, run, down)
+            interrupted = False
+        except Exception:
+            interrupted = False
+            raise
         finally:
             performance.release()
-            self._give_place_back(run)
-            self.promised.discard(run.id)
+            if interrupted and performance.is_owed and not self._nursery.cancel_scope.cancel_called:
+                self.perform_soon(run)
+            else:
+                self._give_place_back(run)
+                self.promised.discard(run.id)
         return performance.ended or run
 
     def perform_soon(self, run: Run, *, down: Downstream | None = None) -> Doing:
