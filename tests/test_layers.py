@@ -28,11 +28,11 @@ ROWS = (
     ("application",),
     ("api",),
     ("connection",),
-    ("hooks",),
     ("gateway",),
-    ("report",),
+    ("report", "hooks"),
     ("channels",),
     ("telegram", "slack"),
+    ("adapter",),
     ("runs",),
     ("exchange", "callbacks"),
     ("sessions", "outbox", "discovery"),
@@ -42,15 +42,15 @@ ROWS = (
     ("local_model", "_local_model_child", "echo", "transport", "relay"),
     ("dialing",),
     ("logs", "peer"),
-    ("framing", "leaving", "poller", "timers"),
-    ("history",),
+    ("framing", "leaving", "poller", "timers", "display"),
     ("sqlite_store", "memory_store"),
     ("sqlite_file",),
+    ("history", "ingress"),
     ("ledger", "sqlite_tables"),
     ("answers", "store"),
-    ("wire", "routing", "addresses"),
+    ("wire", "routing", "slack_messages", "addresses"),
     ("request_parser", "response_head"),
-    ("sse", "request_head"),
+    ("sse", "request_head", "passages"),
     ("config",),
     ("verification", "rates"),  # the configuration asks the former what is wrong with a secret
     ("errors",),
@@ -58,17 +58,8 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
-    "request_head",
-    "request_parser",
-    "response_head",
-    "sse",
-    "wire",
-    "routing",
-    "addresses",
-    "config",
-    "verification",
-    "rates",
-    "errors",
+    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "addresses", "config", "errors"),
+    *("answers", "history", "ingress", "passages", "slack_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {
