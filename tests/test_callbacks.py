@@ -8,10 +8,16 @@ import datetime
 import hashlib
 import hmac
 import json
+import os
+import re
+import shutil
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import attrs
 import httpx2
@@ -119,13 +125,16 @@ def delivery(target: str, **changes: object) -> Delivery:
 
 @contextlib.asynccontextmanager
 async def opened(
-    settings: HookConfig | None = None, *, trust: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    settings: HookConfig | None = None,
+    *,
+    trust: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+    now: Callable[[], float] = lambda: NOW,
 ) -> AsyncIterator[Callbacks]:
     """Opens callbacks for one hook, ``h``."""
     async with (
         open_memory_store() as store,
         open_workers(store, lambda: b"{}") as workers,
-        open_callbacks(trust=trust, now=lambda: NOW) as callbacks,
+        open_callbacks(trust=trust, now=now) as callbacks,
         open_outbox(store, workers) as outbox,
     ):
         callbacks.apply({"h": settings or hook()}, outbox)
@@ -184,17 +193,62 @@ async def test_a_callback_is_what_a_hook_takes() -> None:
         verifier.verify(headers, receiver.bodies[0] + b" ", now=NOW)
 
 
+@contextlib.asynccontextmanager
+async def received() -> AsyncIterator[tuple[dict[str, str], bytes]]:
+    """A callback of now, as its receiver gets it."""
+    async with receiving() as receiver, opened(now=time.time) as callbacks:
+        await callbacks.deliver(delivery(receiver.url))
+    yield receiver.heads[0], receiver.bodies[0]
+
+
+async def test_the_library_for_receivers_takes_it() -> None:
+    """That of the scheme's authors."""
+    library = pytest.importorskip("standardwebhooks")
+    async with received() as (head, body):
+        assert library.Webhook(SECRET).verify(body, head) == json.loads(BODY)
+        with pytest.raises(library.WebhookVerificationError):
+            library.Webhook(SECRET).verify(body + b" ", head)
+
+
+def documented(language: str, first: str) -> str:
+    """The block of the manual that contains that."""
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "callbacks.md"
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    [block] = [block for block in blocks if first in block]
+    return str(block)
+
+
+async def test_the_documented_receiver_takes_it() -> None:
+    """And nothing that is changed, of another secret, or old."""
+    names: dict[str, Any] = {}
+    exec(documented("python", "def is_genuine"), names)
+    is_genuine = names["is_genuine"]
+    other = "whsec_" + base64.b64encode(b"f" * 32).decode()
+    async with received() as (head, body):
+        assert is_genuine(SECRET, head, body)
+        assert not is_genuine(SECRET, head, body + b" ")
+        assert not is_genuine(other, head, body)
+        assert not is_genuine(SECRET, {**head, "webhook-id": "msg_2"}, body)
+        assert not is_genuine(SECRET, head, body, tolerance_s=-1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not there")
+async def test_the_documented_command_gives_the_signature(tmp_path: Path) -> None:
+    """By openssl alone."""
+    async with received() as (head, body):
+        (tmp_path / "body").write_bytes(body)
+        values = {"CALLBACK_SECRET": SECRET, "ID": head["webhook-id"], "TIMESTAMP": head["webhook-timestamp"]}
+        done = await trio.run_process(
+            ["sh", "-c", documented("sh", "hexkey")], cwd=tmp_path, env={**os.environ, **values}, capture_stdout=True
+        )
+    assert "v1," + done.stdout.decode() == head["webhook-signature"]
+
+
 async def test_a_repetition_has_the_same_id() -> None:
     """And the time of its own attempt; a connection is used again."""
     times = iter([NOW, NOW, NOW + 60, NOW + 60])
-    async with (
-        receiving() as receiver,
-        open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
-        open_callbacks(trust=ssl.create_default_context, now=lambda: next(times)) as callbacks,
-        open_outbox(store, workers) as outbox,
-    ):
-        callbacks.apply({"h": hook()}, outbox)
+    async with receiving() as receiver, opened(now=lambda: next(times)) as callbacks:
         await callbacks.deliver(delivery(receiver.url))
         await callbacks.deliver(delivery(receiver.url))
     assert [head["webhook-id"] for head in receiver.heads] == ["msg_1", "msg_1"]
@@ -516,6 +570,27 @@ async def test_a_gateway_delivers_what_its_hooks_have_to_tell(
         app.gateway.outbox.look()
         assert (await delivered(app.gateway.store)).last_status == 200
     assert receiver.bodies == [BODY]
+
+
+async def test_from_a_message_to_its_callback(
+    open_server: Callable[..., contextlib.AbstractAsyncContextManager[tuple[httpx2.AsyncClient, GatewayApp]]],
+) -> None:
+    """202 at once; then the result comes, and the run says that it has been delivered."""
+    async with receiving() as receiver, open_server(config(reply="callback", session="none")) as (client, _):
+        message = {"text": "Hello there", "from": "ada", "callback_url": receiver.url}
+        accepted = await client.post("/hooks/h", json=message)
+        assert accepted.status_code == 202
+        with trio.fail_after(30.0):
+            while True:
+                run = (await client.get(accepted.headers["location"])).json()
+                if [each["state"] for each in run["deliveries"]] == ["delivered"]:
+                    break
+                await trio.sleep(0.01)
+    del run["deliveries"]
+    told = json.loads(receiver.bodies[0])
+    assert told["type"] == "run.completed"
+    assert told["data"] == run
+    assert run["result"]["reply"] == "Hello there"
 
 
 async def test_a_hook_that_is_removed_keeps_what_it_had_to_tell() -> None:
