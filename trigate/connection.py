@@ -36,6 +36,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate.errors import (
     Ambiguous,
+    BadRequest,
     BodyTimeout,
     Draining,
     Forbidden,
@@ -48,13 +49,15 @@ from trigate.errors import (
     Unauthenticated,
     UnsupportedMediaType,
 )
-from trigate.exchange import Exchange
+from trigate.exchange import Exchange, Recorder
 from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
-from trigate.wire import ENDPOINTS, Endpoint, decode_call
+from trigate.sessions import SessionRecorder
+from trigate.wire import ENDPOINTS, Call, Endpoint, decode_call
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
     from trigate.config import Config
+    from trigate.gateway import Gateway
     from trigate.http1 import Client
 
 log = structlog.get_logger("trigate.connection")
@@ -62,6 +65,7 @@ log = structlog.get_logger("trigate.connection")
 _CONTROL_PLANE_BYTES = 1024 * 1024
 _LINGER_BYTES = 256 * 1024 * 1024
 _LINGER_S = 2.0
+_SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _FORWARDED = {
     b"openai-beta": "openai-beta",
@@ -97,7 +101,7 @@ class Head:
         fields, headers = self._fields, self.headers
         if len(headers) != len(fields):
             names = [name.lower() for name, _ in fields]
-            for once in (b"content-length", b"host", b"authorization"):
+            for once in (b"content-length", b"host", b"authorization", b"x-session-key"):
                 if names.count(once) > 1:
                     raise Ambiguous(f"The header {once.decode()} stands twice.")
         if not self.examined and (
@@ -118,6 +122,23 @@ class Head:
         """The page that a browser sends this for."""
         value = self.headers.get(b"origin")
         return value.decode("latin-1") if value is not None else None
+
+    def session_key(self, endpoint: Endpoint) -> str | None:
+        """The session that a call belongs to; None = it belongs to none.
+
+        Raises:
+            BadRequest: It names one in a way that cannot be, or where nothing would be remembered.
+        """
+        key = self.headers.get(b"x-session-key")
+        if key is None:
+            return None
+        if endpoint.path != "/chat/completions":
+            raise BadRequest("x-session-key goes with /v1/chat/completions only.", param="x-session-key")
+        if not _SESSION_KEY.match(key) or key in (b".", b".."):  # those two cannot stand in a path
+            raise BadRequest(
+                "x-session-key must be 1 to 256 visible ASCII characters without a slash.", param="x-session-key"
+            )
+        return bytes(key).decode()
 
     def forwarded(self) -> dict[str, str]:
         """The client's headers that go upstream."""
@@ -460,13 +481,13 @@ class GatewayConnection(TrioASGIHTTPConnection):
             down.headers += _cors_headers(head.origin, config)
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
-            if head.path != "/health":
-                authorize(head, config)
+            owner = (authorize(head, config) if head.path != "/health" else None) or ""
             endpoint = ENDPOINTS.get(head.path)
             if endpoint is None:
+                scope["trigate.owner"] = owner
                 await self._control_plane(head, inbound, down)
             else:
-                await self._data_plane(endpoint, head, request_id, inbound, down)
+                await self._data_plane(endpoint, head, request_id, inbound, down, owner=owner)
         except GatewayError as error:
             log.info("refused", request_id=request_id, path=self.scope["path"], status=error.status, code=error.code)
             await _refuse(error, inbound, down)
@@ -488,7 +509,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         await super().__call__(inbound.receive_bounded, send)
 
     async def _data_plane(
-        self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream
+        self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream, *, owner: str
     ) -> None:
         gateway = self.app.gateway
         if head.method != "POST":
@@ -497,6 +518,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if content_type != b"application/json" and not content_type.endswith(b"+json"):
             said = content_type.decode("latin-1")[:100] or "none"
             raise UnsupportedMediaType(f"Content-Type must be application/json; got {said}.")
+        session = head.session_key(endpoint)
         if gateway.draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         limits = gateway.generation.config.limits
@@ -511,34 +533,75 @@ class GatewayConnection(TrioASGIHTTPConnection):
             return
         call = decode_call(endpoint, body)
         del body
+        exchange: Exchange | None = None
+        failure: GatewayError | None = None
         async with trio.open_nursery() as nursery:
-            exchange = Exchange(
-                id=request_id,
-                call=call,
-                gateway=gateway,
-                generation=gateway.generation,
-                down=down,
-                headers={
-                    "content-type": "application/json",
-                    "accept": "text/event-stream" if call.stream else "application/json",
-                    "x-request-id": request_id,
-                    **head.forwarded(),
-                },
-            )
 
             def leave() -> None:
                 down.gone = True
                 if not down.ended:
-                    if exchange.abandon_upstream():
+                    if exchange is not None and exchange.abandon_upstream():
                         gateway.leaving.cancel_soon(nursery.cancel_scope)
                     else:
                         nursery.cancel_scope.cancel()
 
+            def exchange_for(call: Call, recorder: Recorder | None = None) -> Exchange:
+                nonlocal exchange
+                exchange = Exchange(
+                    id=request_id,
+                    call=call,
+                    gateway=gateway,
+                    generation=gateway.generation,
+                    down=down,
+                    headers={
+                        "content-type": "application/json",
+                        "accept": "text/event-stream" if call.stream else "application/json",
+                        "x-request-id": request_id,
+                        **head.forwarded(),
+                    },
+                    recorder=recorder,
+                )
+                return exchange
+
             if down.client is None or not down.client.watch(leave):
                 nursery.start_soon(_watch, inbound, leave)
-            await exchange.run(nursery)
+            if session is None:
+                await exchange_for(call).run(nursery)
+            else:
+                failure = await _take_turn(gateway, owner, session, call, exchange_for, nursery)
             if nursery.child_tasks:  # the watch, or a keep-alive that the client does not take
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+
+async def _take_turn(
+    gateway: Gateway,
+    owner: str,
+    key: str,
+    call: Call,
+    exchange_for: Callable[[Call, Recorder], Exchange],
+    nursery: trio.Nursery,
+) -> GatewayError | None:
+    """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
+    no limit in time but its own.
+
+    Returns:
+        Why it could not; returned, since the nursery would make a group of it.
+    """
+    try:
+        async with gateway.sessions.open_turn(owner, key, limits=gateway.generation.config.sessions) as turn:
+            composed = turn.compose(call)
+            recorder = SessionRecorder(gateway.store, turn)
+            exchange = exchange_for(composed, recorder)
+            turn.cut = exchange.cut
+            try:
+                await exchange.run(nursery)
+            finally:
+                recorder.settle(exchange.usage)
+    except GatewayError as error:
+        return error
+    return None
 
 
 async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:
@@ -570,7 +633,7 @@ async def _preflight(head: Head, config: Config, down: Downstream) -> bool:
     await down.respond(
         204,
         [
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", asked if asked.isascii() else b""),
             (b"access-control-max-age", b"600"),
         ],
