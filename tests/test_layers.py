@@ -43,12 +43,12 @@ ROWS = (
     ("local_model", "_local_model_child", "echo", "transport", "relay", "sqlite_store", "memory_store"),
     ("dialing",),
     ("logs", "peer"),
-    ("framing", "leaving", "poller", "timers"),
+    ("framing", "leaving", "poller", "timers", "display"),
     ("history",),
     ("answers", "store"),
-    ("wire", "routing"),
+    ("wire", "routing", "slack_messages"),
     ("request_parser", "response_head"),
-    ("sse", "request_head"),
+    ("sse", "request_head", "passages"),
     ("config",),
     ("verification", "rates"),  # the configuration asks the former what is wrong with a secret
     ("errors",),
@@ -56,6 +56,8 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
+    "passages",
+    "slack_messages",
     "request_head",
     "request_parser",
     "response_head",
