@@ -46,7 +46,7 @@ ROWS = (
     ("framing", "leaving", "poller", "timers", "display"),
     ("history",),
     ("answers", "store"),
-    ("wire", "routing", "slack_messages"),
+    ("wire", "routing", "slack_messages", "telegram_messages"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
     ("config",),
@@ -58,6 +58,7 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 PURE = (
     "passages",
     "slack_messages",
+    "telegram_messages",
     "request_head",
     "request_parser",
     "response_head",
