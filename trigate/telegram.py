@@ -9,7 +9,7 @@ channel (`store.Channels.hold`); another one takes over when it has ended.
 limits allow, and dropped where they do not. The latter is a delivery of the outbox. Telegram cannot tell a message that
 is sent twice; so one that may have arrived is not sent again.
 
-Texts are plain: there is no ``parse_mode``, so that nothing of a model's answer has to be escaped, and nothing of it can
+Texts are plain: there is no ``parse_mode``, so that nothing of a model's answer has to be escaped, or can
 be refused. Link previews are off: an answer that is being written would load each half of a URL.
 
 Source: Telegram Bot API, "Making requests", "Getting updates", "sendMessage", "editMessageText", "sendChatAction";
@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -61,6 +61,7 @@ EDITS_PER_S = 25.0
 PATIENCE_S = 10.0
 """How long a delivery waits where Telegram says so, before it is tried again as another attempt."""
 _BUSY_S = 1.0
+_NO_PREVIEW = {"is_disabled": True}
 _MAX_PROGRESS = 1000
 
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
@@ -102,13 +103,18 @@ class TelegramAdapter:
 
     # -- the Bot API --------------------------------------------------------------------------------------------------
 
-    async def _call(self, method: str, *, within_s: float = ANSWER_S, **parameters: object) -> msgspec.Raw:
+    async def _call(
+        self, method: str, parameters: Mapping[str, object] | None = None, *, within_s: float = ANSWER_S
+    ) -> msgspec.Raw:
         """Calls a method, and returns its result.
+
+        Args:
+            parameters: Those that are None are left out.
 
         Raises:
             Trouble: It was not done; `_Rejected`, `Refused`: nor will it be.
         """
-        body = msgspec.json.encode({name: value for name, value in parameters.items() if value is not None})
+        body = msgspec.json.encode({name: value for name, value in (parameters or {}).items() if value is not None})
         path = f"/bot{self._channel.token}/{method}"
         answer = None
         with trio.move_on_after(within_s):
@@ -125,12 +131,14 @@ class TelegramAdapter:
         said = self._channel.redacted(envelope.description[:200])
         words = f"{method}: {code} {said}"
         if code in (401, 404):  # 404 is also what a token that cannot be one is answered with
-            raise Refused(f"Telegram does not take the token. {words}")
+            refused = Refused(f"Telegram does not take the token. {words}")
+            self._channel.note_trouble(refused.message)
+            raise refused
         if code == 429:
             raise Trouble(words, after_s=envelope.parameters.retry_after or 1.0)
         if code in (400, 403):
             raise _Rejected(words, status=code, moved_to=envelope.parameters.migrate_to_chat_id)
-        raise Trouble(words, unsure=code >= 500)
+        raise Trouble(words)
 
     async def _introduce(self) -> User:
         """Finds out who the bot is."""
@@ -185,7 +193,7 @@ class TelegramAdapter:
         me = await self._introduce()
         info = msgspec.json.decode(await self._call("getWebhookInfo"), type=WebhookInfo)
         if info.url:  # with one, there are no updates to be had
-            await self._call("deleteWebhook", drop_pending_updates=False)
+            await self._call("deleteWebhook", {"drop_pending_updates": False})
             log.warning("telegram_webhook_removed", channel=name)
         offset = await self._offset(me)
         while await gateway.store.channels.hold(name, worker=gateway.workers.id, dead=()):
@@ -285,9 +293,9 @@ class TelegramAdapter:
         """As `runs.Audience.watch`."""
         assert isinstance(order.reply_to, Mapping)
         place = Place(**order.reply_to)
-        interval_s = self._channel.config.edit_interval_s
-        if place.is_group:
-            interval_s = max(interval_s, GROUP_INTERVAL_S) if interval_s else interval_s
+        interval_s: float = self._channel.config.edit_interval_s
+        if place.is_group and interval_s:
+            interval_s = max(interval_s, GROUP_INTERVAL_S)
         live = Display(_Screen(self, place, interval_s), split=split, interval_s=interval_s)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._aside, self._type, place)
@@ -297,7 +305,9 @@ class TelegramAdapter:
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _aside(self, show: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    async def _aside(  # noqa: ASYNC910 - what is shown is sent
+        self, show: Callable[..., Awaitable[None]], *arguments: object
+    ) -> None:
         """Runs what only shows something: what is wrong with it must not end the run."""
         try:
             await show(*arguments)
@@ -308,14 +318,9 @@ class TelegramAdapter:
         """Says that the bot is typing, until it is cancelled, or Telegram does not want to know."""
         while True:
             try:
-                await self._call(
-                    "sendChatAction",
-                    chat_id=self._chat_of(place),
-                    message_thread_id=place.thread,
-                    action="typing",
-                )
+                await self._to(place, "sendChatAction", {"message_thread_id": place.thread, "action": "typing"})
             except Trouble:
-                return
+                return  # noqa: ASYNC910 - a request was made
             await trio.sleep(TYPING_S)
 
     async def write(self, place: Place, text: str, *, is_first: bool) -> str:
@@ -324,37 +329,39 @@ class TelegramAdapter:
         raw = await self._to(
             place,
             "sendMessage",
-            message_thread_id=place.thread,
-            text=text,
-            link_preview_options={"is_disabled": True},
-            reply_parameters=answers if place.is_group and is_first else None,
+            {
+                "message_thread_id": place.thread,
+                "text": text,
+                "link_preview_options": _NO_PREVIEW,
+                "reply_parameters": answers if place.is_group and is_first else None,
+            },
         )
         return str(msgspec.json.decode(raw)["message_id"])
 
-    async def edit(self, place: Place, message_id: str, text: str) -> None:
+    async def edit(  # noqa: ASYNC910 - a request is made
+        self, place: Place, message_id: str, text: str
+    ) -> None:
         """Changes a message. That it is so already is no trouble."""
         try:
             await self._to(
                 place,
                 "editMessageText",
-                message_id=int(message_id),
-                text=text,
-                link_preview_options={"is_disabled": True},
+                {"message_id": int(message_id), "text": text, "link_preview_options": _NO_PREVIEW},
             )
         except _Rejected as error:
             if "message is not modified" not in error.message:
                 raise
 
-    async def _to(self, place: Place, method: str, **parameters: object) -> msgspec.Raw:
+    async def _to(self, place: Place, method: str, parameters: Mapping[str, object]) -> msgspec.Raw:
         """Calls a method for a chat, wherever that has moved to; notes when it is to be left alone."""
         try:
             try:
-                return await self._call(method, chat_id=self._chat_of(place), **parameters)
+                return await self._call(method, {"chat_id": self._chat_of(place), **parameters})
             except _Rejected as error:
                 if error.moved_to is None:
                     raise
                 self._moved[place.chat] = error.moved_to
-            return await self._call(method, chat_id=self._chat_of(place), **parameters)
+            return await self._call(method, {"chat_id": self._chat_of(place), **parameters})
         except Trouble as error:
             if error.after_s is not None:
                 self._quiet_until[place.chat] = trio.current_time() + error.after_s
@@ -373,48 +380,42 @@ class TelegramAdapter:
         wait_s = self._rates.take(f"chat {place.chat}", rate_per_s=1 / interval_s, burst=1, now=now)
         return wait_s or self._rates.take("all", rate_per_s=EDITS_PER_S, burst=int(EDITS_PER_S), now=now)
 
-    async def deliver(self, delivery: Delivery) -> Receipt:
+    async def deliver(self, delivery: Delivery) -> Receipt:  # noqa: ASYNC910 - there is a checkpoint in each way
         """As `outbox.Carrier.deliver`."""
         body = msgspec.json.decode(delivery.body)
         place = Place(**body["reply_to"])
-        shown = self._progress.pop(delivery.id, None)
-        if shown is None:
-            shown = display.load(body["live"])
-        words, keeps = words_of_result(body)
-        passages = split(words)
-        before = len(shown) if keeps else 0
+        shown = display.load(body["live"])
+        text, keeps_shown = words_of_result(body)
+        passages = split(text)
+        # The messages that hold the text. What a worker has written before its attempt failed is known to that one.
+        told = self._progress.pop(delivery.id, [] if keeps_shown else list(shown))
         patience_s = PATIENCE_S
-        while True:
-            step = display.next_step(shown[before:], passages)
-            if step is None:
-                await trio.lowlevel.checkpoint()
-                return Receipt(delivered=True, status=200)
-            message_id, text = step
+        while (step := display.next_step(told, passages)) is not None:
+            message_id, passage = step
             try:
-                if message_id is not None:
-                    await self.edit(place, message_id, text)
-                    index = next(index for index, one in enumerate(shown) if one.id == message_id)
-                    shown[index] = display.Shown(message_id, len(text))
-                else:
-                    shown.append(display.Shown(await self.write(place, text, is_first=not shown), len(text)))
-            except _Rejected as error:
                 if message_id is None:
-                    return Receipt(delivered=False, status=error.status, error=error.message)
-                before = len(shown)  # it is there no more, or too old: the answer is written anew
+                    is_first = not told and not shown
+                    told.append(display.Shown(await self.write(place, passage, is_first=is_first), len(passage)))
+                else:
+                    index = next(index for index, one in enumerate(told) if one.id == message_id)
+                    try:
+                        await self.edit(place, message_id, passage)
+                        told[index] = display.Shown(message_id, len(passage))
+                    except _Rejected:
+                        del told[index:]  # it is there no more, or too old: the rest is written anew
+            except _Rejected as error:
+                return Receipt(delivered=False, status=error.status, error=error.message)
             except Trouble as error:
                 if error.after_s is not None and error.after_s <= patience_s:
                     patience_s -= error.after_s
                     await trio.sleep(error.after_s)
                     continue
                 if len(self._progress) < _MAX_PROGRESS:
-                    self._progress[delivery.id] = shown
-                return Receipt(
-                    delivered=False,
-                    again=True,
-                    after_s=error.after_s,
-                    error=error.message,
-                    unsure=error.unsure and message_id is None,  # to edit twice does no harm
-                )
+                    self._progress[delivery.id] = told
+                unsure = error.unsure and message_id is None  # to edit twice does no harm
+                return Receipt(delivered=False, again=True, after_s=error.after_s, error=error.message, unsure=unsure)
+        await trio.lowlevel.checkpoint()
+        return Receipt(delivered=True, status=200)
 
 
 @attrs.frozen
@@ -450,7 +451,7 @@ class _Screen:
 
 
 @contextlib.contextmanager
-def _as_not_shown() -> Any:  # an Iterator[None]
+def _as_not_shown() -> Iterator[None]:
     try:
         yield
     except _Rejected as error:
