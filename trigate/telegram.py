@@ -199,10 +199,8 @@ class TelegramAdapter:
         while await gateway.store.channels.hold(name, worker=gateway.workers.id, dead=()):
             raw = await self._call(
                 "getUpdates",
+                {"offset": offset, "timeout": int(POLL_S), "allowed_updates": ["message"]},
                 within_s=POLL_S + ANSWER_S,
-                offset=offset,
-                timeout=int(POLL_S),
-                allowed_updates=["message"],
             )
             self._channel.note_connected()
             updates = msgspec.json.decode(raw, type=list[msgspec.Raw])
@@ -380,7 +378,7 @@ class TelegramAdapter:
         wait_s = self._rates.take(f"chat {place.chat}", rate_per_s=1 / interval_s, burst=1, now=now)
         return wait_s or self._rates.take("all", rate_per_s=EDITS_PER_S, burst=int(EDITS_PER_S), now=now)
 
-    async def deliver(self, delivery: Delivery) -> Receipt:  # noqa: ASYNC910 - there is a checkpoint in each way
+    async def deliver(self, delivery: Delivery) -> Receipt:
         """As `outbox.Carrier.deliver`."""
         body = msgspec.json.decode(delivery.body)
         place = Place(**body["reply_to"])
@@ -404,6 +402,7 @@ class TelegramAdapter:
                     except _Rejected:
                         del told[index:]  # it is there no more, or too old: the rest is written anew
             except _Rejected as error:
+                await trio.lowlevel.checkpoint()
                 return Receipt(delivered=False, status=error.status, error=error.message)
             except Trouble as error:
                 if error.after_s is not None and error.after_s <= patience_s:
@@ -412,6 +411,7 @@ class TelegramAdapter:
                     continue
                 if len(self._progress) < _MAX_PROGRESS:
                     self._progress[delivery.id] = told
+                await trio.lowlevel.checkpoint()
                 unsure = error.unsure and message_id is None  # to edit twice does no harm
                 return Receipt(delivered=False, again=True, after_s=error.after_s, error=error.message, unsure=unsure)
         await trio.lowlevel.checkpoint()
