@@ -28,9 +28,8 @@ ROWS = (
     ("application",),
     ("api",),
     ("connection",),
-    ("hooks",),
     ("gateway",),
-    ("report",),
+    ("report", "hooks"),
     ("channels",),
     ("telegram", "slack"),
     ("adapter",),
@@ -44,7 +43,7 @@ ROWS = (
     ("dialing",),
     ("logs", "peer"),
     ("framing", "leaving", "poller", "timers", "display"),
-    ("history",),
+    ("history", "ingress"),
     ("answers", "store"),
     ("wire", "routing", "slack_messages", "telegram_messages", "addresses"),
     ("request_parser", "response_head"),
@@ -56,6 +55,7 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
+    "ingress",
     "passages",
     "slack_messages",
     "telegram_messages",
