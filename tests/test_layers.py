@@ -69,6 +69,8 @@ PURE = (
     "config",
     "verification",
     "rates",
+    "answers",
+    "history",
     "errors",
 )
 """No await, no clock, no randomness: time and seed are arguments."""
