@@ -27,6 +27,8 @@ import msgspec
 from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
+from trigate.verification import Scheme, secret_problem
+
 Seconds = NewType("Seconds", float)
 Size = NewType("Size", int)
 Count = NewType("Count", int)
@@ -43,7 +45,6 @@ TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
 DAY_S = 86400.0
 MIN_RUN_RETENTION_S = 4 * DAY_S
-_MIN_SECRET_BYTES = 24
 UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
 
 
@@ -656,7 +657,9 @@ _NEEDS_NO_SECRET = ("key",)
 _HOOK_VALUES = ("text", "from", "action")
 
 
-def _revealed(path: str, secrets: tuple[Secret, ...], env: Mapping[str, str]) -> tuple[tuple[Secret, ...], list[str]]:
+def _revealed(
+    path: str, secrets: tuple[Secret, ...], env: Mapping[str, str], scheme: Scheme
+) -> tuple[tuple[Secret, ...], list[str]]:
     """The secrets with their values, and what is wrong with them: one that is missing, or short, lets anybody in."""
     revealed = []
     problems = []
@@ -667,8 +670,8 @@ def _revealed(path: str, secrets: tuple[Secret, ...], env: Mapping[str, str]) ->
             problems.append(f"{path}.{index}: {error}")
             continue
         revealed.append(Secret(literal=value))
-        if len(value.encode()) < _MIN_SECRET_BYTES:
-            problems.append(f"{path}.{index}: has fewer than {_MIN_SECRET_BYTES} bytes, which can be guessed")
+        if problem := secret_problem(scheme, value):
+            problems.append(f"{path}.{index}: {problem}")
     return tuple(revealed), problems
 
 
@@ -677,7 +680,9 @@ def _checked_hook(
 ) -> tuple[HookConfig, list[str]]:
     """The hook with its secrets, and what does not go together in it."""
     problems = _name_problems(name)
-    secrets, found = _revealed("secrets", hook.secrets, env)
+    secrets, found = _revealed(
+        "secrets", hook.secrets, env, "bearer" if hook.verification == "key" else hook.verification
+    )
     problems += found
     if hook.verification not in _NEEDS_NO_SECRET and not hook.secrets:
         problems.append(f"secrets: required for verification {hook.verification!r}")
@@ -693,7 +698,7 @@ def _checked_hook(
         problems.append("actions: expected at least one")
     callback_secret = hook.callback_secret
     if callback_secret is not None:
-        revealed, found = _revealed("callback_secret", (callback_secret,), env)
+        revealed, found = _revealed("callback_secret", (callback_secret,), env, "standard-webhooks")
         problems += [problem.replace("callback_secret.0", "callback_secret") for problem in found]
         callback_secret = revealed[0] if revealed else None
     elif hook.callback_url is not None or hook.callback_hosts:
@@ -708,7 +713,7 @@ def _checked_channel(
 ) -> tuple[ChannelConfig, list[str], str | None]:
     """The channel with its secrets, what does not go together in it, and why it is off."""
     problems = _name_problems(name)
-    secrets, found = _revealed("secrets", channel.secrets, env)
+    secrets, found = _revealed("secrets", channel.secrets, env, channel.type)
     problems += found
     by_hook = channel.type == "slack" or channel.mode == "webhook"
     if by_hook and not channel.secrets:
