@@ -60,7 +60,7 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
         await served.client.chat(model="bad/m").wait()
         await served.client.chat(messages=[{"role": "user", "content": "the question"}]).wait_for(b"answer")
         await trio.sleep(7)
-        status = report.status(served.gateway)
+        status = await report.status(served.gateway)
         assert json.loads(json.dumps(status, allow_nan=False)) == status
         assert set(status) == {
             "status",
@@ -69,8 +69,11 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
             "uptime",
             "config",
             "reload_error",
+            "workers",
             "channels",
             "sessions",
+            "outbox",
+            "store",
             "upstreams",
             "streams",
             "totals",
@@ -82,7 +85,9 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
         assert datetime.datetime.fromisoformat(bad["last_error_at"]).tzinfo is datetime.UTC
         assert off["state"] == "disabled"
         assert "NOT_SET" in off["reason"]
-        [stream] = status["streams"]
+        streams = status["streams"]
+        assert (streams["live"], streams["by_phase"], streams["by_upstream"]) == (1, {"streaming": 1}, {"up": 1})
+        [stream] = streams["oldest"]
         assert (stream["model"], stream["upstream"], stream["phase"]) == ("up/m", "up/m", "streaming")
         assert stream["age_s"] == pytest.approx(7, abs=0.5)
         assert (status["totals"]["exchanges"], status["totals"]["failed"]) == (1, 1)
@@ -93,9 +98,9 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
 async def test_status_while_draining(open_app: OpenApp) -> None:
     """It says so; before that it is ok."""
     async with open_app() as served:
-        assert report.status(served.gateway)["status"] == "ok"
+        assert (await report.status(served.gateway))["status"] == "ok"
         served.gateway.drain.begin()
-        assert report.status(served.gateway)["status"] == "draining"
+        assert (await report.status(served.gateway))["status"] == "draining"
 
 
 @pytest.mark.parametrize("status", [401, 400, 500, 503])
@@ -108,7 +113,7 @@ async def test_no_secret_is_told(open_app: OpenApp, status: int) -> None:
         call = await served.client.ask("POST", "/v1/chat/completions", body, headers=mine)
         assert call.status >= 400
         assert served.providers["up"].calls[0].headers["authorization"] == f"Bearer {PROVIDER_KEY}"
-        said = json.dumps(report.status(served.gateway)) + "\n".join(report.startup_lines(served.gateway))
+        said = json.dumps(await report.status(served.gateway)) + "\n".join(report.startup_lines(served.gateway))
         for secret in (GATEWAY_KEY, PROVIDER_KEY, HEADER):
             assert secret not in said
         assert "alice" in said
@@ -135,7 +140,7 @@ async def test_who_may_come_in(open_app: OpenApp, config: Config, first: str) ->
     """The first line says it, with version and source; an open gateway shouts."""
     async with open_app(config) as served:
         assert report.startup_lines(served.gateway) == [
-            f"Trigate {__version__}, configured by test; {first}",
+            f"Trigate {__version__}, configured by test; {first}; store in memory",
             "Upstreams: up: 1 models",
             "Models: 2 listed; default is up/m",
         ]

@@ -27,18 +27,22 @@ import structlog
 import trio
 
 from trigate import config as configuration
-from trigate import discovery, echo, local_model, routing
+from trigate import discovery, echo, local_model, report, routing, storage
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
 from trigate.leaving import Leaving, open_leaving
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
+from trigate.sessions import Sessions
+from trigate.store import Store
 from trigate.timers import Timers, open_timers
 from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
+from trigate.workers import Workers, open_workers
 
 if TYPE_CHECKING:
+    from trigate.channels import Channels
     from trigate.exchange import Exchange
 
 log = structlog.get_logger("trigate.gateway")
@@ -328,13 +332,17 @@ class Gateway:
     """Everything that outlives a request. Made by `open_gateway`."""
 
     def __init__(
-        self, load: Callable[[], Awaitable[Config]], timers: Timers, leaving: Leaving, relay: Relay | None
+        self, load: Callable[[], Awaitable[Config]], timers: Timers, leaving: Leaving, relay: Relay | None, store: Store
     ) -> None:
         self._load = load
         self.timers = timers
         self.leaving = leaving
         self.relay = relay
         """Carries streams between plain sockets; None where there is no epoll."""
+        self.store = store
+        self.workers: Workers
+        self.sessions: Sessions
+        self.channels: Channels | None = None
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.totals = Totals()
@@ -343,6 +351,7 @@ class Gateway:
         self.started_at = trio.current_time()
         self.reload_error: str | None = None
         self._reload_asked = trio.Event()
+        self._reloaded = trio.Event()
         self._descriptor_limit = _exchanges_by_descriptors()
 
     def __repr__(self) -> str:
@@ -434,6 +443,7 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
+                self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
     async def _run_generation(
@@ -442,6 +452,13 @@ class Gateway:
         async with open_generation(config, transports) as generation:
             task_status.started(generation)
             await generation.wait_unused()
+
+    async def use_store(self) -> None:
+        """Opens the store as soon as the configuration needs it; whoever else does, opens it himself."""
+        while not storage.is_needed(self.generation.config, self.store.statistics().path):
+            await self._reloaded.wait()
+            self._reloaded = trio.Event()
+        await self.workers.join_at_last()
 
     async def watch_file(self, path: Path) -> None:
         """Asks for a reload when the configuration file changes."""
@@ -522,10 +539,17 @@ async def open_gateway(
         return adjust(config if config is not None else await read_config(path, environ))
 
     first = await load()
-    async with open_timers() as timers, open_leaving() as leaving, open_poller() as poller:
-        gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None)
-        async with _running(gateway, first, transports, path):
-            yield gateway
+    async with (
+        open_timers() as timers,
+        open_leaving() as leaving,
+        open_poller() as poller,
+        storage.open_store(storage.location(first.store, environ)) as store,
+    ):
+        gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
+        async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
+            gateway.sessions = Sessions(store, gateway.workers)
+            async with _running(gateway, first, transports, path):
+                yield gateway
 
 
 @contextlib.asynccontextmanager
@@ -537,6 +561,10 @@ async def _running(
             await nursery.start(gateway.run_generations, first, transports)
             if path is not None:
                 nursery.start_soon(gateway.watch_file, path)
+            nursery.start_soon(gateway.use_store)
+            nursery.start_soon(
+                storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
+            )
             try:
                 yield
             finally:

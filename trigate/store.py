@@ -237,9 +237,15 @@ class Runs(Protocol):
         turn: Turn | None = None,
         leave: Ticket | None = None,
         deliveries: Iterable[Delivery] = (),
+        frees_key: bool = False,
     ) -> Write[bool]:
         """Ends a run: its result, what it appends to its session, its place in the queue, and what is to be delivered,
-        in one transaction. False = it had ended already, and nothing was done (but the place is given back)."""
+        in one transaction. False = it had ended already, or is unknown, and nothing was done (but the place is given
+        back).
+
+        Args:
+            frees_key: Its idempotency key, if it has one, stands for nothing from now on: it may be tried again.
+        """
 
     def adopt(self, worker: str, *, dead: Iterable[str], at: float) -> Write[Sequence[Run]]:
         """Takes over from workers that have died: their acknowledged runs become this worker's, ``queued``, and are
