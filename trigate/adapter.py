@@ -80,8 +80,6 @@ class Channel:
         gateway: The services that an adapter uses: runs, store, workers.
         state, since: And since when, in POSIX seconds.
         last_error: The last one, also when it has passed.
-        heard_at: When the platform was last heard, or would not be heard, in POSIX seconds; None = this worker has not
-            asked it anything.
     """
 
     def __init__(
@@ -100,7 +98,6 @@ class Channel:
         self.state: ChannelState = "connecting"
         self.since = time.time()
         self.last_error: str | None = None
-        self.heard_at: float | None = None
         self._transport = transport
         self._secrets = tuple(each.literal for each in (config.token, *config.secrets) if each.literal)
 
@@ -114,12 +111,10 @@ class Channel:
 
     def note_connected(self) -> None:
         """The platform has just done what it was asked."""
-        self.heard_at = time.time()
         self._enter("connected")
 
     def note_trouble(self, error: str) -> None:
         """The platform has just not done what it was asked, and that is the platform's state, not the request's."""
-        self.heard_at = time.time()
         self.last_error = error
         self._enter("disconnected")
 

@@ -50,8 +50,6 @@ class ChannelStatistics:
         state: ``connected`` = the last exchange with its platform succeeded (a webhook: it is ready to be called).
         since: POSIX seconds of the last change of the state.
         last_error: The last one, also when it has passed; for one that is disabled, why.
-        heard_at: When this worker last heard, or failed to hear, its platform, in POSIX seconds. Of several workers,
-            the one with the latest is right. None = it never asked: another one reads the platform.
     """
 
     name: str
@@ -59,7 +57,6 @@ class ChannelStatistics:
     state: ChannelState
     since: float
     last_error: str | None = None
-    heard_at: float | None = None
 
 
 @attrs.define(eq=False)
@@ -217,7 +214,6 @@ def _moment(channel: Channel) -> ChannelStatistics:
         state=channel.state,
         since=channel.since,
         last_error=channel.last_error,
-        heard_at=channel.heard_at,
     )
 
 
