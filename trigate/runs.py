@@ -366,7 +366,9 @@ class _Performance:
         async with self._open_turn(order.session or "") as self._turn:
             self._turn.compose(order.call())
             turn = self._turn.result(AnswerRecord(), None, at=time.time(), partial=False)
-            await self._end(_End(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn))
+            await self._end(
+                _End(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn)
+            )
 
     async def _reset(self) -> None:
         order = self._order
@@ -411,9 +413,7 @@ class _Performance:
     async def complete(self, usage: Usage | None) -> None:
         """As `Recorder.complete`."""
         answer = self._answer
-        result = body_of(
-            self._run, self._order, reply=answer.text, finish_reason=answer.finish_reason, usage=usage
-        )
+        result = body_of(self._run, self._order, reply=answer.text, finish_reason=answer.finish_reason, usage=usage)
         turn = None
         if self._turn is not None:
             turn = self._turn.result(answer, usage, at=time.time(), partial=False)
@@ -433,8 +433,10 @@ class _Performance:
             await trio.lowlevel.checkpoint()
             return
         status, headers, body = error.to_response()
-        end = self._cut(status) if isinstance(error, Stopped) else _End(
-            state="failed", status=status, result=body, turn=self._partial(), frees_key=not _is_final(status)
+        end = (
+            self._cut(status)
+            if isinstance(error, Stopped)
+            else _End(state="failed", status=status, result=body, turn=self._partial(), frees_key=not _is_final(status))
         )
         try:
             await self._end(end)
@@ -493,9 +495,7 @@ class _Performance:
         self._runs.settle_soon(self._run, end, order=self._order, turn=self._turn)
 
     def _as_ended(self, end: _End) -> Run:
-        return attrs.evolve(
-            self._run, state=end.state, status=end.status, result=end.result, finished_at=time.time()
-        )
+        return attrs.evolve(self._run, state=end.state, status=end.status, result=end.result, finished_at=time.time())
 
 
 # -- the service ------------------------------------------------------------------------------------------------------
@@ -689,9 +689,7 @@ class Runs:
             frees_key=end.frees_key,
         )
 
-    def settle_soon(
-        self, run: Run, end: _End, *, order: Order | None = None, turn: SessionTurn | None = None
-    ) -> None:
+    def settle_soon(self, run: Run, end: _End, *, order: Order | None = None, turn: SessionTurn | None = None) -> None:
         """Ends a run from a task that cannot wait. Synchronous; what cannot be kept is tried again until it can."""
         write = self.write_end(run, end, order=order, turn=turn)
         self._nursery.start_soon(self._settle, write, run, end, order, turn)
@@ -722,7 +720,9 @@ class Runs:
         places = self._places.setdefault(run.channel, {})
         if _is_work(run.action):
             if len(places) >= settings.concurrency + settings.queue:
-                raise Overloaded(f"{len(places)} messages of {run.channel} are being answered or wait, which is the limit.")
+                raise Overloaded(
+                    f"{len(places)} messages of {run.channel} are being answered or wait, which is the limit."
+                )
             places[run.id] = None
 
     def _give_place_back(self, run: Run) -> None:
