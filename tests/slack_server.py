@@ -4,7 +4,7 @@
 what the documentation says: tokens, content types, conversations, lengths, rates, and errors under status 200. What a
 test wants to go wrong is said by `fail`, `throttle` and `lose`.
 
-Source: the references of ``auth.test``, ``chat.postMessage`` and ``chat.update``, "Rate limits", "The Events API",
+Source: the references of ``auth.test``, ``chat.postMessage``, ``chat.update`` and ``chat.delete``, "Rate limits", "The Events API",
 "Verifying requests from Slack", and the changelog of 2018-04 (truncation).
 """
 
@@ -188,6 +188,12 @@ class Workspace:
             case "chat.postMessage" | "chat.update":
                 found = self._post(fields) if method == "chat.postMessage" else self._update(fields)
                 return (200, "ok", {"ok": True, **found}, {}) if isinstance(found, dict) else error(found)
+            case "chat.delete":
+                for message in self.messages:
+                    if (message.channel, message.ts) == (fields.get("channel"), fields.get("ts")):
+                        self.messages.remove(message)
+                        return 200, "ok", {"ok": True, "channel": message.channel, "ts": message.ts}, {}
+                return error("message_not_found")
             case _:
                 return error("unknown_method")
 

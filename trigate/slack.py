@@ -21,8 +21,9 @@ Rules that are not obvious, and where they stand in Slack's documentation:
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -33,6 +34,7 @@ import trio
 from trigate import display, slack_messages
 from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.display import Display, NotShown
+from trigate.errors import StoreUnavailable
 from trigate.outbox import Receipt
 from trigate.rates import Rates
 from trigate.runs import Live, Order
@@ -51,8 +53,8 @@ EDITS_PER_S = 50 / 60
 """In the workspace. Of the edits of growing texts; that of a whole text is made in any case."""
 _EDIT_BURST = 5
 _REST_S = 5.0
-_MAX_WRITES = 5
-"""New messages in one attempt of a delivery: so many take less time than an attempt may."""
+_ATTEMPT_S = 15.0
+"""After how long an attempt of a delivery begins no further message: less, with one call, than the outbox allows."""
 
 _TOKEN_REFUSED = frozenset(
     (
@@ -201,13 +203,37 @@ class SlackAdapter:
             yield _Blind()
             return
         place = msgspec.convert(order.reply_to, _ReplyTo)
-        shown = Display(_LiveScreen(self, place), split=slack_messages.split, interval_s=interval_s)
+        screen = _LiveScreen(self, place, functools.partial(self._note_shown, run))
+        shown = Display(screen, split=slack_messages.split, interval_s=interval_s, shown=await self._shown_before(run))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(shown.run)
             try:
                 yield shown
             finally:
                 nursery.cancel_scope.cancel()
+
+    async def _note_shown(self, run: Run, message_id: str) -> None:
+        """Keeps the id of a message that shows a run: if this process ends, the next one edits it. It is kept as a
+        delivery that has arrived, which it is."""
+        now = time.time()
+        shown = Delivery(
+            id=f"{run.id}.{message_id}",
+            run_id=run.id,
+            channel=run.channel,
+            target=message_id,
+            body=msgspec.json.encode({"live": message_id}),
+            created_at=now,
+            due_at=now,
+            done_at=now,
+            state="delivered",
+        )
+        with contextlib.suppress(StoreUnavailable):
+            await self._channel.gateway.store.deliveries.add(shown)
+
+    async def _shown_before(self, run: Run) -> list[display.Shown]:
+        """The messages that showed the run when it was begun before."""
+        deliveries = await self._channel.gateway.store.deliveries.of_run(run.id)
+        return [display.Shown(each.target, -1) for each in deliveries if each.id == f"{run.id}.{each.target}"]
 
     async def deliver(self, delivery: Delivery) -> Receipt:
         """As `outbox.Carrier.deliver`. What of it could not be delivered is another delivery, so that nothing is
@@ -218,50 +244,63 @@ class SlackAdapter:
         # Of a failure there is one line, and what was shown before it stays.
         shown, text = ([], _failure(told, bool(before))) if told.type == "run.failed" else (before, _words(told))
         passages = slack_messages.split(text)
+        until = trio.current_time() + _ATTEMPT_S
         writes = 0
         while (step := display.next_step(shown, passages)) is not None:
-            if writes == _MAX_WRITES:
-                return await self._leave_rest(delivery, told, shown, after_s=0.0)
+            is_new = step[0] is None
             try:
+                await self._wait_turn(told.reply_to, step[0], until=until)
                 await display.take_step(screen, shown, step)
             except Declined as error:
-                if step[0] is not None and error.code in _NOT_EDITABLE:
+                if not is_new and error.code in _NOT_EDITABLE:
                     # somebody has deleted it, or the workspace forbids edits: it is written anew
                     del shown[next(index for index, one in enumerate(shown) if one.id == step[0]) :]
                     continue
                 return Receipt(delivered=False, status=200, error=f"Slack declined: {error.code}")
             except Trouble as error:
-                if writes and not (step[0] is None and error.unsure):
+                words, unsure = self._channel.redacted(error.message), is_new and error.unsure
+                if writes and not unsure:
                     return await self._leave_rest(delivery, told, shown, after_s=error.after_s or _REST_S)
-                return Receipt(
-                    delivered=False,
-                    again=True,
-                    after_s=error.after_s,
-                    error=self._channel.redacted(error.message),
-                    unsure=step[0] is None and error.unsure,
-                )
-            writes += step[0] is None
+                return Receipt(delivered=False, again=True, after_s=error.after_s, error=words, unsure=unsure)
+            writes += is_new
+        for one in shown[len(passages) :]:  # of a run that was begun before, and said more then
+            with contextlib.suppress(Declined, Trouble):
+                await self._call("chat.delete", {"channel": told.reply_to.channel, "ts": one.id})
         await trio.lowlevel.checkpoint()
         return Receipt(delivered=True, status=200)
+
+    async def _wait_turn(self, place: _ReplyTo, message_id: str | None, *, until: float) -> None:
+        """Waits until a message may be written. An edit is made in any case, and counted.
+
+        Raises:
+            Trouble: That takes too long.
+        """
+        while (wait_s := self.wait_s(place, message_id)) > 0 and message_id is None:
+            if trio.current_time() + wait_s > until:
+                raise Trouble("There is too much to write in this conversation.", after_s=wait_s)
+            await trio.sleep(wait_s)
+        await trio.lowlevel.checkpoint()
 
     async def _leave_rest(
         self, delivery: Delivery, told: _Told, shown: list[display.Shown], *, after_s: float
     ) -> Receipt:
+        """Makes another delivery of what was not written."""
         now = time.time()
-        rest = attrs.evolve(
-            delivery,
+        rest = Delivery(
             id=f"{delivery.id}r",
+            run_id=delivery.run_id,
+            channel=delivery.channel,
+            target=delivery.target,
             body=msgspec.json.encode(msgspec.structs.replace(told, live=display.dump(shown))),
             created_at=now,
             due_at=now + after_s,
-            state="pending",
-            attempts=0,
-            worker=None,
-            last_status=0,
-            last_error=None,
+            repeatable=delivery.repeatable,
         )
         gateway = self._channel.gateway
-        await gateway.store.deliveries.add(rest)
+        try:
+            await gateway.store.deliveries.add(rest)
+        except StoreUnavailable as error:
+            return Receipt(delivered=False, error=error.message, unsure=True)
         gateway.outbox.look()
         return Receipt(delivered=True, status=200)
 
@@ -345,44 +384,52 @@ class SlackAdapter:
 
 @attrs.frozen
 class _Screen:
-    """Where a delivery is written. Waits for its turn, and raises what the adapter does."""
+    """A place in Slack where a delivery is written (`display.Screen`). Raises what the adapter does."""
 
     adapter: SlackAdapter
     place: _ReplyTo
 
     async def write(self, text: str) -> str:
-        while (wait_s := self.adapter.wait_s(self.place, None)) > 0:  # noqa: ASYNC110 - a rate
-            await trio.sleep(wait_s)
+        """As `Screen.write`."""
         return await self.adapter.write(self.place, text)
 
     async def edit(self, message_id: str, text: str) -> None:
-        self.adapter.wait_s(self.place, message_id)  # it is counted, and made in any case
+        """As `Screen.edit`."""
         await self.adapter.edit(self.place, message_id, text)
 
 
 @attrs.frozen
 class _LiveScreen:
-    """Where a text is shown while it grows (`display.Screen`)."""
+    """A place where a text is shown while it grows (`display.Screen`).
+
+    Attributes:
+        note: Keeps the id of a message that was written.
+    """
 
     adapter: SlackAdapter
     place: _ReplyTo
+    note: Callable[[str], Awaitable[None]]
 
     async def write(self, text: str) -> str:
+        """As `Screen.write`."""
         await self._may(None)
         try:
-            return await self.adapter.write(self.place, text)
+            message_id = await self.adapter.write(self.place, text)
         except Trouble as error:
-            # one that may be there must not be written again, but by the delivery
-            raise NotShown(None if error.unsure or error.after_s is None else error.after_s) from error
+            # one that may be there is not written again while the text grows
+            raise NotShown(None if error.unsure else error.after_s or _REST_S) from error
         except Declined as error:
             raise NotShown from error
+        await self.note(message_id)
+        return message_id
 
     async def edit(self, message_id: str, text: str) -> None:
+        """As `Screen.edit`."""
         await self._may(message_id)
         try:
             await self.adapter.edit(self.place, message_id, text)
         except Trouble as error:
-            raise NotShown(_REST_S if error.after_s is None else error.after_s) from error
+            raise NotShown(error.after_s or _REST_S) from error
         except Declined as error:
             raise NotShown from error
 
