@@ -4,8 +4,8 @@
 what the documentation says: tokens, content types, conversations, lengths, rates, and errors under status 200. What a
 test wants to go wrong is said by `fail`, `throttle` and `lose`.
 
-Source: the references of ``auth.test``, ``chat.postMessage``, ``chat.update`` and ``chat.delete``, "Rate limits", "The Events API",
-"Verifying requests from Slack", and the changelog of 2018-04 (truncation).
+Source: the references of ``auth.test``, ``chat.postMessage``, ``chat.update`` and ``chat.delete``; "Rate limits",
+"The Events API", "Verifying requests from Slack", and the changelog of 2018-04 (truncation).
 """
 
 from __future__ import annotations

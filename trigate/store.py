@@ -328,7 +328,11 @@ class Deliveries(Protocol):
 
     def take(self, worker: str, *, at: float, limit: int, channels: Iterable[str]) -> Write[Sequence[Delivery]]:
         """Takes what is due on these channels: it becomes ``sending``, by this worker, with one attempt more. Durable:
-        what was not noted as begun must not have been sent."""
+        what was not noted as begun must not have been sent.
+
+        At most one of each target of a channel, the one that was added first; and none of a target to which something
+        is being sent, by whichever worker. So each target gets one at a time, and whatever is taken can be sent at
+        once."""
 
     def note(
         self,
