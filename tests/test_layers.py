@@ -28,9 +28,8 @@ ROWS = (
     ("application",),
     ("api",),
     ("connection",),
-    ("hooks",),
     ("gateway",),
-    ("report",),
+    ("report", "hooks"),
     ("channels",),
     ("telegram", "slack"),
     ("adapter",),
@@ -44,7 +43,7 @@ ROWS = (
     ("dialing",),
     ("logs", "peer"),
     ("framing", "leaving", "poller", "timers", "display"),
-    ("history",),
+    ("history", "ingress"),
     ("answers", "store"),
     ("wire", "routing", "slack_messages", "addresses"),
     ("request_parser", "response_head"),
@@ -56,19 +55,8 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
-    "passages",
-    "slack_messages",
-    "request_head",
-    "request_parser",
-    "response_head",
-    "sse",
-    "wire",
-    "routing",
-    "addresses",
-    "config",
-    "verification",
-    "rates",
-    "errors",
+    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
+    *("answers", "history", "ingress", "passages", "slack_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {

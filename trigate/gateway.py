@@ -30,10 +30,12 @@ from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
+from trigate.hooks import Hooks
 from trigate.leaving import Leaving, open_leaving
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
+from trigate.runs import Runs, open_runs
 from trigate.sessions import Sessions
 from trigate.store import Store
 from trigate.timers import Timers, open_timers
@@ -44,6 +46,7 @@ from trigate.workers import Workers, open_workers
 if TYPE_CHECKING:
     from trigate.channels import Channels
     from trigate.exchange import Exchange
+    from trigate.outbox import Outbox
 
 log = structlog.get_logger("trigate.gateway")
 
@@ -342,6 +345,9 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
+        self.runs: Runs
+        self.outbox: Outbox
+        self.hooks = Hooks(self)
         self.channels: Channels | None = None
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
@@ -559,13 +565,16 @@ async def _running(
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run_generations, first, transports)
-            if path is not None:
-                nursery.start_soon(gateway.watch_file, path)
-            nursery.start_soon(gateway.use_store)
-            nursery.start_soon(
-                storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
-            )
             try:
-                yield
+                # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
+                # anybody joins the other workers.
+                async with open_runs(gateway) as gateway.runs:
+                    if path is not None:
+                        nursery.start_soon(gateway.watch_file, path)
+                    nursery.start_soon(gateway.use_store)
+                    nursery.start_soon(
+                        storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
+                    )
+                    yield
             finally:
                 nursery.cancel_scope.cancel()

@@ -120,9 +120,7 @@ class Outbox:
     """By the name of the channel; may change at any time, and then `look` has to be told. What is for a channel that
     has none stays where it is."""
 
-    def __init__(
-        self, store: Store, workers: Workers, now: Callable[[], float], chance: Callable[[], float]
-    ) -> None:
+    def __init__(self, store: Store, workers: Workers, now: Callable[[], float], chance: Callable[[], float]) -> None:
         self.carriers = {}
         self._store = store
         self._workers = workers

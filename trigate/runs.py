@@ -34,7 +34,7 @@ import trio
 
 from trigate import errors
 from trigate.answers import AnswerRecord
-from trigate.config import Action, HookConfig
+from trigate.config import Action, HookConfig, Seconds
 from trigate.errors import Draining, GatewayError, Internal, NotFound, Overloaded, Stopped, StoreUnavailable
 from trigate.exchange import Exchange
 from trigate.store import ENDED, Claim, Delivery, Run, RunState, Turn, Write
@@ -239,6 +239,10 @@ class _End:
     frees_key: bool = False
 
 
+def _as_ended(run: Run, end: _End) -> Run:
+    return attrs.evolve(run, state=end.state, status=end.status, result=end.result, finished_at=time.time())
+
+
 def _delivery(run: Run, order: Order, end: _End, now: float) -> Delivery | None:
     """What is to be told to the outside of a run that ends, if somebody is to be told.
 
@@ -397,7 +401,7 @@ class _Performance:
     def _open_turn(self, session: str) -> contextlib.AbstractAsyncContextManager[SessionTurn]:
         limits = self._gateway.generation.config.sessions
         if self._kept:  # nobody waits, and it was promised
-            limits = attrs.evolve(limits, wait_s=0.0)
+            limits = attrs.evolve(limits, wait_s=Seconds(0.0))
         return self._gateway.sessions.open_turn(self._order.owner, session, limits=limits, run=self._run.id)
 
     # -- the recorder -------------------------------------------------------------------------------------------------
@@ -445,7 +449,7 @@ class _Performance:
         except StoreUnavailable:
             self._settle_soon(end)
             self._released = True
-            self.ended = self._as_ended(end)
+            self.ended = _as_ended(self._run, end)
         finally:
             if self._down is not None and not self._down.committed:
                 await self._down.respond(status, headers, body)
@@ -475,12 +479,12 @@ class _Performance:
             live, self._live = self._live, None
             end = attrs.evolve(end, extra=await live.end())
         if await self._write(end):
-            self.ended = self._as_ended(end)
+            self.ended = _as_ended(self._run, end)
         else:  # another worker took this one for dead, and has done it
             self.ended = await self._runs.get(self._run.id)
         if self._turn is not None:
             self._turn.note_left()
-        self._runs.note_ended(self.ended)
+        self._runs.note_ended(self.ended, self._order)
 
     def release(self) -> None:
         """Ends a run whose task is being cancelled. Synchronous; one that was promised is left for the next start."""
@@ -496,11 +500,20 @@ class _Performance:
     def _settle_soon(self, end: _End) -> None:
         self._runs.settle_soon(self._run, end, order=self._order, turn=self._turn)
 
-    def _as_ended(self, end: _End) -> Run:
-        return attrs.evolve(self._run, state=end.state, status=end.status, result=end.result, finished_at=time.time())
-
 
 # -- the service ------------------------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Doing:
+    """A run that the service does.
+
+    Attributes:
+        run: As it was; once ``done``, as it has ended. Of one that was left for the next start, as it was.
+    """
+
+    run: Run
+    done: trio.Event = attrs.field(factory=trio.Event)
 
 
 class Runs:
@@ -598,17 +611,24 @@ class Runs:
             self.promised.discard(run.id)
         return performance.ended or run
 
-    def perform_soon(self, run: Run, *, down: Downstream | None = None) -> None:
-        """Does a run in the nursery of the service. Synchronous."""
-        self._nursery.start_soon(self._perform_alone, run, down)
+    def perform_soon(self, run: Run, *, down: Downstream | None = None) -> Doing:
+        """Does a run in the nursery of the service. Synchronous; whoever wants to know how it ended may wait for it."""
+        doing = Doing(run)
+        self._nursery.start_soon(self._perform_alone, doing, down)
+        return doing
 
-    async def _perform_alone(self, run: Run, down: Downstream | None) -> None:
+    async def _perform_alone(self, doing: Doing, down: Downstream | None) -> None:
+        run = doing.run
         try:
-            await self.perform(run, down=down)
+            doing.run = await self.perform(run, down=down)
         except Exception:  # one that cannot even be read is not the end of the others
             log.exception("run_crashed", run=run.id, channel=run.channel)
             status, _, body = Internal(f"The gateway failed. Run: {run.id}.").to_response()
-            self.settle_soon(run, _End(state="failed", status=status, result=body))
+            end = _End(state="failed", status=status, result=body)
+            doing.run = _as_ended(run, end)
+            self.settle_soon(run, end)
+        finally:
+            doing.done.set()
 
     def promise(self, run: Run) -> None:
         """Acknowledges a run that is being done: its client has left, and it shall go on. Synchronous."""
@@ -658,11 +678,12 @@ class Runs:
 
     # -- for the runs themselves --------------------------------------------------------------------------------------
 
-    def note_ended(self, run: Run) -> None:
+    def note_ended(self, run: Run, order: Order | None) -> None:
         """A run has ended: tells whoever waits for it, and the outbox. Synchronous."""
         self._ring(run.id.encode())
         self.gateway.workers.ring("run", run.id.encode())
-        self.gateway.outbox.look()
+        if order is not None and order.reply_to is not None:
+            self.gateway.outbox.look()
         log.info(
             "run",
             run=run.id,
@@ -710,7 +731,7 @@ class Runs:
             pause_s = min(2 * pause_s, RETRY_MAX_S)
             write = self.write_end(run, end, order=order, turn=turn)
         if done:
-            self.note_ended(attrs.evolve(run, state=end.state, status=end.status))
+            self.note_ended(attrs.evolve(run, state=end.state, status=end.status), order)
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 
