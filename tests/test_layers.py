@@ -45,7 +45,7 @@ ROWS = (
     ("framing", "leaving", "poller", "timers", "display"),
     ("history", "ingress"),
     ("answers", "store"),
-    ("wire", "routing", "slack_messages", "addresses"),
+    ("wire", "routing", "slack_messages", "addresses", "telegram_messages"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
     ("config",),
@@ -56,7 +56,7 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
     *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
-    *("answers", "history", "ingress", "passages", "slack_messages", "verification", "rates"),
+    *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {

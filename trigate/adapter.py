@@ -4,8 +4,8 @@ An adapter is made once for a channel's configuration, and lives in every worker
 whatever it raises ends nothing but itself, and it is called again later. In between, and beside it, the adapter
 receives, shows and delivers.
 
-What goes wrong with a platform is a `Trouble`, which is expected, or a `Refused`, which only a person can help. Else what
-`run` raises is a defect, and logged as such.
+What goes wrong with a platform is a `Trouble`, which is expected, or a `Refused`, which only a person can help. All
+else that `run` raises is a defect, and logged as such.
 
 **Secrets.** Some platforms want the token in the path of a URL. So requests are made here, below a client that would
 log URLs; errors never have a URL in them; and the words of every error go through `Channel.words_of`, which takes the

@@ -23,6 +23,7 @@ import trio
 
 from trigate.adapter import Adapter, Channel, ChannelState, Refused, Trouble
 from trigate.config import ChannelConfig, UpstreamConfig
+from trigate.errors import GatewayError
 from trigate.slack import SlackAdapter
 from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
@@ -189,6 +190,8 @@ def _trouble_in(error: Exception) -> Trouble | None:
     """The trouble that an adapter raised, alone or out of its nursery; None = something else was raised too."""
     if isinstance(error, Trouble):
         return error
+    if isinstance(error, GatewayError):  # the store, for one
+        return Trouble(error.message)
     if not isinstance(error, ExceptionGroup):
         return None
     found = [_trouble_in(each) for each in error.exceptions]
