@@ -1,0 +1,743 @@
+"""What every store does: the same tests over SQLite in a file, with its threads, and over the twin in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from trigate.memory_store import open_memory_store
+from trigate.sqlite_store import open_sqlite_store
+from trigate.store import (
+    ENDED,
+    ChannelRecord,
+    Delivery,
+    Message,
+    Retention,
+    Run,
+    SessionCounts,
+    Store,
+    Turn,
+    Worker,
+)
+
+
+@pytest.fixture(params=["sqlite", "memory"])
+async def store(request: Any, tmp_path: Path) -> AsyncIterator[Store]:
+    """A store that is empty."""
+    opened = open_sqlite_store(tmp_path / "store.db") if request.param == "sqlite" else open_memory_store()
+    async with opened as made:
+        yield made
+
+
+def message(text: str = "hello", *, tokens: int = 2, at: float = 1.0, partial: bool = False) -> Message:
+    """A message that is not stored yet."""
+    return Message(body=b'{"content":"%s"}' % text.encode(), tokens=tokens, at=at, partial=partial)
+
+
+def turn(key: str = "k", *texts: str, at: float = 1.0, **changes: Any) -> Turn:
+    """A turn of one message for each text."""
+    messages = tuple(message(text, at=at) for text in texts or ("hello",))
+    return attrs.evolve(Turn(owner="o", key=key, messages=messages, at=at), **changes)
+
+
+def run(run_id: str = "run_1", **changes: Any) -> Run:
+    """A run that was promised to somebody."""
+    return attrs.evolve(
+        Run(
+            id=run_id,
+            channel="hook",
+            owner="o",
+            session="k",
+            action="chat",
+            request=b'{"text":"hi"}',
+            state="queued",
+            acknowledged=True,
+            worker="w1",
+            created_at=10.0,
+        ),
+        **changes,
+    )
+
+
+def delivery(delivery_id: str = "msg_1", **changes: Any) -> Delivery:
+    """Something to tell."""
+    return attrs.evolve(
+        Delivery(
+            id=delivery_id,
+            run_id="run_1",
+            channel="hook",
+            target="https://example.org/",
+            body=b"{}",
+            created_at=10.0,
+            due_at=10.0,
+        ),
+        **changes,
+    )
+
+
+def texts(messages: Any) -> list[str]:
+    """What messages say."""
+    return [each.body.decode().split('"')[3] for each in messages]
+
+
+# -- writes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_write_that_nobody_awaits_is_done(store: Store) -> None:
+    """A write is queued when it is called; the next one, which is awaited, is behind it."""
+    store.sessions.append(turn("first"))
+    await store.sessions.append(turn("second"))
+    assert await store.sessions.get("o", "first") is not None
+
+
+async def test_writes_are_done_in_the_order_of_their_calls(store: Store) -> None:
+    """Whatever the order in which they are awaited."""
+    writes = [store.sessions.append(turn("k", str(number))) for number in range(20)]
+    assert (await writes[-1]).turns == 20
+    assert [(await write).turns for write in writes[:-1]] == list(range(1, 20))
+    page = await store.sessions.messages("o", "k", limit=100)
+    assert texts(page) == [str(number) for number in range(20)]
+
+
+async def test_a_write_whose_waiter_is_cancelled_is_done(store: Store) -> None:
+    """The cancellation ends the waiting, and nothing else."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await store.sessions.append(turn("k"))
+    assert scope.cancelled_caught
+    await store.check()
+    assert await store.sessions.get("o", "k") is not None
+
+
+async def test_a_mistake_of_one_caller_is_his_alone(store: Store) -> None:
+    """A write that raises leaves nothing behind; those before and behind it are done."""
+    await store.deliveries.add(delivery())
+    before = store.runs.add(run("run_0"))
+    store.runs.add(run())
+    wrong = store.runs.finish(
+        "run_1", state="completed", status=200, result=b"{}", at=11.0, turn=turn(), deliveries=[delivery()]
+    )
+    twice = store.runs.add(run())
+    behind = store.runs.add(run("run_2"))
+    await before
+    with pytest.raises(ValueError, match="msg_1 already"):
+        await wrong
+    with pytest.raises(ValueError, match="run_1 already"):
+        await twice
+    await behind
+    found = await store.runs.get("run_1")
+    assert found is not None
+    assert found.state == "queued"
+    assert await store.sessions.get("o", "k") is None
+    assert [record.received for record in await store.channels.all()] == [3]
+
+
+async def test_many_tasks_at_once(store: Store) -> None:
+    """Each of many writers and readers gets what is its own."""
+
+    async def work(number: int) -> None:
+        key = f"k{number}"
+        for at in range(3):
+            made = await store.sessions.append(turn(key, str(at), at=float(at)))
+            assert (made.key, made.turns) == (key, at + 1)
+            found = await store.sessions.history("o", key, last=1)
+            assert found is not None
+            assert texts(found[1]) == [str(at)]
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(work, number)
+    assert await store.sessions.count(active_since=0.0) == SessionCounts(total=20, active=20, busy=0)
+
+
+async def test_any_text_and_any_bytes_come_back(store: Store) -> None:
+    """Names with quotes, NUL, %, emoji and nothing at all; bodies that are no UTF-8."""
+    for key in ("", "'; --", "a\x00b", "%_*", "\N{GRINNING FACE}é\u2028", "K", "k"):
+        body = bytes(range(256)) + key.encode()
+        await store.sessions.append(turn(key, messages=(Message(body=body, tokens=0, at=1.0),), owner=key))
+        found = await store.sessions.history(key, key, last=1)
+        assert found is not None
+        assert (found[0].owner, found[0].key, found[1][0].body) == (key, key, body)
+    assert len(await store.sessions.list("k", limit=10)) == 1
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_makes_the_session(store: Store) -> None:
+    """Its counters are those of what was appended, and so is what `get` and `history` give."""
+    assert await store.sessions.get("o", "k") is None
+    assert await store.sessions.history("o", "k", last=10) is None
+    assert await store.sessions.messages("o", "k", limit=10) is None
+    appended = turn("k", "hi", "ho", at=5.0, system=b'[{"role":"system"}]')
+    made = await store.sessions.append(appended)
+    assert (made.owner, made.key, made.created_at, made.active_at) == ("o", "k", 5.0, 5.0)
+    assert (made.epoch, made.turns, made.messages, made.tokens, made.busy) == (0, 1, 2, 4, False)
+    assert made.system == b'[{"role":"system"}]'
+    assert await store.sessions.get("o", "k") == made
+    found = await store.sessions.history("o", "k", last=10)
+    assert found is not None
+    assert found[0] == made
+    assert found[1] == [
+        attrs.evolve(each, number=number, turn=1) for number, each in enumerate(appended.messages, start=1)
+    ]
+
+
+async def test_a_turn_goes_behind_the_others(store: Store) -> None:
+    """Numbers ascend, turns count, the system messages stay unless others are given, `partial` is kept."""
+    await store.sessions.append(turn("k", "a", "b", at=1.0, system=b"[1]"))
+    cut = (message("c", tokens=7, at=2.0, partial=True),)
+    made = await store.sessions.append(turn("k", at=2.0, messages=cut))
+    assert (made.created_at, made.active_at, made.turns, made.messages, made.tokens) == (1.0, 2.0, 2, 3, 11)
+    assert made.system == b"[1]"
+    page = await store.sessions.messages("o", "k", limit=10)
+    assert page is not None
+    assert [(each.number, each.turn, each.partial) for each in page] == [(1, 1, False), (2, 1, False), (3, 2, True)]
+    assert (await store.sessions.append(turn("k", at=3.0, system=b"[]"))).system == b"[]"
+
+
+async def test_history_is_the_last_messages(store: Store) -> None:
+    """Oldest first; no more than asked for."""
+    await store.sessions.append(turn("k", *"abcdef"))
+    for last, expected in ((0, ""), (1, "f"), (3, "def"), (9, "abcdef")):
+        found = await store.sessions.history("o", "k", last=last)
+        assert found is not None
+        assert texts(found[1]) == list(expected)
+
+
+async def test_messages_are_paged(store: Store) -> None:
+    """Behind a number, oldest first, of the current epoch or of all."""
+    await store.sessions.append(turn("k", *"abc"))
+    await store.sessions.reset("o", "k", at=2.0)
+    await store.sessions.append(turn("k", *"de"))
+
+    async def page(**asked: Any) -> list[str]:
+        return texts(await store.sessions.messages("o", "k", **asked))
+
+    assert await page(limit=1) == ["d"]
+    assert await page(limit=9) == ["d", "e"]
+    assert await page(limit=9, after=4) == ["e"]
+    assert await page(limit=2, archived=True) == ["a", "b"]
+    assert await page(limit=9, after=2, archived=True) == ["c", "d", "e"]
+    assert await page(limit=9, after=5, archived=True) == []
+
+
+async def test_a_reset_begins_anew_and_keeps_the_archive(store: Store) -> None:
+    """The counters and the system messages are those of a conversation that has not begun."""
+    assert await store.sessions.reset("o", "k", at=1.0) is None
+    await store.sessions.append(turn("k", "old", at=1.0, system=b"[1]"))
+    begun = await store.sessions.reset("o", "k", at=9.0)
+    assert begun is not None
+    assert (begun.epoch, begun.turns, begun.messages, begun.tokens) == (1, 0, 0, 0)
+    assert (begun.created_at, begun.active_at, begun.system) == (1.0, 9.0, b"[]")
+    assert await store.sessions.history("o", "k", last=9) == (begun, [])
+    made = await store.sessions.append(turn("k", "new", at=10.0))
+    assert (made.turns, made.messages) == (1, 1)
+    page = await store.sessions.messages("o", "k", limit=9, archived=True)
+    assert page is not None
+    assert [(each.number, each.epoch, each.turn) for each in page] == [(1, 0, 1), (2, 1, 1)]
+
+
+async def test_a_turn_of_an_earlier_epoch_goes_to_the_archive(store: Store) -> None:
+    """Where the session was reset while it was composed; the current epoch stays as it is."""
+    await store.sessions.append(turn("k", "a", at=1.0))
+    await store.sessions.reset("o", "k", at=2.0)
+    current = await store.sessions.append(turn("k", "b", at=3.0, epoch=1))
+    assert await store.sessions.append(turn("k", "late", at=4.0, epoch=0, system=b"[9]")) == current
+    found = await store.sessions.history("o", "k", last=9)
+    assert found is not None
+    assert (found[0], texts(found[1])) == (current, ["b"])
+    page = await store.sessions.messages("o", "k", limit=9, archived=True)
+    assert page is not None
+    assert [(*texts([each]), each.number, each.epoch, each.turn) for each in page] == [
+        ("a", 1, 0, 1),
+        ("b", 2, 1, 1),
+        ("late", 3, 0, 2),
+    ]
+
+
+async def test_delete_forgets_all_epochs(store: Store) -> None:
+    """And one who makes the session again finds nothing of before."""
+    assert await store.sessions.delete("o", "k") is False
+    await store.sessions.append(turn("k", "a"))
+    await store.sessions.reset("o", "k", at=2.0)
+    await store.sessions.append(turn("k", "b"))
+    await store.sessions.append(turn("other", "c"))
+    assert await store.sessions.delete("o", "k") is True
+    assert await store.sessions.get("o", "k") is None
+    await store.sessions.append(turn("k", "new"))
+    assert texts(await store.sessions.messages("o", "k", limit=9, archived=True)) == ["new"]
+    assert texts(await store.sessions.messages("o", "other", limit=9)) == ["c"]
+
+
+async def test_an_owner_sees_only_its_own(store: Store) -> None:
+    """The same key of two owners is two sessions."""
+    await store.sessions.append(turn("k", "mine"))
+    await store.sessions.append(turn("k", "theirs", owner="other"))
+    assert texts(await store.sessions.messages("o", "k", limit=9)) == ["mine"]
+    assert [each.owner for each in await store.sessions.list("o", limit=9)] == ["o"]
+    assert await store.sessions.delete("nobody", "k") is False
+    await store.sessions.delete("other", "k")
+    assert texts(await store.sessions.messages("o", "k", limit=9)) == ["mine"]
+
+
+async def test_sessions_are_listed_by_activity(store: Store) -> None:
+    """The last active first; of the same time, by key; page behind page gives each once."""
+    for key, at in (("c", 2.0), ("a", 1.0), ("b", 2.0), ("e", 3.0), ("d", 2.0)):
+        await store.sessions.append(turn(key, at=at))
+    assert [each.key for each in await store.sessions.list("o", limit=9)] == ["e", "b", "c", "d", "a"]
+    found: list[str] = []
+    while page := await store.sessions.list("o", limit=2, after=found[-1] if found else None):
+        found += [each.key for each in page]
+    assert found == ["e", "b", "c", "d", "a"]
+    assert await store.sessions.list("o", limit=9, after="unknown") == []
+
+
+async def test_tickets_queue(store: Store) -> None:
+    """First come first; a place is given back once, and then again without harm; numbers are never used again."""
+    first = await store.sessions.take_ticket("o", "k", worker="w1")
+    second = await store.sessions.take_ticket("o", "k", worker="w2", run="run_1")
+    await store.sessions.take_ticket("o", "other", worker="w1")
+    assert (first.owner, first.key, first.worker, first.run) == ("o", "k", "w1", None)
+    assert (second.worker, second.run) == ("w2", "run_1")
+    assert await store.sessions.tickets("o", "k") == [first, second]
+    await store.sessions.leave(first)
+    await store.sessions.leave(first)
+    assert await store.sessions.tickets("o", "k") == [second]
+    await store.sessions.leave(second)
+    third = await store.sessions.take_ticket("o", "k", worker="w1")
+    assert first.number < second.number < third.number
+
+
+async def test_a_turn_gives_its_place_back(store: Store) -> None:
+    """In the same transaction. A session is busy while somebody is in its queue."""
+    ticket = await store.sessions.take_ticket("o", "k", worker="w")
+    waiting = await store.sessions.take_ticket("o", "k", worker="w")
+    made = await store.sessions.append(turn("k"), leave=ticket)
+    assert made.busy
+    assert await store.sessions.tickets("o", "k") == [waiting]
+    [listed] = await store.sessions.list("o", limit=1)
+    assert listed == made == await store.sessions.get("o", "k")
+    made = await store.sessions.append(turn("k"), leave=waiting)
+    assert not made.busy
+    assert made == await store.sessions.get("o", "k")
+
+
+async def test_sessions_are_counted(store: Store) -> None:
+    """Of all owners. What is busy is active, and one whose first turn is in progress counts already."""
+    assert await store.sessions.count(active_since=0.0) == SessionCounts(total=0, active=0, busy=0)
+    for number, at in enumerate((1.0, 2.0, 3.0)):
+        await store.sessions.append(turn(str(number), at=at, owner=str(number)))
+    assert await store.sessions.count(active_since=2.0) == SessionCounts(total=3, active=2, busy=0)
+    await store.sessions.take_ticket("0", "0", worker="w")
+    await store.sessions.take_ticket("2", "2", worker="w")
+    await store.sessions.take_ticket("2", "2", worker="w")
+    assert await store.sessions.count(active_since=2.0) == SessionCounts(total=3, active=3, busy=2)
+    await store.sessions.take_ticket("3", "new", worker="w")
+    assert await store.sessions.count(active_since=9.0) == SessionCounts(total=4, active=3, busy=3)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_run_comes_back_as_it_was(store: Store) -> None:
+    """With every attribute, and is counted as received by its channel."""
+    assert await store.runs.get("run_1") is None
+    every = run(
+        session=None, state="failed", acknowledged=False, starts=3, finished_at=12.5, status=502, result=b"\xff{}"
+    )
+    await store.runs.add(every)
+    assert await store.runs.get("run_1") == every
+    await store.runs.add(run("run_2", created_at=11.0))
+    assert await store.channels.all() == [ChannelRecord(name="hook", received=2, last_event_at=11.0)]
+
+
+async def test_a_run_is_started_by_its_worker(store: Store) -> None:
+    """Each start counts; not that of another worker, nor one after the end, nor of what there is not."""
+    await store.runs.add(run())
+    assert await store.runs.start("run_1", worker="w2") is False
+    assert await store.runs.start("run_1", worker="w1") is True
+    assert await store.runs.start("run_1", worker="w1") is True
+    found = await store.runs.get("run_1")
+    assert found == run(state="running", starts=2)
+    for state in sorted(ENDED):
+        await store.runs.add(run(state, state=state))
+        assert await store.runs.start(state, worker="w1") is False
+    assert await store.runs.start("unknown", worker="w1") is False
+
+
+async def test_a_run_can_be_promised_later(store: Store) -> None:
+    """Nothing else of it changes."""
+    await store.runs.add(run(acknowledged=False))
+    await store.runs.acknowledge("run_1")
+    await store.runs.acknowledge("unknown")
+    assert await store.runs.get("run_1") == run()
+
+
+async def test_a_run_ends_in_one_transaction(store: Store) -> None:
+    """Result, turn, place in the queue, deliveries."""
+    await store.runs.add(run(state="running"))
+    ticket = await store.sessions.take_ticket("o", "k", worker="w1", run="run_1")
+    done = await store.runs.finish(
+        "run_1",
+        state="completed",
+        status=200,
+        result=b'{"reply":"ho"}',
+        at=12.0,
+        turn=turn("k", "hi", "ho"),
+        leave=ticket,
+        deliveries=iter([delivery("msg_2"), delivery("msg_1")]),
+    )
+    assert done is True
+    found = await store.runs.get("run_1")
+    assert found == run(state="completed", finished_at=12.0, status=200, result=b'{"reply":"ho"}')
+    assert texts(await store.sessions.messages("o", "k", limit=9)) == ["hi", "ho"]
+    assert await store.sessions.tickets("o", "k") == []
+    assert await store.deliveries.of_run("run_1") == [delivery("msg_2"), delivery("msg_1")]
+    assert await store.runs.unfinished("hook") == 0
+
+
+async def test_a_run_ends_once(store: Store) -> None:
+    """The second end does nothing, but gives the place back; so does the end of what there is not."""
+    await store.runs.add(run())
+    await store.runs.finish("run_1", state="cancelled", status=499, result=b"1", at=12.0)
+    for run_id in ("run_1", "unknown"):
+        ticket = await store.sessions.take_ticket("o", "k", worker="w1")
+        done = await store.runs.finish(
+            run_id,
+            state="completed",
+            status=200,
+            result=b"2",
+            at=13.0,
+            turn=turn(),
+            leave=ticket,
+            deliveries=[delivery()],
+        )
+        assert done is False
+        assert await store.sessions.tickets("o", "k") == []
+    assert await store.runs.get("run_1") == run(state="cancelled", status=499, result=b"1", finished_at=12.0)
+    assert await store.sessions.get("o", "k") is None
+    assert await store.deliveries.of_run("run_1") == []
+
+
+async def test_unfinished_runs_are_counted(store: Store) -> None:
+    """Of one channel, in all workers."""
+    await store.runs.add(run("run_1"))
+    await store.runs.add(run("run_2", worker="w2", state="running"))
+    await store.runs.add(run("run_3", channel="other"))
+    await store.runs.add(run("run_4", state="failed"))
+    assert [await store.runs.unfinished(name) for name in ("hook", "other", "none")] == [2, 1, 0]
+
+
+async def test_runs_of_the_dead_are_adopted(store: Store) -> None:
+    """The promised ones go on, in their order; the others have failed, and their keys are free."""
+    await store.runs.add(run("run_2", worker="d1", state="running", starts=1))
+    await store.runs.add(run("run_1", worker="d2"))
+    await store.runs.add(run("run_3", worker="d1", state="completed"))
+    await store.runs.add(run("run_4", worker="alive"))
+    lost = run("run_5", worker="d1", acknowledged=False, state="running")
+    await store.idempotency.claim("hook", "key", digest=b"1", run=lost)
+    kept = run("run_6", worker="d1")
+    await store.idempotency.claim("hook", "kept", digest=b"1", run=kept)
+    adopted = await store.runs.adopt("w9", dead=iter(["d1", "d2"]), at=20.0)
+    assert adopted == [run("run_2", worker="w9", starts=1), run("run_1", worker="w9"), run("run_6", worker="w9")]
+    for each in adopted:
+        assert await store.runs.get(each.id) == each
+    failed = await store.runs.get("run_5")
+    assert failed is not None
+    assert (failed.state, failed.status, failed.finished_at) == ("failed", 503, 20.0)
+    assert b'"error"' in failed.result
+    again = await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_7"))
+    assert again.is_new
+    again = await store.idempotency.claim("hook", "kept", digest=b"1", run=run("run_8"))
+    assert again.run.id == "run_6"
+    assert await store.runs.adopt("w9", dead=["d1", "d2"], at=21.0) == []
+    assert await store.runs.adopt("w9", dead=[], at=21.0) == []
+
+
+# -- idempotency ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_stands_for_one_run(store: Store) -> None:
+    """The first claim adds the run; the next ones give it as it is then, and say whether the body was another."""
+    first = await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
+    assert (first.run, first.is_new, first.differs) == (run("run_1"), True, False)
+    assert await store.runs.get("run_1") == run("run_1")
+    await store.runs.finish("run_1", state="completed", status=200, result=b"{}", at=12.0)
+    again = await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_2"))
+    assert (again.run.id, again.run.state, again.is_new, again.differs) == ("run_1", "completed", False, False)
+    other = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))
+    assert (other.run.id, other.is_new, other.differs) == ("run_1", False, True)
+    assert await store.runs.get("run_2") is None
+    assert (await store.idempotency.claim("another", "key", digest=b"1", run=run("run_4"))).is_new
+    [record] = await store.channels.all()
+    assert record.received == 2
+
+
+async def test_one_of_many_claims_at_once_succeeds(store: Store) -> None:
+    """All others get its run."""
+    claims = [store.idempotency.claim("hook", "key", digest=b"1", run=run(f"run_{n}")) for n in range(100)]
+    found = [await claim for claim in claims]
+    assert [claim.is_new for claim in found] == [True] + 99 * [False]
+    assert {claim.run.id for claim in found} == {"run_0"}
+
+
+# -- deliveries -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_delivery_comes_back_as_it_was(store: Store) -> None:
+    """With every attribute; one with the id of another is refused."""
+    every = delivery(
+        repeatable=False, state="failed", attempts=3, worker="w", last_status=500, last_error="no", done_at=11.0
+    )
+    await store.deliveries.add(every)
+    assert await store.deliveries.of_run("run_1") == [every]
+    with pytest.raises(ValueError, match="msg_1 already"):
+        await store.deliveries.add(delivery())
+
+
+async def test_what_is_due_is_taken_once(store: Store) -> None:
+    """The longest due first, on the channels that were named, no more than asked for."""
+    for number, due_at in ((1, 30.0), (2, 10.0), (3, 20.0), (4, 99.0), (5, 20.0)):
+        await store.deliveries.add(delivery(f"msg_{number}", due_at=due_at))
+    await store.deliveries.add(delivery("msg_6", channel="other"))
+    taken = await store.deliveries.take("w1", at=30.0, limit=3, channels=iter(["hook", "none"]))
+    assert [each.id for each in taken] == ["msg_2", "msg_3", "msg_5"]
+    assert taken[0] == delivery("msg_2", state="sending", worker="w1", attempts=1)
+    assert [each.id for each in await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"])] == ["msg_1"]
+    assert await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"]) == []
+    assert await store.deliveries.take("w2", at=30.0, limit=3, channels=[]) == []
+    assert taken[0] in await store.deliveries.of_run("run_1")
+
+
+async def test_the_end_of_an_attempt_is_noted(store: Store) -> None:
+    """Again pending, until it is delivered: that counts as replied, once."""
+    await store.deliveries.add(delivery())
+    await store.deliveries.take("w1", at=10.0, limit=1, channels=["hook"])
+    await store.deliveries.note("msg_1", state="pending", at=11.0, due_at=16.0, status=503, error="busy")
+    [found] = await store.deliveries.of_run("run_1")
+    assert found == delivery(due_at=16.0, attempts=1, last_status=503, last_error="busy")
+    assert await store.channels.all() == []
+    assert await store.deliveries.take("w1", at=15.0, limit=1, channels=["hook"]) == []
+    [taken] = await store.deliveries.take("w1", at=16.0, limit=1, channels=["hook"])
+    assert taken.attempts == 2
+    await store.deliveries.note("msg_1", state="delivered", at=17.0, status=200)
+    await store.deliveries.note("msg_1", state="delivered", at=18.0, status=200)
+    await store.deliveries.note("msg_1", state="pending", at=18.0)
+    [found] = await store.deliveries.of_run("run_1")
+    assert found == delivery(due_at=16.0, state="delivered", attempts=2, last_status=200, done_at=17.0)
+    assert await store.channels.all() == [ChannelRecord(name="hook", replied=1, last_event_at=17.0)]
+    await store.deliveries.note("unknown", state="failed", at=1.0)
+
+
+async def test_what_failed_is_done(store: Store) -> None:
+    """It is not taken again, and is no reply."""
+    await store.deliveries.add(delivery())
+    await store.deliveries.note("msg_1", state="failed", at=11.0, status=410, error="gone")
+    assert await store.deliveries.of_run("run_1") == [
+        delivery(state="failed", last_status=410, last_error="gone", done_at=11.0)
+    ]
+    assert await store.deliveries.take("w", at=99.0, limit=9, channels=["hook"]) == []
+    assert await store.channels.all() == []
+
+
+async def test_what_the_dead_were_sending_is_released(store: Store) -> None:
+    """Pending where the receiver can tell a repetition, else unknown."""
+    await store.deliveries.add(delivery("msg_1"))
+    await store.deliveries.add(delivery("msg_2", repeatable=False))
+    await store.deliveries.take("dead", at=10.0, limit=9, channels=["hook"])
+    await store.deliveries.add(delivery("msg_3"))
+    await store.deliveries.take("alive", at=10.0, limit=9, channels=["hook"])
+    assert await store.deliveries.release(dead=iter(["dead", "other"])) == 2
+    assert await store.deliveries.release(dead=["dead"]) == 0
+    assert await store.deliveries.release(dead=[]) == 0
+    assert await store.deliveries.of_run("run_1") == [
+        delivery("msg_1", attempts=1),
+        delivery("msg_2", attempts=1, repeatable=False, state="unknown"),
+        delivery("msg_3", attempts=1, state="sending", worker="alive"),
+    ]
+
+
+async def test_a_worker_that_was_thought_dead_may_still_say_how_it_ended(store: Store) -> None:
+    """What has arrived is not sent again, nor unknown any more."""
+    for number, repeatable in ((1, True), (2, False)):
+        await store.deliveries.add(delivery(f"msg_{number}", repeatable=repeatable))
+    await store.deliveries.take("slow", at=10.0, limit=9, channels=["hook"])
+    await store.deliveries.release(dead=["slow"])
+    for number in (1, 2):
+        await store.deliveries.note(f"msg_{number}", state="delivered", at=11.0, status=200)
+    assert [each.state for each in await store.deliveries.of_run("run_1")] == ["delivered", "delivered"]
+    assert await store.deliveries.take("w", at=99.0, limit=9, channels=["hook"]) == []
+
+
+async def test_the_outbox_is_measured(store: Store) -> None:
+    """When the next one is due, and how many there are of each channel."""
+    assert await store.deliveries.next_due_at(["hook"]) is None
+    assert await store.deliveries.depth() == {}
+    for number, due_at in ((1, 30.0), (2, 20.0), (3, 10.0)):
+        await store.deliveries.add(delivery(f"msg_{number}", due_at=due_at))
+    await store.deliveries.add(delivery("msg_4", channel="other", due_at=5.0))
+    await store.deliveries.note("msg_4", state="failed", at=6.0)
+    await store.deliveries.take("w", at=10.0, limit=1, channels=["hook"])
+    assert await store.deliveries.next_due_at(iter(["hook", "other"])) == 20.0
+    assert await store.deliveries.next_due_at(["other"]) is None
+    assert await store.deliveries.next_due_at([]) is None
+    assert await store.deliveries.depth() == {"hook": 3}
+
+
+# -- channels and workers ---------------------------------------------------------------------------------------------
+
+
+async def test_channels_are_kept(store: Store) -> None:
+    """How far they have read, and what they counted; by name."""
+    assert await store.channels.all() == []
+    await store.channels.advance("b", "41")
+    await store.channels.advance("b", "42")
+    await store.channels.count("b", at=5.0, received=2)
+    await store.channels.count("b", at=4.0, replied=1)
+    await store.channels.count("a", at=1.0, received=1)
+    assert await store.channels.all() == [
+        ChannelRecord(name="a", received=1, last_event_at=1.0),
+        ChannelRecord(name="b", cursor="42", received=2, replied=1, last_event_at=5.0),
+    ]
+
+
+async def test_a_channel_has_one_holder(store: Store) -> None:
+    """Until it lets go, or is dead."""
+
+    async def hold(worker: str, *dead: str) -> bool:
+        return await store.channels.hold("telegram", worker=worker, dead=iter(dead))
+
+    assert await hold("w1") is True
+    assert await hold("w1") is True
+    assert await hold("w2") is False
+    assert await hold("w2", "w3", "w1") is True
+    await store.channels.let_go("telegram", worker="w1")
+    assert await hold("w1") is False
+    await store.channels.let_go("telegram", worker="w2")
+    await store.channels.let_go("unknown", worker="w2")
+    assert await store.channels.all() == [ChannelRecord(name="telegram")]
+    assert await hold("w1") is True
+
+
+async def test_workers_beat(store: Store) -> None:
+    """The latest word of each, the oldest first."""
+    young = Worker(id="a", pid=2, address="@a", started_at=2.0, seen_at=2.0)
+    old = Worker(id="b", pid=1, address="@b", started_at=1.0, seen_at=1.0)
+    for worker in (young, old, attrs.evolve(old, seen_at=5.0, snapshot=b'{"streams":3}')):
+        await store.workers.beat(worker)
+    assert await store.workers.all() == [attrs.evolve(old, seen_at=5.0, snapshot=b'{"streams":3}'), young]
+
+
+async def test_workers_are_removed(store: Store) -> None:
+    """With their tickets, and the channels that they held; those of others stay."""
+    for worker_id in ("w1", "w2"):
+        await store.workers.beat(Worker(id=worker_id, pid=1, address="", started_at=1.0, seen_at=1.0))
+        await store.sessions.take_ticket("o", "k", worker=worker_id)
+        await store.channels.hold(worker_id, worker=worker_id, dead=[])
+    await store.workers.remove(iter(["w1", "unknown"]))
+    assert [each.id for each in await store.workers.all()] == ["w2"]
+    assert [each.worker for each in await store.sessions.tickets("o", "k")] == ["w2"]
+    assert [each.holder for each in await store.channels.all()] == [None, "w2"]
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+ALL = Retention(sessions_before=0.0, archives_before=0.0, runs_before=0.0, max_sessions=1000, max_runs=1000)
+"""Under which nothing is forgotten."""
+
+
+async def test_idle_sessions_are_forgotten(store: Store) -> None:
+    """With their messages; not those that are busy."""
+    for key, at in (("old", 1.0), ("busy", 1.0), ("new", 9.0)):
+        await store.sessions.append(turn(key, "a", "b", at=at))
+    await store.sessions.take_ticket("o", "busy", worker="w")
+    assert await store.prune(ALL) == 0
+    assert await store.prune(attrs.evolve(ALL, sessions_before=9.0)) == 3
+    assert [each.key for each in await store.sessions.list("o", limit=9)] == ["new", "busy"]
+    assert texts(await store.sessions.messages("o", "new", limit=9)) == ["a", "b"]
+
+
+async def test_the_oldest_sessions_beyond_the_number_are_forgotten(store: Store) -> None:
+    """Of all owners; what is busy stays, even if there are then too many."""
+    for number in range(5):
+        await store.sessions.append(turn(str(number), at=float(number), owner=f"o{number % 2}"))
+    await store.sessions.take_ticket("o0", "0", worker="w")
+    assert await store.prune(attrs.evolve(ALL, max_sessions=3)) == 4
+    assert (await store.sessions.count(active_since=0.0)).total == 3
+    assert await store.sessions.get("o0", "0") is not None
+    assert await store.prune(attrs.evolve(ALL, max_sessions=0)) == 4
+    assert (await store.sessions.count(active_since=0.0)).total == 1
+
+
+async def test_archives_are_forgotten(store: Store) -> None:
+    """What is of an earlier epoch and older; never what is current."""
+    await store.sessions.append(turn("k", "a", at=1.0))
+    await store.sessions.append(turn("k", "b", at=5.0))
+    await store.sessions.reset("o", "k", at=6.0)
+    await store.sessions.append(turn("k", "c", at=2.0))
+    assert await store.prune(attrs.evolve(ALL, archives_before=5.0)) == 1
+    assert texts(await store.sessions.messages("o", "k", limit=9, archived=True)) == ["b", "c"]
+
+
+async def test_old_runs_are_forgotten(store: Store) -> None:
+    """With their deliveries and keys; not what has not ended, nor what is not delivered."""
+    await store.idempotency.claim("hook", "key", digest=b"1", run=run("old"))
+    for run_id in ("waits", "undelivered", "new"):
+        await store.runs.add(run(run_id))
+    for run_id, at, delivered in (("old", 20.0, True), ("undelivered", 20.0, False), ("new", 30.0, True)):
+        told = delivery(f"msg_{run_id}", run_id=run_id)
+        await store.runs.finish(run_id, state="completed", status=200, result=b"{}", at=at, deliveries=[told])
+        if delivered:
+            await store.deliveries.note(told.id, state="delivered", at=at)
+    assert await store.prune(ALL) == 0
+    await store.prune(attrs.evolve(ALL, runs_before=30.0))
+    found = {run_id: await store.runs.get(run_id) for run_id in ("old", "waits", "undelivered", "new")}
+    assert [run_id for run_id, each in found.items() if each is None] == ["old"]
+    assert await store.deliveries.of_run("old") == []
+    assert len(await store.deliveries.of_run("new")) == 1
+    assert (await store.idempotency.claim("hook", "key", digest=b"2", run=run("again"))).is_new
+
+
+async def test_the_oldest_runs_beyond_the_number_are_forgotten(store: Store) -> None:
+    """But none that has not ended."""
+    for number in range(5):
+        await store.runs.add(run(f"run_{number}"))
+    for number in range(1, 5):
+        await store.runs.finish(f"run_{number}", state="failed", status=502, result=b"", at=100.0 - number)
+    assert await store.prune(attrs.evolve(ALL, max_runs=3)) == 2
+    left = [number for number in range(5) if await store.runs.get(f"run_{number}") is not None]
+    assert left == [0, 1, 2]
+    await store.prune(attrs.evolve(ALL, max_runs=0))
+    assert [number for number in range(5) if await store.runs.get(f"run_{number}") is not None] == [0]
+
+
+async def test_deliveries_without_a_run_are_forgotten(store: Store) -> None:
+    """Once they are done and old, those of unknown fate too."""
+    for number, state in enumerate(("pending", "delivered", "unknown", "delivered"), start=1):
+        await store.deliveries.add(delivery(f"msg_{number}", state=state, done_at=[None, 11.0, None, 50.0][number - 1]))
+    assert await store.prune(attrs.evolve(ALL, runs_before=20.0)) == 2
+    assert [each.id for each in await store.deliveries.of_run("run_1")] == ["msg_1", "msg_4"]
+
+
+async def test_much_is_forgotten_in_one_call(store: Store) -> None:
+    """More than fits into a slice; a write that is queued behind it does not wait for all of it."""
+    for number in range(350):
+        store.sessions.append(turn(str(number), at=1.0))
+    everything = store.prune(attrs.evolve(ALL, sessions_before=2.0))
+    await store.check()
+    assert await everything == 700
+    assert await store.sessions.count(active_since=0.0) == SessionCounts(total=0, active=0, busy=0)
+
+
+async def test_a_store_says_how_it_is(store: Store) -> None:
+    """And `check` raises nothing while it can be written to."""
+    await store.check()
+    found = store.statistics()
+    assert (found.state, found.error) == ("open", None)
+    assert found.kind in ("sqlite", "memory")
