@@ -29,7 +29,7 @@ from trigate.dialing import Refused
 from trigate.outbox import Outbox, Receipt
 from trigate.store import Delivery, RunState
 from trigate.transport import SocketTransport
-from trigate.verification import secret_problem, sign_standard
+from trigate.verification import sign_standard
 
 CONNECT_S = 10.0
 """How long a connection may take, name and TLS included."""
@@ -52,17 +52,6 @@ def callback_body(*, state: RunState, at: float, data: bytes) -> bytes:
     moment = datetime.datetime.fromtimestamp(at, datetime.UTC).replace(tzinfo=None)
     timestamp = moment.isoformat(timespec="microseconds") + "Z"
     return msgspec.json.encode({"type": f"run.{state}", "timestamp": timestamp, "data": msgspec.Raw(data)})
-
-
-def secret_problems(hooks: Mapping[str, HookConfig]) -> tuple[str, ...]:
-    """What is wrong with the secrets that callbacks are signed with, each with the path of its setting."""
-    return tuple(
-        f"hooks.{name}.callback_secret: {problem}"
-        for name, hook in hooks.items()
-        if hook.callback_secret is not None and hook.callback_secret.literal is not None
-        for problem in [secret_problem("standard-webhooks", hook.callback_secret.literal)]
-        if problem is not None
-    )
 
 
 def seconds_of(retry_after: str, *, at: float) -> float | None:
@@ -89,28 +78,26 @@ class Callbacks:
     """Delivers the results of all hooks' runs (`outbox.Carrier`). Made by `open_callbacks`."""
 
     def __init__(
-        self,
-        outbox: Outbox,
-        *,
-        public: httpx2.AsyncBaseTransport,
-        anywhere: httpx2.AsyncBaseTransport,
-        now: Callable[[], float],
+        self, *, public: httpx2.AsyncBaseTransport, anywhere: httpx2.AsyncBaseTransport, now: Callable[[], float]
     ) -> None:
-        self._outbox = outbox
         self._public = public
         self._anywhere = anywhere
         self._now = now
         self._hooks: dict[str, HookConfig] = {}
 
-    def apply(self, hooks: Mapping[str, HookConfig]) -> None:
+    def __repr__(self) -> str:
+        return f"<Callbacks of {len(self._hooks)} hooks>"
+
+    def apply(self, hooks: Mapping[str, HookConfig], outbox: Outbox) -> None:
         """The configuration has changed: callbacks are made for these hooks from now on, as they say. What is for
-        another one waits until it is there again. Synchronous."""
+        another one waits until that is there again. Synchronous."""
         for name in self._hooks:
-            del self._outbox.carriers[name]
+            if outbox.carriers.get(name) is self:  # a channel may have taken the name
+                del outbox.carriers[name]
         self._hooks = {name: hook for name, hook in hooks.items() if hook.enabled and hook.callback_secret is not None}
         for name in self._hooks:
-            self._outbox.carriers[name] = self
-        self._outbox.look()
+            outbox.carriers[name] = self
+        outbox.look()
 
     async def deliver(self, delivery: Delivery) -> Receipt:
         """Makes one attempt."""
@@ -135,19 +122,23 @@ class Callbacks:
                 extensions={"timeout": {"connect": CONNECT_S}},
             )
             response = await transport.handle_async_request(request)
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol):
-            return Receipt(delivered=False, error="the target is not an http:// or https:// URL")  # noqa: ASYNC910
-        except Refused as error:
-            hint = "callback_private = true would allow it"
-            return Receipt(delivered=False, again=True, error=f"{error} ({hint})")
-        except httpx2.ConnectError as error:
-            return Receipt(delivered=False, again=True, error=f"no connection: {error}")
-        except httpx2.ConnectTimeout as error:
-            return Receipt(delivered=False, again=True, error=str(error))
-        except httpx2.TransportError as error:
-            return Receipt(delivered=False, again=True, error=f"no answer: {error}", unsure=True)
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            await trio.lowlevel.checkpoint()
+            return _receipt_without_answer(error)
         await _read_to_its_end(response)
         return _receipt_of(response, at=self._now())
+
+
+def _receipt_without_answer(error: httpx2.TransportError | httpx2.InvalidURL) -> Receipt:
+    match error:
+        case httpx2.InvalidURL() | httpx2.UnsupportedProtocol():
+            return Receipt(delivered=False, error="the target is not an http:// or https:// URL")
+        case Refused():
+            # Nothing has gone out, and what stands in the way (a name server, a setting) may be put right.
+            return Receipt(delivered=False, again=True, error=f"{error} (callback_private = true would allow it)")
+        case httpx2.ConnectError() | httpx2.ConnectTimeout():
+            return Receipt(delivered=False, again=True, error=f"no connection: {error}")
+    return Receipt(delivered=False, again=True, error=f"no answer: {error}", unsure=True)
 
 
 def _receipt_of(response: httpx2.Response, *, at: float) -> Receipt:
@@ -179,9 +170,9 @@ async def _read_to_its_end(response: httpx2.Response) -> None:
 
 @contextlib.asynccontextmanager
 async def open_callbacks(
-    outbox: Outbox, *, trust: Callable[[], ssl.SSLContext], now: Callable[[], float] = time.time
+    *, trust: Callable[[], ssl.SSLContext], now: Callable[[], float] = time.time
 ) -> AsyncIterator[Callbacks]:
-    """Opens the service; `Callbacks.apply` says for whom.
+    """Opens the service; `Callbacks.apply` says for whom. It outlives the outbox, which ends in its own time.
 
     Args:
         trust: Gives the certificate authorities.
@@ -195,6 +186,6 @@ async def open_callbacks(
         nursery.start_soon(public.run)
         nursery.start_soon(anywhere.run)
         try:
-            yield Callbacks(outbox, public=public, anywhere=anywhere, now=now)
+            yield Callbacks(public=public, anywhere=anywhere, now=now)
         finally:
             nursery.cancel_scope.cancel()

@@ -199,6 +199,7 @@ async def _connect(origin: Origin, refuse: Refuse | None) -> socket.socket:
 
 
 _SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+_Address = tuple[socket.AddressFamily, _SocketAddress]
 
 
 async def _connect_to(family: socket.AddressFamily, address: _SocketAddress) -> socket.socket:
@@ -211,10 +212,10 @@ async def _connect_to(family: socket.AddressFamily, address: _SocketAddress) -> 
     return socket.socket(fileno=opening.detach())
 
 
-async def _allowed(origin: Origin, refuse: Refuse) -> list[tuple[socket.AddressFamily, _SocketAddress]]:
+async def _allowed(origin: Origin, refuse: Refuse) -> list[_Address]:
     """The addresses of an origin that may be connected to, in the order in which they are to be tried."""
-    allowed = []
-    refused = []
+    allowed: list[_Address] = []
+    refused: list[str] = []
     found = await trio.socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found:
         why = refuse(str(address[0]))
@@ -227,12 +228,14 @@ async def _allowed(origin: Origin, refuse: Refuse) -> list[tuple[socket.AddressF
     return allowed
 
 
-async def _connect_to_first(addresses: list[tuple[socket.AddressFamily, _SocketAddress]]) -> socket.socket:
+async def _connect_to_first(addresses: list[_Address]) -> socket.socket:
     """Connects to the first of these addresses that accepts; the later ones begin later."""
     accepted: list[socket.socket] = []
     errors: list[OSError] = []
 
-    async def attempt(family: socket.AddressFamily, address: _SocketAddress, failed: trio.Event) -> None:
+    async def attempt(  # noqa: ASYNC910 - connecting waits
+        family: socket.AddressFamily, address: _SocketAddress, failed: trio.Event
+    ) -> None:
         try:
             accepted.append(await _connect_to(family, address))
         except OSError as error:

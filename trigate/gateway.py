@@ -28,10 +28,13 @@ import trio
 
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
+from trigate.callbacks import Callbacks, open_callbacks
+from trigate.channels import Channels, open_channels
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
 from trigate.hooks import Hooks
 from trigate.leaving import Leaving, open_leaving
+from trigate.outbox import Outbox, open_outbox
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
@@ -44,9 +47,7 @@ from trigate.upstream import Upstream
 from trigate.workers import Workers, open_workers
 
 if TYPE_CHECKING:
-    from trigate.channels import Channels
     from trigate.exchange import Exchange
-    from trigate.outbox import Outbox
 
 log = structlog.get_logger("trigate.gateway")
 
@@ -345,8 +346,9 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
-        self.runs: Runs
+        self.callbacks: Callbacks
         self.outbox: Outbox
+        self.runs: Runs
         self.hooks = Hooks(self)
         self.channels: Channels | None = None
         self.generation: Generation
@@ -428,6 +430,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
+            self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
             while True:
                 await self._reload_asked.wait()
@@ -449,6 +452,9 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
+                self.callbacks.apply(config.hooks or {}, self.outbox)
+                if self.channels is not None:
+                    self.channels.apply()
                 self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
@@ -554,7 +560,11 @@ async def open_gateway(
         gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
-            async with _running(gateway, first, transports, path):
+            async with (
+                open_callbacks(trust=_trust) as gateway.callbacks,
+                open_outbox(store, gateway.workers) as gateway.outbox,
+                _running(gateway, first, transports, path),
+            ):
                 yield gateway
 
 
@@ -568,7 +578,10 @@ async def _running(
             try:
                 # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
                 # anybody joins the other workers.
-                async with open_runs(gateway) as gateway.runs:
+                async with (
+                    open_runs(gateway) as gateway.runs,
+                    open_channels(gateway, http_transport) as gateway.channels,
+                ):
                     if path is not None:
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)

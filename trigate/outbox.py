@@ -6,8 +6,8 @@ moment the row says what may have happened, and a process that dies leaves nothi
 taken over (`workers.Workers.adopt_with`): one that was being sent is sent again where the receiver can tell the
 repetition by its id, and is ``unknown`` where it cannot.
 
-Each target of a channel gets one delivery at a time, the one that was added first among those that are due. The store
-sees to that (`store.Deliveries.take`), over all workers. One that waits for its next attempt holds nobody up.
+Each target of a channel gets one delivery at a time, the one that has been due for the longest. The store sees to that
+(`store.Deliveries.take`), over all workers. One that waits for its next attempt holds nobody up.
 
 An attempt is shielded from cancellation, since nobody can say how far it has come when it is cut. It is bounded by
 `ATTEMPT_S`; once the outbox closes, by `GRACE_S`.
@@ -182,13 +182,11 @@ class Outbox:
             return _LOOK_S
         due_at = await self._store.deliveries.next_due_at(channels)
         self._note_no_trouble()
-        if due_at is None or due_at <= at:  # what is due and was not taken waits for another one to the same target
-            return _LOOK_S
-        return min(max(due_at - self._now(), 0.0), _LOOK_S)
+        return _LOOK_S if due_at is None else min(max(due_at - self._now(), 0.0), _LOOK_S)
 
     # -- an attempt ---------------------------------------------------------------------------------------------------
 
-    async def _deliver(self, delivery: Delivery) -> None:
+    async def _deliver(self, delivery: Delivery) -> None:  # noqa: ASYNC910 - who takes waits
         try:
             with self._shield(_NOTE_S):
                 receipt = await self._attempt(delivery)
@@ -202,7 +200,7 @@ class Outbox:
     async def _attempt(self, delivery: Delivery) -> Receipt | None:
         """Makes an attempt; None = it was not made."""
         carrier = self.carriers.get(delivery.channel)
-        if carrier is None or self._closes_at is not None:
+        if carrier is None or self._is_closing():
             await trio.lowlevel.checkpoint()
             return None
         with trio.move_on_after(ATTEMPT_S) as bound:
@@ -211,10 +209,12 @@ class Outbox:
                 return await carrier.deliver(delivery)
             except Exception as error:
                 log.exception("delivery_crashed", delivery=delivery.id, channel=delivery.channel)
-                return Receipt(delivered=False, again=True, error=f"internal: {type(error).__name__}", unsure=True)
+                return Receipt(  # noqa: ASYNC910 - noting it waits
+                    delivered=False, again=True, error=f"internal: {type(error).__name__}", unsure=True
+                )
             finally:
                 self._attempts.discard(bound)
-        if self._closes_at is not None:
+        if self._is_closing():
             return _CUT
         return Receipt(delivered=False, again=True, error=f"no answer within {ATTEMPT_S:g} s", unsure=True)
 
@@ -266,6 +266,9 @@ class Outbox:
             bound.deadline = min(bound.deadline, self._closes_at)
         for shield in self._shields:
             shield.deadline = self._closes_at + _NOTE_S
+
+    def _is_closing(self) -> bool:
+        return self._closes_at is not None
 
     @contextlib.contextmanager
     def _shield(self, beyond_s: float) -> Iterator[None]:

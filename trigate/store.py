@@ -330,9 +330,9 @@ class Deliveries(Protocol):
         """Takes what is due on these channels: it becomes ``sending``, by this worker, with one attempt more. Durable:
         what was not noted as begun must not have been sent.
 
-        At most one of each target of a channel, the one that was added first; and none of a target to which something
-        is being sent, by whichever worker. So each target gets one at a time, and whatever is taken can be sent at
-        once."""
+        At most one of each target of a channel, the one that has been due for the longest; and none of a target to
+        which something is being sent, by whichever worker. So each target gets one at a time, in order, and whatever
+        is taken can be sent at once."""
 
     def note(
         self,
@@ -354,7 +354,8 @@ class Deliveries(Protocol):
         """All of a run, in the order in which they were added."""
 
     async def next_due_at(self, channels: Iterable[str]) -> float | None:
-        """When the next pending one of these channels is due; None = there is none."""
+        """When the next one of these channels can be taken, as things are: those that wait for another one to the same
+        target are left out. None = there is none."""
 
     async def depth(self) -> dict[str, int]:
         """How many are pending or being sent, by channel; channels with none are left out."""
