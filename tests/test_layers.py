@@ -43,12 +43,12 @@ ROWS = (
     ("dialing",),
     ("logs", "peer"),
     ("framing", "leaving", "poller", "timers", "display"),
-    ("history", "ingress"),
     ("sqlite_store", "memory_store"),
     ("sqlite_file",),
     ("ledger", "sqlite_tables"),
+    ("history", "ingress"),
     ("answers", "store"),
-    ("wire", "routing", "slack_messages", "telegram_messages", "addresses"),
+    ("wire", "routing", "slack_messages", "addresses", "telegram_messages"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
     ("config",),
@@ -58,23 +58,8 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
-    "ingress",
-    "passages",
-    "slack_messages",
-    "telegram_messages",
-    "request_head",
-    "request_parser",
-    "response_head",
-    "sse",
-    "wire",
-    "routing",
-    "addresses",
-    "config",
-    "verification",
-    "rates",
-    "answers",
-    "history",
-    "errors",
+    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
+    *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {

@@ -121,7 +121,8 @@ class Live(Protocol):
         """The text so far. Synchronous, and called often: whoever shows it takes the last one when it can."""
 
     async def end(self) -> Mapping[str, Any]:
-        """Stops showing. Returns what the delivery of the final text has to know (the id of the message to edit)."""
+        """Stops showing. Returns what the delivery of the final text has to know (the id of the message to edit), as
+        JSON; with ``repeatable`` true, it may be delivered twice without harm."""
 
 
 class Audience(Protocol):
@@ -269,7 +270,8 @@ def _delivery(run: Run, order: Order, end: _End, now: float) -> Delivery | None:
         body=msgspec.json.encode(body),
         created_at=now,
         due_at=now,
-        repeatable=by_url,
+        # a channel knows where it has nothing left to do but edits; of a failure there is a line to write
+        repeatable=by_url or (end.state != "failed" and bool(end.extra.get("repeatable"))),
     )
 
 
