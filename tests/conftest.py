@@ -165,7 +165,10 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def _open_app(
-    config: Config | None = None, providers: Mapping[str, Provider] | Provider | None = None
+    config: Config | None = None,
+    providers: Mapping[str, Provider] | Provider | None = None,
+    *,
+    store: str | os.PathLike[str] = storage.MEMORY,
 ) -> AsyncIterator[Served]:
     settings = config if config is not None else make_config()
     if providers is None or isinstance(providers, Provider):
@@ -173,7 +176,9 @@ async def _open_app(
     found = providers
     # Any: hypercorn's ASGI types are not those of the server
     app: Any = create_app(
-        opener=lambda: open_gateway(settings, env={}, transports=lambda name, _: found[name].transport())
+        opener=lambda: open_gateway(
+            settings, env={"TRIGATE_STORE": os.fspath(store)}, transports=lambda name, _: found[name].transport()
+        )
     )
     async with server.open_lifespan(app) as state, trio.open_nursery() as nursery:
         client = AsgiClient(app, nursery)

@@ -51,6 +51,7 @@ class TelegramServer:
         calls: Everything that was asked with the right token, in order.
         messages: By chat and id: what stands there now, of the bot's own.
         blocked, moved: Chats whose person has blocked the bot; groups that have become supergroups, and which.
+        refused: What was refused, in order.
         edits_per_s: How many messages and edits a second there may be in a chat; None = any number.
     """
 
@@ -63,6 +64,7 @@ class TelegramServer:
         self.edits_per_s: float | None = None
         self.webhook: dict[str, Any] = {}
         self.polling = 0
+        self.refused: list[Refusal] = []
         self._updates: deque[dict[str, Any]] = deque()
         self._refusals: dict[str, deque[Refusal | None]] = {}
         self._update_ids = itertools.count(700_000_001)
@@ -144,6 +146,7 @@ class TelegramServer:
         try:
             result = await self._answer(path, body)
         except Refusal as error:
+            self.refused.append(error)
             reply = {"ok": False, "error_code": error.code, "description": error.description}
             if error.parameters:
                 reply["parameters"] = error.parameters
@@ -161,11 +164,10 @@ class TelegramServer:
         parameters = msgspec.json.decode(body) if body else {}
         self.calls.append(Called(method=method, parameters=parameters, at=trio.current_time()))
         self.tell()
-        if refusal := next(iter(self._refusals.get(method) or ()), None) or None:
-            self._refusals[method].popleft()
+        refusals = self._refusals.get(method)
+        refusal = refusals.popleft() if refusals else None
+        if refusal is not None:
             raise refusal
-        if self._refusals.get(method):
-            self._refusals[method].popleft()
         match method:
             case "getMe":
                 return ME
@@ -179,7 +181,12 @@ class TelegramServer:
                 self._check_chat(parameters["chat_id"])
                 return True
             case "getWebhookInfo":
-                return {"url": "", "has_custom_certificate": False, "pending_update_count": self.waiting, **self.webhook}
+                return {
+                    "url": "",
+                    "has_custom_certificate": False,
+                    "pending_update_count": self.waiting,
+                    **self.webhook,
+                }
             case "deleteWebhook":
                 self.webhook = {}
                 return True
@@ -187,11 +194,17 @@ class TelegramServer:
                 raise Refusal(404, "Not Found: method not found")
 
     async def _get_updates(
-        self, offset: int = 0, limit: int = 100, timeout: float = 0, allowed_updates: tuple[str, ...] = ()
+        self,
+        offset: int = 0,
+        limit: int = 100,
+        timeout: float = 0,  # noqa: ASYNC109 - its name in the protocol
+        allowed_updates: tuple[str, ...] = (),
     ) -> Any:
         if self.webhook.get("url"):
             raise Refusal(
-                409, "Conflict: can't use getUpdates method while webhook is active; use deleteWebhook to delete the webhook first"
+                409,
+                "Conflict: can't use getUpdates method while webhook is active; "
+                "use deleteWebhook to delete the webhook first",
             )
         while self._updates and self._updates[0]["update_id"] < offset:
             self._updates.popleft()
@@ -293,7 +306,9 @@ async def _serve(server: TelegramServer, stream: trio.SocketStream) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_leave, stream, received, nursery.cancel_scope)
                 status, reply = await server.answer(path, body)
-                head = f"HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\ncontent-length: {len(reply)}\r\n\r\n"
+                head = (
+                    f"HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\ncontent-length: {len(reply)}\r\n\r\n"
+                )
                 await stream.send_all(head.encode() + reply)
                 nursery.cancel_scope.cancel()
 

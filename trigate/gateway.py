@@ -346,9 +346,9 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
+        self.runs: Runs
         self.callbacks: Callbacks
         self.outbox: Outbox
-        self.runs: Runs
         self.hooks = Hooks(self)
         self.channels: Channels | None = None
         self.generation: Generation

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,14 +133,14 @@ class Part:
         return sum(self.by_phase.values())
 
 
-def _row(exchange: Exchange) -> StreamRow:
+def _row(exchange: Exchange, now: float) -> StreamRow:
     return StreamRow(
         id=exchange.id,
         model=exchange.call.model,
         upstream=str(exchange.target) if exchange.target else None,
         stream=exchange.call.stream,
         phase=exchange.phase,
-        age_s=round(exchange.age_s, 3),
+        age_s=now - exchange.started_at,
         events=exchange.events,
         bytes=exchange.bytes_sent,
     )
@@ -148,7 +149,7 @@ def _row(exchange: Exchange) -> StreamRow:
 def part(gateway: Gateway) -> Part:
     """What this worker does now. Takes a second's beat with ten thousand exchanges into account: they are counted, and
     nothing is made for each."""
-    live = gateway.live
+    live, now = gateway.live, trio.current_time()
     return Part(
         version=__version__,
         uptime_s=gateway.uptime_s,
@@ -157,7 +158,7 @@ def part(gateway: Gateway) -> Part:
         reload_error=gateway.reload_error,
         by_phase=Counter([exchange.phase for exchange in live]),
         by_upstream=Counter([exchange.target.upstream for exchange in live if exchange.target is not None]),
-        oldest=tuple(_row(exchange) for exchange in itertools.islice(live, MAX_STREAMS)),
+        oldest=tuple(_row(exchange, now) for exchange in itertools.islice(live, MAX_STREAMS)),
         upstreams=tuple(upstream.statistics() for upstream in gateway.generation.upstreams.values()),
         channels=tuple(_channels(gateway)),
         totals=attrs.asdict(gateway.totals),
@@ -188,9 +189,11 @@ def snapshot(gateway: Gateway) -> bytes:
 
 @attrs.frozen(kw_only=True)
 class _Said:
-    """A worker, what it said, and how long ago."""
+    """What a worker said, and how long ago."""
 
-    worker: Worker
+    id: str
+    pid: int
+    started_at: float
     part: Part
     ago_s: float
 
@@ -209,12 +212,12 @@ async def status(gateway: Gateway) -> dict[str, Any]:
     """The body of ``GET /status``. Holds no text of any message, and no secret."""
     await trio.lowlevel.checkpoint()
     error = None
-    workers: Sequence[Worker] = ()
+    others: Sequence[Worker] = ()
     shared = _Shared()
     if gateway.store.statistics().state != "closed":  # else nothing has been kept, and to ask would make a file
         try:
             with trio.fail_after(STORE_TIMEOUT_S):
-                workers = await gateway.workers.all()
+                others = await gateway.workers.others()
                 shared = await _ask_store(gateway)
         except StoreUnavailable as unavailable:
             error = unavailable.message
@@ -222,7 +225,7 @@ async def status(gateway: Gateway) -> dict[str, Any]:
             error = f"it did not answer within {STORE_TIMEOUT_S:g} s"
         if error is not None:
             shared = _Shared(sessions=None, outbox=None)
-    said = _said(gateway, workers)
+    said = _said(gateway, others)
     store = gateway.store.statistics()
     parts = [each.part for each in said]
     uptime_s = max(each.part.uptime_s + each.ago_s for each in said)
@@ -258,26 +261,26 @@ async def _ask_store(gateway: Gateway) -> _Shared:
     return _Shared(sessions=sessions, records=records, unfinished=unfinished, outbox=await store.deliveries.depth())
 
 
-def _said(gateway: Gateway, workers: Iterable[Worker]) -> list[_Said]:
+def _said(gateway: Gateway, others: Iterable[Worker]) -> list[_Said]:
     """This worker as it is, and the others as they said last, the oldest first. Whose words cannot be read, since it
     runs another version, is left out."""
-    mine = gateway.workers.myself()
-    said = [_Said(worker=mine, part=part(gateway), ago_s=0.0)]
-    for worker in workers:
-        if worker.id != mine.id:
-            try:
-                words = msgspec.json.decode(worker.snapshot, type=Part)
-            except msgspec.DecodeError as error:
-                log.debug("part_unreadable", worker=worker.id, error=str(error))
-                continue
-            said.append(_Said(worker=worker, part=words, ago_s=max(0.0, mine.seen_at - worker.seen_at)))
-    return sorted(said, key=lambda each: (each.worker.started_at, each.worker.id))
+    me, now = gateway.workers, time.time()
+    said = [_Said(id=me.id, pid=os.getpid(), started_at=me.started_at, part=part(gateway), ago_s=0.0)]
+    for worker in others:
+        try:
+            words = msgspec.json.decode(worker.snapshot, type=Part)
+        except msgspec.DecodeError as error:
+            log.debug("part_unreadable", worker=worker.id, error=str(error))
+            continue
+        ago_s = max(0.0, now - worker.seen_at)
+        said.append(_Said(id=worker.id, pid=worker.pid, started_at=worker.started_at, part=words, ago_s=ago_s))
+    return sorted(said, key=lambda each: (each.started_at, each.id))
 
 
 def _worker_row(said: _Said) -> dict[str, Any]:
     return {
-        "id": said.worker.id,
-        "pid": said.worker.pid,
+        "id": said.id,
+        "pid": said.pid,
         "status": "draining" if said.part.draining else "ok",
         "version": said.part.version,
         "uptime_s": round(said.part.uptime_s + said.ago_s, 3),
@@ -294,17 +297,16 @@ def _sums(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _streams(said: Sequence[_Said]) -> dict[str, Any]:
-    rows = [
-        attrs.asdict(row) | {"age_s": round(row.age_s + each.ago_s, 3), "worker": each.worker.id}
-        for each in said
-        for row in each.part.oldest
-    ]
-    rows.sort(key=lambda row: -row["age_s"])
+    rows = [(row.age_s + each.ago_s, row, each.id) for each in said for row in each.part.oldest]
+    rows.sort(key=lambda row: -row[0])
     return {
         "live": sum(each.part.live for each in said),
         "by_phase": _sums(each.part.by_phase for each in said),
         "by_upstream": _sums(each.part.by_upstream for each in said),
-        "oldest": rows[:MAX_STREAMS],
+        "oldest": [
+            attrs.asdict(row) | {"age_s": round(age_s, 3), "worker": worker}
+            for age_s, row, worker in rows[:MAX_STREAMS]
+        ],
     }
 
 
@@ -335,12 +337,12 @@ def _channel_rows(gateway: Gateway, said: Sequence[_Said], shared: _Shared) -> l
     by_name: dict[str, list[tuple[str, ChannelStatistics]]] = {}
     for each in said:
         for channel in each.part.channels:
-            by_name.setdefault(channel.name, []).append((each.worker.id, channel))
+            by_name.setdefault(channel.name, []).append((each.id, channel))
     shown = [_state_of(same, shared.records.get(name)) for name, same in by_name.items()]
     if gateway.generation.config.hooks is None:  # any name is one
         used = [record for name, record in shared.records.items() if name not in by_name and _is_hook(record)]
         used.sort(key=lambda record: record.last_event_at or 0.0, reverse=True)
-        since = said[0].worker.started_at
+        since = said[0].started_at
         shown.extend(
             ChannelStatistics(name=record.name, type="webhook", state="connected", since=since)
             for record in used[:MAX_CHANNELS]

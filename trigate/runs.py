@@ -24,7 +24,6 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 import attrs
@@ -34,6 +33,7 @@ import trio
 
 from trigate import errors
 from trigate.answers import AnswerRecord
+from trigate.callbacks import callback_body
 from trigate.config import Action, HookConfig, Seconds
 from trigate.errors import Draining, GatewayError, Internal, NotFound, Overloaded, Stopped, StoreUnavailable
 from trigate.exchange import Exchange
@@ -71,8 +71,8 @@ class Order:
         owner, session: Whose session it belongs to, and its key; session None = nothing is remembered.
         text: The prompt (``chat``) or the note (``note``).
         sender: Who sent it.
-        reply_to: Where the result goes: a callback's URL, or what the channel's adapter needs to reply; None = it is
-            fetched.
+        reply_to: Where the result goes: a callback's URL, or what the channel's adapter needs to reply, of which
+            ``target`` names the place where one reply at a time arrives (the chat); None = it is fetched.
         finish: It goes on where the client that waits for it leaves.
     """
 
@@ -243,35 +243,48 @@ def _as_ended(run: Run, end: _End) -> Run:
     return attrs.evolve(run, state=end.state, status=end.status, result=end.result, finished_at=time.time())
 
 
-def _delivery(run: Run, order: Order, end: _End, now: float) -> Delivery | None:
+def view(run: Run) -> dict[str, Any]:  # Any: JSON
+    """A run as its reader sees it: at ``GET /hooks/NAME/runs/ID``, and in what is delivered of it."""
+    return {
+        "id": run.id,
+        "object": "run",
+        "hook": run.channel,
+        "session": run.session,
+        "action": run.action,
+        "state": run.state,
+        "status": run.status or None,
+        "created": int(run.created_at),
+        "finished": int(run.finished_at) if run.finished_at is not None else None,
+        "result": msgspec.Raw(run.result) if run.result else None,
+    }
+
+
+def _delivery(run: Run, order: Order, end: _End) -> Delivery | None:
     """What is to be told to the outside of a run that ends, if somebody is to be told.
 
-    A callback's body is what the Standard Webhooks specification asks for (``type``, ``timestamp``, ``data``); what an
-    adapter is given has ``reply_to`` and ``live`` besides, which are its own.
+    A callback's body is `callbacks.callback_body` of the `view`. That of a channel's adapter has ``reply_to`` and
+    ``live`` besides, which are its own.
     """
     if order.reply_to is None:
         return None
-    data = msgspec.json.decode(end.result)
-    if end.state == "failed":
-        data = {**msgspec.json.decode(body_of(run, order, reply=None)), "status": end.status, **data}
-    body: dict[str, Any] = {
-        "type": f"run.{end.state}",
-        "timestamp": datetime.fromtimestamp(now, UTC).isoformat().replace("+00:00", "Z"),
-        "data": data,
-    }
-    by_url = isinstance(order.reply_to, str)
-    if not by_url:
-        body |= {"reply_to": order.reply_to, "live": end.extra}
+    ended = _as_ended(run, end)
+    now = ended.finished_at or 0.0
+    body = callback_body(state=end.state, at=now, data=msgspec.json.encode(view(ended)))
+    target = order.reply_to
+    if not isinstance(target, str):
+        own = {"reply_to": order.reply_to, "live": end.extra}
+        body = msgspec.json.encode({**msgspec.json.decode(body), **own})
+        target = str(target["target"])
     return Delivery(
         id=f"msg_{secrets.token_hex(12)}",
         run_id=run.id,
         channel=run.channel,
-        target=order.reply_to if isinstance(order.reply_to, str) else msgspec.json.encode(order.reply_to).decode(),
-        body=msgspec.json.encode(body),
+        target=target,
+        body=body,
         created_at=now,
         due_at=now,
         # a channel knows where it has nothing left to do but edits; of a failure there is a line to write
-        repeatable=by_url or (end.state != "failed" and bool(end.extra.get("repeatable"))),
+        repeatable=isinstance(order.reply_to, str) or (end.state != "failed" and bool(end.extra.get("repeatable"))),
     )
 
 
@@ -305,6 +318,11 @@ class _Performance:
     def _kept(self) -> bool:
         """It was promised."""
         return self._run.acknowledged or self._run.id in self._runs.promised
+
+    @property
+    def is_owed(self) -> bool:
+        """It was promised, and has not ended."""
+        return self._kept and self.ended is None
 
     async def perform(self) -> None:
         """Does the run. Whatever it raises besides `Cancelled` has become its result."""
@@ -586,13 +604,14 @@ class Runs:
 
     async def perform(self, run: Run, *, down: Downstream | None = None) -> Run:
         """Does a run in the caller's task, and returns it with its result. Cancelled with the caller, it ends as
-        ``cancelled`` with what there was of the answer; unless it was acknowledged.
+        ``cancelled`` with what there was of the answer; one that was acknowledged goes on in the service.
 
         Args:
             down: The client that the answer is streamed to, as chunks of OpenAI's; None = nobody watches.
         """
         pause_s = RETRY_S
         performance = _Performance(self, run, down)
+        interrupted = True
         try:
             while True:
                 async with contextlib.AsyncExitStack() as stack:
@@ -605,10 +624,17 @@ class Runs:
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
                 performance = _Performance(self, run, down)
+            interrupted = False
+        except Exception:
+            interrupted = False
+            raise
         finally:
             performance.release()
-            self._give_place_back(run)
-            self.promised.discard(run.id)
+            if interrupted and performance.is_owed and not self._nursery.cancel_scope.cancel_called:
+                self.perform_soon(run)
+            else:
+                self._give_place_back(run)
+                self.promised.discard(run.id)
         return performance.ended or run
 
     def perform_soon(self, run: Run, *, down: Downstream | None = None) -> Doing:
@@ -699,7 +725,7 @@ class Runs:
     ) -> Write[bool]:
         """Queues the end of a run, with everything that belongs to it. Synchronous."""
         now = time.time()
-        delivery = _delivery(run, order, end, now) if order is not None else None
+        delivery = _delivery(run, order, end) if order is not None else None
         return self.gateway.store.runs.finish(
             run.id,
             state=end.state,

@@ -104,12 +104,13 @@ class TelegramAdapter:
     # -- the Bot API --------------------------------------------------------------------------------------------------
 
     async def _call(
-        self, method: str, parameters: Mapping[str, object] | None = None, *, within_s: float = ANSWER_S
+        self, method: str, parameters: Mapping[str, object] | None = None, *, within_s: float | None = None
     ) -> msgspec.Raw:
         """Calls a method, and returns its result.
 
         Args:
             parameters: Those that are None are left out.
+            within_s: How long the answer may take; left out: `ANSWER_S`.
 
         Raises:
             Trouble: It was not done; `_Rejected`, `Refused`: nor will it be.
@@ -117,6 +118,7 @@ class TelegramAdapter:
         body = msgspec.json.encode({name: value for name, value in (parameters or {}).items() if value is not None})
         path = f"/bot{self._channel.token}/{method}"
         answer = None
+        within_s = ANSWER_S if within_s is None else within_s
         with trio.move_on_after(within_s):
             answer = await self._channel.post(path, body, {"content-type": "application/json"})
         if answer is None:
@@ -195,6 +197,7 @@ class TelegramAdapter:
         if info.url:  # with one, there are no updates to be had
             await self._call("deleteWebhook", {"drop_pending_updates": False})
             log.warning("telegram_webhook_removed", channel=name)
+        self._channel.note_connected()  # the first answer to a poll can take a while
         offset = await self._offset(me)
         while await gateway.store.channels.hold(name, worker=gateway.workers.id, dead=()):
             raw = await self._call(

@@ -132,8 +132,23 @@ class Workers:
         if self._bell is not None:
             self._bell.ring(self._others.values(), topic.encode() + b" " + body)
 
-    def myself(self) -> Worker:
-        """This worker, as it is now."""
+    async def all(self) -> Sequence[Worker]:
+        """Every living worker, this one included, with what they last said of themselves, the oldest first. Before
+        `join`, it is this one alone, and the store is not asked.
+
+        Raises:
+            StoreUnavailable: Who else there is cannot be read.
+        """
+        return sorted([self._myself(), *await self.others()], key=lambda each: (each.started_at, each.id))
+
+    async def others(self) -> Sequence[Worker]:
+        """As `all`, without this one."""
+        if self._bell is None or not self.is_joined:
+            await trio.lowlevel.checkpoint()
+            return ()
+        return [each for each in await self._store.workers.all() if each.id != self.id and not _is_dead(each.address)]
+
+    def _myself(self) -> Worker:
         return Worker(
             id=self.id,
             pid=os.getpid(),
@@ -143,24 +158,10 @@ class Workers:
             snapshot=self._snapshot(),
         )
 
-    async def all(self) -> Sequence[Worker]:
-        """Every living worker, this one included, with what they last said of themselves, the oldest first. Before
-        `join`, it is this one alone, and the store is not asked.
-
-        Raises:
-            StoreUnavailable: Who else there is cannot be read.
-        """
-        me = self.myself()
-        if self._bell is None or not self.is_joined:
-            await trio.lowlevel.checkpoint()
-            return (me,)
-        others = [each for each in await self._store.workers.all() if each.id != me.id and not _is_dead(each.address)]
-        return sorted([me, *others], key=lambda each: (each.started_at, each.id))
-
     # -- beats and looks ----------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        await self._store.workers.beat(self.myself())
+        await self._store.workers.beat(self._myself())
 
     async def _look(self) -> None:
         """Sees who is there, and takes over from who is not any more."""

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import msgspec
-from quart import Blueprint, Response, current_app, jsonify, request
+from quart import Blueprint, Response, current_app, request
 
 from trigate.errors import NotFound
+from trigate.runs import view
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
@@ -32,21 +33,8 @@ async def run(name: str, run_id: str) -> Response:
     if found is None or found.channel != name or found.owner not in readers:
         raise NotFound(f"There is no run {run_id[:100]}.")
     deliveries = await gateway.store.deliveries.of_run(run_id)
-    return jsonify(
-        {
-            "id": found.id,
-            "object": "run",
-            "hook": found.channel,
-            "session": found.session,
-            "action": found.action,
-            "state": found.state,
-            "status": found.status or None,
-            "created": int(found.created_at),
-            "finished": int(found.finished_at) if found.finished_at is not None else None,
-            "result": msgspec.json.decode(found.result) if found.result else None,
-            "deliveries": [_delivery(each) for each in deliveries],
-        }
-    )
+    shown = {**view(found), "deliveries": [_delivery(each) for each in deliveries]}
+    return Response(msgspec.json.encode(shown), content_type="application/json")
 
 
 def _delivery(delivery: Delivery) -> dict[str, Any]:
