@@ -177,6 +177,8 @@ class TelegramServer:
                 return self._send(**parameters)
             case "editMessageText":
                 return self._edit(**parameters)
+            case "deleteMessage":
+                return self._delete(**parameters)
             case "sendChatAction":
                 self._check_chat(parameters["chat_id"])
                 return True
@@ -275,6 +277,12 @@ class TelegramServer:
         self._check_rate(chat_id)
         self.messages[chat_id, message_id] = text.strip()
         return self._message(chat_id, message_id)
+
+    def _delete(self, chat_id: int, message_id: int) -> Any:
+        self._check_chat(chat_id)
+        if self.messages.pop((chat_id, message_id), None) is None:
+            raise Refusal(400, "Bad Request: message to delete not found")
+        return True
 
     def _message(self, chat_id: int, message_id: int) -> Any:
         return {

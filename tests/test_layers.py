@@ -32,7 +32,7 @@ ROWS = (
     ("report", "hooks"),
     ("channels",),
     ("telegram", "slack"),
-    ("adapter",),
+    ("adapter", "replies"),
     ("runs",),
     ("exchange", "callbacks"),
     ("sessions", "outbox", "discovery"),

@@ -6,19 +6,21 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import trio
 from conftest import Logs, Served, _open_app, make_config
-from provider import Provider, Script, answers, says
+from provider import Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
 from trigate import channels, telegram
 from trigate.adapter import Channel
 from trigate.config import ChannelConfig, Seconds, Secret
 from trigate.errors import StoreUnavailable
+from trigate.memory_store import open_memory_store
 from trigate.runs import Order
 from trigate.store import Delivery, Run
 from trigate.telegram import TelegramAdapter
@@ -161,12 +163,25 @@ async def test_restart(tmp_path: Path) -> None:
     async with open_bot(says("1"), server=server, store=store) as (_, served):
         first = server.say("Hello")
         await server.wait_until(lambda server: server.texts() == ["1"] and not server.waiting)
+        await wait_for_row(served, replied=1)
     server.say("Again")
     server.calls.clear()
     async with open_bot(says("2"), server=server, store=store) as (_, served):
         await server.wait_until(lambda server: server.texts() == ["1", "2"])
         assert server.called("getUpdates")[0]["offset"] == first["update_id"] + 1
         assert len(served.providers["up"].calls) == 1
+
+
+async def test_begun_before(tmp_path: Path) -> None:
+    """A run that was cut with its process is done again after that, in the message in which it had been shown."""
+    server, store = TelegramServer(), str(tmp_path / "trigate.db")
+    async with open_bot((*says("Half")[:-1], Stall()), server=server, store=store):
+        server.say("Hello")
+        await server.wait_until(lambda server: server.texts() == ["Half"] and not server.waiting)
+    async with open_bot(says("Whole"), server=server, store=store) as (_, served):
+        await server.wait_until(lambda server: server.texts() == ["Whole"])
+        await wait_for_row(served, replied=1)
+    assert len(server.called("sendMessage")) == 1
 
 
 async def test_other_bot(tmp_path: Path) -> None:
@@ -293,7 +308,7 @@ async def test_webhook_unset() -> None:
 
 # -- what is shown, and what is said ----------------------------------------------------------------------------------
 
-PLACE = {"chat": 1, "thread": None, "message": 7, "is_group": False}
+PLACE = {"chat": 1, "thread": None, "message": 7, "is_group": False, "target": "1"}
 
 
 @contextlib.asynccontextmanager
@@ -303,19 +318,26 @@ async def open_adapter(**config: Any) -> AsyncIterator[tuple[TelegramServer, Tel
         own = ChannelConfig(
             type="telegram", token=Secret(literal=TOKEN), **{"edit_interval_s": Seconds(0.01), **config}
         )
-        nowhere: Any = None
-        channel = Channel("bot", own, nowhere, transport, base_url=url)
-        with trio.fail_after(PATIENCE_S):
-            yield server, TelegramAdapter(channel)
+        async with open_memory_store() as store:
+            gateway: Any = SimpleNamespace(store=store, outbox=SimpleNamespace(look=lambda: None))
+            channel = Channel("bot", own, gateway, transport, base_url=url)
+            with trio.fail_after(PATIENCE_S):
+                yield server, TelegramAdapter(channel)
 
 
 def delivery(
-    reply: str | None, *, live: Mapping[str, Any] | None = None, kind: str = "completed", **data: Any
+    reply: str | None,
+    *,
+    live: Mapping[str, Any] | None = None,
+    kind: str = "completed",
+    action: str = "chat",
+    status: int = 200,
+    **result: Any,
 ) -> Delivery:
     """What the outbox is given of a run that has ended."""
     body = {
         "type": f"run.{kind}",
-        "data": {"id": "run_1", "action": "chat", "reply": reply, **data},
+        "data": {"id": "run_1", "action": action, "status": status, "result": {"reply": reply, **result}},
         "reply_to": PLACE,
         "live": live or {},
     }
@@ -432,16 +454,22 @@ async def test_pace_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_delivery_is_throttled() -> None:
-    """A reply waits as long as Telegram says; where that is long, it is tried again, and nothing is said twice."""
+    """A reply waits as long as Telegram says. Where that is long, what is left to say is another delivery, so that
+    nothing is said twice, in whichever process."""
     text = "word " * 1500
+    long = Refusal(429, "Too Many Requests: retry after 90", retry_after=90)
     async with open_adapter() as (server, adapter):
-        server.refuse("sendMessage", None, Refusal(429, "Too Many Requests: retry after 90", retry_after=90))
+        server.refuse("sendMessage", long)
         receipt = await adapter.deliver(delivery(text))
         assert (receipt.delivered, receipt.again, receipt.after_s, receipt.unsure) == (False, True, 90.0, False)
+        server.refuse("sendMessage", None, long)
         assert (await adapter.deliver(delivery(text))).delivered
-        assert " ".join(server.texts()) == text.strip()
+        assert len(server.texts()) == 1
+        [rest] = await adapter._channel.gateway.store.deliveries.of_run("run_1")
+        assert 80 < rest.due_at - time.time() <= 90
         server.refuse("sendMessage", THROTTLED)
-        assert (await adapter.deliver(delivery("Hello"))).delivered
+        assert (await adapter.deliver(rest)).delivered
+        assert " ".join(server.texts()) == text.strip()
 
 
 @pytest.mark.parametrize("live", [{}, {"shown": [["999", 4]]}, {"shown": [["999", 8]]}])
@@ -502,10 +530,10 @@ async def test_no_answer_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("ended", "texts"),
     [
-        (delivery("", kind="completed"), ["The model gave an empty answer."]),
+        (delivery("", kind="completed"), ["The model answered with nothing."]),
         (delivery(None, action="reset"), ["This conversation begins anew."]),
         (delivery(None, action="stop", stopped=[{"id": "run_2"}]), ["Stopped."]),
-        (delivery(None, action="stop", stopped=[]), ["There is nothing to stop."]),
+        (delivery(None, action="stop", stopped=[]), ["There was nothing to stop."]),
         (delivery("", kind="cancelled"), []),
         (delivery("Good", kind="cancelled"), ["Good"]),
         (delivery(None, kind="failed", status=400), ["No answer: the model does not take this message. (run_1)"]),

@@ -9,8 +9,9 @@ channel (`store.Channels.hold`); another one takes over when it has ended.
 limits allow, and dropped where they do not. The latter is a delivery of the outbox. Telegram cannot tell a message that
 is sent twice; so one that may have arrived is not sent again.
 
-Texts are plain: there is no ``parse_mode``, so that nothing of a model's answer has to be escaped, or can
-be refused. Link previews are off: an answer that is being written would load each half of a URL.
+Texts are plain: there is no ``parse_mode``, so that nothing of a model's answer has to be escaped, or can be refused.
+Link previews are off: Telegram fetches what a link leads to, and a model that was talked into writing a URL must not
+send anything anywhere by that.
 
 Source: Telegram Bot API, "Making requests", "Getting updates", "sendMessage", "editMessageText", "sendChatAction";
 Bots FAQ, "My bot is hitting limits, how do I avoid this?": a message a second in a chat, 20 a minute in a group, 30 a
@@ -20,21 +21,22 @@ second in all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import ClassVar
 
 import attrs
 import msgspec
 import structlog
 import trio
 
-from trigate import display
+from trigate import display, replies
 from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.display import Display, NotShown
-from trigate.errors import Overloaded, Unavailable
+from trigate.errors import Overloaded, StoreUnavailable, Unavailable
 from trigate.outbox import Receipt
 from trigate.rates import Rates
 from trigate.runs import Live, Order
@@ -58,11 +60,11 @@ GROUP_INTERVAL_S = 3.0
 """The time between two edits in a group, at least."""
 EDITS_PER_S = 25.0
 """How many edits a second there may be in all chats together; the rest of what Telegram allows is for answers."""
-PATIENCE_S = 10.0
-"""How long a delivery waits where Telegram says so, before it is tried again as another attempt."""
+ATTEMPT_S = 12.0
+"""After how long an attempt of a delivery begins no further message: less, with one call, than the outbox allows."""
 _BUSY_S = 1.0
+_REST_S = 5.0
 _NO_PREVIEW = {"is_disabled": True}
-_MAX_PROGRESS = 1000
 
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 _decode_update = msgspec.json.Decoder(Update).decode
@@ -96,7 +98,6 @@ class TelegramAdapter:
         self._rates = Rates()
         self._quiet_until: dict[int, float] = {}  # in Trio's time, by chat: when Telegram will hear of it again
         self._moved: dict[int, int] = {}
-        self._progress: dict[str, list[display.Shown]] = {}  # of deliveries that have another attempt
 
     def __repr__(self) -> str:
         return f"<TelegramAdapter {self._channel!r}>"
@@ -284,7 +285,7 @@ class TelegramAdapter:
             model=config.model,
             system=config.system,
             parameters=config.parameters,
-            reply_to=attrs.asdict(message.place),
+            reply_to={**attrs.asdict(message.place), "target": str(message.place.chat)},
         )
 
     # -- what goes out ------------------------------------------------------------------------------------------------
@@ -292,12 +293,14 @@ class TelegramAdapter:
     @contextlib.asynccontextmanager
     async def watch(self, run: Run, order: Order) -> AsyncIterator[Live]:
         """As `runs.Audience.watch`."""
-        assert isinstance(order.reply_to, Mapping)
-        place = Place(**order.reply_to)
+        place = msgspec.convert(order.reply_to, Place)
+        store = self._channel.gateway.store
+        before = await replies.shown_before(store, run)
         interval_s: float = self._channel.config.edit_interval_s
         if place.is_group and interval_s:
             interval_s = max(interval_s, GROUP_INTERVAL_S)
-        live = Display(_Screen(self, place, interval_s), split=split, interval_s=interval_s)
+        screen = _Screen(self, place, interval_s, functools.partial(replies.note_shown, store, run), bool(before))
+        live = Display(screen, split=split, interval_s=interval_s, shown=before)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._aside, self._type, place)
             nursery.start_soon(self._aside, live.run)
@@ -382,69 +385,107 @@ class TelegramAdapter:
         return wait_s or self._rates.take("all", rate_per_s=EDITS_PER_S, burst=int(EDITS_PER_S), now=now)
 
     async def deliver(self, delivery: Delivery) -> Receipt:
-        """As `outbox.Carrier.deliver`."""
-        body = msgspec.json.decode(delivery.body)
-        place = Place(**body["reply_to"])
-        shown = display.load(body["live"])
-        text, keeps_shown = words_of_result(body)
-        passages = split(text)
-        # The messages that hold the text. What a worker has written before its attempt failed is known to that one.
-        told = self._progress.pop(delivery.id, [] if keeps_shown else list(shown))
-        patience_s = PATIENCE_S
-        while (step := display.next_step(told, passages)) is not None:
-            message_id, passage = step
+        """As `outbox.Carrier.deliver`. What of it could not be written is another delivery, so that nothing is written
+        twice."""
+        told = replies.told(delivery)
+        place = msgspec.convert(told.reply_to, Place)
+        before = display.load(told.live)
+        shown = [] if told.has_failed else list(before)
+        passages = split(told.words())
+        until = trio.current_time() + ATTEMPT_S
+        writes = 0
+        while (step := display.next_step(shown, passages)) is not None:
+            message_id, _ = step
+            is_new = message_id is None
             try:
-                if message_id is None:
-                    is_first = not told and not shown
-                    told.append(display.Shown(await self.write(place, passage, is_first=is_first), len(passage)))
-                else:
-                    index = next(index for index, one in enumerate(told) if one.id == message_id)
-                    try:
-                        await self.edit(place, message_id, passage)
-                        told[index] = display.Shown(message_id, len(passage))
-                    except _Rejected:
-                        del told[index:]  # it is there no more, or too old: the rest is written anew
+                if writes and is_new and trio.current_time() > until:
+                    raise Trouble("There is more to write than one attempt has time for.", after_s=0.0)
+                await display.take_step(_Paper(self, place, is_first=not shown and not before), shown, step)
             except _Rejected as error:
-                await trio.lowlevel.checkpoint()
-                return Receipt(delivered=False, status=error.status, error=error.message)
+                if is_new:
+                    await trio.lowlevel.checkpoint()
+                    return Receipt(delivered=False, status=error.status, error=error.message)
+                # it is there no more, or too old: the rest is written anew
+                del shown[next(index for index, one in enumerate(shown) if one.id == message_id) :]
             except Trouble as error:
-                if error.after_s is not None and error.after_s <= patience_s:
-                    patience_s -= error.after_s
+                if error.after_s and trio.current_time() + error.after_s < until:
                     await trio.sleep(error.after_s)
                     continue
-                if len(self._progress) < _MAX_PROGRESS:
-                    self._progress[delivery.id] = told
+                unsure = error.unsure and is_new  # to edit twice does no harm
+                if writes and not unsure:
+                    return await self._leave_rest(delivery, shown, after_s=error.after_s or 0.0)
                 await trio.lowlevel.checkpoint()
-                unsure = error.unsure and message_id is None  # to edit twice does no harm
                 return Receipt(delivered=False, again=True, after_s=error.after_s, error=error.message, unsure=unsure)
+            else:
+                writes += is_new
+        for one in shown[len(passages) :]:  # of a run that was begun before, and said more then
+            with contextlib.suppress(Trouble):
+                await self._to(place, "deleteMessage", {"message_id": int(one.id)})
         await trio.lowlevel.checkpoint()
+        return Receipt(delivered=True, status=200)
+
+    async def _leave_rest(self, delivery: Delivery, shown: list[display.Shown], *, after_s: float) -> Receipt:
+        gateway = self._channel.gateway
+        try:
+            await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)
+        except StoreUnavailable as error:
+            return Receipt(delivered=False, error=error.message, unsure=True)
+        gateway.outbox.look()
         return Receipt(delivered=True, status=200)
 
 
 @attrs.frozen
+class _Paper:
+    """Where a delivery is written (`display.Screen`). Raises what the adapter does."""
+
+    adapter: TelegramAdapter
+    place: Place
+    is_first: bool
+
+    async def write(self, text: str) -> str:
+        """As `Screen.write`."""
+        return await self.adapter.write(self.place, text, is_first=self.is_first)
+
+    async def edit(self, message_id: str, text: str) -> None:
+        """As `Screen.edit`."""
+        await self.adapter.edit(self.place, message_id, text)
+
+
+@attrs.define(eq=False)
 class _Screen:
-    """Where a run is shown (`display.Screen`): as far as limits allow."""
+    """Where a run is shown while it goes on (`display.Screen`): as far as limits allow.
+
+    Attributes:
+        note: Keeps the id of a message that was written.
+    """
 
     adapter: TelegramAdapter
     place: Place
     interval_s: float
-    written: list[str] = attrs.field(factory=list)
+    note: Callable[[str], Awaitable[None]]
+    has_begun: bool
 
     async def write(self, text: str) -> str:
         """As `Screen.write`."""
-        await self._wait_allowed()
-        with _as_not_shown():
-            message_id = await self.adapter.write(self.place, text, is_first=not self.written)
-        self.written.append(message_id)
+        await self._check_allowed()
+        try:
+            message_id = await self.adapter.write(self.place, text, is_first=not self.has_begun)
+        except Trouble as error:
+            # one that may be there is not written again while the text grows
+            raise NotShown(None if error.unsure else _rest_s(error)) from error
+        self.has_begun = True
+        await self.note(message_id)
         return message_id
 
     async def edit(self, message_id: str, text: str) -> None:
         """As `Screen.edit`."""
-        await self._wait_allowed()
-        with _as_not_shown():
+        await self._check_allowed()
+        try:
             await self.adapter.edit(self.place, message_id, text)
+        except Trouble as error:
+            raise NotShown(_rest_s(error)) from error
 
-    async def _wait_allowed(self) -> None:
+    async def _check_allowed(self) -> None:
         await trio.lowlevel.checkpoint()
         if not self.interval_s:
             raise NotShown
@@ -453,14 +494,8 @@ class _Screen:
             raise NotShown(wait_s)
 
 
-@contextlib.contextmanager
-def _as_not_shown() -> Iterator[None]:
-    try:
-        yield
-    except _Rejected as error:
-        raise NotShown from error
-    except Trouble as error:
-        raise NotShown(error.after_s or ANSWER_S) from error
+def _rest_s(error: Trouble) -> float | None:
+    return None if isinstance(error, _Rejected | Refused) else error.after_s or _REST_S
 
 
 def _digest(message: Incoming) -> bytes:
@@ -474,42 +509,3 @@ def _id_of(body: bytes) -> int:
         update_id: int
 
     return msgspec.json.decode(body, type=Id).update_id
-
-
-def words_of_result(body: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the user is told of a run that has ended, and whether what was shown of it stays as it is.
-
-    A run that failed has no answer, and none is made up: there is one line that says so.
-
-    Args:
-        body: A `store.Delivery.body`.
-
-    >>> words_of_result({"type": "run.completed", "data": {"action": "chat", "reply": "Hello"}})
-    ('Hello', False)
-    >>> words_of_result({"type": "run.failed", "data": {"action": "chat", "id": "run_1", "status": 502}, "live": {}})
-    ('No answer: the model could not be reached. Please try again later. (run_1)', False)
-    """
-    data = body["data"]
-    action = data["action"]
-    if body["type"] == "run.failed":
-        was_shown = bool(display.load(body["live"]))
-        begun = "The answer above is incomplete" if was_shown else "No answer"
-        return f"{begun}: {_reason(data.get('status', 500))} ({data['id']})", was_shown
-    if action == "reset":
-        return "This conversation begins anew.", False
-    if action == "stop":
-        return ("Stopped." if data.get("stopped") else "There is nothing to stop."), False
-    reply = data.get("reply") or ""
-    if body["type"] == "run.cancelled":
-        return reply, False  # whoever stopped it knows
-    return (reply if reply.strip() else "The model gave an empty answer."), False
-
-
-def _reason(status: int) -> str:
-    if status == 409:
-        return "the message before this one is still being answered. Please try again later."
-    if status == 429:
-        return "the model has too much to do. Please try again later."
-    if status >= 500:
-        return "the model could not be reached. Please try again later."
-    return "the model does not take this message."
