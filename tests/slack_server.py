@@ -266,7 +266,21 @@ class _MemoryTransport(httpx2.AsyncBaseTransport):
         if answer is None:
             raise httpx2.ReadError("")
         status, headers, content = answer
-        return httpx2.Response(status, headers=headers, content=content)
+        return httpx2.Response(status, headers=headers, stream=_Body(content))
+
+
+class _Body(httpx2.AsyncByteStream):
+    def __init__(self, content: bytes) -> None:
+        self._rest = [content]
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if not self._rest:
+            raise StopAsyncIteration
+        return self._rest.pop()
 
 
 # -- over a socket ----------------------------------------------------------------------------------------------------

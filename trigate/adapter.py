@@ -132,11 +132,12 @@ class Channel:
             text = text.replace(secret, "[redacted]")
         return text
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str], *, once: bool = False) -> Answer:
         """Sends one request to the platform, and reads its answer whole. How long that may take is the caller's.
 
         Args:
             path: Below the base URL, with its leading slash.
+            once: It must not arrive twice. (Any other is sent again where an idle connection turns out to have ended.)
 
         Raises:
             Trouble: There is no answer; ``unsure`` where the request may have arrived.
@@ -147,7 +148,7 @@ class Channel:
                 self.base_url + path,
                 headers={"accept-encoding": "identity", "user-agent": "trigate", **headers},
                 content=body,
-                extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}},
+                extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}, "trigate.once": once},
             )
             response = await self._transport.handle_async_request(request)
             try:

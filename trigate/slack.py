@@ -206,11 +206,18 @@ class SlackAdapter:
         screen = _LiveScreen(self, place, functools.partial(self._note_shown, run))
         shown = Display(screen, split=slack_messages.split, interval_s=interval_s, shown=await self._shown_before(run))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(shown.run)
+            nursery.start_soon(self._run_aside, shown)
             try:
                 yield shown
             finally:
                 nursery.cancel_scope.cancel()
+
+    async def _run_aside(self, shown: Display) -> None:  # noqa: ASYNC910 - it waits for something to show
+        """Shows a text: a defect in that must not end the run."""
+        try:
+            await shown.run()
+        except Exception:
+            log.exception("slack_display_crashed", channel=self._channel.name)
 
     async def _note_shown(self, run: Run, message_id: str) -> None:
         """Keeps the id of a message that shows a run: if this process ends, the next one edits it. It is kept as a
@@ -357,7 +364,9 @@ class SlackAdapter:
             "content-type": "application/json; charset=utf-8",
         }
         with trio.move_on_after(CALL_TIMEOUT_S) as scope:
-            found = await self._channel.post(f"/{method}", msgspec.json.encode(fields), headers)
+            found = await self._channel.post(
+                f"/{method}", msgspec.json.encode(fields), headers, once=method == "chat.postMessage"
+            )
         if scope.cancelled_caught:
             raise Trouble(f"{method} was not answered within {CALL_TIMEOUT_S:g} s.", unsure=True)
         after_s = _seconds(found.headers.get("retry-after"))
@@ -474,4 +483,5 @@ def _failure(told: _Told, begun: bool) -> str:
     """One line about a run that has failed. Only the kind of error: its words are for who runs the gateway."""
     error = told.data.get("error")
     code = error.get("code") if isinstance(error, dict) else None
+    code = code or f"status {told.data.get('status')}"  # an error of a provider's own making
     return f"The answer is incomplete ({code})." if begun else f"There is no answer ({code})."
