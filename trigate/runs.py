@@ -121,7 +121,8 @@ class Live(Protocol):
         """The text so far. Synchronous, and called often: whoever shows it takes the last one when it can."""
 
     async def end(self) -> Mapping[str, Any]:
-        """Stops showing. Returns what the delivery of the final text has to know (the id of the message to edit)."""
+        """Stops showing. Returns what the delivery of the final text has to know (the id of the message to edit), as
+        JSON; with ``repeatable`` true, it may be delivered twice without harm."""
 
 
 class Audience(Protocol):
@@ -282,7 +283,8 @@ def _delivery(run: Run, order: Order, end: _End) -> Delivery | None:
         body=body,
         created_at=now,
         due_at=now,
-        repeatable=isinstance(order.reply_to, str),
+        # a channel knows where it has nothing left to do but edits; of a failure there is a line to write
+        repeatable=isinstance(order.reply_to, str) or (end.state != "failed" and bool(end.extra.get("repeatable"))),
     )
 
 
