@@ -79,6 +79,7 @@ class Channels:
         self._transports = transports
         self._nursery = nursery
         self._running: dict[str, _Supervised] = {}
+        self._ending: dict[str, trio.Event] = {}  # the last of each name that was stopped
         self._still: dict[str, ChannelStatistics] = {}  # webhooks, and what is switched off
 
     def __repr__(self) -> str:
@@ -93,9 +94,8 @@ class Channels:
         """The configuration has changed: starts, stops and changes what has to be. Synchronous."""
         config = self._gateway.generation.config
         wanted = {name: own for name, own in config.channels.items() if f"channels.{name}" not in config.disabled}
-        stopped = {
-            name: self._stop(name) for name, each in list(self._running.items()) if wanted.get(name) != each.config
-        }
+        for name in [name for name, each in self._running.items() if wanted.get(name) != each.config]:
+            self._stop(name)
         still = [
             _still(name, "webhook", "connected" if hook.enabled else "disabled")
             for name, hook in (config.hooks or {}).items()
@@ -110,9 +110,9 @@ class Channels:
         }
         for name, own in wanted.items():
             if name not in self._running:
-                self._start(name, own, stopped.get(name))
+                self._start(name, own)
 
-    def _start(self, name: str, config: ChannelConfig, after: trio.Event | None) -> None:
+    def _start(self, name: str, config: ChannelConfig) -> None:
         kind = ADAPTERS[config.type]
         base_url = str(config.base_url or kind.default_base_url)
         transport = self._transports(f"channels.{name}", UpstreamConfig(base_url=base_url))  # type: ignore[arg-type]
@@ -122,14 +122,14 @@ class Channels:
         self._gateway.runs.audiences[name] = each.adapter
         self._gateway.outbox.carriers[name] = each.adapter
         self._gateway.outbox.look()
-        self._nursery.start_soon(self._supervise, each, transport, after)
+        self._nursery.start_soon(self._supervise, each, transport, self._ending.pop(name, None))
 
-    def _stop(self, name: str) -> trio.Event:
+    def _stop(self, name: str) -> None:
         each = self._running.pop(name)
+        self._ending[name] = each.ended
         each.scope.cancel()
         del self._gateway.runs.audiences[name]
         del self._gateway.outbox.carriers[name]
-        return each.ended
 
     def statistics(self) -> Sequence[ChannelStatistics]:
         """All channels, hooks included, in the order of the configuration."""
@@ -149,9 +149,9 @@ class Channels:
             async with transport, trio.open_nursery() as nursery:
                 if isinstance(transport, SocketTransport):
                     nursery.start_soon(transport.run)
+                if after is not None:  # a platform is read by one at a time: also if this one is stopped meanwhile
+                    await after.wait()
                 with each.scope:
-                    if after is not None:  # a platform is read by one at a time
-                        await after.wait()
                     await self._keep_running(each)
                 nursery.cancel_scope.cancel()
         finally:

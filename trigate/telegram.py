@@ -121,7 +121,9 @@ class TelegramAdapter:
         answer = None
         within_s = ANSWER_S if within_s is None else within_s
         with trio.move_on_after(within_s):
-            answer = await self._channel.post(path, body, {"content-type": "application/json"})
+            answer = await self._channel.post(
+                path, body, {"content-type": "application/json"}, once=method == "sendMessage"
+            )
         if answer is None:
             raise Trouble(f"{method} was not answered within {within_s:g} s.", unsure=True)
         try:
