@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,3 +112,11 @@ def test_a_key_that_went_begins_anew() -> None:
     assert rates.take("b", rate_per_s=1.0, burst=1, now=0.0) == 0.0
     assert rates.take("a", rate_per_s=1.0, burst=1, now=0.0) == 0.0
     assert rates.take("a", rate_per_s=1.0, burst=1, now=0.0) == 1.0
+
+
+@pytest.mark.parametrize("rate_per_s", [3.0, 50.0, 0.7])
+def test_a_burst_is_as_large_as_it_says(rate_per_s: float) -> None:
+    """Whatever its intervals add up to in binary: all of it is allowed, and no more."""
+    rates = Rates()
+    taken = [rates.take("a", rate_per_s=rate_per_s, burst=100, now=1e5) for _ in range(101)]
+    assert [wait_s == 0.0 for wait_s in taken] == [True] * 100 + [False]

@@ -221,6 +221,13 @@ class Stopped(CallError):
     code = "stopped"
 
 
+class IdempotencyConflict(CallError):
+    """An idempotency key stands for a message with another body."""
+
+    status = 409
+    code = "idempotency_conflict"
+
+
 class TooLarge(CallError):
     """The request body is larger than ``limits.body_bytes``."""
 

@@ -62,17 +62,23 @@ class Downstream(Protocol):
     """The client's side of an exchange, as `connection` offers it. What is sent is sent whole; no send raises when the
     client is gone (its nursery is being cancelled then)."""
 
-    committed: bool
-    """The status line is out."""
     sending_since: float | None
     """Since when a send has been waiting for the client to read; None = none is."""
     last_sent_at: float
-    gone: bool
-    """The client has left."""
     patience_s: float
     """How long a send may wait for the client."""
-    ended: bool
-    """The last byte of the answer has been handed over."""
+
+    @property
+    def committed(self) -> bool:
+        """The status line is out."""
+
+    @property
+    def ended(self) -> bool:
+        """The last byte of the answer has been handed over."""
+
+    @property
+    def gone(self) -> bool:
+        """The client has left."""
 
     @property
     def socket(self) -> socket.socket | None:

@@ -28,12 +28,16 @@ import trio
 
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
+from trigate.callbacks import Callbacks, open_callbacks
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
+from trigate.hooks import Hooks
 from trigate.leaving import Leaving, open_leaving
+from trigate.outbox import Outbox, open_outbox
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
+from trigate.runs import Runs, open_runs
 from trigate.sessions import Sessions
 from trigate.store import Store
 from trigate.timers import Timers, open_timers
@@ -342,6 +346,10 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
+        self.runs: Runs
+        self.callbacks: Callbacks
+        self.outbox: Outbox
+        self.hooks = Hooks(self)
         self.channels: Channels | None = None
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
@@ -422,6 +430,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
+            self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
             while True:
                 await self._reload_asked.wait()
@@ -443,6 +452,7 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
+                self.callbacks.apply(config.hooks or {}, self.outbox)
                 self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
@@ -548,7 +558,11 @@ async def open_gateway(
         gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
-            async with _running(gateway, first, transports, path):
+            async with (
+                open_callbacks(trust=_trust) as gateway.callbacks,
+                open_outbox(store, gateway.workers) as gateway.outbox,
+                _running(gateway, first, transports, path),
+            ):
                 yield gateway
 
 
@@ -559,13 +573,16 @@ async def _running(
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run_generations, first, transports)
-            if path is not None:
-                nursery.start_soon(gateway.watch_file, path)
-            nursery.start_soon(gateway.use_store)
-            nursery.start_soon(
-                storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
-            )
             try:
-                yield
+                # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
+                # anybody joins the other workers.
+                async with open_runs(gateway) as gateway.runs:
+                    if path is not None:
+                        nursery.start_soon(gateway.watch_file, path)
+                    nursery.start_soon(gateway.use_store)
+                    nursery.start_soon(
+                        storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
+                    )
+                    yield
             finally:
                 nursery.cancel_scope.cancel()

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import heapq
 
+_ROUNDING_S = 1e-9
+"""Sums of intervals are not exact, and the last one of a burst must not be refused for that."""
+
 
 class Rates:
     """The debts of the keys.
@@ -55,7 +58,7 @@ class Rates:
         interval_s = 1 / rate_per_s
         paid_at_s = max(self._paid_at_s.get(key, now), now)
         wait_s = paid_at_s - (burst - 1) * interval_s - now
-        if wait_s > 0:
+        if wait_s > _ROUNDING_S:
             return wait_s
         if key not in self._paid_at_s and len(self) >= self._max_keys:
             self._forget_one()
