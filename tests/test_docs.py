@@ -69,6 +69,7 @@ SECTIONS = {
     "[models.ALIAS]": config.ModelConfig,
     "[limits]": config.LimitsConfig,
     "[store]": config.StoreConfig,
+    "[sessions]": config.SessionsConfig,
 }
 
 
