@@ -482,11 +482,11 @@ class GatewayConnection(TrioASGIHTTPConnection):
             down.headers += _cors_headers(head.origin, config)
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
-            owner = ""
             hook, rest = _hook_of(head.path)
             if hook and not rest:
-                await self._hook(hook, head, request_id, inbound, down)
+                await self._hook(hook, head, inbound, down)
                 return
+            owner = ""
             if hook:
                 scope["trigate.readers"] = hooks.readers(
                     hook, config, head.headers, functools.partial(authorize, head, config)
@@ -576,7 +576,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if failure is not None:
             raise failure
 
-    async def _hook(self, name: str, head: Head, request_id: str, inbound: Inbound, down: Downstream) -> None:
+    async def _hook(self, name: str, head: Head, inbound: Inbound, down: Downstream) -> None:
         config = self.app.gateway.generation.config
         visit = self.app.gateway.hooks.visit(
             hooks.Request(
@@ -625,6 +625,35 @@ class GatewayConnection(TrioASGIHTTPConnection):
             # nearly always: a deadline would cost more than this
             return (await inbound.receive()).get("body", b"")  # type: ignore[no-any-return]
         return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
+
+
+async def _take_turn(
+    gateway: Gateway,
+    owner: str,
+    key: str,
+    call: Call,
+    exchange_for: Callable[[Call, Recorder], Exchange],
+    nursery: trio.Nursery,
+) -> GatewayError | None:
+    """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
+    no limit in time but its own.
+
+    Returns:
+        Why it could not; returned, since the nursery would make a group of it.
+    """
+    try:
+        async with gateway.sessions.open_turn(owner, key, limits=gateway.generation.config.sessions) as turn:
+            composed = turn.compose(call)
+            recorder = SessionRecorder(gateway.store, turn)
+            exchange = exchange_for(composed, recorder)
+            turn.cut = exchange.cut
+            try:
+                await exchange.run(nursery)
+            finally:
+                recorder.settle(exchange.usage)
+    except GatewayError as error:
+        return error
+    return None
 
 
 def _hook_of(path: str) -> tuple[str, str]:

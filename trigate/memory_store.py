@@ -7,6 +7,7 @@ called; to await it is a checkpoint, and no more.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -186,7 +187,12 @@ class MemoryTables:
         return sorted(pending, key=lambda each: each.due_at)
 
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
-        return [each for each in self._pending(channels) if each.due_at <= at][:limit]
+        busy = {(each.channel, each.target) for each in self._deliveries.values() if each.state == "sending"}
+        first: dict[Key, Delivery] = {}
+        for each in self._pending(channels):
+            if each.due_at <= at and (each.channel, each.target) not in busy:
+                first.setdefault((each.channel, each.target), each)
+        return list(first.values())[:limit]
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
         return [each for each in self._deliveries.values() if each.state == "sending" and each.worker in workers]
@@ -195,7 +201,7 @@ class MemoryTables:
         return [each for each in self._deliveries.values() if each.run_id == run_id]
 
     def next_due_at(self, channels: Sequence[str]) -> float | None:
-        return next((each.due_at for each in self._pending(channels)), None)
+        return next((each.due_at for each in self.due(math.inf, channels, limit=1)), None)
 
     def depth(self) -> dict[str, int]:
         counts: dict[str, int] = {}

@@ -110,7 +110,8 @@ MIGRATIONS = (
         done_at REAL
     ) STRICT;
     CREATE INDEX deliveries_of_run ON deliveries (run_id);
-    CREATE INDEX deliveries_due ON deliveries (due_at) WHERE state = 'pending';
+    CREATE INDEX deliveries_waiting ON deliveries (channel, target, due_at) WHERE state = 'pending';
+    CREATE INDEX deliveries_under_way ON deliveries (channel, target) WHERE state = 'sending';
     CREATE INDEX deliveries_open ON deliveries (channel, worker) WHERE state IN ('pending', 'sending');
     CREATE INDEX deliveries_by_age ON deliveries (coalesce(done_at, due_at))
         WHERE state NOT IN ('pending', 'sending');
@@ -361,8 +362,32 @@ class SqliteTables:
         self._put(_DELIVERIES, delivery)
 
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
-        where = f"WHERE state = 'pending' AND due_at <= ? AND {_in('channel', channels)}"
-        return self._all(_DELIVERIES, f"{where} ORDER BY due_at, number LIMIT ?", at, *channels, limit)
+        if not channels:
+            return []
+        # One step of the index for each target, however many wait for it: one that is slow has a long queue.
+        where = f"""WHERE number IN (
+            WITH RECURSIVE named (channel) AS (VALUES {", ".join(["(?)"] * len(channels))}),
+            place (channel, target) AS (
+                SELECT channel, (
+                    SELECT min(target) FROM deliveries AS d WHERE state = 'pending' AND d.channel = named.channel
+                )
+                FROM named
+                UNION ALL
+                SELECT channel, (
+                    SELECT min(target) FROM deliveries AS d
+                    WHERE state = 'pending' AND d.channel = place.channel AND d.target > place.target
+                ) FROM place WHERE target IS NOT NULL
+            )
+            SELECT (
+                SELECT number FROM deliveries AS d
+                WHERE state = 'pending' AND d.channel = place.channel AND d.target = place.target
+                ORDER BY due_at, number LIMIT 1
+            ) FROM place WHERE NOT EXISTS (
+                SELECT 1 FROM deliveries AS d
+                WHERE state = 'sending' AND d.channel = place.channel AND d.target = place.target
+            )
+        ) AND due_at <= ? ORDER BY due_at, number LIMIT ?"""
+        return self._all(_DELIVERIES, where, *channels, at, limit)
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
         where = f"WHERE {_IS_OPEN} AND state = 'sending' AND {_in('worker', workers)} ORDER BY number"
