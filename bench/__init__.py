@@ -13,5 +13,6 @@ The rooms, in the order in which a run walks them:
 - `distribution`: histograms, medians, ratios;
 - `machine`: what it was measured on;
 - `report`: tables and comparisons; `terminal` and `plots` show them;
+- `acknowledgements`: durable acknowledgements of webhooks, beside what the disk can do;
 - `rooms`: micro-benchmarks of the pure rooms, for pytest-benchmark.
 """

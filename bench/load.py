@@ -57,6 +57,7 @@ class Job:
         port: On 127.0.0.1: the bench measures what runs on the same machine, for its clocks are compared.
         path: What to call.
         body: The whole body; ``@ID@`` in it becomes the stream's number.
+        status: Of a right answer. Only of a 200 the body is looked at.
         stream: Whether the answer is a stream, of ``events`` content events.
         connections: Clients, streams, or (``open``) the most connections.
         rate: Calls per second, of an ``open`` load.
@@ -79,6 +80,7 @@ class Job:
     path: str = "/v1/chat/completions"
     headers: Mapping[str, str] = {}
     body: str
+    status: int = 200
     stream: bool = False
     events: int = 0
     connections: int = 1
@@ -538,8 +540,10 @@ class Load:
         self._free(client, keep=keep)
 
     def _what_is_wrong(self, client: Client) -> str:
-        if client.status != 200:
+        if client.status != self.job.status:
             return f"status {client.status}"
+        if self.job.status != 200:
+            return ""
         if not self.streams:
             return "" if b'"choices"' in client.head else "no choices"
         if client.events != self.job.events:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
@@ -22,7 +23,7 @@ from asgi_client import AsgiClient
 from provider import Provider
 
 from trigate import config as configuration
-from trigate import server
+from trigate import server, storage
 from trigate.application import GatewayApp, create_app
 from trigate.config import Config, Port
 from trigate.gateway import Gateway, http_transport, open_gateway
@@ -30,6 +31,17 @@ from trigate.gateway import Gateway, http_transport, open_gateway
 # A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# -- the store --------------------------------------------------------------------------------------------------------
+
+os.environ["TRIGATE_STORE"] = storage.MEMORY  # of processes, too, that are not started by `processes`
+
+
+@pytest.fixture(autouse=True)
+def no_store_of_mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the data of whoever runs it: a store that nobody has named is in memory."""
+    monkeypatch.setattr(storage, "default_location", lambda: storage.MEMORY)
+
 
 # -- the log ----------------------------------------------------------------------------------------------------------
 
@@ -153,7 +165,10 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def _open_app(
-    config: Config | None = None, providers: Mapping[str, Provider] | Provider | None = None
+    config: Config | None = None,
+    providers: Mapping[str, Provider] | Provider | None = None,
+    *,
+    store: str | os.PathLike[str] = storage.MEMORY,
 ) -> AsyncIterator[Served]:
     settings = config if config is not None else make_config()
     if providers is None or isinstance(providers, Provider):
@@ -161,7 +176,9 @@ async def _open_app(
     found = providers
     # Any: hypercorn's ASGI types are not those of the server
     app: Any = create_app(
-        opener=lambda: open_gateway(settings, env={}, transports=lambda name, _: found[name].transport())
+        opener=lambda: open_gateway(
+            settings, env={"TRIGATE_STORE": os.fspath(store)}, transports=lambda name, _: found[name].transport()
+        )
     )
     async with server.open_lifespan(app) as state, trio.open_nursery() as nursery:
         client = AsgiClient(app, nursery)

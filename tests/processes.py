@@ -62,7 +62,7 @@ class Gateway:
 
 
 def environment(config: Path | None = None, **more: str) -> dict[str, str]:
-    """This process's environment without keys and settings that a gateway would pick up."""
+    """This process's environment without keys and settings that a gateway would pick up; what it keeps, in memory."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -71,6 +71,7 @@ def environment(config: Path | None = None, **more: str) -> dict[str, str]:
     root = str(Path(trigate.__file__).parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     env["PYTHONUNBUFFERED"] = "1"
+    env["TRIGATE_STORE"] = ":memory:"
     if config is not None:
         env["TRIGATE_CONFIG"] = str(config)
     return env | more

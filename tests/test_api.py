@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -242,7 +243,7 @@ async def test_a_start_waits_for_no_slow_upstream(open_app: OpenApp, autojump_cl
 
 
 async def test_status_of_an_idle_gateway(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The contract: version, uptime twice, channels and sessions, upstreams, streams, totals."""
+    """The contract: version, uptime twice, workers, channels, sessions, the store, upstreams, streams, totals."""
     async with open_app() as served:
         await trio.sleep(3_661)
         status = (await served.client.ask("GET", "/status")).json
@@ -251,8 +252,12 @@ async def test_status_of_an_idle_gateway(open_app: OpenApp, autojump_clock: Mock
         assert status["uptime_s"] == pytest.approx(3_661, abs=1)
         assert re.fullmatch(r"1:01:0[12]", status["uptime"])
         assert status["channels"] == []
-        assert status["sessions"] == {"active": 0, "total": 0}
-        assert status["streams"] == []
+        assert status["sessions"] == {"active": 0, "total": 0, "busy": 0}
+        assert status["outbox"] == {"depth": 0}
+        assert status["store"] == {"kind": "memory", "path": ":memory:", "state": "open", "error": None}
+        [worker] = status["workers"]
+        assert (worker["pid"], worker["status"], worker["live"]) == (os.getpid(), "ok", 0)
+        assert status["streams"] == {"live": 0, "by_phase": {}, "by_upstream": {}, "oldest": []}
         assert status["config"] == "test"
         assert status["reload_error"] is None
         assert [upstream["name"] for upstream in status["upstreams"]] == ["up"]
@@ -272,7 +277,8 @@ async def test_status_shows_what_is_in_flight(open_app: OpenApp, autojump_clock:
         served.client.chat()
         await wait_all_tasks_blocked()
         call = await served.client.ask("GET", "/status")
-        streams = call.json["streams"]
+        streams = call.json["streams"]["oldest"]
+        assert call.json["streams"]["by_phase"] == {"streaming": 1, "connecting": 1, "queued": 1}
         assert [stream["phase"] for stream in streams] == ["streaming", "connecting", "queued"]
         assert streams[0] == {
             "id": "id-1",
@@ -283,6 +289,7 @@ async def test_status_shows_what_is_in_flight(open_app: OpenApp, autojump_clock:
             "age_s": pytest.approx(5, abs=0.1),
             "events": 2,
             "bytes": len(first.body),
+            "worker": served.gateway.workers.id,
         }
         [upstream] = call.json["upstreams"]
         assert (upstream["in_flight"], upstream["queued"], upstream["max_connections"]) == (2, 1, 2)

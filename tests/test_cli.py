@@ -109,7 +109,7 @@ def test_a_wrong_command_line(run: Run, args: tuple[str, ...]) -> None:
 
 
 def test_check_prints_what_the_file_makes(run: Run, tmp_path: Path) -> None:
-    """Upstreams, models, routes; why one is off; no secret."""
+    """Where the store is, upstreams, models, routes; why one is off; no secret."""
     path = _file(tmp_path, GOOD)
     result = run("check", "--config", path)
     assert result.exit_code == 0, result.output
@@ -117,6 +117,7 @@ def test_check_prints_what_the_file_makes(run: Run, tmp_path: Path) -> None:
         f"{path}: ok",
         "listens on 127.0.0.1:0, 1 worker(s)",
         "keys: none (this machine only)",
+        "store: in memory",
         "upstreams:",
         "  mock: openai http://mock.invalid/v1",
         "    mock/a",

@@ -68,6 +68,7 @@ SECTIONS = {
     "[upstreams.NAME]": config.UpstreamConfig,
     "[models.ALIAS]": config.ModelConfig,
     "[limits]": config.LimitsConfig,
+    "[store]": config.StoreConfig,
 }
 
 
@@ -145,8 +146,8 @@ def test_sections() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_in_prose(page: Path) -> None:
     """A setting that a page speaks of exists."""
-    tables = {"server": config.ServerConfig, "limits": config.LimitsConfig}
-    for section, name in re.findall(r"`(server|limits)\.(\w+)`", page.read_text(encoding="utf-8")):
+    tables = {"server": config.ServerConfig, "limits": config.LimitsConfig, "store": config.StoreConfig}
+    for section, name in re.findall(r"`(server|limits|store)\.(\w+)`", page.read_text(encoding="utf-8")):
         assert name in attrs.fields_dict(tables[section]), f"{section}.{name}"
 
 

@@ -28,10 +28,12 @@ from trigate.errors import (
     MethodNotAllowed,
     NotFound,
     Overloaded,
+    RateLimited,
     Rejected,
     Reported,
     SessionBusy,
     Stalled,
+    Stopped,
     StoreUnavailable,
     Throttled,
     TooLarge,
@@ -40,6 +42,7 @@ from trigate.errors import (
     Unavailable,
     UnknownModel,
     UnsupportedMediaType,
+    Unverified,
     UpstreamError,
     UpstreamTimeout,
     upstream_message,
@@ -53,14 +56,17 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (Ambiguous("no"), 400, "invalid_request_error", "ambiguous_request"),
     (HeadersTooLarge("no"), 431, "invalid_request_error", "headers_too_large"),
     (Unauthenticated("no"), 401, "invalid_request_error", "invalid_api_key"),
+    (Unverified("no"), 401, "invalid_request_error", "invalid_signature"),
     (Forbidden("no"), 403, "permission_error", "forbidden"),
     (UnknownModel("gpt-5p", closest=("openai/gpt-5",)), 404, "invalid_request_error", "model_not_found"),
     (NotFound("no"), 404, "invalid_request_error", "not_found"),
     (MethodNotAllowed("GET", "/v1/x", allowed=("POST",)), 405, "invalid_request_error", "method_not_allowed"),
     (BodyTimeout("no"), 408, "invalid_request_error", "body_timeout"),
     (SessionBusy("no"), 409, "invalid_request_error", "session_busy"),
+    (Stopped("no"), 409, "invalid_request_error", "stopped"),
     (TooLarge("no"), 413, "invalid_request_error", "body_too_large"),
     (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
+    (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
     (Rejected("mock", 422, b""), 422, "invalid_request_error", "upstream_rejected"),
     (Throttled("mock", 429, b""), 429, "rate_limit_error", "upstream_throttled"),
     (Unavailable("down"), 502, "upstream_error", "upstream_unavailable"),
@@ -172,10 +178,12 @@ def test_reprs_say_what_happened(error: GatewayError) -> None:
 
 
 def test_headers_that_belong_to_an_error() -> None:
-    """401 names the scheme, 405 what is allowed, 503 when to come back: whole seconds rounded up."""
+    """401 names the scheme, 405 what is allowed, 429 and 503 when to come back: rounded up, not to be too early."""
     assert Unauthenticated("no").headers == [(b"www-authenticate", b"Bearer")]
     assert MethodNotAllowed("GET", "/x", allowed=("POST", "OPTIONS")).headers == [(b"allow", b"POST, OPTIONS")]
     assert Overloaded("full", retry_after_s=1.2).headers == [(b"retry-after-ms", b"1200"), (b"retry-after", b"2")]
+    assert RateLimited("no", retry_after_s=0.0101).headers == [(b"retry-after-ms", b"11"), (b"retry-after", b"1")]
+    assert Draining("bye").headers[:2] == [(b"retry-after-ms", b"1000"), (b"retry-after", b"1")]
     assert dict(Draining("bye").headers)[b"connection"] == b"close"
     assert dict(Ambiguous("no").headers)[b"connection"] == b"close"
 

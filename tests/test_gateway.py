@@ -76,7 +76,7 @@ class Files:
 
 async def _until(holds: Callable[[], bool]) -> None:
     with trio.fail_after(100):  # of virtual time
-        while not holds():
+        while not holds():  # noqa: ASYNC110
             await trio.sleep(1)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +224,80 @@ def test_embedded_model_answers_typescript(modelled: Gateway) -> None:
     assert said["model"] == "default"
     _assert_sensible(said["whole"])
     _assert_sensible(said["streamed"])
+
+
+# -- several workers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database() -> Iterator[Path]:
+    """Where the workers meet."""
+    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths leave no room for a socket's name
+        yield Path(room) / "trigate.db"
+
+
+def _status(url: str) -> Any:
+    with urllib.request.urlopen(f"{url}/status", timeout=10) as answer:  # each time a new connection: any worker
+        return json.load(answer)
+
+
+def _agreed(url: str, holds: Callable[[Any], bool]) -> Any:
+    """Waits until both of two workers have said the same, and something of it, in one round of questions; returns it.
+
+    Many are asked at once: where workers share a socket, who is idle takes the next connection.
+    """
+    give_up_at = time.monotonic() + 20
+    with ThreadPoolExecutor(16) as threads:
+        while time.monotonic() < give_up_at:
+            heard = list(threads.map(_status, [url] * 16))
+            who = {row["id"] for status in heard for row in status["workers"] if row["said_s_ago"] == 0}
+            first = _lasting(heard[0])
+            if len(who) == 2 and holds(heard[0]) and all(_lasting(status) == first for status in heard):
+                return heard[0]
+            time.sleep(0.05)
+    pytest.fail(f"they do not agree: {heard}")
+
+
+def _lasting(status: Any) -> Any:
+    names = ("status", "sessions", "outbox", "store", "channels", "upstreams", "totals")
+    workers = [(row["id"], row["pid"], row["status"], row["live"]) for row in status["workers"]]
+    return {name: status[name] for name in names} | {"workers": workers}
+
+
+@pytest.mark.parametrize("way", ["trigate serve", "hypercorn -k trio"])
+def test_status_of_worker_processes(way: str, tmp_path: Path, database: Path) -> None:
+    """Each says the same: who serves, what has ended anywhere, and what is kept. No socket is left in the end."""
+    with (
+        open_upstream() as upstream,
+        run_gateway(
+            configuration(upstream), tmp_path, command=_command(way, 2), env={"TRIGATE_STORE": str(database)}
+        ) as gateway,
+    ):
+        for _ in range(6):
+            client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="x")  # a connection of its own
+            client.chat.completions.create(model="default", messages=[{"role": "user", "content": "Hi"}])
+            client.close()
+        status = _agreed(gateway.url, lambda status: len(status["workers"]) == 2 and status["totals"]["exchanges"] == 6)
+        assert status["totals"]["complete"] == 6
+        assert status["sessions"] == {"total": 0, "active": 0, "busy": 0}
+        assert status["store"] == {"kind": "sqlite", "path": str(database), "state": "open", "error": None}
+        assert gateway.stop()[0] in EXITS[way]
+        if way == "trigate serve":  # hypercorn may end a worker before it has shut down; the next start removes it
+            assert not [path.name for path in database.parent.iterdir() if "-w_" in path.name]
+
+
+def test_status_forgets_a_killed_worker(tmp_path: Path, database: Path) -> None:
+    """It is not there any more as soon as it is dead, and the one in its place is."""
+    command = _command("trigate serve", 2)
+    env = {"TRIGATE_STORE": str(database)}
+    with run_gateway('[upstreams.parrot]\nkind = "echo"\n', tmp_path, command=command, env=env) as gateway:
+        both = _agreed(gateway.url, lambda status: len(status["workers"]) == 2)["workers"]
+        killed = both[0]
+        os.kill(killed["pid"], signal.SIGKILL)
+        status = _agreed(
+            gateway.url,
+            lambda status: len(status["workers"]) == 2 and killed["id"] not in [row["id"] for row in status["workers"]],
+        )
+        assert both[1]["id"] in [row["id"] for row in status["workers"]]
+        assert "workers_adopted" in gateway.log()
+        assert not [path.name for path in database.parent.iterdir() if killed["id"] in path.name]

@@ -479,6 +479,20 @@ async def test_a_key_stands_for_one_run(store: Store) -> None:
     assert record.received == 2
 
 
+async def test_a_run_may_give_its_key_back(store: Store) -> None:
+    """It may then be tried again under the same key, by one; the run itself stays."""
+    await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
+    await store.runs.finish("run_1", state="failed", status=502, result=b"{}", at=12.0, frees_key=True)
+    again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_2"))
+    assert (again.run.id, again.is_new, again.differs) == ("run_2", True, False)
+    kept = await store.runs.get("run_1")
+    assert kept is not None
+    assert kept.state == "failed"
+    # One that had ended does not give back what has become another's.
+    assert not await store.runs.finish("run_1", state="failed", status=502, result=b"{}", at=13.0, frees_key=True)
+    assert not (await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))).is_new
+
+
 async def test_one_of_many_claims_at_once_succeeds(store: Store) -> None:
     """All others get its run."""
     claims = [store.idempotency.claim("hook", "key", digest=b"1", run=run(f"run_{n}")) for n in range(100)]

@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
-from trigate.api import health, models, status
+from trigate.api import health, hooks, models, status
 from trigate.connection import GatewayConnection, NoWebsocket
 from trigate.gateway import Gateway, open_gateway
 from trigate.report import startup_lines
@@ -107,6 +107,7 @@ def create_app(
     app.url_map.merge_slashes = False  # no redirects
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(health.blueprint)
+    app.register_blueprint(hooks.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(status.blueprint)
 

@@ -223,7 +223,7 @@ def check(config_path: str | None) -> None:
     Asks no provider anything (without a file it looks for model servers on this machine).
     Exit code 1 if something is wrong, with every problem on a line of its own.
     """
-    from trigate import echo, local_model
+    from trigate import echo, local_model, storage
 
     config = _read(config_path)
     _try_certificate(config.server)
@@ -231,6 +231,7 @@ def check(config_path: str | None) -> None:
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     nobody = "none (anybody may come: insecure)" if config.server.insecure else "none (this machine only)"
     click.echo(f"keys: {', '.join(config.keys) or nobody}")
+    click.echo(f"store: {storage.described(storage.location(config.store, os.environ))}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():
         where = f" {upstream.base_url}" if upstream.base_url else ""
@@ -343,16 +344,27 @@ def status(url: str, key: str | None, as_json: bool) -> None:
         return
     if "totals" not in body:
         _not_a_gateway(url)
-    totals = body["totals"]
+    totals, streams = body["totals"], body["streams"]
     click.echo(f"Trigate {body['version']}: {body['status']}, up {body['uptime']}, configured by {body['config']}")
     click.echo(
-        f"{len(body['streams'])} live; {totals['exchanges']} ended: {totals['complete']} complete, "
+        f"{streams['live']} live; {totals['exchanges']} ended: {totals['complete']} complete, "
         f"{totals['cancelled']} cancelled, {totals['failed']} failed"
     )
+    if len(body["workers"]) > 1:
+        live = "; ".join(f"{row['pid']}: {row['live']} live, up {row['uptime_s']:.0f} s" for row in body["workers"])
+        click.echo(f"{len(body['workers'])} workers ({live})")
+    trouble = f" ({body['store']['error']})" if body["store"]["error"] else ""
+    click.echo(f"store {body['store']['path']}: {body['store']['state']}{trouble}")
+    if body["sessions"] is not None:
+        click.echo("sessions: {total}, {active} active, {busy} busy".format(**body["sessions"]))
+    for row in body["channels"]:
+        trouble = f" ({row['last_error']})" if row["last_error"] else ""
+        counted = "" if row["received"] is None else "; {received} received, {replied} replied, {queued} queued"
+        click.echo(f"  {row['type']} {row['name']}: {row['status']}{trouble}{counted.format(**row)}")
     for row in body["upstreams"]:
         reason = f" ({row['reason']})" if row["reason"] else ""
         click.echo(f"  {row['name']}: {row['state']}{reason}, {row['in_flight']} in flight, {row['models']} models")
-    for row in body["streams"]:
+    for row in streams["oldest"]:
         click.echo(
             f"  {row['id']} {row['model']} -> {row['upstream']}: {row['phase']}, {row['age_s']:.1f} s, "
             f"{row['events']} events, {row['bytes']} bytes"

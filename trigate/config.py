@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import string
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,11 @@ from urllib.parse import urlsplit
 
 import attrs
 import cattrs
+import msgspec
 from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
+
+from trigate.verification import Scheme, secret_problem
 
 Seconds = NewType("Seconds", float)
 Size = NewType("Size", int)
@@ -34,9 +38,13 @@ HostName = NewType("HostName", str)
 Origin = NewType("Origin", str)
 ProxyUrl = NewType("ProxyUrl", str)
 Rate = NewType("Rate", float)
+Expression = NewType("Expression", str)
+Action = Literal["chat", "reset", "stop", "history", "note"]
 TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 
 _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
+DAY_S = 86400.0
+MIN_RUN_RETENTION_S = 4 * DAY_S
 UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
 
 
@@ -179,6 +187,113 @@ class LimitsConfig:
 
 
 @attrs.frozen(kw_only=True)
+class StoreConfig:
+    """``[store]``: where sessions and runs are kept, and for how long. 0 switches an age off. Needs a restart, but for
+    the ages and numbers."""
+
+    path: str | None = None
+    """A file, or ``":memory:"`` (nothing outlives the process, and workers share nothing). Left out:
+    ``TRIGATE_STORE``, else ``trigate.db`` in the platform's directory for the data of programs."""
+    run_retention_s: Seconds = Seconds(30 * DAY_S)
+    """How long what became of a message is kept, its idempotency key too; at least four days."""
+    session_retention_s: Seconds = Seconds(90 * DAY_S)
+    """How long a session is kept after it was last active."""
+    archive_retention_s: Seconds = Seconds(30 * DAY_S)
+    """How long the messages from before a reset are kept."""
+    max_runs: Count = Count(1_000_000)
+    max_sessions: Count = Count(1_000_000)
+
+
+@attrs.frozen(kw_only=True)
+class SessionsConfig:
+    """``[sessions]``: what is remembered between the turns of one conversation. 0 switches a time off."""
+
+    history_messages: Count = Count(100)
+    """The most messages that are put before a request; the oldest turns are left out first."""
+    history_tokens: Count = Count(16_000)
+    """The most tokens of them; estimated where no upstream has reported them."""
+    wait_s: Seconds = Seconds(30.0)
+    """How long a turn may wait for the one before it."""
+    idle_reset_s: Seconds = Seconds(0.0)
+    """After how long a silence a session begins anew."""
+    active_window_s: Seconds = Seconds(900.0)
+    """How long after its last turn a session counts as active."""
+
+
+@attrs.frozen(kw_only=True)
+class HookConfig:
+    """``[hooks.NAME]``: one webhook, ``POST /hooks/NAME``."""
+
+    enabled: bool = True
+    model: str = "default"
+    system: str | None = None
+    """The system message before everything that comes in."""
+    parameters: Mapping[str, Any] = attrs.field(factory=dict)
+    """Further fields of the chat request (``temperature``, ``max_tokens``, …)."""
+    session: Literal["sender", "hook", "none"] = "sender"
+    """Who shares a memory: each sender has its own, all of the hook have one, or nothing is remembered."""
+    verification: Literal["key", "bearer", "standard-webhooks", "github", "slack", "stripe"] = "key"
+    """How a request proves where it comes from; ``key`` = as everywhere else, by a key of the gateway."""
+    secrets: tuple[Secret, ...] = ()
+    """Those of the verification; several while one takes the place of another."""
+    tolerance_s: Seconds = Seconds(300.0)
+    """How far the timestamp of a signature may be from now."""
+    expressions: Mapping[str, Expression] = attrs.field(factory=dict)
+    """What is picked out of the body, each by a JMESPath: ``text``, ``from``, ``action``, ``event_id``, and whatever
+    the template names."""
+    filter: Expression | None = None
+    """A JMESPath; what it is false for is answered with 204 and not looked at."""
+    template: str | None = None
+    """The prompt, with ``{name}`` for what an expression picked; left out: the text alone."""
+    actions: tuple[Action, ...] = ("chat", "reset", "stop", "history", "note")
+    reply: Literal["sync", "callback"] = "sync"
+    callback_url: Url | None = None
+    callback_secret: Secret | None = None
+    """``whsec_…``: signs callbacks by the Standard Webhooks scheme."""
+    callback_hosts: tuple[HostName, ...] = ()
+    """Hosts that the ``callback_url`` of a request may name."""
+    callback_private: bool = False
+    """Lets callbacks go to addresses that are not public."""
+    on_disconnect: Literal["cancel", "finish"] = "cancel"
+    """What becomes of a run whose client leaves before its answer."""
+    body_bytes: Size = Size(1024 * 1024)
+    rate_per_s: Rate = Rate(50.0)
+    """Requests a second, in the long run, for each client address; 0 = no limit."""
+    burst: Count = Count(100)
+    concurrency: Count = Count(100)
+    """How many runs of the hook go on at once, in one worker."""
+    queue: Count = Count(1000)
+    """How many more may wait, in one worker; beyond it: 503."""
+
+
+@attrs.frozen(kw_only=True)
+class ChannelConfig:
+    """``[channels.NAME]``: a platform where messages come in and replies go out."""
+
+    type: Literal["telegram", "slack"]
+    enabled: bool = True
+    token: Secret
+    """The bot's."""
+    model: str = "default"
+    system: str | None = None
+    parameters: Mapping[str, Any] = attrs.field(factory=dict)
+    session: Literal["sender", "chat", "none"] = "chat"
+    """Who shares a memory: each sender in each chat, all in a chat (a thread of it), or nobody."""
+    allow: tuple[str, ...] = ()
+    """Who may write to it: ids or user names. Empty = anybody."""
+    base_url: Url | None = None
+    """Where its API is; left out: the platform's."""
+    mode: Literal["polling", "webhook"] = "polling"
+    """``telegram``: who calls whom. Webhook: ``POST /hooks/NAME``."""
+    groups: Literal["mention", "all", "none"] = "mention"
+    """Which messages in groups and public channels are answered."""
+    secrets: tuple[Secret, ...] = ()
+    """``slack``: signing secrets. ``telegram`` with ``mode = "webhook"``: secret tokens."""
+    edit_interval_s: Seconds = Seconds(1.0)
+    """How often a reply that grows is shown anew; 0 = only when it is complete."""
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """Everything, as one value.
 
@@ -187,6 +302,10 @@ class Config:
         keys: Gateway keys by name. Not empty = every endpoint but ``/health`` asks for one.
         disabled: Why an upstream is switched off, by its name.
         secrets: The revealed secrets of the upstreams: ``{name: {header name: value}}``.
+        hooks: By name; None = there is no such section, and any name will do for the documented body. Their secrets
+            are revealed (`Secret.literal`).
+        channels: By name. Their secrets are revealed; one whose token is missing is in ``disabled``, as
+            ``channels.NAME``.
     """
 
     source: str = "defaults"
@@ -197,6 +316,10 @@ class Config:
     keys: Mapping[str, str] = attrs.field(factory=dict, repr=lambda keys: repr(sorted(keys)))
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
+    store: StoreConfig = StoreConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    hooks: Mapping[str, HookConfig] | None = None
+    channels: Mapping[str, ChannelConfig] = attrs.field(factory=dict)
 
     def timeout_s(self, upstream: str, phase: TimeoutPhase) -> float:
         """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off."""
@@ -318,6 +441,31 @@ def _secret(value: Any, _: Any) -> Secret:
     raise ValueError('expected a string, {env = "NAME"} or {file = "path"}')
 
 
+def _expression(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a JMESPath, got {_kind_of(value)}")
+    import jmespath  # only who has webhooks needs it
+
+    try:
+        jmespath.compile(value)
+    except jmespath.exceptions.JMESPathError as error:
+        raise ValueError(f"{value!r} is not a JMESPath: {str(error).splitlines()[0]}") from None
+    return value
+
+
+def _parameters(value: Any, _: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a table, got {_kind_of(value)}")
+    for name in ("model", "messages", "stream", "stream_options", "n"):
+        if name in value:
+            raise ValueError(f"{name} is not a parameter: the gateway sets it")
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be said in JSON: {error}") from None
+    return value
+
+
 def _model_list(value: Any, _: Any) -> Any:
     if value == "discover":
         return value
@@ -356,6 +504,15 @@ def _make_converter() -> cattrs.Converter:
             models=cattrs.override(struct_hook=_model_list),
         ),
     )
+
+    converter.register_structure_hook(Expression, _expression)
+    for kind in (HookConfig, ChannelConfig):
+        converter.register_structure_hook(
+            kind,
+            make_dict_structure_fn(
+                kind, converter, _cattrs_forbid_extra_keys=True, parameters=cattrs.override(struct_hook=_parameters)
+            ),
+        )
 
     def strings(value: Any, _: Any) -> tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
@@ -417,7 +574,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         ConfigError: Something in it is wrong; all of it is named.
     """
     problems: list[str] = []
-    sections = ("server", "upstreams", "models", "limits", "keys")
+    sections = ("server", "upstreams", "models", "limits", "keys", "store", "sessions", "hooks", "channels")
     for name in data:
         if name not in sections:
             problems.append(f"{name}: unknown section; there are {', '.join(sections)}")
@@ -454,6 +611,27 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
             problems.extend(_target_problems(alias, targets, upstream_tables))
     keys, key_problems = _gateway_keys(_table(data, "keys", problems), env)
     problems.extend(key_problems)
+    store = take(StoreConfig, data.get("store", {}), "store") or StoreConfig()
+    if 0 < store.run_retention_s < MIN_RUN_RETENTION_S:
+        problems.append("store.run_retention_s: at least four days (345600), so that what is sent again is recognised")
+    sessions = take(SessionsConfig, data.get("sessions", {}), "sessions") or SessionsConfig()
+    hooks: dict[str, HookConfig] = {}
+    for name, value in _table(data, "hooks", problems).items():
+        hook = take(HookConfig, value, f"hooks.{name}")
+        if hook is not None:
+            hooks[name], found = _checked_hook(name, hook, keys, env)
+            problems.extend(f"hooks.{name}.{problem}" for problem in found)
+    channels: dict[str, ChannelConfig] = {}
+    silent: dict[str, str] = {}
+    for name, value in _table(data, "channels", problems).items():
+        channel = take(ChannelConfig, value, f"channels.{name}")
+        if channel is not None:
+            if name in hooks:
+                problems.append(f"channels.{name}: a hook has that name, and both answer at /hooks/{name}")
+            channels[name], found, why = _checked_channel(name, channel, env)
+            problems.extend(f"channels.{name}.{problem}" for problem in found)
+            if why is not None:
+                silent[f"channels.{name}"] = why
     if (server.certfile is None) != (server.keyfile is None):
         problems.append("server.certfile: certfile and keyfile go together")
     if problems:
@@ -466,9 +644,110 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         models=models,
         limits=limits,
         keys=keys,
-        disabled=disabled,
+        disabled={**disabled, **silent},
         secrets=secrets,
+        store=store,
+        sessions=sessions,
+        hooks=hooks if "hooks" in data else None,
+        channels=channels,
     )
+
+
+_NEEDS_NO_SECRET = ("key",)
+_HOOK_VALUES = ("text", "from", "action")
+
+
+def _revealed(
+    path: str, secrets: tuple[Secret, ...], env: Mapping[str, str], scheme: Scheme
+) -> tuple[tuple[Secret, ...], list[str]]:
+    """The secrets with their values, and what is wrong with them: one that is missing, or short, lets anybody in."""
+    revealed = []
+    problems = []
+    for index, secret in enumerate(secrets):
+        try:
+            value = secret.reveal(env)
+        except LookupError as error:
+            problems.append(f"{path}.{index}: {error}")
+            continue
+        revealed.append(Secret(literal=value))
+        if problem := secret_problem(scheme, value):
+            problems.append(f"{path}.{index}: {problem}")
+    return tuple(revealed), problems
+
+
+def _checked_hook(
+    name: str, hook: HookConfig, keys: Mapping[str, str], env: Mapping[str, str]
+) -> tuple[HookConfig, list[str]]:
+    """The hook with its secrets, and what does not go together in it."""
+    problems = _name_problems(name)
+    secrets, found = _revealed(
+        "secrets", hook.secrets, env, "bearer" if hook.verification == "key" else hook.verification
+    )
+    problems += found
+    if hook.verification not in _NEEDS_NO_SECRET and not hook.secrets:
+        problems.append(f"secrets: required for verification {hook.verification!r}")
+    if hook.verification in _NEEDS_NO_SECRET and hook.secrets:
+        problems.append(f"secrets: not used by verification {hook.verification!r}")
+    if {secret.literal for secret in secrets} & set(keys.values()):
+        problems.append("secrets: one is a key of the gateway, and so would open all of it")
+    if hook.template is not None:
+        problems += [f"template: {problem}" for problem in _template_problems(hook.template, hook.expressions)]
+    elif hook.expressions and "text" not in hook.expressions:
+        problems.append("expressions.text: required, where there is no template")
+    if not hook.actions:
+        problems.append("actions: expected at least one")
+    callback_secret = hook.callback_secret
+    if callback_secret is not None:
+        revealed, found = _revealed("callback_secret", (callback_secret,), env, "standard-webhooks")
+        problems += [problem.replace("callback_secret.0", "callback_secret") for problem in found]
+        callback_secret = revealed[0] if revealed else None
+    elif hook.callback_url is not None or hook.callback_hosts:
+        problems.append("callback_secret: required for callbacks, which are signed with it")
+    if hook.reply == "callback" and hook.callback_url is None and not hook.callback_hosts:
+        problems.append("callback_url: required for reply = 'callback' (or callback_hosts)")
+    return attrs.evolve(hook, secrets=secrets, callback_secret=callback_secret), problems
+
+
+def _checked_channel(
+    name: str, channel: ChannelConfig, env: Mapping[str, str]
+) -> tuple[ChannelConfig, list[str], str | None]:
+    """The channel with its secrets, what does not go together in it, and why it is off."""
+    problems = _name_problems(name)
+    secrets, found = _revealed("secrets", channel.secrets, env, channel.type)
+    problems += found
+    by_hook = channel.type == "slack" or channel.mode == "webhook"
+    if by_hook and not channel.secrets:
+        problems.append("secrets: required, since anybody can call /hooks/" + name)
+    if not by_hook and channel.secrets:
+        problems.append("secrets: not used with mode = 'polling'")
+    why = None if channel.enabled else "switched off in the configuration"
+    token = channel.token
+    try:
+        token = Secret(literal=channel.token.reveal(env))
+    except LookupError as error:
+        why = why or f"token: {error}"
+    return attrs.evolve(channel, secrets=secrets, token=token), problems, why
+
+
+def _name_problems(name: str) -> list[str]:
+    return [] if UPSTREAM_NAME.match(name) else ["name: it has letters, digits, '.', '_' and '-' only"]
+
+
+def _template_problems(template: str, expressions: Mapping[str, str]) -> list[str]:
+    known = {*_HOOK_VALUES, *expressions}
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        return [f"{error} (a brace that is one is written twice)"]
+    problems = []
+    for _, value, form, conversion in parts:
+        if value is None:
+            continue
+        if form or conversion or not value.isidentifier():
+            problems.append(f"expected plain {{name}}s, got {{{value}}}")
+        elif value not in known:
+            problems.append(f"{{{value}}} is none of {', '.join(sorted(known))}")
+    return problems
 
 
 _OF_KIND = {

@@ -34,6 +34,7 @@ import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
+from trigate import hooks
 from trigate.errors import (
     Ambiguous,
     BodyTimeout,
@@ -460,7 +461,15 @@ class GatewayConnection(TrioASGIHTTPConnection):
             down.headers += _cors_headers(head.origin, config)
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
-            if head.path != "/health":
+            hook, rest = _hook_of(head.path)
+            if hook and not rest:
+                await self._hook(hook, head, request_id, inbound, down)
+                return
+            if hook:
+                scope["trigate.readers"] = hooks.readers(
+                    hook, config, head.headers, functools.partial(authorize, head, config)
+                )
+            elif head.path != "/health":
                 authorize(head, config)
             endpoint = ENDPOINTS.get(head.path)
             if endpoint is None:
@@ -497,16 +506,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if content_type != b"application/json" and not content_type.endswith(b"+json"):
             said = content_type.decode("latin-1")[:100] or "none"
             raise UnsupportedMediaType(f"Content-Type must be application/json; got {said}.")
-        if gateway.draining:
-            raise Draining("The gateway is shutting down. Try again: another instance will answer.")
-        limits = gateway.generation.config.limits
-        if (head.content_length or 0) > limits.body_bytes:
-            raise too_large(limits.body_bytes)
-        body: bytes | None
-        if down.client is not None and down.client.body_is_here and head.content_length is not None:
-            body = (await inbound.receive()).get("body", b"")  # nearly always: a deadline would cost more than this
-        else:
-            body = await inbound.read(max_bytes=limits.body_bytes, timeout_s=limits.body_timeout_s)
+        body = await self._read(head, inbound, down, max_bytes=gateway.generation.config.limits.body_bytes)
         if body is None:
             return
         call = decode_call(endpoint, body)
@@ -539,6 +539,68 @@ class GatewayConnection(TrioASGIHTTPConnection):
             await exchange.run(nursery)
             if nursery.child_tasks:  # the watch, or a keep-alive that the client does not take
                 nursery.cancel_scope.cancel()
+
+    async def _hook(self, name: str, head: Head, request_id: str, inbound: Inbound, down: Downstream) -> None:
+        config = self.app.gateway.generation.config
+        visit = self.app.gateway.hooks.visit(
+            hooks.Request(
+                name=name,
+                method=head.method,
+                headers=head.headers,
+                query=self.scope["query_string"],
+                client=head.client,
+                authorize=functools.partial(authorize, head, config),
+            )
+        )
+        body = await self._read(head, inbound, down, max_bytes=visit.body_bytes)
+        if body is None:
+            return
+        error: GatewayError | None = None
+        async with trio.open_nursery() as nursery:
+
+            def leave() -> None:
+                down.gone = True
+                if not down.ended:
+                    nursery.cancel_scope.cancel()
+
+            if down.client is None or not down.client.watch(leave):
+                nursery.start_soon(_watch, inbound, leave)
+            try:
+                await visit.serve(body, down)
+            except GatewayError as raised:  # not through the nursery, which would make a group of it
+                error = raised
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+
+    async def _read(self, head: Head, inbound: Inbound, down: Downstream, *, max_bytes: int) -> bytes | None:
+        """Reads the body of a call that will cost something; None where the client left meanwhile.
+
+        Raises:
+            Draining: There will be no more calls.
+            TooLarge, BodyTimeout: As `Inbound.read`.
+        """
+        gateway = self.app.gateway
+        if gateway.draining:
+            raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+        if (head.content_length or 0) > max_bytes:
+            raise too_large(max_bytes)
+        if down.client is not None and down.client.body_is_here and head.content_length is not None:
+            # nearly always: a deadline would cost more than this
+            return (await inbound.receive()).get("body", b"")  # type: ignore[no-any-return]
+        return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
+
+
+def _hook_of(path: str) -> tuple[str, str]:
+    """The name of the hook that a path leads to, and what stands behind it.
+
+    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
+    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
+    """
+    if not path.startswith("/hooks/"):
+        return "", ""
+    name, slash, rest = path.removeprefix("/hooks/").partition("/")
+    return name, rest or slash
 
 
 async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:

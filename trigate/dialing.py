@@ -5,6 +5,9 @@ without a layer between. With TLS, Trio's `SSLStream` stands on it.
 
 A name is looked up and tried with happy eyeballs (`trio.open_tcp_stream`). An address needs neither: it is connected
 to directly.
+
+Where not every address is allowed (`Refuse`), a name is looked up here, once, and only what has been looked at is
+connected to: a second look-up could give another answer.
 """
 
 from __future__ import annotations
@@ -23,8 +26,17 @@ import trio
 # size (4 000 bytes: 7.7), and recv_into a shared buffer, from which the bytes are then copied, 0.2 to 0.3 more.
 RECEIVE_BYTES = 65536
 
+_NEXT_ADDRESS_S = 0.25
+"""How long an address is tried alone, before the next one is tried beside it (RFC 8305)."""
 _PORTS = {"http": 80, "https": 443}
 _BREAKS = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+Refuse = Callable[[str], str | None]
+"""Says of an address why nobody may connect to it; None = it is allowed."""
+
+
+class Refused(httpx2.ConnectError):
+    """No address of the host is one that may be connected to. None was."""
 
 
 @attrs.frozen(cache_hash=True)
@@ -132,14 +144,22 @@ class Connection:
             self.socket.close()
 
 
-async def dial(origin: Origin, trust: Callable[[], ssl.SSLContext], *, timeout_s: float = math.inf) -> Connection:
+async def dial(
+    origin: Origin,
+    trust: Callable[[], ssl.SSLContext],
+    *,
+    timeout_s: float = math.inf,
+    refuse: Refuse | None = None,
+) -> Connection:
     """Makes a connection.
 
     Args:
         trust: Gives the certificate authorities; asked only where they are needed.
         timeout_s: For all of it: name, connection, TLS.
+        refuse: Judges each address before it is connected to; None = all are allowed.
 
     Raises:
+        Refused: All its addresses are refused.
         httpx2.ConnectTimeout: It took longer.
         httpx2.ConnectError: It was refused, or cannot be.
 
@@ -147,7 +167,7 @@ async def dial(origin: Origin, trust: Callable[[], ssl.SSLContext], *, timeout_s
     """
     with trio.move_on_after(timeout_s) as deadline:
         try:
-            sock = await _connect(origin)
+            sock = await _connect(origin, refuse)
             try:
                 stream = None
                 if origin.scheme == "https":
@@ -163,24 +183,83 @@ async def dial(origin: Origin, trust: Callable[[], ssl.SSLContext], *, timeout_s
     raise httpx2.ConnectTimeout(f"{origin} did not accept a connection within {timeout_s:g} s")
 
 
-async def _connect(origin: Origin) -> socket.socket:
+async def _connect(origin: Origin, refuse: Refuse | None) -> socket.socket:
     family = _family_of(origin.host)
-    if family is None:
+    if refuse is not None:
+        sock = await _connect_to_first(await _allowed(origin, refuse))
+    elif family is None:
         stream = await trio.open_tcp_stream(origin.host, origin.port)
         # Trio lends nobody its socket: the descriptor is taken out of it.
         sock = socket.socket(fileno=stream.socket.detach())
-        sock.setblocking(False)
     else:
-        opening = trio.socket.socket(family, socket.SOCK_STREAM)
-        try:
-            await opening.connect((origin.host, origin.port))
-        except BaseException:
-            opening.close()
-            raise
-        sock = socket.socket(fileno=opening.detach())
-        sock.setblocking(False)
+        sock = await _connect_to(family, (origin.host, origin.port))
+    sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
+
+
+_SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+_Address = tuple[socket.AddressFamily, _SocketAddress]
+
+
+async def _connect_to(family: socket.AddressFamily, address: _SocketAddress) -> socket.socket:
+    opening = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await opening.connect(address)
+    except BaseException:
+        opening.close()
+        raise
+    return socket.socket(fileno=opening.detach())
+
+
+async def _allowed(origin: Origin, refuse: Refuse) -> list[_Address]:
+    """The addresses of an origin that may be connected to, in the order in which they are to be tried."""
+    allowed: list[_Address] = []
+    refused: list[str] = []
+    found = await trio.socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    for family, _, _, _, address in found:
+        why = refuse(str(address[0]))
+        if why is None:
+            allowed.append((family, address))
+        else:
+            refused.append(f"{address[0]} is {why}")
+    if not allowed:
+        raise Refused(f"{origin} must not be connected to: {', '.join(refused)}")
+    return allowed
+
+
+async def _connect_to_first(addresses: list[_Address]) -> socket.socket:
+    """Connects to the first of these addresses that accepts; the later ones begin later."""
+    accepted: list[socket.socket] = []
+    errors: list[OSError] = []
+
+    async def attempt(  # noqa: ASYNC910 - connecting waits
+        family: socket.AddressFamily, address: _SocketAddress, failed: trio.Event
+    ) -> None:
+        try:
+            accepted.append(await _connect_to(family, address))
+        except OSError as error:
+            errors.append(error)
+            failed.set()
+        else:
+            nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for family, address in addresses:
+                failed = trio.Event()
+                nursery.start_soon(attempt, family, address, failed)
+                with trio.move_on_after(_NEXT_ADDRESS_S):
+                    await failed.wait()
+        if not accepted:
+            raise errors[0]
+    except BaseException:
+        for sock in accepted:
+            sock.close()
+        raise
+    for sock in accepted[1:]:
+        sock.close()  # it has accepted in the same moment
+    return accepted[0]
 
 
 def _family_of(host: str) -> socket.AddressFamily | None:

@@ -3,10 +3,12 @@
 The tree::
 
     GatewayError
-    ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401 · Forbidden 403
-    │                                                   UnknownModel 404 · NotFound 404 · MethodNotAllowed 405
-    │                                                   BodyTimeout 408 · SessionBusy 409 · TooLarge 413
-    │                                                   UnsupportedMediaType 415 · HeadersTooLarge 431
+    ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401
+    │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
+    │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
+    │                                                   SessionBusy 409 · Stopped 409 · TooLarge 413
+    │                                                   UnsupportedMediaType 415 · RateLimited 429
+    │                                                   HeadersTooLarge 431
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · Garbled 502* · Truncated 502*
@@ -36,6 +38,11 @@ import msgspec
 Header = tuple[bytes, bytes]
 _CLOSE: Header = (b"connection", b"close")
 _REDACTED = "[redacted]"
+
+
+def _retry_after(seconds: float) -> list[Header]:
+    """When to come back, for the SDKs and for everybody else: rounded up, so that it is not too early."""
+    return [(b"retry-after-ms", b"%d" % math.ceil(seconds * 1000)), (b"retry-after", b"%d" % math.ceil(seconds))]
 
 
 class GatewayError(Exception):
@@ -138,6 +145,13 @@ class Unauthenticated(CallError):
         return [(b"www-authenticate", b"Bearer")]
 
 
+class Unverified(CallError):
+    """A webhook request that is not from who holds its secret, or not from now."""
+
+    status = 401
+    code = "invalid_signature"
+
+
 class Forbidden(CallError):
     """Not from there: a non-loopback client without a key, a foreign Host or Origin."""
 
@@ -200,6 +214,20 @@ class SessionBusy(CallError):
     code = "session_busy"
 
 
+class Stopped(CallError):
+    """The run was stopped by a later message of its session."""
+
+    status = 409
+    code = "stopped"
+
+
+class IdempotencyConflict(CallError):
+    """An idempotency key stands for a message with another body."""
+
+    status = 409
+    code = "idempotency_conflict"
+
+
 class TooLarge(CallError):
     """The request body is larger than ``limits.body_bytes``."""
 
@@ -216,6 +244,26 @@ class UnsupportedMediaType(CallError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class RateLimited(CallError):
+    """The client asks more often than its limit allows.
+
+    Args:
+        retry_after_s: Seconds after which it may ask again.
+    """
+
+    status = 429
+    code = "rate_limited"
+    openai_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    @property
+    def headers(self) -> list[Header]:
+        return _retry_after(self.retry_after_s)
 
 
 # -- the provider -----------------------------------------------------------------------------------------------------
@@ -391,10 +439,7 @@ class Overloaded(Fault):
 
     @property
     def headers(self) -> list[Header]:
-        return [
-            (b"retry-after-ms", b"%d" % (self.retry_after_s * 1000)),
-            (b"retry-after", b"%d" % math.ceil(self.retry_after_s)),
-        ]
+        return _retry_after(self.retry_after_s)
 
 
 class StoreUnavailable(Fault):
@@ -409,7 +454,7 @@ class StoreUnavailable(Fault):
 
     @property
     def headers(self) -> list[Header]:
-        return [(b"retry-after-ms", b"1000"), (b"retry-after", b"1")]
+        return _retry_after(1.0)
 
 
 class Draining(Fault):
@@ -420,7 +465,7 @@ class Draining(Fault):
 
     @property
     def headers(self) -> list[Header]:
-        return [(b"retry-after-ms", b"1000"), (b"retry-after", b"1"), _CLOSE]
+        return [*_retry_after(1.0), _CLOSE]
 
 
 class Stalled(Fault):

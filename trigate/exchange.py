@@ -62,17 +62,23 @@ class Downstream(Protocol):
     """The client's side of an exchange, as `connection` offers it. What is sent is sent whole; no send raises when the
     client is gone (its nursery is being cancelled then)."""
 
-    committed: bool
-    """The status line is out."""
     sending_since: float | None
     """Since when a send has been waiting for the client to read; None = none is."""
     last_sent_at: float
-    gone: bool
-    """The client has left."""
     patience_s: float
     """How long a send may wait for the client."""
-    ended: bool
-    """The last byte of the answer has been handed over."""
+
+    @property
+    def committed(self) -> bool:
+        """The status line is out."""
+
+    @property
+    def ended(self) -> bool:
+        """The last byte of the answer has been handed over."""
+
+    @property
+    def gone(self) -> bool:
+        """The client has left."""
 
     @property
     def socket(self) -> socket.socket | None:
@@ -106,6 +112,24 @@ class Downstream(Protocol):
 
     async def abort(self) -> None:
         """Closes the connection of a client that does not read."""
+
+
+class Recorder(Protocol):
+    """Somebody who keeps the answer of an exchange: a session, a run. A stream that is recorded is not carried by the
+    engine."""
+
+    def hear(self, frames: bytes) -> None:
+        """Takes whole events of a streamed answer, as they are about to go to the client."""
+
+    def hear_answer(self, body: bytes) -> None:
+        """Takes a JSON answer, before it goes to the client."""
+
+    async def complete(self, usage: Usage | None) -> None:
+        """The answer is complete, and is about to be acknowledged.
+
+        Raises:
+            GatewayError: It cannot be kept; the client is told that instead.
+        """
 
 
 STREAM_HEADERS: list[Header] = [
@@ -147,6 +171,9 @@ class Exchange:
     usage: Usage | None = None
     outcome: str | None = None
     first_content_after_s: float | None = None
+    error: GatewayError | None = None
+    """What the client was told, or would have been."""
+    recorder: Recorder | None = None
     started_at: float = attrs.field(factory=trio.current_time)
     _half: trio.CancelScope | None = None
     _cut: GatewayError | None = None
@@ -309,6 +336,8 @@ class Exchange:
                 if not down.committed:
                     await down.start(200, STREAM_HEADERS)
             self.bytes_sent += len(data)
+            if self.recorder is not None and data:
+                self.recorder.hear(data)
             if reader.complete:
                 return await self._end_stream(reply, data)
             if data:
@@ -317,6 +346,8 @@ class Exchange:
                 raise reader.error
 
     async def _end_stream(self, reply: Reply, data: bytes) -> None:
+        if self.recorder is not None:
+            await self.recorder.complete(self._reader.usage if self._reader is not None else None)
         self.phase = "ending"
         await self.down.end(data)
         response = reply.plain_response
@@ -330,6 +361,8 @@ class Exchange:
             Whether it did; False where the two ends are not both plain sockets.
         """
         relay, response, client = self.gateway.relay, reply.plain_response, self.down.socket
+        if self.recorder is not None:
+            return False  # noqa: ASYNC910 - what the engine sends is not heard here
         if relay is None or response is None or response.socket is None or response.complete or client is None:
             return False  # noqa: ASYNC910 - the caller goes on
         if self.down.sending_since is not None:
@@ -376,6 +409,9 @@ class Exchange:
         name = self.target.upstream if self.target else ""
         body = await reply.read(self.generation.config.limits.response_bytes, on_piece=self._hear)
         data, self.usage = decode_answer(body, model=self.call.model, upstream=name)
+        if self.recorder is not None:
+            self.recorder.hear_answer(data)
+            await self.recorder.complete(self.usage)
         self.phase = "ending"
         self._relayed = True
         self.bytes_sent = len(data)
@@ -413,6 +449,7 @@ class Exchange:
     async def _fail(self, error: GatewayError) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         """Tells the client, in the one way that is left."""
         self.phase = "ending"
+        self.error = error
         down = self.down
         if not down.committed:
             await down.respond(*error.to_response())

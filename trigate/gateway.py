@@ -27,18 +27,26 @@ import structlog
 import trio
 
 from trigate import config as configuration
-from trigate import discovery, echo, local_model, routing
+from trigate import discovery, echo, local_model, report, routing, storage
+from trigate.callbacks import Callbacks, open_callbacks
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
+from trigate.hooks import Hooks
 from trigate.leaving import Leaving, open_leaving
+from trigate.outbox import Outbox, open_outbox
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
+from trigate.runs import Runs, open_runs
+from trigate.sessions import Sessions
+from trigate.store import Store
 from trigate.timers import Timers, open_timers
 from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
+from trigate.workers import Workers, open_workers
 
 if TYPE_CHECKING:
+    from trigate.channels import Channels
     from trigate.exchange import Exchange
 
 log = structlog.get_logger("trigate.gateway")
@@ -328,13 +336,21 @@ class Gateway:
     """Everything that outlives a request. Made by `open_gateway`."""
 
     def __init__(
-        self, load: Callable[[], Awaitable[Config]], timers: Timers, leaving: Leaving, relay: Relay | None
+        self, load: Callable[[], Awaitable[Config]], timers: Timers, leaving: Leaving, relay: Relay | None, store: Store
     ) -> None:
         self._load = load
         self.timers = timers
         self.leaving = leaving
         self.relay = relay
         """Carries streams between plain sockets; None where there is no epoll."""
+        self.store = store
+        self.workers: Workers
+        self.sessions: Sessions
+        self.runs: Runs
+        self.callbacks: Callbacks
+        self.outbox: Outbox
+        self.hooks = Hooks(self)
+        self.channels: Channels | None = None
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.totals = Totals()
@@ -343,6 +359,7 @@ class Gateway:
         self.started_at = trio.current_time()
         self.reload_error: str | None = None
         self._reload_asked = trio.Event()
+        self._reloaded = trio.Event()
         self._descriptor_limit = _exchanges_by_descriptors()
 
     def __repr__(self) -> str:
@@ -413,6 +430,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
+            self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
             while True:
                 await self._reload_asked.wait()
@@ -434,6 +452,8 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
+                self.callbacks.apply(config.hooks or {}, self.outbox)
+                self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
     async def _run_generation(
@@ -442,6 +462,13 @@ class Gateway:
         async with open_generation(config, transports) as generation:
             task_status.started(generation)
             await generation.wait_unused()
+
+    async def use_store(self) -> None:
+        """Opens the store as soon as the configuration needs it; whoever else does, opens it himself."""
+        while not storage.is_needed(self.generation.config, self.store.statistics().path):
+            await self._reloaded.wait()
+            self._reloaded = trio.Event()
+        await self.workers.join_at_last()
 
     async def watch_file(self, path: Path) -> None:
         """Asks for a reload when the configuration file changes."""
@@ -522,10 +549,21 @@ async def open_gateway(
         return adjust(config if config is not None else await read_config(path, environ))
 
     first = await load()
-    async with open_timers() as timers, open_leaving() as leaving, open_poller() as poller:
-        gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None)
-        async with _running(gateway, first, transports, path):
-            yield gateway
+    async with (
+        open_timers() as timers,
+        open_leaving() as leaving,
+        open_poller() as poller,
+        storage.open_store(storage.location(first.store, environ)) as store,
+    ):
+        gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
+        async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
+            gateway.sessions = Sessions(store, gateway.workers)
+            async with (
+                open_callbacks(trust=_trust) as gateway.callbacks,
+                open_outbox(store, gateway.workers) as gateway.outbox,
+                _running(gateway, first, transports, path),
+            ):
+                yield gateway
 
 
 @contextlib.asynccontextmanager
@@ -535,9 +573,16 @@ async def _running(
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run_generations, first, transports)
-            if path is not None:
-                nursery.start_soon(gateway.watch_file, path)
             try:
-                yield
+                # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
+                # anybody joins the other workers.
+                async with open_runs(gateway) as gateway.runs:
+                    if path is not None:
+                        nursery.start_soon(gateway.watch_file, path)
+                    nursery.start_soon(gateway.use_store)
+                    nursery.start_soon(
+                        storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
+                    )
+                    yield
             finally:
                 nursery.cancel_scope.cancel()

@@ -380,6 +380,7 @@ class _Runs:
         turn: Turn | None = None,
         leave: Ticket | None = None,
         deliveries: Iterable[Delivery] = (),
+        frees_key: bool = False,
     ) -> Write[bool]:
         added = tuple(deliveries)
 
@@ -397,6 +398,8 @@ class _Runs:
                 _append(tables, turn)
             for delivery in added:
                 tables.put_delivery(delivery)
+            if frees_key:
+                tables.drop_claims(run_id)
             return True
 
         return self._ledger.write(operation)

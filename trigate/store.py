@@ -243,9 +243,15 @@ class Runs(Protocol):
         turn: Turn | None = None,
         leave: Ticket | None = None,
         deliveries: Iterable[Delivery] = (),
+        frees_key: bool = False,
     ) -> Write[bool]:
         """Ends a run: its result, what it appends to its session, its place in the queue, and what is to be delivered,
-        in one transaction. False = it had ended already, and nothing was done (but the place is given back)."""
+        in one transaction. False = it had ended already, or is unknown, and nothing was done (but the place is given
+        back).
+
+        Args:
+            frees_key: Its idempotency key, if it has one, stands for nothing from now on: it may be tried again.
+        """
 
     def adopt(self, worker: str, *, dead: Iterable[str], at: float) -> Write[Sequence[Run]]:
         """Takes over from workers that have died: their acknowledged runs become this worker's, ``queued``, and are
@@ -328,7 +334,11 @@ class Deliveries(Protocol):
 
     def take(self, worker: str, *, at: float, limit: int, channels: Iterable[str]) -> Write[Sequence[Delivery]]:
         """Takes what is due on these channels: it becomes ``sending``, by this worker, with one attempt more. Durable:
-        what was not noted as begun must not have been sent."""
+        what was not noted as begun must not have been sent.
+
+        At most one of each target of a channel, the one that has been due for the longest; and none of a target to
+        which something is being sent, by whichever worker. So each target gets one at a time, in order, and whatever
+        is taken can be sent at once."""
 
     def note(
         self,
@@ -351,7 +361,8 @@ class Deliveries(Protocol):
         """All of a run, in the order in which they were added."""
 
     async def next_due_at(self, channels: Iterable[str]) -> float | None:
-        """When the next pending one of these channels is due; None = there is none."""
+        """When the next one of these channels can be taken, as things are: those that wait for another one to the same
+        target are left out. None = there is none."""
 
     async def depth(self) -> dict[str, int]:
         """How many are pending or being sent, by channel; channels with none are left out."""

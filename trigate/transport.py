@@ -33,7 +33,7 @@ import httpx2
 import outcome
 import trio
 
-from trigate.dialing import Connection, Origin, dial
+from trigate.dialing import Connection, Origin, Refuse, dial
 from trigate.framing import Framing
 
 __all__ = ["Opening", "Origin", "Response", "SocketTransport", "TransportStatistics"]
@@ -268,6 +268,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
         max_connections: The most that are open at once, to all origins together; further requests queue. None = any.
         max_idle: The most that are kept while nobody uses them.
         idle_expiry_s: How long one is kept.
+        refuse: Judges each address before it is connected to; None = all are allowed.
 
     **Resource handling:** idle connections are closed by `run`, if somebody runs it; at the latest by `aclose`.
     """
@@ -279,6 +280,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
         max_connections: int | None = None,
         max_idle: int = 100,
         idle_expiry_s: float = 30.0,
+        refuse: Refuse | None = None,
     ) -> None:
         if idle_expiry_s <= 0:
             raise ValueError("idle_expiry_s: expected more than 0 (max_idle = 0 keeps nothing)")
@@ -286,6 +288,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
         self._max_connections = math.inf if max_connections is None else max_connections
         self._max_idle = max_idle
         self._idle_expiry_s = idle_expiry_s
+        self._refuse = refuse
         self._slots = 0
         # Of all origins in the order in which they were given back, and those of each, of which the last is taken.
         self._idle: OrderedDict[Connection, None] = OrderedDict()
@@ -394,7 +397,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
     async def _dial_in_slot(self, origin: Origin, bounds: _Bounds | float) -> Connection:
         timeout_s = bounds if isinstance(bounds, float) else bounds.connect_s
         try:
-            return await dial(origin, self._trust, timeout_s=timeout_s)
+            return await dial(origin, self._trust, timeout_s=timeout_s, refuse=self._refuse)
         except BaseException:
             self._free_slot()
             raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from quart import Blueprint, Response, current_app, jsonify
+import msgspec
+from quart import Blueprint, Response, current_app
 
 from trigate import report
 
@@ -16,5 +17,6 @@ blueprint = Blueprint("status", __name__)
 
 @blueprint.get("/status")
 async def status() -> Response:
-    """Version, uptime, channels, sessions, upstreams, live streams and totals."""
-    return jsonify(report.status(cast("GatewayApp", current_app).gateway))
+    """Version, uptime, workers, channels, sessions, store, upstreams, live streams and totals; of all workers."""
+    body = await report.status(cast("GatewayApp", current_app).gateway)
+    return Response(msgspec.json.encode(body), content_type="application/json")

@@ -1,0 +1,338 @@
+"""Runs: an order becomes a result once, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+import pytest
+import trio
+from bomb import Bomb, armed
+from conftest import Logs, Served, make_config
+from provider import DONE, Head, Pause, Provider, Say, Script, SlowConnect, Stall, answers, chunk, content, usage
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trigate import runs
+from trigate.errors import StoreUnavailable
+from trigate.runs import Order, Runs
+from trigate.store import ENDED, Delivery, Run
+
+OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
+
+REPLY: Script = (
+    Say(content("Hel")),
+    Say(content("lo")),
+    Say(chunk({}, finish_reason="stop")),
+    Say(usage(7, 2)),
+    Say(DONE),
+)
+DOWN = answers(b'{"error":{"message":"down"}}', status=500)
+
+
+def order(**own: Any) -> Order:  # Any: its fields
+    """An order that remembers nothing."""
+    default = {"channel": "h", "owner": "", "session": None, "action": "chat", "text": "Hi", "sender": "ada"}
+    return Order(**{**default, "model": "up/m", **own})
+
+
+def config(path: object = ":memory:", **hook: Any) -> Any:  # Any: a Config
+    """One with a hook ``h``."""
+    return make_config(store={"path": str(path)}, hooks={"h": {"model": "up/m", **hook}})
+
+
+async def ended(service: Runs, run: Run) -> Run:
+    """The run, once it has ended."""
+    with trio.fail_after(100):
+        return await service.wait_ended(run.id)
+
+
+async def deliveries(served: Served, run: Run) -> list[Delivery]:
+    """What is told of a run."""
+    return list(await served.gateway.store.deliveries.of_run(run.id))
+
+
+def test_an_order_is_kept_as_json() -> None:
+    """All of it comes back."""
+    every = order(
+        session="s", system="x", parameters={"stop": ["a"]}, reply_to={"target": "c", "message": 5}, finish=True
+    )
+    assert Order.decode(every.encode()) == every
+    assert Order.decode(order(reply_to="https://a.example/").encode()) == order(reply_to="https://a.example/")
+
+
+# -- promises ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, tmp_path: Path) -> None:
+    """It does not end, not even as failed; the next start does it, and the result is there once."""
+    where = tmp_path / "t.db"
+    async with open_app(config(where), Provider((Say(content("a")), Stall()))) as served:
+        service = served.gateway.runs
+        [first, second] = [
+            (await service.accept(order(text=text), acknowledged=True)).run for text in ("first", "second")
+        ]
+        service.perform_soon(first)
+        await served.client.ask("GET", "/status")
+        with trio.fail_after(5):
+            while not served.gateway.live:
+                await trio.lowlevel.checkpoint()
+        served.gateway.drain.begin()
+        service.perform_soon(second)  # accepted before, begun after
+        served.gateway.drain.cut()
+        with trio.fail_after(5):
+            while served.gateway.live:
+                await trio.lowlevel.checkpoint()
+        await wait_all_tasks_blocked(0.01)
+        for run in (first, second):
+            assert (await service.get(run.id)).state in ("queued", "running")
+    async with open_app(config(where), Provider(REPLY)) as served:
+        await served.gateway.workers.join()
+        for run in (first, second):
+            found = await ended(served.gateway.runs, run)
+            assert (found.state, msgspec.json.decode(found.result)["reply"]) == ("completed", "Hello")
+        assert len(served.providers["up"].calls) == 2
+
+
+async def test_what_was_not_promised_fails_with_its_worker(open_app: OpenApp, tmp_path: Path) -> None:
+    """Nobody was told that it would be done, and its idempotency key is free again."""
+    where = tmp_path / "t.db"
+    async with open_app(config(where)) as served:
+        lost = (await served.gateway.runs.accept(order(), acknowledged=False, idempotency=("k", b"1"))).run
+    async with open_app(config(where), Provider(REPLY)) as served:
+        await served.gateway.workers.join()
+        found = await ended(served.gateway.runs, lost)
+        assert (found.state, found.status) == ("failed", 503)
+        again = await served.gateway.runs.accept(order(), acknowledged=False, idempotency=("k", b"1"))
+        assert again.is_new
+
+
+async def test_a_run_that_takes_its_process_with_it(open_app: OpenApp) -> None:
+    """It is not begun for ever."""
+    async with open_app(config(), Provider(REPLY)) as served:
+        run = (await served.gateway.runs.accept(order(), acknowledged=True)).run
+        found = await served.gateway.runs.perform(attrs.evolve(run, starts=runs.MAX_STARTS))
+        assert (found.state, found.status) == ("failed", 500)
+        assert not served.providers["up"].calls
+
+
+async def test_a_request_that_cannot_be_read(open_app: OpenApp, logs: Logs) -> None:
+    """One row that another version wrote, say, does not stop the others."""
+    logs.expect_error("run_crashed")
+    async with open_app(config(), Provider(REPLY)) as served:
+        service = served.gateway.runs
+        bad = (await service.accept(order(), acknowledged=True)).run
+        service.perform_soon(attrs.evolve(bad, request=b'{"future":1}'))
+        assert (await ended(service, bad)).state == "failed"
+        good = (await service.accept(order(), acknowledged=True)).run
+        service.perform_soon(good)
+        assert (await ended(service, good)).state == "completed"
+
+
+async def test_a_gateway_that_is_full_makes_a_promised_run_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is tried again until there is room."""
+    full = make_config(store={"path": ":memory:"}, hooks={"h": {}}, limits={"max_exchanges": 1})
+    async with open_app(full, Provider((Pause(5), *REPLY))) as served:
+        service = served.gateway.runs
+        both = [(await service.accept(order(), acknowledged=True)).run for _ in range(2)]
+        doing = [service.perform_soon(run) for run in both]
+        for each in doing:
+            await each.done.wait()
+        assert [each.run.state for each in doing] == ["completed", "completed"]
+        served.assert_clean()
+
+
+class Ill:
+    """A store whose runs cannot end, so many times."""
+
+    def __init__(self, served: Served, times: int) -> None:
+        self._finish = served.gateway.store.runs.finish
+        self.left = times
+        served.gateway.store.runs.finish = self.finish  # type: ignore[method-assign]
+
+    def finish(self, *args: Any, **kwargs: Any) -> Any:  # Any: as the store's
+        """Fails, or does it."""
+        if self.left <= 0:
+            return self._finish(*args, **kwargs)
+        self.left -= 1
+        return self._refuse()
+
+    async def _refuse(self) -> None:
+        await trio.lowlevel.checkpoint()
+        raise StoreUnavailable("The disk is full.")
+
+
+async def test_a_promised_run_whose_result_cannot_be_kept(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is done again until it can be."""
+    async with open_app(config(), Provider(REPLY)) as served:
+        service = served.gateway.runs
+        Ill(served, 2)
+        run = (await service.accept(order(), acknowledged=True)).run
+        doing = service.perform_soon(run)
+        await doing.done.wait()
+        assert doing.run.state == "completed"
+        served.assert_clean()
+
+
+async def test_an_answer_that_cannot_be_kept_is_not_given(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Who waits is told why; the run ends as failed once that can be kept."""
+    async with open_app(config(session="none"), Provider(REPLY)) as served:
+        Ill(served, 3)
+        call = await served.client.ask("POST", "/hooks/h", {"text": "Hi"})
+        assert (call.status, call.error["code"]) == (503, "store_unavailable")
+        run = await ended(served.gateway.runs, await served.gateway.runs.get(call.header("x-run-id")))
+        assert (run.state, run.status) == ("failed", 503)
+
+
+async def test_nothing_is_accepted_without_a_store(open_app: OpenApp, tmp_path: Path, logs: Logs) -> None:
+    """No 202 and no 200 without durability."""
+    logs.expect_error("store_unavailable")
+    bad = tmp_path / "not a directory"
+    bad.write_text("x")
+    async with open_app(config(bad / "t.db"), Provider(REPLY)) as served:
+        for prefer in ("respond-async", "x"):
+            call = await served.client.ask("POST", "/hooks/h", {"text": "Hi", "from": "a"}, headers={"prefer": prefer})
+            assert (call.status, call.error["code"]) == (503, "store_unavailable")
+        assert not served.providers["up"].calls
+        assert not served.gateway.runs._places
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "state"), [(REPLY, "completed"), (DOWN, "failed")])
+async def test_a_callback_is_written_with_the_result(open_app: OpenApp, script: Script, state: str) -> None:
+    """One delivery, that a receiver can tell from another; it tells what the run's reader sees."""
+    async with open_app(config(), Provider(script)) as served:
+        service = served.gateway.runs
+        run = (await service.accept(order(reply_to="https://a.example/x"), acknowledged=True)).run
+        found = await service.perform(run)
+        [told] = await deliveries(served, run)
+        assert (told.channel, told.target, told.repeatable) == ("h", "https://a.example/x", True)
+        body = msgspec.json.decode(told.body)
+        assert body["type"] == f"run.{state}"
+        assert body["data"]["id"] == run.id
+        assert body["data"]["result"] == msgspec.json.decode(found.result)
+        again = await service.perform(run)  # it has ended
+        assert again == await service.get(run.id)
+        assert len(await deliveries(served, run)) == 1
+        assert len(served.providers["up"].calls) == 1
+
+
+class Shown:
+    """A channel that shows what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.open = 0
+
+    @contextlib.asynccontextmanager
+    async def watch(self, run: Run, order: Order) -> AsyncIterator[Shown]:
+        """As `Audience.watch`."""
+        self.open += 1
+        try:
+            await trio.lowlevel.checkpoint()
+            yield self
+        finally:
+            self.open -= 1
+
+    def show(self, text: str) -> None:
+        """As `Live.show`."""
+        self.texts.append(text)
+
+    async def end(self) -> Mapping[str, Any]:
+        """As `Live.end`."""
+        await trio.lowlevel.checkpoint()
+        return {"message": 7}
+
+
+async def test_a_channel_shows_a_run_and_is_told_its_end(open_app: OpenApp) -> None:
+    """The text as it grows; then a delivery that knows what was shown."""
+    async with open_app(config(), Provider(REPLY)) as served:
+        shown = served.gateway.runs.audiences["h"] = Shown()
+        run = (await served.gateway.runs.accept(order(reply_to={"target": "c1", "to": 5}), acknowledged=True)).run
+        await served.gateway.runs.perform(run)
+        assert shown.texts[0] == "Hel"
+        assert shown.texts[-1] == "Hello"
+        assert shown.open == 0
+        [told] = await deliveries(served, run)
+        assert (told.target, told.repeatable) == ("c1", False)
+        body = msgspec.json.decode(told.body)
+        assert (body["reply_to"], body["live"]) == ({"target": "c1", "to": 5}, {"message": 7})
+        assert body["data"]["result"]["reply"] == "Hello"
+
+
+async def test_a_channel_that_crashes_fails_its_run_alone(open_app: OpenApp, logs: Logs) -> None:
+    """Whatever an adapter raises becomes the run's end."""
+    logs.expect_error("exchange_crashed")
+
+    class Broken(Shown):
+        def show(self, text: str) -> None:
+            raise ValueError("no")
+
+    async with open_app(config(), Provider(REPLY)) as served:
+        served.gateway.runs.audiences["h"] = Broken()
+        run = (await served.gateway.runs.accept(order(reply_to={"target": "c"}), acknowledged=True)).run
+        assert (await served.gateway.runs.perform(run)).state == "failed"
+        served.assert_clean()
+
+
+# -- the sweep --------------------------------------------------------------------------------------------------------
+
+SCENES: dict[str, Script] = {
+    "answered": (SlowConnect(1), Head(), Pause(1), *REPLY),
+    "refused": (Pause(1), *answers(b'{"error":{"message":"no"}}', status=400)),
+}
+
+
+@pytest.fixture
+def steady_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes Trio's order of tasks the same in each run (see test_cancellation)."""
+    monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
+    monkeypatch.setattr("trio._core._run._r", random.Random(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("scene", SCENES)
+async def test_a_run_that_is_cancelled_at_any_step(
+    open_app: OpenApp, autojump_clock: MockClock, steady_order: None, scene: str, promised: bool
+) -> None:
+    """Acceptance and performance: afterwards the run has ended, or was never there, or is promised and goes on; no
+    place, no exchange and no waiting task is left."""
+    async with open_app(config(), Provider(SCENES[scene])) as served:
+        service, store = served.gateway.runs, served.gateway.store
+        await served.gateway.workers.join()
+        steps = fired = 0
+        while True:
+            steps += 1
+            scope = trio.CancelScope()
+            bomb = Bomb(steps, scope.cancel)
+            key = (f"k{steps}", b"1")
+            known: list[Run] = []
+            with armed(bomb), scope:
+                claim = await service.accept(order(), acknowledged=promised, idempotency=key)
+                known.append(claim.run)
+                await service.perform(claim.run)
+            with trio.fail_after(100):
+                if known:
+                    assert (await ended(service, known[0])).state in ENDED
+                while service._places or served.gateway.live:
+                    await trio.sleep(0.1)
+            # Whatever came of it, the sender may ask again, and gets an answer.
+            again = await service.accept(order(), acknowledged=False, idempotency=key)
+            if again.is_new:
+                await service.perform(again.run)
+            else:
+                assert again.run.state in ENDED
+            assert await store.runs.unfinished("h") == 0
+            served.assert_clean()
+            if not bomb.fired:
+                break
+            fired += 1
+        assert fired > 10

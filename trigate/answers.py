@@ -1,0 +1,203 @@
+"""An answer of a chat model, put together from its events. Pure.
+
+What is kept is what a later request has to repeat: the content, a refusal, and the calls for tools. Everything else is
+not: ``reasoning_content`` and its kin (providers refuse it, or want it left out, when it comes back), audio,
+annotations, log probabilities, usage.
+
+An answer is *cut* until it has said that it is complete: a stream by ``[DONE]``, a JSON answer by being one. Calls for
+tools of a cut answer may lack half of their arguments, and nobody will answer them, so they are left out.
+
+Source: how chunks become a message is from the OpenAI API reference ("The chat completion chunk object") and from
+openai-node ``lib/ChatCompletionStream.ts``: texts and arguments are added up, ids and names are the last that came.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import attrs
+import msgspec
+
+from trigate import sse
+
+_any = msgspec.json.Decoder()
+
+
+@attrs.define
+class _Function:
+    name: str = ""
+    arguments: list[str] = attrs.field(factory=list)
+
+    def hear(self, value: object) -> None:
+        if not isinstance(value, dict):
+            return
+        if isinstance(name := value.get("name"), str) and name:
+            self.name = name
+        if isinstance(arguments := value.get("arguments"), str):
+            self.arguments.append(arguments)
+
+    def value(self) -> dict[str, str]:
+        return {"name": _whole(self.name), "arguments": _whole("".join(self.arguments))}
+
+
+@attrs.define
+class _ToolCall:
+    fields: dict[str, Any] = attrs.field(factory=dict)  # Any: JSON; what a provider adds has to come back to it
+    function: _Function | None = None
+
+    def hear(self, value: dict[str, Any]) -> None:
+        for name, part in value.items():
+            if name == "function":
+                self.function = self.function or _Function()
+                self.function.hear(part)
+            elif name != "index" and part:
+                self.fields[name] = part
+
+    def value(self) -> dict[str, Any]:
+        fields = {"type": "function", **self.fields} if self.function else self.fields
+        return {**fields, "function": self.function.value()} if self.function else fields
+
+
+class AnswerRecord:
+    r"""The first choice of a chat answer, as it comes. What is not of the expected shape is passed over.
+
+    >>> answer = AnswerRecord()
+    >>> answer.hear(b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"Hel"}}]}\n\n')
+    >>> answer.hear(b'data: {"choices":[{"delta":{"content":"lo"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
+    >>> answer.message(), answer.finish_reason, answer.is_cut
+    (b'{"role":"assistant","content":"Hello"}', 'stop', False)
+
+    Attributes:
+        finish_reason: None until it has come.
+        is_cut: It has not said that it is complete.
+    """
+
+    def __init__(self) -> None:
+        # What it is fed has been through a splitter with a bound; here events are only taken apart again.
+        self._splitter = sse.EventSplitter(max_event_bytes=sys.maxsize)
+        self._text: list[str] = []
+        self._refusal: list[str] = []
+        self._tool_calls: dict[int, _ToolCall] = {}
+        self._function_call: _Function | None = None
+        self.finish_reason: str | None = None
+        self.is_cut = True
+
+    def hear(self, frames: bytes) -> None:
+        """Takes whole server-sent events (`exchange.Recorder.hear`)."""
+        for event in self._splitter.feed(frames):
+            data = sse.data_of(event)
+            if not data:
+                continue
+            if data.strip() == b"[DONE]":
+                self.is_cut = False
+            else:
+                self._hear_choice(data, "delta")
+
+    def hear_answer(self, body: bytes) -> None:
+        """Takes a whole JSON answer (`exchange.Recorder.hear_answer`)."""
+        self.is_cut = False
+        self._hear_choice(body, "message")
+
+    def _hear_choice(self, data: bytes, part: str) -> None:
+        value = _decode(data)
+        choices = value.get("choices") if isinstance(value, dict) else None
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict) and choice.get("index", 0) == 0:
+                if isinstance(reason := choice.get("finish_reason"), str):
+                    self.finish_reason = reason
+                if isinstance(inner := choice.get(part), dict):
+                    self._hear_part(inner)
+                return
+
+    def _hear_part(self, part: dict[str, Any]) -> None:
+        if text := _text_of(part.get("content")):
+            self._text.append(text)
+        if isinstance(refusal := part.get("refusal"), str) and refusal:
+            self._refusal.append(refusal)
+        calls = part.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, dict):
+                self._tool_call(call).hear(call)
+        if isinstance(function := part.get("function_call"), dict):
+            self._function_call = self._function_call or _Function()
+            self._function_call.hear(function)
+
+    def _tool_call(self, delta: dict[str, Any]) -> _ToolCall:
+        index = delta.get("index")
+        if type(index) is not int:  # as in JSON answers, and in streams of providers that send each call whole
+            last = max(self._tool_calls, default=-1)
+            index = last + 1 if delta.get("id") or last < 0 else last
+        return self._tool_calls.setdefault(index, _ToolCall())
+
+    @property
+    def text(self) -> str:
+        """Its content so far."""
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return _whole(self._text[0]) if self._text else ""
+
+    @property
+    def has_tool_calls(self) -> bool:
+        """It has asked for tools."""
+        return bool(self._tool_calls) or self._function_call is not None
+
+    @property
+    def has_content(self) -> bool:
+        """There is something to keep: text, a refusal, or, where it is not cut, calls for tools."""
+        return bool(self._text or self._refusal or (self.has_tool_calls and not self.is_cut))
+
+    def message(self) -> bytes:
+        """The assistant message so far, as JSON; of one that was cut, tool calls are left out."""
+        calls = self.has_tool_calls and not self.is_cut
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if not self._text and (calls or self._refusal):
+            message["content"] = None
+        if self._refusal:
+            message["refusal"] = _whole("".join(self._refusal))
+        if calls and self._tool_calls:
+            message["tool_calls"] = [self._tool_calls[index].value() for index in sorted(self._tool_calls)]
+        if calls and self._function_call is not None:
+            message["function_call"] = self._function_call.value()
+        try:
+            return msgspec.json.encode(message)
+        except UnicodeEncodeError:  # half a surrogate pair in what a provider added to a call
+            return json.dumps(message).encode()
+
+
+def _decode(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON
+    try:
+        return _any.decode(data)
+    except (ValueError, RecursionError):
+        pass
+    try:  # slower, and takes the half surrogate pairs that some providers send where they cut an emoji
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text_of(content: object) -> str:
+    """The text of a content, which a few providers send in parts.
+
+    >>> _text_of([{"type": "thinking", "thinking": []}, {"type": "text", "text": "Hi"}])
+    'Hi'
+    """
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else ()
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join([text for text in texts if isinstance(text, str)])
+
+
+def _whole(text: str) -> str:
+    r"""The text with the halves of a surrogate pair put together where they came apart, and else replaced.
+
+    >>> _whole("\ud83d\ude00") == "\U0001f600", _whole("a\ud83d")
+    (True, 'a\ufffd')
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,0 +1,50 @@
+"""``GET /hooks/NAME/runs/ID``: what became of a message. (``POST /hooks/NAME`` is `trigate.hooks`.)"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+import msgspec
+from quart import Blueprint, Response, current_app, request
+
+from trigate.errors import NotFound
+from trigate.runs import view
+
+if TYPE_CHECKING:
+    from trigate.application import GatewayApp
+    from trigate.store import Delivery
+
+blueprint = Blueprint("hooks", __name__)
+
+
+@blueprint.get("/hooks/<name>/runs/<run_id>")
+async def run(name: str, run_id: str) -> Response:
+    """Returns a run with its result and its deliveries.
+
+    Raises:
+        NotFound: There is none, or it is not the caller's.
+        StoreUnavailable: It cannot be looked up.
+    """
+    gateway = cast("GatewayApp", current_app).gateway
+    readers: set[str] = request.scope["trigate.readers"]  # type: ignore[typeddict-item]
+    await gateway.workers.join()
+    found = await gateway.store.runs.get(run_id)
+    if found is None or found.channel != name or found.owner not in readers:
+        raise NotFound(f"There is no run {run_id[:100]}.")
+    deliveries = await gateway.store.deliveries.of_run(run_id)
+    shown = {**view(found), "deliveries": [_delivery(each) for each in deliveries]}
+    return Response(msgspec.json.encode(shown), content_type="application/json")
+
+
+def _delivery(delivery: Delivery) -> dict[str, Any]:
+    """A delivery as its reader may know it: of a URL no query, in which there may be a secret."""
+    parts = urlsplit(delivery.target)
+    return {
+        "id": delivery.id,
+        "url": f"{parts.scheme}://{parts.netloc}{parts.path}" if parts.scheme in ("http", "https") else None,
+        "state": delivery.state,
+        "attempts": delivery.attempts,
+        "last_status": delivery.last_status or None,
+        "last_error": delivery.last_error,
+    }
