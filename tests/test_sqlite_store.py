@@ -3,9 +3,6 @@
 All on a real disk, with real threads. Nothing here depends on how long something takes.
 """
 
-# Its files are a test's own, and nothing else waits meanwhile:
-# ruff: noqa: ASYNC240
-
 from __future__ import annotations
 
 import contextlib

@@ -180,7 +180,7 @@ class SqliteStore(Ledger):
                 queued.total += outcome
                 self._queue.append(queued)
 
-    async def _open(self) -> File:  # noqa: ASYNC910 - it is open already, but for the first time
+    async def _open(self) -> File:
         if self._file is not None and self._file.has_failed:
             await self._close()
         if self._file is None:
@@ -189,7 +189,7 @@ class SqliteStore(Ledger):
             if self._error is not None and trio.current_time() < self._retry_at:
                 raise StoreUnavailable(self._error)
             self._file = await open_file(self.path)
-        return self._file
+        return self._file  # noqa: ASYNC910 - it is open already, but for the first time
 
     async def _close(self) -> None:
         await trio.lowlevel.checkpoint()
