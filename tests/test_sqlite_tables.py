@@ -39,7 +39,6 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
         ("due", {"at": 9.0, "channels": ["a", "b"], "limit": 9}),
         ("sending", {"workers": ["a", "b"]}),
         ("deliveries", {"run_id": "r"}),
-        ("next_due_at", {"channels": ["a", "b"]}),
         ("drop_orphans", {"before": 9.0, "limit": 9}),
     ],
 )
@@ -55,7 +54,9 @@ def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
     assert asked
     for sql in asked:
         steps = [step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {sql}", (None,) * sql.count("?"))]
-        assert not [step for step in steps if step.startswith(tuple(f"SCAN {table}" for table in GROWING))], steps
+        assert not [step for step in steps if step.startswith(tuple(f"SCAN {table}" for table in (*GROWING, "d")))], (
+            steps
+        )
         if "+number" not in sql:
             assert not [step for step in steps if "TEMP B-TREE FOR ORDER" in step], steps
 

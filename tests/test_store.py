@@ -65,13 +65,13 @@ def run(run_id: str = "run_1", **changes: Any) -> Run:
 
 
 def delivery(delivery_id: str = "msg_1", **changes: Any) -> Delivery:
-    """Something to tell."""
+    """Something to tell, to a target of its own."""
     return attrs.evolve(
         Delivery(
             id=delivery_id,
             run_id="run_1",
             channel="hook",
-            target="https://example.org/",
+            target=f"https://example.org/{delivery_id}",
             body=b"{}",
             created_at=10.0,
             due_at=10.0,
@@ -493,6 +493,17 @@ async def test_a_run_may_give_its_key_back(store: Store) -> None:
     assert not (await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))).is_new
 
 
+async def test_a_run_that_ended_may_free_its_key(store: Store) -> None:
+    """What could not be done may be asked for again, and is another run then."""
+    await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
+    await store.runs.finish("run_1", state="failed", status=503, result=b"{}", at=12.0, frees_key=True)
+    again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_2"))
+    assert (again.run.id, again.is_new) == ("run_2", True)
+    assert await store.runs.finish("run_1", state="failed", status=503, result=b"{}", at=13.0, frees_key=True) is False
+    again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))
+    assert again.run.id == "run_2"
+
+
 async def test_one_of_many_claims_at_once_succeeds(store: Store) -> None:
     """All others get its run."""
     claims = [store.idempotency.claim("hook", "key", digest=b"1", run=run(f"run_{n}")) for n in range(100)]
@@ -527,6 +538,31 @@ async def test_what_is_due_is_taken_once(store: Store) -> None:
     assert await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"]) == []
     assert await store.deliveries.take("w2", at=30.0, limit=3, channels=[]) == []
     assert taken[0] in await store.deliveries.of_run("run_1")
+
+
+async def test_each_target_gets_one_at_a_time(store: Store) -> None:
+    """The one that has been due for the longest; none while another is sent, by any worker, even if more are due."""
+    for number, (target, due_at) in enumerate((("a", 12.0), ("a", 11.0), ("b", 13.0), ("a", 11.0)), start=1):
+        await store.deliveries.add(delivery(f"msg_{number}", target=target, due_at=due_at))
+    await store.deliveries.add(delivery("msg_5", target="a", channel="other", due_at=50.0))
+
+    async def take(worker: str = "w1", limit: int = 9) -> list[str]:
+        channels = ["hook", "other"]
+        return [each.id for each in await store.deliveries.take(worker, at=20.0, limit=limit, channels=channels)]
+
+    assert await store.deliveries.next_due_at(["hook"]) == 11.0
+    assert await take() == ["msg_2", "msg_3"]
+    assert await take("w2") == []
+    assert await store.deliveries.next_due_at(["hook"]) is None
+    assert await store.deliveries.next_due_at(["hook", "other"]) == 50.0
+    await store.deliveries.note("msg_2", state="pending", at=20.0, due_at=30.0)
+    assert await store.deliveries.next_due_at(["hook"]) == 11.0
+    assert await take("w2") == ["msg_4"]
+    await store.deliveries.note("msg_4", state="delivered", at=20.0)
+    assert await take(limit=1) == ["msg_1"]
+    await store.deliveries.note("msg_1", state="failed", at=20.0)
+    assert await take() == []
+    assert await store.deliveries.next_due_at(["hook"]) == 30.0
 
 
 async def test_the_end_of_an_attempt_is_noted(store: Store) -> None:

@@ -181,21 +181,20 @@ class MemoryTables:
     def put_delivery(self, delivery: Delivery) -> None:
         self._deliveries[delivery.id] = delivery
 
-    def _pending(self, channels: Sequence[str]) -> list[Delivery]:
-        pending = (each for each in self._deliveries.values() if each.state == "pending" and each.channel in channels)
-        return sorted(pending, key=lambda each: each.due_at)
-
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
-        return [each for each in self._pending(channels) if each.due_at <= at][:limit]
+        under_way = {(each.channel, each.target) for each in self._deliveries.values() if each.state == "sending"}
+        first: dict[Key, Delivery] = {}
+        for each in sorted(self._deliveries.values(), key=lambda each: each.due_at):
+            target = each.channel, each.target
+            if each.state == "pending" and each.channel in channels and target not in under_way:
+                first.setdefault(target, each)
+        return [each for each in first.values() if each.due_at <= at][:limit]
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
         return [each for each in self._deliveries.values() if each.state == "sending" and each.worker in workers]
 
     def deliveries(self, run_id: str) -> Sequence[Delivery]:
         return [each for each in self._deliveries.values() if each.run_id == run_id]
-
-    def next_due_at(self, channels: Sequence[str]) -> float | None:
-        return next((each.due_at for each in self._pending(channels)), None)
 
     def depth(self) -> dict[str, int]:
         counts: dict[str, int] = {}

@@ -7,7 +7,6 @@ done). A connection that is used here must not be used by another thread at the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -115,6 +114,8 @@ MIGRATIONS = (
     CREATE INDEX deliveries_due ON deliveries (due_at) WHERE state = 'pending';
     CREATE INDEX deliveries_of_channel ON deliveries (channel) WHERE state IN ('pending', 'sending');
     CREATE INDEX deliveries_of_worker ON deliveries (worker) WHERE state = 'sending';
+    CREATE INDEX deliveries_waiting ON deliveries (channel, target, due_at) WHERE state = 'pending';
+    CREATE INDEX deliveries_under_way ON deliveries (channel, target) WHERE state = 'sending';
     CREATE INDEX deliveries_by_age ON deliveries (coalesce(done_at, due_at))
         WHERE state NOT IN ('pending', 'sending');
 
@@ -193,7 +194,7 @@ _IS_UNFINISHED = "state IN ('queued', 'running')"
 _IS_OPEN = "state IN ('pending', 'sending')"
 
 
-# ORDER BY +number: sorted afterwards, where to walk the rows in that order would be to walk all of them
+# +number, +channel: not by the index of that column, which would be to walk all rows, or to sort them
 
 
 def _in(column: str, values: Sequence[str]) -> str:
@@ -367,7 +368,13 @@ class SqliteTables:
         self._put(_DELIVERIES, delivery)
 
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
-        where = f"WHERE state = 'pending' AND due_at <= ? AND {_in('channel', channels)}"
+        to_it = "SELECT 1 FROM deliveries d WHERE d.channel = deliveries.channel AND d.target = deliveries.target"
+        where = (
+            f"WHERE state = 'pending' AND due_at <= ? AND {_in('+channel', channels)}"
+            f" AND NOT EXISTS ({to_it} AND d.state = 'sending')"
+            f" AND NOT EXISTS ({to_it} AND d.state = 'pending' AND d.due_at <= deliveries.due_at"
+            " AND (d.due_at < deliveries.due_at OR d.number < deliveries.number))"
+        )
         return self._all(_DELIVERIES, f"{where} ORDER BY due_at, number LIMIT ?", at, *channels, limit)
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
@@ -376,10 +383,6 @@ class SqliteTables:
 
     def deliveries(self, run_id: str) -> Sequence[Delivery]:
         return self._all(_DELIVERIES, "WHERE run_id = ? ORDER BY number", run_id)
-
-    def next_due_at(self, channels: Sequence[str]) -> float | None:
-        first = self.due(math.inf, channels, limit=1)
-        return first[0].due_at if first else None
 
     def depth(self) -> dict[str, int]:
         return dict(self._db.execute(f"SELECT channel, count(*) FROM deliveries WHERE {_IS_OPEN} GROUP BY channel"))
