@@ -173,6 +173,7 @@ async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: boo
         (room / name).write_text(fill(text, values), encoding="utf-8")
     command = [fill(part, values) for part in peer.command]
     env = environment() | {name: fill(value, values) for name, value in peer.env.items()}
+    env["TRIGATE_STORE"] = str(room / "trigate.db")  # and not that of whoever runs the bench
     log = room / "log"
     version = await trio.to_thread.run_sync(_version, peer, values)
     # made before the clock runs; a TLS context alone takes some ten milliseconds

@@ -1,7 +1,8 @@
 """Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
 
 What an event costs in `trigate.sse` and `trigate.wire`, and a request in `trigate.wire` and `trigate.routing`, without
-sockets and without Trio. pytest-benchmark calls each many times over and reports the least, the median and the spread.
+sockets and without Trio; and a beat of a worker in `trigate.report`. pytest-benchmark calls each many times over and
+reports the least, the median and the spread.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import trio
 
 from bench.upstream import MODEL
+from trigate import config, report, storage
+from trigate.exchange import Exchange
+from trigate.gateway import open_gateway
 from trigate.routing import Known, Target, plan
 from trigate.sse import EventSplitter
 from trigate.wire import ENDPOINTS, StreamReader, decode_answer, decode_call
@@ -120,3 +125,28 @@ def test_plan(benchmark: Benchmark, model: str) -> None:
     upstreams = {"other": Known(models=("a", "b")), "mock": Known(models=(MODEL,), default_model=MODEL)}
     aliases = {"default": (Target("mock", MODEL),)}
     benchmark(lambda: plan(model, aliases=aliases, upstreams=upstreams))
+
+
+@pytest.mark.parametrize("live", [0, 10_000])
+def test_beat(benchmark: Benchmark, live: int) -> None:
+    """report: what a worker says of itself each second, and for ``/status``, beside so many exchanges."""
+    nobody: Any = None  # Any: nothing is sent to it
+    settings = config.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench")
+
+    async def measure() -> None:
+        async with open_gateway(settings, env={"TRIGATE_STORE": storage.MEMORY}) as gateway:
+            for number in range(live):
+                exchange = Exchange(
+                    id=f"req_{number}",
+                    call=decode_call(CHAT, BODY),
+                    gateway=gateway,
+                    generation=gateway.generation,
+                    down=nobody,
+                )
+                exchange.target = Target("mock", MODEL)
+                exchange.phase = "streaming"
+                gateway.live[exchange] = None
+            benchmark(report.snapshot, gateway)
+            gateway.live.clear()
+
+    trio.run(measure)

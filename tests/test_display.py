@@ -51,7 +51,7 @@ async def test_the_newest_text_is_shown_at_intervals(autojump_clock: object) -> 
             display.show("abc def ghi jkl"[: count // 2 + 2])
             await trio.sleep(0.1)
         await trio.sleep(5)
-        assert await display.end() == {"shown": [["1", 7], ["2", 7]]}
+        assert await display.end() == {"shown": [["1", 7], ["2", 7]], "repeatable": True}
     calls = [(round(at - began, 1), what, text) for at, what, text in wall.calls]
     assert calls == [
         (0.0, "write", "ab"),
@@ -88,7 +88,7 @@ async def test_after_a_last_refusal_nothing_is_sent(autojump_clock: object) -> N
         await trio.sleep(3)
         display.show("ab")
         await trio.sleep(3)
-        assert await display.end() == {"shown": []}
+        assert await display.end() == {"shown": [], "repeatable": False}
     assert len(wall.calls) == 1
 
 
@@ -113,5 +113,5 @@ async def test_the_end_of_what_was_never_shown(autojump_clock: object) -> None:
     display = _display(Wall())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(display.run)
-        assert await display.end() == dump([])
+        assert await display.end() == {**dump([]), "repeatable": False}
     assert load({}) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ SECTIONS = {
     "[upstreams.NAME]": config.UpstreamConfig,
     "[models.ALIAS]": config.ModelConfig,
     "[limits]": config.LimitsConfig,
+    "[hooks.NAME]": config.HookConfig,
     "[store]": config.StoreConfig,
 }
 
@@ -87,7 +89,7 @@ def _written(default: object) -> str:
         case str():
             return f'`"{default}"`'
         case tuple():
-            return f"`{list(default)}`"
+            return f"`{list(default)}`".replace("'", '"')
     return f"`{default}`"
 
 
@@ -119,6 +121,11 @@ def test_units(title: str) -> None:
         "tuple[HostName, ...]": "array of strings",
         "tuple[Origin, ...]": "array of strings",
         "Mapping[str, Secret]": "table of secrets",
+        "Mapping[str, Any]": "table",
+        "Mapping[str, Expression]": "table of JMESPaths",
+        "Expression": "JMESPath",
+        "tuple[Secret, ...]": "array of secrets",
+        "tuple[Action, ...]": "array of actions",
         'tuple[str, ...] | Literal["discover"]': '`"discover"` or array of strings',
     }
     documented = _first_names(_sections(_page("reference/configuration.md"))[title])
@@ -126,9 +133,9 @@ def test_units(title: str) -> None:
         kind = annotation.removesuffix(" | None").replace("'", '"')
         said = documented[name][1]
         if kind.startswith("Literal"):
-            assert _names(said) == re.findall(r'"\w+"', kind)
-        elif name == "words_per_s":  # the one number whose unit is no time
-            assert said == "words per second"
+            assert _names(said) == re.findall(r'"[\w-]+"', kind)
+        elif kind == "Rate":
+            assert said == {"words_per_s": "words per second", "rate_per_s": "requests per second"}[name]
         else:
             assert said == types[kind], name
 
@@ -154,7 +161,10 @@ def test_settings_in_prose(page: Path) -> None:
 @pytest.mark.parametrize("body", BLOCKS)
 def test_examples(body: str) -> None:
     """Each example is a configuration as it stands, once the environment has the variables that it names."""
-    env = dict.fromkeys(re.findall(r'env = "(\w+)"', body), "a-value")
+    # long enough for every scheme, none like another, and base64 as well
+    env = {
+        name: "whsec_" + hashlib.sha256(name.encode()).hexdigest()[:48] for name in re.findall(r'env = "(\w+)"', body)
+    }
     data = tomllib.loads(body)
     for name, secret in data.get("keys", {}).items():
         if isinstance(secret, dict) and "file" in secret:  # there is no such file here
@@ -217,7 +227,7 @@ def test_error_codes() -> None:
 
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
-    served = {f"POST {path}" for path in wire.ENDPOINTS}
+    served = {f"POST {path}" for path in wire.ENDPOINTS} | {"POST /hooks/{name}"}
     for rule in create_app(config.Config()).url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
 import json
+import os
+import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +22,7 @@ from asgi_client import ClientCall
 from conftest import Served, make_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_gateway
 from provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
 from trio.testing import MockClock
 
@@ -685,3 +692,38 @@ async def test_whatever_json_comes_in_it_is_not_our_fault(open_app: OpenApp, kin
             call = await post(served, json.dumps(payload).encode(), content_type="application/json")
             assert call.status < 500, (payload, call.body)
         served.assert_clean()
+
+
+# -- the page that explains it ----------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs/how-to/webhooks.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^```sh\n(.*?)^```$(?:\n\n```json\n(.*?)^```$)?", PAGE, re.M | re.S)
+SETTINGS = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.M | re.S)
+SECRETS = {
+    name: f"whsec_{hashlib.sha256(name.encode()).hexdigest()[:48]}" for name in re.findall(r'env = "(\w+)"', PAGE)
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("openssl")), reason="needs curl and openssl")
+def test_every_command_of_the_page(tmp_path: Path) -> None:
+    """Run as it stands there, against a real process; an answer has the fields that the page shows."""
+    config = f'[upstreams.trigate]\nkind = "echo"\n{"".join(SETTINGS)}'
+    with run_gateway(config, tmp_path, env={**SECRETS, "TRIGATE_STORE": str(tmp_path / "t.db")}) as gateway:
+        for command, shown in COMMANDS:
+            command = command.replace("http://127.0.0.1:18888", gateway.url).replace(
+                "curl ", "curl -sS --fail-with-body "
+            )
+            done = subprocess.run(
+                ["sh", "-e", "-c", command], env={**os.environ, **SECRETS}, capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == 0, (command, done.stdout, done.stderr)
+            if shown:
+                assert list(json.loads(done.stdout)) == list(json.loads(shown)), command
+            if "event-stream" in command:
+                assert done.stdout.rstrip().endswith("data: [DONE]")
+            if "--fail-with-body -i" in command:
+                assert done.stdout.startswith("HTTP/1.1 202")
+            if "for attempt" in command:
+                assert len(set(re.findall(r'"id":"run_\w+"', done.stdout))) == 1
+        assert "[error" not in gateway.log()

@@ -32,7 +32,7 @@ ROWS = (
     ("report", "hooks"),
     ("channels",),
     ("telegram", "slack"),
-    ("adapter",),
+    ("adapter", "replies"),
     ("runs",),
     ("exchange", "callbacks"),
     ("sessions", "outbox", "discovery"),
@@ -45,10 +45,9 @@ ROWS = (
     ("framing", "leaving", "poller", "timers", "display"),
     ("sqlite_store", "memory_store"),
     ("sqlite_file",),
-    ("history", "ingress"),
-    ("ledger", "sqlite_tables"),
+    ("ledger", "sqlite_tables", "history", "ingress"),
     ("answers", "store"),
-    ("wire", "routing", "slack_messages", "addresses"),
+    ("wire", "routing", "slack_messages", "addresses", "telegram_messages"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
     ("config",),
@@ -58,8 +57,8 @@ ROWS = (
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
-    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "addresses", "config", "errors"),
-    *("answers", "history", "ingress", "passages", "slack_messages", "verification", "rates"),
+    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
+    *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {

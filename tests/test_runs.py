@@ -13,6 +13,7 @@ import attrs
 import msgspec
 import pytest
 import trio
+from asgi_client import ClientCall
 from bomb import Bomb, armed
 from conftest import Logs, Served, make_config
 from provider import DONE, Head, Pause, Provider, Say, Script, SlowConnect, Stall, answers, chunk, content, usage
@@ -79,14 +80,14 @@ async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, 
         ]
         service.perform_soon(first)
         await served.client.ask("GET", "/status")
-        with trio.fail_after(5):
-            while not served.gateway.live:
+        with trio.fail_after(30):
+            while not served.gateway.live:  # noqa: ASYNC110 - there is no event
                 await trio.lowlevel.checkpoint()
         served.gateway.drain.begin()
         service.perform_soon(second)  # accepted before, begun after
         served.gateway.drain.cut()
-        with trio.fail_after(5):
-            while served.gateway.live:
+        with trio.fail_after(30):
+            while served.gateway.live:  # noqa: ASYNC110 - there is no event
                 await trio.lowlevel.checkpoint()
         await wait_all_tasks_blocked(0.01)
         for run in (first, second):
@@ -322,7 +323,7 @@ async def test_a_run_that_is_cancelled_at_any_step(
             with trio.fail_after(100):
                 if known:
                     assert (await ended(service, known[0])).state in ENDED
-                while service._places or served.gateway.live:
+                while service._places or served.gateway.live:  # noqa: ASYNC110 - virtual time
                     await trio.sleep(0.1)
             # Whatever came of it, the sender may ask again, and gets an answer.
             again = await service.accept(order(), acknowledged=False, idempotency=key)
@@ -336,3 +337,131 @@ async def test_a_run_that_is_cancelled_at_any_step(
                 break
             fired += 1
         assert fired > 10
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+async def ask(served: Served, action: str, text: str = "", **headers: str) -> ClientCall:
+    """Sends a message of ada."""
+    body = {"from": "ada", "action": action, **({"text": text} if text else {})}
+    return await served.client.ask("POST", "/hooks/h", body, headers=headers)
+
+
+async def said(served: Served) -> list[tuple[str, str]]:
+    """What ada's session remembers."""
+    call = await ask(served, "history")
+    assert call.status == 200, call.body
+    return [(message["role"], message["content"]) for message in call.json["messages"]]
+
+
+async def test_a_session_remembers(open_app: OpenApp) -> None:
+    """What was said and noted goes before the next message; a reset forgets it; nothing is told to another sender."""
+    async with open_app(config(system="Be brief."), Provider(REPLY)) as served:
+        first = await ask(served, "chat", "one")
+        assert first.json["session"] == "hook:h:ada"
+        noted = await ask(served, "note", "two")
+        assert (noted.json["reply"], noted.json["action"], noted.json["model"]) == (None, "note", None)
+        await ask(served, "chat", "three")
+        sent = [(message["role"], message["content"]) for message in served.providers["up"].calls[-1].json["messages"]]
+        assert sent == [
+            ("system", "Be brief."),
+            ("user", "one"),
+            ("assistant", "Hello"),
+            ("user", "two"),
+            ("user", "three"),
+        ]
+        assert await said(served) == [*sent[1:], ("assistant", "Hello")]
+        await served.client.ask("POST", "/hooks/h", {"from": "bob", "text": "mine"})
+        assert len(served.providers["up"].calls[-1].json["messages"]) == 2
+        assert (await ask(served, "reset")).status == 200
+        assert await said(served) == []
+        counts = await served.gateway.store.sessions.count(active_since=0.0)
+        assert (counts.total, counts.busy) == (2, 0)
+
+
+async def test_stop_ends_the_running_turn(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """At once, the upstream's part too; it says what was cut, and the session has it as partial."""
+    async with open_app(config(), Provider((Say(content("Hel")), Stall()), REPLY)) as served:
+        call = served.client.start("POST", "/hooks/h", {"from": "ada", "text": "one"})
+        await trio.sleep(1)
+        stop = await ask(served, "stop")
+        assert trio.current_time() - served.providers["up"].closed_at[0] == pytest.approx(0, abs=0.05)
+        await call.wait()
+        assert (call.status, call.error["code"]) == (409, "stopped")
+        run_id = call.header("x-run-id")
+        assert stop.json["stopped"] == [{"id": run_id, "state": "cancelled", "reply": "Hel"}]
+        run = await served.gateway.runs.get(run_id)
+        assert (run.state, run.status) == ("cancelled", 409)
+        found = await served.gateway.store.sessions.history("", "hook:h:ada", last=9)
+        assert found is not None
+        assert [message.partial for message in found[1]] == [False, True]
+        assert (await ask(served, "stop")).json["stopped"] == []
+        assert (await ask(served, "chat", "two")).status == 200
+        served.assert_clean()
+
+
+async def test_stop_and_history_do_not_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Neither behind the turn, nor where the hook has no place left."""
+    async with open_app(config(concurrency=1, queue=1), Provider((Pause(5), *REPLY))) as served:
+        for text in ("one", "two"):
+            assert (await ask(served, "chat", text, prefer="respond-async")).status == 202
+        await trio.sleep(1)
+        begun = trio.current_time()
+        assert (await ask(served, "chat", "three")).status == 503
+        assert await said(served) == []
+        assert len((await ask(served, "stop")).json["stopped"]) == 1
+        assert trio.current_time() - begun < 1
+
+
+async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """One at a time; those that were promised wait as long as it takes, and a note waits too."""
+    settings = make_config(store={"path": ":memory:"}, sessions={"wait_s": 3}, hooks={"h": {"model": "up/m"}})
+    async with open_app(settings, Provider((Pause(5), *REPLY))) as served:
+        accepted = [
+            await ask(served, action, text, prefer="respond-async")
+            for action, text in (("chat", "one"), ("note", "two"), ("chat", "three"))
+        ]
+        await trio.sleep(1)
+        assert (await ask(served, "chat", "four")).error["code"] == "session_busy"
+        for call in accepted:
+            run = await served.gateway.runs.wait_ended(call.json["id"])
+            assert run.state == "completed"
+        texts = [text for role, text in await said(served) if role == "user"]
+        assert texts == ["one", "two", "three"]
+        served.assert_clean()
+
+
+async def test_a_turn_that_fails_is_not_remembered(open_app: OpenApp) -> None:
+    """So the sender's next try is not there twice."""
+    async with open_app(config(), Provider(DOWN, REPLY)) as served:
+        assert (await ask(served, "chat", "one", **{"idempotency-key": "k"})).status == 502
+        assert (await ask(served, "chat", "one", **{"idempotency-key": "k"})).status == 200
+        assert await said(served) == [("user", "one"), ("assistant", "Hello")]
+
+
+@pytest.mark.slow
+async def test_a_turn_whose_client_leaves_at_any_step(
+    open_app: OpenApp, autojump_clock: MockClock, steady_order: None
+) -> None:
+    """No ticket is left, and what was appended was appended once."""
+    async with open_app(config(), Provider((Head(), Pause(1), *REPLY))) as served:
+        await served.gateway.workers.join()
+        steps = 0
+        while True:
+            steps += 1
+            before = len(await said(served))
+            call = served.client.start("POST", "/hooks/h", {"from": "ada", "text": "x"})
+            bomb = Bomb(steps, call.disconnect)
+            with armed(bomb):
+                await call.wait()
+            with trio.fail_after(100):
+                while await served.gateway.store.runs.unfinished("h"):  # noqa: ASYNC110 - virtual time
+                    await trio.sleep(0.1)
+            assert not await served.gateway.store.sessions.tickets("", "hook:h:ada")
+            assert len(await said(served)) - before in (0, 2)
+            await ask(served, "reset")
+            served.assert_clean()
+            if not bomb.fired:
+                break
+        assert steps > 20

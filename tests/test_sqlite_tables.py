@@ -43,7 +43,8 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
     ],
 )
 def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
-    """Each query finds its rows by an index, and sorts none that it need not."""
+    """Each query finds its rows by an index, and sorts them only where they are few: one of each target, or those of
+    some workers."""
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration)
@@ -57,7 +58,7 @@ def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
         assert not [step for step in steps if step.startswith(tuple(f"SCAN {table}" for table in (*GROWING, "d")))], (
             steps
         )
-        if "+number" not in sql:
+        if name not in ("due", "sending", "unfinished_of"):
             assert not [step for step in steps if "TEMP B-TREE FOR ORDER" in step], steps
 
 

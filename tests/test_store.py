@@ -537,32 +537,35 @@ async def test_what_is_due_is_taken_once(store: Store) -> None:
     assert [each.id for each in await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"])] == ["msg_1"]
     assert await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"]) == []
     assert await store.deliveries.take("w2", at=30.0, limit=3, channels=[]) == []
+    many = [f"hook{number}" for number in range(2000)]
+    assert await store.deliveries.take("w2", at=30.0, limit=3, channels=many) == []
     assert taken[0] in await store.deliveries.of_run("run_1")
 
 
-async def test_each_target_gets_one_at_a_time(store: Store) -> None:
-    """The one that has been due for the longest; none while another is sent, by any worker, even if more are due."""
-    for number, (target, due_at) in enumerate((("a", 12.0), ("a", 11.0), ("b", 13.0), ("a", 11.0)), start=1):
-        await store.deliveries.add(delivery(f"msg_{number}", target=target, due_at=due_at))
-    await store.deliveries.add(delivery("msg_5", target="a", channel="other", due_at=50.0))
+async def test_a_target_gets_one_at_a_time(store: Store) -> None:
+    """The one that has been due for the longest; of each target of each channel, and whoever takes."""
+    for number, due_at in ((1, 20.0), (2, 10.0), (3, 10.0), (4, 99.0)):
+        await store.deliveries.add(delivery(f"msg_{number}", target="t", due_at=due_at))
+    await store.deliveries.add(delivery("msg_5", target="u", due_at=30.0))
+    await store.deliveries.add(delivery("msg_6", target="t", channel="other", due_at=40.0))
 
-    async def take(worker: str = "w1", limit: int = 9) -> list[str]:
-        channels = ["hook", "other"]
-        return [each.id for each in await store.deliveries.take(worker, at=20.0, limit=limit, channels=channels)]
+    async def take(worker: str, at: float, *channels: str) -> list[str]:
+        return [each.id for each in await store.deliveries.take(worker, at=at, limit=9, channels=channels)]
 
-    assert await store.deliveries.next_due_at(["hook"]) == 11.0
-    assert await take() == ["msg_2", "msg_3"]
-    assert await take("w2") == []
-    assert await store.deliveries.next_due_at(["hook"]) is None
-    assert await store.deliveries.next_due_at(["hook", "other"]) == 50.0
-    await store.deliveries.note("msg_2", state="pending", at=20.0, due_at=30.0)
-    assert await store.deliveries.next_due_at(["hook"]) == 11.0
-    assert await take("w2") == ["msg_4"]
-    await store.deliveries.note("msg_4", state="delivered", at=20.0)
-    assert await take(limit=1) == ["msg_1"]
-    await store.deliveries.note("msg_1", state="failed", at=20.0)
-    assert await take() == []
-    assert await store.deliveries.next_due_at(["hook"]) == 30.0
+    assert await take("w1", 20.0, "hook", "other") == ["msg_2"]
+    assert await take("w1", 20.0, "hook", "other") == await take("w2", 20.0, "hook", "other") == []
+    assert await store.deliveries.next_due_at(["hook", "other"]) == 30.0
+    assert await take("w2", 40.0, "hook", "other") == ["msg_5", "msg_6"]
+    assert await store.deliveries.next_due_at(["hook", "other"]) is None
+    await store.deliveries.note("msg_2", state="pending", at=21.0, due_at=25.0)
+    assert await store.deliveries.next_due_at(["hook"]) == 10.0
+    assert await take("w2", 40.0, "hook") == ["msg_3"]
+    await store.deliveries.note("msg_3", state="delivered", at=41.0)
+    assert await take("w2", 40.0, "hook") == ["msg_1"]
+    await store.deliveries.note("msg_1", state="failed", at=42.0)
+    assert await take("w1", 99.0, "hook") == ["msg_2"]
+    assert await store.deliveries.release(dead=["w1"]) == 1
+    assert await take("w1", 99.0, "hook") == ["msg_2"]
 
 
 async def test_the_end_of_an_attempt_is_noted(store: Store) -> None:

@@ -338,6 +338,32 @@ async def test_a_reused_connection_that_dies_is_replaced_once(reset: bool) -> No
         assert _counts(transport) == (1, 1, 0)
 
 
+async def test_what_must_not_arrive_twice_is_sent_once() -> None:
+    """It does not go out on a connection that may have ended meanwhile, and is not sent again."""
+    async with _open(_dies_at_second_request(reset=False)) as (server, transport):
+
+        async def ask_once() -> int:
+            url = f"http://127.0.0.1:{server.origin.port}/"
+            request = httpx2.Request("POST", url, content=b"x", extensions={"trigate.once": True})
+            response = await transport.handle_async_request(request)
+            await response.aread()
+            await response.aclose()
+            return response.status_code
+
+        assert await ask_once() == 200
+        assert await ask_once() == 200
+        assert (server.opened, len(server.requests)) == (2, 2)
+    async with _open(_dies_at_first_request) as (server, transport):
+        with pytest.raises(httpx2.RemoteProtocolError, match="disconnected without sending a response"):
+            await ask_once()
+        assert (server.opened, len(server.requests)) == (1, 1)
+
+
+async def _dies_at_first_request(server: Server, stream: trio.abc.Stream) -> None:
+    await server.read(stream)
+    await stream.aclose()
+
+
 async def test_after_the_first_byte_there_is_no_retry() -> None:
     """An answer that has begun is not asked for again."""
     async with _open(_dies_at_second_request(reset=False, said=b"H")) as (server, transport):

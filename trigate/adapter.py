@@ -4,8 +4,8 @@ An adapter is made once for a channel's configuration, and lives in every worker
 whatever it raises ends nothing but itself, and it is called again later. In between, and beside it, the adapter
 receives, shows and delivers.
 
-What goes wrong with a platform is a `Trouble`, which is expected, or a `Refused`, which only a person can help. Else what
-`run` raises is a defect, and logged as such.
+What goes wrong with a platform is a `Trouble`, which is expected, or a `Refused`, which only a person can help. All
+else that `run` raises is a defect, and logged as such.
 
 **Secrets.** Some platforms want the token in the path of a URL. So requests are made here, below a client that would
 log URLs; errors never have a URL in them; and the words of every error go through `Channel.words_of`, which takes the
@@ -80,8 +80,6 @@ class Channel:
         gateway: The services that an adapter uses: runs, store, workers.
         state, since: And since when, in POSIX seconds.
         last_error: The last one, also when it has passed.
-        heard_at: When the platform was last heard, or would not be heard, in POSIX seconds; None = this worker has not
-            asked it anything.
     """
 
     def __init__(
@@ -100,7 +98,6 @@ class Channel:
         self.state: ChannelState = "connecting"
         self.since = time.time()
         self.last_error: str | None = None
-        self.heard_at: float | None = None
         self._transport = transport
         self._secrets = tuple(each.literal for each in (config.token, *config.secrets) if each.literal)
 
@@ -114,12 +111,10 @@ class Channel:
 
     def note_connected(self) -> None:
         """The platform has just done what it was asked."""
-        self.heard_at = time.time()
         self._enter("connected")
 
     def note_trouble(self, error: str) -> None:
         """The platform has just not done what it was asked, and that is the platform's state, not the request's."""
-        self.heard_at = time.time()
         self.last_error = error
         self._enter("disconnected")
 
@@ -137,11 +132,12 @@ class Channel:
             text = text.replace(secret, "[redacted]")
         return text
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str], *, once: bool = False) -> Answer:
         """Sends one request to the platform, and reads its answer whole. How long that may take is the caller's.
 
         Args:
             path: Below the base URL, with its leading slash.
+            once: It must not arrive twice. (Any other is sent again where an idle connection turns out to have ended.)
 
         Raises:
             Trouble: There is no answer; ``unsure`` where the request may have arrived.
@@ -152,7 +148,7 @@ class Channel:
                 self.base_url + path,
                 headers={"accept-encoding": "identity", "user-agent": "trigate", **headers},
                 content=body,
-                extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}},
+                extensions={"timeout": {"connect": CONNECT_TIMEOUT_S}, "trigate.once": once},
             )
             response = await self._transport.handle_async_request(request)
             try:

@@ -23,6 +23,7 @@ import trio
 
 from trigate.adapter import Adapter, Channel, ChannelState, Refused, Trouble
 from trigate.config import ChannelConfig, UpstreamConfig
+from trigate.errors import GatewayError
 from trigate.slack import SlackAdapter
 from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
@@ -50,8 +51,6 @@ class ChannelStatistics:
         state: ``connected`` = the last exchange with its platform succeeded (a webhook: it is ready to be called).
         since: POSIX seconds of the last change of the state.
         last_error: The last one, also when it has passed; for one that is disabled, why.
-        heard_at: When this worker last heard, or failed to hear, its platform, in POSIX seconds. Of several workers,
-            the one with the latest is right. None = it never asked: another one reads the platform.
     """
 
     name: str
@@ -59,7 +58,6 @@ class ChannelStatistics:
     state: ChannelState
     since: float
     last_error: str | None = None
-    heard_at: float | None = None
 
 
 @attrs.define(eq=False)
@@ -81,6 +79,7 @@ class Channels:
         self._transports = transports
         self._nursery = nursery
         self._running: dict[str, _Supervised] = {}
+        self._ending: dict[str, trio.Event] = {}  # the last of each name that was stopped
         self._still: dict[str, ChannelStatistics] = {}  # webhooks, and what is switched off
 
     def __repr__(self) -> str:
@@ -95,9 +94,8 @@ class Channels:
         """The configuration has changed: starts, stops and changes what has to be. Synchronous."""
         config = self._gateway.generation.config
         wanted = {name: own for name, own in config.channels.items() if f"channels.{name}" not in config.disabled}
-        stopped = {
-            name: self._stop(name) for name, each in list(self._running.items()) if wanted.get(name) != each.config
-        }
+        for name in [name for name, each in self._running.items() if wanted.get(name) != each.config]:
+            self._stop(name)
         still = [
             _still(name, "webhook", "connected" if hook.enabled else "disabled")
             for name, hook in (config.hooks or {}).items()
@@ -112,9 +110,9 @@ class Channels:
         }
         for name, own in wanted.items():
             if name not in self._running:
-                self._start(name, own, stopped.get(name))
+                self._start(name, own)
 
-    def _start(self, name: str, config: ChannelConfig, after: trio.Event | None) -> None:
+    def _start(self, name: str, config: ChannelConfig) -> None:
         kind = ADAPTERS[config.type]
         base_url = str(config.base_url or kind.default_base_url)
         transport = self._transports(f"channels.{name}", UpstreamConfig(base_url=base_url))  # type: ignore[arg-type]
@@ -124,14 +122,14 @@ class Channels:
         self._gateway.runs.audiences[name] = each.adapter
         self._gateway.outbox.carriers[name] = each.adapter
         self._gateway.outbox.look()
-        self._nursery.start_soon(self._supervise, each, transport, after)
+        self._nursery.start_soon(self._supervise, each, transport, self._ending.pop(name, None))
 
-    def _stop(self, name: str) -> trio.Event:
+    def _stop(self, name: str) -> None:
         each = self._running.pop(name)
+        self._ending[name] = each.ended
         each.scope.cancel()
         del self._gateway.runs.audiences[name]
         del self._gateway.outbox.carriers[name]
-        return each.ended
 
     def statistics(self) -> Sequence[ChannelStatistics]:
         """All channels, hooks included, in the order of the configuration."""
@@ -151,9 +149,9 @@ class Channels:
             async with transport, trio.open_nursery() as nursery:
                 if isinstance(transport, SocketTransport):
                     nursery.start_soon(transport.run)
+                if after is not None:  # a platform is read by one at a time: also if this one is stopped meanwhile
+                    await after.wait()
                 with each.scope:
-                    if after is not None:  # a platform is read by one at a time
-                        await after.wait()
                     await self._keep_running(each)
                 nursery.cancel_scope.cancel()
         finally:
@@ -192,6 +190,8 @@ def _trouble_in(error: Exception) -> Trouble | None:
     """The trouble that an adapter raised, alone or out of its nursery; None = something else was raised too."""
     if isinstance(error, Trouble):
         return error
+    if isinstance(error, GatewayError):  # the store, for one
+        return Trouble(error.message)
     if not isinstance(error, ExceptionGroup):
         return None
     found = [_trouble_in(each) for each in error.exceptions]
@@ -217,7 +217,6 @@ def _moment(channel: Channel) -> ChannelStatistics:
         state=channel.state,
         since=channel.since,
         last_error=channel.last_error,
-        heard_at=channel.heard_at,
     )
 
 

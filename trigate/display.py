@@ -95,11 +95,12 @@ class Display:
 
     async def end(self) -> Mapping[str, Any]:
         """Stops showing, but waits for what is being sent: whether it arrived must be known. Returns what the delivery
-        of the whole text goes on from: `dump` of what was shown."""
+        of the whole text goes on from: `dump` of what was shown, and whether nothing but edits are left to do, which
+        may be done again (``repeatable``)."""
         self._ending.set()
         self._news.set()
         await self._ended.wait()
-        return dump(self.shown)
+        return {**dump(self.shown), "repeatable": 0 < len(self._split(self._text)) <= len(self.shown)}
 
     async def run(self) -> None:
         """Shows the text until `end`, or until nothing more can be shown."""

@@ -29,6 +29,7 @@ import trio
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
 from trigate.callbacks import Callbacks, open_callbacks
+from trigate.channels import Channels, open_channels
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
 from trigate.hooks import Hooks
@@ -46,7 +47,6 @@ from trigate.upstream import Upstream
 from trigate.workers import Workers, open_workers
 
 if TYPE_CHECKING:
-    from trigate.channels import Channels
     from trigate.exchange import Exchange
 
 log = structlog.get_logger("trigate.gateway")
@@ -453,6 +453,8 @@ class Gateway:
                 self.reload_error = None
                 old.retire()
                 self.callbacks.apply(config.hooks or {}, self.outbox)
+                if self.channels is not None:
+                    self.channels.apply()
                 self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
@@ -576,7 +578,10 @@ async def _running(
             try:
                 # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
                 # anybody joins the other workers.
-                async with open_runs(gateway) as gateway.runs:
+                async with (
+                    open_runs(gateway) as gateway.runs,
+                    open_channels(gateway, http_transport) as gateway.channels,
+                ):
                     if path is not None:
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)

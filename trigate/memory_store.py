@@ -182,13 +182,13 @@ class MemoryTables:
         self._deliveries[delivery.id] = delivery
 
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
-        under_way = {(each.channel, each.target) for each in self._deliveries.values() if each.state == "sending"}
+        busy = {(each.channel, each.target) for each in self._deliveries.values() if each.state == "sending"}
         first: dict[Key, Delivery] = {}
         for each in sorted(self._deliveries.values(), key=lambda each: each.due_at):
             target = each.channel, each.target
-            if each.state == "pending" and each.channel in channels and target not in under_way:
+            if each.state == "pending" and each.due_at <= at and each.channel in channels and target not in busy:
                 first.setdefault(target, each)
-        return [each for each in first.values() if each.due_at <= at][:limit]
+        return list(first.values())[:limit]
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
         return [each for each in self._deliveries.values() if each.state == "sending" and each.worker in workers]

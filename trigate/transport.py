@@ -14,7 +14,8 @@ look at the socket, one send, one wait, one receive, and the parser's callbacks;
 checkpoint.
 
 **Retries.** A server may close an idle connection in the moment in which it is taken. If a reused one ends before a
-single byte of its response, the request is sent once more, on a new connection. That is the only retry here.
+single byte of its response, the request is sent once more, on a new connection. That is the only retry here. A request
+that must not arrive twice (the extension ``trigate.once``) goes out on a new connection, and is not sent again.
 
 Rules for editing: no ``await`` between taking something and the ``try`` that gives it back.
 """
@@ -129,23 +130,41 @@ class Opening:
     Acquire, send, wait for the head; give back. Written out, since a generator would cost as much as all of it.
     """
 
-    __slots__ = ("_bounds", "_connection", "_method", "_origin", "_request", "_response", "_spoilt", "_transport")
+    __slots__ = (
+        "_bounds",
+        "_connection",
+        "_method",
+        "_once",
+        "_origin",
+        "_request",
+        "_response",
+        "_spoilt",
+        "_transport",
+    )
 
     def __init__(
-        self, transport: SocketTransport, origin: Origin, request: bytes, method: str, bounds: _Bounds | float
+        self,
+        transport: SocketTransport,
+        origin: Origin,
+        request: bytes,
+        method: str,
+        bounds: _Bounds | float,
+        *,
+        once: bool = False,
     ) -> None:
         self._transport = transport
         self._origin = origin
         self._request = request
         self._method = method
         self._bounds = bounds
+        self._once = once
         self._connection: Connection | None = None
         self._response: Response | None = None
         self._spoilt = False  # whatever the response says: not all of the request went out
 
     async def __aenter__(self) -> Response:
         transport = self._transport
-        connection = transport._take_idle(self._origin)
+        connection = transport._take_idle(self._origin) if not self._once else None
         if connection is None:
             connection = await transport._obtain(self._origin, self._bounds)
         while True:
@@ -157,7 +176,7 @@ class Opening:
             except (httpx2.NetworkError, httpx2.RemoteProtocolError):
                 self._connection = None
                 response.close()
-                if response.heard or not connection.reused:
+                if response.heard or not connection.reused or self._once:
                     transport._discard(connection)
                     raise
                 connection.close()  # its slot is kept
@@ -326,7 +345,14 @@ class SocketTransport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """The same for those who speak `httpx2`, with its timeouts. Closing the response gives the connection back."""
         body = await request.aread()
-        opening = Opening(self, Origin.of(request.url), _serialized(request, body), request.method, _Bounds.of(request))
+        opening = Opening(
+            self,
+            Origin.of(request.url),
+            _serialized(request, body),
+            request.method,
+            _Bounds.of(request),
+            once=bool(request.extensions.get("trigate.once")),
+        )
         response = await opening.__aenter__()
         try:
             return httpx2.Response(

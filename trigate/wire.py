@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -115,6 +115,11 @@ class Call:
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id."""
         return _with_model(self.body, self.fields, msgspec.json.encode(model))
+
+    def with_messages(self, messages: Iterable[bytes]) -> Call:
+        """The call with other messages, each a JSON object; every other field stays as it came."""
+        fields = {**self.fields, "messages": msgspec.Raw(b"[" + b",".join(messages) + b"]")}
+        return attrs.evolve(self, body=_join(fields, None), fields=fields)
 
 
 def _with_model(data: bytes, fields: Mapping[str, msgspec.Raw], model: bytes) -> bytes:
