@@ -297,9 +297,12 @@ async def test_a_failure_is_one_line(open_office: OpenOffice) -> None:
     broken = (Say(role()), Say(content("Hel")), Pause(0.1), Break())
     async with open_office(refused, broken, session="none", edit_interval_s=0.02) as office:
         await office.say("hi", channel="D1", channel_type="im")
-        await office.slack.wait_texts("There is no answer (status 400).", channel="D1")
+        await office.slack.wait_until(lambda each: len(each.messages) == 1)
+        assert office.slack.texts("D1")[0].startswith("No answer: the model does not take this message. (run_")
         await office.say("hi", channel="C1", channel_type="im")
-        await office.slack.wait_texts("Hel", "The answer is incomplete (upstream_truncated).", channel="C1")
+        await office.slack.wait_until(lambda each: len(each.texts("C1")) == 2)
+        assert office.slack.texts("C1")[0] == "Hel"
+        assert office.slack.texts("C1")[1].startswith("The answer above is incomplete: the model could not be reached.")
 
 
 # -- without a gateway ------------------------------------------------------------------------------------------------

@@ -625,6 +625,24 @@ class GatewayConnection(TrioASGIHTTPConnection):
         return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
 
 
+def _hook_of(path: str) -> tuple[str, str]:
+    """The name of the hook that a path leads to, and what stands behind it.
+
+    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
+    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
+    """
+    if not path.startswith("/hooks/"):
+        return "", ""
+    name, slash, rest = path.removeprefix("/hooks/").partition("/")
+    return name, rest or slash
+
+
+def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
+    """Has ``leave`` called when the client leaves before its answer is out."""
+    if down.client is None or not down.client.watch(leave):
+        nursery.start_soon(_watch, inbound, leave)
+
+
 async def _take_turn(
     gateway: Gateway,
     owner: str,
@@ -650,26 +668,8 @@ async def _take_turn(
             finally:
                 recorder.settle(exchange.usage)
     except GatewayError as error:
-        return error
+        return error  # noqa: ASYNC910 - to open a turn is a checkpoint
     return None
-
-
-def _hook_of(path: str) -> tuple[str, str]:
-    """The name of the hook that a path leads to, and what stands behind it.
-
-    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
-    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
-    """
-    if not path.startswith("/hooks/"):
-        return "", ""
-    name, slash, rest = path.removeprefix("/hooks/").partition("/")
-    return name, rest or slash
-
-
-def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
-    """Has ``leave`` called when the client leaves before its answer is out."""
-    if down.client is None or not down.client.watch(leave):
-        nursery.start_soon(_watch, inbound, leave)
 
 
 async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:
