@@ -151,7 +151,8 @@ class SlackAdapter:
             model=config.model,
             system=config.system,
             parameters=config.parameters,
-            reply_to={"channel": message.channel, "thread_ts": message.reply_thread},
+            # one delivery at a time in a conversation, which is also how Slack counts them
+            reply_to={"target": message.channel, "channel": message.channel, "thread_ts": message.reply_thread},
         )
         # The digest is the key's: the two events of a mention are one message, and have different bodies.
         key = message.key
