@@ -221,7 +221,7 @@ async def test_an_attempt_is_bounded(open_office: OpenOffice, monkeypatch: pytes
         await office.say("hi", channel="D1", channel_type="im")
         await office.slack.wait_until(lambda each: len(each.messages) == len(split(text)))
         assert " ".join(office.slack.texts("D1")) == text
-        [run] = await _runs_delivered(office)
+        [run] = _runs_delivered(office)
         assert len(await office.gateway.store.deliveries.of_run(run)) == len(split(text))
 
 
@@ -438,7 +438,7 @@ async def test_texts_that_grow_stay_within_the_limits(autojump_clock: object) ->
         assert " ".join(workspace.texts(conversation)) == text
 
 
-async def _runs_delivered(office: Office) -> list[str]:
+def _runs_delivered(office: Office) -> list[str]:
     """The runs of the channel; there is no list of them."""
     return [str(call.headers["x-request-id"]) for call in office.provider.calls]
 
@@ -447,7 +447,7 @@ async def _wait_delivered(office: Office, state: str) -> list[Any]:
     """Waits until all deliveries of the only run have a state."""
     with trio.fail_after(20):
         while True:
-            for run in await _runs_delivered(office):
+            for run in _runs_delivered(office):
                 found = await office.gateway.store.deliveries.of_run(run)
                 if found and {each.state for each in found} == {state}:
                     return list(found)
