@@ -460,7 +460,7 @@ class Inbound:
 
 def too_large(max_bytes: int) -> TooLarge:
     """The error for a body over the limit."""
-    return TooLarge(f"The body is larger than {max_bytes} bytes (limits.body_bytes).")
+    return TooLarge(f"The body is larger than {max_bytes} bytes, which is the limit here.")
 
 
 class GatewayConnection(TrioASGIHTTPConnection):
@@ -566,8 +566,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 )
                 return exchange
 
-            if down.client is None or not down.client.watch(leave):
-                nursery.start_soon(_watch, inbound, leave)
+            _watch_client(nursery, inbound, down, leave)
             if session is None:
                 await exchange_for(call).run(nursery)
             else:
@@ -600,8 +599,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 if not down.ended:
                     nursery.cancel_scope.cancel()
 
-            if down.client is None or not down.client.watch(leave):
-                nursery.start_soon(_watch, inbound, leave)
+            _watch_client(nursery, inbound, down, leave)
             try:
                 await visit.serve(body, down)
             except GatewayError as raised:  # not through the nursery, which would make a group of it
@@ -638,6 +636,12 @@ def _hook_of(path: str) -> tuple[str, str]:
         return "", ""
     name, slash, rest = path.removeprefix("/hooks/").partition("/")
     return name, rest or slash
+
+
+def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
+    """Has ``leave`` called when the client leaves before its answer is out."""
+    if down.client is None or not down.client.watch(leave):
+        nursery.start_soon(_watch, inbound, leave)
 
 
 async def _take_turn(
