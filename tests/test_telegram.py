@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ import msgspec
 import pytest
 import trio
 from conftest import Logs, Served, _open_app, make_config
+from processes import SERVE, run_gateway
 from provider import Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
@@ -23,6 +26,7 @@ from trigate.config import ChannelConfig, Seconds, Secret
 from trigate.errors import StoreUnavailable
 from trigate.memory_store import open_memory_store
 from trigate.runs import Order
+from trigate.sqlite_store import open_sqlite_store
 from trigate.store import Delivery, Run
 from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
@@ -292,6 +296,8 @@ async def test_webhook() -> None:
         assert await post(x_telegram_bot_api_secret_token=SECRET[:-1] + "8") == 401
         assert await post(x_telegram_bot_api_secret_token=SECRET) == 200
         assert await post(x_telegram_bot_api_secret_token=SECRET) == 200
+        body = b"{}"
+        assert await post(x_telegram_bot_api_secret_token=SECRET) == 400
         await server.wait_until(lambda server: server.texts() == ["Hello!"])
         assert len(served.providers["up"].calls) == 1
         assert server.called("getUpdates") == []
@@ -557,3 +563,44 @@ async def test_failure_after_text() -> None:
         assert (await adapter.deliver(delivery(None, kind="failed", status=502, live=shown))).delivered
         assert server.texts()[0] == "Good"
         assert server.texts()[1].startswith("The answer above is incomplete: ")
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_killed_worker(tmp_path: Path) -> None:
+    """Of two worker processes one polls; when it is killed, the other one, or the one in its place, takes over."""
+    async with open_telegram() as (server, url):
+        config = f"""
+            store.path = "{tmp_path / "trigate.db"}"
+            upstreams.echo.kind = "echo"
+            [channels.bot]
+            type = "telegram"
+            token = "{TOKEN}"
+            base_url = "{url}"
+            session = "none"
+            """
+        running = run_gateway(config, tmp_path, command=(*SERVE, "--workers", "2"))
+        gateway = await trio.to_thread.run_sync(running.__enter__)
+        try:
+            with trio.fail_after(60):
+                for number in (1, 2, 3):
+                    server.say(f"Message {number}")
+                    await server.wait_until(lambda server, number=number: len(server.texts()) == number)  # type: ignore[misc]
+                    os.kill(await holder_of(tmp_path / "trigate.db"), signal.SIGKILL)
+        finally:
+            await trio.to_thread.run_sync(running.__exit__, None, None, None)
+        assert len(server.texts()) == 3
+        assert TOKEN not in gateway.log()
+
+
+async def holder_of(store: Path) -> int:
+    """The process that polls."""
+    async with open_sqlite_store(str(store)) as opened:
+        while True:
+            [record] = await opened.channels.all()
+            pids = {worker.id: worker.pid for worker in await opened.workers.all()}
+            if record.holder in pids:
+                return pids[record.holder]
+            await trio.sleep(0.05)
