@@ -81,13 +81,13 @@ async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, 
         service.perform_soon(first)
         await served.client.ask("GET", "/status")
         with trio.fail_after(30):
-            while not served.gateway.live:
+            while not served.gateway.live:  # noqa: ASYNC110 - there is no event
                 await trio.lowlevel.checkpoint()
         served.gateway.drain.begin()
         service.perform_soon(second)  # accepted before, begun after
         served.gateway.drain.cut()
         with trio.fail_after(30):
-            while served.gateway.live:
+            while served.gateway.live:  # noqa: ASYNC110 - there is no event
                 await trio.lowlevel.checkpoint()
         await wait_all_tasks_blocked(0.01)
         for run in (first, second):

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 import trio
 from conftest import Logs, make_config
+from processes import run_gateway
 from provider import Break, Pause, Provider, Say, Script, Stall, answers, content, open_socket_provider, role, says
 from slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
 
@@ -213,10 +214,10 @@ async def test_a_long_reply_is_split(open_office: OpenOffice) -> None:
 
 async def test_an_attempt_is_bounded(open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch) -> None:
     """What there is no time for is another delivery, and nothing is written twice."""
-    monkeypatch.setattr(slack, "WRITES_PER_S", 20.0)
-    monkeypatch.setattr(slack, "_ATTEMPT_S", 0.0)
-    text = " ".join(f"word{number}" for number in range(1500))
+    text = " ".join(f"word{number}" for number in range(1000))
     async with open_office(says(text), session="none") as office:
+        monkeypatch.setattr(slack, "WRITES_PER_S", 20.0)
+        monkeypatch.setattr(slack, "_ATTEMPT_S", 0.0)
         await office.say("hi", channel="D1", channel_type="im")
         await office.slack.wait_until(lambda each: len(each.messages) == len(split(text)))
         assert " ".join(office.slack.texts("D1")) == text
@@ -297,9 +298,108 @@ async def test_a_failure_is_one_line(open_office: OpenOffice) -> None:
     broken = (Say(role()), Say(content("Hel")), Pause(0.1), Break())
     async with open_office(refused, broken, session="none", edit_interval_s=0.02) as office:
         await office.say("hi", channel="D1", channel_type="im")
-        await office.slack.wait_texts("There is no answer (status 400).", channel="D1")
+        await office.slack.wait_until(lambda each: len(each.messages) == 1)
+        assert office.slack.texts("D1")[0].startswith("No answer: the model does not take this message. (run_")
         await office.say("hi", channel="C1", channel_type="im")
-        await office.slack.wait_texts("Hel", "The answer is incomplete (upstream_truncated).", channel="C1")
+        await office.slack.wait_until(lambda each: len(each.texts("C1")) == 2)
+        assert office.slack.texts("C1")[0] == "Hel"
+        assert office.slack.texts("C1")[1].startswith("The answer above is incomplete: the model could not be reached.")
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_thread_is_a_conversation(open_office: OpenOffice) -> None:
+    """What was said in it is remembered, and nobody has to mention the bot again; in other threads they do."""
+    async with open_office(says("Hello!")) as office:
+        ts = await office.say(f"<@{BOT}> I am Ada.")
+        await office.slack.wait_texts("Hello!")
+        await office.say("Who am I?", thread_ts=ts, user="U2")
+        await office.say("Who am I?", thread_ts="1500000000.000000")
+        await office.slack.wait_texts("Hello!", "Hello!")
+        assert [call.json["messages"] for call in office.provider.calls] == [
+            [{"role": "user", "content": "I am Ada."}],
+            [
+                {"role": "user", "content": "I am Ada."},
+                {"role": "assistant", "content": "Hello!"},
+                {"role": "user", "content": "Who am I?"},
+            ],
+        ]
+        assert {each.thread_ts for each in office.slack.messages} == {ts}
+
+
+async def test_a_sender_has_a_memory_of_their_own(open_office: OpenOffice) -> None:
+    """If it is configured so; and it is forgotten when they say so."""
+    async with open_office(says("Hello!"), session="sender", groups="all") as office:
+        place = {"thread_ts": "1500000000.000000"}
+        await office.say("I am Ada.", **place, user="U1")
+        await office.slack.wait_texts("Hello!")
+        await office.say("I am Bob.", **place, user="U2")
+        await office.slack.wait_texts("Hello!", "Hello!")
+        await office.say("reset", **place, user="U1")
+        await office.slack.wait_texts("Hello!", "Hello!", "This conversation begins anew.")
+        await office.say("Who am I?", **place, user="U1")
+        await office.slack.wait_texts("Hello!", "Hello!", "This conversation begins anew.", "Hello!")
+        await office.say("Who am I?", **place, user="U2")
+        await office.provider.wait_until(lambda provider: provider.opened == 4)
+        assert [len(call.json["messages"]) for call in office.provider.calls] == [1, 1, 1, 3]
+
+
+async def test_stop_ends_the_answer(open_office: OpenOffice) -> None:
+    """What there was of it stays; the provider's stream is closed."""
+    async with open_office((Say(role()), Say(content("Hel")), Stall()), edit_interval_s=0.02) as office:
+        await office.say("Count to a million.", channel="D1", channel_type="im")
+        await office.slack.wait_texts("Hel", channel="D1")
+        await office.say("stop", channel="D1", channel_type="im")
+        await office.slack.wait_texts("Hel", "Stopped.", channel="D1")
+        await office.provider.wait_until(lambda provider: provider.open_now == 0)
+        await office.say("stop", channel="D1", channel_type="im")
+        await office.slack.wait_texts("Hel", "Stopped.", "There was nothing to stop.", channel="D1")
+
+
+# -- crashes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_an_answer_survives_a_crash(tmp_path: Path) -> None:
+    """What was acknowledged is answered by the next process, once; a message that grew goes on growing."""
+    workspace = Workspace()
+    slow = (Say(role()), Say(content("Hel")), *(Pause(0.05), Say(content("."))) * 400, Stall())
+    async with open_slack(workspace) as slack_url, open_socket_provider(slow) as (provider, model_url):
+        config = f"""
+[upstreams.up]
+base_url = "{model_url}"
+models = ["m"]
+[store]
+path = "{tmp_path / "store.db"}"
+[channels.work]
+type = "slack"
+token = "{TOKEN}"
+secrets = ["{SECRET}"]
+base_url = "{slack_url}"
+edit_interval_s = 0.01
+"""
+        with run_gateway(config, tmp_path) as gateway:
+            async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+                event = {"type": "message", "channel": "D1", "channel_type": "im", "user": "U1", "text": "hi"}
+                event["ts"] = workspace.new_ts()
+                sender = EventSender(client, "/hooks/work")
+                assert [each.status for each in await sender.event(event)] == [200]
+                # It has been edited, and so what was written is known to the store.
+                await workspace.wait_until(lambda each: any(len(one.texts) > 1 for one in each.messages))
+            gateway.process.kill()
+            gateway.process.wait()
+        provider.play(says("Hel", "lo ", "there"))
+        with run_gateway(config, tmp_path) as gateway:
+            await workspace.wait_texts("Hello there", channel="D1")
+            async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+                # Slack may not have heard of it, and sends it again.
+                assert [each.status for each in await EventSender(client, "/hooks/work").event(event)] == [200]
+                with trio.fail_after(20):
+                    while (await client.get("/status")).json()["channels"][0]["replied"] != 1:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+        assert workspace.texts("D1") == ["Hello there"]
+        assert workspace.called("chat.postMessage") == ["ok"]
 
 
 # -- without a gateway ------------------------------------------------------------------------------------------------
@@ -312,7 +412,7 @@ async def test_texts_that_grow_stay_within_the_limits(autojump_clock: object) ->
     gateway: Any = None  # nothing of it is used
     channel = Channel("work", config, gateway, workspace.transport(), base_url="https://slack.example/api")
     adapter = slack.SlackAdapter(channel)
-    text = " ".join(f"word{number}" for number in range(600))
+    text = " ".join(f"word{number}" for number in range(500))
 
     async def note(message_id: str) -> None:
         await trio.lowlevel.checkpoint()

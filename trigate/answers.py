@@ -163,7 +163,7 @@ class AnswerRecord:
         try:
             return msgspec.json.encode(message)
         except UnicodeEncodeError:  # half a surrogate pair in what a provider added to a call
-            return json.dumps(message).encode()
+            return json.dumps(message, ensure_ascii=False).encode(errors="replace")
 
 
 def _decode(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON

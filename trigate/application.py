@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
-from trigate.api import health, hooks, models, status
+from trigate.api import health, hooks, models, sessions, status
 from trigate.connection import GatewayConnection, NoWebsocket
 from trigate.gateway import Gateway, open_gateway
 from trigate.report import startup_lines
@@ -109,6 +109,7 @@ def create_app(
     app.register_blueprint(health.blueprint)
     app.register_blueprint(hooks.blueprint)
     app.register_blueprint(models.blueprint)
+    app.register_blueprint(sessions.blueprint)
     app.register_blueprint(status.blueprint)
 
     @app.errorhandler(errors.GatewayError)

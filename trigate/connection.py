@@ -37,6 +37,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 from trigate import hooks
 from trigate.errors import (
     Ambiguous,
+    BadRequest,
     BodyTimeout,
     Draining,
     Forbidden,
@@ -49,13 +50,15 @@ from trigate.errors import (
     Unauthenticated,
     UnsupportedMediaType,
 )
-from trigate.exchange import Exchange
+from trigate.exchange import Exchange, Recorder
 from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
-from trigate.wire import ENDPOINTS, Endpoint, decode_call
+from trigate.sessions import SessionRecorder
+from trigate.wire import ENDPOINTS, Call, Endpoint, decode_call
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
     from trigate.config import Config
+    from trigate.gateway import Gateway
     from trigate.http1 import Client
 
 log = structlog.get_logger("trigate.connection")
@@ -63,6 +66,7 @@ log = structlog.get_logger("trigate.connection")
 _CONTROL_PLANE_BYTES = 1024 * 1024
 _LINGER_BYTES = 256 * 1024 * 1024
 _LINGER_S = 2.0
+_SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _FORWARDED = {
     b"openai-beta": "openai-beta",
@@ -98,7 +102,7 @@ class Head:
         fields, headers = self._fields, self.headers
         if len(headers) != len(fields):
             names = [name.lower() for name, _ in fields]
-            for once in (b"content-length", b"host", b"authorization"):
+            for once in (b"content-length", b"host", b"authorization", b"x-session-key"):
                 if names.count(once) > 1:
                     raise Ambiguous(f"The header {once.decode()} stands twice.")
         if not self.examined and (
@@ -119,6 +123,23 @@ class Head:
         """The page that a browser sends this for."""
         value = self.headers.get(b"origin")
         return value.decode("latin-1") if value is not None else None
+
+    def session_key(self, endpoint: Endpoint) -> str | None:
+        """The session that a call belongs to; None = it belongs to none.
+
+        Raises:
+            BadRequest: It names one in a way that cannot be, or where nothing would be remembered.
+        """
+        key = self.headers.get(b"x-session-key")
+        if key is None:
+            return None
+        if endpoint.path != "/chat/completions":
+            raise BadRequest("x-session-key goes with /v1/chat/completions only.", param="x-session-key")
+        if not _SESSION_KEY.match(key) or key in (b".", b".."):  # those two cannot stand in a path
+            raise BadRequest(
+                "x-session-key must be 1 to 256 visible ASCII characters without a slash.", param="x-session-key"
+            )
+        return bytes(key).decode()
 
     def forwarded(self) -> dict[str, str]:
         """The client's headers that go upstream."""
@@ -463,19 +484,21 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 return  # noqa: ASYNC910
             hook, rest = _hook_of(head.path)
             if hook and not rest:
-                await self._hook(hook, head, request_id, inbound, down)
+                await self._hook(hook, head, inbound, down)
                 return
+            owner = ""
             if hook:
                 scope["trigate.readers"] = hooks.readers(
                     hook, config, head.headers, functools.partial(authorize, head, config)
                 )
             elif head.path != "/health":
-                authorize(head, config)
+                owner = authorize(head, config) or ""
             endpoint = ENDPOINTS.get(head.path)
             if endpoint is None:
+                scope["trigate.owner"] = owner
                 await self._control_plane(head, inbound, down)
             else:
-                await self._data_plane(endpoint, head, request_id, inbound, down)
+                await self._data_plane(endpoint, head, request_id, inbound, down, owner=owner)
         except GatewayError as error:
             log.info("refused", request_id=request_id, path=self.scope["path"], status=error.status, code=error.code)
             await _refuse(error, inbound, down)
@@ -497,7 +520,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         await super().__call__(inbound.receive_bounded, send)
 
     async def _data_plane(
-        self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream
+        self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream, *, owner: str
     ) -> None:
         gateway = self.app.gateway
         if head.method != "POST":
@@ -506,41 +529,54 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if content_type != b"application/json" and not content_type.endswith(b"+json"):
             said = content_type.decode("latin-1")[:100] or "none"
             raise UnsupportedMediaType(f"Content-Type must be application/json; got {said}.")
+        session = head.session_key(endpoint)
         body = await self._read(head, inbound, down, max_bytes=gateway.generation.config.limits.body_bytes)
         if body is None:
             return
         call = decode_call(endpoint, body)
         del body
+        exchange: Exchange | None = None
+        failure: GatewayError | None = None
         async with trio.open_nursery() as nursery:
-            exchange = Exchange(
-                id=request_id,
-                call=call,
-                gateway=gateway,
-                generation=gateway.generation,
-                down=down,
-                headers={
-                    "content-type": "application/json",
-                    "accept": "text/event-stream" if call.stream else "application/json",
-                    "x-request-id": request_id,
-                    **head.forwarded(),
-                },
-            )
 
             def leave() -> None:
                 down.gone = True
                 if not down.ended:
-                    if exchange.abandon_upstream():
+                    if exchange is not None and exchange.abandon_upstream():
                         gateway.leaving.cancel_soon(nursery.cancel_scope)
                     else:
                         nursery.cancel_scope.cancel()
 
+            def exchange_for(call: Call, recorder: Recorder | None = None) -> Exchange:
+                nonlocal exchange
+                exchange = Exchange(
+                    id=request_id,
+                    call=call,
+                    gateway=gateway,
+                    generation=gateway.generation,
+                    down=down,
+                    headers={
+                        "content-type": "application/json",
+                        "accept": "text/event-stream" if call.stream else "application/json",
+                        "x-request-id": request_id,
+                        **head.forwarded(),
+                    },
+                    recorder=recorder,
+                )
+                return exchange
+
             if down.client is None or not down.client.watch(leave):
                 nursery.start_soon(_watch, inbound, leave)
-            await exchange.run(nursery)
+            if session is None:
+                await exchange_for(call).run(nursery)
+            else:
+                failure = await _take_turn(gateway, owner, session, call, exchange_for, nursery)
             if nursery.child_tasks:  # the watch, or a keep-alive that the client does not take
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
-    async def _hook(self, name: str, head: Head, request_id: str, inbound: Inbound, down: Downstream) -> None:
+    async def _hook(self, name: str, head: Head, inbound: Inbound, down: Downstream) -> None:
         config = self.app.gateway.generation.config
         visit = self.app.gateway.hooks.visit(
             hooks.Request(
@@ -591,6 +627,35 @@ class GatewayConnection(TrioASGIHTTPConnection):
         return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
 
 
+async def _take_turn(
+    gateway: Gateway,
+    owner: str,
+    key: str,
+    call: Call,
+    exchange_for: Callable[[Call, Recorder], Exchange],
+    nursery: trio.Nursery,
+) -> GatewayError | None:
+    """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
+    no limit in time but its own.
+
+    Returns:
+        Why it could not; returned, since the nursery would make a group of it.
+    """
+    try:
+        async with gateway.sessions.open_turn(owner, key, limits=gateway.generation.config.sessions) as turn:
+            composed = turn.compose(call)
+            recorder = SessionRecorder(gateway.store, turn)
+            exchange = exchange_for(composed, recorder)
+            turn.cut = exchange.cut
+            try:
+                await exchange.run(nursery)
+            finally:
+                recorder.settle(exchange.usage)
+    except GatewayError as error:
+        return error
+    return None
+
+
 def _hook_of(path: str) -> tuple[str, str]:
     """The name of the hook that a path leads to, and what stands behind it.
 
@@ -632,7 +697,7 @@ async def _preflight(head: Head, config: Config, down: Downstream) -> bool:
     await down.respond(
         204,
         [
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", asked if asked.isascii() else b""),
             (b"access-control-max-age", b"600"),
         ],

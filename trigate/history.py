@@ -140,10 +140,7 @@ def _read(body: bytes) -> _Read:
 
 
 def _value(fields: dict[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape; None where it is not there
-    try:
-        return _any.decode(fields[name]) if name in fields else None
-    except (ValueError, RecursionError):  # half a surrogate pair, or too deep: a provider would refuse it as well
-        return None
+    return _any.decode(fields[name]) if name in fields else None
 
 
 _History = Sequence[tuple[Message, _Read]]

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("trigate.runs")
 
-MAX_STARTS = 5
+MAX_STARTS = 50
 """How often a run is begun: one that takes its process with it each time is not begun again."""
 RETRY_S = 1.0
 """How soon what the gateway could not do is tried again; doubles up to `RETRY_MAX_S`."""
@@ -445,7 +445,7 @@ class _Performance:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    async def _fail(self, error: GatewayError) -> None:
+    async def _fail(self, error: GatewayError) -> None:  # noqa: ASYNC910 - the store is waited for, or nothing is
         """Ends the run with an error, and tells the client if nobody has. One that was promised ends only where the
         error is not the gateway's own and passing."""
         if self.ended is not None:  # what came afterwards is not its end
@@ -468,9 +468,8 @@ class _Performance:
             self._settle_soon(end)
             self._released = True
             self.ended = _as_ended(self._run, end)
-        finally:
-            if self._down is not None and not self._down.committed:
-                await self._down.respond(status, headers, body)
+        if self._down is not None and not self._down.committed:
+            await self._down.respond(status, headers, body)
 
     def _cut(self, status: int) -> _End:
         """How it ends when it is cut: what there was of the answer is kept."""
@@ -643,7 +642,7 @@ class Runs:
         self._nursery.start_soon(self._perform_alone, doing, down)
         return doing
 
-    async def _perform_alone(self, doing: Doing, down: Downstream | None) -> None:
+    async def _perform_alone(self, doing: Doing, down: Downstream | None) -> None:  # noqa: ASYNC910 - as `perform`
         run = doing.run
         try:
             doing.run = await self.perform(run, down=down)

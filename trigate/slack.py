@@ -31,7 +31,7 @@ import msgspec
 import structlog
 import trio
 
-from trigate import display, slack_messages
+from trigate import display, replies, slack_messages
 from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.display import Display, NotShown
 from trigate.errors import StoreUnavailable
@@ -100,17 +100,7 @@ class _ReplyTo(msgspec.Struct):
     thread_ts: str | None = None
 
 
-class _Told(msgspec.Struct):
-    """The body of a delivery, as `runs` makes it."""
-
-    type: str
-    data: dict[str, Any]  # Any: a result is JSON
-    reply_to: _ReplyTo
-    live: dict[str, Any] = {}
-
-
 _answer = msgspec.json.Decoder(_Answer)
-_told = msgspec.json.Decoder(_Told)
 
 
 class SlackAdapter:
@@ -161,7 +151,8 @@ class SlackAdapter:
             model=config.model,
             system=config.system,
             parameters=config.parameters,
-            reply_to={"channel": message.channel, "thread_ts": message.reply_thread},
+            # one delivery at a time in a conversation, which is also how Slack counts them
+            reply_to={"target": message.channel, "channel": message.channel, "thread_ts": message.reply_thread},
         )
         # The digest is the key's: the two events of a mention are one message, and have different bodies.
         key = message.key
@@ -203,8 +194,11 @@ class SlackAdapter:
             yield _Blind()
             return
         place = msgspec.convert(order.reply_to, _ReplyTo)
-        screen = _LiveScreen(self, place, functools.partial(self._note_shown, run))
-        shown = Display(screen, split=slack_messages.split, interval_s=interval_s, shown=await self._shown_before(run))
+        store = self._channel.gateway.store
+        screen = _LiveScreen(self, place, functools.partial(replies.note_shown, store, run))
+        shown = Display(
+            screen, split=slack_messages.split, interval_s=interval_s, shown=await replies.shown_before(store, run)
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_aside, shown)
             try:
@@ -219,44 +213,21 @@ class SlackAdapter:
         except Exception:
             log.exception("slack_display_crashed", channel=self._channel.name)
 
-    async def _note_shown(self, run: Run, message_id: str) -> None:
-        """Keeps the id of a message that shows a run: if this process ends, the next one edits it. It is kept as a
-        delivery that has arrived, which it is."""
-        now = time.time()
-        shown = Delivery(
-            id=f"{run.id}.{message_id}",
-            run_id=run.id,
-            channel=run.channel,
-            target=message_id,
-            body=msgspec.json.encode({"live": message_id}),
-            created_at=now,
-            due_at=now,
-            done_at=now,
-            state="delivered",
-        )
-        with contextlib.suppress(StoreUnavailable):
-            await self._channel.gateway.store.deliveries.add(shown)
-
-    async def _shown_before(self, run: Run) -> list[display.Shown]:
-        """The messages that showed the run when it was begun before."""
-        deliveries = await self._channel.gateway.store.deliveries.of_run(run.id)
-        return [display.Shown(each.target, -1) for each in deliveries if each.id == f"{run.id}.{each.target}"]
-
     async def deliver(self, delivery: Delivery) -> Receipt:
         """As `outbox.Carrier.deliver`. What of it could not be delivered is another delivery, so that nothing is
         written twice: whoever makes that knows what is there, in whichever process."""
-        told = _told.decode(delivery.body)
-        screen = _Screen(self, told.reply_to)
-        before = display.load(told.live)
+        told = replies.told(delivery)
+        place = msgspec.convert(told.reply_to, _ReplyTo)
+        screen = _Screen(self, place)
         # Of a failure there is one line, and what was shown before it stays.
-        shown, text = ([], _failure(told, bool(before))) if told.type == "run.failed" else (before, _words(told))
-        passages = slack_messages.split(text)
+        shown = [] if told.has_failed else display.load(told.live)
+        passages = slack_messages.split(told.words())
         until = trio.current_time() + _ATTEMPT_S
         writes = 0
         while (step := display.next_step(shown, passages)) is not None:
             is_new = step[0] is None
             try:
-                await self._wait_turn(told.reply_to, step[0], until=until)
+                await self._wait_turn(place, step[0], until=until)
                 await display.take_step(screen, shown, step)
             except Declined as error:
                 if not is_new and error.code in _NOT_EDITABLE:
@@ -267,12 +238,12 @@ class SlackAdapter:
             except Trouble as error:
                 words, unsure = self._channel.redacted(error.message), is_new and error.unsure
                 if writes and not unsure:
-                    return await self._leave_rest(delivery, told, shown, after_s=error.after_s or _REST_S)
+                    return await self._leave_rest(delivery, shown, after_s=error.after_s or _REST_S)
                 return Receipt(delivered=False, again=True, after_s=error.after_s, error=words, unsure=unsure)
             writes += is_new
         for one in shown[len(passages) :]:  # of a run that was begun before, and said more then
             with contextlib.suppress(Declined, Trouble):
-                await self._call("chat.delete", {"channel": told.reply_to.channel, "ts": one.id})
+                await self._call("chat.delete", {"channel": place.channel, "ts": one.id})
         await trio.lowlevel.checkpoint()
         return Receipt(delivered=True, status=200)
 
@@ -288,24 +259,11 @@ class SlackAdapter:
             await trio.sleep(wait_s)
         await trio.lowlevel.checkpoint()
 
-    async def _leave_rest(
-        self, delivery: Delivery, told: _Told, shown: list[display.Shown], *, after_s: float
-    ) -> Receipt:
-        """Makes another delivery of what was not written."""
-        now = time.time()
-        rest = Delivery(
-            id=f"{delivery.id}r",
-            run_id=delivery.run_id,
-            channel=delivery.channel,
-            target=delivery.target,
-            body=msgspec.json.encode(msgspec.structs.replace(told, live=display.dump(shown))),
-            created_at=now,
-            due_at=now + after_s,
-            repeatable=delivery.repeatable,
-        )
+    async def _leave_rest(self, delivery: Delivery, shown: list[display.Shown], *, after_s: float) -> Receipt:
+        """Leaves what was not written to another delivery."""
         gateway = self._channel.gateway
         try:
-            await gateway.store.deliveries.add(rest)
+            await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)
         except StoreUnavailable as error:
             return Receipt(delivered=False, error=error.message, unsure=True)
         gateway.outbox.look()
@@ -464,24 +422,3 @@ class _Blind:
 def _seconds(value: str | None) -> float | None:
     """``Retry-After``, which is a number of seconds ("Rate limits")."""
     return float(value) if value is not None and value.isascii() and value.isdigit() and len(value) < 9 else None
-
-
-def _words(told: _Told) -> str:
-    """What is said about a run that has not failed."""
-    data = told.data
-    match data.get("action"):
-        case "reset":
-            return "This conversation begins anew."
-        case "stop":
-            return "Stopped." if data.get("stopped") else "There was nothing to stop."
-        case _:
-            reply = str(data.get("reply") or "")
-            return reply if reply.strip() or told.type == "run.cancelled" else "The model answered with nothing."
-
-
-def _failure(told: _Told, begun: bool) -> str:
-    """One line about a run that has failed. Only the kind of error: its words are for who runs the gateway."""
-    error = told.data.get("error")
-    code = error.get("code") if isinstance(error, dict) else None
-    code = code or f"status {told.data.get('status')}"  # an error of a provider's own making
-    return f"The answer is incomplete ({code})." if begun else f"There is no answer ({code})."

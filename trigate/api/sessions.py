@@ -1,0 +1,140 @@
+"""``/v1/sessions``: what is remembered, for the key that made it. To any other key it is not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+from quart import Blueprint, Response, current_app, jsonify, request
+
+from trigate.errors import BadRequest, NotFound
+from trigate.store import Message, Session
+
+if TYPE_CHECKING:
+    from trigate.application import GatewayApp
+    from trigate.gateway import Gateway
+
+blueprint = Blueprint("sessions", __name__)
+
+MAX_LIMIT = 100
+_DEFAULT_LIMIT = 20
+
+
+def _gateway() -> Gateway:
+    return cast("GatewayApp", current_app).gateway
+
+
+def _owner() -> str:
+    return cast("str", request.scope["trigate.owner"])  # type: ignore[typeddict-item]
+
+
+def _number(name: str, default: int, *, least: int, most: int) -> int:
+    text = request.args.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise BadRequest(f"{name} must be a whole number from {least} to {most}.", param=name)
+    return int(text)
+
+
+def _limit() -> int:
+    return _number("limit", _DEFAULT_LIMIT, least=1, most=MAX_LIMIT)
+
+
+def _not_found() -> NotFound:
+    return NotFound("There is no such session.")
+
+
+def _session(session: Session) -> dict[str, Any]:
+    return {
+        "id": session.key,
+        "object": "session",
+        "created_at": int(session.created_at),
+        "active_at": int(session.active_at),
+        "busy": session.busy,
+        "resets": session.epoch,
+        "turns": session.turns,
+        "messages": session.messages,
+        "tokens": session.tokens,
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    return {
+        "id": str(message.number),
+        "object": "session.message",
+        "created_at": int(message.at),
+        "epoch": message.epoch,
+        "turn": message.turn,
+        "partial": message.partial,
+        "tokens": message.tokens,
+        "message": msgspec.Raw(message.body),
+    }
+
+
+def _page(rows: Sequence[dict[str, Any]], limit: int) -> Response:
+    """A list as OpenAI's API has it; there is one row more than the limit where there is another page."""
+    shown = rows[:limit]
+    body = msgspec.json.encode(
+        {
+            "object": "list",
+            "data": shown,
+            "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None,
+            "has_more": len(rows) > limit,
+        }
+    )
+    return Response(body, content_type="application/json")
+
+
+@blueprint.get("/v1/sessions")
+async def list_sessions() -> Response:
+    """Lists the key's sessions, the last active first."""
+    limit = _limit()
+    found = await _gateway().store.sessions.list(_owner(), limit=limit + 1, after=request.args.get("after"))
+    return _page([_session(each) for each in found], limit)
+
+
+@blueprint.get("/v1/sessions/<key>")
+async def retrieve_session(key: str) -> Response:
+    """Returns one session."""
+    found = await _gateway().store.sessions.get(_owner(), key)
+    if found is None:
+        raise _not_found()
+    return jsonify(_session(found))
+
+
+@blueprint.get("/v1/sessions/<key>/messages")
+async def list_messages(key: str) -> Response:
+    """Lists the messages since the last reset, or all of them, the oldest first."""
+    limit = _limit()
+    archived = request.args.get("archived", "false")
+    if archived not in ("true", "false"):
+        raise BadRequest("archived must be true or false.", param="archived")
+    after = _number("after", 0, least=0, most=2**62)
+    found = await _gateway().store.sessions.messages(
+        _owner(), key, limit=limit + 1, after=after, archived=archived == "true"
+    )
+    if found is None:
+        raise _not_found()
+    return _page([_message(each) for each in found], limit)
+
+
+@blueprint.post("/v1/sessions/<key>/reset")
+async def reset_session(key: str) -> Response:
+    """Begins anew, and keeps what was said as the archive. The answer to a turn in progress goes there as well."""
+    gateway = _gateway()
+    await gateway.workers.join()
+    found = await gateway.store.sessions.reset(_owner(), key, at=time.time())
+    if found is None:
+        raise _not_found()
+    return jsonify(_session(found))
+
+
+@blueprint.delete("/v1/sessions/<key>")
+async def delete_session(key: str) -> Response:
+    """Forgets a session with its archive; 409 while a turn of it is in progress, which would bring it back."""
+    await _gateway().sessions.delete(_owner(), key)
+    return jsonify({"id": key, "object": "session.deleted", "deleted": True})
