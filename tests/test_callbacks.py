@@ -25,6 +25,8 @@ import pytest
 import trio
 import trustme
 from conftest import make_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import dialing
@@ -302,6 +304,17 @@ def test_what_retry_after_says(value: str, after_s: float | None) -> None:
     """A number of seconds, or a date; what is neither says nothing."""
     assert datetime.datetime.fromtimestamp(NOW, datetime.UTC).strftime("%H:%M:%S") == "22:13:20"
     assert seconds_of(value, at=NOW) == after_s
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.text(max_size=60)
+    | st.from_regex(r"\A[A-Z][a-z]{2}, \d{1,3} [A-Z][a-z]{2} \d{1,6} \d\d:\d\d(:\d\d)? [-+A-Z]{1,3}\d{0,9}\Z")
+)
+def test_whatever_retry_after_says(value: str) -> None:
+    """It is a time from now on, or nothing."""
+    after_s = seconds_of(value, at=NOW)
+    assert after_s is None or 0.0 <= after_s < 1e12
 
 
 @pytest.mark.parametrize("status", ["429 x", "503 x"])

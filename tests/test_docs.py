@@ -71,6 +71,7 @@ SECTIONS = {
     "[limits]": config.LimitsConfig,
     "[hooks.NAME]": config.HookConfig,
     "[store]": config.StoreConfig,
+    "[sessions]": config.SessionsConfig,
 }
 
 

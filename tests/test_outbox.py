@@ -195,8 +195,11 @@ async def test_nothing_is_done_before_somebody_has_joined(autojump_clock: MockCl
         assert (await it.settled()).state == "delivered"
 
 
-async def test_a_failure_is_tried_again_until_the_schedule_is_over(autojump_clock: MockClock) -> None:
+async def test_a_failure_is_tried_again_until_the_schedule_is_over(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten attempts over three days; then it has failed, with the last status."""
+    monkeypatch.setattr(rooms, "LOOK_S", 3600.0)  # three days have many minutes
     async with opened(FAILED) as it:
         await it.add(delivery())
         row = await it.settled()
@@ -328,6 +331,33 @@ async def test_two_workers_share_the_work(autojump_clock: MockClock) -> None:
     assert it.carrier.most > AT_ONCE
 
 
+async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose places are all taken rings the others. On a disk, over real sockets."""
+    monkeypatch.setattr(rooms, "AT_ONCE", 1)
+    monkeypatch.setattr(rooms, "GRACE_S", 0.0)
+    busy, idle = Scripted([partial(after, 1e6)]), Scripted()
+    async with (
+        open_sqlite_store(tmp_path / "store.db") as store,
+        open_workers(store, lambda: b"{}") as second,
+        open_workers(store, lambda: b"{}") as first,
+        open_outbox(store, second) as helping,
+        open_outbox(store, first) as outbox,
+    ):
+        await second.join()
+        helping.carriers["h"] = idle  # it does not look before somebody rings
+        await first.join()
+        outbox.carriers["h"] = busy
+        for number in (1, 2):
+            await store.deliveries.add(delivery(number, target=f"https://{number}.example/"))
+        outbox.look()
+        with trio.fail_after(30.0):
+            while True:
+                if busy.begun and idle.begun:
+                    break
+                await trio.sleep(0.01)
+    assert [id_ for _, id_ in busy.begun + idle.begun] == ["msg_1", "msg_2"]
+
+
 # -- the end, and what comes after it ---------------------------------------------------------------------------------
 
 
@@ -363,6 +393,26 @@ async def test_the_end_does_not_wait_for_a_store_that_has_gone(autojump_clock: M
     assert trio.current_time() == pytest.approx(GRACE_S + 2.0)
     it.store.failure = None
     assert (await it.row()).state == "sending"
+
+
+@pytest.mark.parametrize("step", range(40))
+async def test_a_cancellation_at_any_point(step: int, autojump_clock: MockClock) -> None:
+    """Nothing is left as if it were being sent, and what was not sent is pending."""
+    store = MemoryStore()
+    carrier = Scripted()
+    with trio.CancelScope() as program:
+        async with opened(store=store, carrier=carrier, joined=False) as it:
+            for number in range(20):
+                await store.deliveries.add(delivery(number, target=f"https://{number % 10}.example/", repeatable=False))
+            await it.workers.join()
+            for _ in range(step):
+                await trio.lowlevel.checkpoint()
+            program.cancel()
+            await trio.sleep_forever()
+    sent = [id_ for _, id_ in carrier.begun]
+    for number in range(20):
+        [row] = await store.deliveries.of_run(f"run_{number}")
+        assert (row.state, sent.count(row.id)) in (("pending", 0), ("delivered", 1))
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "delivered"), (False, "unknown")])

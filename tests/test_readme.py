@@ -31,6 +31,7 @@ pytestmark = [
 def _environment() -> dict[str, str]:
     # No provider of the person who runs the tests is asked for anything.
     keep = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+    keep["TRIGATE_STORE"] = ":memory:"  # and nothing is left in their home directory
     return {**keep, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -93,6 +94,7 @@ def test_every_command_is_known_here() -> None:
     """A command that is added to the README must be added to these tests."""
     tested = {*SERVERS, "./scripts/test"}
     tested |= {_only(part) for part in ("curl -N", "/v1/models", "18888/status", "trigate chat", "trigate status")}
+    tested |= {_only(part) for part in ("x-session-key", "/v1/sessions", "/hooks/")}
     assert set(SHELL) == tested | {_only("trigate check")}
 
 
@@ -112,6 +114,17 @@ def test_curl_status(served: None) -> None:
     """The status has what the contract names."""
     answer = _run("sh", "-c", _only("18888/status"))
     assert all(f'"{name}"' in answer for name in ("uptime", "channels", "sessions"))
+
+
+def test_curl_is_remembered(served: None) -> None:
+    """A call with the header makes a session, which is listed."""
+    assert '"choices"' in _run("sh", "-c", _only("x-session-key"))
+    assert '"ada"' in _run("sh", "-c", _only("/v1/sessions"))
+
+
+def test_curl_calls_a_webhook(served: None) -> None:
+    """A webhook gets its reply."""
+    assert '"reply":"' in _run("sh", "-c", _only("/hooks/"))
 
 
 def test_python_snippet(served: None) -> None:

@@ -526,6 +526,8 @@ async def test_what_is_due_is_taken_once(store: Store) -> None:
     assert [each.id for each in await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"])] == ["msg_1"]
     assert await store.deliveries.take("w2", at=30.0, limit=3, channels=["hook"]) == []
     assert await store.deliveries.take("w2", at=30.0, limit=3, channels=[]) == []
+    many = [f"hook{number}" for number in range(2000)]
+    assert await store.deliveries.take("w2", at=30.0, limit=3, channels=many) == []
     assert taken[0] in await store.deliveries.of_run("run_1")
 
 

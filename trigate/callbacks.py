@@ -67,11 +67,11 @@ def seconds_of(retry_after: str, *, at: float) -> float | None:
         return float(text[:10])  # longer than anybody waits
     try:
         moment = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+        if moment.tzinfo is None:  # "-0000"
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return max(moment.timestamp() - at, 0.0)
+    except (ValueError, TypeError, IndexError, OverflowError):  # what that parser raises differs with its input
         return None
-    if moment.tzinfo is None:  # "-0000"
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return max(moment.timestamp() - at, 0.0)
 
 
 class Callbacks:

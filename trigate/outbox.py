@@ -44,7 +44,7 @@ SCHEDULE_S = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000
 """
 MAX_AFTER_S = 86_400.0
 """The longest pause that a receiver can ask for."""
-_LOOK_S = 60.0
+LOOK_S = 60.0
 """How often the store is asked, whatever is known: another worker may have ended and left something for later."""
 _RETRY_S = 0.25
 _MAX_RETRY_S = 5.0
@@ -154,7 +154,7 @@ class Outbox:
         async with trio.open_nursery() as nursery:
             while True:
                 self._wanted = trio.Event()
-                wait_s = _LOOK_S
+                wait_s = LOOK_S
                 try:
                     with self._shield(_NOTE_S):  # what is taken must not get lost between the store and here
                         wait_s = await self._take(nursery)
@@ -172,17 +172,18 @@ class Outbox:
         places = AT_ONCE - self._under_way
         channels = tuple(self.carriers)
         if not places or not channels:
-            return _LOOK_S  # noqa: ASYNC910 - who calls it waits
+            return LOOK_S  # noqa: ASYNC910 - who calls it waits
         at = self._now()
         taken = await self._store.deliveries.take(self._workers.id, at=at, limit=places, channels=channels)
         for delivery in taken:
             self._under_way += 1
             nursery.start_soon(self._deliver, delivery)
         if len(taken) == places:
-            return _LOOK_S
+            self._workers.ring("outbox")  # there may be more than can be done here
+            return LOOK_S
         due_at = await self._store.deliveries.next_due_at(channels)
         self._note_no_trouble()
-        return _LOOK_S if due_at is None else min(max(due_at - self._now(), 0.0), _LOOK_S)
+        return LOOK_S if due_at is None else min(max(due_at - self._now(), 0.0), LOOK_S)
 
     # -- an attempt ---------------------------------------------------------------------------------------------------
 
@@ -308,7 +309,7 @@ async def open_outbox(
         chance: Gives random numbers from 0 to 1.
 
     **Cancels:** attempts that are under way may go on for `GRACE_S`. What has not ended then is pending again where it
-    can be repeated, else unknown; the other workers are told.
+    can be repeated, else unknown; the worker that adopts what this one leaves looks for it (`Outbox.adopt`).
     """
     outbox = Outbox(store, workers, now, chance)
     workers.adopt_with(outbox.adopt)
@@ -320,4 +321,3 @@ async def open_outbox(
         finally:
             outbox.begin_to_close()
             nursery.cancel_scope.cancel()
-    workers.ring("outbox")

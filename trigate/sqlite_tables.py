@@ -362,13 +362,16 @@ class SqliteTables:
         self._put(_DELIVERIES, delivery)
 
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
+        if not channels:
+            return []
         # One step of the index for each target, however many wait for it: one that is slow has a long queue.
         where = f"""WHERE number IN (
-            WITH RECURSIVE place (channel, target) AS (
+            WITH RECURSIVE named (channel) AS (VALUES {", ".join(["(?)"] * len(channels))}),
+            place (channel, target) AS (
                 SELECT channel, (
                     SELECT min(target) FROM deliveries AS d WHERE state = 'pending' AND d.channel = named.channel
                 )
-                FROM (SELECT NULL AS channel WHERE FALSE{" UNION ALL SELECT ?" * len(channels)}) AS named
+                FROM named
                 UNION ALL
                 SELECT channel, (
                     SELECT min(target) FROM deliveries AS d
