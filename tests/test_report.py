@@ -219,6 +219,25 @@ async def test_what_is_counted_in_the_store(open_app: OpenApp, database: Path) -
             assert datetime.datetime.fromisoformat(channel[name]).tzinfo is datetime.UTC
 
 
+async def test_hooks_under_any_name_are_bounded(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who calls ten thousand names makes ``/status`` neither long nor slow: the store is asked for what is shown."""
+    async with open_app() as served:
+        store = served.gateway.store
+        for number in range(10_000):
+            store.channels.count(f"name-{number}", at=float(number), received=1)
+        asked = []
+        unfinished = store.runs.unfinished
+
+        async def count(channel: str) -> int:
+            asked.append(channel)
+            return await unfinished(channel)
+
+        monkeypatch.setattr(store.runs, "unfinished", count)
+        channels = (await report.status(served.gateway))["channels"]
+        assert [row["name"] for row in channels] == [f"name-{number}" for number in range(9_999, 9_899, -1)]
+        assert len(asked) == 100
+
+
 async def test_hooks_that_no_configuration_names(open_app: OpenApp) -> None:
     """Where any name is a hook, those that were called are shown; where names are given, no others are."""
     for sections, shown in (({}, ["new", "old"]), ({"hooks": {"ci": {}}}, ["ci"])):

@@ -61,6 +61,7 @@ def test_location(path: str | None, env: dict[str, str], found: str) -> None:
     assert storage.location(StoreConfig(path=path), env) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, {"TRIGATE_STORE": ""}], ids=["unset", "empty"])
 def test_default_location(env: dict[str, str]) -> None:
     """A file in the platform's directory for the data of programs, wherever that is."""
@@ -98,6 +99,7 @@ def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -
     assert storage.is_needed(config, str(path))
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_server(tmp_path: Path) -> None:
     """Servers that start their workers by multiprocessing may have several: they are met in the store."""
     script = (
@@ -118,6 +120,7 @@ def test_a_worker_of_another_server(tmp_path: Path) -> None:
     assert done.stdout.split() == ["False", "True"]
 
 
+@pytest.mark.slow
 def test_a_gateway_that_remembers_nothing(tmp_path: Path) -> None:
     """It answers, and says how it is, without a file, and without loading a database."""
     script = (

@@ -147,7 +147,7 @@ def _row(exchange: Exchange, now: float) -> StreamRow:
 
 
 def part(gateway: Gateway) -> Part:
-    """What this worker does now. Takes a second's beat with ten thousand exchanges into account: they are counted, and
+    """What this worker does now. Made at each beat, beside ten thousand exchanges: they are counted, and
     nothing is made for each."""
     live, now = gateway.live, trio.current_time()
     return Part(
@@ -204,6 +204,8 @@ class _Shared:
 
     sessions: SessionCounts | None = attrs.field(factory=lambda: SessionCounts(total=0, active=0, busy=0))
     records: Mapping[str, ChannelRecord] = attrs.field(factory=dict)
+    called: Sequence[str] = ()
+    """Hooks that no configuration names."""
     unfinished: Mapping[str, int] = attrs.field(factory=dict)
     outbox: Mapping[str, int] | None = attrs.field(factory=dict)
 
@@ -237,7 +239,7 @@ async def status(gateway: Gateway) -> dict[str, Any]:
         "config": parts[0].config,
         "reload_error": next((each.reload_error for each in parts if each.reload_error is not None), None),
         "workers": [_worker_row(each) for each in said],
-        "channels": _channel_rows(gateway, said, shared),
+        "channels": _channel_rows(said, shared),
         "sessions": attrs.asdict(shared.sessions) if shared.sessions is not None else None,
         "outbox": {"depth": sum(shared.outbox.values())} if shared.outbox is not None else None,
         "store": {
@@ -253,12 +255,26 @@ async def status(gateway: Gateway) -> dict[str, Any]:
 
 
 async def _ask_store(gateway: Gateway) -> _Shared:
-    store = gateway.store
-    window_s = gateway.generation.config.sessions.active_window_s
-    sessions = await store.sessions.count(active_since=time.time() - window_s)
+    store, config = gateway.store, gateway.generation.config
+    sessions = await store.sessions.count(active_since=time.time() - config.sessions.active_window_s)
     records = {record.name: record for record in await store.channels.all()}
-    unfinished = {name: await store.runs.unfinished(name) for name in records}
-    return _Shared(sessions=sessions, records=records, unfinished=unfinished, outbox=await store.deliveries.depth())
+    named = {channel.name for channel in _channels(gateway)}
+    called = []
+    if config.hooks is None:  # any name is one
+        called = [record for name, record in records.items() if name not in named and _is_hook(record)]
+        called = sorted(called, key=lambda record: record.last_event_at or 0.0, reverse=True)[:MAX_CHANNELS]
+    shown = named.intersection(records).union(record.name for record in called)  # each of them is a question
+    return _Shared(
+        sessions=sessions,
+        records=records,
+        called=tuple(record.name for record in called),
+        unfinished={name: await store.runs.unfinished(name) for name in shown},
+        outbox=await store.deliveries.depth(),
+    )
+
+
+def _is_hook(record: ChannelRecord) -> bool:
+    return record.received > 0 and not record.cursor and record.holder is None
 
 
 def _said(gateway: Gateway, others: Iterable[Worker]) -> list[_Said]:
@@ -333,25 +349,19 @@ def _upstream_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return rows
 
 
-def _channel_rows(gateway: Gateway, said: Sequence[_Said], shared: _Shared) -> list[dict[str, Any]]:
+def _channel_rows(said: Sequence[_Said], shared: _Shared) -> list[dict[str, Any]]:
     by_name: dict[str, list[tuple[str, ChannelStatistics]]] = {}
     for each in said:
         for channel in each.part.channels:
             by_name.setdefault(channel.name, []).append((each.id, channel))
     shown = [_state_of(same, shared.records.get(name)) for name, same in by_name.items()]
-    if gateway.generation.config.hooks is None:  # any name is one
-        used = [record for name, record in shared.records.items() if name not in by_name and _is_hook(record)]
-        used.sort(key=lambda record: record.last_event_at or 0.0, reverse=True)
-        since = said[0].started_at
-        shown.extend(
-            ChannelStatistics(name=record.name, type="webhook", state="connected", since=since)
-            for record in used[:MAX_CHANNELS]
-        )
+    since = said[0].started_at
+    shown.extend(
+        ChannelStatistics(name=name, type="webhook", state="connected", since=since)
+        for name in shared.called
+        if name not in by_name
+    )
     return [_channel_row(channel, shared) for channel in shown]
-
-
-def _is_hook(record: ChannelRecord) -> bool:
-    return record.received > 0 and not record.cursor and record.holder is None
 
 
 def _state_of(same: Sequence[tuple[str, ChannelStatistics]], record: ChannelRecord | None) -> ChannelStatistics:
