@@ -96,6 +96,42 @@ async def test_answer() -> None:
         assert (row["received"], row["queued"], row["last_error"]) == (1, 0, None)
 
 
+def command(text: str) -> tuple[dict[str, Any], ...]:
+    """The entities of a command."""
+    return ({"type": "bot_command", "offset": 0, "length": len(text)},)
+
+
+async def test_conversation() -> None:
+    """A chat remembers, until it is reset; another chat remembers something else."""
+    async with open_bot(says("First"), says("Second"), says("Third"), config={"session": "chat"}) as (server, served):
+        calls = served.providers["up"].calls
+
+        async def ask(text: str, *, chat: int = 1, count: int) -> list[str]:
+            server.say(text, chat=chat, entities=command(text) if text.startswith("/") else ())
+            await wait_for_row(served, replied=count)
+            return [message["content"] for message in calls[-1].json["messages"]]
+
+        assert await ask("One", count=1) == ["One"]
+        assert await ask("Two", count=2) == ["One", "First", "Two"]
+        assert await ask("Else", chat=2, count=3) == ["Else"]
+        await ask("/reset", count=4)
+        assert server.texts() == ["First", "Second", "This conversation begins anew."]
+        assert await ask("Three", count=5) == ["Three"]
+
+
+async def test_stop() -> None:
+    """A run that is stopped ends at once, its upstream too, and what it had said stays."""
+    half = (*says("Half")[:-2], Stall())
+    async with open_bot(half, config={"session": "chat"}) as (server, served):
+        server.say("Hello")
+        await server.wait_until(lambda server: server.texts() == ["Half"])
+        server.say("/stop", entities=command("/stop"))
+        await server.wait_until(lambda server: server.texts() == ["Half", "Stopped."])
+        assert served.providers["up"].calls[0].ended == "closed"
+        server.say("/stop", entities=command("/stop"))
+        await server.wait_until(lambda server: server.texts() == ["Half", "Stopped.", "There was nothing to stop."])
+
+
 async def test_failure() -> None:
     """Where there is no answer, there is one line that says so, with the run that has the error."""
     async with open_bot(answers(b'{"error": {"message": "secret words"}}', status=500)) as (server, served):
@@ -273,6 +309,29 @@ async def test_webhook_is_in_the_way(logs: Logs) -> None:
         await server.wait_until(lambda server: server.texts() == ["Hello!"])
     assert server.called("deleteWebhook") == [{"drop_pending_updates": False}]
     assert len(logs.named("telegram_webhook_removed")) == 1
+
+
+async def test_reload() -> None:
+    """A reload that adds a bot begins it; one that takes it out again ends it."""
+    async with open_telegram() as (server, url), _open_app(make_config(), Provider(says("Hello"))) as served:
+        gateway = served.gateway
+
+        async def reload(**sections: Any) -> None:
+            async def load() -> Config:
+                await trio.lowlevel.checkpoint()
+                return make_config(**sections)
+
+            gateway._load = load
+            gateway.reload_soon()
+
+        with trio.fail_after(PATIENCE_S):
+            await reload(channels={"bot": settings(url)})
+            server.say("Hello")
+            await server.wait_until(lambda server: server.texts() == ["Hello"] and server.polling == 1)
+            await reload()
+            await server.wait_until(lambda server: server.polling == 0)
+            status = (await served.client.ask("GET", "/status")).json
+            assert status["channels"] == []
 
 
 # -- as a webhook -----------------------------------------------------------------------------------------------------

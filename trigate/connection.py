@@ -627,35 +627,6 @@ class GatewayConnection(TrioASGIHTTPConnection):
         return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
 
 
-async def _take_turn(
-    gateway: Gateway,
-    owner: str,
-    key: str,
-    call: Call,
-    exchange_for: Callable[[Call, Recorder], Exchange],
-    nursery: trio.Nursery,
-) -> GatewayError | None:
-    """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
-    no limit in time but its own.
-
-    Returns:
-        Why it could not; returned, since the nursery would make a group of it.
-    """
-    try:
-        async with gateway.sessions.open_turn(owner, key, limits=gateway.generation.config.sessions) as turn:
-            composed = turn.compose(call)
-            recorder = SessionRecorder(gateway.store, turn)
-            exchange = exchange_for(composed, recorder)
-            turn.cut = exchange.cut
-            try:
-                await exchange.run(nursery)
-            finally:
-                recorder.settle(exchange.usage)
-    except GatewayError as error:
-        return error
-    return None
-
-
 def _hook_of(path: str) -> tuple[str, str]:
     """The name of the hook that a path leads to, and what stands behind it.
 
