@@ -216,9 +216,12 @@ async def test_restart(tmp_path: Path) -> None:
 async def test_begun_before(tmp_path: Path) -> None:
     """A run that was cut with its process is done again after that, in the message in which it had been shown."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
-    async with open_bot((*says("Half")[:-1], Stall()), server=server, store=store):
+    async with open_bot((*says("Half")[:-1], Stall()), server=server, store=store) as (_, served):
         server.say("Hello")
         await server.wait_until(lambda server: server.texts() == ["Half"] and not server.waiting)
+        run_id = served.providers["up"].calls[0].headers["x-request-id"]
+        while not await served.gateway.store.deliveries.of_run(run_id):  # the id of the message
+            await trio.sleep(0.01)
     async with open_bot(says("Whole"), server=server, store=store) as (_, served):
         await server.wait_until(lambda server: server.texts() == ["Whole"])
         await wait_for_row(served, replied=1)
