@@ -220,8 +220,10 @@ async def test_begun_before(tmp_path: Path) -> None:
         server.say("Hello")
         await server.wait_until(lambda server: server.texts() == ["Half"] and not server.waiting)
         run_id = served.providers["up"].calls[0].headers["x-request-id"]
-        while not await served.gateway.store.deliveries.of_run(run_id):  # the id of the message
+        while True:
             await trio.sleep(0.01)
+            if await served.gateway.store.deliveries.of_run(run_id):  # the id of the message
+                break
     async with open_bot(says("Whole"), server=server, store=store) as (_, served):
         await server.wait_until(lambda server: server.texts() == ["Whole"])
         await wait_for_row(served, replied=1)
@@ -319,7 +321,7 @@ async def test_reload() -> None:
     async with open_telegram() as (server, url), _open_app(make_config(), Provider(says("Hello"))) as served:
         gateway = served.gateway
 
-        async def reload(**sections: Any) -> None:
+        def reload(**sections: Any) -> None:
             async def load() -> Config:
                 await trio.lowlevel.checkpoint()
                 return make_config(**sections)
@@ -328,10 +330,10 @@ async def test_reload() -> None:
             gateway.reload_soon()
 
         with trio.fail_after(PATIENCE_S):
-            await reload(channels={"bot": settings(url)})
+            reload(channels={"bot": settings(url)})
             server.say("Hello")
             await server.wait_until(lambda server: server.texts() == ["Hello"] and server.polling == 1)
-            await reload()
+            reload()
             await server.wait_until(lambda server: server.polling == 0)
             status = (await served.client.ask("GET", "/status")).json
             assert status["channels"] == []
@@ -643,18 +645,16 @@ async def test_killed_worker(tmp_path: Path) -> None:
             base_url = "{url}"
             session = "none"
             """
-        running = run_gateway(config, tmp_path, command=(*SERVE, "--workers", "2"))
-        gateway = await trio.to_thread.run_sync(running.__enter__)
-        try:
+        with contextlib.ExitStack() as stack:
+            running = run_gateway(config, tmp_path, command=(*SERVE, "--workers", "2"))
+            gateway = await trio.to_thread.run_sync(stack.enter_context, running)
             with trio.fail_after(60):
                 for number in (1, 2, 3):
                     server.say(f"Message {number}")
                     await server.wait_until(lambda server, number=number: len(server.texts()) == number)  # type: ignore[misc]
                     os.kill(await holder_when_done(tmp_path / "trigate.db"), signal.SIGKILL)
-        finally:
-            await trio.to_thread.run_sync(running.__exit__, None, None, None)
-        assert len(server.texts()) == 3
-        assert TOKEN not in gateway.log()
+            assert len(server.texts()) == 3
+            assert TOKEN not in gateway.log()
 
 
 async def holder_when_done(store: Path) -> int:
