@@ -221,7 +221,7 @@ async def test_an_attempt_is_bounded(open_office: OpenOffice, monkeypatch: pytes
         await office.say("hi", channel="D1", channel_type="im")
         await office.slack.wait_until(lambda each: len(each.messages) == len(split(text)))
         assert " ".join(office.slack.texts("D1")) == text
-        [run] = await _runs_delivered(office)
+        [run] = _runs_delivered(office)
         assert len(await office.gateway.store.deliveries.of_run(run)) == len(split(text))
 
 
@@ -361,11 +361,13 @@ async def test_stop_ends_the_answer(open_office: OpenOffice) -> None:
 
 
 @pytest.mark.slow
-async def test_an_answer_survives_a_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+async def test_an_answer_survives_a_crash(tmp_path: Path, begun: bool) -> None:
     """What was acknowledged is answered by the next process, once; a message that grew goes on growing."""
     workspace = Workspace()
     slow = (Say(role()), Say(content("Hel")), *(Pause(0.05), Say(content("."))) * 400, Stall())
-    async with open_slack(workspace) as slack_url, open_socket_provider(slow) as (provider, model_url):
+    first = slow if begun else (Stall(),)
+    async with open_slack(workspace) as slack_url, open_socket_provider(first) as (provider, model_url):
         config = f"""
 [upstreams.up]
 base_url = "{model_url}"
@@ -385,8 +387,10 @@ edit_interval_s = 0.01
                 event["ts"] = workspace.new_ts()
                 sender = EventSender(client, "/hooks/work")
                 assert [each.status for each in await sender.event(event)] == [200]
-                # It has been edited, and so what was written is known to the store.
-                await workspace.wait_until(lambda each: any(len(one.texts) > 1 for one in each.messages))
+                if begun:  # it has been edited, and so what was written is known to the store
+                    await workspace.wait_until(lambda each: any(len(one.texts) > 1 for one in each.messages))
+                else:
+                    await provider.wait_until(lambda each: each.opened == 1)
             gateway.process.kill()
             gateway.process.wait()
         provider.play(says("Hel", "lo ", "there"))
@@ -438,7 +442,7 @@ async def test_texts_that_grow_stay_within_the_limits(autojump_clock: object) ->
         assert " ".join(workspace.texts(conversation)) == text
 
 
-async def _runs_delivered(office: Office) -> list[str]:
+def _runs_delivered(office: Office) -> list[str]:
     """The runs of the channel; there is no list of them."""
     return [str(call.headers["x-request-id"]) for call in office.provider.calls]
 
@@ -447,7 +451,7 @@ async def _wait_delivered(office: Office, state: str) -> list[Any]:
     """Waits until all deliveries of the only run have a state."""
     with trio.fail_after(20):
         while True:
-            for run in await _runs_delivered(office):
+            for run in _runs_delivered(office):
                 found = await office.gateway.store.deliveries.of_run(run)
                 if found and {each.state for each in found} == {state}:
                     return list(found)

@@ -38,7 +38,7 @@ async def test_messages_are_written_and_edited() -> None:
         assert workspace.texts() == ["b", "c"]
 
 
-async def test_errors_come_with_status_200() -> None:
+async def test_errors_come_with_status_200() -> None:  # noqa: ASYNC124 - it needs a clock
     """Each error by its name, as in the methods' references."""
     workspace = Workspace()
     assert _call(workspace, "chat.postMessage", channel="C9", text="a")["error"] == "channel_not_found"

@@ -102,7 +102,7 @@ class Display:
         await self._ended.wait()
         return {**dump(self.shown), "repeatable": 0 < len(self._split(self._text)) <= len(self.shown)}
 
-    async def run(self) -> None:
+    async def run(self) -> None:  # noqa: ASYNC910 - only where it has ended before it began
         """Shows the text until `end`, or until nothing more can be shown."""
         try:
             while not self._ending.is_set():
@@ -126,9 +126,9 @@ class Display:
             await take_step(self._screen, self.shown, step)
         except NotShown as error:
             if error.after_s is None:
-                return None
+                return None  # noqa: ASYNC910 - the platform was asked
             self._news.set()  # what was not shown is tried again, unless there is more by then
-            return max(self._interval_s, error.after_s)
+            return max(self._interval_s, error.after_s)  # noqa: ASYNC910 - as above
         if next_step(self.shown, self._split(self._text)) is not None:
             self._news.set()
         return self._interval_s

@@ -165,13 +165,17 @@ class SlackAdapter:
     async def _is_for_us(self, message: Incoming) -> bool:
         config = self._channel.config
         if config.allow and message.user not in config.allow:
-            log.info("sender_not_allowed", channel=self._channel.name, sender=message.user)
-            await trio.lowlevel.checkpoint()
+            gateway = self._channel.gateway
+            await gateway.workers.join()
+            await gateway.store.channels.count(self._channel.name, at=time.time(), received=1)
             return False
         if message.is_direct or config.groups == "all" or (config.groups == "mention" and message.is_mention):
             await trio.lowlevel.checkpoint()
             return True
-        return config.groups == "mention" and message.thread_ts is not None and await self._takes_part(message)
+        if config.groups == "mention" and message.thread_ts is not None:
+            return await self._takes_part(message)
+        await trio.lowlevel.checkpoint()
+        return False
 
     async def _takes_part(self, message: Incoming) -> bool:
         """Whether the thread is a conversation with the bot: then nobody has to mention it again."""
@@ -234,12 +238,16 @@ class SlackAdapter:
                     # somebody has deleted it, or the workspace forbids edits: it is written anew
                     del shown[next(index for index, one in enumerate(shown) if one.id == step[0]) :]
                     continue
-                return Receipt(delivered=False, status=200, error=f"Slack declined: {error.code}")
+                return Receipt(  # noqa: ASYNC910 - Slack was asked
+                    delivered=False, status=200, error=f"Slack declined: {error.code}"
+                )
             except Trouble as error:
                 words, unsure = self._channel.redacted(error.message), is_new and error.unsure
                 if writes and not unsure:
                     return await self._leave_rest(delivery, shown, after_s=error.after_s or _REST_S)
-                return Receipt(delivered=False, again=True, after_s=error.after_s, error=words, unsure=unsure)
+                return Receipt(  # noqa: ASYNC910 - Slack was asked, or it was waited for
+                    delivered=False, again=True, after_s=error.after_s, error=words, unsure=unsure
+                )
             writes += is_new
         for one in shown[len(passages) :]:  # of a run that was begun before, and said more then
             with contextlib.suppress(Declined, Trouble):
@@ -265,7 +273,7 @@ class SlackAdapter:
         try:
             await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)
         except StoreUnavailable as error:
-            return Receipt(delivered=False, error=error.message, unsure=True)
+            return Receipt(delivered=False, error=error.message, unsure=True)  # noqa: ASYNC910 - the store was asked
         gateway.outbox.look()
         return Receipt(delivered=True, status=200)
 
