@@ -654,6 +654,72 @@ async def test_async_duplicates_name_the_same_run(open_app: OpenApp, autojump_cl
         assert (later.status, later.json["id"]) == (202, (await waiting.wait()).json["id"])
 
 
+# -- callbacks --------------------------------------------------------------------------------------------------------
+
+CALLBACK = {"callback_secret": WHSEC, "callback_hosts": ["127.0.0.1"]}  # where callbacks may not go, unless it says so
+
+
+async def test_a_hook_that_calls_back(open_app: OpenApp) -> None:
+    """202, and a delivery that the run shows without the query of its URL, in which there may be a secret."""
+    async with open_app(hooks(h={"reply": "callback", **CALLBACK}), Provider(REPLY)) as served:
+        call = await post(served, {**HI, "callback_url": "http://127.0.0.1:9/done?secret=x"})
+        assert (call.status, call.header("preference-applied")) == (202, "")
+        run = await settled(served, call.json["id"])
+        [told] = run["deliveries"]
+        assert told["url"] == "http://127.0.0.1:9/done"
+        assert set(told) == {"id", "url", "state", "attempts", "last_status", "last_error"}
+        assert "secret" not in json.dumps(run)
+
+
+async def test_a_hook_that_calls_back_must_know_where(open_app: OpenApp) -> None:
+    """By its configuration or by the request, and then on a host that it knows."""
+    async with open_app(hooks(h={"reply": "callback", **CALLBACK}), Provider(REPLY)) as served:
+        for url in (
+            None,
+            "http://evil.example/",
+            "file:///etc/passwd",
+            "http://u@127.0.0.1/",
+            "http://127.0.0.1/ x",
+            "x",
+        ):
+            call = await post(served, {**HI, "callback_url": url})
+            assert (call.status, call.error["param"]) == (400, "callback_url"), url
+        assert not served.providers["up"].calls
+
+
+async def test_who_waits_is_not_called_back(open_app: OpenApp) -> None:
+    """An answer that was given is not told once more; with ``Prefer: respond-async`` it is told."""
+    async with open_app(hooks(h={**CALLBACK, "callback_url": "http://127.0.0.1:9/own"}), Provider(REPLY)) as served:
+        now = await post(served)
+        assert (await settled(served, now.header("x-run-id")))["deliveries"] == []
+        later = await post(served, prefer="respond-async")
+        [told] = (await settled(served, later.json["id"]))["deliveries"]
+        assert told["url"] == "http://127.0.0.1:9/own"
+
+
+# -- several workers --------------------------------------------------------------------------------------------------
+
+
+async def test_a_duplicate_in_another_worker_waits_for_the_same_run(open_app: OpenApp, tmp_path: Path) -> None:
+    """And is rung when it ends."""
+    shared = make_config(store={"path": str(tmp_path / "t.db")}, hooks={"h": {"model": "up/m", "session": "none"}})
+    async with (
+        open_app(shared, Provider((Say(content("Hel")), Pause(0.1), Say(content("lo")), Say(DONE)))) as one,
+        open_app(shared, Provider(REPLY)) as other,
+    ):
+        call = start(one, idempotency_key="k")
+        with trio.fail_after(30):
+            while not one.gateway.live:  # noqa: ASYNC110 - there is no event
+                await trio.sleep(0.001)
+        again = await post(other, idempotency_key="k")
+        await call.wait()
+        assert again.json == call.json
+        assert again.header("idempotency-replayed") == "true"
+        assert not other.providers["up"].calls
+        seen = await other.client.ask("GET", f"/hooks/h/runs/{call.json['id']}")
+        assert seen.json["state"] == "completed"
+
+
 # -- whatever comes in ------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
@@ -676,12 +742,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_whatever_json_comes_in_it_is_not_our_fault(open_app: OpenApp, kind: str) -> None:
     """No payload makes a 5xx."""
     found: list[object] = []
 
-    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(JSON)
     def collect(payload: object) -> None:
         found.append(payload)

@@ -459,7 +459,7 @@ class Inbound:
 
 def too_large(max_bytes: int) -> TooLarge:
     """The error for a body over the limit."""
-    return TooLarge(f"The body is larger than {max_bytes} bytes (limits.body_bytes).")
+    return TooLarge(f"The body is larger than {max_bytes} bytes, which is the limit here.")
 
 
 class GatewayConnection(TrioASGIHTTPConnection):
@@ -565,8 +565,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 )
                 return exchange
 
-            if down.client is None or not down.client.watch(leave):
-                nursery.start_soon(_watch, inbound, leave)
+            _watch_client(nursery, inbound, down, leave)
             if session is None:
                 await exchange_for(call).run(nursery)
             else:
@@ -599,8 +598,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 if not down.ended:
                     nursery.cancel_scope.cancel()
 
-            if down.client is None or not down.client.watch(leave):
-                nursery.start_soon(_watch, inbound, leave)
+            _watch_client(nursery, inbound, down, leave)
             try:
                 await visit.serve(body, down)
             except GatewayError as raised:  # not through the nursery, which would make a group of it
@@ -625,18 +623,6 @@ class GatewayConnection(TrioASGIHTTPConnection):
             # nearly always: a deadline would cost more than this
             return (await inbound.receive()).get("body", b"")  # type: ignore[no-any-return]
         return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
-
-
-def _hook_of(path: str) -> tuple[str, str]:
-    """The name of the hook that a path leads to, and what stands behind it.
-
-    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
-    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
-    """
-    if not path.startswith("/hooks/"):
-        return "", ""
-    name, slash, rest = path.removeprefix("/hooks/").partition("/")
-    return name, rest or slash
 
 
 async def _take_turn(
@@ -666,6 +652,24 @@ async def _take_turn(
     except GatewayError as error:
         return error  # noqa: ASYNC910 - to open a turn is a checkpoint
     return None
+
+
+def _hook_of(path: str) -> tuple[str, str]:
+    """The name of the hook that a path leads to, and what stands behind it.
+
+    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
+    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
+    """
+    if not path.startswith("/hooks/"):
+        return "", ""
+    name, slash, rest = path.removeprefix("/hooks/").partition("/")
+    return name, rest or slash
+
+
+def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
+    """Has ``leave`` called when the client leaves before its answer is out."""
+    if down.client is None or not down.client.watch(leave):
+        nursery.start_soon(_watch, inbound, leave)
 
 
 async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:

@@ -230,7 +230,7 @@ class IdempotencyConflict(CallError):
 
 
 class TooLarge(CallError):
-    """The request body is larger than ``limits.body_bytes``."""
+    """The request body is larger than ``limits.body_bytes``, or than its hook takes."""
 
     status = 413
     code = "body_too_large"

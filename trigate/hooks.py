@@ -229,6 +229,9 @@ class _HookVisit:
         self._verifier = verifier
         self._owner = owner
         self._query = query
+        self._prefers_async = ingress.prefers_async(request.headers.get(b"prefer", b""))
+        self._is_async = self._prefers_async or hook.reply == "callback"
+        self._wants_events = ingress.accepts_events(request.headers.get(b"accept", b""))
         self.body_bytes: int = hook.body_bytes
 
     async def serve(self, body: bytes, down: Downstream) -> None:
@@ -263,18 +266,6 @@ class _HookVisit:
         if not _KEY.fullmatch(key):
             raise BadRequest("Idempotency-Key has 1 to 256 visible ASCII characters.", param="Idempotency-Key")
         return key.decode()
-
-    @property
-    def _prefers_async(self) -> bool:
-        return ingress.prefers_async(self._request.headers.get(b"prefer", b""))
-
-    @property
-    def _is_async(self) -> bool:
-        return self._hook.reply == "callback" or self._prefers_async
-
-    @property
-    def _wants_events(self) -> bool:
-        return ingress.accepts_events(self._request.headers.get(b"accept", b""))
 
     def _order(self, message: ingress.Message) -> Order:
         hook, name = self._hook, self._request.name

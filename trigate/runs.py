@@ -35,7 +35,16 @@ from trigate import errors
 from trigate.answers import AnswerRecord
 from trigate.callbacks import callback_body
 from trigate.config import Action, HookConfig, Seconds
-from trigate.errors import Draining, GatewayError, Internal, NotFound, Overloaded, Stopped, StoreUnavailable
+from trigate.errors import (
+    Draining,
+    GatewayError,
+    Internal,
+    NotFound,
+    Overloaded,
+    SessionBusy,
+    Stopped,
+    StoreUnavailable,
+)
 from trigate.exchange import Exchange
 from trigate.store import ENDED, Claim, Delivery, Run, RunState, Turn, Write
 from trigate.wire import ENDPOINTS, Call, Usage, decode_call
@@ -452,7 +461,7 @@ class _Performance:
             log.warning("run_ended_badly", run=self._run.id, error=error.message)
             await trio.lowlevel.checkpoint()
             return
-        if self._kept and isinstance(error, Draining | Overloaded | StoreUnavailable):
+        if self._kept and isinstance(error, Draining | Overloaded | SessionBusy | StoreUnavailable):
             self.again = not isinstance(error, Draining)
             await trio.lowlevel.checkpoint()
             return
