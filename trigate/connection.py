@@ -46,6 +46,7 @@ from trigate.errors import (
     HeadersTooLarge,
     Internal,
     MethodNotAllowed,
+    Overloaded,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
@@ -625,6 +626,18 @@ class GatewayConnection(TrioASGIHTTPConnection):
         return await inbound.read(max_bytes=max_bytes, timeout_s=gateway.generation.config.limits.body_timeout_s)
 
 
+def _hook_of(path: str) -> tuple[str, str]:
+    """The name of the hook that a path leads to, and what stands behind it.
+
+    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
+    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
+    """
+    if not path.startswith("/hooks/"):
+        return "", ""
+    name, slash, rest = path.removeprefix("/hooks/").partition("/")
+    return name, rest or slash
+
+
 async def _take_turn(
     gateway: Gateway,
     owner: str,
@@ -634,13 +647,18 @@ async def _take_turn(
     nursery: trio.Nursery,
 ) -> GatewayError | None:
     """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
-    no limit in time but its own.
+    no limit in time but its own. How many may wait is bounded as exchanges are: each holds a connection and a body.
 
     Returns:
         Why it could not; returned, since the nursery would make a group of it.
     """
+    config = gateway.generation.config
+    limit = config.limits.max_exchanges
+    if gateway.sessions.turns >= limit:
+        said = f"{limit} turns of sessions are in progress or wait, which is the limit of this gateway."
+        return Overloaded(said)  # noqa: ASYNC910 - the caller goes on
     try:
-        async with gateway.sessions.open_turn(owner, key, limits=gateway.generation.config.sessions) as turn:
+        async with gateway.sessions.open_turn(owner, key, limits=config.sessions) as turn:
             composed = turn.compose(call)
             recorder = SessionRecorder(gateway.store, turn)
             exchange = exchange_for(composed, recorder)
@@ -652,18 +670,6 @@ async def _take_turn(
     except GatewayError as error:
         return error  # noqa: ASYNC910 - to open a turn is a checkpoint
     return None
-
-
-def _hook_of(path: str) -> tuple[str, str]:
-    """The name of the hook that a path leads to, and what stands behind it.
-
-    >>> _hook_of("/hooks/ci"), _hook_of("/hooks/ci/runs/run_1"), _hook_of("/status"), _hook_of("/hooks/")
-    (('ci', ''), ('ci', 'runs/run_1'), ('', ''), ('', ''))
-    """
-    if not path.startswith("/hooks/"):
-        return "", ""
-    name, slash, rest = path.removeprefix("/hooks/").partition("/")
-    return name, rest or slash
 
 
 def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
