@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import attrs
@@ -24,8 +24,6 @@ import trio
 from trigate.adapter import Adapter, Channel, ChannelState, Refused, Trouble
 from trigate.config import ChannelConfig, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError, words_of
-from trigate.slack import SlackAdapter
-from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
 
 if TYPE_CHECKING:
@@ -38,7 +36,17 @@ MAX_PAUSE_S = 300.0
 GOOD_S = 60.0
 """After how long without a failure the pauses begin again at the short end."""
 
-ADAPTERS: Mapping[str, type[Adapter]] = {"telegram": TelegramAdapter, "slack": SlackAdapter}
+
+def _adapter_of(kind: Literal["telegram", "slack"]) -> type[Adapter]:
+    # Loaded when there is such a channel: most gateways have none, and each process would hold them.
+    if kind == "telegram":
+        from trigate.telegram import TelegramAdapter
+
+        return TelegramAdapter
+    from trigate.slack import SlackAdapter
+
+    return SlackAdapter
+
 
 Transports = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
 
@@ -113,7 +121,7 @@ class Channels:
                 self._start(name, own)
 
     def _start(self, name: str, config: ChannelConfig) -> None:
-        kind = ADAPTERS[config.type]
+        kind = _adapter_of(config.type)
         base_url = str(config.base_url or kind.default_base_url)
         try:
             transport = self._transports(f"channels.{name}", UpstreamConfig(base_url=Url(base_url)))
