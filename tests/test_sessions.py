@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import httpx2
 import msgspec
 import openai
 import pytest
@@ -20,11 +21,26 @@ from asgi_client import ClientCall, chat
 from bomb import Bomb, armed
 from conftest import Served, make_config
 from processes import configuration, run_gateway
-from provider import DONE, Break, Head, Pause, Provider, Say, Stall, answers, chunk, completion, content, says
+from provider import (
+    DONE,
+    Break,
+    Head,
+    Pause,
+    Provider,
+    Say,
+    Stall,
+    answers,
+    chunk,
+    completion,
+    content,
+    open_socket_provider,
+    says,
+)
 from scripted_upstream import TEXT, open_upstream, seen
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate.answers import AnswerRecord
+from trigate.application import GatewayApp
 from trigate.config import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
 from trigate.memory_store import MemoryStore
@@ -51,7 +67,7 @@ async def open_sessions(store: Store) -> AsyncIterator[Sessions]:
 
 
 @pytest.fixture
-async def store() -> MemoryStore:
+def store() -> MemoryStore:
     """A store in memory."""
     return MemoryStore()
 
@@ -224,7 +240,7 @@ async def test_the_store_is_down(sessions: Sessions, store: MemoryStore) -> None
     with pytest.raises(StoreUnavailable):
         async with sessions.open_turn("", "k", limits=LIMITS):
             pass
-    assert repr(sessions) == "<Sessions, 0 turns>"
+    assert repr(sessions) == "<Sessions, 0 turns of 0>"
 
 
 async def test_a_cancel_at_every_step(
@@ -249,7 +265,7 @@ async def test_a_cancel_at_every_step(
                 nursery.start_soon(take_turn, sessions, store, "k", "x")
         assert await store.sessions.tickets("", "k") == []
         assert (await store.sessions.count(active_since=0)).busy == 0
-        assert repr(sessions) == "<Sessions, 0 turns>"
+        assert repr(sessions) == "<Sessions, 0 turns of 0>"
         if not bomb.fired:
             break
     assert steps > 20
@@ -322,7 +338,7 @@ async def assert_nobody_waits(served: Served, key: str = "k") -> None:
     """No ticket is left, and no turn."""
     await wait_all_tasks_blocked()
     assert await served.gateway.store.sessions.tickets("", key) == []
-    assert repr(served.gateway.sessions) == "<Sessions, 0 turns>"
+    assert repr(served.gateway.sessions) == "<Sessions, 0 turns of 0>"
     served.assert_clean()
 
 
@@ -408,6 +424,21 @@ async def test_a_busy_session(open_app: OpenApp, autojump_clock: MockClock) -> N
         await assert_nobody_waits(served)
 
 
+async def test_how_many_may_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """As many turns as there may be exchanges are in progress or wait; the next one is told to come later."""
+    config = make_config(limits={"max_exchanges": 2})
+    async with open_app(config, Provider((Say(content("a")), Pause(5), Say(DONE)))) as served:
+        calls = []
+        for key in "kkl":
+            calls.append(say(served, "x", key=key))
+            await trio.sleep(0.5)
+        for call in calls:
+            await call.wait()
+        assert [call.status for call in calls] == [200, 200, 503]
+        assert calls[2].error["code"] == "overloaded"
+        await assert_nobody_waits(served)
+
+
 PHASES = {
     "before the upstream's head": ((Pause(5), *says("a")), False),
     "before the first content": ((Head(), Pause(5), *says("a")), False),
@@ -441,6 +472,41 @@ async def test_a_client_that_leaves_while_it_waits(open_app: OpenApp, autojump_c
         assert calls[1].status == 0
         assert await remembered(served) == [("a", False), ("a", False), ("c", False), ("a", False)]
         await assert_nobody_waits(served)
+
+
+async def test_a_connection_that_breaks_while_it_waits(
+    open_server: Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, GatewayApp]]],
+) -> None:
+    """On real sockets too: its place is free at once, though the turn before it goes on."""
+    async with open_socket_provider((Say(content("a")), Stall())) as (provider, url):
+        config = make_config({"up": {"base_url": f"{url}/v1", "models": ["m"]}})
+        async with open_server(config) as (client, app):
+            store = app.gateway.store
+
+            async def count(many: int) -> None:
+                while True:
+                    if len(await store.sessions.tickets("", "k")) == many:
+                        return
+                    await trio.sleep(0.002)
+
+            def turn() -> AbstractAsyncContextManager[httpx2.Response]:
+                headers = {"x-session-key": "k"}
+                return client.stream("POST", "/v1/chat/completions", json=chat(), headers=headers)
+
+            async def wait_in_vain(scope: trio.CancelScope) -> None:
+                with scope:
+                    async with turn():
+                        pass
+
+            with trio.fail_after(20):
+                scope = trio.CancelScope()
+                async with turn(), trio.open_nursery() as nursery:
+                    nursery.start_soon(wait_in_vain, scope)
+                    await count(2)
+                    scope.cancel()
+                    await count(1)
+                    assert provider.opened == 1
+                await count(0)
 
 
 CUTS = {
@@ -529,6 +595,7 @@ async def test_a_stop_ends_the_turn_and_its_upstream(open_app: OpenApp, autojump
         await assert_nobody_waits(served)
 
 
+@pytest.mark.slow
 async def test_a_hundred_turns_at_once(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """Over HTTP they are in order as well, each with all that came before it."""
     config = make_config(sessions={"wait_s": 0, "history_messages": 1000})
@@ -747,7 +814,7 @@ async def test_ten_thousand_sessions() -> None:
         assert costs[1][2] <= costs[0][2] + 6  # the messages of one turn more
         counts = await store.sessions.count(active_since=now - 900)
         assert (counts.total, counts.active, counts.busy) == (10_000, 1_001, 0)
-        assert repr(sessions) == "<Sessions, 0 turns>"
+        assert repr(sessions) == "<Sessions, 0 turns of 0>"
 
 
 # -- the SDK ----------------------------------------------------------------------------------------------------------

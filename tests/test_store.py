@@ -65,7 +65,7 @@ def run(run_id: str = "run_1", **changes: Any) -> Run:
 
 
 def delivery(delivery_id: str = "msg_1", **changes: Any) -> Delivery:
-    """Something to tell; each has a target of its own."""
+    """Something to tell, to a target of its own."""
     return attrs.evolve(
         Delivery(
             id=delivery_id,
@@ -491,6 +491,17 @@ async def test_a_run_may_give_its_key_back(store: Store) -> None:
     # One that had ended does not give back what has become another's.
     assert not await store.runs.finish("run_1", state="failed", status=502, result=b"{}", at=13.0, frees_key=True)
     assert not (await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))).is_new
+
+
+async def test_a_run_that_ended_may_free_its_key(store: Store) -> None:
+    """What could not be done may be asked for again, and is another run then."""
+    await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
+    await store.runs.finish("run_1", state="failed", status=503, result=b"{}", at=12.0, frees_key=True)
+    again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_2"))
+    assert (again.run.id, again.is_new) == ("run_2", True)
+    assert await store.runs.finish("run_1", state="failed", status=503, result=b"{}", at=13.0, frees_key=True) is False
+    again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))
+    assert again.run.id == "run_2"
 
 
 async def test_one_of_many_claims_at_once_succeeds(store: Store) -> None:

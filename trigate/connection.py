@@ -46,6 +46,7 @@ from trigate.errors import (
     HeadersTooLarge,
     Internal,
     MethodNotAllowed,
+    Overloaded,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
@@ -652,13 +653,18 @@ async def _take_turn(
     nursery: trio.Nursery,
 ) -> GatewayError | None:
     """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
-    no limit in time but its own.
+    no limit in time but its own. How many may wait is bounded as exchanges are: each holds a connection and a body.
 
     Returns:
         Why it could not; returned, since the nursery would make a group of it.
     """
+    config = gateway.generation.config
+    limit = config.limits.max_exchanges
+    if gateway.sessions.turns >= limit:
+        said = f"{limit} turns of sessions are in progress or wait, which is the limit of this gateway."
+        return Overloaded(said)  # noqa: ASYNC910 - the caller goes on
     try:
-        async with gateway.sessions.open_turn(owner, key, limits=gateway.generation.config.sessions) as turn:
+        async with gateway.sessions.open_turn(owner, key, limits=config.sessions) as turn:
             composed = turn.compose(call)
             recorder = SessionRecorder(gateway.store, turn)
             exchange = exchange_for(composed, recorder)

@@ -75,10 +75,11 @@ def compose(
         system: The system messages that are remembered, as a JSON array.
         history: The last messages of the session, oldest first; see `bounded`.
     """
-    given = [bytes(raw) for raw in _list.decode(messages)]
-    own = [body for body in given if _read(body).role in _SYSTEM]
-    new = tuple(body for body in given if _read(body).role not in _SYSTEM)
-    continues = bool(new) and _read(new[0]).role in _ANSWERS
+    given = [(body, _read(body)) for body in map(bytes, _list.decode(messages))]
+    own = [body for body, read in given if read.role in _SYSTEM]
+    others = [(body, read) for body, read in given if read.role not in _SYSTEM]
+    new = tuple(body for body, _ in others)
+    continues = bool(others) and others[0][1].answers is not None
     kept = bounded(history, max_messages=max_messages, max_tokens=max_tokens, continues=continues)
     return Composition(
         messages=(*(own or map(bytes, _list.decode(system))), *(message.body for message in kept), *new),

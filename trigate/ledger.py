@@ -100,10 +100,11 @@ class Tables(Protocol):
     # deliveries
     def delivery(self, delivery_id: str) -> Delivery | None: ...
     def put_delivery(self, delivery: Delivery) -> None: ...
-    def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]: ...
+    def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
+        """What can be taken at a time: the first one to each target, where nothing is being sent to it."""
+
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]: ...
     def deliveries(self, run_id: str) -> Sequence[Delivery]: ...
-    def next_due_at(self, channels: Sequence[str]) -> float | None: ...
     def depth(self) -> dict[str, int]: ...
     def drop_orphans(self, before: float, *, limit: int) -> int:
         """Drops deliveries that are done since before a time and belong to no run; returns how many."""
@@ -510,7 +511,8 @@ class _Deliveries:
 
     async def next_due_at(self, channels: Iterable[str]) -> float | None:
         names = tuple(channels)
-        return await self._ledger.read(lambda tables: tables.next_due_at(names))
+        first = await self._ledger.read(lambda tables: tables.due(math.inf, names, limit=1))
+        return first[0].due_at if first else None
 
     async def depth(self) -> dict[str, int]:
         return await self._ledger.read(lambda tables: tables.depth())

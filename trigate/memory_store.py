@@ -7,7 +7,6 @@ called; to await it is a checkpoint, and no more.
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -182,16 +181,13 @@ class MemoryTables:
     def put_delivery(self, delivery: Delivery) -> None:
         self._deliveries[delivery.id] = delivery
 
-    def _pending(self, channels: Sequence[str]) -> list[Delivery]:
-        pending = (each for each in self._deliveries.values() if each.state == "pending" and each.channel in channels)
-        return sorted(pending, key=lambda each: each.due_at)
-
     def due(self, at: float, channels: Sequence[str], *, limit: int) -> Sequence[Delivery]:
         busy = {(each.channel, each.target) for each in self._deliveries.values() if each.state == "sending"}
         first: dict[Key, Delivery] = {}
-        for each in self._pending(channels):
-            if each.due_at <= at and (each.channel, each.target) not in busy:
-                first.setdefault((each.channel, each.target), each)
+        for each in sorted(self._deliveries.values(), key=lambda each: each.due_at):
+            target = each.channel, each.target
+            if each.state == "pending" and each.due_at <= at and each.channel in channels and target not in busy:
+                first.setdefault(target, each)
         return list(first.values())[:limit]
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
@@ -199,9 +195,6 @@ class MemoryTables:
 
     def deliveries(self, run_id: str) -> Sequence[Delivery]:
         return [each for each in self._deliveries.values() if each.run_id == run_id]
-
-    def next_due_at(self, channels: Sequence[str]) -> float | None:
-        return next((each.due_at for each in self.due(math.inf, channels, limit=1)), None)
 
     def depth(self) -> dict[str, int]:
         counts: dict[str, int] = {}

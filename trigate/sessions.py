@@ -200,17 +200,22 @@ class _Queue:
 
 
 class Sessions:
-    """The sessions that this worker's turns belong to."""
+    """The sessions that this worker's turns belong to.
+
+    Attributes:
+        turns: How many are in progress or wait.
+    """
 
     def __init__(self, store: Store, workers: Workers) -> None:
         self._store = store
         self._workers = workers
         self._queues: dict[Key, _Queue] = {}
+        self.turns = 0
         workers.listen("turn", self._heed_turn)
         workers.listen("stop", self._heed_stop)
 
     def __repr__(self) -> str:
-        return f"<Sessions, {sum(len(queue.turns) for queue in self._queues.values())} turns>"
+        return f"<Sessions, {self.turns} turns of {len(self._queues)}>"
 
     @contextlib.asynccontextmanager
     async def open_turn(
@@ -270,6 +275,7 @@ class Sessions:
         await self._workers.join()
         queue = self._queues.setdefault((owner, key), _Queue())
         queue.taking += 1
+        self.turns += 1
         turn = None
         try:
             try:
@@ -282,6 +288,7 @@ class Sessions:
                 queue.wake()
             yield turn
         finally:
+            self.turns -= 1
             if turn is not None:
                 del queue.turns[turn.ticket.number]
                 if not turn.has_left:

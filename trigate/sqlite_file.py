@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,14 +178,11 @@ class _Controller(apsw.aio.Trio):
             apsw.aio.deadline.reset(token)
 
 
-class _Connection(apsw.Connection):
-    """A connection to a file that is made in its thread, with the directories above it."""
-
-    def __init__(self, path: str) -> None:
-        Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        super().__init__(path, apsw.SQLITE_OPEN_READWRITE)
+def _make(path: str) -> None:
+    """Makes the file, for its owner alone, and the directories above it, where they are not there."""
+    Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 async def open_file(path: str) -> File:
@@ -205,10 +203,13 @@ async def open_file(path: str) -> File:
 
 
 async def _connect(path: str) -> apsw.AsyncConnection:
-    token = apsw.async_controller.set(_Controller)  # type: ignore[arg-type] # what makes one
+    controller = _Controller()
+    token = apsw.async_controller.set(lambda: controller)  # type: ignore[arg-type] # what makes one
     try:
-        return await _Connection.as_async(path)
+        await controller.send(partial(_make, path))
+        return await apsw.Connection.as_async(path, apsw.SQLITE_OPEN_READWRITE)
     except (apsw.Error, OSError) as error:
+        controller.close()  # type: ignore[no-untyped-call] # without a connection, nobody else ends the thread
         raise _translated(error) from error
     finally:
         apsw.async_controller.reset(token)
@@ -241,16 +242,15 @@ def _prepare_writing(db: apsw.Connection) -> None:
         raise unavailable("its file is read-only")
     _judge(db)  # before anything is written into what may be somebody else's
     _use_wal(db)
-    # fullfsync: macOS's fsync leaves what is written to it in the cache of the disk
-    db.execute(
-        f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON"
-    )
+    db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
+    # macOS's fsync leaves what is written to it in the cache of the disk
+    db.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
     if _judge(db) == len(MIGRATIONS):
         return
     db.execute("PRAGMA synchronous = FULL; BEGIN IMMEDIATE")
     try:
         for migration in MIGRATIONS[_judge(db) :]:  # another worker may have been quicker
-            db.execute(migration)
+            db.execute(migration).fetchall()  # to its end, even if a statement gives rows
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {len(MIGRATIONS)}; COMMIT")
     finally:
         _roll_back(db)

@@ -120,8 +120,9 @@ class SqliteStore(Ledger):
         try:
             return await file.read(operation)
         except StoreUnavailable as error:
-            if file is self._file:  # else it was closed meanwhile, and why has been noted
-                self._note(error.message)
+            if file is not self._file:  # it was closed meanwhile, and why has been noted
+                raise StoreUnavailable(self._error or _CLOSED) from error
+            self._note(error.message)
             raise
 
     # -- the writer
@@ -145,15 +146,16 @@ class SqliteStore(Ledger):
                 await self._close()
 
     async def _write_until_end(self) -> None:
-        while not self._is_ending:
+        while True:
             await self._wake.wait()
             while self._queue:
                 await self._write_group()
-            if not self._is_ending:
-                self._wake = trio.Event()
-        await trio.lowlevel.checkpoint()
+            if self._is_ending:
+                return
+            self._wake = trio.Event()
 
     async def _write_group(self) -> None:
+        await trio.lowlevel.checkpoint()  # whoever runs meanwhile can still come along
         group = list(itertools.islice(self._queue, GROUP))  # they stay in the queue until it is known what came of them
         try:
             file = await self._open()
@@ -187,9 +189,7 @@ class SqliteStore(Ledger):
             if self._error is not None and trio.current_time() < self._retry_at:
                 raise StoreUnavailable(self._error)
             self._file = await open_file(self.path)
-        else:
-            await trio.lowlevel.checkpoint()
-        return self._file
+        return self._file  # noqa: ASYNC910 - it is open already, but for the first time
 
     async def _close(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -7,7 +7,6 @@ done). A connection that is used here must not be used by another thread at the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -40,6 +39,7 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX sessions_of_owner ON sessions (owner, active_at DESC, key);
     CREATE INDEX sessions_by_activity ON sessions (active_at);
+    CREATE INDEX sessions_with_archive ON sessions (id) WHERE epoch > 0;
 
     CREATE TABLE messages (
         session INTEGER NOT NULL,
@@ -80,7 +80,8 @@ MIGRATIONS = (
         status INTEGER NOT NULL,
         result BLOB NOT NULL
     ) STRICT;
-    CREATE INDEX runs_unfinished ON runs (channel, worker) WHERE state IN ('queued', 'running');
+    CREATE INDEX runs_of_channel ON runs (channel) WHERE state IN ('queued', 'running');
+    CREATE INDEX runs_of_worker ON runs (worker) WHERE state IN ('queued', 'running');
     CREATE INDEX runs_by_age ON runs (finished_at);
 
     CREATE TABLE claims (
@@ -110,9 +111,10 @@ MIGRATIONS = (
         done_at REAL
     ) STRICT;
     CREATE INDEX deliveries_of_run ON deliveries (run_id);
+    CREATE INDEX deliveries_of_channel ON deliveries (channel) WHERE state IN ('pending', 'sending');
+    CREATE INDEX deliveries_of_worker ON deliveries (worker) WHERE state = 'sending';
     CREATE INDEX deliveries_waiting ON deliveries (channel, target, due_at) WHERE state = 'pending';
     CREATE INDEX deliveries_under_way ON deliveries (channel, target) WHERE state = 'sending';
-    CREATE INDEX deliveries_open ON deliveries (channel, worker) WHERE state IN ('pending', 'sending');
     CREATE INDEX deliveries_by_age ON deliveries (coalesce(done_at, due_at))
         WHERE state NOT IN ('pending', 'sending');
 
@@ -189,6 +191,9 @@ _IS_BUSY = "EXISTS (SELECT 1 FROM tickets t WHERE t.owner = sessions.owner AND t
 _IS_SESSION = "session = (SELECT id FROM sessions WHERE owner = ? AND key = ?)"
 _IS_UNFINISHED = "state IN ('queued', 'running')"
 _IS_OPEN = "state IN ('pending', 'sending')"
+
+
+# ORDER BY +number: sorted afterwards, where to walk the rows in that order would be to walk all of them
 
 
 def _in(column: str, values: Sequence[str]) -> str:
@@ -324,7 +329,7 @@ class SqliteTables:
         return deliveries + self._do("DELETE FROM runs WHERE id = ?", run_id)
 
     def unfinished_of(self, workers: Sequence[str]) -> Sequence[Run]:
-        where = f"WHERE {_IS_UNFINISHED} AND {_in('worker', workers)} ORDER BY number"
+        where = f"WHERE {_IS_UNFINISHED} AND {_in('worker', workers)} ORDER BY +number"
         return self._all(_RUNS, where, *workers)
 
     def count_unfinished(self, channel: str) -> int:
@@ -390,15 +395,11 @@ class SqliteTables:
         return self._all(_DELIVERIES, where, *channels, at, limit)
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
-        where = f"WHERE {_IS_OPEN} AND state = 'sending' AND {_in('worker', workers)} ORDER BY number"
+        where = f"WHERE state = 'sending' AND {_in('worker', workers)} ORDER BY +number"
         return self._all(_DELIVERIES, where, *workers)
 
     def deliveries(self, run_id: str) -> Sequence[Delivery]:
         return self._all(_DELIVERIES, "WHERE run_id = ? ORDER BY number", run_id)
-
-    def next_due_at(self, channels: Sequence[str]) -> float | None:
-        first = self.due(math.inf, channels, limit=1)
-        return first[0].due_at if first else None
 
     def depth(self) -> dict[str, int]:
         return dict(self._db.execute(f"SELECT channel, count(*) FROM deliveries WHERE {_IS_OPEN} GROUP BY channel"))

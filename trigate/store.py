@@ -9,12 +9,14 @@ The rules of every implementation:
   can write without waiting (``store.sessions.leave(ticket)``), and what has been awaited is durable: it survives
   SIGKILL and the loss of power. Each write is one transaction: all of it, or nothing.
 * A write whose waiter is cancelled is done nevertheless.
+* What a caller got wrong (the id of a run or a delivery that is there already) is a ValueError, of that write alone.
 * A write or read that cannot be done raises `StoreUnavailable`, with the reason; the next one tries again. Nothing
   has to be restarted when the reason has gone.
 * *Durable* is what a caller relies on after an acknowledgement. Tickets, beats and counters of channels are not: they
   are seen by the other workers at once, and may be lost with the machine's power.
 * Times are POSIX seconds, given by the caller. Bodies are bytes of JSON, and are given back as they came.
-* Owners, keys, ids and names are any text. Nothing here judges who may see what: the owner is a part of the key.
+* Owners, keys, ids and names are any text that UTF-8 can say. Nothing here judges who may see what: the owner is a part
+  of the key.
 
 **Units:** ``_at`` POSIX seconds, ``_tokens`` tokens.
 """
@@ -56,7 +58,7 @@ class Session:
         active_at: When something was appended to it last, or it was reset.
         epoch: How often it has been reset. Messages of earlier epochs are its archive.
         turns, messages, tokens: Of the current epoch.
-        system: The system messages that its history begins with, as a JSON array; ``b"[]"`` = none.
+        system: The system messages that its history begins with, as a JSON array; ``b"[]"`` = none, as after a reset.
         busy: A turn is in progress, or waits.
     """
 
@@ -128,7 +130,10 @@ class Ticket:
 
 @attrs.frozen(kw_only=True)
 class SessionCounts:
-    """How many sessions there are, of how many something has been heard since a time, and how many are busy."""
+    """How many sessions there are, how many are active, and how many are busy.
+
+    One whose first turn is in progress is one already. Active is what is busy, or was active since a given time.
+    """
 
     total: int
     active: int
@@ -163,7 +168,8 @@ class Sessions(Protocol):
         None = there is no such session."""
 
     async def list(self, owner: str, *, limit: int, after: str | None = None) -> Sequence[Session]:
-        """A page of an owner's sessions, the last active first, behind the one with the key ``after``."""
+        """A page of an owner's sessions, the last active first, behind the one with the key ``after``; behind one that
+        there is not, there is nothing."""
 
     async def count(self, *, active_since: float) -> SessionCounts:
         """Counts the sessions of all owners."""
@@ -172,7 +178,7 @@ class Sessions(Protocol):
         """Begins a new epoch, and keeps the old ones as the archive; None = there is no such session."""
 
     def delete(self, owner: str, key: str) -> Write[bool]:
-        """Forgets a session with all its epochs; False = there is none."""
+        """Forgets a session with all its epochs; False = there is none. Its queue stays: who is in it makes it anew."""
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -344,7 +350,8 @@ class Deliveries(Protocol):
         status: int = 0,
         error: str | None = None,
     ) -> Write[None]:
-        """Notes how an attempt ended. ``delivered`` counts as *replied* by its channel."""
+        """Notes how an attempt ended. ``delivered`` counts as *replied* by its channel, and is final: what comes later,
+        from a worker that was thought dead, changes nothing."""
 
     def release(self, *, dead: Iterable[str]) -> Write[int]:
         """What workers that have died were sending is pending again where it is repeatable, and else ``unknown``;
@@ -456,9 +463,11 @@ class Retention:
     """What may be forgotten. Runs that have not ended, and deliveries that are not done, never are.
 
     Attributes:
-        sessions_before, archives_before, runs_before: Whatever was last active before that time; runs go with their
-            deliveries and idempotency keys.
-        max_sessions, max_runs: The oldest beyond so many.
+        sessions_before: Sessions that were last active before that time, and are not busy.
+        archives_before: Messages of earlier epochs, from before that time.
+        runs_before: Runs that ended before that time, with their deliveries and idempotency keys; and deliveries that
+            were done before it, and belong to no run.
+        max_sessions, max_runs: The oldest beyond so many, of all owners.
     """
 
     sessions_before: float

@@ -1,0 +1,75 @@
+"""How the tables lie in SQLite: what their contract does not say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import apsw
+import pytest
+
+from trigate.sqlite_tables import MIGRATIONS, SqliteTables
+from trigate.store import Session
+
+SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
+GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("session", {"owner": "o", "key": "k"}),
+        ("sessions", {"owner": "o", "limit": 9, "after": None}),
+        ("sessions", {"owner": "o", "limit": 9, "after": SESSION}),
+        ("idle_sessions", {"before": 9.0, "limit": 9}),
+        ("drop_session", {"owner": "o", "key": "k"}),
+        ("last_message", {"owner": "o", "key": "k"}),
+        ("last_message", {"owner": "o", "key": "k", "epoch": 1}),
+        ("history", {"owner": "o", "key": "k", "epoch": 1, "last": 9}),
+        ("messages", {"owner": "o", "key": "k", "epoch": 1, "limit": 9, "after": 0}),
+        ("messages", {"owner": "o", "key": "k", "epoch": None, "limit": 9, "after": 0}),
+        ("tickets", {"owner": "o", "key": "k"}),
+        ("run", {"run_id": "r"}),
+        ("drop_run", {"run_id": "r"}),
+        ("unfinished_of", {"workers": ["a", "b"]}),
+        ("count_unfinished", {"channel": "c"}),
+        ("settled_runs", {"before": 9.0, "limit": 9}),
+        ("claimed", {"scope": "s", "key": "k"}),
+        ("drop_claims", {"run_id": "r"}),
+        ("delivery", {"delivery_id": "d"}),
+        ("due", {"at": 9.0, "channels": ["a", "b"], "limit": 9}),
+        ("sending", {"workers": ["a", "b"]}),
+        ("deliveries", {"run_id": "r"}),
+        ("drop_orphans", {"before": 9.0, "limit": 9}),
+    ],
+)
+def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
+    """Each query finds its rows by an index, and sorts them only where they are few: one of each target, or those of
+    some workers."""
+    db = apsw.Connection(":memory:")
+    for migration in MIGRATIONS:
+        db.execute(migration)
+    asked: list[str] = []
+    db.exec_trace = lambda cursor, sql, bindings: asked.append(sql) or True
+    getattr(SqliteTables(db), name)(**args)
+    db.exec_trace = None
+    assert asked
+    for sql in asked:
+        steps = [step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {sql}", (None,) * sql.count("?"))]
+        assert not [step for step in steps if step.startswith(tuple(f"SCAN {table}" for table in (*GROWING, "d")))], (
+            steps
+        )
+        if name not in ("due", "sending", "unfinished_of"):
+            assert not [step for step in steps if "TEMP B-TREE FOR ORDER" in step], steps
+
+
+def test_times_come_back_as_they_were() -> None:
+    """To the last bit, and infinity too; a time that is an int is a float afterwards, and equal."""
+    db = apsw.Connection(":memory:")
+    for migration in MIGRATIONS:
+        db.execute(migration)
+    tables = SqliteTables(db)
+    for at in (1764000000.1234567, 0.1 + 0.2, float("inf"), 7):
+        tables.put_session(Session(owner="o", key=str(at), created_at=at, active_at=at))
+        found = tables.session("o", str(at))
+        assert found is not None
+        assert found.created_at == at
