@@ -51,6 +51,7 @@ ROWS = (
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
     ("config",),
+    ("config_checks",),
     ("verification", "rates"),  # the configuration asks the former what is wrong with a secret
     ("errors",),
 )

@@ -21,8 +21,7 @@ import attrs
 import msgspec
 
 from trigate import sse
-
-_any = msgspec.json.Decoder()
+from trigate.wire import decode_any
 
 
 @attrs.define
@@ -101,7 +100,7 @@ class AnswerRecord:
         self._hear_choice(body, "message")
 
     def _hear_choice(self, data: bytes, part: str) -> None:
-        value = _decode(data)
+        value = decode_any(data)
         choices = value.get("choices") if isinstance(value, dict) else None
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict) and choice.get("index", 0) == 0:
@@ -164,17 +163,6 @@ class AnswerRecord:
             return msgspec.json.encode(message)
         except UnicodeEncodeError:  # half a surrogate pair in what a provider added to a call
             return json.dumps(message, ensure_ascii=False).encode(errors="replace")
-
-
-def _decode(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON
-    try:
-        return _any.decode(data)
-    except (ValueError, RecursionError):
-        pass
-    try:  # slower, and takes the half surrogate pairs that some providers send where they cut an emoji
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _text_of(content: object) -> str:

@@ -6,27 +6,24 @@
 the rest starts.
 
 Units stand in the names: ``_s`` seconds, ``_bytes`` bytes. The types `Seconds`, `Size`, `Count`, `Port`, `Url` and
-`ProxyUrl` carry the range checks.
+`ProxyUrl` say which check a value gets (`config_checks`).
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-import string
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NewType
-from urllib.parse import urlsplit
 
 import attrs
 import cattrs
-import msgspec
 from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
+from trigate import config_checks
 from trigate.verification import Scheme, secret_problem
 
 Seconds = NewType("Seconds", float)
@@ -45,7 +42,6 @@ TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
 _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
 DAY_S = 86400.0
 MIN_RUN_RETENTION_S = 4 * DAY_S
-UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
 
 
 class ConfigError(Exception):
@@ -331,106 +327,6 @@ class Config:
 # -- structuring ------------------------------------------------------------------------------------------------------
 
 
-def _exactly(kind: type, name: str) -> Any:
-    def structure(value: Any, _: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError(f"expected {name}, got {_kind_of(value)}")
-        return value
-
-    return structure
-
-
-def _kind_of(value: Any) -> str:
-    names = {
-        str: "a string",
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        list: "an array",
-        dict: "a table",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _not_negative(value: Any, _: Any) -> float:
-    if type(value) not in (int, float):
-        raise ValueError(f"expected a number, got {_kind_of(value)}")
-    if not 0 <= value < 1e9:  # also refuses nan
-        raise ValueError(f"expected 0 or more, got {value}")
-    return float(value)
-
-
-def _whole(low: int, high: int) -> Any:
-    def structure(value: Any, _: Any) -> int:
-        if type(value) is not int:
-            raise ValueError(f"expected an integer, got {_kind_of(value)}")
-        if not low <= value <= high:
-            raise ValueError(f"expected {low} to {high}, got {value}")
-        return value
-
-    return structure
-
-
-def _url(value: Any, _: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a URL, got {_kind_of(value)}")
-    try:
-        parts = urlsplit(value)
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError("is not a URL" if "@" in value else f"{value!r} is not a URL: {error}") from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{value!r} is not an http:// or https:// URL")
-    if parts.hostname.replace(".", "").isdigit():
-        try:
-            ipaddress.ip_address(parts.hostname)
-        except ValueError:
-            raise ValueError(f"{parts.hostname} is not an IPv4 address") from None
-    if not value.isascii() or not value.isprintable() or " " in value:
-        raise ValueError(f"{value!r} has characters that a URL cannot carry")
-    return value.rstrip("/")
-
-
-def _host_name(value: Any, _: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a host name, got {_kind_of(value)}")
-    try:
-        host = urlsplit(f"//{value}").hostname
-    except ValueError:
-        host = None
-    if host is None or host != value.lower().strip("[]"):
-        raise ValueError(f"expected a host name without a port or a path, got {value!r}")
-    return host  # as a Host header is compared: lower-case
-
-
-def _origin(value: Any, _: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected an origin, got {_kind_of(value)}")
-    if value != "*" and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#@\s]+", value):
-        raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
-    return value.lower()  # as browsers send it
-
-
-def _proxy(value: Any, _: Any) -> str:
-    if value == "direct":
-        return "direct"
-    if not isinstance(value, str):
-        raise ValueError(f"expected a URL, got {_kind_of(value)}")
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    # it may hold a password, so it is not repeated
-    if not usable or parts.path.strip("/") or parts.query or parts.fragment:
-        raise ValueError('expected "direct" or http://HOST:PORT')
-    if not value.isascii() or not value.isprintable() or " " in value:
-        raise ValueError("has characters that a URL cannot carry")
-    return value.rstrip("/")
-
-
 def _secret(value: Any, _: Any) -> Secret:
     if isinstance(value, str):
         return Secret(literal=value)
@@ -441,76 +337,42 @@ def _secret(value: Any, _: Any) -> Secret:
     raise ValueError('expected a string, {env = "NAME"} or {file = "path"}')
 
 
-def _expression(value: Any, _: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a JMESPath, got {_kind_of(value)}")
-    import jmespath  # only who has webhooks needs it
-
-    try:
-        jmespath.compile(value)
-    except jmespath.exceptions.JMESPathError as error:
-        raise ValueError(f"{value!r} is not a JMESPath: {str(error).splitlines()[0]}") from None
-    return value
-
-
-def _parameters(value: Any, _: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a table, got {_kind_of(value)}")
-    for name in ("model", "messages", "stream", "stream_options", "n"):
-        if name in value:
-            raise ValueError(f"{name} is not a parameter: the gateway sets it")
-    try:
-        msgspec.json.encode(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot be said in JSON: {error}") from None
-    return value
-
-
-def _model_list(value: Any, _: Any) -> Any:
-    if value == "discover":
-        return value
-    if isinstance(value, list) and all(isinstance(each, str) and each for each in value):
-        return tuple(value)
-    raise ValueError('expected "discover" or an array of model ids')
-
-
-def _literal(value: Any, kind: Any) -> Any:
-    if value in kind.__args__:
-        return value
-    raise ValueError(f"expected {' or '.join(map(repr, kind.__args__))}, got {value!r}")
-
-
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
-    converter.register_structure_hook(str, _exactly(str, "a string"))
-    converter.register_structure_hook(bool, _exactly(bool, "true or false"))
-    converter.register_structure_hook(Seconds, _not_negative)
-    converter.register_structure_hook(Rate, _not_negative)
-    converter.register_structure_hook(Size, _whole(1, 2**40))
-    converter.register_structure_hook(Count, _whole(1, 10**6))
-    converter.register_structure_hook(Port, _whole(0, 65535))
-    converter.register_structure_hook(Url, _url)
-    converter.register_structure_hook(HostName, _host_name)
-    converter.register_structure_hook(Origin, _origin)
-    converter.register_structure_hook(ProxyUrl, _proxy)
+    converter.register_structure_hook(str, config_checks.exactly(str, "a string"))
+    converter.register_structure_hook(bool, config_checks.exactly(bool, "true or false"))
+    converter.register_structure_hook(Seconds, config_checks.not_negative)
+    converter.register_structure_hook(Rate, config_checks.not_negative)
+    converter.register_structure_hook(Size, config_checks.whole(1, 2**40))
+    converter.register_structure_hook(Count, config_checks.whole(1, 10**6))
+    converter.register_structure_hook(Port, config_checks.whole(0, 65535))
+    converter.register_structure_hook(Url, config_checks.url)
+    converter.register_structure_hook(HostName, config_checks.host_name)
+    converter.register_structure_hook(Origin, config_checks.origin)
+    converter.register_structure_hook(ProxyUrl, config_checks.proxy)
     converter.register_structure_hook(Secret, _secret)
-    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, _literal)
+    converter.register_structure_hook_func(
+        lambda kind: getattr(kind, "__origin__", None) is Literal, config_checks.literal
+    )
     converter.register_structure_hook(
         UpstreamConfig,
         make_dict_structure_fn(
             UpstreamConfig,
             converter,
             _cattrs_forbid_extra_keys=True,
-            models=cattrs.override(struct_hook=_model_list),
+            models=cattrs.override(struct_hook=config_checks.model_list),
         ),
     )
 
-    converter.register_structure_hook(Expression, _expression)
+    converter.register_structure_hook(Expression, config_checks.expression)
     for kind in (HookConfig, ChannelConfig):
         converter.register_structure_hook(
             kind,
             make_dict_structure_fn(
-                kind, converter, _cattrs_forbid_extra_keys=True, parameters=cattrs.override(struct_hook=_parameters)
+                kind,
+                converter,
+                _cattrs_forbid_extra_keys=True,
+                parameters=cattrs.override(struct_hook=config_checks.parameters),
             ),
         )
 
@@ -557,7 +419,7 @@ def _problems(error: BaseException, path: str) -> list[str]:
 def _table(data: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
     value = data.get(name, {})
     if not isinstance(value, dict):
-        problems.append(f"{name}: expected a table, got {_kind_of(value)}")
+        problems.append(f"{name}: expected a table, got {config_checks.kind_of(value)}")
         return {}
     return value
 
@@ -581,7 +443,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
 
     def take(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
-            problems.append(f"{path}: expected a table, got {_kind_of(value)}")
+            problems.append(f"{path}: expected a table, got {config_checks.kind_of(value)}")
             return None
         try:
             return _converter.structure(value, kind)
@@ -594,13 +456,13 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     upstream_tables = _table(data, "upstreams", problems)
     upstreams: dict[str, UpstreamConfig] = {}
     for name, value in upstream_tables.items():
-        if not UPSTREAM_NAME.match(name):
+        if not config_checks.NAME.match(name):
             problems.append(f"upstreams.{name}: a name has letters, digits, '.', '_' and '-' only")
         upstream = take(UpstreamConfig, value, f"upstreams.{name}")
         if upstream is not None:
             upstreams[name] = upstream
         if isinstance(value, dict):
-            problems.extend(f"upstreams.{name}.{problem}" for problem in _kind_problems(value))
+            problems.extend(f"upstreams.{name}.{problem}" for problem in config_checks.kind_problems(value))
     models: dict[str, ModelConfig] = {}
     for alias, value in _table(data, "models", problems).items():
         model = take(ModelConfig, value, f"models.{alias}")
@@ -608,7 +470,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
             models[alias] = model
         targets = value.get("targets") if isinstance(value, dict) else None
         if isinstance(targets, list):
-            problems.extend(_target_problems(alias, targets, upstream_tables))
+            problems.extend(config_checks.target_problems(alias, targets, upstream_tables))
     keys, key_problems = _gateway_keys(_table(data, "keys", problems), env)
     problems.extend(key_problems)
     store = take(StoreConfig, data.get("store", {}), "store") or StoreConfig()
@@ -654,7 +516,6 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
 
 
 _NEEDS_NO_SECRET = ("key",)
-_HOOK_VALUES = ("text", "from", "action")
 
 
 def _revealed(
@@ -679,7 +540,7 @@ def _checked_hook(
     name: str, hook: HookConfig, keys: Mapping[str, str], env: Mapping[str, str]
 ) -> tuple[HookConfig, list[str]]:
     """The hook with its secrets, and what does not go together in it."""
-    problems = _name_problems(name)
+    problems = config_checks.name_problems(name)
     secrets, found = _revealed(
         "secrets", hook.secrets, env, "bearer" if hook.verification == "key" else hook.verification
     )
@@ -691,7 +552,9 @@ def _checked_hook(
     if {secret.literal for secret in secrets} & set(keys.values()):
         problems.append("secrets: one is a key of the gateway, and so would open all of it")
     if hook.template is not None:
-        problems += [f"template: {problem}" for problem in _template_problems(hook.template, hook.expressions)]
+        problems += [
+            f"template: {problem}" for problem in config_checks.template_problems(hook.template, hook.expressions)
+        ]
     elif hook.expressions and "text" not in hook.expressions:
         problems.append("expressions.text: required, where there is no template")
     if not hook.actions:
@@ -712,7 +575,7 @@ def _checked_channel(
     name: str, channel: ChannelConfig, env: Mapping[str, str]
 ) -> tuple[ChannelConfig, list[str], str | None]:
     """The channel with its secrets, what does not go together in it, and why it is off."""
-    problems = _name_problems(name)
+    problems = config_checks.name_problems(name)
     secrets, found = _revealed("secrets", channel.secrets, env, channel.type)
     problems += found
     by_hook = channel.type == "slack" or channel.mode == "webhook"
@@ -727,73 +590,6 @@ def _checked_channel(
     except LookupError as error:
         why = why or f"token: {error}"
     return attrs.evolve(channel, secrets=secrets, token=token), problems, why
-
-
-def _name_problems(name: str) -> list[str]:
-    return [] if UPSTREAM_NAME.match(name) else ["name: it has letters, digits, '.', '_' and '-' only"]
-
-
-def _template_problems(template: str, expressions: Mapping[str, str]) -> list[str]:
-    known = {*_HOOK_VALUES, *expressions}
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        return [f"{error} (a brace that is one is written twice)"]
-    problems = []
-    for _, value, form, conversion in parts:
-        if value is None:
-            continue
-        if form or conversion or not value.isidentifier():
-            problems.append(f"expected plain {{name}}s, got {{{value}}}")
-        elif value not in known:
-            problems.append(f"{{{value}}} is none of {', '.join(sorted(known))}")
-    return problems
-
-
-_OF_KIND = {
-    "base_url": "openai",
-    "api_key": "openai",
-    "proxy": "openai",
-    "http2": "openai",
-    "gguf": "local",
-    "start": "local",
-    "context_tokens": "local",
-    "parallel": "local",
-    "threads": "local",
-    "words_per_s": "echo",
-}
-
-
-def _kind_problems(table: Mapping[str, Any]) -> list[str]:
-    """What does not go together in an upstream's table; as it came, so that all of it is named at once."""
-    kind = table.get("kind", "openai")
-    if kind not in ("openai", "echo", "local"):
-        return []  # which has been said
-    found = []
-    if kind == "openai" and "base_url" not in table:
-        found.append("base_url: required for kind 'openai'")
-    found += [f"{name}: not used by kind {kind!r}" for name, user in _OF_KIND.items() if name in table and user != kind]
-    headers = table.get("headers")
-    for header in headers if isinstance(headers, dict) else ():
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
-            found.append(f"headers.{header}: not a header name")
-        elif header.lower() in ("host", "content-length", "transfer-encoding", "connection"):
-            found.append(f"headers.{header}: the gateway sets this header itself")
-    return found
-
-
-def _target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]) -> list[str]:
-    found = [] if targets else [f"models.{alias}.targets: expected at least one target"]
-    for index, target in enumerate(targets):
-        if not isinstance(target, str):
-            continue  # which has been said
-        upstream, slash, model_id = target.partition("/")
-        if not slash or not model_id:
-            found.append(f"models.{alias}.targets.{index}: expected 'upstream/model', got {target!r}")
-        elif upstream not in upstreams:
-            known = ", ".join(sorted(upstreams)) or "none"
-            found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} (there are: {known})")
-    return found
 
 
 def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -638,6 +638,12 @@ def _hook_of(path: str) -> tuple[str, str]:
     return name, rest or slash
 
 
+def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
+    """Has ``leave`` called when the client leaves before its answer is out."""
+    if down.client is None or not down.client.watch(leave):
+        nursery.start_soon(_watch, inbound, leave)
+
+
 async def _take_turn(
     gateway: Gateway,
     owner: str,
@@ -670,12 +676,6 @@ async def _take_turn(
     except GatewayError as error:
         return error  # noqa: ASYNC910 - to open a turn is a checkpoint
     return None
-
-
-def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
-    """Has ``leave`` called when the client leaves before its answer is out."""
-    if down.client is None or not down.client.watch(leave):
-        nursery.start_soon(_watch, inbound, leave)
 
 
 async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:

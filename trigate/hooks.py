@@ -28,8 +28,8 @@ import attrs
 import msgspec
 import trio
 
-from trigate import ingress, verification
-from trigate.config import UPSTREAM_NAME, Config, HookConfig
+from trigate import config_checks, ingress, verification
+from trigate.config import Config, HookConfig
 from trigate.errors import (
     BadRequest,
     Header,
@@ -166,7 +166,7 @@ def find(name: str, config: Config) -> HookConfig:
         NotFound: There is no such hook, or it is switched off.
     """
     if config.hooks is None:
-        known = len(name) <= _MAX_NAME_CHARS and UPSTREAM_NAME.match(name) and name not in config.channels
+        known = len(name) <= _MAX_NAME_CHARS and config_checks.NAME.match(name) and name not in config.channels
         hook = HookConfig() if known else None
     else:
         hook = config.hooks.get(name)

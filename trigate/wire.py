@@ -71,7 +71,7 @@ def _endpoint(path: str, *types: str, **more: Any) -> Endpoint:  # Any: the othe
     def ends_with_type(data: bytes) -> bool:
         if not any(mark in data for mark in marks):
             return False
-        value = _decode_any(data)
+        value = decode_any(data)
         return isinstance(value, dict) and value.get("type") in types
 
     marks = tuple(kind.encode() for kind in types) or (b"[DONE]",)
@@ -265,11 +265,12 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
         raise Garbled(
             f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
         )
-    usage = _usage(_decode_any(bytes(fields["usage"]))) if "usage" in fields else None
+    usage = _usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
     return (_with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage
 
 
-def _decode_any(data: bytes) -> Any:  # Any: JSON of any shape; None where it is not JSON
+def decode_any(data: bytes) -> Any:  # Any: JSON of any shape
+    """Reads JSON; None where it is none."""
     try:
         return _any.decode(data)
     except (ValueError, RecursionError):
@@ -439,7 +440,7 @@ class StreamReader:
         if not data:
             return b""  # comments are the upstream's keep-alive; the gateway sends its own
         if _ERROR_EVENT.match(event) and b'"error"' not in data:  # the name says it, and no key does
-            value = _decode_any(data)
+            value = decode_any(data)
             self.error = Reported(self._upstream, value if isinstance(value, dict) else data.decode(errors="replace"))
             return b""
         if self._endpoint.ends(data):
@@ -453,7 +454,7 @@ class StreamReader:
         return self._rename(sse.without_resumption(event), data)
 
     def _look_into(self, data: bytes) -> None:
-        value = _decode_any(data)
+        value = decode_any(data)
         if not isinstance(value, dict):
             if not self.complete:
                 self.error = Garbled(f"The upstream {self._upstream} sent an event that is not a JSON object.")

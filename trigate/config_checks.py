@@ -1,0 +1,227 @@
+"""What a value of the configuration may be, and which values go together. Pure functions, each of one thing.
+
+The functions that take ``(value, kind)`` are hooks of cattrs: they return the value as it is kept, or raise ValueError
+with what was expected and what was found. The others return what is wrong, a line each.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
+"""What upstreams, hooks and channels may be called."""
+HOOK_VALUES = ("text", "from", "action")
+"""What a template may name without an expression."""
+
+
+def exactly(kind: type, name: str) -> Any:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError(f"expected {name}, got {kind_of(value)}")
+        return value
+
+    return structure
+
+
+def kind_of(value: Any) -> str:
+    names = {
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        list: "an array",
+        dict: "a table",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def not_negative(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"expected a number, got {kind_of(value)}")
+    if not 0 <= value < 1e9:  # also refuses nan
+        raise ValueError(f"expected 0 or more, got {value}")
+    return float(value)
+
+
+def whole(low: int, high: int) -> Any:
+    def structure(value: Any, _: Any) -> int:
+        if type(value) is not int:
+            raise ValueError(f"expected an integer, got {kind_of(value)}")
+        if not low <= value <= high:
+            raise ValueError(f"expected {low} to {high}, got {value}")
+        return value
+
+    return structure
+
+
+def url(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a URL, got {kind_of(value)}")
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError("is not a URL" if "@" in value else f"{value!r} is not a URL: {error}") from None
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{value!r} is not an http:// or https:// URL")
+    if parts.hostname.replace(".", "").isdigit():
+        try:
+            ipaddress.ip_address(parts.hostname)
+        except ValueError:
+            raise ValueError(f"{parts.hostname} is not an IPv4 address") from None
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError(f"{value!r} has characters that a URL cannot carry")
+    return value.rstrip("/")
+
+
+def host_name(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a host name, got {kind_of(value)}")
+    try:
+        host = urlsplit(f"//{value}").hostname
+    except ValueError:
+        host = None
+    if host is None or host != value.lower().strip("[]"):
+        raise ValueError(f"expected a host name without a port or a path, got {value!r}")
+    return host  # as a Host header is compared: lower-case
+
+
+def origin(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected an origin, got {kind_of(value)}")
+    if value != "*" and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#@\s]+", value):
+        raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
+    return value.lower()  # as browsers send it
+
+
+def proxy(value: Any, _: Any) -> str:
+    if value == "direct":
+        return "direct"
+    if not isinstance(value, str):
+        raise ValueError(f"expected a URL, got {kind_of(value)}")
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    # it may hold a password, so it is not repeated
+    if not usable or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError('expected "direct" or http://HOST:PORT')
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("has characters that a URL cannot carry")
+    return value.rstrip("/")
+
+
+def expression(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a JMESPath, got {kind_of(value)}")
+    import jmespath  # only who has webhooks needs it
+
+    try:
+        jmespath.compile(value)
+    except jmespath.exceptions.JMESPathError as error:
+        raise ValueError(f"{value!r} is not a JMESPath: {str(error).splitlines()[0]}") from None
+    return value
+
+
+def parameters(value: Any, _: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a table, got {kind_of(value)}")
+    for name in ("model", "messages", "stream", "stream_options", "n"):
+        if name in value:
+            raise ValueError(f"{name} is not a parameter: the gateway sets it")
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be said in JSON: {error}") from None
+    return value
+
+
+def model_list(value: Any, _: Any) -> Any:
+    if value == "discover":
+        return value
+    if isinstance(value, list) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+    raise ValueError('expected "discover" or an array of model ids')
+
+
+def literal(value: Any, kind: Any) -> Any:
+    if value in kind.__args__:
+        return value
+    raise ValueError(f"expected {' or '.join(map(repr, kind.__args__))}, got {value!r}")
+
+
+def name_problems(name: str) -> list[str]:
+    return [] if NAME.match(name) else ["name: it has letters, digits, '.', '_' and '-' only"]
+
+
+def template_problems(template: str, expressions: Mapping[str, str]) -> list[str]:
+    known = {*HOOK_VALUES, *expressions}
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        return [f"{error} (a brace that is one is written twice)"]
+    problems = []
+    for _, value, form, conversion in parts:
+        if value is None:
+            continue
+        if form or conversion or not value.isidentifier():
+            problems.append(f"expected plain {{name}}s, got {{{value}}}")
+        elif value not in known:
+            problems.append(f"{{{value}}} is none of {', '.join(sorted(known))}")
+    return problems
+
+
+_OF_KIND = {
+    "base_url": "openai",
+    "api_key": "openai",
+    "proxy": "openai",
+    "http2": "openai",
+    "gguf": "local",
+    "start": "local",
+    "context_tokens": "local",
+    "parallel": "local",
+    "threads": "local",
+    "words_per_s": "echo",
+}
+
+
+def kind_problems(table: Mapping[str, Any]) -> list[str]:
+    """What does not go together in an upstream's table; as it came, so that all of it is named at once."""
+    kind = table.get("kind", "openai")
+    if kind not in ("openai", "echo", "local"):
+        return []  # which has been said
+    found = []
+    if kind == "openai" and "base_url" not in table:
+        found.append("base_url: required for kind 'openai'")
+    found += [f"{name}: not used by kind {kind!r}" for name, user in _OF_KIND.items() if name in table and user != kind]
+    headers = table.get("headers")
+    for header in headers if isinstance(headers, dict) else ():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):
+            found.append(f"headers.{header}: not a header name")
+        elif header.lower() in ("host", "content-length", "transfer-encoding", "connection"):
+            found.append(f"headers.{header}: the gateway sets this header itself")
+    return found
+
+
+def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]) -> list[str]:
+    found = [] if targets else [f"models.{alias}.targets: expected at least one target"]
+    for index, target in enumerate(targets):
+        if not isinstance(target, str):
+            continue  # which has been said
+        upstream, slash, model_id = target.partition("/")
+        if not slash or not model_id:
+            found.append(f"models.{alias}.targets.{index}: expected 'upstream/model', got {target!r}")
+        elif upstream not in upstreams:
+            known = ", ".join(sorted(upstreams)) or "none"
+            found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} (there are: {known})")
+    return found
