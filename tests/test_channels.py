@@ -17,7 +17,7 @@ from conftest import Logs, make_config
 from trigate import channels
 from trigate.adapter import Channel, Refused, Trouble
 from trigate.channels import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels
-from trigate.config import Config
+from trigate.config import Config, ConfigError
 from trigate.errors import StoreUnavailable
 from trigate.gateway import http_transport
 from trigate.transport import SocketTransport
@@ -211,6 +211,29 @@ async def test_disabled(autojump_clock: trio.testing.MockClock) -> None:
         assert all(each.last_error for each in service.statistics())
         assert service.adapter("off") is None
     assert Scripted.begun == []
+
+
+async def test_unusable(autojump_clock: trio.testing.MockClock, logs: Logs) -> None:
+    """A channel that cannot be begun is disconnected, and no other one is touched; the next reload tries again."""
+    logs.expect_error("channel_unusable")
+    gateway: Any = SimpleNamespace(
+        generation=SimpleNamespace(config=config_of("a", "b")),
+        runs=SimpleNamespace(audiences={}),
+        outbox=SimpleNamespace(carriers={}, look=lambda: None),
+    )
+    failures = [ConfigError("SSL_CERT_FILE", ("cannot be used",))]
+
+    def make(name: str, upstream: Any) -> httpx2.AsyncBaseTransport:
+        if failures:
+            raise failures.pop()
+        return http_transport(name, upstream)
+
+    async with open_channels(gateway, make) as service:
+        await trio.sleep(1)
+        assert states(service) == {"a": "disconnected", "b": "connected"}
+        service.apply()
+        await trio.sleep(1)
+        assert states(service) == {"a": "connected", "b": "connected"}
 
 
 async def test_hooks(autojump_clock: trio.testing.MockClock) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -14,15 +16,17 @@ import msgspec
 import pytest
 import trio
 from conftest import Logs, Served, _open_app, make_config
+from processes import SERVE, run_gateway
 from provider import Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
 from trigate import channels, telegram
 from trigate.adapter import Channel
-from trigate.config import ChannelConfig, Seconds, Secret
+from trigate.config import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
 from trigate.memory_store import open_memory_store
 from trigate.runs import Order
+from trigate.sqlite_store import open_sqlite_store
 from trigate.store import Delivery, Run
 from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
@@ -90,6 +94,42 @@ async def test_answer() -> None:
         assert server.called("getUpdates")[0]["allowed_updates"] == ["message"]
         row = await wait_for_row(served, status="connected", replied=1)
         assert (row["received"], row["queued"], row["last_error"]) == (1, 0, None)
+
+
+def command(text: str) -> tuple[dict[str, Any], ...]:
+    """The entities of a command."""
+    return ({"type": "bot_command", "offset": 0, "length": len(text)},)
+
+
+async def test_conversation() -> None:
+    """A chat remembers, until it is reset; another chat remembers something else."""
+    async with open_bot(says("First"), says("Second"), says("Third"), config={"session": "chat"}) as (server, served):
+        calls = served.providers["up"].calls
+
+        async def ask(text: str, *, chat: int = 1, count: int) -> list[str]:
+            server.say(text, chat=chat, entities=command(text) if text.startswith("/") else ())
+            await wait_for_row(served, replied=count)
+            return [message["content"] for message in calls[-1].json["messages"]]
+
+        assert await ask("One", count=1) == ["One"]
+        assert await ask("Two", count=2) == ["One", "First", "Two"]
+        assert await ask("Else", chat=2, count=3) == ["Else"]
+        await ask("/reset", count=4)
+        assert server.texts() == ["First", "Second", "This conversation begins anew."]
+        assert await ask("Three", count=5) == ["Three"]
+
+
+async def test_stop() -> None:
+    """A run that is stopped ends at once, its upstream too, and what it had said stays."""
+    half = (*says("Half")[:-2], Stall())
+    async with open_bot(half, config={"session": "chat"}) as (server, served):
+        server.say("Hello")
+        await server.wait_until(lambda server: server.texts() == ["Half"])
+        server.say("/stop", entities=command("/stop"))
+        await server.wait_until(lambda server: server.texts() == ["Half", "Stopped."])
+        assert served.providers["up"].calls[0].ended == "closed"
+        server.say("/stop", entities=command("/stop"))
+        await server.wait_until(lambda server: server.texts() == ["Half", "Stopped.", "There was nothing to stop."])
 
 
 async def test_failure() -> None:
@@ -176,9 +216,14 @@ async def test_restart(tmp_path: Path) -> None:
 async def test_begun_before(tmp_path: Path) -> None:
     """A run that was cut with its process is done again after that, in the message in which it had been shown."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
-    async with open_bot((*says("Half")[:-1], Stall()), server=server, store=store):
+    async with open_bot((*says("Half")[:-1], Stall()), server=server, store=store) as (_, served):
         server.say("Hello")
         await server.wait_until(lambda server: server.texts() == ["Half"] and not server.waiting)
+        run_id = served.providers["up"].calls[0].headers["x-request-id"]
+        while True:
+            await trio.sleep(0.01)
+            if await served.gateway.store.deliveries.of_run(run_id):  # the id of the message
+                break
     async with open_bot(says("Whole"), server=server, store=store) as (_, served):
         await server.wait_until(lambda server: server.texts() == ["Whole"])
         await wait_for_row(served, replied=1)
@@ -271,6 +316,29 @@ async def test_webhook_is_in_the_way(logs: Logs) -> None:
     assert len(logs.named("telegram_webhook_removed")) == 1
 
 
+async def test_reload() -> None:
+    """A reload that adds a bot begins it; one that takes it out again ends it."""
+    async with open_telegram() as (server, url), _open_app(make_config(), Provider(says("Hello"))) as served:
+        gateway = served.gateway
+
+        def reload(**sections: Any) -> None:
+            async def load() -> Config:
+                await trio.lowlevel.checkpoint()
+                return make_config(**sections)
+
+            gateway._load = load
+            gateway.reload_soon()
+
+        with trio.fail_after(PATIENCE_S):
+            reload(channels={"bot": settings(url)})
+            server.say("Hello")
+            await server.wait_until(lambda server: server.texts() == ["Hello"] and server.polling == 1)
+            reload()
+            await server.wait_until(lambda server: server.polling == 0)
+            status = (await served.client.ask("GET", "/status")).json
+            assert status["channels"] == []
+
+
 # -- as a webhook -----------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +360,8 @@ async def test_webhook() -> None:
         assert await post(x_telegram_bot_api_secret_token=SECRET[:-1] + "8") == 401
         assert await post(x_telegram_bot_api_secret_token=SECRET) == 200
         assert await post(x_telegram_bot_api_secret_token=SECRET) == 200
+        body = b"{}"
+        assert await post(x_telegram_bot_api_secret_token=SECRET) == 400
         await server.wait_until(lambda server: server.texts() == ["Hello!"])
         assert len(served.providers["up"].calls) == 1
         assert server.called("getUpdates") == []
@@ -557,3 +627,47 @@ async def test_failure_after_text() -> None:
         assert (await adapter.deliver(delivery(None, kind="failed", status=502, live=shown))).delivered
         assert server.texts()[0] == "Good"
         assert server.texts()[1].startswith("The answer above is incomplete: ")
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_killed_worker(tmp_path: Path) -> None:
+    """Of two worker processes one polls; when it is killed, the other one, or the one in its place, takes over."""
+    async with open_telegram() as (server, url):
+        config = f"""
+            store.path = "{tmp_path / "trigate.db"}"
+            upstreams.echo.kind = "echo"
+            [channels.bot]
+            type = "telegram"
+            token = "{TOKEN}"
+            base_url = "{url}"
+            session = "none"
+            """
+        with contextlib.ExitStack() as stack:
+            running = run_gateway(config, tmp_path, command=(*SERVE, "--workers", "2"))
+            gateway = await trio.to_thread.run_sync(stack.enter_context, running)
+            with trio.fail_after(60):
+                for number in (1, 2, 3):
+                    server.say(f"Message {number}")
+                    await server.wait_until(lambda server, number=number: len(server.texts()) == number)  # type: ignore[misc]
+                    os.kill(await holder_when_done(tmp_path / "trigate.db"), signal.SIGKILL)
+            assert len(server.texts()) == 3
+            assert TOKEN not in gateway.log()
+
+
+async def holder_when_done(store: Path) -> int:
+    """The process that polls, once nothing is left to be done. (What is killed between a message and the note of it
+    leaves half an answer behind.)"""
+    async with open_sqlite_store(str(store)) as opened:
+        while True:
+            [record] = await opened.channels.all()
+            pids = {worker.id: worker.pid for worker in await opened.workers.all()}
+            if (
+                record.holder in pids
+                and not await opened.runs.unfinished("bot")
+                and not await opened.deliveries.depth()
+            ):
+                return pids[record.holder]
+            await trio.sleep(0.05)

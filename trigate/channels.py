@@ -22,8 +22,8 @@ import structlog
 import trio
 
 from trigate.adapter import Adapter, Channel, ChannelState, Refused, Trouble
-from trigate.config import ChannelConfig, UpstreamConfig
-from trigate.errors import GatewayError
+from trigate.config import ChannelConfig, ConfigError, UpstreamConfig, Url
+from trigate.errors import GatewayError, words_of
 from trigate.slack import SlackAdapter
 from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
@@ -115,9 +115,15 @@ class Channels:
     def _start(self, name: str, config: ChannelConfig) -> None:
         kind = ADAPTERS[config.type]
         base_url = str(config.base_url or kind.default_base_url)
-        transport = self._transports(f"channels.{name}", UpstreamConfig(base_url=base_url))  # type: ignore[arg-type]
-        channel = Channel(name, config, self._gateway, transport, base_url=base_url)
-        each = _Supervised(config, channel, kind(channel))
+        try:
+            transport = self._transports(f"channels.{name}", UpstreamConfig(base_url=Url(base_url)))
+            channel = Channel(name, config, self._gateway, transport, base_url=base_url)
+            adapter = kind(channel)
+        except (ConfigError, ValueError) as error:  # certificates that cannot be read, for one
+            log.error("channel_unusable", channel=name, error=words_of(error))
+            self._still[name] = _still(name, config.type, "disconnected", words_of(error))
+            return
+        each = _Supervised(config, channel, adapter)
         self._running[name] = each
         self._gateway.runs.audiences[name] = each.adapter
         self._gateway.outbox.carriers[name] = each.adapter

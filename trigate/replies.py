@@ -79,7 +79,9 @@ def _reason(status: int) -> str:
     return "the model does not take this message."
 
 
-async def note_shown(store: Store, run: Run, message_id: str) -> None:
+async def note_shown(  # noqa: ASYNC910 - the store is asked
+    store: Store, run: Run, message_id: str
+) -> None:
     """Keeps the id of a message that shows a run: if this process ends, the next one edits it."""
     now = time.time()
     shown = Delivery(

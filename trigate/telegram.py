@@ -36,7 +36,7 @@ import trio
 from trigate import display, replies
 from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.display import Display, NotShown
-from trigate.errors import Overloaded, StoreUnavailable, Unavailable
+from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.outbox import Receipt
 from trigate.rates import Rates
 from trigate.runs import Live, Order
@@ -238,7 +238,10 @@ class TelegramAdapter:
         if self._verifier is None:
             raise Unavailable("This channel polls, and takes no calls.", status=503)
         self._verifier.verify(headers, body, now=time.time())
-        await self._take(body)
+        try:
+            await self._take(body)
+        except Trouble as error:
+            raise BadRequest(error.message) from error
         self._channel.note_connected()
         return 200, [(b"content-type", b"application/json")], b"{}"
 
@@ -248,6 +251,7 @@ class TelegramAdapter:
         Raises:
             StoreUnavailable, Overloaded: It could not be taken; it has to come again.
             Unavailable: As before, since Telegram does not say who the bot is.
+            Trouble: It has no id.
         """
         gateway, channel = self._channel.gateway, self._channel
         config = channel.config
@@ -325,8 +329,10 @@ class TelegramAdapter:
         while True:
             try:
                 await self._to(place, "sendChatAction", {"message_thread_id": place.thread, "action": "typing"})
-            except Trouble:
+            except (_Rejected, Refused):
                 return  # noqa: ASYNC910 - a request was made
+            except Trouble:
+                pass  # this time
             await trio.sleep(TYPING_S)
 
     async def write(self, place: Place, text: str, *, is_first: bool) -> str:
@@ -431,7 +437,7 @@ class TelegramAdapter:
         try:
             await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)
         except StoreUnavailable as error:
-            return Receipt(delivered=False, error=error.message, unsure=True)
+            return Receipt(delivered=False, error=error.message, unsure=True)  # noqa: ASYNC910 - it was asked
         gateway.outbox.look()
         return Receipt(delivered=True, status=200)
 
@@ -504,10 +510,13 @@ def _digest(message: Incoming) -> bytes:
     return hashlib.sha256(msgspec.json.encode([message.sender, message.action, message.text])).digest()
 
 
+class _Id(msgspec.Struct):
+    update_id: int
+
+
 def _id_of(body: bytes) -> int:
     """The id of an update of which nothing else can be read."""
-
-    class Id(msgspec.Struct):
-        update_id: int
-
-    return msgspec.json.decode(body, type=Id).update_id
+    try:
+        return msgspec.json.decode(body, type=_Id).update_id
+    except msgspec.DecodeError as error:
+        raise Trouble(f"This is no update of the Bot API: {error}") from None
