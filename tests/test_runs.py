@@ -203,6 +203,21 @@ async def test_nothing_is_accepted_without_a_store(open_app: OpenApp, tmp_path: 
         assert not served.gateway.runs._places
 
 
+async def test_what_the_store_refused_is_not_tried_again(open_app: OpenApp) -> None:
+    """Nobody was promised anything: a store that is ill for a while must not leave a task for each message."""
+    async with open_app(config(session="none"), Provider(REPLY)) as served:
+        await served.gateway.workers.join()
+
+        async def refuse() -> None:
+            await trio.lowlevel.checkpoint()
+            raise StoreUnavailable("The disk is full.")
+
+        served.gateway.store.runs.add = lambda run: refuse()  # type: ignore[method-assign,assignment,return-value]
+        call = await served.client.ask("POST", "/hooks/h", {"text": "Hi"})
+        assert (call.status, call.error["code"]) == (503, "store_unavailable")
+        assert not served.gateway.runs._nursery.child_tasks
+
+
 # -- what is told -----------------------------------------------------------------------------------------------------
 
 

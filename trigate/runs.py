@@ -592,10 +592,10 @@ class Runs:
         self._take_place(run)
         store = self.gateway.store
         claim: Claim | None = None
-        asked = False
+        may_be_there = False
         try:
             await self.gateway.workers.join()
-            asked = True
+            may_be_there = True
             if idempotency is None:
                 await store.runs.add(run)
                 claim = Claim(run=run, is_new=True)
@@ -604,10 +604,13 @@ class Runs:
                 scope = f"{order.channel}/{order.owner}"
                 claim = await store.idempotency.claim(scope, key, digest=digest, run=run)
             return claim
+        except StoreUnavailable:
+            may_be_there = False
+            raise
         finally:
             if claim is None or not claim.is_new:
                 self._give_place_back(run)
-            if claim is None and asked:  # it may be there: nobody would do it
+            if claim is None and may_be_there:  # cancelled meanwhile: nobody would do it
                 self.settle_soon(run, _End(state="cancelled", status=CLIENT_LEFT, result=b"{}", frees_key=True))
 
     async def perform(self, run: Run, *, down: Downstream | None = None) -> Run:
