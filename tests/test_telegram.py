@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import msgspec
 import pytest
 import trio
@@ -383,15 +385,17 @@ PLACE = {"chat": 1, "thread": None, "message": 7, "is_group": False, "target": "
 
 
 @contextlib.asynccontextmanager
-async def open_adapter(**config: Any) -> AsyncIterator[tuple[TelegramServer, TelegramAdapter]]:
+async def open_adapter(
+    *, transport: type[httpx2.AsyncBaseTransport] = SocketTransport, **config: Any
+) -> AsyncIterator[tuple[TelegramServer, TelegramAdapter]]:
     """An adapter without a gateway: what it shows and says."""
-    async with open_telegram() as (server, url), SocketTransport() as transport:
+    async with open_telegram() as (server, url), transport() as way:
         own = ChannelConfig(
             type="telegram", token=Secret(literal=TOKEN), **{"edit_interval_s": Seconds(0.01), **config}
         )
         async with open_memory_store() as store:
             gateway: Any = SimpleNamespace(store=store, outbox=SimpleNamespace(look=lambda: None))
-            channel = Channel("bot", own, gateway, transport, base_url=url)
+            channel = Channel("bot", own, gateway, way, base_url=url)
             with trio.fail_after(PATIENCE_S):
                 yield server, TelegramAdapter(channel)
 
@@ -583,6 +587,20 @@ async def test_nobody_there() -> None:
         receipt = await adapter.deliver(delivery("Good day"))
         assert (receipt.delivered, receipt.again, receipt.unsure) == (False, True, False)
         assert TOKEN not in str(receipt.error)
+
+
+@pytest.mark.parametrize("transport", [SocketTransport, httpx2.AsyncHTTPTransport])
+async def test_token_is_not_logged(
+    transport: type[httpx2.AsyncBaseTransport], caplog: pytest.LogCaptureFixture, logs: Logs
+) -> None:
+    """The token stands in the path, and no library logs that, however much it logs."""
+    caplog.set_level(logging.DEBUG)
+    async with open_adapter(transport=transport) as (server, adapter):
+        assert (await adapter.deliver(delivery("Good day"))).delivered
+        server.token = "123456:another"
+        receipt = await adapter.deliver(delivery("Good day"))
+        assert not receipt.delivered
+    assert TOKEN not in caplog.text + repr(logs.entries) + repr(receipt)
 
 
 async def test_no_answer_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
