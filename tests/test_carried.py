@@ -37,7 +37,7 @@ from provider import (
 )
 from trio.testing import MockClock
 
-from trigate.connection import Downstream
+from trigate.downstream import Downstream
 from trigate.gateway import Gateway
 from trigate.relay import Stream
 

@@ -28,7 +28,7 @@ ROWS = (
     ("application",),
     ("api",),
     ("connection",),
-    ("gateway",),
+    ("gateway", "access", "downstream"),
     ("report", "hooks"),
     ("channels",),
     ("telegram", "slack"),

@@ -138,7 +138,7 @@ def serve(
 
 
 def _refuse_open_door(config: Config) -> None:
-    from trigate.connection import is_loopback
+    from trigate.access import is_loopback
 
     if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
         _fail(

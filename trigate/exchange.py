@@ -59,7 +59,7 @@ _LAST_WORDS_S = 1.0
 
 
 class Downstream(Protocol):
-    """The client's side of an exchange, as `connection` offers it. What is sent is sent whole; no send raises when the
+    """The client's side of an exchange, as `downstream` offers it. What is sent is sent whole; no send raises when the
     client is gone (its nursery is being cancelled then)."""
 
     sending_since: float | None

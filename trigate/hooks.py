@@ -65,7 +65,7 @@ class Request:
         headers: By lower-case name.
         query: As it stands in the URL.
         client: The client's address; None = it has none.
-        authorize: Gives the owner that the request's key stands for; raises as `connection.authorize`.
+        authorize: Gives the owner that the request's key stands for; raises as `access.authorize`.
     """
 
     name: str
