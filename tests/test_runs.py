@@ -447,6 +447,39 @@ async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_cloc
         served.assert_clean()
 
 
+async def test_the_order_is_that_of_acceptance(open_app: OpenApp, tmp_path: Path) -> None:
+    """Whenever messages are begun, and also where another process does it after the one that accepted them."""
+    where = tmp_path / "t.db"
+    numbers = [f"{number}" for number in range(6)]
+    async with open_app(config(where), Provider((Stall(),))) as served:
+        service = served.gateway.runs
+        for number in numbers:
+            await service.accept(order(text=number, session="k"), acknowledged=True)
+    async with open_app(config(where), Provider(REPLY)) as served:
+        service = served.gateway.runs
+        accepted = [
+            (await service.accept(order(text=number, session="k"), acknowledged=True)).run for number in ("6", "7")
+        ]
+        for run in reversed(accepted):
+            service.perform_soon(run)
+        await ended(service, accepted[-1])
+        found = await served.gateway.store.sessions.history("", "k", last=99)
+        assert found is not None
+        said = [msgspec.json.decode(message.body) for message in found[1]]
+        assert [each["content"] for each in said if each["role"] == "user"] == [*numbers, "6", "7"]
+        served.assert_clean()
+
+
+async def test_a_session_that_waits_is_in_nobodys_way(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """However many messages of one sender wait for their turns, another sender is answered at once."""
+    async with open_app(config(concurrency=2), Provider((Pause(5), *REPLY))) as served:
+        for text in "abcdefgh":
+            assert (await ask(served, "chat", text, prefer="respond-async")).status == 202
+        begun = trio.current_time()
+        assert (await served.client.ask("POST", "/hooks/h", {"from": "bob", "text": "mine"})).status == 200
+        assert trio.current_time() - begun == pytest.approx(5, abs=0.1)
+
+
 async def test_a_turn_that_fails_is_not_remembered(open_app: OpenApp) -> None:
     """So the sender's next try is not there twice."""
     async with open_app(config(), Provider(DOWN, REPLY)) as served:
