@@ -429,6 +429,25 @@ async def test_stop_and_history_do_not_queue(open_app: OpenApp, autojump_clock: 
         assert trio.current_time() - begun < 1
 
 
+async def test_stop_ends_a_turn_that_waits_for_the_hook(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Its session's turn it is, but the hook is busy with others: it never begins, and is told so at once."""
+    async with open_app(config(concurrency=1), Provider((Pause(5), *REPLY))) as served:
+        first = served.client.start("POST", "/hooks/h", {"from": "bob", "text": "one"})
+        await trio.sleep(1)
+        call = served.client.start("POST", "/hooks/h", {"from": "ada", "text": "two"})
+        await trio.sleep(1)
+        begun = trio.current_time()
+        stop = await ask(served, "stop")
+        await call.wait()
+        assert trio.current_time() - begun < 0.05
+        assert (call.status, call.error["code"]) == (409, "stopped")
+        assert [each["reply"] for each in stop.json["stopped"]] == [""]
+        await first.wait()
+        assert first.status == 200
+        assert len(served.providers["up"].calls) == 1
+        served.assert_clean()
+
+
 async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """One at a time; those that were promised wait as long as it takes, and a note waits too."""
     settings = make_config(store={"path": ":memory:"}, sessions={"wait_s": 3}, hooks={"h": {"model": "up/m"}})

@@ -381,7 +381,18 @@ class _Performance:
                     order.owner, order.session, limits=limits, run=run.id, place=self._runs.turns.pop(run.id, None)
                 )
             )
-        await stack.enter_async_context(self._runs.limiter(run.channel))
+        stopped: list[GatewayError] = []
+        with trio.CancelScope() as waiting:
+
+            def cut(error: GatewayError) -> None:
+                stopped.append(error)
+                waiting.cancel()
+
+            if self._turn is not None:
+                self._turn.cut = cut
+            await stack.enter_async_context(self._runs.limiter(run.channel))
+        if stopped:
+            raise stopped[0]
 
     # -- actions ------------------------------------------------------------------------------------------------------
 
@@ -794,7 +805,7 @@ class Runs:
                 )
             places[run.id] = None
 
-    async def _queue(self, *runs: Run) -> None:
+    async def _queue(self, *runs: Run) -> None:  # noqa: ASYNC910 - the store is waited for, or nothing is
         """Has runs stand in the queues of their sessions, in their order. One for which that fails does it later."""
         limits = self.gateway.generation.config.sessions
         takings = [
