@@ -148,6 +148,26 @@ async def test_a_gateway_that_is_full_makes_a_promised_run_wait(open_app: OpenAp
         served.assert_clean()
 
 
+async def test_a_run_that_is_tried_again_keeps_its_place(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """What was said after it is answered after it."""
+    full = make_config(store={"path": ":memory:"}, hooks={"h": {}}, limits={"max_exchanges": 1})
+    async with open_app(full, Provider((Pause(2.5), *REPLY), REPLY)) as served:
+        service = served.gateway.runs
+        given = [("0", None), ("1", "k"), ("2", "k")]
+        accepted = [
+            (await service.accept(order(text=text, session=session), acknowledged=True)).run for text, session in given
+        ]
+        for run in accepted:
+            service.perform_soon(run)
+            await wait_all_tasks_blocked()
+        assert [(await ended(service, run)).state for run in accepted] == ["completed"] * 3
+        sent = [call.json["messages"][-1]["content"] for call in served.providers["up"].calls]
+        assert sent == ["0", "1", "2"]
+        await wait_all_tasks_blocked()
+        assert await served.gateway.store.sessions.tickets("", "k") == []
+        served.assert_clean()
+
+
 class Ill:
     """A store whose runs cannot end, so many times."""
 

@@ -181,6 +181,7 @@ async def test_a_place_that_was_taken_before(sessions: Sessions, store: MemorySt
         async with sessions.open_turn("", "k", limits=LIMITS, place=places[number]):
             order.append(number)
             await trio.sleep(1)
+        sessions.give_back(places[number])
 
     async with trio.open_nursery() as nursery:
         for number in (3, 2, 0):

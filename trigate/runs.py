@@ -378,7 +378,7 @@ class _Performance:
                 limits = attrs.evolve(limits, wait_s=Seconds(0.0))
             self._turn = await stack.enter_async_context(
                 self._gateway.sessions.open_turn(
-                    order.owner, order.session, limits=limits, run=run.id, place=self._runs.turns.pop(run.id, None)
+                    order.owner, order.session, limits=limits, run=run.id, place=self._runs.turns.get(run.id)
                 )
             )
         stopped: list[GatewayError] = []
@@ -567,7 +567,7 @@ class Runs:
     Attributes:
         audiences: By the name of the channel; may change at any time.
         promised: The ids of runs that were acknowledged after they had been begun.
-        turns: The places in the queues of their sessions of runs that have not been begun, by their ids.
+        turns: The places of runs in the queues of their sessions, by the ids of the runs.
     """
 
     def __init__(self, gateway: Gateway, nursery: trio.Nursery) -> None:
@@ -644,28 +644,30 @@ class Runs:
             down: The client that the answer is streamed to, as chunks of OpenAI's; None = nobody watches.
         """
         pause_s = RETRY_S
-        performance = _Performance(self, run, down)
-        interrupted = True
+        performance: _Performance | None = None
+        interrupted, crashed = True, False
         try:
             while True:
+                performance = _Performance(self, run, down)
                 await performance.perform()
                 if not performance.again:
                     break
                 log.warning("run_again", run=run.id, channel=run.channel, pause_s=pause_s)
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
-                performance = _Performance(self, run, down)
             interrupted = False
         except Exception:
-            interrupted = False
+            crashed = True
             raise
         finally:
-            performance.release()
-            if interrupted and performance.is_owed and not self._nursery.cancel_scope.cancel_called:
-                self.perform_soon(run)
-            else:
+            if performance is not None:
+                performance.release()
+            if performance is None or crashed or not performance.is_owed:
                 self._give_place_back(run)
                 self.promised.discard(run.id)
+            elif interrupted and not self._nursery.cancel_scope.cancel_called:
+                self.perform_soon(run)
+            # Else it is left for the next start, and so is its place in the queue of its session.
         return performance.ended or run
 
     def perform_soon(self, run: Run, *, down: Downstream | None = None) -> Doing:

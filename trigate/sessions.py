@@ -225,8 +225,8 @@ class Sessions:
         self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None
     ) -> Awaitable[SessionTurn]:
         """Queues for a turn that is opened later. The place is taken at the call, in the order of the store's writes;
-        what this returns is to be awaited in any case, and waits for the store alone. Then the turn is opened
-        (`open_turn`), or its place is given back (`give_back`). `Workers.join` comes before all that.
+        what this returns is to be awaited in any case, and waits for the store alone. Then the turn may be opened
+        (`open_turn`), and in the end its place is given back (`give_back`). `Workers.join` comes before all that.
 
         Raises:
             StoreUnavailable: There is no place.
@@ -274,7 +274,7 @@ class Sessions:
         """Queues for a turn, waits for it, and reads what is remembered.
 
         Args:
-            place: One that was taken before (`take_place`); it is given back however this ends.
+            place: One that was taken before (`take_place`). Its owner keeps it: it can be opened again.
 
         Raises:
             SessionBusy: The turn before it did not end within ``limits.wait_s`` (0 = it waits without an end).
@@ -325,15 +325,16 @@ class Sessions:
     async def _open_place(
         self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None, place: SessionTurn | None = None
     ) -> AsyncIterator[SessionTurn]:
-        is_counted = place is None
-        self.turns += is_counted
+        if place is not None:
+            yield place
+            return
+        self.turns += 1
         try:
-            if place is None:
-                await self._workers.join()
-                place = await self.take_place(owner, key, limits=limits, run=run)
+            await self._workers.join()
+            place = await self.take_place(owner, key, limits=limits, run=run)
             yield place
         finally:
-            self.turns -= is_counted
+            self.turns -= 1
             if place is not None:
                 self.give_back(place)
 
