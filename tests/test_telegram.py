@@ -141,9 +141,14 @@ async def test_failure() -> None:
         await server.wait_until(lambda server: len(server.texts()) == 1)
         [text] = server.texts()
         assert text.startswith("No answer: the model could not be reached.")
-        run = await served.gateway.store.runs.get(text.rpartition("(")[2].rstrip(")"))
-        assert run is not None
-        assert run.state == "failed"
+        path = f"/hooks/bot/runs/{text.rpartition('(')[2].rstrip(')')}"
+        while True:
+            run = (await served.client.ask("GET", path)).json
+            if run["deliveries"][-1]["state"] == "delivered":
+                break
+            await trio.sleep(0.01)
+        assert (run["state"], run["status"]) == ("failed", 502)
+        assert (await served.client.ask("GET", path.replace("bot", "other"))).status == 404
 
 
 async def test_unwanted() -> None:

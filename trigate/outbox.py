@@ -142,7 +142,8 @@ class Outbox:
 
     async def adopt(self, worker: str, dead: Sequence[str]) -> None:
         """Takes over from workers that have died."""
-        await self._store.deliveries.release(dead=dead)
+        for delivery in await self._store.deliveries.release(dead=dead):
+            _tell(delivery, state=delivery.state, status=0, error=delivery.last_error, next_in_s=None)
         self.look()  # also for what waits for a time that only they knew
 
     # -- taking -------------------------------------------------------------------------------------------------------
@@ -234,17 +235,8 @@ class Outbox:
             elif state == "pending":
                 wait_s = pause_s(delivery.attempts, after_s=receipt.after_s, chance=self._chance())
                 state, due_at = ("failed", None) if wait_s is None else ("pending", at + wait_s)
-            log.info(
-                "delivery",
-                delivery=delivery.id,
-                run=delivery.run_id,
-                channel=delivery.channel,
-                attempt=delivery.attempts,
-                state=state,
-                status=receipt.status or None,
-                error=receipt.error,
-                next_in_s=None if due_at is None else round(due_at - at, 3),
-            )
+            next_in_s = None if due_at is None else round(due_at - at, 3)
+            _tell(delivery, state=state, status=receipt.status, error=receipt.error, next_in_s=next_in_s)
         retry_s = _RETRY_S
         while True:
             try:
@@ -292,6 +284,20 @@ class Outbox:
         if self._troubled:
             log.info("outbox_resumed")
         self._troubled = False
+
+
+def _tell(delivery: Delivery, *, state: DeliveryState, status: int, error: str | None, next_in_s: float | None) -> None:
+    log.info(
+        "delivery",
+        delivery=delivery.id,
+        run=delivery.run_id,
+        channel=delivery.channel,
+        attempt=delivery.attempts,
+        state=state,
+        status=status or None,
+        error=error,
+        next_in_s=next_in_s,
+    )
 
 
 @contextlib.asynccontextmanager
