@@ -303,6 +303,22 @@ async def test_back_again() -> None:
         assert row["last_error"] == "getUpdates: 502 Bad Gateway"
 
 
+async def test_answer_fails() -> None:
+    """It is as the last exchange with Telegram was, also where that was no poll; a chat that is closed to the bot is no
+    trouble of the channel's."""
+    async with open_bot(says("Hello"), says("Hello"), config={"edit_interval_s": 0}) as (server, served):
+        await server.wait_until(lambda server: server.polling == 1)
+        server.blocked.add(2)
+        server.say("Hello", chat=2)
+        await server.wait_until(lambda server: len(server.refused) == 2)  # that it types, and the answer
+        assert (await row_of(served))["last_error"] is None
+        server.refuse("sendMessage", Refusal(500, "Internal Server Error"))
+        server.say("Hello")
+        await wait_for_row(served, last_error="sendMessage: 500 Internal Server Error")
+        server.update(poll={})  # ends the request that waits
+        await wait_for_row(served, status="connected")
+
+
 async def test_throttled_poll() -> None:
     """Told to wait, it waits."""
     async with open_bot() as (server, _served):
@@ -382,6 +398,23 @@ async def test_webhook_unset() -> None:
         assert "setWebhook" in row["last_error"]
         server.webhook = {"url": "https://gateway.example/hooks/bot"}
         await wait_for_row(served, status="connected")
+
+
+async def test_webhook_in_doubt() -> None:
+    """An answer that cannot be sent disconnects it, and Telegram is asked at once whether it is well again."""
+    server = TelegramServer()
+    server.webhook = {"url": "https://gateway.example/hooks/bot"}
+    server.refuse("getWebhookInfo", None, Refusal(502, "Bad Gateway"))
+    server.refuse("sendMessage", Refusal(500, "Internal Server Error"))
+    own = {"mode": "webhook", "secrets": [SECRET], "edit_interval_s": 0}
+    async with open_bot(server=server, config=own) as (_, served):
+        await wait_for_row(served, status="connected")
+        body = json.dumps(server.say("Hello")).encode()
+        headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": SECRET}
+        assert (await served.client.ask("POST", "/hooks/bot", body, headers=headers)).status == 200
+        await server.wait_until(lambda server: len(server.refused) == 2)  # the message, and the question after it
+        row = await wait_for_row(served, status="connected")
+        assert row["last_error"] == "getWebhookInfo: 502 Bad Gateway"
 
 
 # -- what is shown, and what is said ----------------------------------------------------------------------------------
