@@ -434,6 +434,27 @@ async def test_what_a_dead_worker_was_sending(
     assert said == (["pending", "delivered"] if repeatable else ["unknown"])
 
 
+async def test_idle(autojump_clock: MockClock) -> None:
+    """It is when nothing is under way or due; what waits for a later time is not waited for."""
+
+    async def arrive_late() -> Receipt:
+        await trio.sleep(7.0)
+        return ARRIVED
+
+    async with opened(arrive_late, FAILED, joined=False) as it:
+        await it.outbox.wait_idle()
+        await it.workers.join()
+        await it.outbox.wait_idle()
+        began = trio.current_time()
+        await it.store.deliveries.add(delivery())
+        await it.outbox.wait_idle()
+        assert trio.current_time() - began == pytest.approx(7.0)
+        await it.store.deliveries.add(delivery(2))
+        await it.outbox.wait_idle()
+        [second] = await it.store.deliveries.of_run("run_2")
+        assert (second.state, second.attempts) == ("pending", 1)
+
+
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "delivered"), (False, "unknown")])
 async def test_the_next_start_takes_over(repeatable: bool, state: str, tmp_path: Path) -> None:
     """On a disk: who joins finds that nobody listens at the address of the one that was sending."""

@@ -19,7 +19,7 @@ import pytest
 import trio
 from conftest import Logs, Served, _open_app, make_config
 from processes import SERVE, run_gateway
-from provider import Provider, Script, Stall, answers, says
+from provider import Pause, Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
 from trigate import channels, telegram
@@ -360,6 +360,20 @@ async def test_reload() -> None:
             await server.wait_until(lambda server: server.polling == 0)
             status = (await served.client.ask("GET", "/status")).json
             assert status["channels"] == []
+
+
+async def test_drain() -> None:
+    """A drain waits for an answer that has begun, and for its delivery; what comes meanwhile is left for the next
+    start."""
+    first, *rest = says("Hel", "lo")[1:]
+    async with open_bot((first, Pause(0.05), *rest), config={"edit_interval_s": 0.001}) as (server, served):
+        server.say("Hello")
+        await server.wait_until(lambda server: bool(server.texts()))
+        served.gateway.drain.begin()
+        server.say("Too late")
+        await served.gateway.drain.wait_quiet()
+        assert server.texts() == ["Hello"]
+        assert (server.waiting, len(served.providers["up"].calls)) == (1, 1)
 
 
 # -- as a webhook -----------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ class Outbox:
         self._now = now
         self._chance = chance
         self._wanted = trio.Event()
+        self._idle = trio.Event()
         self._under_way = 0
         self._closes_at: float | None = None  # in Trio's time, as scopes take it
         self._attempts: set[trio.CancelScope] = set()
@@ -139,6 +140,15 @@ class Outbox:
     def look(self) -> None:
         """There is something new to deliver. Synchronous."""
         self._wanted.set()
+
+    async def wait_idle(self) -> None:
+        """Waits until nothing is under way, and nothing can be begun now: what waits for a later time may remain."""
+        if not self._workers.is_joined:  # there cannot be anything
+            await trio.lowlevel.checkpoint()
+            return
+        self._idle = trio.Event()
+        self.look()
+        await self._idle.wait()
 
     async def adopt(self, worker: str, dead: Sequence[str]) -> None:
         """Takes over from workers that have died."""
@@ -165,6 +175,8 @@ class Outbox:
                     wait_s, retry_s = retry_s, min(2 * retry_s, _MAX_RETRY_S)
                 except Exception:  # a defect; what is under way goes on, and the next look may be better
                     log.exception("outbox_crashed")
+                if not self._under_way and wait_s > 0 and not self._wanted.is_set():
+                    self._idle.set()
                 with trio.move_on_after(wait_s):
                     await self._wanted.wait()
 
