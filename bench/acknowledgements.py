@@ -1,13 +1,15 @@
 """What a durable acknowledgement costs: ``./scripts/bench --hooks``.
 
 64 senders call a webhook with ``Prefer: respond-async``, each again as soon as it has its 202, which comes after the
-run is on the disk. Beside it, in turn, what the same disk gives to a program that does nothing else: rows of the same
-size, written by SQLite one commit each, and 64 to a commit. The database lies in the current directory, since the
-directory for temporary files may be in memory.
+run is on the disk. The runs are done meanwhile, as many at once as a hook may by default; the mock upstream takes a
+second for each, as a model would. Beside it, in turn, what the same disk gives to a program that does nothing else:
+rows of the same size, written by SQLite one commit each, and 64 to a commit. The database lies in the current
+directory, since the directory for temporary files may be in memory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import tempfile
@@ -21,6 +23,7 @@ import trio
 from bench.gateways import Gateway, open_gateway, peers
 from bench.load import Job
 from bench.process import HAS_PROC, Generator, open_generator, open_upstream
+from bench.upstream import directive
 
 SENDERS = 64
 _ROW_BYTES = 400  # about what a run takes
@@ -63,7 +66,7 @@ async def _acknowledgements(gateway: Gateway, generator: Generator, window_s: fl
         port=gateway.port,
         path="/hooks/bench",
         headers={"prefer": "respond-async"},
-        body='{"text": "What is the weather like?", "from": "bench", "action": "chat"}',
+        body=json.dumps({"text": directive(events=20, interval_ms=50), "from": "bench", "action": "chat"}),
         status=202,
         connections=SENDERS,
         warmup_s=0.3,
