@@ -26,6 +26,9 @@ from processes import run_gateway
 from provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
 from trio.testing import MockClock
 
+from trigate.errors import Unauthenticated
+from trigate.hooks import readers
+
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 SECRET = "a-secret-of-thirty-two-bytes-or-so"
@@ -490,6 +493,18 @@ async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
         its = (await post(served, name="b", authorization=f"Bearer {SECRET}")).json["id"]
         assert [await seen("b", its, key) for key in (SECRET, "key-of-bob", "wrong")] == [200, 200, 401]
         assert await seen("b", mine, SECRET) == 404
+
+
+def test_who_reads_runs_of_a_channel() -> None:
+    """Whoever has a key, whichever it is: the channel's own secret is the platform's."""
+    config = make_config(channels={"bot": {"type": "telegram", "token": "123:ABC"}})
+
+    def refuse() -> str | None:
+        raise Unauthenticated("No key.")
+
+    assert readers("bot", config, {}, lambda: "ada") == {"channel:bot"}
+    with pytest.raises(Unauthenticated):
+        readers("bot", config, {}, refuse)
 
 
 async def test_more_than_may_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:

@@ -416,8 +416,11 @@ async def test_a_cancellation_at_any_point(step: int, autojump_clock: MockClock)
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "delivered"), (False, "unknown")])
-async def test_what_a_dead_worker_was_sending(repeatable: bool, state: str, autojump_clock: MockClock) -> None:
-    """It is sent again, under the same id, where that can be told; else nobody knows, and it is not sent again."""
+async def test_what_a_dead_worker_was_sending(
+    repeatable: bool, state: str, autojump_clock: MockClock, logs: Logs
+) -> None:
+    """It is sent again, under the same id, where that can be told; else nobody knows, and it is not sent again. The log
+    says what became of it."""
     async with opened(joined=False) as it:
         await it.store.deliveries.add(delivery(repeatable=repeatable))
         await it.store.deliveries.take("w_dead", at=START, limit=1, channels=["h"])
@@ -427,6 +430,29 @@ async def test_what_a_dead_worker_was_sending(repeatable: bool, state: str, auto
         await it.outbox.adopt(it.workers.id, ["w_dead"])
         assert (await it.settled()).state == state
     assert [id_ for _, id_ in it.carrier.begun] == ["msg_1"] * repeatable
+    said = [line["state"] for line in logs.named("delivery")]
+    assert said == (["pending", "delivered"] if repeatable else ["unknown"])
+
+
+async def test_idle(autojump_clock: MockClock) -> None:
+    """It is when nothing is under way or due; what waits for a later time is not waited for."""
+
+    async def arrive_late() -> Receipt:
+        await trio.sleep(7.0)
+        return ARRIVED
+
+    async with opened(arrive_late, FAILED, joined=False) as it:
+        await it.outbox.wait_idle()
+        await it.workers.join()
+        await it.outbox.wait_idle()
+        began = trio.current_time()
+        await it.store.deliveries.add(delivery())
+        await it.outbox.wait_idle()
+        assert trio.current_time() - began == pytest.approx(7.0)
+        await it.store.deliveries.add(delivery(2))
+        await it.outbox.wait_idle()
+        [second] = await it.store.deliveries.of_run("run_2")
+        assert (second.state, second.attempts) == ("pending", 1)
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "delivered"), (False, "unknown")])

@@ -23,6 +23,7 @@ from trigate import __version__, report
 from trigate.channels import ChannelStatistics
 from trigate.config import Config
 from trigate.exchange import Exchange
+from trigate.gateway import Gateway
 from trigate.memory_store import MemoryStore
 from trigate.routing import Target
 from trigate.store import ChannelRecord, Delivery, Run, Turn
@@ -305,6 +306,21 @@ async def test_a_store_that_is_broken(open_app: OpenApp) -> None:
         assert [upstream["name"] for upstream in status["upstreams"]] == ["up"]
         [channel] = status["channels"]
         assert (channel["status"], channel["received"], channel["queued"]) == ("connected", None, None)
+
+
+async def test_before_the_store_is_open(open_app: OpenApp, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been kept is not known yet, which is not nothing; where nothing is kept, it is."""
+
+    async def stay_closed(gateway: Gateway) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Gateway, "use_store", stay_closed)
+    async with open_app(make_config(hooks={"ci": {}}), store=database) as served:
+        status = await report.status(served.gateway)
+        assert (status["store"]["state"], status["store"]["error"]) == ("closed", None)
+        assert (status["sessions"], status["outbox"], status["channels"][0]["received"]) == (None, None, None)
+    async with open_app(store=database) as served:
+        assert (await report.status(served.gateway))["sessions"] == {"total": 0, "active": 0, "busy": 0}
 
 
 async def test_a_store_that_does_not_answer(

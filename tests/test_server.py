@@ -35,16 +35,27 @@ from trigate.server import Drained, ListenError, StartupFailed, open_lifespan, o
 CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
 
 
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
 @attrs.define(eq=False)
 class Drain:
     """What an app takes part in a drain with."""
 
     begun: trio.Event = attrs.field(factory=trio.Event)
     was_cut: trio.Event = attrs.field(factory=trio.Event)
+    is_quiet: trio.Event = attrs.field(factory=_set_event)
 
     def begin(self) -> None:
         """Notes it."""
         self.begun.set()
+
+    async def wait_quiet(self) -> None:
+        """There is nothing else."""
+        await self.is_quiet.wait()
 
     def cut(self) -> None:
         """Notes it."""
@@ -318,6 +329,26 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
     assert app.lifespan == ["lifespan.startup", "lifespan.shutdown"]
     [line] = logs.named("drained")
     assert (line["finished"], line["cut"], line["forced"]) == (2, 0, 0)
+
+
+async def test_a_drain_waits_for_what_has_no_connection() -> None:
+    """As long as the app says so, and as the drain may take."""
+    app = App()
+    assert app.drain is not None
+    app.drain.is_quiet = trio.Event()
+    async with open_server(app) as running:
+        running.stop.set()
+        await app.drain.begun.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert app.lifespan == ["lifespan.startup"]
+        app.drain.is_quiet.set()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    app = App()
+    assert app.drain is not None
+    app.drain.is_quiet = trio.Event()
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+        running.stop.set()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
 
 
 async def test_an_answer_in_a_drain_says_close() -> None:

@@ -576,7 +576,7 @@ async def test_a_target_gets_one_at_a_time(store: Store) -> None:
     assert await take("w2", 40.0, "hook") == ["msg_1"]
     await store.deliveries.note("msg_1", state="failed", at=42.0)
     assert await take("w1", 99.0, "hook") == ["msg_2"]
-    assert await store.deliveries.release(dead=["w1"]) == 1
+    assert len(await store.deliveries.release(dead=["w1"])) == 1
     assert await take("w1", 99.0, "hook") == ["msg_2"]
 
 
@@ -618,12 +618,16 @@ async def test_what_the_dead_were_sending_is_released(store: Store) -> None:
     await store.deliveries.take("dead", at=10.0, limit=9, channels=["hook"])
     await store.deliveries.add(delivery("msg_3"))
     await store.deliveries.take("alive", at=10.0, limit=9, channels=["hook"])
-    assert await store.deliveries.release(dead=iter(["dead", "other"])) == 2
-    assert await store.deliveries.release(dead=["dead"]) == 0
-    assert await store.deliveries.release(dead=[]) == 0
+    ended = "the process that was sending it has ended"
+    released = [
+        delivery("msg_1", attempts=1, last_error=ended),
+        delivery("msg_2", attempts=1, last_error=ended, repeatable=False, state="unknown"),
+    ]
+    assert await store.deliveries.release(dead=iter(["dead", "other"])) == released
+    assert await store.deliveries.release(dead=["dead"]) == []
+    assert await store.deliveries.release(dead=[]) == []
     assert await store.deliveries.of_run("run_1") == [
-        delivery("msg_1", attempts=1),
-        delivery("msg_2", attempts=1, repeatable=False, state="unknown"),
+        *released,
         delivery("msg_3", attempts=1, state="sending", worker="alive"),
     ]
 

@@ -19,7 +19,7 @@ import pytest
 import trio
 from conftest import Logs, Served, _open_app, make_config
 from processes import SERVE, run_gateway
-from provider import Provider, Script, Stall, answers, says
+from provider import Pause, Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
 from trigate import channels, telegram
@@ -141,9 +141,14 @@ async def test_failure() -> None:
         await server.wait_until(lambda server: len(server.texts()) == 1)
         [text] = server.texts()
         assert text.startswith("No answer: the model could not be reached.")
-        run = await served.gateway.store.runs.get(text.rpartition("(")[2].rstrip(")"))
-        assert run is not None
-        assert run.state == "failed"
+        path = f"/hooks/bot/runs/{text.rpartition('(')[2].rstrip(')')}"
+        while True:
+            run = (await served.client.ask("GET", path)).json
+            if run["deliveries"][-1]["state"] == "delivered":
+                break
+            await trio.sleep(0.01)
+        assert (run["state"], run["status"]) == ("failed", 502)
+        assert (await served.client.ask("GET", path.replace("bot", "other"))).status == 404
 
 
 async def test_unwanted() -> None:
@@ -298,6 +303,22 @@ async def test_back_again() -> None:
         assert row["last_error"] == "getUpdates: 502 Bad Gateway"
 
 
+async def test_answer_fails() -> None:
+    """It is as the last exchange with Telegram was, also where that was no poll; a chat that is closed to the bot is no
+    trouble of the channel's."""
+    async with open_bot(says("Hello"), says("Hello"), config={"edit_interval_s": 0}) as (server, served):
+        await server.wait_until(lambda server: server.polling == 1)
+        server.blocked.add(2)
+        server.say("Hello", chat=2)
+        await server.wait_until(lambda server: len(server.refused) == 2)  # that it types, and the answer
+        assert (await row_of(served))["last_error"] is None
+        server.refuse("sendMessage", Refusal(500, "Internal Server Error"))
+        server.say("Hello")
+        await wait_for_row(served, last_error="sendMessage: 500 Internal Server Error")
+        server.update(poll={})  # ends the request that waits
+        await wait_for_row(served, status="connected")
+
+
 async def test_throttled_poll() -> None:
     """Told to wait, it waits."""
     async with open_bot() as (server, _served):
@@ -341,6 +362,20 @@ async def test_reload() -> None:
             assert status["channels"] == []
 
 
+async def test_drain() -> None:
+    """A drain waits for an answer that has begun, and for its delivery; what comes meanwhile is left for the next
+    start."""
+    first, *rest = says("Hel", "lo")[1:]
+    async with open_bot((first, Pause(0.05), *rest), config={"edit_interval_s": 0.001}) as (server, served):
+        server.say("Hello")
+        await server.wait_until(lambda server: bool(server.texts()))
+        served.gateway.drain.begin()
+        server.say("Too late")
+        await served.gateway.drain.wait_quiet()
+        assert server.texts() == ["Hello"]
+        assert (server.waiting, len(served.providers["up"].calls)) == (1, 1)
+
+
 # -- as a webhook -----------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +412,23 @@ async def test_webhook_unset() -> None:
         assert "setWebhook" in row["last_error"]
         server.webhook = {"url": "https://gateway.example/hooks/bot"}
         await wait_for_row(served, status="connected")
+
+
+async def test_webhook_in_doubt() -> None:
+    """An answer that cannot be sent disconnects it, and Telegram is asked at once whether it is well again."""
+    server = TelegramServer()
+    server.webhook = {"url": "https://gateway.example/hooks/bot"}
+    server.refuse("getWebhookInfo", None, Refusal(502, "Bad Gateway"))
+    server.refuse("sendMessage", Refusal(500, "Internal Server Error"))
+    own = {"mode": "webhook", "secrets": [SECRET], "edit_interval_s": 0}
+    async with open_bot(server=server, config=own) as (_, served):
+        await wait_for_row(served, status="connected")
+        body = json.dumps(server.say("Hello")).encode()
+        headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": SECRET}
+        assert (await served.client.ask("POST", "/hooks/bot", body, headers=headers)).status == 200
+        await server.wait_until(lambda server: len(server.refused) == 2)  # the message, and the question after it
+        row = await wait_for_row(served, status="connected")
+        assert row["last_error"] == "getWebhookInfo: 502 Bad Gateway"
 
 
 # -- what is shown, and what is said ----------------------------------------------------------------------------------

@@ -326,6 +326,12 @@ class Drain:
         """From now on ``GET /ready`` says 503 and new calls are refused; running ones go on."""
         self._gateway.draining = True
 
+    async def wait_quiet(self) -> None:
+        """Waits until the runs that have begun have ended, and what can be told of them has been told."""
+        while self._gateway.live:
+            await self._gateway.quiet.wait()
+        await self._gateway.outbox.wait_idle()
+
     def cut(self) -> None:
         """Ends what is still running: each stream gets an error event and its proper end."""
         for exchange in list(self._gateway.live):
@@ -353,6 +359,8 @@ class Gateway:
         self.channels: Channels | None = None
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
+        self.quiet = trio.Event()
+        """Set when none is live; another one once there is one again."""
         self.totals = Totals()
         self.draining = False
         self.drain = Drain(self)
@@ -382,6 +390,8 @@ class Gateway:
         limit = min(exchange.generation.config.limits.max_exchanges, self._descriptor_limit)
         if len(self.live) >= limit:
             raise Overloaded(f"{limit} calls are in flight, which is the limit of this gateway.")
+        if self.quiet.is_set():
+            self.quiet = trio.Event()
         self.live[exchange] = None
         exchange.generation.hold()
 
@@ -390,6 +400,8 @@ class Gateway:
         if exchange in self.live:
             del self.live[exchange]
             exchange.generation.let_go()
+            if not self.live:
+                self.quiet.set()
         totals = self.totals
         totals.exchanges += 1
         totals.events += exchange.events

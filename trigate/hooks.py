@@ -177,11 +177,15 @@ def find(name: str, config: Config) -> HookConfig:
 
 def readers(name: str, config: Config, headers: Mapping[bytes, bytes], authorize: Callable[[], str | None]) -> set[str]:
     """Whose runs of a hook the sender of a request may read: those of its key, and those that the hook's own
-    verification let in. The secret of a hook with verification ``bearer`` opens the latter alone.
+    verification let in. The secret of a hook with verification ``bearer`` opens the latter alone. Runs of a channel are
+    for whoever has a key.
 
     Raises:
         NotFound, Unauthenticated, Forbidden: As `Hooks.visit`.
     """
+    if name in config.channels:
+        authorize()
+        return {f"channel:{name}"}
     try:
         verifier = _verifier_of(find(name, config))
         if verifier is not None and verifier.scheme == "bearer":

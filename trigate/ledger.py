@@ -41,6 +41,8 @@ from trigate.store import (
 
 T = TypeVar("T")
 
+SENDER_ENDED = "the process that was sending it has ended"
+"""Said of a delivery that a dead worker was making (`Delivery.last_error`)."""
 PRUNE_SLICE = 100
 """How many sessions, archived messages and runs are forgotten in one transaction, of each."""
 
@@ -458,12 +460,13 @@ def _take(tables: Tables, worker: str, at: float, limit: int, channels: Sequence
     return taken
 
 
-def _release(tables: Tables, dead: Sequence[str]) -> int:
-    held = tables.sending(dead)
-    for delivery in held:
+def _release(tables: Tables, dead: Sequence[str]) -> Sequence[Delivery]:
+    released = []
+    for delivery in tables.sending(dead):
         state: DeliveryState = "pending" if delivery.repeatable else "unknown"
-        tables.put_delivery(attrs.evolve(delivery, state=state, worker=None))
-    return len(held)
+        released.append(attrs.evolve(delivery, state=state, worker=None, last_error=SENDER_ENDED))
+        tables.put_delivery(released[-1])
+    return released
 
 
 class _Deliveries:
@@ -510,7 +513,7 @@ class _Deliveries:
 
         return self._ledger.write(operation)
 
-    def release(self, *, dead: Iterable[str]) -> Write[int]:
+    def release(self, *, dead: Iterable[str]) -> Write[Sequence[Delivery]]:
         gone = tuple(dead)
         return self._ledger.write(lambda tables: _release(tables, gone))
 

@@ -127,6 +127,7 @@ class Outbox:
         self._now = now
         self._chance = chance
         self._wanted = trio.Event()
+        self._idle = trio.Event()
         self._under_way = 0
         self._closes_at: float | None = None  # in Trio's time, as scopes take it
         self._attempts: set[trio.CancelScope] = set()
@@ -140,9 +141,19 @@ class Outbox:
         """There is something new to deliver. Synchronous."""
         self._wanted.set()
 
+    async def wait_idle(self) -> None:
+        """Waits until nothing is under way, and nothing can be begun now: what waits for a later time may remain."""
+        if not self._workers.is_joined:  # there cannot be anything
+            await trio.lowlevel.checkpoint()
+            return
+        self._idle = trio.Event()
+        self.look()
+        await self._idle.wait()
+
     async def adopt(self, worker: str, dead: Sequence[str]) -> None:
         """Takes over from workers that have died."""
-        await self._store.deliveries.release(dead=dead)
+        for delivery in await self._store.deliveries.release(dead=dead):
+            _tell(delivery, state=delivery.state, status=0, error=delivery.last_error, next_in_s=None)
         self.look()  # also for what waits for a time that only they knew
 
     # -- taking -------------------------------------------------------------------------------------------------------
@@ -164,6 +175,8 @@ class Outbox:
                     wait_s, retry_s = retry_s, min(2 * retry_s, _MAX_RETRY_S)
                 except Exception:  # a defect; what is under way goes on, and the next look may be better
                     log.exception("outbox_crashed")
+                if not self._under_way and wait_s > 0 and not self._wanted.is_set():
+                    self._idle.set()
                 with trio.move_on_after(wait_s):
                     await self._wanted.wait()
 
@@ -234,17 +247,8 @@ class Outbox:
             elif state == "pending":
                 wait_s = pause_s(delivery.attempts, after_s=receipt.after_s, chance=self._chance())
                 state, due_at = ("failed", None) if wait_s is None else ("pending", at + wait_s)
-            log.info(
-                "delivery",
-                delivery=delivery.id,
-                run=delivery.run_id,
-                channel=delivery.channel,
-                attempt=delivery.attempts,
-                state=state,
-                status=receipt.status or None,
-                error=receipt.error,
-                next_in_s=None if due_at is None else round(due_at - at, 3),
-            )
+            next_in_s = None if due_at is None else round(due_at - at, 3)
+            _tell(delivery, state=state, status=receipt.status, error=receipt.error, next_in_s=next_in_s)
         retry_s = _RETRY_S
         while True:
             try:
@@ -292,6 +296,20 @@ class Outbox:
         if self._troubled:
             log.info("outbox_resumed")
         self._troubled = False
+
+
+def _tell(delivery: Delivery, *, state: DeliveryState, status: int, error: str | None, next_in_s: float | None) -> None:
+    log.info(
+        "delivery",
+        delivery=delivery.id,
+        run=delivery.run_id,
+        channel=delivery.channel,
+        attempt=delivery.attempts,
+        state=state,
+        status=status or None,
+        error=error,
+        next_in_s=next_in_s,
+    )
 
 
 @contextlib.asynccontextmanager

@@ -216,7 +216,11 @@ async def status(gateway: Gateway) -> dict[str, Any]:
     error = None
     others: Sequence[Worker] = ()
     shared = _Shared()
-    if gateway.store.statistics().state != "closed":  # else nothing has been kept, and to ask would make a file
+    store = gateway.store.statistics()
+    if store.state == "closed":  # to ask would make a file
+        if storage.is_needed(gateway.generation.config, store.path):  # something may be in it, and it is being opened
+            shared = _Shared(sessions=None, outbox=None)
+    else:
         try:
             with trio.fail_after(STORE_TIMEOUT_S):
                 others = await gateway.workers.others()

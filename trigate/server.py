@@ -3,12 +3,11 @@
 **A connection is one task behind a firewall**: what is raised in it ends it, and it alone, as one
 warning in the log. (Under hypercorn's Trio worker one malformed request can end the process.)
 
-**The end, in order**: the app is told (`Drainable.begin`); no new connections; idle ones are closed;
-running exchanges may finish within ``drain_timeout_s``; the rest are told to end (`Drainable.cut`) and
-get `CUT_TIMEOUT_S` for their last words; what is left is aborted. A task that sends to a peer which
-does not read is shielded, so `Connection.abort` is the one thing that always ends a connection, and
-every way out of `serve` goes through it.
-"""
+**The end, in order**: the app is told (`Drainable.begin`); no new connections; idle ones are closed; running
+exchanges may finish within ``drain_timeout_s``, with a connection or without; the rest are told to end
+(`Drainable.cut`) and get `CUT_TIMEOUT_S` for their last words; what is left is aborted. A task that sends to
+a peer which does not read is shielded, so `Connection.abort` is the one thing that always ends a connection,
+and every way out of `serve` goes through it."""
 
 from __future__ import annotations
 
@@ -73,6 +72,9 @@ class Drainable(Protocol):
 
     def begin(self) -> None:
         """Refuses new work from now on, and says so in the readiness check."""
+
+    async def wait_quiet(self) -> None:
+        """Waits until what goes on without a connection has ended."""
 
     def cut(self) -> None:
         """Ends every running exchange: upstream at once, the client with an error and a proper end."""
@@ -364,7 +366,7 @@ class _Server:
             connection.close_if_idle()
             if number % SLICE == 0:
                 await trio.lowlevel.checkpoint()
-        await self._wait_quiet(self.config.drain_timeout_s)
+        await self._wait_quiet(self.config.drain_timeout_s, drain)
         late = len(self._live)
         if late and drain is not None:
             drain.cut()
@@ -374,12 +376,14 @@ class _Server:
         log.info("drained", **attrs.asdict(drained))
         return drained
 
-    async def _wait_quiet(self, timeout_s: float) -> None:
+    async def _wait_quiet(self, timeout_s: float, drain: Drainable | None = None) -> None:
         self._quiet = trio.Event()
         if not self._live:
             self._quiet.set()
         with trio.move_on_after(timeout_s):
             await self._quiet.wait()
+            if drain is not None:
+                await drain.wait_quiet()
 
 
 def _address(name: Any) -> Address | None:

@@ -353,9 +353,9 @@ class Deliveries(Protocol):
         """Notes how an attempt ended. ``delivered`` counts as *replied* by its channel, and is final: what comes later,
         from a worker that was thought dead, changes nothing."""
 
-    def release(self, *, dead: Iterable[str]) -> Write[int]:
+    def release(self, *, dead: Iterable[str]) -> Write[Sequence[Delivery]]:
         """What workers that have died were sending is pending again where it is repeatable, and else ``unknown``;
-        returns how many there were."""
+        returns them as they now are."""
 
     async def of_run(self, run_id: str) -> Sequence[Delivery]:
         """All of a run, in the order in which they were added."""

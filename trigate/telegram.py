@@ -96,6 +96,7 @@ class TelegramAdapter:
         if config.mode == "webhook":
             self._verifier = Verifier("telegram", tuple(secret.literal or "" for secret in config.secrets))
         self._rates = Rates()
+        self._doubt = trio.Event()
         self._quiet_until: dict[int, float] = {}  # in Trio's time, by chat: when Telegram will hear of it again
         self._moved: dict[int, int] = {}
 
@@ -107,7 +108,7 @@ class TelegramAdapter:
     async def _call(
         self, method: str, parameters: Mapping[str, object] | None = None, *, within_s: float | None = None
     ) -> msgspec.Raw:
-        """Calls a method, and returns its result.
+        """Calls a method, and returns its result. What goes wrong is the channel's state, unless it is the request's.
 
         Args:
             parameters: Those that are None are left out.
@@ -116,10 +117,21 @@ class TelegramAdapter:
         Raises:
             Trouble: It was not done; `_Rejected`, `Refused`: nor will it be.
         """
+        try:
+            result = await self._exchange(method, parameters, within_s=ANSWER_S if within_s is None else within_s)
+        except Trouble as error:
+            if not isinstance(error, _Rejected) and error.after_s is None:
+                self._channel.note_trouble(self._channel.redacted(error.message))
+                self._doubt.set()
+            raise
+        if self._verifier is None:  # of a webhook, this does not say that Telegram can call
+            self._channel.note_connected()
+        return result
+
+    async def _exchange(self, method: str, parameters: Mapping[str, object] | None, *, within_s: float) -> msgspec.Raw:
         body = msgspec.json.encode({name: value for name, value in (parameters or {}).items() if value is not None})
         path = f"/bot{self._channel.token}/{method}"
         answer = None
-        within_s = ANSWER_S if within_s is None else within_s
         with trio.move_on_after(within_s):
             answer = await self._channel.post(
                 path, body, {"content-type": "application/json"}, once=method == "sendMessage"
@@ -136,9 +148,7 @@ class TelegramAdapter:
         said = self._channel.redacted(envelope.description[:200])
         words = f"{method}: {code} {said}"
         if code in (401, 404):  # 404 is also what a token that cannot be one is answered with
-            refused = Refused(f"Telegram does not take the token. {words}")
-            self._channel.note_trouble(refused.message)
-            raise refused
+            raise Refused(f"Telegram does not take the token. {words}")
         if code == 429:
             raise Trouble(words, after_s=envelope.parameters.retry_after or 1.0)
         if code in (400, 403):
@@ -164,9 +174,10 @@ class TelegramAdapter:
             await self._poll_in_turn()
 
     async def _watch_webhook(self) -> None:
-        """Says whether Telegram can call, for ever."""
+        """Says whether Telegram can call, for ever: from time to time, and at once when there is a doubt."""
         await self._introduce()
         while True:
+            self._doubt = trio.Event()
             info = msgspec.json.decode(await self._call("getWebhookInfo"), type=WebhookInfo)
             if not info.url:
                 raise Trouble("Telegram knows no webhook for this bot: setWebhook has to be called.")
@@ -174,7 +185,8 @@ class TelegramAdapter:
                 self._channel.note_trouble(f"Telegram cannot call: {self._channel.redacted(info.last_error_message)}")
             else:
                 self._channel.note_connected()
-            await trio.sleep(CHECK_S)
+            with trio.move_on_after(CHECK_S):
+                await self._doubt.wait()
 
     async def _poll_in_turn(self) -> None:
         """Polls, while no other worker does."""
@@ -200,7 +212,6 @@ class TelegramAdapter:
         if info.url:  # with one, there are no updates to be had
             await self._call("deleteWebhook", {"drop_pending_updates": False})
             log.warning("telegram_webhook_removed", channel=name)
-        self._channel.note_connected()  # the first answer to a poll can take a while
         offset = await self._offset(me)
         while await gateway.store.channels.hold(name, worker=gateway.workers.id, dead=()):
             raw = await self._call(
@@ -208,7 +219,6 @@ class TelegramAdapter:
                 {"offset": offset, "timeout": int(POLL_S), "allowed_updates": ["message"]},
                 within_s=POLL_S + ANSWER_S,
             )
-            self._channel.note_connected()
             updates = msgspec.json.decode(raw, type=list[msgspec.Raw])
             if gateway.draining:
                 return  # they are left for the next one
