@@ -257,7 +257,7 @@ class HookConfig:
     """Requests a second, in the long run, for each client address; 0 = no limit."""
     burst: Count = Count(100)
     concurrency: Count = Count(100)
-    """How many runs of the hook go on at once, in one worker."""
+    """How many runs of the hook go on at once, in one worker; those that wait for their session are not among them."""
     queue: Count = Count(1000)
     """How many more may wait, in one worker; beyond it: 503."""
 
