@@ -495,6 +495,12 @@ async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
         assert await seen("b", mine, SECRET) == 404
 
 
+def test_runs_of_a_removed_hook_are_there() -> None:
+    """Whoever was promised an answer can fetch it, whatever has become of the hook."""
+    config = hooks({"ada": "key-of-ada"}, other={})
+    assert readers("h", config, {}, lambda: "ada") == {"ada", "hook:h"}
+
+
 def test_who_reads_runs_of_a_channel() -> None:
     """Whoever has a key, whichever it is: the channel's own secret is the platform's."""
     config = make_config(channels={"bot": {"type": "telegram", "token": "123:ABC"}})

@@ -323,7 +323,10 @@ async def test_a_run_keeps_its_place(store: Store) -> None:
     await store.workers.remove(["dead"])
     kept = attrs.evolve(first, worker="w")
     assert await store.sessions.take_ticket("o", "k", worker="w", run="run_1") == kept
+    await store.sessions.leave(first)  # a worker that was thought to be dead, and is not
     assert await store.sessions.tickets("o", "k") == [kept, second]
+    await store.sessions.leave(kept)
+    assert await store.sessions.tickets("o", "k") == [second]
 
 
 async def test_a_turn_gives_its_place_back(store: Store) -> None:

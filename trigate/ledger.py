@@ -79,7 +79,9 @@ class Tables(Protocol):
     def tickets(self, owner: str, key: str) -> Sequence[Ticket]: ...
     def ticket_of(self, run: str) -> Ticket | None: ...
     def put_ticket(self, ticket: Ticket) -> None: ...
-    def drop_ticket(self, number: int) -> None: ...
+    def drop_ticket(self, ticket: Ticket) -> None:
+        """Drops it, unless another worker has taken it over meanwhile."""
+
 
     # runs
     def run(self, run_id: str) -> Run | None: ...
@@ -279,12 +281,12 @@ class _Sessions:
         return await self._ledger.read(lambda tables: tables.tickets(owner, key))
 
     def leave(self, ticket: Ticket) -> Write[None]:
-        return self._ledger.write(lambda tables: tables.drop_ticket(ticket.number), durable=False)
+        return self._ledger.write(lambda tables: tables.drop_ticket(ticket), durable=False)
 
     def append(self, turn: Turn, *, leave: Ticket | None = None) -> Write[Session]:
         def operation(tables: Tables) -> Session:
             if leave is not None:
-                tables.drop_ticket(leave.number)
+                tables.drop_ticket(leave)
             session = _append(tables, turn)
             return attrs.evolve(session, busy=bool(tables.tickets(turn.owner, turn.key)))
 
@@ -401,7 +403,7 @@ class _Runs:
             if is_open:
                 _check_new(tables, added)
             if leave is not None:
-                tables.drop_ticket(leave.number)
+                tables.drop_ticket(leave)
             if run is None or not is_open:
                 return False
             tables.put_run(attrs.evolve(run, state=state, status=status, result=result, finished_at=at))

@@ -129,8 +129,10 @@ class MemoryTables:
     def put_ticket(self, ticket: Ticket) -> None:
         self._tickets[ticket.number] = ticket
 
-    def drop_ticket(self, number: int) -> None:
-        self._tickets.pop(number, None)
+    def drop_ticket(self, ticket: Ticket) -> None:
+        held = self._tickets.get(ticket.number)
+        if held is not None and held.worker == ticket.worker:
+            del self._tickets[ticket.number]
 
     # -- runs
 

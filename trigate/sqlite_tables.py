@@ -319,8 +319,8 @@ class SqliteTables:
     def put_ticket(self, ticket: Ticket) -> None:
         self._put(_TICKETS, ticket)
 
-    def drop_ticket(self, number: int) -> None:
-        self._do("DELETE FROM tickets WHERE number = ?", number)
+    def drop_ticket(self, ticket: Ticket) -> None:
+        self._do("DELETE FROM tickets WHERE number = ? AND worker = ?", ticket.number, ticket.worker)
 
     # -- runs
 

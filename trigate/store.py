@@ -150,7 +150,8 @@ class Sessions(Protocol):
         """The queue of a session, first come first; of all workers."""
 
     def leave(self, ticket: Ticket) -> Write[None]:
-        """Gives a place back. Not durable; to leave twice is no fault."""
+        """Gives a place back, unless another worker has taken it over (`Runs.adopt`). Not durable; to leave twice is no
+        fault."""
 
     def append(self, turn: Turn, *, leave: Ticket | None = None) -> Write[Session]:
         """Appends a turn, and gives the ticket back in the same transaction."""
