@@ -640,6 +640,7 @@ async def test_who_waits_for_a_run_whose_client_left_takes_over(open_app: OpenAp
             await call.wait()
         assert [call.status for call in others] == [200] * 3
         assert len({call.json["id"] for call in others}) == 1
+        assert sum(not call.header("idempotency-replayed") for call in others) == 1
         assert len(served.providers["up"].calls) == 2
         served.assert_clean()
 

@@ -148,6 +148,26 @@ async def test_a_gateway_that_is_full_makes_a_promised_run_wait(open_app: OpenAp
         served.assert_clean()
 
 
+async def test_a_run_that_is_tried_again_keeps_its_place(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """What was said after it is answered after it."""
+    full = make_config(store={"path": ":memory:"}, hooks={"h": {}}, limits={"max_exchanges": 1})
+    async with open_app(full, Provider((Pause(2.5), *REPLY), REPLY)) as served:
+        service = served.gateway.runs
+        given = [("0", None), ("1", "k"), ("2", "k")]
+        accepted = [
+            (await service.accept(order(text=text, session=session), acknowledged=True)).run for text, session in given
+        ]
+        for run in accepted:
+            service.perform_soon(run)
+            await wait_all_tasks_blocked()
+        assert [(await ended(service, run)).state for run in accepted] == ["completed"] * 3
+        sent = [call.json["messages"][-1]["content"] for call in served.providers["up"].calls]
+        assert sent == ["0", "1", "2"]
+        await wait_all_tasks_blocked()
+        assert await served.gateway.store.sessions.tickets("", "k") == []
+        served.assert_clean()
+
+
 class Ill:
     """A store whose runs cannot end, so many times."""
 
@@ -429,6 +449,25 @@ async def test_stop_and_history_do_not_queue(open_app: OpenApp, autojump_clock: 
         assert trio.current_time() - begun < 1
 
 
+async def test_stop_ends_a_turn_that_waits_for_the_hook(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Its session's turn it is, but the hook is busy with others: it never begins, and is told so at once."""
+    async with open_app(config(concurrency=1), Provider((Pause(5), *REPLY))) as served:
+        first = served.client.start("POST", "/hooks/h", {"from": "bob", "text": "one"})
+        await trio.sleep(1)
+        call = served.client.start("POST", "/hooks/h", {"from": "ada", "text": "two"})
+        await trio.sleep(1)
+        begun = trio.current_time()
+        stop = await ask(served, "stop")
+        await call.wait()
+        assert trio.current_time() - begun < 0.05
+        assert (call.status, call.error["code"]) == (409, "stopped")
+        assert [each["reply"] for each in stop.json["stopped"]] == [""]
+        await first.wait()
+        assert first.status == 200
+        assert len(served.providers["up"].calls) == 1
+        served.assert_clean()
+
+
 async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """One at a time; those that were promised wait as long as it takes, and a note waits too."""
     settings = make_config(store={"path": ":memory:"}, sessions={"wait_s": 3}, hooks={"h": {"model": "up/m"}})
@@ -445,6 +484,39 @@ async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_cloc
         texts = [text for role, text in await said(served) if role == "user"]
         assert texts == ["one", "two", "three"]
         served.assert_clean()
+
+
+async def test_the_order_is_that_of_acceptance(open_app: OpenApp, tmp_path: Path) -> None:
+    """Whenever messages are begun, and also where another process does it after the one that accepted them."""
+    where = tmp_path / "t.db"
+    numbers = [f"{number}" for number in range(6)]
+    async with open_app(config(where), Provider((Stall(),))) as served:
+        service = served.gateway.runs
+        for number in numbers:
+            await service.accept(order(text=number, session="k"), acknowledged=True)
+    async with open_app(config(where), Provider(REPLY)) as served:
+        service = served.gateway.runs
+        accepted = [
+            (await service.accept(order(text=number, session="k"), acknowledged=True)).run for number in ("6", "7")
+        ]
+        for run in reversed(accepted):
+            service.perform_soon(run)
+        await ended(service, accepted[-1])
+        found = await served.gateway.store.sessions.history("", "k", last=99)
+        assert found is not None
+        said = [msgspec.json.decode(message.body) for message in found[1]]
+        assert [each["content"] for each in said if each["role"] == "user"] == [*numbers, "6", "7"]
+        served.assert_clean()
+
+
+async def test_a_session_that_waits_is_in_nobodys_way(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """However many messages of one sender wait for their turns, another sender is answered at once."""
+    async with open_app(config(concurrency=2), Provider((Pause(5), *REPLY))) as served:
+        for text in "abcdefgh":
+            assert (await ask(served, "chat", text, prefer="respond-async")).status == 202
+        begun = trio.current_time()
+        assert (await served.client.ask("POST", "/hooks/h", {"from": "bob", "text": "mine"})).status == 200
+        assert trio.current_time() - begun == pytest.approx(5, abs=0.1)
 
 
 async def test_a_turn_that_fails_is_not_remembered(open_app: OpenApp) -> None:

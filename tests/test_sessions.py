@@ -170,6 +170,29 @@ async def test_the_wait_is_bounded(sessions: Sessions, store: MemoryStore, autoj
     assert await store.sessions.tickets("", "k") == []
 
 
+async def test_a_place_that_was_taken_before(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
+    """It stands where it was taken, whenever its turn is opened; one that is given back holds nobody up."""
+    await sessions.stop("", "k")  # it has joined
+    takings = [sessions.take_place("", "k", limits=LIMITS, run=f"run_{number}") for number in range(4)]
+    places = [await taking for taking in takings]
+    order = []
+
+    async def turn(number: int) -> None:
+        async with sessions.open_turn("", "k", limits=LIMITS, place=places[number]):
+            order.append(number)
+            await trio.sleep(1)
+        sessions.give_back(places[number])
+
+    async with trio.open_nursery() as nursery:
+        for number in (3, 2, 0):
+            nursery.start_soon(turn, number)
+            await wait_all_tasks_blocked()
+        sessions.give_back(places[1])
+    assert order == [0, 2, 3]
+    assert await store.sessions.tickets("", "k") == []
+    assert repr(sessions) == "<Sessions, 0 turns of 0>"
+
+
 async def test_a_stop_cuts_the_running_turn(sessions: Sessions, store: MemoryStore) -> None:
     """Only that, at once; one that has not said yet what cuts it is cut when it says so."""
     assert await sessions.stop("", "k") == []

@@ -314,6 +314,18 @@ async def test_tickets_queue(store: Store) -> None:
     assert first.number < second.number < third.number
 
 
+async def test_a_run_keeps_its_place(store: Store) -> None:
+    """It has one ticket, however often it takes one, and that goes with it to who adopts it."""
+    await store.runs.add(run("run_1", worker="dead"))
+    first = await store.sessions.take_ticket("o", "k", worker="dead", run="run_1")
+    second = await store.sessions.take_ticket("o", "k", worker="w", run="run_2")
+    await store.runs.adopt("w", dead=["dead"], at=20.0)
+    await store.workers.remove(["dead"])
+    kept = attrs.evolve(first, worker="w")
+    assert await store.sessions.take_ticket("o", "k", worker="w", run="run_1") == kept
+    assert await store.sessions.tickets("o", "k") == [kept, second]
+
+
 async def test_a_turn_gives_its_place_back(store: Store) -> None:
     """In the same transaction. A session is busy while somebody is in its queue."""
     ticket = await store.sessions.take_ticket("o", "k", worker="w")

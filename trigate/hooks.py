@@ -291,15 +291,14 @@ class _HookVisit:
         )
 
     async def _answer(self, order: Order, idempotency: tuple[str, bytes] | None, down: Downstream) -> None:
-        replayed: list[Header] = []
         while True:
             claim = await self._runs.accept(order, acknowledged=self._is_async, idempotency=idempotency)
             if claim.differs:
                 raise IdempotencyConflict("This idempotency key was used for a message with another body.")
             run = claim.run
+            headers = [(b"x-run-id", run.id.encode())]
             if not claim.is_new:
-                replayed = [(b"idempotency-replayed", b"true")]
-            headers = [(b"x-run-id", run.id.encode()), *replayed]
+                headers.append((b"idempotency-replayed", b"true"))
             if self._is_async and (claim.is_new or run.acknowledged or run.state in ENDED):
                 if claim.is_new:
                     self._runs.perform_soon(run)

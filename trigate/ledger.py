@@ -77,6 +77,8 @@ class Tables(Protocol):
         """Makes one whose number is higher than any that there ever was."""
 
     def tickets(self, owner: str, key: str) -> Sequence[Ticket]: ...
+    def ticket_of(self, run: str) -> Ticket | None: ...
+    def put_ticket(self, ticket: Ticket) -> None: ...
     def drop_ticket(self, number: int) -> None: ...
 
     # runs
@@ -267,7 +269,11 @@ class _Sessions:
         self._ledger = ledger
 
     def take_ticket(self, owner: str, key: str, *, worker: str, run: str | None = None) -> Write[Ticket]:
-        return self._ledger.write(lambda tables: tables.add_ticket(owner, key, worker, run), durable=False)
+        def operation(tables: Tables) -> Ticket:
+            kept = tables.ticket_of(run) if run is not None else None
+            return kept or tables.add_ticket(owner, key, worker, run)
+
+        return self._ledger.write(operation, durable=False)
 
     async def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
         return await self._ledger.read(lambda tables: tables.tickets(owner, key))
@@ -338,6 +344,8 @@ def _adopt(tables: Tables, worker: str, dead: Sequence[str], at: float) -> Seque
         if run.acknowledged:
             adopted.append(attrs.evolve(run, worker=worker, state="queued"))
             tables.put_run(adopted[-1])
+            if ticket := tables.ticket_of(run.id):
+                tables.put_ticket(attrs.evolve(ticket, worker=worker))
             continue
         status, _, result = Draining("The process that worked on this has ended; ask again.").to_response()
         tables.put_run(attrs.evolve(run, state="failed", finished_at=at, status=status, result=result))

@@ -123,6 +123,12 @@ class MemoryTables:
     def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
         return [each for each in self._tickets.values() if (each.owner, each.key) == (owner, key)]
 
+    def ticket_of(self, run: str) -> Ticket | None:
+        return next((each for each in self._tickets.values() if each.run == run), None)
+
+    def put_ticket(self, ticket: Ticket) -> None:
+        self._tickets[ticket.number] = ticket
+
     def drop_ticket(self, number: int) -> None:
         self._tickets.pop(number, None)
 

@@ -336,24 +336,27 @@ class _Performance:
     async def perform(self) -> None:
         """Does the run. Whatever it raises besides `Cancelled` has become its result."""
         try:
-            if not await self._store.runs.start(self._run.id, worker=self._gateway.workers.id):
-                self.ended = await self._runs.get(self._run.id)
-                return
-            if self._run.starts >= MAX_STARTS:
-                raise Internal(f"The run was begun {self._run.starts} times and never ended.")
-            match self._order.action:
-                case "chat":
-                    await self._chat()
-                case "note":
-                    await self._note()
-                case "reset":
-                    await self._reset()
-                case "history":
-                    await self._history()
-                case "stop":
-                    await self._stop()
-                case action:
-                    assert_never(action)
+            async with contextlib.AsyncExitStack() as stack:
+                if _is_work(self._order.action):
+                    await self._wait_for_its_turn(stack)
+                if not await self._store.runs.start(self._run.id, worker=self._gateway.workers.id):
+                    self.ended = await self._runs.get(self._run.id)
+                    return
+                if self._run.starts >= MAX_STARTS:
+                    raise Internal(f"The run was begun {self._run.starts} times and never ended.")
+                match self._order.action:
+                    case "chat":
+                        await self._chat()
+                    case "note":
+                        await self._note()
+                    case "reset":
+                        await self._reset()
+                    case "history":
+                        await self._history()
+                    case "stop":
+                        await self._stop()
+                    case action:
+                        assert_never(action)
         except GatewayError as error:
             await self._fail(error)
         except Exception as error:
@@ -362,46 +365,68 @@ class _Performance:
         finally:
             self.release()
 
+    async def _wait_for_its_turn(self, stack: contextlib.AsyncExitStack) -> None:
+        """Enters what it holds while it is done. One of the hook's places comes last: who waits for a session must not
+        stand in the way of other sessions."""
+        order, run = self._order, self._run
+        audience = self._runs.audiences.get(run.channel)
+        if audience is not None and order.action == "chat" and order.reply_to is not None:
+            self._live = await stack.enter_async_context(audience.watch(run, order))
+        if order.session is not None:
+            limits = self._gateway.generation.config.sessions
+            if self._kept:  # nobody waits, and it was promised
+                limits = attrs.evolve(limits, wait_s=Seconds(0.0))
+            self._turn = await stack.enter_async_context(
+                self._gateway.sessions.open_turn(
+                    order.owner, order.session, limits=limits, run=run.id, place=self._runs.turns.get(run.id)
+                )
+            )
+        stopped: list[GatewayError] = []
+        with trio.CancelScope() as waiting:
+
+            def cut(error: GatewayError) -> None:
+                stopped.append(error)
+                waiting.cancel()
+
+            if self._turn is not None:
+                self._turn.cut = cut
+            await stack.enter_async_context(self._runs.limiter(run.channel))
+        if stopped:
+            raise stopped[0]
+
     # -- actions ------------------------------------------------------------------------------------------------------
 
     async def _chat(self) -> None:
-        order, run, gateway = self._order, self._run, self._gateway
-        call = order.call()
-        async with contextlib.AsyncExitStack() as stack:
-            audience = self._runs.audiences.get(run.channel)
-            if audience is not None and order.reply_to is not None:
-                self._live = await stack.enter_async_context(audience.watch(run, order))
-            if order.session is not None:
-                self._turn = await stack.enter_async_context(self._open_turn(order.session))
-                call = self._turn.compose(call)
-            exchange = self._exchange = Exchange(
-                id=run.id,
-                call=call,
-                gateway=gateway,
-                generation=gateway.generation,
-                down=self._down if self._down is not None else Unwatched(),
-                headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
-                recorder=self,
-            )
-            if self._turn is not None:
-                self._turn.cut = exchange.cut
-            try:
-                async with trio.open_nursery() as nursery:
-                    await exchange.run(nursery)
-                    nursery.cancel_scope.cancel()
-                if self.ended is None:
-                    await self._fail(exchange.error or Internal("The answer was not kept."))
-            finally:
-                self.release()  # before its place in the session's queue is given back
+        run, gateway, call = self._run, self._gateway, self._order.call()
+        if self._turn is not None:
+            call = self._turn.compose(call)
+        exchange = self._exchange = Exchange(
+            id=run.id,
+            call=call,
+            gateway=gateway,
+            generation=gateway.generation,
+            down=self._down if self._down is not None else Unwatched(),
+            headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
+            recorder=self,
+        )
+        if self._turn is not None:
+            self._turn.cut = exchange.cut
+        try:
+            async with trio.open_nursery() as nursery:
+                await exchange.run(nursery)
+                nursery.cancel_scope.cancel()
+            if self.ended is None:
+                await self._fail(exchange.error or Internal("The answer was not kept."))
+        finally:
+            self.release()  # before its place in the session's queue is given back
 
     async def _note(self) -> None:
         order = self._order
-        async with self._open_turn(order.session or "") as self._turn:
+        turn = None
+        if self._turn is not None:
             self._turn.compose(order.call())
             turn = self._turn.result(AnswerRecord(), None, at=time.time(), partial=False)
-            await self._end(
-                _End(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn)
-            )
+        await self._end(_End(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn))
 
     async def _reset(self) -> None:
         order = self._order
@@ -424,12 +449,6 @@ class _Performance:
             stopped.append({"id": run.id, "state": run.state, "reply": said.get("reply")})
         result = body_of(self._run, order, reply=None, stopped=stopped)
         await self._end(_End(state="completed", status=200, result=result))
-
-    def _open_turn(self, session: str) -> contextlib.AbstractAsyncContextManager[SessionTurn]:
-        limits = self._gateway.generation.config.sessions
-        if self._kept:  # nobody waits, and it was promised
-            limits = attrs.evolve(limits, wait_s=Seconds(0.0))
-        return self._gateway.sessions.open_turn(self._order.owner, session, limits=limits, run=self._run.id)
 
     # -- the recorder -------------------------------------------------------------------------------------------------
 
@@ -548,12 +567,14 @@ class Runs:
     Attributes:
         audiences: By the name of the channel; may change at any time.
         promised: The ids of runs that were acknowledged after they had been begun.
+        turns: The places of runs in the queues of their sessions, by the ids of the runs.
     """
 
     def __init__(self, gateway: Gateway, nursery: trio.Nursery) -> None:
         self.gateway = gateway
         self.audiences: dict[str, Audience] = {}
         self.promised: set[str] = set()
+        self.turns: dict[str, SessionTurn] = {}
         self._nursery = nursery
         self._doing: dict[str, trio.CapacityLimiter] = {}
         self._places: dict[str, dict[str, None]] = {}
@@ -596,13 +617,15 @@ class Runs:
         try:
             await self.gateway.workers.join()
             may_be_there = True
+            keeping: Write[Claim] | Write[None]
             if idempotency is None:
-                await store.runs.add(run)
-                claim = Claim(run=run, is_new=True)
+                keeping = store.runs.add(run)
             else:
                 key, digest = idempotency
                 scope = f"{order.channel}/{order.owner}"
-                claim = await store.idempotency.claim(scope, key, digest=digest, run=run)
+                keeping = store.idempotency.claim(scope, key, digest=digest, run=run)
+            await self._queue(run)  # right behind it, so in the order in which messages are kept
+            claim = await keeping or Claim(run=run, is_new=True)
             return claim
         except StoreUnavailable:
             may_be_there = False
@@ -621,31 +644,30 @@ class Runs:
             down: The client that the answer is streamed to, as chunks of OpenAI's; None = nobody watches.
         """
         pause_s = RETRY_S
-        performance = _Performance(self, run, down)
-        interrupted = True
+        performance: _Performance | None = None
+        interrupted, crashed = True, False
         try:
             while True:
-                async with contextlib.AsyncExitStack() as stack:
-                    if _is_work(run.action):
-                        await stack.enter_async_context(self._limiter(run.channel))
-                    await performance.perform()
+                performance = _Performance(self, run, down)
+                await performance.perform()
                 if not performance.again:
                     break
                 log.warning("run_again", run=run.id, channel=run.channel, pause_s=pause_s)
                 await trio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
-                performance = _Performance(self, run, down)
             interrupted = False
         except Exception:
-            interrupted = False
+            crashed = True
             raise
         finally:
-            performance.release()
-            if interrupted and performance.is_owed and not self._nursery.cancel_scope.cancel_called:
-                self.perform_soon(run)
-            else:
+            if performance is not None:
+                performance.release()
+            if performance is None or crashed or not performance.is_owed:
                 self._give_place_back(run)
                 self.promised.discard(run.id)
+            elif interrupted and not self._nursery.cancel_scope.cancel_called:
+                self.perform_soon(run)
+            # Else it is left for the next start, and so is its place in the queue of its session.
         return performance.ended or run
 
     def perform_soon(self, run: Run, *, down: Downstream | None = None) -> Doing:
@@ -785,13 +807,29 @@ class Runs:
                 )
             places[run.id] = None
 
+    async def _queue(self, *runs: Run) -> None:  # noqa: ASYNC910 - the store is waited for, or nothing is
+        """Has runs stand in the queues of their sessions, in their order. One for which that fails does it later."""
+        limits = self.gateway.generation.config.sessions
+        takings = [
+            (run.id, self.gateway.sessions.take_place(run.owner, run.session, limits=limits, run=run.id))
+            for run in runs
+            if run.session is not None and _is_work(run.action)
+        ]
+        for run_id, taking in takings:
+            with contextlib.suppress(StoreUnavailable):
+                self.turns[run_id] = await taking
+
     def _give_place_back(self, run: Run) -> None:
+        turn = self.turns.pop(run.id, None)
+        if turn is not None:
+            self.gateway.sessions.give_back(turn)
         places = self._places.get(run.channel, {})
         places.pop(run.id, None)
         if not places:
             self._places.pop(run.channel, None)
 
-    def _limiter(self, channel: str) -> trio.CapacityLimiter:
+    def limiter(self, channel: str) -> trio.CapacityLimiter:
+        """What a run of a channel holds one of while it is done."""
         settings = self._settings(channel)
         limiter = self._doing.get(channel)
         if limiter is None:
@@ -802,7 +840,9 @@ class Runs:
     # -- other workers ------------------------------------------------------------------------------------------------
 
     async def _adopt(self, worker: str, dead: Sequence[str]) -> None:
-        for run in await self.gateway.store.runs.adopt(worker, dead=dead, at=time.time()):
+        adopted = await self.gateway.store.runs.adopt(worker, dead=dead, at=time.time())
+        await self._queue(*adopted)
+        for run in adopted:
             log.info("run_adopted", run=run.id, channel=run.channel, starts=run.starts)
             self.perform_soon(run)
 

@@ -4,6 +4,9 @@ The order is that of the *tickets* in the store: the lowest number of a session 
 worker, turns of a session stand in a queue besides; only the first of them looks at the store, and the next one is
 woken when it leaves. Other workers are rung, and look four times a second where a ring was lost.
 
+A place in that order is taken when a turn is opened, or before (`Sessions.take_place`): a message that was accepted
+stands where it was accepted, whichever worker it reached, and whenever that gets to it.
+
 A ticket is given back by a write that nobody waits for, since who leaves may be cancelled. Two things follow. What a
 read shows of this worker's own tickets may be old, so a ticket of this worker that nobody here holds counts for
 nothing. And such a write may have failed; so whoever finds such a ticket gives it back again, and waits for that: then
@@ -18,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import attrs
 import msgspec
@@ -203,7 +206,8 @@ class Sessions:
     """The sessions that this worker's turns belong to.
 
     Attributes:
-        turns: How many are in progress or wait.
+        turns: How many are in progress or wait. Those whose places were taken before are not among them: whoever takes
+            places has bounds of its own.
     """
 
     def __init__(self, store: Store, workers: Workers) -> None:
@@ -217,17 +221,66 @@ class Sessions:
     def __repr__(self) -> str:
         return f"<Sessions, {self.turns} turns of {len(self._queues)}>"
 
+    def take_place(
+        self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None
+    ) -> Awaitable[SessionTurn]:
+        """Queues for a turn that is opened later. The place is taken at the call, in the order of the store's writes;
+        what this returns is to be awaited in any case, and waits for the store alone. Then the turn may be opened
+        (`open_turn`), and in the end its place is given back (`give_back`). `Workers.join` comes before all that.
+
+        Raises:
+            StoreUnavailable: There is no place.
+        """
+        queue = self._queues.setdefault((owner, key), _Queue())
+        queue.taking += 1
+        write = self._store.sessions.take_ticket(owner, key, worker=self._workers.id, run=run)
+        return self._hold((owner, key), queue, write, limits)
+
+    async def _hold(
+        self, name: Key, queue: _Queue, write: records.Write[records.Ticket], limits: SessionsConfig
+    ) -> SessionTurn:
+        try:
+            # Shielded: a write is done, waited for or not, and who does not wait would not know what to give back.
+            with trio.CancelScope(shield=True):
+                ticket = await write
+            turn = queue.turns[ticket.number] = SessionTurn(ticket, limits)
+        finally:
+            queue.taking -= 1
+            queue.wake()
+            self._forget(name, queue)
+        return turn
+
+    def give_back(self, turn: SessionTurn) -> None:
+        """Gives the place of a turn back. Synchronous."""
+        ticket = turn.ticket
+        queue = self._queues[ticket.owner, ticket.key]
+        del queue.turns[ticket.number]
+        if not turn.has_left:
+            self._store.sessions.leave(ticket)
+        queue.wake()
+        self._workers.ring("turn", _rung(ticket))
+        self._forget((ticket.owner, ticket.key), queue)
+
     @contextlib.asynccontextmanager
     async def open_turn(
-        self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None
+        self,
+        owner: str,
+        key: str,
+        *,
+        limits: SessionsConfig,
+        run: str | None = None,
+        place: SessionTurn | None = None,
     ) -> AsyncIterator[SessionTurn]:
         """Queues for a turn, waits for it, and reads what is remembered.
+
+        Args:
+            place: One that was taken before (`take_place`). Its owner keeps it: it can be opened again.
 
         Raises:
             SessionBusy: The turn before it did not end within ``limits.wait_s`` (0 = it waits without an end).
             StoreUnavailable: It cannot be remembered.
         """
-        async with self._open_place(owner, key, limits=limits, run=run) as turn:
+        async with self._open_place(owner, key, limits=limits, run=run, place=place) as turn:
             with trio.move_on_after(limits.wait_s or math.inf) as scope:
                 await self._wait(turn)
             if scope.cancelled_caught:
@@ -247,7 +300,7 @@ class Sessions:
         """
         if await self._store.sessions.get(owner, key) is None:
             raise NotFound("There is no such session.")
-        async with self._open_place(owner, key, limits=SessionsConfig(), run=None) as turn:
+        async with self._open_place(owner, key, limits=SessionsConfig()) as turn:
             if await self._head(turn) is not None:
                 raise SessionBusy("A turn of this session is in progress. Delete it when it has ended.")
             if not await self._store.sessions.delete(owner, key):
@@ -270,33 +323,24 @@ class Sessions:
 
     @contextlib.asynccontextmanager
     async def _open_place(
-        self, owner: str, key: str, *, limits: SessionsConfig, run: str | None
+        self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None, place: SessionTurn | None = None
     ) -> AsyncIterator[SessionTurn]:
-        await self._workers.join()
-        queue = self._queues.setdefault((owner, key), _Queue())
-        queue.taking += 1
+        if place is not None:
+            yield place
+            return
         self.turns += 1
-        turn = None
         try:
-            try:
-                # Shielded: a write is done, waited for or not, and who does not wait would not know what to give back.
-                with trio.CancelScope(shield=True):
-                    ticket = await self._store.sessions.take_ticket(owner, key, worker=self._workers.id, run=run)
-                turn = queue.turns[ticket.number] = SessionTurn(ticket, limits)
-            finally:
-                queue.taking -= 1
-                queue.wake()
-            yield turn
+            await self._workers.join()
+            place = await self.take_place(owner, key, limits=limits, run=run)
+            yield place
         finally:
             self.turns -= 1
-            if turn is not None:
-                del queue.turns[turn.ticket.number]
-                if not turn.has_left:
-                    self._store.sessions.leave(turn.ticket)
-                queue.wake()
-                self._workers.ring("turn", _rung(turn.ticket))
-            if not queue.turns and not queue.taking:
-                self._queues.pop((owner, key), None)
+            if place is not None:
+                self.give_back(place)
+
+    def _forget(self, name: Key, queue: _Queue) -> None:
+        if not queue.turns and not queue.taking:
+            self._queues.pop(name, None)
 
     async def _wait(self, turn: SessionTurn) -> None:
         ticket = turn.ticket

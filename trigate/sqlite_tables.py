@@ -62,6 +62,7 @@ MIGRATIONS = (
         run TEXT
     ) STRICT;
     CREATE INDEX tickets_of_session ON tickets (owner, key, number);
+    CREATE INDEX tickets_of_run ON tickets (run) WHERE run IS NOT NULL;
 
     CREATE TABLE runs (
         number INTEGER PRIMARY KEY,
@@ -311,6 +312,12 @@ class SqliteTables:
 
     def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
         return self._all(_TICKETS, "WHERE owner = ? AND key = ? ORDER BY number", owner, key)
+
+    def ticket_of(self, run: str) -> Ticket | None:
+        return self._one(_TICKETS, "WHERE run = ?", run)
+
+    def put_ticket(self, ticket: Ticket) -> None:
+        self._put(_TICKETS, ticket)
 
     def drop_ticket(self, number: int) -> None:
         self._do("DELETE FROM tickets WHERE number = ?", number)

@@ -144,7 +144,7 @@ class Sessions(Protocol):
     """Conversations, and the queues of their turns."""
 
     def take_ticket(self, owner: str, key: str, *, worker: str, run: str | None = None) -> Write[Ticket]:
-        """Queues for a turn. Not durable."""
+        """Queues for a turn. Not durable. A run that stands in a queue already keeps its place, and gets that."""
 
     async def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
         """The queue of a session, first come first; of all workers."""
@@ -254,9 +254,9 @@ class Runs(Protocol):
         """
 
     def adopt(self, worker: str, *, dead: Iterable[str], at: float) -> Write[Sequence[Run]]:
-        """Takes over from workers that have died: their acknowledged runs become this worker's, ``queued``, and are
-        returned. Their other runs end as ``failed`` with status 503, and their idempotency keys are free again: nobody
-        was promised anything, and who asked will ask again."""
+        """Takes over from workers that have died: their acknowledged runs become this worker's, ``queued``, with their
+        places in the queues of their sessions, and are returned. Their other runs end as ``failed`` with status 503,
+        and their idempotency keys are free again: nobody was promised anything, and who asked will ask again."""
 
     async def unfinished(self, channel: str) -> int:
         """How many runs of a channel are queued or running, in all workers."""
