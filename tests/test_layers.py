@@ -34,6 +34,8 @@ ROWS = (
     ("telegram", "slack"),
     ("adapter", "replies"),
     ("runs",),
+    ("performance",),
+    ("orders",),
     ("exchange", "callbacks"),
     ("sessions", "outbox", "discovery"),
     ("storage",),

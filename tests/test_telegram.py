@@ -27,7 +27,7 @@ from trigate.adapter import Channel
 from trigate.config import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
 from trigate.memory_store import open_memory_store
-from trigate.runs import Order
+from trigate.orders import Order
 from trigate.sqlite_store import open_sqlite_store
 from trigate.store import Delivery, Run
 from trigate.telegram import TelegramAdapter

@@ -24,8 +24,8 @@ import httpx2
 
 from trigate.config import ChannelConfig
 from trigate.errors import Header, words_of
+from trigate.orders import Audience
 from trigate.outbox import Carrier
-from trigate.runs import Audience
 
 if TYPE_CHECKING:
     from trigate.gateway import Gateway

@@ -64,7 +64,7 @@ def next_step(shown: Sequence[Shown], passages: Sequence[str]) -> tuple[str | No
 
 
 class Display:
-    """Shows one text. A `runs.Live`; it works while `run` does.
+    """Shows one text. A `orders.Live`; it works while `run` does.
 
     Attributes:
         shown: The messages so far, in their order.

@@ -42,8 +42,9 @@ from trigate.errors import (
     Unverified,
 )
 from trigate.exchange import STREAM_HEADERS, Downstream
+from trigate.orders import CLIENT_LEFT, Order
 from trigate.rates import Rates
-from trigate.runs import CLIENT_LEFT, Doing, Order
+from trigate.runs import Doing
 from trigate.store import ENDED, Run
 from trigate.verification import Verifier
 

@@ -23,8 +23,8 @@ class Told(msgspec.Struct, kw_only=True):
     """The body of a delivery, as `runs` makes it.
 
     Attributes:
-        data: A `runs.view`.
-        live: What the adapter has shown (`runs.Live.end`).
+        data: A `orders.view`.
+        live: What the adapter has shown (`orders.Live.end`).
     """
 
     type: str

@@ -35,9 +35,9 @@ from trigate import display, replies, slack_messages
 from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.display import Display, NotShown
 from trigate.errors import StoreUnavailable
+from trigate.orders import Live, Order
 from trigate.outbox import Receipt
 from trigate.rates import Rates
-from trigate.runs import Live, Order
 from trigate.slack_messages import Incoming, escape, session_key
 from trigate.store import Delivery, Run
 from trigate.verification import Verifier, challenge
@@ -193,7 +193,7 @@ class SlackAdapter:
 
     @contextlib.asynccontextmanager
     async def watch(self, run: Run, order: Order) -> AsyncIterator[Live]:
-        """As `runs.Audience.watch`."""
+        """As `orders.Audience.watch`."""
         interval_s = self._channel.config.edit_interval_s
         if not interval_s:
             yield _Blind()

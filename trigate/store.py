@@ -194,7 +194,7 @@ class Run:
         channel: The hook or channel that it came by.
         owner, session: Whose session it belongs to, and its key; session None = it belongs to none.
         action: What was asked: ``chat`` and so on.
-        request: What is needed to do it, as JSON; its shape is of `runs`.
+        request: What is needed to do it, as JSON; its shape is of `orders`.
         acknowledged: It has been promised (202): it is finished even if this process ends.
         worker: Who does it.
         starts: How often it has been begun.

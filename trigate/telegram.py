@@ -37,9 +37,9 @@ from trigate import display, replies
 from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.display import Display, NotShown
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
+from trigate.orders import Live, Order
 from trigate.outbox import Receipt
 from trigate.rates import Rates
-from trigate.runs import Live, Order
 from trigate.store import Delivery, Run
 from trigate.telegram_messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
 from trigate.verification import Verifier
@@ -308,7 +308,7 @@ class TelegramAdapter:
 
     @contextlib.asynccontextmanager
     async def watch(self, run: Run, order: Order) -> AsyncIterator[Live]:
-        """As `runs.Audience.watch`."""
+        """As `orders.Audience.watch`."""
         place = msgspec.convert(order.reply_to, Place)
         store = self._channel.gateway.store
         before = await replies.shown_before(store, run)

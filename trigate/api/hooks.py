@@ -9,7 +9,7 @@ import msgspec
 from quart import Blueprint, Response, current_app, request
 
 from trigate.errors import NotFound
-from trigate.runs import view
+from trigate.orders import view
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
