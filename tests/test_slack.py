@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -409,19 +410,25 @@ edit_interval_s = 0.01
 # -- without a gateway ------------------------------------------------------------------------------------------------
 
 
-async def test_texts_that_grow_stay_within_the_limits(autojump_clock: object) -> None:
-    """Three at once share the edits that Slack allows, and each is whole in the end: no call is refused."""
+@pytest.mark.parametrize("workers", [1, 3])
+async def test_texts_that_grow_stay_within_the_limits(workers: int, autojump_clock: object) -> None:
+    """Three at once share the edits that Slack allows, in one worker or in several, and each is whole in the end: no
+    call is refused."""
     workspace = Workspace(burst=6)
     config = make_config(channels={"work": {"type": "slack", "token": TOKEN, "secrets": [SECRET]}}).channels["work"]
-    gateway: Any = None  # nothing of it is used
-    channel = Channel("work", config, gateway, workspace.transport(), base_url="https://slack.example/api")
-    adapter = slack.SlackAdapter(channel)
+    gateway: Any = SimpleNamespace(workers=SimpleNamespace(count=workers))  # nothing else of it is used
+    adapters = [
+        slack.SlackAdapter(
+            Channel("work", config, gateway, workspace.transport(), base_url="https://slack.example/api")
+        )
+        for _ in range(workers)
+    ]
     text = " ".join(f"word{number}" for number in range(500))
 
     async def note(message_id: str) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def grow(conversation: str) -> None:
+    async def grow(conversation: str, adapter: slack.SlackAdapter) -> None:
         place = slack._ReplyTo(channel=conversation)
         shown = Display(slack._LiveScreen(adapter, place, note), split=split, interval_s=1.0)
         async with trio.open_nursery() as nursery:
@@ -434,8 +441,8 @@ async def test_texts_that_grow_stay_within_the_limits(autojump_clock: object) ->
             await shown.end()
 
     async with trio.open_nursery() as nursery:
-        for conversation in ("C1", "C2", "D1"):
-            nursery.start_soon(grow, conversation)
+        for number, conversation in enumerate(("C1", "C2", "D1")):
+            nursery.start_soon(grow, conversation, adapters[number % workers])
     assert {each.result for each in workspace.calls} == {"ok"}
     assert len(workspace.called("chat.update")) > 30
     for conversation in ("C1", "C2", "D1"):

@@ -105,6 +105,7 @@ async def test_workers_find_each_other(database: Path) -> None:
         await one.join()
         await two.join()
         assert one.id != two.id
+        assert two.count == 2
         for each in (one, two):
             assert _ids(await each.all()) == [one.id, two.id]
         assert [each.snapshot for each in await two.all()] == [b'"first"', b'"second"']

@@ -50,7 +50,8 @@ CALL_TIMEOUT_S = 10.0
 WRITES_PER_S = 1.0
 """New messages in one conversation."""
 EDITS_PER_S = 50 / 60
-"""In the workspace. Of the edits of growing texts; that of a whole text is made in any case."""
+"""In the workspace, so of all workers together. Of the edits of growing texts; that of a whole text is made in any
+case."""
 _EDIT_BURST = 5
 _REST_S = 5.0
 _ATTEMPT_S = 15.0
@@ -302,7 +303,9 @@ class SlackAdapter:
         now = trio.current_time()
         if message_id is None:
             return self._rates.take(f"write {place.channel}", rate_per_s=WRITES_PER_S, burst=1, now=now)
-        return self._rates.take("edit", rate_per_s=EDITS_PER_S, burst=_EDIT_BURST, now=now)
+        share = self._channel.gateway.workers.count  # the others edit too
+        burst = max(1, _EDIT_BURST // share)
+        return self._rates.take("edit", rate_per_s=EDITS_PER_S / share, burst=burst, now=now)
 
     async def _call(self, method: str, fields: Mapping[str, object]) -> _Answer:
         """Calls a method.

@@ -80,6 +80,11 @@ class Workers:
         """Whether `join` has been done."""
         return self._joined.is_set()
 
+    @property
+    def count(self) -> int:
+        """How many there are, this one included, at the last look."""
+        return 1 + len(self._others)
+
     async def join(self) -> None:
         """Joins the others, once: opens the store, is known there, and has adopted what dead workers left. Whoever is
         about to use the store for something that outlives a request waits for this first.
