@@ -498,17 +498,19 @@ async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
 def test_runs_of_a_removed_hook_are_there() -> None:
     """Whoever was promised an answer can fetch it, whatever has become of the hook."""
     config = hooks({"ada": "key-of-ada"}, other={})
-    assert readers("h", config, {}, lambda: "ada") == {"ada", "hook:h"}
+    assert {"ada", "hook:h"} <= readers("h", config, {}, lambda: "ada")
 
 
 def test_who_reads_runs_of_a_channel() -> None:
-    """Whoever has a key, whichever it is: the channel's own secret is the platform's."""
+    """Whoever has a key, whichever it is, also of one that has been removed: the channel's own secret is the
+    platform's."""
     config = make_config(channels={"bot": {"type": "telegram", "token": "123:ABC"}})
 
     def refuse() -> str | None:
         raise Unauthenticated("No key.")
 
-    assert readers("bot", config, {}, lambda: "ada") == {"channel:bot"}
+    assert "channel:bot" in readers("bot", config, {}, lambda: "ada")
+    assert "channel:bot" in readers("bot", make_config(), {}, lambda: "ada")
     with pytest.raises(Unauthenticated):
         readers("bot", config, {}, refuse)
 

@@ -180,14 +180,11 @@ def readers(name: str, config: Config, headers: Mapping[bytes, bytes], authorize
     verification let in. The secret of a hook with verification ``bearer`` opens the latter alone. Runs of a channel are
     for whoever has a key.
 
-    What was accepted can be read also where the hook has been removed since.
+    What was accepted can be read also where the hook or the channel has been removed since.
 
     Raises:
         Unauthenticated, Forbidden: As `Hooks.visit`.
     """
-    if name in config.channels:
-        authorize()
-        return {f"channel:{name}"}
     try:
         hook = (config.hooks or {}).get(name)
         verifier = _verifier_of(hook) if hook is not None else None
@@ -196,7 +193,7 @@ def readers(name: str, config: Config, headers: Mapping[bytes, bytes], authorize
             return {f"hook:{name}"}
     except Unverified:
         pass  # it may be a key
-    return {authorize() or "", f"hook:{name}"}
+    return {authorize() or "", f"hook:{name}", f"channel:{name}"}
 
 
 def _check_json(request: Request) -> None:

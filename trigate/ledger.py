@@ -82,7 +82,6 @@ class Tables(Protocol):
     def drop_ticket(self, ticket: Ticket) -> None:
         """Drops it, unless another worker has taken it over meanwhile."""
 
-
     # runs
     def run(self, run_id: str) -> Run | None: ...
     def put_run(self, run: Run) -> None: ...
