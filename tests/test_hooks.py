@@ -498,7 +498,7 @@ async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
 def test_runs_of_a_removed_hook_are_there() -> None:
     """Whoever was promised an answer can fetch it, whatever has become of the hook."""
     config = hooks({"ada": "key-of-ada"}, other={})
-    assert readers("h", config, {}, lambda: "ada") == {"ada", "hook:h"}
+    assert {"ada", "hook:h"} <= readers("h", config, {}, lambda: "ada")
 
 
 def test_who_reads_runs_of_a_channel() -> None:
