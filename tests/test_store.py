@@ -484,6 +484,7 @@ async def test_a_key_stands_for_one_run(store: Store) -> None:
     assert (first.run, first.is_new, first.differs) == (run("run_1"), True, False)
     assert await store.runs.get("run_1") == run("run_1")
     await store.runs.finish("run_1", state="completed", status=200, result=b"{}", at=12.0)
+    assert [(each.received, each.replied) for each in await store.channels.all()] == [(1, 1)]
     again = await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_2"))
     assert (again.run.id, again.run.state, again.is_new, again.differs) == ("run_1", "completed", False, False)
     other = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))

@@ -410,6 +410,8 @@ class _Runs:
                 _append(tables, turn)
             for delivery in added:
                 tables.put_delivery(delivery)
+            if state == "completed" and not added:
+                _count(tables, run.channel, at=at, replied=1)
             if frees_key:
                 tables.drop_claims(run_id)
             return True

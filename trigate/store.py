@@ -248,7 +248,8 @@ class Runs(Protocol):
     ) -> Write[bool]:
         """Ends a run: its result, what it appends to its session, its place in the queue, and what is to be delivered,
         in one transaction. False = it had ended already, or is unknown, and nothing was done (but the place is given
-        back).
+        back). One that is completed with nothing to deliver counts as *replied* by its channel: who waited has the
+        answer, or can fetch it.
 
         Args:
             frees_key: Its idempotency key, if it has one, stands for nothing from now on: it may be tried again.
