@@ -134,6 +134,18 @@ def test_check_prints_what_the_file_makes(run: Run, tmp_path: Path) -> None:
     ]
 
 
+def test_check_names_hooks_and_channels(run: Run, tmp_path: Path) -> None:
+    """With how they are verified, and why one is off."""
+    more = '[hooks.ci]\n[hooks.old]\nenabled = false\n[channels.bot]\ntype = "telegram"\ntoken = {env = "NOT_SET"}\n'
+    result = run("check", "--config", _file(tmp_path, PARROT + more))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-3:] == [
+        "hook /hooks/ci: default, verified by key",
+        "hook /hooks/old: default, verified by key -- disabled: switched off in the configuration",
+        "channel bot: telegram, default -- disabled: token: the environment variable NOT_SET is not set",
+    ]
+
+
 def test_check_finds_the_file(run: Run, tmp_path: Path) -> None:
     """``--config`` goes before ``$TRIGATE_CONFIG``, and that before ``./trigate.toml``."""
     (tmp_path / "trigate.toml").write_text(PARROT)

@@ -449,6 +449,16 @@ async def test_who_may_come_in(open_app: OpenApp, config: Config, first: str) ->
         ]
 
 
+async def test_who_may_call(open_app: OpenApp) -> None:
+    """Hooks and channels are named, and why one is off: a token that is missing is seen at the start."""
+    hooks = {"ci": {}, "old": {"enabled": False}}
+    channels = {"bot": {"type": "telegram", "token": {"env": "NO_SUCH"}}}
+    async with open_app(make_config(hooks=hooks, channels=channels)) as served:
+        assert report.startup_lines(served.gateway)[3:] == [
+            "Hooks and channels: ci; old: disabled; bot: disabled (token: the environment variable NO_SUCH is not set)"
+        ]
+
+
 @pytest.mark.parametrize(
     ("upstreams", "scripts", "found", "default"),
     [

@@ -253,6 +253,12 @@ def check(config_path: str | None) -> None:
         click.echo(f"  {alias} -> {', then '.join(model_config.targets)}")
     if "default" not in config.models:
         click.echo("  default -> the first upstream that can serve")
+    for name, hook in (config.hooks or {}).items():
+        off = "" if hook.enabled else " -- disabled: switched off in the configuration"
+        click.echo(f"hook /hooks/{name}: {hook.model}, verified by {hook.verification}{off}")
+    for name, channel in config.channels.items():
+        reason = config.disabled.get(f"channels.{name}")
+        click.echo(f"channel {name}: {channel.type}, {channel.model}" + (f" -- disabled: {reason}" if reason else ""))
     _refuse_open_door(config)
 
 

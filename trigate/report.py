@@ -43,7 +43,7 @@ STORE_TIMEOUT_S = 1.0
 
 
 def startup_lines(gateway: Gateway) -> list[str]:
-    """What was found, in two or three lines."""
+    """What was found, in three lines, or four where there are hooks or channels."""
     generation = gateway.generation
     config = generation.config
     where = gateway.store.statistics().path
@@ -61,11 +61,18 @@ def startup_lines(gateway: Gateway) -> list[str]:
     keys = f"{len(config.keys)} keys ({', '.join(config.keys)})" if config.keys else "no key: this machine only"
     if not config.keys and config.server.insecure:
         keys = "NO KEY and --insecure: anybody who reaches it can use it"
-    return [
+    lines = [
         f"Trigate {__version__}, configured by {config.source}; {keys}; store {storage.described(where)}",
         "Upstreams: " + ("; ".join(found) or "none"),
         f"Models: {len(generation.public_ids())} listed; {default}",
     ]
+    callers = [name if hook.enabled else f"{name}: disabled" for name, hook in (config.hooks or {}).items()]
+    for name in config.channels:
+        reason = config.disabled.get(f"channels.{name}")
+        callers.append(f"{name}: disabled ({reason})" if reason else name)
+    if callers:
+        lines.append("Hooks and channels: " + "; ".join(callers))
+    return lines
 
 
 def clock(seconds: float) -> str:
