@@ -157,6 +157,17 @@ async def test_a_model_that_fails_is_an_error(
         served.assert_clean()
 
 
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("on_disconnect", ["cancel", "finish"])
+async def test_a_failure_says_when_to_try_again(open_app: OpenApp, accept: str, on_disconnect: str) -> None:
+    """As the provider did: it is the provider's limit."""
+    script = answers(b'{"error":{"message":"slow down"}}', status=429, headers={"retry-after": "17"})
+    async with open_app(hooks(h={"on_disconnect": on_disconnect}), Provider(script)) as served:
+        call = await post(served, accept=accept)
+        assert (call.status, call.header("retry-after"), call.header("x-should-retry")) == (429, "17", "false")
+        assert call.header("x-run-id")
+
+
 async def test_an_answer_that_is_cut_is_no_answer(open_app: OpenApp) -> None:
     """Without its end, what came is not told as a reply."""
     async with open_app(hooks(h={}), Provider((Say(content("a")), Break()))) as served:

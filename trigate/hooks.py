@@ -43,6 +43,7 @@ from trigate.errors import (
 )
 from trigate.exchange import STREAM_HEADERS, Downstream
 from trigate.orders import CLIENT_LEFT, Order
+from trigate.performance import Unwatched
 from trigate.rates import Rates
 from trigate.runs import Doing
 from trigate.store import ENDED, Run
@@ -333,18 +334,18 @@ class _HookVisit:
         await down.respond(202, [_JSON, (b"location", where), *headers], msgspec.json.encode(body))
 
     async def _perform(self, run: Run, order: Order, headers: list[Header], down: Downstream) -> Run:
-        streams = _Streamed(down, headers) if self._wants_events and order.action == "chat" else None
+        streams = self._wants_events and order.action == "chat"
+        client = _Streamed(down, headers) if streams else _Waiting(down, headers)
         if not order.finish:
-            return await self._runs.perform(run, down=streams)
-        doing: Doing = self._runs.perform_soon(run, down=streams)
+            return await self._runs.perform(run, down=client)
+        doing: Doing = self._runs.perform_soon(run, down=client)
         try:
             await doing.done.wait()
         finally:
             if not doing.done.is_set():
                 self._runs.promise(run)
-                if streams is not None:
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + _LAST_SEND_S):
-                        await streams.detach()
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _LAST_SEND_S):
+                    await client.detach()
         return doing.run
 
     async def _tell(self, run: Run, headers: list[Header], down: Downstream) -> None:
@@ -382,6 +383,27 @@ def events_of(run: Run) -> bytes:
     if result["usage"] is not None:
         frames.append(chunk(choices=[], usage=result["usage"]))
     return b"".join(frames) + b"data: [DONE]\n\n"
+
+
+class _Waiting(Unwatched):
+    """The client of a run whose reply it is sent whole, when that is stored. Only an error that comes before the answer
+    goes to it as it is, with the headers that say when to try again."""
+
+    def __init__(self, down: Downstream, headers: list[Header]) -> None:
+        super().__init__()
+        self._down: Downstream | None = down
+        self._headers = headers
+
+    async def detach(self) -> None:
+        """The client has left, and the run goes on: sends nothing more."""
+        self._down = None
+        await trio.lowlevel.checkpoint()
+
+    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """As `Downstream.respond`."""
+        await super().respond(status, headers, body)
+        if self._down is not None:
+            await self._down.respond(status, [*headers, *self._headers], body)
 
 
 class _Streamed:
