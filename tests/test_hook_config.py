@@ -70,6 +70,7 @@ def test_every_setting_can_be_written() -> None:
         session = "hook"
         verification = "slack"
         secrets = ["0123456789abcdef01234567"]
+        verify_token = "a-token-of-more-than-24-bytes"
         tolerance_s = 60
         expressions = { text = "a.text", from = "a.user", title = "a.title" }
         filter = "a.type == 'x'"
@@ -133,6 +134,8 @@ def test_every_setting_can_be_written() -> None:
         (HOOK.replace(SECRET, "x" * 23), "hooks.h.secrets.0: has fewer than 24 bytes"),
         (HOOK.replace(f'"{SECRET}"', '{env = "NOPE"}'), "hooks.h.secrets.0: the environment variable NOPE is not set"),
         (HOOK + f"[keys]\nk = '{SECRET}'", "hooks.h.secrets: one is a key of the gateway"),
+        (HOOK + "verify_token = 'short'", "hooks.h.verify_token: has fewer than 24 bytes"),
+        (HOOK + f"verify_token = '{SECRET}'", "hooks.h.verify_token: is one of the secrets"),
         ("[hooks.h]\nfilter = 'a['", "hooks.h.filter: 'a[' is not a JMESPath"),
         ("[hooks.h]\nfilter = 1", "hooks.h.filter: expected a JMESPath, got an integer"),
         ("[hooks.h]\nexpressions = {text = '@@'}", "hooks.h.expressions.text: '@@' is not a JMESPath"),

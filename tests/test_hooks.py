@@ -401,11 +401,16 @@ async def test_slack_asks_whether_the_url_is_ours(open_app: OpenApp) -> None:
 
 async def test_a_hub_asks_whether_the_url_is_ours(open_app: OpenApp) -> None:
     """``GET ?hub.challenge`` with the token is answered, without it is not."""
-    async with open_app(hooks(h={"verification": "github", "secrets": [SECRET]})) as served:
-        path = "/hooks/h?hub.mode=subscribe&hub.challenge=42&hub.verify_token="
-        call = await served.client.ask("GET", path + SECRET)
+    token = "a-token-of-more-than-24-bytes"
+    more = {"verification": "github", "secrets": [SECRET]}
+    async with open_app(hooks(h={**more, "verify_token": token}, other=more)) as served:
+        asks = "?hub.mode=subscribe&hub.challenge=42&hub.verify_token="
+        path = f"/hooks/h{asks}"
+        call = await served.client.ask("GET", path + token)
         assert (call.status, call.body) == (200, b"42")
         assert (await served.client.ask("GET", path + "x")).status == 401
+        assert (await served.client.ask("GET", path + SECRET)).status == 401
+        assert (await served.client.ask("GET", f"/hooks/other{asks}{SECRET}")).status == 401
         assert (await served.client.ask("GET", "/hooks/h?hub.mode=unsubscribe")).status == 405
 
 

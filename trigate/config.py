@@ -232,6 +232,9 @@ class HookConfig:
     """How a request proves where it comes from; ``key`` = as everywhere else, by a key of the gateway."""
     secrets: tuple[Secret, ...] = ()
     """Those of the verification; several while one takes the place of another."""
+    verify_token: Secret | None = None
+    """What ``hub.verify_token`` must be where a platform asks whose the URL is (``GET ?hub.mode=subscribe``). It stands
+    in URLs, and so in logs: none of the secrets."""
     tolerance_s: Seconds = Seconds(300.0)
     """How far the timestamp of a signature may be from now."""
     expressions: Mapping[str, Expression] = attrs.field(factory=dict)
@@ -568,7 +571,14 @@ def _checked_hook(
         problems.append("callback_secret: required for callbacks, which are signed with it")
     if hook.reply == "callback" and hook.callback_url is None and not hook.callback_hosts:
         problems.append("callback_url: required for reply = 'callback' (or callback_hosts)")
-    return attrs.evolve(hook, secrets=secrets, callback_secret=callback_secret), problems
+    verify_token = hook.verify_token
+    if verify_token is not None:
+        revealed, found = _revealed("verify_token", (verify_token,), env, "bearer")
+        problems += [problem.replace("verify_token.0", "verify_token") for problem in found]
+        verify_token = revealed[0] if revealed else None
+        if verify_token in secrets:
+            problems.append("verify_token: is one of the secrets, and stands in URLs, which are logged on their way")
+    return attrs.evolve(hook, secrets=secrets, callback_secret=callback_secret, verify_token=verify_token), problems
 
 
 def _checked_channel(

@@ -250,7 +250,7 @@ class _HookVisit:
             request.method,
             self._query,
             body,
-            tokens=tuple(secret.literal or "" for secret in hook.secrets),
+            tokens=(hook.verify_token.literal or "",) if hook.verify_token is not None else (),
         )
         if challenge is not None:
             await down.respond(*challenge.to_response())
