@@ -64,23 +64,22 @@ class GatewayConnection(TrioASGIHTTPConnection):
             down.headers += cors_headers(head.origin, config)
             if head.method == "OPTIONS" and await _preflight(head, config, down):
                 return  # noqa: ASYNC910
+            endpoint = ENDPOINTS.get(head.path)
+            if endpoint is not None:
+                owner = authorize(head, config) or ""
+                await self._data_plane(endpoint, head, request_id, inbound, down, owner=owner)
+                return
             hook, rest = _hook_of(head.path)
             if hook and not rest:
                 await self._hook(hook, head, inbound, down)
                 return
-            owner = ""
             if hook:
                 scope["trigate.readers"] = hooks.readers(
                     hook, config, head.headers, functools.partial(authorize, head, config)
                 )
             elif head.path != "/health":
-                owner = authorize(head, config) or ""
-            endpoint = ENDPOINTS.get(head.path)
-            if endpoint is None:
-                scope["trigate.owner"] = owner
-                await self._control_plane(head, inbound, down)
-            else:
-                await self._data_plane(endpoint, head, request_id, inbound, down, owner=owner)
+                scope["trigate.owner"] = authorize(head, config) or ""
+            await self._control_plane(head, inbound, down)
         except GatewayError as error:
             log.info("refused", request_id=request_id, path=self.scope["path"], status=error.status, code=error.code)
             await _refuse(error, inbound, down)
