@@ -130,10 +130,6 @@ class Client:
         """
         return self._connection.watch(callback)
 
-    def unwatch(self) -> None:
-        """Does not call back any more."""
-        self._connection.peer.on_leave = None
-
     async def respond(  # noqa: ASYNC910 - as `Connection.respond`
         self, status: int, headers: list[Header], body: bytes
     ) -> None:

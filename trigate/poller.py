@@ -65,13 +65,9 @@ class Poller:
         return len(self._callbacks)
 
     def add(self, fd: int, events: int, callback: Callback) -> None:
-        """Calls back whenever one of these events is pending (it is level-triggered)."""
+        """Calls back whenever one of these events is pending (it is level-triggered); 0 = only its end."""
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
-
-    def change(self, fd: int, events: int) -> None:
-        """Waits for other events on it from now on; 0 = only for its end."""
-        self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
         """Forgets a socket, which must still be open. It is not called back any more, not even in this turn.
