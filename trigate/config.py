@@ -35,9 +35,11 @@ HostName = NewType("HostName", str)
 Origin = NewType("Origin", str)
 ProxyUrl = NewType("ProxyUrl", str)
 Rate = NewType("Rate", float)
+Share = NewType("Share", float)
+Limit = NewType("Limit", int)
 Expression = NewType("Expression", str)
 Action = Literal["chat", "reset", "stop", "history", "note"]
-TimeoutPhase = Literal["connect", "first_token", "idle", "total", "queue"]
+TimeoutPhase = Literal["connect", "response_head", "first_token", "idle", "total", "queue"]
 
 _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
 DAY_S = 86400.0
@@ -129,6 +131,7 @@ class UpstreamConfig:
     http2: bool = False
     """Speak HTTP/2 with it where it can."""
     connect_timeout_s: Seconds | None = None
+    response_head_timeout_s: Seconds | None = None
     first_token_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
     total_timeout_s: Seconds | None = None
@@ -152,9 +155,35 @@ class UpstreamConfig:
 
 @attrs.frozen(kw_only=True)
 class ModelConfig:
-    """``[models.ALIAS]``: a public model id, and the targets that stand behind it, tried in order."""
+    """``[models.ALIAS]``: a public model id, the targets that stand behind it, and how they are used. Times that are
+    left out are those of the upstream, or of ``[limits]``; 0 switches one off."""
 
     targets: tuple[str, ...]
+    strategy: Literal["failover", "balance", "hedge"] = "failover"
+    """In order, as one after the other fails; spread by load and latency; or the second as well where the first one
+    is slow to begin."""
+    weights: tuple[Rate, ...] = ()
+    """``balance``: how much each target shall get, in the order of the targets; left out: the same."""
+    hedge_delay_s: Seconds | None = None
+    """``hedge``: how long the first attempt has before the second one begins; left out: as long as 95 of 100 take."""
+    hedge_budget: Share = Share(0.1)
+    """``hedge``: the share of calls that may have a second attempt."""
+    max_attempts: Count | None = None
+    """Left out: ``retries.max_attempts``."""
+    first_token_timeout_s: Seconds | None = None
+    idle_timeout_s: Seconds | None = None
+    total_timeout_s: Seconds | None = None
+    on_truncation: Literal["error", "continue"] = "error"
+    """What becomes of a stream whose upstream breaks off: an error event, or the next target goes on with it."""
+    on_disconnect: Literal["cancel", "finish"] = "cancel"
+    """What becomes of the upstream's answer when the client leaves: cancelled, or taken to its end and accounted."""
+    finish_timeout_s: Seconds = Seconds(60.0)
+    """``finish``: how long that may take after the client has left."""
+    coalesce: bool = False
+    """Identical calls of one key that are in flight share one upstream stream, where their parameters leave nothing to
+    chance (``temperature`` 0)."""
+    coalesce_sampled: bool = False
+    """Those too whose parameters do leave something to chance."""
 
 
 @attrs.frozen(kw_only=True)
@@ -168,8 +197,22 @@ class LimitsConfig:
     response_bytes: Size = Size(256 * 1024 * 1024)
     """The largest non-streamed answer taken from an upstream."""
     max_exchanges: Count = Count(5000)
-    """Exchanges in flight in one worker (each takes two file descriptors); beyond it: 503."""
+    """Exchanges in flight in one worker (each takes two file descriptors); further ones queue."""
+    max_exchanges_per_key: Limit = Limit(0)
+    """Exchanges that one key has in flight in one worker; further ones queue. 0 = no limit of its own."""
+    max_queued: Limit = Limit(1000)
+    """How many calls may wait for a place in one worker; beyond it: 503 (or 429, where it is the key's limit)."""
+    key_rate_per_s: Rate = Rate(0.0)
+    """Calls a second, in the long run, for each key in one worker; 0 = no limit. Beyond it: 429."""
+    key_burst: Count = Count(100)
+    """How many of them may come at once."""
+    loop_lag_s: Seconds = Seconds(0.5)
+    """How late the event loop may be, for a while, before new calls are refused."""
+    buffered_bytes: Size = Size(1024 * 1024)
+    """What may be kept of one stream: for who joins it later, or for another target to go on with it."""
     connect_timeout_s: Seconds = Seconds(10.0)
+    response_head_timeout_s: Seconds = Seconds(0.0)
+    """From the end of the queue to the head of the response; 0 = as long as the first token may take."""
     first_token_timeout_s: Seconds = Seconds(600.0)
     """From the end of the queue to the first event with content (streams) or the response head."""
     idle_timeout_s: Seconds = Seconds(120.0)
@@ -180,6 +223,44 @@ class LimitsConfig:
     """After how long a silence a stream gets a comment line. Before the first token, this commits status 200."""
     stall_timeout_s: Seconds = Seconds(30.0)
     """How long a client may not read before its upstream stream is ended."""
+
+
+@attrs.frozen(kw_only=True)
+class RetriesConfig:
+    """``[retries]``: further attempts, all of them before anything was sent to the client."""
+
+    max_attempts: Count = Count(3)
+    """At how many attempts, the first one included, a call ends."""
+    backoff_s: Seconds = Seconds(0.1)
+    """The pause before a target is tried again: at most this, then twice this, and so on; a random part of it."""
+    max_backoff_s: Seconds = Seconds(2.0)
+    """The longest such pause, and the longest ``Retry-After`` that is waited for."""
+    budget: Share = Share(0.2)
+    """The share of a target's calls that may be tries again, so that an outage is not multiplied."""
+
+
+@attrs.frozen(kw_only=True)
+class BreakerConfig:
+    """``[breaker]``: when a target gets no calls for a while."""
+
+    failures: Limit = Limit(5)
+    """After how many failures in a row; 0 = not for that."""
+    failure_rate: Share = Share(0.5)
+    """At which share of failures within the window; 0 = not for that."""
+    window_s: Seconds = Seconds(30.0)
+    min_calls: Count = Count(20)
+    """How many calls the window must have seen."""
+    cooldown_s: Seconds = Seconds(5.0)
+    """For how long, before a single call tries it again; doubles at each such failure, up to a minute."""
+
+
+@attrs.frozen(kw_only=True)
+class LedgerConfig:
+    """``[ledger]``: one record of each exchange, in the store. 0 switches an age off."""
+
+    enabled: bool = True
+    retention_s: Seconds = Seconds(30 * DAY_S)
+    max_records: Count = Count(1_000_000)
 
 
 @attrs.frozen(kw_only=True)
@@ -319,10 +400,16 @@ class Config:
     sessions: SessionsConfig = SessionsConfig()
     hooks: Mapping[str, HookConfig] | None = None
     channels: Mapping[str, ChannelConfig] = attrs.field(factory=dict)
+    retries: RetriesConfig = RetriesConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    ledger: LedgerConfig = LedgerConfig()
 
-    def timeout_s(self, upstream: str, phase: TimeoutPhase) -> float:
-        """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off."""
-        own = getattr(self.upstreams[upstream], f"{phase}_timeout_s")
+    def timeout_s(self, upstream: str, phase: TimeoutPhase, model: str | None = None) -> float:
+        """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off. What the public
+        model's own configuration says goes first."""
+        own = getattr(self.models.get(model or ""), f"{phase}_timeout_s", None)
+        if own is None:
+            own = getattr(self.upstreams[upstream], f"{phase}_timeout_s")
         value: float = own if own is not None else getattr(self.limits, f"{phase}_timeout_s")
         return value or float("inf")
 
@@ -348,6 +435,8 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Rate, config_checks.not_negative)
     converter.register_structure_hook(Size, config_checks.whole(1, 2**40))
     converter.register_structure_hook(Count, config_checks.whole(1, 10**6))
+    converter.register_structure_hook(Limit, config_checks.whole(0, 10**6))
+    converter.register_structure_hook(Share, config_checks.share)
     converter.register_structure_hook(Port, config_checks.whole(0, 65535))
     converter.register_structure_hook(Url, config_checks.url)
     converter.register_structure_hook(HostName, config_checks.host_name)
@@ -390,6 +479,12 @@ def _make_converter() -> cattrs.Converter:
         strings(value, kind)
         return tuple(converter.structure(item, kind.__args__[0]) for item in value)
 
+    def numbers(value: Any, _: Any) -> tuple[float, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"expected an array of numbers, got {config_checks.kind_of(value)}")
+        return tuple(config_checks.not_negative(item, Rate) for item in value)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
     converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), each)
     return converter
 
@@ -439,7 +534,10 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         ConfigError: Something in it is wrong; all of it is named.
     """
     problems: list[str] = []
-    sections = ("server", "upstreams", "models", "limits", "keys", "store", "sessions", "hooks", "channels")
+    sections = (
+        *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "ledger", "sessions"),
+        *("hooks", "channels"),
+    )
     for name in data:
         if name not in sections:
             problems.append(f"{name}: unknown section; there are {', '.join(sections)}")
@@ -474,11 +572,16 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         targets = value.get("targets") if isinstance(value, dict) else None
         if isinstance(targets, list):
             problems.extend(config_checks.target_problems(alias, targets, upstream_tables))
+        if model is not None:
+            problems.extend(f"models.{alias}.{problem}" for problem in _model_problems(model))
     keys, key_problems = _gateway_keys(_table(data, "keys", problems), env)
     problems.extend(key_problems)
     store = take(StoreConfig, data.get("store", {}), "store") or StoreConfig()
     if 0 < store.run_retention_s < MIN_RUN_RETENTION_S:
         problems.append("store.run_retention_s: at least four days (345600), so that what is sent again is recognised")
+    retries = take(RetriesConfig, data.get("retries", {}), "retries") or RetriesConfig()
+    breaker = take(BreakerConfig, data.get("breaker", {}), "breaker") or BreakerConfig()
+    ledger = take(LedgerConfig, data.get("ledger", {}), "ledger") or LedgerConfig()
     sessions = take(SessionsConfig, data.get("sessions", {}), "sessions") or SessionsConfig()
     hooks: dict[str, HookConfig] = {}
     for name, value in _table(data, "hooks", problems).items():
@@ -515,7 +618,22 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         sessions=sessions,
         hooks=hooks if "hooks" in data else None,
         channels=channels,
+        retries=retries,
+        breaker=breaker,
+        ledger=ledger,
     )
+
+
+def _model_problems(model: ModelConfig) -> list[str]:
+    """What does not go together in a model's table."""
+    problems = []
+    if model.weights and model.strategy != "balance":
+        problems.append(f"weights: not used by strategy {model.strategy!r}")
+    if model.weights and (len(model.weights) != len(model.targets) or not all(model.weights)):
+        problems.append("weights: expected one number above 0 for each target")
+    if model.coalesce_sampled and not model.coalesce:
+        problems.append("coalesce_sampled: goes with coalesce = true")
+    return problems
 
 
 _NEEDS_NO_SECRET = ("key",)

@@ -50,6 +50,13 @@ def not_negative(value: Any, _: Any) -> float:
     return float(value)
 
 
+def share(value: Any, kind: Any) -> float:
+    number = not_negative(value, kind)
+    if number > 1:
+        raise ValueError(f"expected 0 to 1, got {value}")
+    return number
+
+
 def whole(low: int, high: int) -> Any:
     def structure(value: Any, _: Any) -> int:
         if type(value) is not int:
