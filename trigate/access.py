@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hmac
 import ipaddress
+import math
 import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -97,6 +98,34 @@ class Head:
             )
         return bytes(key).decode()
 
+    def timeout_s(self) -> float:
+        """How long the client lets the whole call take (``x-request-timeout``, in seconds); ``math.inf`` = it does not
+        say.
+
+        Raises:
+            BadRequest: It is not a number of seconds above 0.
+        """
+        given = self.headers.get(b"x-request-timeout")
+        if given is None:
+            return math.inf
+        seconds = _seconds(given)
+        if seconds is None:
+            said = given.decode("latin-1")[:50]
+            raise BadRequest(
+                f"x-request-timeout must be a number of seconds above 0; got {said!r}.", param="x-request-timeout"
+            )
+        return seconds
+
+    def sdk_timeout_s(self) -> float:
+        """How long the client's SDK waits for an answer to begin, or for one that is not streamed to be there.
+
+        The official SDKs send with each call what they are set to. openai-python sends its read timeout
+        (``x-stainless-read-timeout``), which begins anew with each byte; openai-node (``x-stainless-timeout``) waits so
+        long for the head of the response. So neither bounds a stream that has begun.
+        """
+        given = [self.headers.get(name, b"") for name in (b"x-stainless-read-timeout", b"x-stainless-timeout")]
+        return min([seconds for seconds in map(_seconds, given) if seconds is not None], default=math.inf)
+
     def forwarded(self) -> dict[str, str]:
         """The client's headers that go upstream."""
         return {
@@ -104,6 +133,19 @@ class Head:
             for key, name in _FORWARDED.items()
             if key in self.headers and self.headers[key].isascii()
         }
+
+
+def _seconds(given: bytes) -> float | None:
+    """Reads a header's number of seconds; None where it is none, or not above 0.
+
+    >>> _seconds(b"2.5"), _seconds(b"0"), _seconds(b"1e999"), _seconds(b"soon")
+    (2.5, None, None, None)
+    """
+    try:
+        seconds = float(given)
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 # -- who may come in --------------------------------------------------------------------------------------------------

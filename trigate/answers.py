@@ -59,6 +59,9 @@ class _ToolCall:
         return {**fields, "function": self.function.value()} if self.function else fields
 
 
+_TEXT = {"role", "content"}
+
+
 class AnswerRecord:
     r"""The first choice of a chat answer, as it comes. What is not of the expected shape is passed over.
 
@@ -71,6 +74,7 @@ class AnswerRecord:
     Attributes:
         finish_reason: None until it has come.
         is_cut: It has not said that it is complete.
+        is_only_text: There has been nothing in it but its role and text.
     """
 
     def __init__(self) -> None:
@@ -82,6 +86,7 @@ class AnswerRecord:
         self._function_call: _Function | None = None
         self.finish_reason: str | None = None
         self.is_cut = True
+        self.is_only_text = True
 
     def hear(self, frames: bytes) -> None:
         """Takes whole server-sent events (`exchange.Recorder.hear`)."""
@@ -111,6 +116,8 @@ class AnswerRecord:
                 return
 
     def _hear_part(self, part: dict[str, Any]) -> None:
+        if not part.keys() <= _TEXT and any(value for name, value in part.items() if name not in _TEXT):
+            self.is_only_text = False
         if text := _text_of(part.get("content")):
             self._text.append(text)
         if isinstance(refusal := part.get("refusal"), str) and refusal:

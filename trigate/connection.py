@@ -104,6 +104,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream, *, owner: str
     ) -> None:
         gateway = self.app.gateway
+        arrived_at = trio.current_time()
         if head.method != "POST":
             raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
         content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -111,6 +112,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
             said = content_type.decode("latin-1")[:100] or "none"
             raise UnsupportedMediaType(f"Content-Type must be application/json; got {said}.")
         session = head.session_key(endpoint)
+        timeout_s, sdk_timeout_s = head.timeout_s(), head.sdk_timeout_s()
         body = await self._read(head, inbound, down, max_bytes=gateway.generation.config.limits.body_bytes)
         if body is None:
             return
@@ -123,7 +125,9 @@ class GatewayConnection(TrioASGIHTTPConnection):
             def leave() -> None:
                 down.gone = True
                 if not down.ended:
-                    if exchange is not None and exchange.abandon_upstream():
+                    if exchange is not None and exchange.finishes:
+                        exchange.finish_alone()
+                    elif exchange is not None and exchange.abandon_upstream():
                         gateway.leaving.cancel_soon(nursery.cancel_scope)
                     else:
                         nursery.cancel_scope.cancel()
@@ -142,6 +146,10 @@ class GatewayConnection(TrioASGIHTTPConnection):
                         "x-request-id": request_id,
                         **head.forwarded(),
                     },
+                    owner=owner,
+                    arrived_at=arrived_at,
+                    client_timeout_s=timeout_s,
+                    sdk_timeout_s=sdk_timeout_s,
                     recorder=recorder,
                 )
                 return exchange

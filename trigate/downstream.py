@@ -79,6 +79,8 @@ class Downstream:
     # None of the sends is a checkpoint for certain: that is the server's affair, and costs too much to add per event.
 
     async def _emit(self, *messages: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
+        if self.gone:
+            return  # nobody would get it
         piece = messages[0].get("more_body", False)
         if piece and self.client is not None and self.sending_since is None and not self._owed:
             # This server cuts no message in two. A piece that a cancellation leaves out is missed by nobody; a head and
@@ -138,6 +140,8 @@ class Downstream:
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """Sends a whole response."""
         self.committed = self.ended = True
+        if self.gone:
+            return  # nobody would get it
         if self.client is not None and self.sending_since is None:
             self.sending_since = trio.current_time()
             try:

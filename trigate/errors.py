@@ -57,7 +57,12 @@ class GatewayError(Exception):
     code: ClassVar[str]
     status: int
     openai_type: ClassVar[str]
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
+    """Another attempt may go better."""
+    retry_after_s: float | None = None
+    """In how many seconds; None = nobody has said."""
+    attempts: tuple[dict[str, object], ...] = ()
+    """What was tried, in order: it is told with the error."""
     blame: ClassVar[str]
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
@@ -86,7 +91,7 @@ class GatewayError(Exception):
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
         """Renders the error as status, headers and JSON body (before COMMIT)."""
-        body = msgspec.json.encode({"error": self.payload})
+        body = msgspec.json.encode({"error": self._told()})
         return self.status, [(b"content-type", b"application/json"), *self.headers], body
 
     def to_frame(self) -> bytes:
@@ -94,7 +99,10 @@ class GatewayError(Exception):
 
         The ``error`` key is inside ``data``: the SDKs raise `openai.APIError` on that, and ignore ``event:`` names.
         """
-        return b"data: " + msgspec.json.encode({"error": self.payload}) + b"\n\n"
+        return b"data: " + msgspec.json.encode({"error": self._told()}) + b"\n\n"
+
+    def _told(self) -> dict[str, object]:
+        return {**self.payload, "attempts": self.attempts} if self.attempts else self.payload
 
 
 # -- the client's call ------------------------------------------------------------------------------------------------
@@ -297,6 +305,7 @@ class Rejected(UpstreamError):
 
     def __init__(self, upstream: str, status: int, body: bytes, *, headers: tuple[Header, ...] = ()) -> None:
         self.status = status
+        self.retryable = status in (408, 409, 429)
         self.body = body if _is_error_object(body) else None
         self._headers = headers
         super().__init__(_message_of(body) or f"The upstream {upstream} answered {status}.")
@@ -326,7 +335,6 @@ class Throttled(Rejected):
 
     code = "upstream_throttled"
     openai_type = "rate_limit_error"
-    retryable = True
 
 
 class Unavailable(UpstreamError):
@@ -338,17 +346,25 @@ class Unavailable(UpstreamError):
 
     code = "upstream_unavailable"
 
-    def __init__(self, message: str, *, status: int = 502, reachable: bool = False) -> None:
+    def __init__(
+        self, message: str, *, status: int = 502, reachable: bool = False, retry_after_s: float | None = None
+    ) -> None:
         self.status = status
         self.reachable = reachable
+        self.retry_after_s = retry_after_s
         super().__init__(message)
+
+    @property
+    def headers(self) -> list[Header]:
+        told = _retry_after(self.retry_after_s) if self.retry_after_s is not None else []
+        return [*told, *super().headers]
 
 
 class UpstreamTimeout(UpstreamError):
     """A deadline passed while the gateway waited for the provider.
 
     Args:
-        phase: What was waited for: ``queue``, ``connect``, ``first_token``, ``idle`` or ``total``.
+        phase: What was waited for: ``queue``, ``connect``, ``response_head``, ``first_token``, ``idle`` or ``total``.
     """
 
     status = 504

@@ -7,8 +7,12 @@ The rules:
 
 * Before COMMIT every failure is an exception and becomes a status; after it, every failure is an error event, and
   there is no ``[DONE]``. There is no third case.
-* The *upstream half* (`Exchange._half`) is a cancel scope of its own: a deadline, a drain or a stalled client ends the
-  upstream's part at once (that is the costly one), and what the client has to be told can still be told.
+* An attempt's *half* (`Attempt.half`) is a cancel scope of its own: a deadline, a drain, a stalled client or another
+  attempt that was first ends the upstream's part at once (that is the costly one), and what the client has to be told
+  can still be told.
+* Which target is next, when and why, is `plans`' to say. Whose content comes first wins (`_claim`): synchronously, so
+  there is one winner.
+* One deadline spans all of it, from the arrival of the request: queue, pauses, attempts, the stream.
 * A frame is sent whole or not begun: `Downstream` sees to it, so a cancellation lands between frames.
 * Once the answer has begun, and where both ends are plain sockets, the `relay` engine moves the events while the
   exchange sleeps; everywhere else the loop in `_relay` does. Both feed the same `wire.StreamReader`.
@@ -19,16 +23,20 @@ The rules:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import socket
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import structlog
 import trio
 
 from trigate import sse
-from trigate.config import TimeoutPhase
+from trigate.answers import AnswerRecord
+from trigate.attempt import Attempt
+from trigate.config import ModelConfig, TimeoutPhase
 from trigate.errors import (
     Draining,
     Garbled,
@@ -37,20 +45,25 @@ from trigate.errors import (
     Internal,
     Stalled,
     Unavailable,
+    UpstreamError,
     UpstreamTimeout,
 )
+from trigate.plans import Plan, Step
 from trigate.routing import Target
-from trigate.wire import Call, StreamReader, Usage, decode_answer
+from trigate.wire import Call, StreamReader, Usage, decode_answer, seam_of
 
 if TYPE_CHECKING:
-    from trigate.gateway import Gateway, Generation
+    from msgspec import Raw
+
+    from trigate.gateway import Gateway, Generation, Route
     from trigate.relay import Stream
     from trigate.timers import Timer
     from trigate.upstream import Reply
 
 log = structlog.get_logger("trigate.exchange")
 
-Deadline = Literal["total", "first_token", "idle", "stall"]
+_PLAIN_MODEL = ModelConfig(targets=())
+"""The rules of a model id that the configuration does not name."""
 
 # How long the rest of an upstream's body (the end of its framing) may take after the last event, before the
 # connection is closed instead of reused. The client has its answer by then.
@@ -65,6 +78,10 @@ class Downstream(Protocol):
     sending_since: float | None
     """Since when a send has been waiting for the client to read; None = none is."""
     last_sent_at: float
+    headers: list[Header]
+    """What every response says in its head."""
+    gone: bool
+    """The client has left."""
     patience_s: float
     """How long a send may wait for the client."""
 
@@ -75,10 +92,6 @@ class Downstream(Protocol):
     @property
     def ended(self) -> bool:
         """The last byte of the answer has been handed over."""
-
-    @property
-    def gone(self) -> bool:
-        """The client has left."""
 
     @property
     def socket(self) -> socket.socket | None:
@@ -139,22 +152,19 @@ STREAM_HEADERS: list[Header] = [
 ]
 
 
-@attrs.frozen(kw_only=True)
-class Attempt:
-    """One try at one target, and how it ended (None = well)."""
-
-    target: Target
-    error: str | None = None
-
-
 @attrs.define(eq=False, kw_only=True)
 class Exchange:
     """A request in flight. Its public attributes are what ``/status`` shows.
 
     Attributes:
-        phase: ``admitted``, ``queued`` (for a place at the upstream), ``connecting`` (until the reply's head),
-            ``waiting`` (for the first content), ``streaming``, ``reading`` (a JSON answer), ``ending``.
-        outcome: None while it runs; then ``complete``, ``cancelled`` (the client left), or an error code.
+        owner: The name of the gateway key that it is made with; empty = the gateway has none.
+        arrived_at: When the client's request came: its time is counted from there.
+        client_timeout_s: How long the client lets the whole call take.
+        sdk_timeout_s: How long it waits for the answer to begin; for one that is not streamed, to be there.
+        deadline_at: When the call has to be over, wherever it is then.
+        attempts: In the order in which they began.
+        outcome: None while it runs; then ``complete``, ``cancelled`` (the client left), ``finished`` (it left, and the
+            upstream's answer was taken to its end all the same), or an error code.
     """
 
     id: str
@@ -164,7 +174,10 @@ class Exchange:
     down: Downstream
     headers: dict[str, str] = attrs.field(factory=dict)
     """What goes upstream besides the upstream's own headers."""
-    phase: str = "admitted"
+    owner: str = ""
+    arrived_at: float = attrs.field(factory=trio.current_time)
+    client_timeout_s: float = math.inf
+    sdk_timeout_s: float = math.inf
     target: Target | None = None
     bytes_sent: int = 0
     attempts: list[Attempt] = attrs.field(factory=list)
@@ -175,30 +188,69 @@ class Exchange:
     """What the client was told, or would have been."""
     recorder: Recorder | None = None
     started_at: float = attrs.field(factory=trio.current_time)
-    _half: trio.CancelScope | None = None
+    deadline_at: float = math.inf
+    _begin_by: float = math.inf
+    _timeout_s: float = math.inf
+    _ending: bool = False
+    _alone: bool = False
+    _state: str = "admitted"
+    _live: list[Attempt] = attrs.field(factory=list)
+    _winner: Attempt | None = None
+    _pause: trio.CancelScope | None = None
     _cut: GatewayError | None = None
-    _reply: Reply | None = None
-    _attempt_at: float = math.inf
-    _heard_at: float = math.inf
-    _reader: StreamReader | None = None
     _carried: Stream | None = None
+    _events_before: int = 0
     _waits_since: float = math.inf
     _stalled_since: float = math.inf
     _taken_bytes: int | None = None
     _shortest_s: float = math.inf
+    _upstream_s: float = 0.0
+    _upstream_since: float | None = None
+    _seam: Mapping[str, Raw] | None = None
+    _text: str = ""
     _nursery: trio.Nursery = attrs.field(init=False)
     _relayed: bool = False
-    _reading: bool = False
+    _stamped: bool = False
+
+    @property
+    def phase(self) -> str:
+        """``admitted``; that of its attempt, the one which is farthest; ``pausing`` between two of them; ``ending``."""
+        if self._ending:
+            return "ending"
+        if self._winner is not None and self._winner.outcome is None:
+            return self._winner.phase
+        return self._live[0].phase if self._live else self._state
 
     @property
     def events(self) -> int:
         """How many events have been sent."""
-        return self._reader.events if self._reader is not None else 0
+        reader = self._winner.reader if self._winner is not None else None
+        return self._events_before + (reader.events if reader is not None else 0)
 
     @property
     def age_s(self) -> float:
         """How long it has been running."""
         return trio.current_time() - self.started_at
+
+    def describe(self, now: float) -> dict[str, object]:
+        """What can be told of it while it runs; times in seconds, ages from its start."""
+        return {
+            "id": self.id,
+            "model": self.call.model,
+            "endpoint": self.call.endpoint.path,
+            "stream": self.call.stream,
+            "phase": self.phase,
+            "age_s": round(now - self.started_at, 3),
+            "deadline_left_s": round(self.deadline_at - now, 3) if self.deadline_at < math.inf else None,
+            "target": str(self.target) if self.target is not None else None,
+            "events": self.events,
+            "bytes": self.bytes_sent,
+            "prompt_tokens": self.usage.prompt_tokens if self.usage is not None else None,
+            "completion_tokens": self.usage.completion_tokens if self.usage is not None else None,
+            "first_content_s": self.first_content_after_s,
+            "client_gone": self.down.gone,
+            "attempts": [attempt.describe(self.started_at) for attempt in self.attempts],
+        }
 
     # -- the way of a request -----------------------------------------------------------------------------------------
 
@@ -209,17 +261,15 @@ class Exchange:
         """
         self.outcome = "cancelled"
         timer: Timer | None = None
+        self._nursery = nursery
         try:
             self.gateway.admit(self)
             route = self.generation.route(self.call.model)
-            self._nursery = nursery
-            stall_s = self.generation.config.limits.stall_timeout_s or math.inf
-            self._shortest_s = min(route.shortest_limit_s, self._keep_alive_s(), stall_s)
-            timer = self.gateway.timers.start(self.started_at + self._shortest_s, self._on_time)
-            await self._try(route.targets)
-            self.outcome = "complete"
+            timer = self._set_limits(route)
+            await self._serve(Plan(self.call.model, route.targets, self.gateway.targets, self.generation.config))
+            self.outcome = "complete" if not self._alone else "finished"
         except GatewayError as error:
-            self.outcome = error.code
+            self.outcome = error.code if not self._alone else "cancelled"
             await self._fail(error)
         except Exception as error:
             log.exception("exchange_crashed", request_id=self.id, model=self.call.model)
@@ -230,8 +280,8 @@ class Exchange:
             try:
                 if self.outcome == "cancelled" and isinstance(self._cut, Stalled):
                     self.outcome = self._cut.code  # its connection was closed for that
-                elif self.outcome == "cancelled" and down.ended:
-                    self.outcome = "complete"  # only the rest of the upstream's framing was cut
+                elif self.outcome == "cancelled" and down.ended and self.error is None:
+                    self.outcome = "complete" if not self._alone else "finished"  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
                     # It was not the client who cut the answer, but a server that stops.
                     down.patience_s = _LAST_WORDS_S
@@ -242,51 +292,152 @@ class Exchange:
                     timer.stop()
                 self._settle()
 
-    async def _try(self, plan: tuple[Target, ...]) -> None:  # noqa: ASYNC910 - a plan has at least one target
-        for target in plan:
-            ended: str | None = "cancelled"
-            try:
-                await self._attempt(target)
-                ended = None
-                return
-            except GatewayError as error:
-                ended = error.code
-                last = target is plan[-1]
-                if last or self._relayed or not error.retryable or self._total_left_s() <= 0:
-                    raise
-                log.info("attempt_failed", request_id=self.id, target=str(target), error=error.message)
-            finally:
-                self.attempts.append(Attempt(target=target, error=ended))
+    def _set_limits(self, route: Route) -> Timer:
+        """Finds when the call has to be over, and has its limits in time watched."""
+        limits = self.generation.config.limits
+        timeout_s = min(route.total_timeout_s, self.client_timeout_s)
+        if not self.call.stream:
+            timeout_s = min(timeout_s, self.sdk_timeout_s)
+        elif self.sdk_timeout_s < math.inf:
+            self._begin_by = self.arrived_at + self.sdk_timeout_s
+        self._timeout_s = timeout_s
+        self.deadline_at = self.arrived_at + timeout_s
+        stall_s = limits.stall_timeout_s or math.inf
+        self._shortest_s = min(route.shortest_limit_s, self._keep_alive_s(), stall_s)
+        if self.finishes:
+            self._shortest_s = min(self._shortest_s, self._model().finish_timeout_s or math.inf)
+        first = min(self.started_at + self._shortest_s, self.deadline_at, self._begin_by)
+        return self.gateway.timers.start(first, self._on_time)
 
-    async def _attempt(self, target: Target) -> None:
-        self.target = target
-        upstream = self.generation.upstreams[target.upstream]
+    async def _serve(self, plan: Plan) -> None:  # noqa: ASYNC910 - an attempt is a checkpoint
+        """Makes attempts as the plan says, until one has served the call. All of retries, failover and hedging."""
+        chance = self.gateway.chance
+        step = plan.first(trio.current_time(), chance())
+        while True:
+            error = await self._race(plan, step) if self._hedges(plan) else await self._attempt(plan, step)
+            if error is None:
+                return
+            if self._cut is not None:
+                raise self._cut
+            now = trio.current_time()
+            following = (
+                self._onward(plan, error, now)
+                if self._relayed
+                else plan.next(error, now, chance(), left_s=min(self.deadline_at, self._begin_by) - now)
+            )
+            if following is None:
+                raise error
+            log.info(
+                "attempt_failed",
+                request_id=self.id,
+                target=str(step.target),
+                error=error.message,
+                next=str(following.target),
+                why=following.why,
+                after_s=round(following.after_s, 3),
+            )
+            step = following
+            if step.after_s > 0:
+                await self._wait(step.after_s)
+
+    def _hedges(self, plan: Plan) -> bool:
+        return not self._relayed and plan.hedge_delay_s() is not None
+
+    async def _race(self, plan: Plan, step: Step) -> GatewayError | None:
+        """Makes an attempt, and a second one beside it where the first one is slow to begin. The first content wins;
+        the other one is cancelled at once.
+
+        Returns:
+            None = one has served the call; else why the last one did not.
+        """
+        errors: list[GatewayError] = []
+        decided = trio.Event()
+
+        async def one(step: Step) -> None:
+            error = await self._attempt(plan, step, decided)
+            if error is not None:
+                errors.append(error)
+            decided.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, step)
+            with trio.move_on_after(plan.hedge_delay_s() or 0.0):
+                await decided.wait()
+            if not decided.is_set() and self._cut is None:
+                second = plan.second(trio.current_time())
+                if second is not None:
+                    nursery.start_soon(one, second)
+        return self._winner.error if self._winner is not None else errors[-1]
+
+    async def _attempt(self, plan: Plan, step: Step, decided: trio.Event | None = None) -> GatewayError | None:
+        """Makes one attempt, and accounts for it.
+
+        Returns:
+            Why it failed; returned, since a nursery would make a group of it.
+        """
+        attempt = Attempt(step=step, started_at=trio.current_time())
+        self.attempts.append(attempt)
+        self._live.append(attempt)
+        if self._winner is None:
+            self.target = attempt.target
+        error: GatewayError | None = None
         try:
-            with trio.CancelScope() as self._half:
+            await self._try(attempt, decided)
+            if not attempt.lost:
+                attempt.outcome = "complete"
+        except GatewayError as raised:
+            error = attempt.error = raised
+            attempt.outcome = raised.code
+        finally:
+            now = attempt.ended_at = trio.current_time()
+            self._live.remove(attempt)
+            if not any(other.sent_at < math.inf for other in self._live):
+                self._note_silent(now)
+            attempt.phase = "ended"
+            if attempt.outcome is None:
+                attempt.outcome = "lost" if attempt.lost else "cancelled"
+            plan.end(
+                step,
+                now,
+                error=error,
+                first_token_s=attempt.first_content_after_s,
+                judged=attempt.outcome == "complete" or (error is not None and error is not self._cut),
+            )
+        return error
+
+    async def _try(self, attempt: Attempt, decided: trio.Event | None) -> None:
+        upstream = self.generation.upstreams[attempt.target.upstream]
+        try:
+            with attempt.half:
                 if self._cut is not None:
-                    self._half.cancel()
+                    attempt.half.cancel()
                 async with upstream.open(
                     "POST",
                     self.call.endpoint.path,
-                    self.call.body_for(target.model),
-                    headers=self.headers,
-                    on_phase=self._enter,
-                ) as self._reply:
-                    self._heard_at = trio.current_time()
-                    if not 200 <= self._reply.status < 300:
-                        raise await upstream.error_of(self._reply)
+                    self._body_for(attempt),
+                    headers=self._headers_for(),
+                    on_phase=functools.partial(self._enter, attempt),
+                ) as reply:
+                    attempt.reply = reply
+                    attempt.heard_at = trio.current_time()
+                    attempt.head_due_from = math.inf
+                    if not 200 <= reply.status < 300:
+                        raise await upstream.error_of(reply)
                     if self.call.stream:
-                        await self._relay(self._reply)
+                        await self._relay(attempt, reply, decided)
                     elif self.call.endpoint.answer == "json":
-                        await self._answer(self._reply)
+                        await self._answer(attempt, reply, decided)
                     else:
-                        await self._pass_on(self._reply)
-            if self._half.cancelled_caught and self.phase != "ending":
-                raise self._cut_error()
-            upstream.note_up()
+                        await self._pass_on(attempt, reply, decided)
+            if attempt.half.cancelled_caught and not attempt.lost and not self._ending:
+                raise self._cause_of(attempt)
+            if not attempt.lost:
+                upstream.note_up()
         except GatewayError as error:
-            if self._cut is not None and error is not self._cut:
-                raise self._cut_error() from error  # it is what the cut looks like from the reader's side
+            if attempt.lost:
+                return  # whatever it looks like from here, it was cancelled
+            if (self._cut or attempt.cause) is not None and error is not (self._cut or attempt.cause):
+                raise self._cause_of(attempt) from error  # it is what the cut looks like from the reader's side
             if (isinstance(error, Unavailable) and not error.reachable) or (
                 isinstance(error, UpstreamTimeout) and error.phase == "connect"
             ):
@@ -295,60 +446,153 @@ class Exchange:
                 upstream.note_error(error)
             raise
         finally:
-            if self._reader is not None:
-                self.usage = self._reader.usage
-            self._half = self._reply = None
-            self._attempt_at = self._heard_at = math.inf
+            if attempt.reader is not None:
+                self.usage = attempt.reader.usage or self.usage
+            attempt.reply = None
+            attempt.sent_at = attempt.heard_at = attempt.head_due_from = math.inf
 
-    def _enter(self, phase: str) -> None:
-        self.phase = phase
+    def _cause_of(self, attempt: Attempt) -> GatewayError:
+        cause = self._cut or attempt.cause
+        assert cause is not None, "a half is cancelled by cut() and lose() only"
+        return cause
+
+    def _enter(self, attempt: Attempt, phase: str) -> None:
+        attempt.phase = phase
         if phase == "connecting":
-            self._attempt_at = trio.current_time()
+            now = attempt.sent_at = attempt.head_due_from = trio.current_time()
+            if self._upstream_since is None:
+                self._upstream_since = now
 
-    async def _relay(self, reply: Reply) -> None:
+    def _note_silent(self, now: float) -> None:
+        """No upstream is waited for any more."""
+        if self._upstream_since is not None:
+            self._upstream_s += now - self._upstream_since
+            self._upstream_since = None
+
+    def _body_for(self, attempt: Attempt) -> bytes:
+        call = self.call if not self._text else self.call.onward_from(self._text)
+        return call.body_for(attempt.target.model)
+
+    def _headers_for(self) -> dict[str, str]:
+        """What goes upstream, and with it how long the upstream's answer is of use."""
+        if self.deadline_at == math.inf:
+            return self.headers
+        left_s = max(0.001, self.deadline_at - trio.current_time())
+        return {**self.headers, "x-request-timeout": f"{left_s:.3f}"}
+
+    def _claim(self, attempt: Attempt, decided: trio.Event | None) -> bool:
+        """Has an attempt be the one that answers, for it has content; the others are cancelled at once.
+
+        Returns:
+            False where another one was first.
+        """
+        if attempt.lost:
+            return False
+        now = trio.current_time()
+        attempt.sent_at = math.inf
+        attempt.first_content_after_s = now - attempt.started_at
+        for other in self._live:
+            if other is not attempt:
+                other.lose()
+        self._winner = attempt
+        self.target = attempt.target
+        self._relayed = True
+        if self.first_content_after_s is None:
+            self.first_content_after_s = now - self.started_at
+        self._note_silent(now)
+        if decided is not None:
+            decided.set()
+        return True
+
+    async def _wait(self, pause_s: float) -> None:
+        """Waits before the next attempt."""
+        self._state = "pausing"
+        with trio.move_on_after(pause_s) as self._pause:
+            if self._cut is None:
+                await trio.sleep_forever()
+        self._pause = None
+        if self._cut is not None:
+            raise self._cut
+
+    def _onward(self, plan: Plan, error: GatewayError, now: float) -> Step | None:
+        """Has another target go on with a stream that has broken off, where that can be done without a seam.
+
+        Only text can: what has been sent becomes the beginning of an assistant's message, which the next one goes on
+        with. Half a call for a tool, or reasoning, cannot be gone on with.
+        """
+        attempt = self._winner
+        reader = attempt.reader if attempt is not None else None
+        if reader is None or not error.retryable or self._model().on_truncation != "continue":
+            return None
+        kept = reader.kept
+        if kept is None or reader.is_finished or self.call.choices > 1 or self.deadline_at <= now:
+            return None
+        said = AnswerRecord()
+        for frames in kept:
+            said.hear(frames)
+        if not said.is_only_text:
+            return None
+        step = plan.onward(now)
+        if step is not None:
+            self._text += said.text
+            self._seam = self._seam or seam_of(kept)
+            self._events_before += reader.events
+            self._winner = None
+        return step
+
+    async def _relay(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> None:
         """Moves whole events from the upstream to the client until the stream is complete."""
-        name = self.target.upstream if self.target else ""
+        name = attempt.target.upstream
         if reply.content_type not in ("text/event-stream", ""):
             raise Garbled(f"The upstream {name} was asked for a stream and answered with {reply.content_type}.")
-        self.phase = "waiting"
-        reader = self._reader = StreamReader(
+        attempt.phase = "waiting"
+        limits = self.generation.config.limits
+        reader = attempt.reader = StreamReader(
             self.call.endpoint,
             model=self.call.model,
             upstream=name,
-            max_event_bytes=self.generation.config.limits.event_bytes,
+            max_event_bytes=limits.event_bytes,
+            choices=self.call.choices,
+            keep_bytes=limits.buffered_bytes if self._may_continue() else 0,
+            seam=self._seam,
         )
         down = self.down
+        relayed = False
         while True:
-            if self._relayed and await self._be_carried(reply, reader):
+            if relayed and await self._be_carried(reply, reader):
                 if reader.complete:
-                    return await self._end_stream(reply, b"")
+                    return await self._end_stream(attempt, reply, b"")
                 if reader.error is not None:
                     raise reader.error
-            piece = await self._receive(reply)
+            piece = await self._receive(attempt, reply)
             data = reader.feed(piece) if piece is not None else reader.feed_end()
-            if reader.error is not None and not self._relayed:
+            if reader.error is not None and not relayed:
                 raise reader.error  # nothing is out yet: a status, or the next target
-            if reader.has_content and not self._relayed:
-                self._relayed = True
-                self._attempt_at = math.inf
-                self.first_content_after_s = self.age_s
-                self.phase = "ending" if reader.complete else "streaming"
+            if reader.has_content and not relayed:
+                if not self._claim(attempt, decided):
+                    return  # noqa: ASYNC910 - it was received
+                relayed = True
+                attempt.phase = "streaming"
                 if not down.committed:
+                    self._stamp()
                     await down.start(200, STREAM_HEADERS)
             self.bytes_sent += len(data)
             if self.recorder is not None and data:
                 self.recorder.hear(data)
             if reader.complete:
-                return await self._end_stream(reply, data)
+                return await self._end_stream(attempt, reply, data)
             if data:
                 await down.send(data)
             if reader.error is not None:
                 raise reader.error
 
-    async def _end_stream(self, reply: Reply, data: bytes) -> None:
+    def _may_continue(self) -> bool:
+        return self._model().on_truncation == "continue" and self.call.endpoint.path == "/chat/completions"
+
+    async def _end_stream(self, attempt: Attempt, reply: Reply, data: bytes) -> None:
         if self.recorder is not None:
-            await self.recorder.complete(self._reader.usage if self._reader is not None else None)
-        self.phase = "ending"
+            await self.recorder.complete(attempt.reader.usage if attempt.reader is not None else None)
+        self._ending = True
         await self.down.end(data)
         response = reply.plain_response
         if response is None or not response.complete:
@@ -361,7 +605,7 @@ class Exchange:
             Whether it did; False where the two ends are not both plain sockets.
         """
         relay, response, client = self.gateway.relay, reply.plain_response, self.down.socket
-        if self.recorder is not None:
+        if self.recorder is not None or self.down.gone:
             return False  # noqa: ASYNC910 - what the engine sends is not heard here
         if relay is None or response is None or response.socket is None or response.complete or client is None:
             return False  # noqa: ASYNC910 - the caller goes on
@@ -379,7 +623,8 @@ class Exchange:
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:
         """For the engine: something came, and was sent on."""
-        self._heard_at = now
+        if self._winner is not None:
+            self._winner.heard_at = now
         if sent_bytes:
             self.bytes_sent += sent_bytes
             self.down.last_sent_at = now
@@ -387,56 +632,62 @@ class Exchange:
     def note_parked(self, since: float | None) -> None:
         """For the engine: since when the client has not been reading."""
         self.down.sending_since = since
-        if since is None:
-            self._hear()  # what the upstream has sent meanwhile is yet to be read
+        if since is None and self._winner is not None:
+            self._winner.heard_at = trio.current_time()  # what the upstream has sent meanwhile is yet to be read
 
     def owe(self, rest: bytes) -> None:
         """For the engine: what is left of a frame."""
         self.down.owe(rest)
 
-    async def _receive(self, reply: Reply) -> bytes | None:
-        self._reading = True
+    async def _receive(self, attempt: Attempt, reply: Reply) -> bytes | None:
+        attempt.reading = True
         try:
             return await reply.receive()
         finally:
-            self._reading = False
-            self._hear()
+            attempt.reading = False
+            attempt.heard_at = trio.current_time()
 
-    async def _answer(self, reply: Reply) -> None:
+    async def _answer(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> None:
         """Takes a JSON answer whole, and sends it on under the public model id."""
-        self.phase = "reading"
-        self._attempt_at = math.inf
-        name = self.target.upstream if self.target else ""
-        body = await reply.read(self.generation.config.limits.response_bytes, on_piece=self._hear)
-        data, self.usage = decode_answer(body, model=self.call.model, upstream=name)
+        attempt.phase = "reading"
+        attempt.sent_at = math.inf
+
+        def hear() -> None:
+            attempt.heard_at = trio.current_time()
+
+        body = await reply.read(self.generation.config.limits.response_bytes, on_piece=hear)
+        data, usage = decode_answer(body, model=self.call.model, upstream=attempt.target.upstream)
+        if not self._claim(attempt, decided):
+            return
+        self.usage = usage
         if self.recorder is not None:
             self.recorder.hear_answer(data)
-            await self.recorder.complete(self.usage)
-        self.phase = "ending"
-        self._relayed = True
+            await self.recorder.complete(usage)
+        self._ending = True
         self.bytes_sent = len(data)
+        self._stamp()
         await self.down.respond(200, [(b"content-type", b"application/json")], data)
 
-    def _hear(self) -> None:
-        self._heard_at = trio.current_time()
-
-    async def _pass_on(self, reply: Reply) -> None:
+    async def _pass_on(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> None:
         """Moves an answer of bytes (audio) as it comes. Its only proof of completeness is its framing."""
-        self.phase = "waiting"
+        attempt.phase = "waiting"
         headers: list[Header] = [(b"content-type", (reply.content_type or "application/octet-stream").encode())]
         if "content-length" in reply.headers and "content-encoding" not in reply.headers:
             headers.append((b"content-length", reply.headers["content-length"].encode()))
-        while (piece := await self._receive(reply)) is not None:
+        while (piece := await self._receive(attempt, reply)) is not None:
             if not self._relayed:
-                self._relayed = True
-                self._attempt_at = math.inf
-                self.phase = "streaming"
-                self.first_content_after_s = self.age_s
+                if not self._claim(attempt, decided):
+                    return
+                attempt.phase = "streaming"
+                self._stamp()
                 await self.down.start(200, headers)
             self.bytes_sent += len(piece)
             await self.down.send(piece)
-        self.phase = "ending"
+        if not self._relayed and not self._claim(attempt, decided):
+            return
+        self._ending = True
         if not self.down.committed:
+            self._stamp()
             await self.down.start(200, headers)
         await self.down.end()
 
@@ -448,9 +699,12 @@ class Exchange:
 
     async def _fail(self, error: GatewayError) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         """Tells the client, in the one way that is left."""
-        self.phase = "ending"
+        self._ending = True
         self.error = error
+        if self.attempts and isinstance(error, UpstreamError):
+            error.attempts = tuple(attempt.describe(self.started_at) for attempt in self.attempts)
         down = self.down
+        self._stamp()
         if not down.committed:
             await down.respond(*error.to_response())
         elif self.call.stream:
@@ -458,14 +712,45 @@ class Exchange:
         else:
             down.abandon()
 
-    # -- what can end the upstream half -------------------------------------------------------------------------------
+    def _stamp(self) -> None:
+        """Says in the head of the response who answered, at which attempt, and what of the time was the gateway's."""
+        if self._stamped or self.down.committed:
+            return
+        self._stamped = True
+        now = trio.current_time()
+        upstream_s = self._upstream_s + (now - self._upstream_since if self._upstream_since is not None else 0.0)
+        headers = self.down.headers
+        if self.target is not None and self.attempts:
+            headers.append((b"x-trigate-upstream", self.target.upstream.encode()))
+        headers.append((b"x-trigate-attempts", b"%d" % len(self.attempts)))
+        headers.append((b"x-trigate-overhead-ms", b"%.3f" % (max(0.0, now - self.arrived_at - upstream_s) * 1000)))
+
+    # -- what can end the upstream's part -----------------------------------------------------------------------------
 
     def cut(self, error: GatewayError) -> None:
-        """Ends the upstream half now; the client gets ``error``. Synchronous, and only the first one counts."""
-        if self._cut is None and self.phase != "ending":
+        """Ends the upstream's part now; the client gets ``error``. Synchronous, and only the first one counts."""
+        if self._cut is None and not self._ending:
             self._cut = error
-            if self._half is not None:
-                self._half.cancel()
+            for attempt in self._live:
+                attempt.cut(error)
+            if self._pause is not None:
+                self._pause.cancel()
+
+    @property
+    def finishes(self) -> bool:
+        """The upstream's answer is taken to its end also where the client leaves (``on_disconnect``)."""
+        return self._model().on_disconnect == "finish"
+
+    def finish_alone(self) -> None:
+        """The client has left, and `finishes`: the rest of the upstream's answer is accounted, and nobody gets it."""
+        self.down.gone = True
+        self.deadline_at = min(self.deadline_at, trio.current_time() + (self._model().finish_timeout_s or math.inf))
+        self._alone = True
+        if self._carried is not None:
+            self._carried.hand_back()
+
+    def _model(self) -> ModelConfig:
+        return self.generation.config.models.get(self.call.model, _PLAIN_MODEL)
 
     def abandon_upstream(self) -> bool:
         """The client has left: closes the upstream's connection now, and from here, where the engine carries the
@@ -474,20 +759,11 @@ class Exchange:
         Returns:
             Whether it did. The exchange then sleeps until it is cancelled, which is no longer urgent.
         """
-        if self._carried is None or self._reply is None or not self._carried.drop():
+        reply = self._winner.reply if self._winner is not None else None
+        if self._carried is None or reply is None or not self._carried.drop():
             return False
-        self._reply.abandon()
+        reply.abandon()
         return True
-
-    def _cut_error(self) -> GatewayError:
-        error = self._cut
-        assert error is not None, "the upstream half is cancelled by cut() only"
-        if isinstance(error, UpstreamTimeout) and error.phase != "total":
-            self._cut = None  # the next target has deadlines of its own
-        return error
-
-    def _total_left_s(self) -> float:
-        return self._timeout_s("total") - self.age_s
 
     def _keep_alive_s(self) -> float:
         return (self.generation.config.limits.keep_alive_s or math.inf) if self.call.stream else math.inf
@@ -501,18 +777,19 @@ class Exchange:
         down = self.down
         keep_alive_s = self._keep_alive_s()
         sending = down.sending_since is not None
-        # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
-        idle_since = self._heard_at if self._attempt_at == math.inf and not sending else math.inf
-        deadlines: tuple[tuple[Deadline, float, float], ...] = (
-            ("total", self.started_at, self._timeout_s("total")),
-            ("first_token", self._attempt_at, self._timeout_s("first_token")),
-            ("idle", idle_since, self._timeout_s("idle")),
-            ("stall", *self._stall(now)),
-        )
-        for deadline, since, timeout_s in deadlines:
-            if since + timeout_s <= now:
-                self._expire(deadline, timeout_s)
-        quiet_since = math.inf if sending else max(down.last_sent_at, self.started_at)
+        due = [self.deadline_at]
+        if not down.committed:
+            due.append(self._begin_by)
+        if min(due) <= now:
+            took_s = min(due) - self.arrived_at
+            self.cut(UpstreamTimeout(f"The call took longer than {took_s:g} s in all.", phase="total"))
+        for attempt in self._live:
+            due += self._look_at(attempt, now, sending=sending)
+        stalled_since, stall_s = self._stall(now)
+        if stalled_since + stall_s <= now:
+            self._nursery.start_soon(self._cut_stalled, stall_s)
+        due.append(stalled_since + stall_s)
+        quiet_since = math.inf if sending or down.gone else max(down.last_sent_at, self.started_at)
         if quiet_since + keep_alive_s <= now and self._may_keep_alive():
             if self._carried is not None:
                 self._carried.inject(sse.comment("keep-alive"))
@@ -521,8 +798,28 @@ class Exchange:
                 # In a task of its own: the client may not read, and the stall limit holds for this send too.
                 self._nursery.start_soon(self._keep_alive)
             quiet_since = now
-        due = [quiet_since + keep_alive_s, *(since + timeout_s for _, since, timeout_s in deadlines)]
+        due.append(quiet_since + keep_alive_s)
         return min([now + self._shortest_s, *(at for at in due if at > now)])
+
+    def _look_at(self, attempt: Attempt, now: float, *, sending: bool) -> list[float]:
+        """Looks whether an attempt has reached one of its limits; returns when each is due."""
+        config = self.generation.config
+        target = attempt.target.upstream
+        # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
+        idle_since = attempt.heard_at if attempt.sent_at == math.inf and not sending else math.inf
+        limits: tuple[tuple[TimeoutPhase, float, str], ...] = (
+            ("response_head", attempt.head_due_from, "did not begin to answer within"),
+            ("first_token", attempt.sent_at, "sent no content within"),
+            ("idle", idle_since, "fell silent for"),
+            ("total", attempt.started_at, "took longer than"),
+        )
+        due = []
+        for phase, since, what in limits:
+            timeout_s = config.timeout_s(target, phase, self.call.model)
+            if since + timeout_s <= now:
+                attempt.cut(UpstreamTimeout(f"The upstream {target} {what} {timeout_s:g} s.", phase=phase))
+            due.append(since + timeout_s)
+        return due
 
     def _stall(self, now: float) -> tuple[float, float]:
         """Since when the client has taken nothing of what waits for it, and how long it may.
@@ -547,6 +844,7 @@ class Exchange:
     async def _keep_alive(self) -> None:  # noqa: ASYNC910 - as the sends of `Downstream`
         down = self.down
         if not down.committed and self._may_keep_alive():
+            self._stamp()
             await down.start(200, STREAM_HEADERS)
         # Asked again: the answer may have come meanwhile. Whatever is being sent breaks the silence as well, and who
         # waits for it may come behind the end.
@@ -557,31 +855,13 @@ class Exchange:
                 await down.send(sse.comment("keep-alive"))
 
     def _may_keep_alive(self) -> bool:
-        return self._cut is None and self.phase != "ending"
-
-    def _timeout_s(self, phase: TimeoutPhase) -> float:
-        config = self.generation.config
-        if self.target is None:
-            return getattr(config.limits, f"{phase}_timeout_s") or math.inf
-        return config.timeout_s(self.target.upstream, phase)
-
-    def _expire(self, deadline: Deadline, timeout_s: float) -> None:
-        name = self.target.upstream if self.target else None
-        match deadline:
-            case "total":
-                self.cut(UpstreamTimeout(f"The call took longer than {timeout_s:g} s in all.", phase="total"))
-            case "first_token":
-                said = f"The upstream {name} sent no content within {timeout_s:g} s."
-                self.cut(UpstreamTimeout(said, phase="first_token"))
-            case "idle":
-                self.cut(UpstreamTimeout(f"The upstream {name} fell silent for {timeout_s:g} s.", phase="idle"))
-            case "stall":
-                self._nursery.start_soon(self._cut_stalled, timeout_s)
+        return self._cut is None and not self._ending
 
     async def _cut_stalled(self, timeout_s: float) -> None:
-        reply, ending = self._reply, self.phase == "ending"
+        attempt, ending = self._winner, self._ending
+        reply = attempt.reply if attempt is not None else None
         self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
-        if reply is not None and not self._reading:
+        if reply is not None and attempt is not None and not attempt.reading:
             # The relay may sit in a send that no cancellation reaches: close from here.
             await reply.aclose()
         if not ending:

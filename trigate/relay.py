@@ -149,6 +149,11 @@ class Stream:
         self._let_go()
         return True
 
+    def hand_back(self) -> None:
+        """Lets go of both ends, and wakes the owner, who goes on by himself."""
+        if self.drop():
+            trio.lowlevel.reschedule(self._task)
+
     def inject(self, data: bytes) -> None:
         """Sends something of the gateway's own between two events, unless the client does not read anyway, or the
         stream has just ended: its owner may have to send the rest of a frame first."""

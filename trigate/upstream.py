@@ -37,6 +37,7 @@ from trigate.errors import (
     upstream_message,
 )
 from trigate.local_model import LocalModel, LocalModelUnavailable
+from trigate.retries import retry_after_s
 from trigate.routing import Known
 from trigate.transport import Opening, Origin, Response, SocketTransport
 
@@ -445,16 +446,24 @@ class Upstream:
             for name in _PASSED_ON
             if _A_TIME.fullmatch(reply.headers.get(name, ""))
         )
+        after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
         if status == 429:
-            return Throttled(self.name, status, body, headers=passed)
+            throttled = Throttled(self.name, status, body, headers=passed)
+            throttled.retry_after_s = after_s
+            return throttled
         if 400 <= status < 500:
             return Rejected(self.name, status, body, headers=passed)
         if status in (503, 529):
             return Unavailable(
-                f"The upstream {self.name} is overloaded or down ({status}){said}", status=503, reachable=True
+                f"The upstream {self.name} is overloaded or down ({status}){said}",
+                status=503,
+                reachable=True,
+                retry_after_s=after_s,
             )
         if 500 <= status < 600:
-            return Unavailable(f"The upstream {self.name} failed ({status}){said}", reachable=True)
+            return Unavailable(
+                f"The upstream {self.name} failed ({status}){said}", reachable=True, retry_after_s=after_s
+            )
         return Garbled(f"The upstream {self.name} answered with status {status}.")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ class _Message(msgspec.Struct):
 
 
 _messages = msgspec.json.Decoder(list[_Message])
+_raw_items = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 @attrs.frozen(kw_only=True)
@@ -52,6 +54,7 @@ class Endpoint:
         ends: Tells from an event's data whether it is the last one of a complete stream.
         marks: One of these stands in each event for which ``ends`` may be true.
         repeats: There may be several such events, one for each result; the stream is complete when it closes after one.
+        finishes: Each choice says in a ``finish_reason`` how it ended: without it, a stream is not complete.
     """
 
     path: str
@@ -60,6 +63,7 @@ class Endpoint:
     ends: Callable[[bytes], bool]
     marks: tuple[bytes, ...]
     repeats: bool = False
+    finishes: bool = False
 
 
 def _endpoint(path: str, *types: str, **more: Any) -> Endpoint:  # Any: the other fields of Endpoint
@@ -81,8 +85,8 @@ def _endpoint(path: str, *types: str, **more: Any) -> Endpoint:  # Any: the othe
 ENDPOINTS: Mapping[str, Endpoint] = {
     f"/v1{endpoint.path}": endpoint
     for endpoint in (
-        _endpoint("/chat/completions", required=("messages",)),
-        _endpoint("/completions", required=("prompt",)),
+        _endpoint("/chat/completions", required=("messages",), finishes=True),
+        _endpoint("/completions", required=("prompt",), finishes=True),
         _endpoint("/embeddings", required=("input",)),
         _endpoint("/responses", "response.completed", "response.incomplete", "response.failed"),
         _endpoint("/moderations", required=("input",)),
@@ -115,6 +119,17 @@ class Call:
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id."""
         return _with_model(self.body, self.fields, msgspec.json.encode(model))
+
+    @property
+    def choices(self) -> int:
+        """How many answers it asks for (``n``)."""
+        n = decode_any(bytes(self.fields["n"])) if "n" in self.fields else 1
+        return n if type(n) is int and n > 1 else 1
+
+    def onward_from(self, text: str) -> Call:
+        """The call with what an assistant has said already as its last message, to be gone on with."""
+        messages = [bytes(message) for message in _raw_items.decode(self.fields["messages"])]
+        return self.with_messages([*messages, msgspec.json.encode({"role": "assistant", "content": text})])
 
     def with_messages(self, messages: Iterable[bytes]) -> Call:
         """The call with other messages, each a JSON object; every other field stays as it came."""
@@ -298,6 +313,9 @@ class StreamReader:
         model: The public model id, which replaces the upstream's in every event.
         upstream: The upstream's name, for messages.
         max_event_bytes: The bound on an event, and on what comes before the first content.
+        choices: How many the client asked for.
+        keep_bytes: So much of what is given out is kept, for another upstream to go on with (`kept`).
+        seam: The stream goes on with one that broke off: what was the same in all of its events (``id``, ``created``).
 
     Attributes:
         has_content: Something of the answer has come. Until then nothing is given out.
@@ -309,14 +327,20 @@ class StreamReader:
     """
 
     __slots__ = (
+        "_choices",
         "_endpoint",
+        "_finished",
         "_held",
+        "_keep_bytes",
+        "_kept",
         "_max_bytes",
         "_needle",
         "_prefix",
         "_public",
         "_public_prefix",
         "_replacement",
+        "_seam",
+        "_seen",
         "_splitter",
         "_steady",
         "_typed",
@@ -329,7 +353,23 @@ class StreamReader:
         "usage",
     )
 
-    def __init__(self, endpoint: Endpoint, *, model: str, upstream: str, max_event_bytes: int = 2**24) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        model: str,
+        upstream: str,
+        max_event_bytes: int = 2**24,
+        choices: int = 1,
+        keep_bytes: int = 0,
+        seam: Mapping[str, msgspec.Raw] | None = None,
+    ) -> None:
+        self._choices = choices
+        self._seen: set[object] = set()
+        self._finished: set[object] = set()
+        self._keep_bytes = keep_bytes
+        self._kept: list[bytes] = []
+        self._seam = seam
         self._endpoint = endpoint
         self._upstream = upstream
         self._public = msgspec.json.encode(model)
@@ -354,6 +394,8 @@ class StreamReader:
         if self._steady:
             plain = self._plain(piece)
             if plain is not None:
+                if self._keep_bytes:
+                    self._keep(plain)
                 return plain
         too_large: sse.EventTooLarge | None = None
         try:
@@ -384,13 +426,34 @@ class StreamReader:
             return b""
         self._held = b""
         self._steady = (
-            bool(self._prefix) and not self.complete and self.error is None and self._splitter.is_between_events
+            bool(self._prefix)
+            and not self.complete
+            and self.error is None
+            and self._splitter.is_between_events
+            and self._choices == 1
+            and self._seam is None
         )
+        if self._keep_bytes:
+            self._keep(out)
         return out
+
+    def _keep(self, frames: bytes) -> None:
+        self._kept.append(frames)
+        self._keep_bytes = max(0, self._keep_bytes - len(frames))
+
+    @property
+    def kept(self) -> list[bytes] | None:
+        """Everything that was given out, where it was to be kept; None where it was not, or was too much."""
+        return self._kept if self._keep_bytes else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Every choice that came has said how it ended, and there was one."""
+        return bool(self._finished) and self._seen <= self._finished
 
     def feed_end(self) -> bytes:
         """Takes the end of the body. Sets ``complete``, or ``error`` where the stream was cut."""
-        if not self.complete:
+        if not self.complete and self.error is None:
             if self.may_end:
                 self.complete = True
             elif sse.data_of(self._splitter.pending + b"\n\n") == b"[DONE]":
@@ -426,7 +489,8 @@ class StreamReader:
             or b'"model"' in rest
             or b"\\u006" in rest
             or b"\r" in rest
-            or _has_usage(rest)
+            or _says(rest, b'"usage"')
+            or (self._endpoint.finishes and _says(rest, b'"finish_reason"'))
             or (self._typed and any(mark in rest for mark in self._endpoint.marks))
         )
 
@@ -444,14 +508,36 @@ class StreamReader:
             self.error = Reported(self._upstream, value if isinstance(value, dict) else data.decode(errors="replace"))
             return b""
         if self._endpoint.ends(data):
+            if self._endpoint.finishes and not self.is_finished:
+                said = "ended its stream without saying how the answer ended (finish_reason)"
+                self.error = Truncated(f"The upstream {self._upstream} {said}.")
+                return b""
             self.complete = not self._endpoint.repeats
             self.may_end = True
             self.has_content = True
-        if not self.has_content or b'"error"' in data or _has_usage(data):
+        if (
+            not self.has_content
+            or b'"error"' in data
+            or _says(data, b'"usage"')
+            or (self._endpoint.finishes and (self._choices > 1 or _says(data, b'"finish_reason"')))
+        ):
             self._look_into(data)
             if self.error is not None:
                 return b""
-        return self._rename(sse.without_resumption(event), data)
+        renamed = self._rename(sse.without_resumption(event), data)
+        return renamed if self._seam is None else self._sewn(renamed)
+
+    def _sewn(self, event: bytes) -> bytes:
+        """An event of a stream that goes on with another: as an event of that one; ``b""`` for what comes before the
+        first content, which the client has had already."""
+        if not self.has_content:
+            return b""
+        data = sse.data_of(event)
+        try:
+            fields = _fields.decode(data)
+        except (ValueError, RecursionError):
+            return event  # [DONE]
+        return sse.with_data(event, _join({**fields, **(self._seam or {})}, None))
 
     def _look_into(self, data: bytes) -> None:
         value = decode_any(data)
@@ -469,6 +555,14 @@ class StreamReader:
         usage = _usage(value.get("usage")) or (_usage(inner.get("usage")) if isinstance(inner, dict) else None)
         self.usage = usage or self.usage
         self.has_content = self.has_content or _carries_content(value)
+        choices = value.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                index = choice.get("index", 0)
+                index = index if isinstance(index, int) else 0
+                self._seen.add(index)
+                if choice.get("finish_reason"):
+                    self._finished.add(index)
 
     def _rename(self, event: bytes, data: bytes) -> bytes:
         # Inside a JSON string every quote is escaped, so the bytes `"model"` are a whole string: a key, or a text that
@@ -499,14 +593,35 @@ class StreamReader:
         # What begins so, and has nothing else in it that must be looked into, is what it is here: the same key.
         if event.startswith(b"data: {") and _is_at_top_level(event, at):
             prefix = event[:end]
-            if not any(each in prefix for each in (b'"error"', b'"usage"', *self._endpoint.marks)):
+            watched = (b'"error"', b'"usage"', b'"finish_reason"', *self._endpoint.marks)
+            if not any(each in prefix for each in watched):
                 self._prefix, self._public_prefix = prefix, public_prefix[:-1]
         return public_prefix + event[end:]
 
 
-def _has_usage(data: bytes) -> bool:
-    """Whether there may be counts: many providers send a null with each event."""
-    return b'"usage"' in data and data.count(b'"usage"') != data.count(b'"usage":null')
+def seam_of(frames: Iterable[bytes]) -> dict[str, msgspec.Raw]:
+    """What is the same in all events of a chat stream, and so has to be in those of another one that goes on with it.
+
+    >>> seam_of([b'data: {"id":"a","created":1,"choices":[]}\\n\\n'])
+    {'id': msgspec.Raw(b'"a"'), 'created': msgspec.Raw(b'1')}
+    """
+    for data in map(sse.data_of, sse.EventSplitter(max_event_bytes=sys.maxsize).feed(b"".join(frames))):
+        try:
+            fields = _fields.decode(data)
+        except (ValueError, RecursionError):
+            continue
+        return {name: msgspec.Raw(bytes(fields[name])) for name in ("id", "created") if name in fields}
+    return {}
+
+
+def _says(data: bytes, key: bytes) -> bool:
+    """Whether a key may have a value: many providers send a null with each event.
+
+    >>> [_says(data, b'"usage"') for data in (b'{"usage":null}', b'{"usage": null}', b'{"a":1}', b'{"usage":{}}')]
+    [False, False, False, True]
+    """
+    found = data.count(key)
+    return found != 0 and found != data.count(key + b":null") and found != data.count(key + b": null")
 
 
 def _is_at_top_level(event: bytes, at: int) -> bool:
