@@ -144,7 +144,6 @@ def test_beat(benchmark: Benchmark, live: int) -> None:
                     down=nobody,
                 )
                 exchange.target = Target("mock", MODEL)
-                exchange.phase = "streaming"
                 gateway.live[exchange] = None
             benchmark(report.snapshot, gateway)
             gateway.live.clear()

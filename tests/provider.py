@@ -23,7 +23,10 @@ import httpx2
 import msgspec
 import trio
 
-DONE = b"data: [DONE]\n\n"
+FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+"""How a choice says that it has ended, in an event with nothing to rename in it."""
+DONE = FINISH + b"data: [DONE]\n\n"
+"""The end of a complete stream."""
 
 
 def event(value: object) -> bytes:
@@ -136,7 +139,7 @@ Script = tuple[Step, ...]
 
 def says(*texts: str) -> Script:
     """A stream that ends well, one event a text."""
-    return (Say(role()), *(Say(content(text)) for text in texts), Say(chunk({}, finish_reason="stop")), Say(DONE))
+    return (Say(role()), *(Say(content(text)) for text in texts), Say(DONE))
 
 
 def answers(body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Script:

@@ -23,6 +23,7 @@ from bomb import Bomb, armed
 from conftest import Logs, make_config
 from provider import (
     DONE,
+    FINISH,
     Break,
     Pause,
     Provider,
@@ -247,7 +248,7 @@ SCENES = {
     "usage": Scene((Say(usage(7, 11)), Say(DONE)), usage(7, 11) + DONE),
     "an upstream's comment": Scene((Say(b": ping\n\n"), Pause(1), Say(B), Say(DONE)), B + DONE, after_s=2),
     "never ends after DONE": Scene((Say(B), Say(DONE), Stall()), B + DONE),
-    "DONE without a blank line": Scene((Say(B), Say(b"data: [DONE]")), B + b"data: [DONE]\n\n"),
+    "DONE without a blank line": Scene((Say(B), Say(FINISH), Say(b"data: [DONE]")), B + DONE),
     "error event": Scene((Say(B), Pause(1), Say(ERROR), Say(B)), B, "c", "upstream_error", 2),
     "FIN": Scene((Say(B), Pause(1), Break("fin")), B, "upstream_truncated", "upstream_truncated", 2),
     "RST": Scene((Say(B), Pause(1), Break("rst")), B, "upstream_truncated", "upstream_truncated", 2),

@@ -12,6 +12,7 @@ from asgi_client import chat
 from conftest import Logs, Served, make_config
 from provider import (
     DONE,
+    FINISH,
     Break,
     Head,
     Pause,
@@ -112,7 +113,7 @@ async def test_an_alias_is_the_answers_model(open_app: OpenApp) -> None:
     """Whatever stands behind an alias, the client sees the alias."""
     async with open_app(two(), {"a": Provider(), "b": Provider()}) as served:
         call = await served.client.chat(model="both").wait()
-        assert call.body.count(b'"model":"both"') == 4
+        assert call.body.count(b'"model":"both"') == 3
         assert b'"model":"m"' not in call.body
 
 
@@ -134,7 +135,7 @@ async def test_an_event_leaves_when_it_is_whole(open_app: OpenApp, autojump_cloc
     async with open_app(providers=Provider(script)) as served:
         begun = trio.current_time()
         call = await served.client.chat().wait()
-        assert [data.count(b"data: ") for _, data in call.pieces] == [1, 2, 1]
+        assert [data.count(b"data: ") for _, data in call.pieces] == [1, 2, 2]
         assert [at - begun for at, _ in call.pieces] == pytest.approx([0, 2, 2])
 
 
@@ -392,7 +393,7 @@ async def test_a_cut_after_the_last_event_harms_nobody(open_app: OpenApp, how: A
 @pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n"])
 async def test_done_without_its_blank_line_is_done(open_app: OpenApp, end: bytes) -> None:
     """A body that ends well, right behind ``[DONE]``, was complete."""
-    async with open_app(providers=Provider((Say(content("a")), Say(end)))) as served:
+    async with open_app(providers=Provider((Say(content("a")), Say(FINISH), Say(end)))) as served:
         call = await served.client.chat().wait()
         assert call.body.endswith(b"data: [DONE]\n\n")
         assert served.settled[0].outcome == "complete"
@@ -587,7 +588,7 @@ async def test_all_targets_fail(open_app: OpenApp) -> None:
         call = await served.client.chat(model="both").wait()
         assert (call.status, call.error["code"]) == (503, "upstream_unavailable")
         assert call.header("x-should-retry") == "false"
-        assert [attempt.error for attempt in served.settled[0].attempts] == ["upstream_unavailable"] * 2
+        assert [attempt.outcome for attempt in served.settled[0].attempts] == ["upstream_unavailable"] * 2
 
 
 async def test_the_next_target_may_come_after_a_keep_alive(open_app: OpenApp, autojump_clock: MockClock) -> None:

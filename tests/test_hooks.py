@@ -606,7 +606,7 @@ async def test_a_key_that_was_used_gives_the_stored_result(open_app: OpenApp) ->
         assert streamed.header("x-run-id") == first.json["id"]
         assert b'"content":"Hello"' in streamed.body
         assert b'"total_tokens":9' in streamed.body
-        assert streamed.body.endswith(DONE)
+        assert streamed.body.endswith(b"data: [DONE]\n\n")
         later = await post(served, idempotency_key="k", prefer="respond-async")
         assert (later.status, later.json["id"]) == (202, first.json["id"])
         other = await post(served, {**HI, "text": "else"}, idempotency_key="k")

@@ -64,7 +64,7 @@ async def test_a_stream_is_said_whole(opener: Opener) -> None:
         assert response.content.count(b"data: ") == 5
         [call] = provider.calls
         assert (call.method, call.path, call.json) == ("POST", "/v1/chat/completions", {"model": "m"})
-        assert (provider.opened, provider.open_now, call.ended, call.said) == (1, 0, "complete", 5)
+        assert (provider.opened, provider.open_now, call.ended, call.said) == (1, 0, "complete", 4)
         assert provider.closed_at == []
 
 

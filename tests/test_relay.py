@@ -253,7 +253,7 @@ async def test_a_whole_stream(encoding: str, chunked: bool, step: int | None) ->
         assert scene.body(await scene.take_all()) == whole(EVENTS)
         assert scene.reader.complete
         assert scene.reader.usage == Usage(prompt_tokens=7, completion_tokens=11)
-        assert scene.reader.events == 6
+        assert scene.reader.events == 7
         assert scene.stream.failure is None
         assert scene.error is None
         assert scene.owner.owed == b""

@@ -363,7 +363,7 @@ async def test_ten_thousand_streams(open_app: OpenApp, monkeypatch: pytest.Monke
             exchange = Exchange(
                 id=f"req_{number}", call=call, gateway=gateway, generation=gateway.generation, down=nobody
             )
-            exchange.phase = "streaming" if number % 4 else "queued"
+            exchange._state = "streaming" if number % 4 else "queued"
             exchange.target = Target("up", "m") if number % 4 else None
             gateway.live[exchange] = None
         answer = await served.client.ask("GET", "/status")

@@ -123,7 +123,7 @@ async def test_conversation() -> None:
 
 async def test_stop() -> None:
     """A run that is stopped ends at once, its upstream too, and what it had said stays."""
-    half = (*says("Half")[:-2], Stall())
+    half = (*says("Half")[:-1], Stall())
     async with open_bot(half, config={"session": "chat"}) as (server, served):
         server.say("Hello")
         await server.wait_until(lambda server: server.texts() == ["Half"])

@@ -314,7 +314,6 @@ def _reader(endpoint: Any = CHAT, *, model: str = "mock/up") -> StreamReader:
         (_event({"type": "response.in_progress", "response": {}}), False),
         (_event({"type": "response.queued", "response": {}}), False),
         (_event({"type": "response.output_text.delta", "delta": "H"}), True),
-        (_event(b"[DONE]"), True),
         (b": ping\n\n", False),
         (b"id: 7\n\n", False),
     ],
@@ -368,7 +367,7 @@ def test_an_event_with_empty_data_is_dropped() -> None:
 def test_done_ends_a_chat_stream(done: bytes) -> None:
     """``[DONE]`` completes the stream, and goes to the client as it came."""
     reader = _reader()
-    reader.read(_delta(content="H"))
+    reader.read(_event({"choices": [{"index": 0, "delta": {"content": "H"}, "finish_reason": "stop"}]}))
     before = reader.complete
     assert reader.read(done) == done
     assert (before, reader.complete) == (False, True)
@@ -643,7 +642,9 @@ _streams = st.builds(
     lambda opening, events, end: opening + b"".join(events) + end,
     st.sampled_from([b"", b"\xef\xbb\xbf", b": ping\n\n", b"data: " + _PLAIN + b"\n\n"]),
     st.lists(_events | st.just(b"data: " + _PLAIN + b"\n\n"), max_size=10),
-    st.sampled_from([b"", b"data: [DONE]\n\n", b"data: [DONE]", b"data: [DONE]\n", b"data: " + _PLAIN, b"\n"]),
+    st.sampled_from([b"", b"data: [DONE]\n\n", b"data: [DONE]", b"data: [DONE]\n", b"data: " + _PLAIN, b"\n"]).flatmap(
+        lambda end: st.sampled_from([end, _event({"choices": [{"delta": {}, "finish_reason": "stop"}]}) + end])
+    ),
 )
 
 

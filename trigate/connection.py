@@ -9,11 +9,13 @@ Quart. Who may come in (`access`), CORS, request ids and error bodies are the sa
 from __future__ import annotations
 
 import functools
+import math
 import re
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import structlog
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
@@ -21,6 +23,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate import hooks
 from trigate.access import Head, authorize, cors_allows, cors_headers
+from trigate.config import Seconds
 from trigate.downstream import Downstream, Inbound, too_large
 from trigate.errors import (
     Draining,
@@ -158,7 +161,8 @@ class GatewayConnection(TrioASGIHTTPConnection):
             if session is None:
                 await exchange_for(call).run(nursery)
             else:
-                failure = await _take_turn(gateway, owner, session, call, exchange_for, nursery)
+                wait_s = min(timeout_s, sdk_timeout_s)
+                failure = await _take_turn(gateway, owner, session, call, exchange_for, nursery, at_most_s=wait_s)
             if nursery.child_tasks:  # the watch, or a keep-alive that the client does not take
                 nursery.cancel_scope.cancel()
         if failure is not None:
@@ -239,9 +243,12 @@ async def _take_turn(
     call: Call,
     exchange_for: Callable[[Call, Recorder], Exchange],
     nursery: trio.Nursery,
+    *,
+    at_most_s: float,
 ) -> GatewayError | None:
     """Serves a call as a turn of a session. Until its turn has come, there is no exchange: to wait costs no place, and
-    no limit in time but its own. How many may wait is bounded as exchanges are: each holds a connection and a body.
+    no limit in time but its own and the client's (``at_most_s``). How many may wait is bounded as exchanges are: each
+    holds a connection and a body.
 
     Returns:
         Why it could not; returned, since the nursery would make a group of it.
@@ -252,7 +259,10 @@ async def _take_turn(
         said = f"{limit} turns of sessions are in progress or wait, which is the limit of this gateway."
         return Overloaded(said)  # noqa: ASYNC910 - the caller goes on
     try:
-        async with gateway.sessions.open_turn(owner, key, limits=config.sessions) as turn:
+        limits = config.sessions
+        if at_most_s < (limits.wait_s or math.inf):
+            limits = attrs.evolve(limits, wait_s=Seconds(at_most_s))
+        async with gateway.sessions.open_turn(owner, key, limits=limits) as turn:
             composed = turn.compose(call)
             recorder = SessionRecorder(gateway.store, turn)
             exchange = exchange_for(composed, recorder)

@@ -272,7 +272,7 @@ class RateLimited(CallError):
 
     @property
     def headers(self) -> list[Header]:
-        return _retry_after(self.retry_after_s)
+        return _retry_after(self.retry_after_s or 0.0)
 
 
 # -- the provider -----------------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ class Overloaded(Fault):
 
     @property
     def headers(self) -> list[Header]:
-        return _retry_after(self.retry_after_s)
+        return _retry_after(self.retry_after_s or 0.0)
 
 
 class StoreUnavailable(Fault):

@@ -190,7 +190,6 @@ class Exchange:
     started_at: float = attrs.field(factory=trio.current_time)
     deadline_at: float = math.inf
     _begin_by: float = math.inf
-    _timeout_s: float = math.inf
     _ending: bool = False
     _alone: bool = False
     _state: str = "admitted"
@@ -281,7 +280,9 @@ class Exchange:
                 if self.outcome == "cancelled" and isinstance(self._cut, Stalled):
                     self.outcome = self._cut.code  # its connection was closed for that
                 elif self.outcome == "cancelled" and down.ended and self.error is None:
-                    self.outcome = "complete" if not self._alone else "finished"  # only the rest of the upstream's framing was cut
+                    self.outcome = (
+                        "complete" if not self._alone else "finished"
+                    )  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
                     # It was not the client who cut the answer, but a server that stops.
                     down.patience_s = _LAST_WORDS_S
@@ -295,13 +296,13 @@ class Exchange:
     def _set_limits(self, route: Route) -> Timer:
         """Finds when the call has to be over, and has its limits in time watched."""
         limits = self.generation.config.limits
-        timeout_s = min(route.total_timeout_s, self.client_timeout_s)
+        client_s = self.client_timeout_s
         if not self.call.stream:
-            timeout_s = min(timeout_s, self.sdk_timeout_s)
+            client_s = min(client_s, self.sdk_timeout_s)
         elif self.sdk_timeout_s < math.inf:
             self._begin_by = self.arrived_at + self.sdk_timeout_s
-        self._timeout_s = timeout_s
-        self.deadline_at = self.arrived_at + timeout_s
+        # Who waits for a turn of a session waits on the client's time, not on that of the configuration.
+        self.deadline_at = min(self.started_at + route.total_timeout_s, self.arrived_at + client_s)
         stall_s = limits.stall_timeout_s or math.inf
         self._shortest_s = min(route.shortest_limit_s, self._keep_alive_s(), stall_s)
         if self.finishes:
@@ -781,8 +782,7 @@ class Exchange:
         if not down.committed:
             due.append(self._begin_by)
         if min(due) <= now:
-            took_s = min(due) - self.arrived_at
-            self.cut(UpstreamTimeout(f"The call took longer than {took_s:g} s in all.", phase="total"))
+            self.cut(UpstreamTimeout(f"The call took longer than {self._allowed_s():g} s in all.", phase="total"))
         for attempt in self._live:
             due += self._look_at(attempt, now, sending=sending)
         stalled_since, stall_s = self._stall(now)
@@ -800,6 +800,13 @@ class Exchange:
             quiet_since = now
         due.append(quiet_since + keep_alive_s)
         return min([now + self._shortest_s, *(at for at in due if at > now)])
+
+    def _allowed_s(self) -> float:
+        """What the call was allowed in all: who looks at a deadline that is over says which it was."""
+        own_s = self.client_timeout_s if self.call.stream else min(self.client_timeout_s, self.sdk_timeout_s)
+        if not self.down.committed:
+            own_s = min(own_s, self.sdk_timeout_s)
+        return min(own_s, self.generation.route(self.call.model).total_timeout_s)
 
     def _look_at(self, attempt: Attempt, now: float, *, sending: bool) -> list[float]:
         """Looks whether an attempt has reached one of its limits; returns when each is due."""

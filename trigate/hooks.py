@@ -392,7 +392,7 @@ class _Waiting(Unwatched):
     def __init__(self, down: Downstream, headers: list[Header]) -> None:
         super().__init__()
         self._down: Downstream | None = down
-        self._headers = headers
+        self.headers = headers
 
     async def detach(self) -> None:
         """The client has left, and the run goes on: sends nothing more."""
@@ -403,7 +403,7 @@ class _Waiting(Unwatched):
         """As `Downstream.respond`."""
         await super().respond(status, headers, body)
         if self._down is not None:
-            await self._down.respond(status, [*headers, *self._headers], body)
+            await self._down.respond(status, [*headers, *self.headers], body)
 
 
 class _Streamed:
@@ -414,7 +414,7 @@ class _Streamed:
 
     def __init__(self, down: Downstream, headers: list[Header]) -> None:
         self._down = down
-        self._headers = headers
+        self.headers = headers
         self._detached = False
         self._sends = 0
         self._idle = trio.Event()
@@ -439,6 +439,10 @@ class _Streamed:
     def gone(self) -> bool:
         """As `Downstream.gone`; one that nobody misses is not gone."""
         return self._down.gone and not self._detached
+
+    @gone.setter
+    def gone(self, gone: bool) -> None:
+        self._down.gone = gone
 
     @property
     def sending_since(self) -> float | None:
@@ -477,11 +481,11 @@ class _Streamed:
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """As `Downstream.respond`."""
-        await self._send(self._down.respond, status, [*headers, *self._headers], body)
+        await self._send(self._down.respond, status, [*headers, *self.headers], body)
 
     async def start(self, status: int, headers: list[Header]) -> None:
         """As `Downstream.start`."""
-        await self._send(self._down.start, status, [*headers, *self._headers])
+        await self._send(self._down.start, status, [*headers, *self.headers])
 
     async def send(self, data: bytes) -> None:
         """As `Downstream.send`."""

@@ -33,9 +33,10 @@ from trigate.routing import Target
 Why = Literal["first", "failover", "retry", "hedge", "continue"]
 
 
-
 class Targets:
-    def apply(self, config): pass
+    def apply(self, config):
+        pass
+
 
 @attrs.frozen
 class Step:
@@ -45,22 +46,38 @@ class Step:
     why: Why
     after_s: float = 0.0
 
+
 class Plan:
     def __init__(self, model, targets, known, config):
-        self.targets=list(targets); self.i=0; self.model=config.models.get(model); self.max=config.retries.max_attempts; self.n=1
-        self.one = len(targets)==1
-    def first(self, now, chance): return Step(self.targets[0],"first")
+        self.targets = list(targets)
+        self.i = 0
+        self.model = config.models.get(model)
+        self.max = config.retries.max_attempts
+        self.n = 1
+        self.one = len(targets) == 1
+
+    def first(self, now, chance):
+        return Step(self.targets[0], "first")
+
     def next(self, error, now, chance, *, left_s):
-        if not error.retryable or left_s<=0 or self.n>=self.max: return None
-        self.i+=1; self.n+=1
-        if self.i>=len(self.targets): return None
-        return Step(self.targets[self.i],"failover")
+        if not error.retryable or left_s <= 0 or self.n >= self.max:
+            return None
+        self.i += 1
+        self.n += 1
+        if self.i >= len(self.targets):
+            return None
+        return Step(self.targets[self.i], "failover")
+
     def hedge_delay_s(self):
-        return (self.model.hedge_delay_s or 0.1) if self.model and self.model.strategy=="hedge" else None
+        return (self.model.hedge_delay_s or 0.1) if self.model and self.model.strategy == "hedge" else None
+
     def second(self, now):
-        self.i+=1
-        return Step(self.targets[self.i],"hedge") if self.i<len(self.targets) else None
+        self.i += 1
+        return Step(self.targets[self.i], "hedge") if self.i < len(self.targets) else None
+
     def onward(self, now):
-        self.i+=1
-        return Step(self.targets[self.i],"continue") if self.i<len(self.targets) else None
-    def end(self, *a, **k): pass
+        self.i += 1
+        return Step(self.targets[self.i], "continue") if self.i < len(self.targets) else None
+
+    def end(self, *a, **k):
+        pass

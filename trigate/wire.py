@@ -532,7 +532,7 @@ class StreamReader:
         first content, which the client has had already."""
         if not self.has_content:
             return b""
-        data = sse.data_of(event)
+        data = sse.data_of(event) or b""
         try:
             fields = _fields.decode(data)
         except (ValueError, RecursionError):
@@ -607,7 +607,7 @@ def seam_of(frames: Iterable[bytes]) -> dict[str, msgspec.Raw]:
     """
     for data in map(sse.data_of, sse.EventSplitter(max_event_bytes=sys.maxsize).feed(b"".join(frames))):
         try:
-            fields = _fields.decode(data)
+            fields = _fields.decode(data or b"")
         except (ValueError, RecursionError):
             continue
         return {name: msgspec.Raw(bytes(fields[name])) for name in ("id", "created") if name in fields}
