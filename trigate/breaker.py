@@ -9,6 +9,7 @@ for that long.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from trigate.config import BreakerConfig
@@ -21,30 +22,87 @@ State = Literal["closed", "open", "half_open"]
 class Breaker:
     """The breaker of one target."""
 
+    __slots__ = ("_bad", "_cooldown_s", "_good", "_in_a_row", "_open_until", "_probing", "_since", "rules")
+
     def __init__(self, rules: BreakerConfig) -> None:
-        raise NotImplementedError
+        self.rules = rules
+        self._in_a_row = 0
+        self._good = self._bad = 0
+        self._since = -math.inf  # when the window began
+        self._open_until: float | None = None  # None = closed
+        self._cooldown_s: float = rules.cooldown_s
+        self._probing = False
+
+    def __repr__(self) -> str:
+        return f"<Breaker {'closed' if self._open_until is None else f'open until {self._open_until:.3f}'}>"
 
     def state(self, now: float) -> State:
         """What it is now."""
-        raise NotImplementedError
+        if self._open_until is None:
+            return "closed"
+        return "half_open" if self._open_until <= now else "open"
 
     def opens_in_s(self, now: float) -> float:
-        """In how many seconds it lets a call through; 0.0 = now."""
-        raise NotImplementedError
+        """In how many seconds it lets a call through; 0.0 = now, or as soon as its probe has ended."""
+        return max(0.0, self._open_until - now) if self._open_until is not None else 0.0
 
     def enter(self, now: float) -> bool:
         """Says whether a call may go through. One that does has to end with exactly one of `succeed`, `fail` or
         `abandon`: a probe holds the breaker until then."""
-        raise NotImplementedError
+        if self._open_until is None:
+            return True
+        if self._open_until > now or self._probing:
+            return False
+        self._probing = True
+        return True
 
     def succeed(self, now: float) -> None:
         """A call that entered went well."""
-        raise NotImplementedError
+        self._in_a_row = 0
+        if self._open_until is not None:
+            if self._open_until > now:
+                return  # it entered before the breaker opened, and says nothing of now
+            self._open_until = None
+            self._probing = False
+            self._cooldown_s = self.rules.cooldown_s
+            self._good = self._bad = 0
+        self._roll(now)
+        self._good += 1
 
     def fail(self, now: float, *, retry_after_s: float | None = None) -> None:
         """A call that entered failed by the target's fault; it said perhaps when to come back."""
-        raise NotImplementedError
+        rules = self.rules
+        self._roll(now)
+        self._in_a_row += 1
+        self._bad += 1
+        if retry_after_s:
+            self._open(now, max(now + retry_after_s, self._open_until or now))
+        elif self._open_until is not None:
+            if self._open_until <= now:  # the probe
+                self._cooldown_s = min(2 * self._cooldown_s, max(MAX_COOLDOWN_S, rules.cooldown_s))
+                self._open(now, now + self._cooldown_s)
+        elif (rules.failures and self._in_a_row >= rules.failures) or self._fails_often():
+            self._open(now, now + self._cooldown_s)
 
     def abandon(self, now: float) -> None:
         """A call that entered ended without a verdict: its client left, another attempt won."""
-        raise NotImplementedError
+        if self._open_until is not None and self._open_until <= now:
+            self._probing = False
+
+    def _open(self, now: float, until: float) -> None:
+        self._open_until = until
+        self._probing = False
+        self._since = now
+        self._good = self._bad = 0
+
+    def _fails_often(self) -> bool:
+        rules, calls = self.rules, self._good + self._bad
+        return rules.failure_rate > 0 and calls >= rules.min_calls and self._bad >= rules.failure_rate * calls
+
+    def _roll(self, now: float) -> None:
+        """Begins the next window; the last one counts half, so that a rate is not forgotten at one stroke."""
+        if now - self._since >= self.rules.window_s:
+            recent = now - self._since < 2 * self.rules.window_s
+            self._good = self._good // 2 if recent else 0
+            self._bad = self._bad // 2 if recent else 0
+            self._since = now

@@ -339,7 +339,7 @@ class Exchange:
             )
             step = following
             if step.after_s > 0:
-                await self._wait(step.after_s)
+                await self._wait(plan, step)
 
     def _hedges(self, plan: Plan) -> bool:
         return not self._relayed and plan.hedge_delay_s() is not None
@@ -505,13 +505,18 @@ class Exchange:
             decided.set()
         return True
 
-    async def _wait(self, pause_s: float) -> None:
-        """Waits before the next attempt."""
+    async def _wait(self, plan: Plan, step: Step) -> None:
+        """Waits before an attempt."""
         self._state = "pausing"
-        with trio.move_on_after(pause_s) as self._pause:
-            if self._cut is None:
-                await trio.sleep_forever()
-        self._pause = None
+        waited = False
+        try:
+            with trio.CancelScope() as self._pause:
+                await trio.sleep(step.after_s)
+                waited = True
+        finally:
+            self._pause = None
+            if not waited:
+                plan.end(step, trio.current_time(), judged=False)
         if self._cut is not None:
             raise self._cut
 

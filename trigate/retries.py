@@ -7,7 +7,14 @@ the budget as in Finagle and Envoy (a share of the calls, and a few a second bes
 
 from __future__ import annotations
 
+import datetime
+import email.utils
+import math
+import re
 from collections.abc import Mapping
+
+MAX_TOKENS = 10.0
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 
 
 def retry_after_s(headers: Mapping[str, str], *, now_epoch_s: float) -> float | None:
@@ -17,7 +24,21 @@ def retry_after_s(headers: Mapping[str, str], *, now_epoch_s: float) -> float | 
     Args:
         headers: By their names in lower case.
     """
-    return None
+    given = headers.get("retry-after-ms")
+    if given is not None and _NUMBER.fullmatch(given.strip()):
+        return float(given) / 1000
+    given = headers.get("retry-after", "").strip()
+    if not given:
+        return None
+    if _NUMBER.fullmatch(given):
+        return float(given)
+    try:
+        at = email.utils.parsedate_to_datetime(given)
+    except ValueError:
+        return None
+    if at.tzinfo is None:  # "-0000": UTC all the same
+        at = at.replace(tzinfo=datetime.UTC)
+    return max(0.0, at.timestamp() - now_epoch_s)
 
 
 def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> float:
@@ -26,24 +47,39 @@ def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> floa
     Args:
         tries: How often it has been tried; at least 1.
         chance: Between 0 and 1.
+
+    >>> [backoff_s(tries, base_s=0.1, max_s=1.0, chance=1.0) for tries in (1, 2, 3, 4, 5, 10_000)]
+    [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
     """
-    raise NotImplementedError
+    return chance * min(max_s, base_s * 2.0 ** min(tries - 1, 64))
 
 
 class Budget:
-    """How many calls may be tries again: a share of all, and a few a second besides, so that rare calls have some.
+    """How many calls may be tries again: a share of all, and one a second besides, so that rare calls have some.
+
+    It is a bucket: each call puts ``share`` of a token in, each second one; a try again takes one out. It holds
+    `MAX_TOKENS` at most, and is full at first.
 
     Args:
-        share: Of the calls.
+        share: Of the calls; 0 = there are no tries again.
     """
 
-    def __init__(self, share: float) -> None:
-        raise NotImplementedError
+    __slots__ = ("_at", "_tokens", "share")
 
-    def note_call(self, now: float) -> None:
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._tokens = MAX_TOKENS
+        self._at = -math.inf
+
+    def note_call(self) -> None:
         """A first try was made."""
-        raise NotImplementedError
+        self._tokens = min(MAX_TOKENS, self._tokens + self.share)
 
     def take(self, now: float) -> bool:
         """Says whether there may be one more, and counts it."""
-        raise NotImplementedError
+        self._tokens = min(MAX_TOKENS, self._tokens + max(0.0, now - self._at))
+        self._at = now
+        if self._tokens < 1 or not self.share:
+            return False
+        self._tokens -= 1
+        return True
