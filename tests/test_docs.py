@@ -69,6 +69,9 @@ SECTIONS = {
     "[upstreams.NAME]": config.UpstreamConfig,
     "[models.ALIAS]": config.ModelConfig,
     "[limits]": config.LimitsConfig,
+    "[retries]": config.RetriesConfig,
+    "[breaker]": config.BreakerConfig,
+    "[ledger]": config.LedgerConfig,
     "[hooks.NAME]": config.HookConfig,
     "[store]": config.StoreConfig,
     "[sessions]": config.SessionsConfig,
@@ -112,6 +115,9 @@ def test_units(title: str) -> None:
         "Seconds": "seconds",
         "Size": "bytes",
         "Count": "count",
+        "Limit": "count or 0",
+        "Share": "share",
+        "tuple[Rate, ...]": "array of numbers",
         "Port": "port",
         "Url": "URL",
         "ProxyUrl": "proxy",
@@ -129,6 +135,11 @@ def test_units(title: str) -> None:
         "tuple[Action, ...]": "array of actions",
         'tuple[str, ...] | Literal["discover"]': '`"discover"` or array of strings',
     }
+    rates = {
+        "words_per_s": "words per second",
+        "rate_per_s": "requests per second",
+        "key_rate_per_s": "calls per second",
+    }
     documented = _first_names(_sections(_page("reference/configuration.md"))[title])
     for name, annotation in SECTIONS[title].__annotations__.items():  # strings, and no cattrs resolves them
         kind = annotation.removesuffix(" | None").replace("'", '"')
@@ -136,7 +147,7 @@ def test_units(title: str) -> None:
         if kind.startswith("Literal"):
             assert _names(said) == re.findall(r'"[\w-]+"', kind)
         elif kind == "Rate":
-            assert said == {"words_per_s": "words per second", "rate_per_s": "requests per second"}[name]
+            assert said == rates[name]
         else:
             assert said == types[kind], name
 

@@ -37,6 +37,7 @@ ROWS = (
     ("performance",),
     ("orders",),
     ("exchange", "callbacks"),
+    ("attempt",),
     ("sessions", "outbox", "discovery"),
     ("storage",),
     ("workers",),
@@ -49,6 +50,8 @@ ROWS = (
     ("sqlite_file",),
     ("ledger", "sqlite_tables", "history", "ingress"),
     ("answers", "store"),
+    ("plans",),
+    ("breaker", "retries"),
     ("wire", "routing", "slack_messages", "addresses", "telegram_messages"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
@@ -61,6 +64,7 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
     *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
+    *("plans", "breaker", "retries"),
     *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""

@@ -335,6 +335,7 @@ class Throttled(Rejected):
 
     code = "upstream_throttled"
     openai_type = "rate_limit_error"
+    retryable = True
 
 
 class Unavailable(UpstreamError):

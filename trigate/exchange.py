@@ -823,7 +823,7 @@ class Exchange:
             ("response_head", attempt.head_due_from, "did not begin to answer within"),
             ("first_token", attempt.sent_at, "sent no content within"),
             ("idle", idle_since, "fell silent for"),
-            ("total", attempt.started_at, "took longer than"),
+            ("total", self.started_at, "took longer than"),
         )
         due = []
         for phase, since, what in limits:

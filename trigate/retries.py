@@ -7,7 +7,6 @@ the budget as in Finagle and Envoy (a share of the calls, and a few a second bes
 
 from __future__ import annotations
 
-import datetime
 import email.utils
 import math
 import re
@@ -32,13 +31,13 @@ def retry_after_s(headers: Mapping[str, str], *, now_epoch_s: float) -> float | 
         return None
     if _NUMBER.fullmatch(given):
         return float(given)
-    try:
-        at = email.utils.parsedate_to_datetime(given)
-    except ValueError:
+    date = email.utils.parsedate_tz(given)
+    if date is None:
         return None
-    if at.tzinfo is None:  # "-0000": UTC all the same
-        at = at.replace(tzinfo=datetime.UTC)
-    return max(0.0, at.timestamp() - now_epoch_s)
+    try:
+        return max(0.0, email.utils.mktime_tz(date) - now_epoch_s)
+    except (OverflowError, ValueError):
+        return None
 
 
 def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> float:
