@@ -66,7 +66,7 @@ def test_one_probe() -> None:
     assert not breaker.enter(3.9)
     assert breaker.state(4) == "half_open"
     assert [breaker.enter(4) for _ in range(3)] == [True, False, False]
-    breaker.abandon(4)
+    breaker.abandon()
     assert [breaker.enter(5) for _ in range(2)] == [True, False]
     breaker.succeed(5)
     assert (breaker.state(5), breaker.enter(5)) == ("closed", True)
@@ -135,9 +135,9 @@ def test_it_never_stays_shut(steps: list[tuple[str, float]]) -> None:
                 case "later":
                     breaker.fail(now, retry_after_s=pause_s)
                 case _:
-                    breaker.abandon(now)
+                    breaker.abandon()
     for _ in range(inside):
-        breaker.abandon(now)
+        breaker.abandon()
     later = now + breaker.opens_in_s(now) + MAX_COOLDOWN_S
-    breaker.abandon(later)
+    breaker.abandon()
     assert breaker.enter(later)

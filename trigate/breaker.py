@@ -84,10 +84,9 @@ class Breaker:
         elif (rules.failures and self._in_a_row >= rules.failures) or self._fails_often():
             self._open(now, now + self._cooldown_s)
 
-    def abandon(self, now: float) -> None:
+    def abandon(self) -> None:
         """A call that entered ended without a verdict: its client left, another attempt won."""
-        if self._open_until is not None and self._open_until <= now:
-            self._probing = False
+        self._probing = False
 
     def _open(self, now: float, until: float) -> None:
         self._open_until = until

@@ -295,11 +295,11 @@ class Plan:
         if first_token_s is not None:
             state.note_first_token(first_token_s, now)
         if not judged:
-            state.breaker.abandon(now)
+            state.breaker.abandon()
         elif error is None:
             state.breaker.succeed(now)
         elif error.blame != "provider":
-            state.breaker.abandon(now)
+            state.breaker.abandon()
         elif error.retryable:
             state.breaker.fail(now, retry_after_s=error.retry_after_s)
         else:

@@ -537,7 +537,8 @@ class StreamReader:
             fields = _fields.decode(data)
         except (ValueError, RecursionError):
             return event  # [DONE]
-        return sse.with_data(event, _join({**fields, **(self._seam or {})}, None))
+        same = {name: value for name, value in (self._seam or {}).items() if name in fields}
+        return sse.with_data(event, _join({**fields, **same}, None))
 
     def _look_into(self, data: bytes) -> None:
         value = decode_any(data)
