@@ -117,9 +117,10 @@ def make_config(
     Args:
         upstreams: Their settings; what is left out of one is kind ``openai``, an address that nobody has, and the
             model ``m``. Left out as a whole: one of them, ``up``.
-        sections: ``limits``, ``models``, ``keys``, ``server``, … Without ``retries``, no target is tried twice.
+        sections: ``limits``, ``models``, ``keys``, ``server``, … Without ``retries``, no target is tried twice;
+            without ``breaker``, none is left alone.
     """
-    sections = {"retries": {"budget": 0}, **sections}
+    sections = {"retries": {"budget": 0}, "breaker": {"failures": 0, "failure_rate": 0}, **sections}
     tables = {
         name: {**({} if "kind" in own else {"base_url": "http://up.invalid/v1", "models": ["m"]}), **own}
         for name, own in (upstreams if upstreams is not None else {"up": {}}).items()

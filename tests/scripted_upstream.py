@@ -189,6 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._start_stream()
             for word in WORDS:
                 self._event({**head, "choices": [{"index": 0, "text": word, "finish_reason": None}]})
+            self._event({**head, "choices": [{"index": 0, "text": "", "finish_reason": "stop"}]})
             self._event("[DONE]")
             self._end_stream()
         else:

@@ -1,4 +1,4 @@
-"""Several attempts at one call, under one deadline: what the client sees, and what the providers do. Time is virtual."""
+"""Several attempts at one call, under one deadline: what a client sees, and what providers do. Time is virtual."""
 
 from __future__ import annotations
 
