@@ -27,6 +27,13 @@ SERVE = (sys.executable, "-m", "trigate", "serve", "--port", "0")
 def configuration(upstream: str, *, more: str = "") -> str:
     """A configuration in TOML: the scripted upstream as ``mock``, and ``default``."""
     return f"""
+[retries]
+budget = 0
+
+[breaker]
+failures = 0
+failure_rate = 0
+
 [upstreams.mock]
 kind = "openai"
 base_url = "{upstream}/v1"

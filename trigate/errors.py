@@ -337,6 +337,12 @@ class Throttled(Rejected):
     openai_type = "rate_limit_error"
     retryable = True
 
+    def again(self, retry_after_s: float) -> Throttled:
+        """The same, for a call that came while the provider does not want to be asked."""
+        error = Throttled("", self.status, self.body or b"", headers=tuple(_retry_after(retry_after_s)))
+        error.message, error.retry_after_s = self.message, retry_after_s
+        return error
+
 
 class Unavailable(UpstreamError):
     """The provider cannot be reached (502), or says that it is down (5xx: 502, or 503 where it said 503/529).

@@ -28,7 +28,7 @@ import attrs
 
 from trigate.breaker import Breaker
 from trigate.config import Config
-from trigate.errors import Garbled, GatewayError, Unavailable, UpstreamTimeout
+from trigate.errors import Garbled, GatewayError, Throttled, Unavailable, UpstreamTimeout
 from trigate.retries import Budget, backoff_s
 from trigate.routing import Target
 
@@ -56,14 +56,16 @@ class TargetState:
 
     Attributes:
         in_flight: Attempts that have begun and not ended.
+        last_error: Why the last one failed that counts.
     """
 
-    __slots__ = ("_ewma_at", "_ewma_s", "_next", "_samples", "breaker", "budget", "in_flight")
+    __slots__ = ("_ewma_at", "_ewma_s", "_next", "_samples", "breaker", "budget", "in_flight", "last_error")
 
     def __init__(self, config: Config) -> None:
         self.breaker = Breaker(config.breaker)
         self.budget = Budget(config.retries.budget)
         self.in_flight = 0
+        self.last_error: GatewayError | None = None
         self._samples: list[float] = []
         self._next = 0
         self._ewma_s = 0.0
@@ -187,6 +189,7 @@ class Plan:
 
         Raises:
             Unavailable: All breakers are open; its ``retry_after_s`` says for how long.
+            Throttled: As that, where it is for a limit of the provider's.
         """
         for target in self._order(chance):
             if self._known.of(target).breaker.enter(now):
@@ -194,13 +197,23 @@ class Plan:
                 if budget is not None:
                     budget.note_call()
                 return self._begin(target, "first")
-        waits = {target: self._known.of(target).breaker.opens_in_s(now) for target in self._targets}
+        raise self._refusal(now)
+
+    def _refusal(self, now: float) -> GatewayError:
+        """What a call is told that no target gets: a limit of the provider's in its own words, as a call that went
+        there would be told."""
+        states = [self._known.of(target) for target in self._targets]
+        first = min(states, key=lambda state: state.breaker.opens_in_s(now))
+        after_s = max(0.001, first.breaker.opens_in_s(now))
+        if isinstance(first.last_error, Throttled):
+            return first.last_error.again(after_s)
         names = ", ".join(dict.fromkeys(str(target) for target in self._targets))
-        raise Unavailable(
-            f"{names} failed lately and gets no calls for a while.",
+        last = f" The last error: {first.last_error.message}" if first.last_error is not None else ""
+        return Unavailable(
+            f"{names}: failed lately, and gets no calls for a while.{last}",
             status=503,
             reachable=True,
-            retry_after_s=max(0.001, min(waits.values())),
+            retry_after_s=after_s,
         )
 
     def next(self, error: GatewayError, now: float, chance: float, *, left_s: float) -> Step | None:
@@ -301,6 +314,7 @@ class Plan:
         elif error.blame != "provider":
             state.breaker.abandon()
         elif error.retryable:
+            state.last_error = error
             state.breaker.fail(now, retry_after_s=error.retry_after_s)
         else:
             state.breaker.succeed(now)  # it answered: what was asked was wrong
