@@ -953,7 +953,7 @@ async def test_a_cut_reaches_the_queue_and_goes_to_no_next_target(open_app: Open
 
 async def test_too_many_exchanges_are_refused_with_a_time_to_come_back(open_app: OpenApp) -> None:
     """Beyond ``max_exchanges`` a call is a 503 at once, and the others go on."""
-    async with open_app(make_config(limits={"max_exchanges": 1}), Provider((Stall(),))) as served:
+    async with open_app(make_config(limits={"max_exchanges": 1, "max_queued": 0}), Provider((Stall(),))) as served:
         served.client.chat()
         await wait_all_tasks_blocked()
         call = await served.client.chat().wait()

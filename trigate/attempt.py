@@ -50,6 +50,7 @@ class Attempt:
     """When something of the reply came last."""
     reading: bool = False
     """Its task is inside `Reply.receive`."""
+    task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
     lost: bool = False
     half: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     cause: GatewayError | None = None

@@ -38,6 +38,7 @@ import msgspec
 
 Header = tuple[bytes, bytes]
 _CLOSE: Header = (b"connection", b"close")
+_NO_RETRY: Header = (b"x-should-retry", b"false")
 _REDACTED = "[redacted]"
 
 
@@ -230,6 +231,17 @@ class Stopped(CallError):
     code = "stopped"
 
 
+class Ended(CallError):
+    """Somebody has ended the call through ``/status/streams``."""
+
+    status = 409
+    code = "stream_cancelled"
+
+    @property
+    def headers(self) -> list[Header]:
+        return [_NO_RETRY]
+
+
 class IdempotencyConflict(CallError):
     """An idempotency key stands for a message with another body."""
 
@@ -289,7 +301,7 @@ class UpstreamError(GatewayError):
     def headers(self) -> list[Header]:
         # The SDKs retry 408/409/429/5xx twice by themselves. This gateway has already tried what there is to try, and
         # multiplied retries are how an outage becomes a storm (`_should_retry` in both SDKs reads this header).
-        return [(b"x-should-retry", b"false")]
+        return [_NO_RETRY]
 
 
 class Rejected(UpstreamError):

@@ -26,7 +26,7 @@ import contextlib
 import functools
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
@@ -208,12 +208,14 @@ class Exchange:
     _seam: Mapping[str, Raw] | None = None
     _text: str = ""
     _nursery: trio.Nursery = attrs.field(init=False)
+    _task: trio.lowlevel.Task = attrs.field(init=False)
     _relayed: bool = False
     _stamped: bool = False
 
     @property
     def phase(self) -> str:
-        """``admitted``; that of its attempt, the one which is farthest; ``pausing`` between two of them; ``ending``."""
+        """``admitted``; ``queued``; that of its attempt, the one which is farthest; ``pausing`` between two of them;
+        ``ending``."""
         if self._ending:
             return "ending"
         if self._winner is not None and self._winner.outcome is None:
@@ -248,8 +250,17 @@ class Exchange:
             "completion_tokens": self.usage.completion_tokens if self.usage is not None else None,
             "first_content_s": self.first_content_after_s,
             "client_gone": self.down.gone,
+            "queue_position": self._queue_position(),
             "attempts": [attempt.describe(self.started_at) for attempt in self.attempts],
         }
+
+    def _queue_position(self) -> int | None:
+        if self.phase != "queued":
+            return None
+        if not self._live:
+            return self.gateway.admission.places.position(self.owner, self._task)
+        attempt = self._live[0]
+        return self.generation.upstreams[attempt.target.upstream].queue_position(self.owner, attempt.task)
 
     # -- the way of a request -----------------------------------------------------------------------------------------
 
@@ -261,11 +272,13 @@ class Exchange:
         self.outcome = "cancelled"
         timer: Timer | None = None
         self._nursery = nursery
+        self._task = trio.lowlevel.current_task()
         try:
             self.gateway.admit(self)
             route = self.generation.route(self.call.model)
             timer = self._set_limits(route)
-            await self._serve(Plan(self.call.model, route.targets, self.gateway.targets, self.generation.config))
+            async with self.gateway.admission.place(self):
+                await self._serve(Plan(self.call.model, route.targets, self.gateway.targets, self.generation.config))
             self.outcome = "complete" if not self._alone else "finished"
         except GatewayError as error:
             self.outcome = error.code if not self._alone else "cancelled"
@@ -417,6 +430,7 @@ class Exchange:
                     self.call.endpoint.path,
                     self._body_for(attempt),
                     headers=self._headers_for(),
+                    owner=self.owner,
                     on_phase=functools.partial(self._enter, attempt),
                 ) as reply:
                     attempt.reply = reply
@@ -507,18 +521,37 @@ class Exchange:
 
     async def _wait(self, plan: Plan, step: Step) -> None:
         """Waits before an attempt."""
-        self._state = "pausing"
         waited = False
         try:
-            with trio.CancelScope() as self._pause:
+            with self.waiting("pausing"):
                 await trio.sleep(step.after_s)
                 waited = True
         finally:
-            self._pause = None
-            if not waited:
+            if not waited or self._cut is not None:
                 plan.end(step, trio.current_time(), judged=False)
+
+    @contextlib.contextmanager
+    def waiting(self, phase: str, *, at_most_s: float = math.inf) -> Iterator[None]:
+        """A block in which nothing is done for the exchange but waiting. What cuts the exchange ends the wait.
+
+        Raises:
+            GatewayError: It was cut, then or before.
+        """
+        self._state = phase
+        try:
+            with trio.move_on_after(at_most_s) as self._pause:
+                if self._cut is not None:
+                    self._pause.cancel()
+                yield
+        finally:
+            self._pause = None
         if self._cut is not None:
             raise self._cut
+
+    @property
+    def is_cut(self) -> bool:
+        """Something has ended it: nothing more is begun for it."""
+        return self._cut is not None
 
     def _onward(self, plan: Plan, error: GatewayError, now: float) -> Step | None:
         """Has another target go on with a stream that has broken off, where that can be done without a seam.

@@ -29,10 +29,11 @@ import trio
 
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
+from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels import Channels, open_channels
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
-from trigate.errors import Draining, Garbled, GatewayError, Overloaded, Rejected, words_of
+from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.hooks import Hooks
 from trigate.leaving import Leaving, open_leaving
 from trigate.outbox import Outbox, open_outbox
@@ -43,6 +44,7 @@ from trigate.routing import Known, Target
 from trigate.runs import Runs, open_runs
 from trigate.sessions import Sessions
 from trigate.store import Store
+from trigate.streams import Streams
 from trigate.timers import Timers, open_timers
 from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
@@ -358,12 +360,14 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
+        self.streams: Streams
         self.runs: Runs
         self.callbacks: Callbacks
         self.outbox: Outbox
         self.hooks = Hooks(self)
         self.channels: Channels | None = None
         self.targets = Targets()
+        self.admission = Admission(_exchanges_by_descriptors())
         self.chance = random.random
         """Chance, between 0 and 1: for pauses and choices."""
         self.generation: Generation
@@ -377,7 +381,6 @@ class Gateway:
         self.reload_error: str | None = None
         self._reload_asked = trio.Event()
         self._reloaded = trio.Event()
-        self._descriptor_limit = _exchanges_by_descriptors()
 
     def __repr__(self) -> str:
         return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
@@ -388,17 +391,13 @@ class Gateway:
         return trio.current_time() - self.started_at
 
     def admit(self, exchange: Exchange) -> None:
-        """Lets an exchange in; `settle` lets it out again.
+        """Takes an exchange among those that are live; `settle` takes it out again.
 
         Raises:
             Draining: The gateway is shutting down.
-            Overloaded: ``limits.max_exchanges`` are in flight, or as many as there are file descriptors for.
         """
         if self.draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
-        limit = min(exchange.generation.config.limits.max_exchanges, self._descriptor_limit)
-        if len(self.live) >= limit:
-            raise Overloaded(f"{limit} calls are in flight, which is the limit of this gateway.")
         if self.quiet.is_set():
             self.quiet = trio.Event()
         self.live[exchange] = None
@@ -451,7 +450,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
-            self.targets.apply(first)
+            self._apply(first)
             self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
             while True:
@@ -474,12 +473,17 @@ class Gateway:
                     continue
                 self.reload_error = None
                 old.retire()
-                self.targets.apply(config)
+                self._apply(config)
                 self.callbacks.apply(config.hooks or {}, self.outbox)
                 if self.channels is not None:
                     self.channels.apply()
                 self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
+
+    def _apply(self, config: Config) -> None:
+        """Has the services that outlive a generation follow the next one's configuration."""
+        self.targets.apply(config)
+        self.admission.apply(config.limits)
 
     async def _run_generation(
         self, config: Config, transports: TransportFactory, *, task_status: trio.TaskStatus[Generation]
@@ -583,6 +587,7 @@ async def open_gateway(
         gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
+            gateway.streams = Streams(gateway)
             async with (
                 open_callbacks(trust=_trust) as gateway.callbacks,
                 open_outbox(store, gateway.workers) as gateway.outbox,
@@ -598,6 +603,7 @@ async def _running(
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.run_generations, first, transports)
+            nursery.start_soon(gateway.admission.run)
             try:
                 # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
                 # anybody joins the other workers.

@@ -37,6 +37,7 @@ from trigate.errors import (
     upstream_message,
 )
 from trigate.local_model import LocalModel, LocalModelUnavailable
+from trigate.places import Places
 from trigate.retries import retry_after_s
 from trigate.routing import Known
 from trigate.transport import Opening, Origin, Response, SocketTransport
@@ -292,9 +293,8 @@ class Upstream:
         self._local_model = local_model
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
-        self._queue = trio.lowlevel.ParkingLot()
+        self._places = Places(self.config.max_connections)
         self._address: _Address | None = None
-        self.in_flight = 0
         self.state = "unknown"
         self.reason: str | None = None
         self.watched = False
@@ -346,7 +346,7 @@ class Upstream:
             state="disabled" if self.unusable else self.state,
             reason=self.unusable or self.reason,
             in_flight=self.in_flight,
-            queued=len(self._queue),
+            queued=self._places.queued,
             max_connections=self.config.max_connections,
             models=len(self.models),
             last_error=self.last_error,
@@ -361,24 +361,27 @@ class Upstream:
         except LocalModelUnavailable as error:
             raise Unavailable(str(error), status=503) from error
 
-    async def _take_place(self) -> None:
-        if self.in_flight < self.config.max_connections:
-            self.in_flight += 1
+    @property
+    def in_flight(self) -> int:
+        """How many have a place."""
+        return self._places.taken
+
+    def queue_position(self, owner: str, task: trio.lowlevel.Task) -> int | None:
+        """At which place a task waits among its owner's, from 1; None = it does not."""
+        return self._places.position(owner, task)
+
+    async def _take_place(self, owner: str) -> None:
+        if self._places.take(owner):
             return  # noqa: ASYNC910 - there was one
         with trio.move_on_after(self._queue_timeout_s) as queue:
-            await self._queue.park()  # who leaves hands its place to the first of the queue
+            await self._places.wait(owner)
+            return
         if queue.cancelled_caught:
             raise UpstreamTimeout(
                 f"The upstream {self.name} has {self.config.max_connections} calls in flight, "
                 f"and no place came free within {self._queue_timeout_s:g} s.",
                 phase="queue",
             )
-
-    def _give_place(self) -> None:
-        if self._queue:
-            self._queue.unpark()
-        else:
-            self.in_flight -= 1
 
     def open(
         self,
@@ -387,12 +390,14 @@ class Upstream:
         body: bytes = b"",
         *,
         headers: Mapping[str, str] | None = None,
+        owner: str = "",
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> AbstractAsyncContextManager[Reply]:
         """Sends a request and owns its reply for as long as the block lasts.
 
         Args:
             path: Below the upstream's base URL, with its leading slash.
+            owner: Whose it is: places go round the owners.
             on_phase: Told ``queued``, ``connecting`` (until the reply's head is there), and nothing after that.
 
         Raises:
@@ -402,7 +407,7 @@ class Upstream:
 
         **Cancels:** at any point; place and connection are given back.
         """
-        return _Request(self, method, path, body, headers or {}, on_phase)
+        return _Request(self, method, path, body, headers or {}, owner, on_phase)
 
     async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> _Source:
         base_url = await self._base_url()
@@ -470,7 +475,7 @@ class Upstream:
 class _Request:
     """A place, a request, a reply; and all given back. Written out, as generators would cost more than the rest."""
 
-    __slots__ = ("_body", "_headers", "_method", "_on_phase", "_path", "_reply", "_upstream")
+    __slots__ = ("_body", "_headers", "_method", "_on_phase", "_owner", "_path", "_reply", "_upstream")
 
     def __init__(
         self,
@@ -479,8 +484,10 @@ class _Request:
         path: str,
         body: bytes,
         headers: Mapping[str, str],
+        owner: str,
         on_phase: Callable[[str], None],
     ) -> None:
+        self._owner = owner
         self._upstream = upstream
         self._method = method
         self._path = path
@@ -493,12 +500,12 @@ class _Request:
         upstream = self._upstream
         try:
             self._on_phase("queued")
-            await upstream._take_place()
+            await upstream._take_place(self._owner)
             try:
                 self._on_phase("connecting")
                 self._reply = Reply(upstream.name, await self._send())
             except BaseException:
-                upstream._give_place()
+                upstream._places.give(self._owner)
                 raise
         except GatewayError as error:
             error.redact(upstream._secrets)
@@ -522,7 +529,7 @@ class _Request:
         try:
             await self._reply.aclose()
         finally:
-            self._upstream._give_place()
+            self._upstream._places.give(self._owner)
         if isinstance(error, GatewayError):
             error.redact(self._upstream._secrets)
 

@@ -44,7 +44,7 @@ RETRY_S = 0.25
 RETRY_MAX_S = 5.0
 _MAX_ADDRESS_BYTES = 103
 """The shortest ``sun_path`` of the systems (macOS), without its NUL."""
-_MAX_RING_BYTES = 65_536
+_MAX_RING_BYTES = 64 * 1024
 _ASIDE = "trigate-"
 """How the directory of a socket begins that found no room beside the database."""
 

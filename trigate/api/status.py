@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
-from quart import Blueprint, Response, current_app
+from quart import Blueprint, Response, current_app, request
 
-from trigate import report
+from trigate import report, streams
+from trigate.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
+    from trigate.gateway import Gateway
 
 blueprint = Blueprint("status", __name__)
+
+
+def _gateway() -> Gateway:
+    return cast("GatewayApp", current_app).gateway
+
+
+def _owner() -> str | None:
+    """Whose streams may be seen: those of the key; None = all, where there are no keys."""
+    scope: Any = request.scope  # Any: hypercorn's type does not know our entry
+    return str(scope["trigate.owner"]) if _gateway().generation.config.keys else None
+
+
+def _json(body: object) -> Response:
+    return Response(msgspec.json.encode(body), content_type="application/json")
 
 
 @blueprint.get("/status")
 async def status() -> Response:
     """Version, uptime, workers, channels, sessions, store, upstreams, live streams and totals; of all workers."""
-    body = await report.status(cast("GatewayApp", current_app).gateway)
-    return Response(msgspec.json.encode(body), content_type="application/json")
+    return _json(await report.status(_gateway()))
+
+
+@blueprint.get("/status/streams")
+async def list_streams() -> Response:
+    """The exchanges in flight, the oldest first."""
+    limit = request.args.get("limit", "100")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= streams.MAX_LIMIT):
+        raise BadRequest(f"limit must be a number from 1 to {streams.MAX_LIMIT}.", param="limit")
+    found = await _gateway().streams.tell(owner=_owner(), limit=int(limit))
+    return _json({"object": "list", "data": found.rows, "count": found.count, "missing_workers": found.missing_workers})
+
+
+@blueprint.get("/status/streams/<stream>")
+async def retrieve_stream(stream: str) -> Response:
+    """One exchange; several, where clients have given several the same id."""
+    found = await _gateway().streams.tell(owner=_owner(), stream=stream)
+    if not found.rows:
+        raise NotFound("There is no such stream.")
+    return _json(found.rows[0] if len(found.rows) == 1 else {"object": "list", "data": found.rows})
+
+
+@blueprint.delete("/status/streams/<stream>")
+async def delete_stream(stream: str) -> Response:
+    """Ends it; its client gets an error that says so."""
+    found = await _gateway().streams.end(owner=_owner(), stream=stream)
+    if not found.count:
+        raise NotFound("There is no such stream.")
+    return _json({"id": stream, "object": "stream.cancelled", "cancelled": found.ended})
