@@ -88,6 +88,8 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
             "outbox",
             "store",
             "upstreams",
+            "admission",
+            "targets",
             "streams",
             "totals",
         }
@@ -404,6 +406,8 @@ EMPTY = report.Part(
     upstreams=(),
     channels=(),
     totals={},
+    door={"in_flight": 0, "limit": 1, "queued": 0, "refused": 0, "late": 0, "lag_s": 0.0},
+    targets=(),
 )
 
 

@@ -64,6 +64,18 @@ class Admission:
         """How late the event loop has been all the time, lately."""
         return min(self._lags) if len(self._lags) == _LOOKS else 0.0
 
+    def statistics(self) -> dict[str, float]:
+        """What ``/status`` shows of it."""
+        places = self.places
+        return {
+            "in_flight": places.taken,
+            "limit": places.limit,
+            "queued": places.queued,
+            "refused": self.refused,
+            "late": int(self.is_late),
+            "lag_s": round(self.lag_s, 3),
+        }
+
     def place(self, exchange: Exchange) -> _Place:
         """A place for an exchange, for as long as a block lasts: ``async with admission.place(exchange):``.
 

@@ -36,6 +36,8 @@ log = structlog.get_logger("trigate.report")
 
 MAX_STREAMS = 100
 """How many exchanges ``/status`` shows one by one."""
+MAX_TARGETS = 100
+"""How many targets ``/status`` shows."""
 MAX_CHANNELS = 100
 """How many channels it shows that no configuration names."""
 STORE_TIMEOUT_S = 1.0
@@ -120,6 +122,8 @@ class Part:
         by_phase, by_upstream: How many exchanges are in flight.
         oldest: At most `MAX_STREAMS` of them.
         totals: `gateway.Totals`.
+        door: `admission.Admission.statistics`.
+        targets: What is known of each target.
     """
 
     version: str
@@ -133,6 +137,8 @@ class Part:
     upstreams: tuple[UpstreamStatistics, ...]
     channels: tuple[ChannelStatistics, ...]
     totals: dict[str, int]
+    door: dict[str, float]
+    targets: tuple[dict[str, Any], ...]
 
     @property
     def live(self) -> int:
@@ -169,6 +175,8 @@ def part(gateway: Gateway) -> Part:
         upstreams=tuple(upstream.statistics() for upstream in gateway.generation.upstreams.values()),
         channels=tuple(_channels(gateway)),
         totals=attrs.asdict(gateway.totals),
+        door=gateway.admission.statistics(),
+        targets=tuple(_targets(gateway, now)),
     )
 
 
@@ -260,9 +268,30 @@ async def status(gateway: Gateway) -> dict[str, Any]:
             "error": error if error is not None else store.error,
         },
         "upstreams": _upstream_rows(parts),
+        "admission": _admission(parts),
+        "targets": [{**row, "worker": each.id} for each in said for row in each.part.targets][:MAX_TARGETS],
         "streams": _streams(said),
         "totals": _sums(each.totals for each in parts),
     }
+
+
+def _admission(parts: Sequence[Part]) -> dict[str, float]:
+    rows = [each.door for each in parts]
+    summed = {name: sum(row[name] for row in rows) for name in ("in_flight", "limit", "queued", "refused", "late")}
+    return {**summed, "lag_s": max(row["lag_s"] for row in rows)}
+
+
+def _targets(gateway: Gateway, now: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "target": str(target),
+            "breaker": state.breaker.state(now),
+            "opens_in_s": round(state.breaker.opens_in_s(now), 3),
+            "in_flight": state.in_flight,
+            "first_token_s": round(state.first_token_s, 4) if state.first_token_s is not None else None,
+        }
+        for target, state in gateway.targets.items()[:MAX_TARGETS]
+    ]
 
 
 async def _ask_store(gateway: Gateway) -> _Shared:
