@@ -71,7 +71,6 @@ SECTIONS = {
     "[limits]": config.LimitsConfig,
     "[retries]": config.RetriesConfig,
     "[breaker]": config.BreakerConfig,
-    "[ledger]": config.LedgerConfig,
     "[hooks.NAME]": config.HookConfig,
     "[store]": config.StoreConfig,
     "[sessions]": config.SessionsConfig,

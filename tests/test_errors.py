@@ -19,6 +19,7 @@ from trigate.errors import (
     BodyTimeout,
     CallError,
     Draining,
+    Ended,
     Fault,
     Forbidden,
     Garbled,
@@ -66,6 +67,7 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (IdempotencyConflict("no"), 409, "invalid_request_error", "idempotency_conflict"),
     (SessionBusy("no"), 409, "invalid_request_error", "session_busy"),
     (Stopped("no"), 409, "invalid_request_error", "stopped"),
+    (Ended("no"), 409, "invalid_request_error", "stream_cancelled"),
     (TooLarge("no"), 413, "invalid_request_error", "body_too_large"),
     (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
     (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
@@ -168,9 +170,9 @@ def test_what_is_retryable() -> None:
 
 @each_sample
 def test_the_sdks_do_not_retry_what_was_tried(error: GatewayError) -> None:
-    """``x-should-retry: false`` is on every error of a provider, and on no other."""
+    """``x-should-retry: false`` is on every error of a provider, and on what an operator has ended; on no other."""
     headers = dict(error.to_response()[1])
-    assert (headers.get(b"x-should-retry") == b"false") == (error.blame == "provider")
+    assert (headers.get(b"x-should-retry") == b"false") == (error.blame == "provider" or isinstance(error, Ended))
 
 
 @each_sample

@@ -179,11 +179,6 @@ class ModelConfig:
     """What becomes of the upstream's answer when the client leaves: cancelled, or taken to its end and accounted."""
     finish_timeout_s: Seconds = Seconds(60.0)
     """``finish``: how long that may take after the client has left."""
-    coalesce: bool = False
-    """Identical calls of one key that are in flight share one upstream stream, where their parameters leave nothing to
-    chance (``temperature`` 0)."""
-    coalesce_sampled: bool = False
-    """Those too whose parameters do leave something to chance."""
 
 
 @attrs.frozen(kw_only=True)
@@ -209,7 +204,7 @@ class LimitsConfig:
     loop_lag_s: Seconds = Seconds(0.5)
     """How late the event loop may be, for a while, before new calls are refused."""
     buffered_bytes: Size = Size(1024 * 1024)
-    """What may be kept of one stream: for who joins it later, or for another target to go on with it."""
+    """What may be kept of one stream: for another target to go on with it."""
     connect_timeout_s: Seconds = Seconds(10.0)
     response_head_timeout_s: Seconds = Seconds(0.0)
     """From the end of the queue to the head of the response; 0 = as long as the first token may take."""
@@ -252,15 +247,6 @@ class BreakerConfig:
     """How many calls the window must have seen."""
     cooldown_s: Seconds = Seconds(5.0)
     """For how long, before a single call tries it again; doubles at each such failure, up to a minute."""
-
-
-@attrs.frozen(kw_only=True)
-class LedgerConfig:
-    """``[ledger]``: one record of each exchange, in the store. 0 switches an age off."""
-
-    enabled: bool = True
-    retention_s: Seconds = Seconds(30 * DAY_S)
-    max_records: Count = Count(1_000_000)
 
 
 @attrs.frozen(kw_only=True)
@@ -402,7 +388,6 @@ class Config:
     channels: Mapping[str, ChannelConfig] = attrs.field(factory=dict)
     retries: RetriesConfig = RetriesConfig()
     breaker: BreakerConfig = BreakerConfig()
-    ledger: LedgerConfig = LedgerConfig()
 
     def timeout_s(self, upstream: str, phase: TimeoutPhase, model: str | None = None) -> float:
         """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off. What the public
@@ -535,7 +520,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     """
     problems: list[str] = []
     sections = (
-        *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "ledger", "sessions"),
+        *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "sessions"),
         *("hooks", "channels"),
     )
     for name in data:
@@ -581,7 +566,6 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         problems.append("store.run_retention_s: at least four days (345600), so that what is sent again is recognised")
     retries = take(RetriesConfig, data.get("retries", {}), "retries") or RetriesConfig()
     breaker = take(BreakerConfig, data.get("breaker", {}), "breaker") or BreakerConfig()
-    ledger = take(LedgerConfig, data.get("ledger", {}), "ledger") or LedgerConfig()
     sessions = take(SessionsConfig, data.get("sessions", {}), "sessions") or SessionsConfig()
     hooks: dict[str, HookConfig] = {}
     for name, value in _table(data, "hooks", problems).items():
@@ -620,7 +604,6 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         channels=channels,
         retries=retries,
         breaker=breaker,
-        ledger=ledger,
     )
 
 
@@ -631,8 +614,6 @@ def _model_problems(model: ModelConfig) -> list[str]:
         problems.append(f"weights: not used by strategy {model.strategy!r}")
     if model.weights and (len(model.weights) != len(model.targets) or not all(model.weights)):
         problems.append("weights: expected one number above 0 for each target")
-    if model.coalesce_sampled and not model.coalesce:
-        problems.append("coalesce_sampled: goes with coalesce = true")
     return problems
 
 

@@ -80,7 +80,7 @@ class Downstream:
 
     async def _emit(self, *messages: Any) -> None:  # noqa: ASYNC910 - Any: hypercorn's union of ASGI messages
         if self.gone:
-            return  # nobody would get it
+            return  # noqa: ASYNC910 - nobody would get it
         piece = messages[0].get("more_body", False)
         if piece and self.client is not None and self.sending_since is None and not self._owed:
             # This server cuts no message in two. A piece that a cancellation leaves out is missed by nobody; a head and
@@ -141,7 +141,7 @@ class Downstream:
         """Sends a whole response."""
         self.committed = self.ended = True
         if self.gone:
-            return  # nobody would get it
+            return  # noqa: ASYNC910 - nobody would get it
         if self.client is not None and self.sending_since is None:
             self.sending_since = trio.current_time()
             try:

@@ -6,7 +6,7 @@ The tree::
     ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
-    │                                                   SessionBusy 409 · Stopped 409
+    │                                                   SessionBusy 409 · Stopped 409 · Ended 409
     │                                                   IdempotencyConflict 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · RateLimited 429
     │                                                   HeadersTooLarge 431

@@ -417,7 +417,7 @@ class Exchange:
                 first_token_s=attempt.first_content_after_s,
                 judged=attempt.outcome == "complete" or (error is not None and error is not self._cut),
             )
-        return error
+        return error  # noqa: ASYNC910 - it was raised by what waited, or nothing was to wait for
 
     async def _try(self, attempt: Attempt, decided: trio.Event | None) -> None:
         upstream = self.generation.upstreams[attempt.target.upstream]
@@ -450,7 +450,7 @@ class Exchange:
                 upstream.note_up()
         except GatewayError as error:
             if attempt.lost:
-                return  # whatever it looks like from here, it was cancelled
+                return  # noqa: ASYNC910 - whatever it looks like from here, it was cancelled
             if (self._cut or attempt.cause) is not None and error is not (self._cut or attempt.cause):
                 raise self._cause_of(attempt) from error  # it is what the cut looks like from the reader's side
             if (isinstance(error, Unavailable) and not error.reachable) or (
