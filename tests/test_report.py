@@ -20,6 +20,7 @@ from provider import Provider, Refuse, Say, Stall, answers, content
 from trio.testing import MockClock
 
 from trigate import __version__, report
+from trigate.accounts import AccountsStatistics
 from trigate.channels import ChannelStatistics
 from trigate.config import Config
 from trigate.exchange import Exchange
@@ -88,6 +89,7 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
             "outbox",
             "store",
             "upstreams",
+            "ledger",
             "admission",
             "targets",
             "streams",
@@ -408,6 +410,7 @@ EMPTY = report.Part(
     totals={},
     door={"in_flight": 0, "limit": 1, "queued": 0, "refused": 0, "late": 0, "lag_s": 0.0},
     targets=(),
+    ledger=AccountsStatistics(state="ok", begun=0, settled=0, lost=0, dropped=0),
 )
 
 

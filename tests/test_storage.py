@@ -18,7 +18,7 @@ from processes import environment
 from trio.testing import MockClock
 
 from trigate import sqlite_store, storage
-from trigate.config import DAY_S, Config, Count, Seconds, StoreConfig
+from trigate.config import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
 from trigate.gateway import Gateway, open_gateway
 from trigate.memory_store import open_memory_store
 from trigate.store import Retention, Turn
@@ -194,12 +194,15 @@ def test_retention() -> None:
     settings = StoreConfig(
         run_retention_s=Seconds(5 * DAY_S), session_retention_s=Seconds(0.0), max_runs=Count(7), max_sessions=Count(8)
     )
-    assert storage.retention(settings, 1_000 * DAY_S) == Retention(
+    ledger = LedgerConfig(retention_s=Seconds(2 * DAY_S), max_records=Limit(9))
+    assert storage.retention(settings, ledger, 1_000 * DAY_S) == Retention(
         sessions_before=0.0,
         archives_before=970 * DAY_S,
         runs_before=995 * DAY_S,
         max_sessions=8,
         max_runs=7,
+        exchanges_before=998 * DAY_S,
+        max_exchanges=9,
     )
 
 
@@ -211,8 +214,8 @@ async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None
         trio.open_nursery() as tasks,
     ):
         await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        tasks.start_soon(storage.keep_pruned, store, workers, StoreConfig)
-        await trio.sleep(2 * storage.PRUNE_S)
+        tasks.start_soon(storage.keep_pruned, store, workers, Config)
+        await trio.sleep(storage.PRUNE_S / 2)
         assert await store.sessions.get("", "old") is not None
         await workers.join()
         await trio.sleep(1)

@@ -16,6 +16,7 @@ from trigate.store import (
     ENDED,
     ChannelRecord,
     Delivery,
+    ExchangeRecord,
     Message,
     Retention,
     Run,
@@ -721,7 +722,15 @@ async def test_workers_are_removed(store: Store) -> None:
 
 # -- the whole --------------------------------------------------------------------------------------------------------
 
-ALL = Retention(sessions_before=0.0, archives_before=0.0, runs_before=0.0, max_sessions=1000, max_runs=1000)
+ALL = Retention(
+    sessions_before=0.0,
+    archives_before=0.0,
+    runs_before=0.0,
+    max_sessions=1000,
+    max_runs=1000,
+    exchanges_before=0.0,
+    max_exchanges=1000,
+)
 """Under which nothing is forgotten."""
 
 
@@ -814,3 +823,75 @@ async def test_a_store_says_how_it_is(store: Store) -> None:
     found = store.statistics()
     assert (found.state, found.error) == ("open", None)
     assert found.kind in ("sqlite", "memory")
+
+
+# -- exchanges --------------------------------------------------------------------------------------------------------
+
+
+def record(number: int, **changes: Any) -> ExchangeRecord:
+    """What became of an exchange, all of it said."""
+    said: dict[str, Any] = {
+        "id": f"ex_{number}",
+        "request_id": "req_1",
+        "owner": "o",
+        "worker": "w",
+        "endpoint": "/chat/completions",
+        "model": "m",
+        "stream": True,
+        "started_at": float(number),
+        "ended_at": number + 1.5,
+        "outcome": "complete",
+        "status": 200,
+        "target": "up/m",
+        "attempts": '[{"target":"up/m"}]',
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "counted": False,
+        "events": 5,
+        "bytes": 600,
+        "first_content_s": 0.25,
+    }
+    return ExchangeRecord(**said | changes)
+
+
+async def test_records_come_back_as_they_were(store: Store) -> None:
+    """Every field, the last kept first."""
+    records = [record(1), record(2, outcome="lost", ended_at=None, status=None, stream=False, counted=True)]
+    await store.exchanges.put(records)
+    assert await store.exchanges.list(limit=10) == records[::-1]
+
+
+async def test_a_record_is_kept_once(store: Store) -> None:
+    """One that is there stays as it is, but for a lost one, of which more is known now."""
+    await store.exchanges.put([record(1), record(2, outcome="lost")])
+    await store.exchanges.put([record(1, outcome="lost"), record(1, events=9), record(2, outcome="cancelled")])
+    assert [(each.id, each.outcome, each.events) for each in await store.exchanges.list(limit=10)] == [
+        ("ex_2", "cancelled", 5),
+        ("ex_1", "complete", 5),
+    ]
+
+
+async def test_records_are_paged_and_chosen(store: Store) -> None:
+    """By owner, by outcome, and behind one; behind one that there is not, there is nothing."""
+    await store.exchanges.put(
+        [record(n, owner="a" if n % 2 else "b", outcome="lost" if n % 3 == 0 else "complete") for n in range(1, 10)]
+    )
+
+    async def listed(**asked: Any) -> list[int]:
+        return [int(each.id[3:]) for each in await store.exchanges.list(**{"limit": 100} | asked)]
+
+    assert await listed() == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert await listed(limit=2) == [9, 8]
+    assert await listed(limit=2, after="ex_8") == [7, 6]
+    assert await listed(owner="a") == [9, 7, 5, 3, 1]
+    assert await listed(outcome="lost") == [9, 6, 3]
+    assert await listed(outcome="complete", owner="b", after="ex_8") == [4, 2]
+    assert await listed(after="ex_99") == []
+
+
+async def test_old_records_are_forgotten(store: Store) -> None:
+    """By age, and the oldest beyond a number."""
+    await store.exchanges.put([record(n) for n in range(1, 2501)])
+    assert await store.prune(attrs.evolve(ALL, exchanges_before=1001.0, max_exchanges=10_000)) == 1000
+    assert await store.prune(attrs.evolve(ALL, max_exchanges=3)) == 1497
+    assert [each.id for each in await store.exchanges.list(limit=10)] == ["ex_2500", "ex_2499", "ex_2498"]

@@ -268,6 +268,15 @@ class StoreConfig:
 
 
 @attrs.frozen(kw_only=True)
+class LedgerConfig:
+    """``[ledger]``: one record of each exchange, in the store. 0 switches the age off."""
+
+    enabled: bool = True
+    retention_s: Seconds = Seconds(30 * DAY_S)
+    max_records: Limit = Limit(1_000_000)
+
+
+@attrs.frozen(kw_only=True)
 class SessionsConfig:
     """``[sessions]``: what is remembered between the turns of one conversation. 0 switches a time off."""
 
@@ -388,6 +397,7 @@ class Config:
     channels: Mapping[str, ChannelConfig] = attrs.field(factory=dict)
     retries: RetriesConfig = RetriesConfig()
     breaker: BreakerConfig = BreakerConfig()
+    ledger: LedgerConfig = LedgerConfig()
 
     def timeout_s(self, upstream: str, phase: TimeoutPhase, model: str | None = None) -> float:
         """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off. What the public
@@ -520,8 +530,8 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     """
     problems: list[str] = []
     sections = (
-        *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "sessions"),
-        *("hooks", "channels"),
+        *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "ledger"),
+        *("sessions", "hooks", "channels"),
     )
     for name in data:
         if name not in sections:
@@ -566,6 +576,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         problems.append("store.run_retention_s: at least four days (345600), so that what is sent again is recognised")
     retries = take(RetriesConfig, data.get("retries", {}), "retries") or RetriesConfig()
     breaker = take(BreakerConfig, data.get("breaker", {}), "breaker") or BreakerConfig()
+    ledger = take(LedgerConfig, data.get("ledger", {}), "ledger") or LedgerConfig()
     sessions = take(SessionsConfig, data.get("sessions", {}), "sessions") or SessionsConfig()
     hooks: dict[str, HookConfig] = {}
     for name, value in _table(data, "hooks", problems).items():
@@ -604,6 +615,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         channels=channels,
         retries=retries,
         breaker=breaker,
+        ledger=ledger,
     )
 
 

@@ -29,6 +29,7 @@ import trio
 
 from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
+from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels import Channels, open_channels
@@ -368,6 +369,7 @@ class Gateway:
         self.channels: Channels | None = None
         self.targets = Targets()
         self.admission = Admission(_exchanges_by_descriptors())
+        self.accounts: Accounts
         self.chance = random.random
         """Chance, between 0 and 1: for pauses and choices."""
         self.generation: Generation
@@ -396,6 +398,7 @@ class Gateway:
         Raises:
             Draining: The gateway is shutting down.
         """
+        self.accounts.begin(exchange)
         if self.draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         if self.quiet.is_set():
@@ -410,6 +413,7 @@ class Gateway:
             exchange.generation.let_go()
             if not self.live:
                 self.quiet.set()
+        self.accounts.settle(exchange)
         totals = self.totals
         totals.exchanges += 1
         totals.events += exchange.events
@@ -484,6 +488,7 @@ class Gateway:
         """Has the services that outlive a generation follow the next one's configuration."""
         self.targets.apply(config)
         self.admission.apply(config.limits)
+        self.accounts.apply(config.ledger)
 
     async def _run_generation(
         self, config: Config, transports: TransportFactory, *, task_status: trio.TaskStatus[Generation]
@@ -589,6 +594,7 @@ async def open_gateway(
             gateway.sessions = Sessions(store, gateway.workers)
             gateway.streams = Streams(gateway)
             async with (
+                open_accounts(store) as gateway.accounts,
                 open_callbacks(trust=_trust) as gateway.callbacks,
                 open_outbox(store, gateway.workers) as gateway.outbox,
                 _running(gateway, first, transports, path),
@@ -615,7 +621,7 @@ async def _running(
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)
                     nursery.start_soon(
-                        storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config.store
+                        storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
                     )
                     yield
             finally:

@@ -26,6 +26,7 @@ from trigate.store import (
     Claim,
     Delivery,
     DeliveryState,
+    ExchangeRecord,
     Message,
     Retention,
     Run,
@@ -44,7 +45,8 @@ T = TypeVar("T")
 SENDER_ENDED = "the process that was sending it has ended"
 """Said of a delivery that a dead worker was making (`Delivery.last_error`)."""
 PRUNE_SLICE = 100
-"""How many sessions, archived messages and runs are forgotten in one transaction, of each."""
+"""How many sessions, archived messages and runs are forgotten in one transaction, of each; of records of exchanges, ten
+times as many."""
 
 
 class Tables(Protocol):
@@ -123,6 +125,14 @@ class Tables(Protocol):
     def drop_worker(self, worker_id: str) -> None:
         """Drops it with its tickets, and takes its channels from it."""
 
+    # exchanges
+    def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None: ...
+    def exchanges(
+        self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
+    ) -> Sequence[ExchangeRecord]: ...
+    def drop_exchanges(self, before: float, *, most: int, limit: int) -> int:
+        """Drops the oldest that are from before a time, or more than so many; returns how many."""
+
     def touch(self) -> None:
         """Changes something that nobody reads."""
 
@@ -177,6 +187,7 @@ class Ledger(abc.ABC):
         self.deliveries: store.Deliveries = _Deliveries(self)
         self.channels: store.Channels = _Channels(self)
         self.workers: store.Workers = _Workers(self)
+        self.exchanges: store.Exchanges = _Exchanges(self)
 
     @abc.abstractmethod
     def write(self, operation: Callable[[Tables], T], *, durable: bool = True) -> Write[T]:
@@ -217,6 +228,7 @@ def _prune(tables: Tables, retention: Retention) -> int:
         + sum(tables.drop_run(run.id) for run in runs)
         + tables.drop_archived(retention.archives_before, limit=PRUNE_SLICE)
         + tables.drop_orphans(retention.runs_before, limit=PRUNE_SLICE)
+        + tables.drop_exchanges(retention.exchanges_before, most=retention.max_exchanges, limit=10 * PRUNE_SLICE)
     )
 
 
@@ -607,3 +619,21 @@ class _Workers:
                 tables.drop_worker(worker_id)
 
         return self._ledger.write(operation)
+
+
+# -- exchanges --------------------------------------------------------------------------------------------------------
+
+
+class _Exchanges:
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def put(self, records: Sequence[ExchangeRecord]) -> Write[None]:
+        return self._ledger.write(lambda tables: tables.put_exchanges(records), durable=False)
+
+    async def list(
+        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+    ) -> Sequence[ExchangeRecord]:
+        return await self._ledger.read(
+            lambda tables: tables.exchanges(limit=limit, owner=owner, outcome=outcome, after=after)
+        )

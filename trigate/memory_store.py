@@ -7,6 +7,7 @@ called; to await it is a checkpoint, and no more.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -18,8 +19,10 @@ from trigate.errors import StoreUnavailable
 from trigate.ledger import Ledger, Receipt, Tables
 from trigate.store import (
     ENDED,
+    LOST,
     ChannelRecord,
     Delivery,
+    ExchangeRecord,
     Message,
     Run,
     Session,
@@ -47,6 +50,7 @@ class MemoryTables:
         self._deliveries: dict[str, Delivery] = {}
         self._channels: dict[str, ChannelRecord] = {}
         self._workers: dict[str, Worker] = {}
+        self._exchanges: dict[str, ExchangeRecord] = {}
 
     # -- sessions
 
@@ -246,6 +250,33 @@ class MemoryTables:
         for name, record in self._channels.items():
             if record.holder == worker_id:
                 self._channels[name] = attrs.evolve(record, holder=None)
+
+    # -- exchanges
+
+    def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None:
+        for record in records:
+            kept = self._exchanges.get(record.id)
+            if kept is None or kept.outcome == LOST:
+                self._exchanges[record.id] = record
+
+    def exchanges(
+        self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
+    ) -> Sequence[ExchangeRecord]:
+        found = reversed(self._exchanges.values())
+        if after is not None:
+            for each in found:
+                if each.id == after:
+                    break
+        meant = (each for each in found if owner in (None, each.owner) and outcome in (None, each.outcome))
+        return list(itertools.islice(meant, limit))
+
+    def drop_exchanges(self, before: float, *, most: int, limit: int) -> int:
+        excess = len(self._exchanges) - most
+        oldest = itertools.islice(self._exchanges.values(), limit)
+        gone = [each.id for number, each in enumerate(oldest) if number < excess or each.started_at < before]
+        for record_id in gone:
+            del self._exchanges[record_id]
+        return len(gone)
 
     def touch(self) -> None:
         pass

@@ -23,6 +23,7 @@ import structlog
 import trio
 
 from trigate import __version__, storage
+from trigate.accounts import AccountsStatistics
 from trigate.channels import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
 from trigate.store import ChannelRecord, SessionCounts, Worker
@@ -124,6 +125,7 @@ class Part:
         totals: `gateway.Totals`.
         door: `admission.Admission.statistics`.
         targets: What is known of each target.
+        ledger: How its records of exchanges are.
     """
 
     version: str
@@ -139,6 +141,7 @@ class Part:
     totals: dict[str, int]
     door: dict[str, float]
     targets: tuple[dict[str, Any], ...]
+    ledger: AccountsStatistics
 
     @property
     def live(self) -> int:
@@ -177,6 +180,7 @@ def part(gateway: Gateway) -> Part:
         totals=attrs.asdict(gateway.totals),
         door=gateway.admission.statistics(),
         targets=tuple(_targets(gateway, now)),
+        ledger=gateway.accounts.statistics(),
     )
 
 
@@ -268,6 +272,7 @@ async def status(gateway: Gateway) -> dict[str, Any]:
             "error": error if error is not None else store.error,
         },
         "upstreams": _upstream_rows(parts),
+        "ledger": _ledger([each.ledger for each in parts]),
         "admission": _admission(parts),
         "targets": [{**row, "worker": each.id} for each in said for row in each.part.targets][:MAX_TARGETS],
         "streams": _streams(said),
@@ -279,6 +284,17 @@ def _admission(parts: Sequence[Part]) -> dict[str, float]:
     rows = [each.door for each in parts]
     summed = {name: sum(row[name] for row in rows) for name in ("in_flight", "limit", "queued", "refused", "late")}
     return {**summed, "lag_s": max(row["lag_s"] for row in rows)}
+
+
+def _ledger(parts: Sequence[AccountsStatistics]) -> dict[str, Any]:
+    """The worst state, and the sums."""
+    worst = max(parts, key=lambda each: ("off", "ok", "degraded").index(each.state))
+    numbers = ("begun", "settled", "lost", "dropped")
+    return {
+        "state": worst.state,
+        **{name: sum(getattr(each, name) for each in parts) for name in numbers},
+        "error": next((each.error for each in parts if each.error is not None), None),
+    }
 
 
 def _targets(gateway: Gateway, now: float) -> list[dict[str, Any]]:

@@ -11,8 +11,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
+import msgspec
 
-from trigate.store import ChannelRecord, Delivery, Message, Run, Session, SessionCounts, Ticket, Worker
+from trigate.store import (
+    LOST,
+    ChannelRecord,
+    Delivery,
+    ExchangeRecord,
+    Message,
+    Run,
+    Session,
+    SessionCounts,
+    Ticket,
+    Worker,
+)
 
 if TYPE_CHECKING:
     import apsw
@@ -140,6 +152,32 @@ MIGRATIONS = (
     CREATE TABLE touched (times INTEGER NOT NULL) STRICT;
     INSERT INTO touched VALUES (0);
     """,
+    """
+    CREATE TABLE exchanges (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        request_id TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
+        model TEXT NOT NULL,
+        stream INTEGER NOT NULL,
+        started_at REAL NOT NULL,
+        ended_at REAL,
+        outcome TEXT NOT NULL,
+        status INTEGER,
+        target TEXT,
+        attempts TEXT NOT NULL,
+        prompt_tokens INTEGER,
+        completion_tokens INTEGER,
+        counted INTEGER NOT NULL,
+        events INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        first_content_s REAL
+    ) STRICT;
+    CREATE INDEX exchanges_of_owner ON exchanges (owner, number);
+    CREATE INDEX exchanges_not_complete ON exchanges (outcome, number) WHERE outcome <> 'complete';
+    """,
 )
 """From nothing to version 1, from there to version 2, and so on. What has been released is not changed any more."""
 
@@ -187,6 +225,13 @@ _RUNS = _Table(Run, "runs", key=("id",), flags=("acknowledged",))
 _DELIVERIES = _Table(Delivery, "deliveries", key=("id",), flags=("repeatable",))
 _CHANNELS = _Table(ChannelRecord, "channels", key=("name",))
 _WORKERS = _Table(Worker, "workers", key=("id",))
+
+_OF_EXCHANGE = ExchangeRecord.__struct_fields__
+_PUT_EXCHANGE = (
+    f"INSERT INTO exchanges ({', '.join(_OF_EXCHANGE)}) VALUES ({', '.join('?' * len(_OF_EXCHANGE))})"
+    f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _OF_EXCHANGE)}"
+    f" WHERE exchanges.outcome = '{LOST}'"
+)
 
 _IS_BUSY = "EXISTS (SELECT 1 FROM tickets t WHERE t.owner = sessions.owner AND t.key = sessions.key)"
 _IS_SESSION = "session = (SELECT id FROM sessions WHERE owner = ? AND key = ?)"
@@ -441,6 +486,40 @@ class SqliteTables:
         self._do("DELETE FROM workers WHERE id = ?", worker_id)
         self._do("DELETE FROM tickets WHERE worker = ?", worker_id)
         self._do("UPDATE channels SET holder = NULL WHERE holder = ?", worker_id)
+
+    # -- exchanges
+
+    def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None:
+        self._db.executemany(_PUT_EXCHANGE, map(msgspec.structs.astuple, records))
+
+    def exchanges(
+        self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
+    ) -> Sequence[ExchangeRecord]:
+        asked: list[tuple[str, Any]] = [("number > ?", 0)]
+        if owner is not None:
+            asked.append(("owner = ?", owner))
+        if outcome is not None:
+            # what is not complete has an index of its own, which SQLite sees only where it stands there
+            asked.append(("outcome = ?" if outcome == "complete" else "outcome = ? AND outcome <> 'complete'", outcome))
+        if after is not None:
+            asked.append(("number < (SELECT number FROM exchanges WHERE id = ?)", after))
+        where = " AND ".join(condition for condition, _ in asked)
+        sql = f"SELECT {', '.join(_OF_EXCHANGE)} FROM exchanges WHERE {where} ORDER BY number DESC LIMIT ?"
+        rows = self._db.execute(sql, (*(value for _, value in asked), limit))
+        return [msgspec.convert(row, ExchangeRecord, strict=False) for row in rows]
+
+    def drop_exchanges(self, before: float, *, most: int, limit: int) -> int:
+        # numbers ascend without a gap, since only the oldest go
+        [[first, last]] = self._db.execute("SELECT min(number), max(number) FROM exchanges")
+        if first is None:
+            return 0
+        return self._do(
+            "DELETE FROM exchanges WHERE number IN (SELECT number FROM"
+            " (SELECT number, started_at FROM exchanges ORDER BY number LIMIT ?) WHERE number <= ? OR started_at < ?)",
+            limit,
+            last - most,
+            before,
+        )
 
     def touch(self) -> None:
         self._do("UPDATE touched SET times = times + 1")

@@ -1,7 +1,7 @@
 """Which store a gateway has: where it is, what needs it, and what it may forget.
 
-A gateway that remembers nothing has no file: the store is opened by whoever needs it first (`workers.Workers.join`),
-and at the start only where it is certain that it will be needed.
+A gateway that has done nothing has no file: the store is opened by whoever needs it first (`workers.Workers.join`, or
+the ledger after the first call), and at the start only where it is certain that it will be needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 import structlog
 import trio
 
-from trigate.config import Config, SessionsConfig, StoreConfig
+from trigate.config import Config, LedgerConfig, SessionsConfig, StoreConfig
 from trigate.errors import StoreUnavailable
 from trigate.store import Retention, Store
 from trigate.workers import Workers
@@ -75,7 +75,7 @@ def _is_worker_of_a_server() -> bool:
     return loaded is not None and loaded.parent_process() is not None
 
 
-def retention(settings: StoreConfig, now: float) -> Retention:
+def retention(settings: StoreConfig, ledger: LedgerConfig, now: float) -> Retention:
     """What may be forgotten at a time, in POSIX seconds."""
 
     def before(age_s: float) -> float:
@@ -87,15 +87,22 @@ def retention(settings: StoreConfig, now: float) -> Retention:
         runs_before=before(settings.run_retention_s),
         max_sessions=settings.max_sessions,
         max_runs=settings.max_runs,
+        exchanges_before=before(ledger.retention_s),
+        max_exchanges=ledger.max_records,
     )
 
 
-async def keep_pruned(store: Store, workers: Workers, settings: Callable[[], StoreConfig]) -> None:
-    """Forgets what may be forgotten, once the store is used and then every hour, for ever."""
-    await workers.wait_joined()
+async def keep_pruned(store: Store, workers: Workers, config: Callable[[], Config]) -> None:
+    """Forgets what may be forgotten, once the workers share the store and then every hour, for ever."""
+    with trio.move_on_after(PRUNE_S):
+        await workers.wait_joined()
     while True:
+        if store.statistics().state == "closed":  # nobody has needed it, and it need not be opened for this
+            await trio.sleep(PRUNE_S)
+            continue
         try:
-            forgotten = await store.prune(retention(settings(), time.time()))
+            settings = config()
+            forgotten = await store.prune(retention(settings.store, settings.ledger, time.time()))
         except StoreUnavailable as error:
             log.warning("prune_failed", error=error.message)
         else:

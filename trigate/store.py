@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import attrs
+import msgspec
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -442,6 +443,64 @@ class Workers(Protocol):
         before (`Runs.adopt`, `Deliveries.release`)."""
 
 
+# -- exchanges --------------------------------------------------------------------------------------------------------
+
+LOST = "lost"
+"""The outcome of an exchange whose process ended before it did."""
+
+
+class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What became of one exchange. A structure of msgspec and not of attrs, since there is one for each call: it is
+    written and read as an array of JSON, in C.
+
+    Attributes:
+        id: ``ex_…``; of the exchange alone, whatever a client has called it.
+        request_id: ``x-request-id``.
+        owner: The name of the gateway key; empty = the gateway has none.
+        ended_at: None = nobody knows.
+        outcome: ``complete``, ``cancelled``, ``finished``, ``lost``, or an error code.
+        status: Of the answer, or of the error that came in its place or behind a part of it; None = nobody waited for
+            one.
+        target: The last one that was tried, or the one that answered.
+        attempts: A JSON array, in order.
+        counted: No upstream has reported the tokens: they are counted.
+        first_content_s: How long after the start.
+    """
+
+    id: str
+    request_id: str
+    owner: str
+    worker: str
+    endpoint: str
+    model: str
+    stream: bool
+    started_at: float
+    ended_at: float | None = None
+    outcome: str = LOST
+    status: int | None = None
+    target: str | None = None
+    attempts: str = "[]"
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    counted: bool = False
+    events: int = 0
+    bytes: int = 0
+    first_content_s: float | None = None
+
+
+class Exchanges(Protocol):
+    """What became of the calls."""
+
+    def put(self, records: Sequence[ExchangeRecord]) -> Write[None]:
+        """Keeps records. Of one that is there already nothing is changed, unless it said ``lost``. Not durable."""
+
+    async def list(
+        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+    ) -> Sequence[ExchangeRecord]:
+        """A page of them, the last kept first, behind the one with the id ``after``; behind one that there is not,
+        there is nothing. ``owner`` None = everybody's."""
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -469,7 +528,8 @@ class Retention:
         archives_before: Messages of earlier epochs, from before that time.
         runs_before: Runs that ended before that time, with their deliveries and idempotency keys; and deliveries that
             were done before it, and belong to no run.
-        max_sessions, max_runs: The oldest beyond so many, of all owners.
+        exchanges_before: Records of exchanges from before that time.
+        max_sessions, max_runs, max_exchanges: The oldest beyond so many, of all owners.
     """
 
     sessions_before: float
@@ -477,6 +537,8 @@ class Retention:
     runs_before: float
     max_sessions: int
     max_runs: int
+    exchanges_before: float
+    max_exchanges: int
 
 
 class Store(Protocol):
@@ -488,6 +550,7 @@ class Store(Protocol):
     deliveries: Deliveries
     channels: Channels
     workers: Workers
+    exchanges: Exchanges
 
     def prune(self, retention: Retention) -> Write[int]:
         """Forgets what may be forgotten; returns how many rows. Done in slices, so that no other write waits long."""

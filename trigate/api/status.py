@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from quart import Blueprint, Response, current_app, request
 
-from trigate import report, streams
+from trigate import report
 from trigate.errors import BadRequest, NotFound
+from trigate.streams import MAX_LIMIT
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
     from trigate.gateway import Gateway
+    from trigate.store import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)
 
@@ -27,6 +30,12 @@ def _owner() -> str | None:
     return str(scope["trigate.owner"]) if _gateway().generation.config.keys else None
 
 
+def _time(posix: float | None) -> str | None:
+    if posix is None:
+        return None
+    return datetime.datetime.fromtimestamp(posix, datetime.UTC).isoformat(timespec="milliseconds")
+
+
 def _json(body: object) -> Response:
     return Response(msgspec.json.encode(body), content_type="application/json")
 
@@ -37,13 +46,17 @@ async def status() -> Response:
     return _json(await report.status(_gateway()))
 
 
+def _limit() -> int:
+    limit = request.args.get("limit", "100")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_LIMIT):
+        raise BadRequest(f"limit must be a number from 1 to {MAX_LIMIT}.", param="limit")
+    return int(limit)
+
+
 @blueprint.get("/status/streams")
 async def list_streams() -> Response:
     """The exchanges in flight, the oldest first."""
-    limit = request.args.get("limit", "100")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= streams.MAX_LIMIT):
-        raise BadRequest(f"limit must be a number from 1 to {streams.MAX_LIMIT}.", param="limit")
-    found = await _gateway().streams.tell(owner=_owner(), limit=int(limit))
+    found = await _gateway().streams.tell(owner=_owner(), limit=_limit())
     return _json({"object": "list", "data": found.rows, "count": found.count, "missing_workers": found.missing_workers})
 
 
@@ -63,3 +76,24 @@ async def delete_stream(stream: str) -> Response:
     if not found.count:
         raise NotFound("There is no such stream.")
     return _json({"id": stream, "object": "stream.cancelled", "cancelled": found.ended})
+
+
+@blueprint.get("/status/ledger")
+async def list_records() -> Response:
+    """What became of the exchanges, the last settled first."""
+    limit = _limit()
+    after = request.args.get("after") or None
+    found = await _gateway().accounts.list(
+        limit=limit + 1, owner=_owner(), outcome=request.args.get("outcome") or None, after=after
+    )
+    return _json({"object": "list", "data": [_record(each) for each in found[:limit]], "has_more": len(found) > limit})
+
+
+def _record(record: ExchangeRecord) -> dict[str, Any]:
+    return {
+        **msgspec.structs.asdict(record),
+        "started_at": _time(record.started_at),
+        "ended_at": _time(record.ended_at),
+        "duration_s": round(record.ended_at - record.started_at, 4) if record.ended_at is not None else None,
+        "attempts": msgspec.Raw(record.attempts.encode()),
+    }

@@ -1,0 +1,158 @@
+"""Journals: what a process has begun and settled, and what another one finds of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trigate import journal
+from trigate.journal import Journal, line_of, records_of, take_orphans
+from trigate.store import ExchangeRecord
+
+
+def begun(number: int, **changes: Any) -> ExchangeRecord:
+    """An exchange that has begun."""
+    said: dict[str, Any] = {
+        "id": f"ex_{number}",
+        "request_id": "r",
+        "owner": "",
+        "worker": "w",
+        "endpoint": "/chat/completions",
+        "model": "m\n\u2028",
+        "stream": True,
+        "started_at": 1.0,
+    }
+    return ExchangeRecord(**said | changes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """The path of a store; nothing is there yet, and its name has what a pattern would take for its own."""
+    return str(tmp_path / "new" / "a[b]*.db")
+
+
+def files(store: str) -> list[str]:
+    """The journals beside a store."""
+    return sorted(path.name for path in Path(store).parent.glob("*-exchanges-*"))
+
+
+def test_lines_are_read_once(store: str) -> None:
+    """In order, in slices of whole lines, a long one too; what was read counts once it is said so."""
+    with Journal(store, "w") as written:
+        for number in range(2000):
+            written.write(line_of(begun(number)))
+        written.write(line_of(begun(2000, model="x" * 3 * journal.SLICE_BYTES)))
+        assert written.read() == written.read()
+        found = []
+        while lines := written.read():
+            assert lines.endswith(b"\n")
+            found += records_of(lines)
+            written.read_to += len(lines)
+        assert [each.id for each in found] == [f"ex_{number}" for number in range(2001)]
+        assert found[7] == begun(7)
+    assert files(store) == []
+
+
+def test_what_was_not_read_stays(store: str) -> None:
+    """A journal that is closed before all of it is kept is the next one's orphan."""
+    with Journal(store, "w") as written:
+        written.write(line_of(begun(1)))
+        assert os.stat(written.path).st_mode & 0o077 == 0
+        with take_orphans(store) as orphans:
+            assert orphans == []  # its process lives
+    with take_orphans(store) as orphans:
+        assert [[each.id for each in records] for orphan in orphans for records in orphan.slices()] == [["ex_1"]]
+        orphans[0].remove()
+    assert files(store) == []
+
+
+def test_the_next_file_begins_with_what_is_live(store: str) -> None:
+    """And the one before it is gone."""
+    with Journal(store, "w") as written:
+        written.write(line_of(begun(1)))
+        written.write(line_of(begun(2)))
+        written.read_to = written.size
+        written.turn([begun(2)])
+        assert files(store) == ["a[b]*.db-exchanges-w.1"]
+        assert written.read() == b""
+        written.write(line_of(begun(3)))
+    with take_orphans(store) as orphans:
+        assert [each.id for records in orphans[0].slices() for each in records] == ["ex_2", "ex_3"]
+
+
+def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before it goes on."""
+    with Journal(store, "w") as written:
+        written.write(line_of(begun(1)))
+        written.read_to = written.size
+
+        def full(line: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(written, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            written.turn([begun(1)])
+        monkeypatch.undo()
+        assert files(store) == ["a[b]*.db-exchanges-w.0"]
+        written.write(line_of(begun(2)))
+        assert records_of(written.read()) == [begun(2)]
+
+
+def test_a_line_that_does_not_fit(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is left: the next one begins where it began."""
+    with Journal(store, "w") as written:
+        written.write(line_of(begun(1)))
+        write = os.write
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+            with pytest.raises(OSError, match="no space"):
+                written.write(line_of(begun(2)))
+        written.write(line_of(begun(3)))
+        assert [each.id for each in records_of(written.read())] == ["ex_1", "ex_3"]
+
+
+def test_damage_is_left_out(logs: Any) -> None:
+    """The lines around it are kept."""
+    logs.expect_error("journal_damaged")
+    lines = line_of(begun(1)) + b"\0\0\0 nonsense\n" + line_of(begun(2))
+    assert [each.id for each in records_of(lines)] == ["ex_1", "ex_2"]
+    assert len(logs.named("journal_damaged")) == 1
+
+
+def _write_for_ever(store: str, said: Connection) -> None:
+    with Journal(store, "dead") as written:
+        number = 0
+        while True:
+            number += 1
+            written.write(line_of(begun(number)))
+            said.send_bytes(b"%d" % number)
+
+
+def test_what_a_killed_process_has_written_is_found(store: str) -> None:
+    """All that it has said to have written, and at most one line more."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_write_for_ever, args=(store, sender))
+    process.start()
+    sender.close()
+    last = b"0"
+    while int(last) < 500:
+        last = receiver.recv_bytes()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    while True:
+        try:
+            last = receiver.recv_bytes()
+        except EOFError:
+            break
+    with take_orphans(store) as orphans:
+        found = [each.id for orphan in orphans for records in orphan.slices() for each in records]
+    assert found == [f"ex_{number}" for number in range(1, len(found) + 1)]
+    assert len(found) - int(last) in (0, 1)

@@ -1,0 +1,311 @@
+"""The ledger of exchanges: one record for each, whatever happened to it.
+
+`Accounts.begin` and `Accounts.settle` are synchronous and never fail: a call is not delayed, and not refused, because
+its account cannot be kept. Each writes one line to the `journal`, which survives the process; a task brings the lines
+into the store, where they can be asked for, about once a second. A record is in the store at most once, since it has an
+id of its own, and it may be brought there twice.
+
+What a process leaves behind that was killed is brought in by the next one that starts, and by those that run: what had
+ended as it ended, what had not as ``lost``.
+
+Where the journal cannot be written (a disk that is full or read-only), and with a store in memory, records wait in
+memory, at most `MAX_WAITING`; what comes beyond that is counted as dropped, and logged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+import msgspec
+import structlog
+import trio
+
+from trigate.config import LedgerConfig
+from trigate.errors import StoreUnavailable
+from trigate.history import estimated_tokens
+from trigate.journal import Journal, line_of, records_of, take_orphans
+from trigate.storage import MEMORY
+from trigate.store import LOST, ExchangeRecord, Store
+
+if TYPE_CHECKING:
+    from trigate.exchange import Exchange
+
+log = structlog.get_logger("trigate.accounts")
+
+FOLD_S = 1.0
+"""How long a record waits at most before it is brought into the store."""
+LOOK_S = 60.0
+"""How often it is looked for journals of processes that have ended."""
+RETRY_S = 5.0
+"""How soon a journal is tried again that cannot be written."""
+END_TIMEOUT_S = 3.0
+TURN_BYTES = 4 * 1024 * 1024
+"""How long a journal becomes before the next one is begun."""
+MAX_WAITING = 10_000
+"""Records in memory."""
+_MAX_NAME = 256  # of a model: clients write what they like
+
+_encoder = msgspec.json.Encoder()
+
+
+@attrs.frozen(kw_only=True)
+class AccountsStatistics:
+    """How the ledger is.
+
+    Attributes:
+        state: ``degraded`` = records wait in memory, since no journal can be written.
+        begun, settled: Exchanges of this process, so far.
+        lost: Exchanges of processes that were killed, which this one found.
+        dropped: Records that there was no room for.
+    """
+
+    state: Literal["off", "ok", "degraded"]
+    begun: int
+    settled: int
+    lost: int
+    dropped: int
+    error: str | None = None
+
+
+class Accounts:
+    """Made by `open_accounts`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._path = store.statistics().path
+        self._worker = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+        self._settings = LedgerConfig()
+        self._live: dict[Exchange, ExchangeRecord] = {}
+        self._journal: Journal | None = None
+        self._retry_at = -math.inf
+        self._waiting: list[ExchangeRecord] = []
+        self._error: str | None = None
+        self._store_error: str | None = None
+        self._wake = trio.Event()
+        self._folding = trio.Lock()
+        self._looked_at = -math.inf
+        self._begun = self._settled = self._lost = self._dropped = 0
+
+    def __repr__(self) -> str:
+        return f"<Accounts, {len(self._live)} live, {self._settled} settled>"
+
+    def apply(self, settings: LedgerConfig) -> None:
+        """Takes new settings. What has begun is settled all the same."""
+        self._settings = settings
+
+    def statistics(self) -> AccountsStatistics:
+        """How the ledger is. Does not wait."""
+        state: Literal["off", "ok", "degraded"] = "degraded" if self._error is not None else "ok"
+        return AccountsStatistics(
+            state=state if self._settings.enabled else "off",
+            begun=self._begun,
+            settled=self._settled,
+            lost=self._lost,
+            dropped=self._dropped,
+            error=self._error or self._store_error,
+        )
+
+    # -- an exchange
+
+    def begin(self, exchange: Exchange) -> None:
+        """Notes that an exchange has begun."""
+        if not self._settings.enabled:
+            return
+        call = exchange.call
+        record = self._live[exchange] = ExchangeRecord(
+            id=f"ex_{self._worker}_{next(self._numbers)}",
+            request_id=exchange.id,
+            owner=exchange.owner,
+            worker=self._worker,
+            endpoint=call.endpoint.path,
+            model=call.model[:_MAX_NAME],
+            stream=call.stream,
+            started_at=time.time(),
+        )
+        self._begun += 1
+        if self._path != MEMORY:
+            self._note(record)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Notes what became of it; of one that was refused at the door as well."""
+        begun = self._live.pop(exchange, None)
+        if begun is None:
+            return
+        self._settled += 1
+        record = _settled(begun, exchange)
+        if not self._note(record):
+            if len(self._waiting) < MAX_WAITING:
+                self._waiting.append(record)
+            else:
+                self._dropped += 1
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _note(self, record: ExchangeRecord) -> bool:
+        """Writes a line; returns whether it was."""
+        try:
+            if self._journal is None:
+                if self._path == MEMORY or trio.current_time() < self._retry_at:
+                    return False
+                self._journal = Journal(self._path, self._worker)
+            self._journal.write(line_of(record))
+        except OSError as error:
+            self._retry_at = trio.current_time() + RETRY_S
+            self._degrade(error)
+            return False
+        if self._error is not None:
+            self._error = None
+            log.info("ledger_restored", path=self._path)
+        return True
+
+    def _degrade(self, error: OSError) -> None:
+        reason = f"The journal beside {self._path} cannot be written: {error.strerror}."
+        if reason != self._error:
+            self._error = reason
+            log.error("ledger_degraded", reason=reason, max_waiting=MAX_WAITING)
+
+    # -- bringing it into the store
+
+    async def run(self) -> None:
+        """Brings records into the store, for ever."""
+        while True:
+            try:
+                await self.fold()
+            except StoreUnavailable as error:
+                if error.message != self._store_error:
+                    log.warning("ledger_waits", error=error.message)
+                self._store_error = error.message
+                self._wake.set()
+            else:
+                self._store_error = None
+            with trio.move_on_after(LOOK_S if self._path != MEMORY else math.inf):
+                await self._wake.wait()
+            await trio.sleep(FOLD_S)  # many share one transaction
+            self._wake = trio.Event()
+
+    async def fold(self) -> None:
+        """Brings all records into the store that are settled now, and those of processes that have ended.
+
+        Raises:
+            StoreUnavailable: It could not; nothing is lost, and the next one tries again.
+        """
+        async with self._folding:
+            if self._waiting:
+                records = self._waiting[:]
+                await self._store.exchanges.put(records)
+                del self._waiting[: len(records)]
+            journal = self._journal
+            while journal is not None and (lines := journal.read()):
+                settled = [record for record in records_of(lines) if record.outcome != LOST]
+                if settled:
+                    await self._store.exchanges.put(settled)
+                journal.read_to += len(lines)
+            if self._path != MEMORY and trio.current_time() >= self._looked_at + LOOK_S:
+                await self._adopt()
+                self._looked_at = trio.current_time()
+            if journal is not None and journal.size > TURN_BYTES and journal.read_to == journal.size:
+                try:
+                    journal.turn(self._live.values())
+                except OSError as error:
+                    self._degrade(error)
+
+    async def _adopt(self) -> None:
+        """Brings in what processes have left behind that were killed."""
+        with take_orphans(self._path) as orphans:
+            for orphan in orphans:
+                lost: dict[str, ExchangeRecord] = {}
+                settled = 0
+                for records in orphan.slices():
+                    for record in records:
+                        if record.outcome == LOST:
+                            lost[record.id] = record
+                        else:
+                            lost.pop(record.id, None)
+                            settled += 1
+                    await self._store.exchanges.put([record for record in records if record.outcome != LOST])
+                await self._store.exchanges.put(list(lost.values()))
+                self._lost += len(lost)
+                if lost:
+                    log.warning("exchanges_lost", count=len(lost), settled=settled, journal=orphan.path)
+                orphan.remove()
+
+    async def list(
+        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+    ) -> Sequence[ExchangeRecord]:
+        """A page of records, as `store.Exchanges.list`; of this process, up to now.
+
+        Raises:
+            StoreUnavailable: There is no telling.
+        """
+        await self.fold()
+        return await self._store.exchanges.list(limit=limit, owner=owner, outcome=outcome, after=after)
+
+    async def end(self) -> None:
+        """Brings in what is left. Where that fails it stays in the journal, for the next process."""
+        with trio.move_on_after(END_TIMEOUT_S) as scope:
+            scope.shield = True
+            try:
+                if self._begun:
+                    await self.fold()
+            except StoreUnavailable as error:
+                log.warning("ledger_waits", error=error.message)
+        if self._waiting or self._dropped:
+            log.error("records_dropped", count=len(self._waiting) + self._dropped)
+        if self._journal is not None:
+            with self._journal:
+                pass
+
+
+def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
+    prompt: int | None = None
+    completion: int | None = None
+    usage = exchange.usage
+    if usage is not None:
+        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    elif exchange.bytes_sent or exchange.events:
+        # Nobody has told. An event of a stream is about a token; of the rest, what messages are counted by.
+        prompt = estimated_tokens(exchange.call.body)
+        completion = exchange.events if exchange.call.stream else -(-exchange.bytes_sent // 4)
+    error = exchange.error
+    return ExchangeRecord(
+        id=begun.id,
+        request_id=begun.request_id,
+        owner=begun.owner,
+        worker=begun.worker,
+        endpoint=begun.endpoint,
+        model=begun.model,
+        stream=begun.stream,
+        started_at=begun.started_at,
+        ended_at=time.time(),
+        outcome=exchange.outcome or "",
+        status=error.status if error is not None else 200 if exchange.outcome == "complete" else None,
+        target=str(exchange.target) if exchange.target is not None else None,
+        attempts=_encoder.encode([attempt.describe(exchange.started_at) for attempt in exchange.attempts]).decode(),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        counted=usage is None and prompt is not None,
+        events=exchange.events,
+        bytes=exchange.bytes_sent,
+        first_content_s=exchange.first_content_after_s,
+    )
+
+
+@asynccontextmanager
+async def open_accounts(store: Store) -> AsyncIterator[Accounts]:
+    """Opens the ledger around a block. No file is made, and the store is not opened, before the first exchange."""
+    accounts = Accounts(store)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accounts.run)
+        try:
+            yield accounts
+        finally:
+            nursery.cancel_scope.cancel()
+            await accounts.end()

@@ -1,0 +1,179 @@
+"""What a process has begun and settled, in a file that survives it.
+
+A line is written when an exchange begins, which says that it is lost, and another one when it is settled, which says
+what became of it. So whoever reads the file of a process that has been killed knows of each exchange what there is to
+know: the last line of each id counts. A line is one ``write`` to the end of the file: it costs a system call and no
+wait, and what the kernel has taken survives SIGKILL (not the loss of power).
+
+The file is locked (``flock``) for as long as its process lives; the kernel lets go of it when the process has ended,
+however that was. So a file that can be locked is a dead one's (`take_orphans`). It is named for the store beside which
+it lies, its process, and a number: it is replaced by the next one when it has become long (`Journal.turn`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from typing import Self
+
+import msgspec
+import structlog
+
+from trigate.store import ExchangeRecord
+
+log = structlog.get_logger("trigate.journal")
+
+SLICE_BYTES = 64 * 1024
+"""How much is read at once: a fraction of a millisecond's work."""
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ExchangeRecord)
+
+
+def line_of(record: ExchangeRecord) -> bytes:
+    """A record as a line of a journal."""
+    return _encoder.encode(record) + b"\n"
+
+
+def records_of(lines: bytes) -> list[ExchangeRecord]:
+    """The records of whole lines. What cannot be read is left out, and logged."""
+    try:
+        return _decoder.decode_lines(lines)
+    except msgspec.MsgspecError:
+        pass
+    found = []
+    for line in lines.splitlines():
+        try:
+            found.append(_decoder.decode(line))
+        except msgspec.MsgspecError as error:
+            log.error("journal_damaged", error=str(error), bytes=len(line))
+    return found
+
+
+class Journal:
+    """A journal that is written. Raises OSError where the file system does.
+
+    Args:
+        store: The path of the store's file.
+        worker: Whose it is.
+    """
+
+    def __init__(self, store: str, worker: str) -> None:
+        self._stem = f"{store}-exchanges-{worker}"
+        self._number = 0
+        self.path = ""
+        self._fd = -1
+        self.size = 0
+        """Bytes, so far."""
+        self.read_to = 0
+        """How far `read` has come."""
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"<Journal {self.path}, {self.size - self.read_to} of {self.size} bytes to read>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Closes the file, and removes it, if all of it has been read."""
+        if self.read_to == self.size:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        os.close(self._fd)
+
+    def _open(self) -> None:
+        os.makedirs(os.path.dirname(self._stem), mode=0o700, exist_ok=True)
+        while True:
+            path = f"{self._stem}.{self._number}"
+            self._number += 1
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            if _lock(fd, path):  # else somebody has taken it for an orphan, before it was locked
+                break
+            os.close(fd)
+        self.path, self._fd, self.size, self.read_to = path, fd, 0, 0
+
+    def write(self, line: bytes) -> None:
+        """Adds a line: the whole of it, or nothing."""
+        written = os.write(self._fd, line)
+        if written < len(line):  # the disk is full, but for some bytes
+            os.ftruncate(self._fd, self.size)
+            raise OSError(28, "no space for a whole line", self.path)
+        self.size += written
+
+    def read(self) -> bytes:
+        """The next lines that have not been read: about `SLICE_BYTES`, none if there are no more. They count as read
+        once `read_to` is set behind them."""
+        lines = os.pread(self._fd, min(SLICE_BYTES, self.size - self.read_to), self.read_to)
+        end = lines.rfind(b"\n") + 1
+        if lines and not end:
+            lines = os.pread(self._fd, self.size - self.read_to, self.read_to)
+            end = lines.find(b"\n") + 1
+        return lines[:end]
+
+    def turn(self, live: Iterable[ExchangeRecord]) -> None:
+        """Goes on in the next file, which begins with what has begun and not ended. All of this one has to be read."""
+        old_path, old_fd, old_size = self.path, self._fd, self.size
+        self._open()
+        try:
+            for record in live:
+                self.write(line_of(record))
+        except OSError:  # the old one is whole: it goes on
+            os.unlink(self.path)
+            os.close(self._fd)
+            self.path, self._fd, self.size, self.read_to = old_path, old_fd, old_size, old_size
+            raise
+        self.read_to = self.size  # the exchanges are known, and not ended
+        os.unlink(old_path)
+        os.close(old_fd)
+
+
+class Orphan:
+    """The journal of a process that has ended, locked by this one."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+
+    def slices(self) -> Iterator[list[ExchangeRecord]]:
+        """Its records, in order, some at a time. A last line that was not written to its end is left out."""
+        rest = b""
+        offset = 0
+        while data := os.pread(self._fd, SLICE_BYTES, offset):
+            offset += len(data)
+            lines, _, rest = (rest + data).rpartition(b"\n")
+            if lines:
+                yield records_of(lines)
+
+    def remove(self) -> None:
+        """Removes the file: what is in it has been kept."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+@contextlib.contextmanager
+def take_orphans(store: str) -> Iterator[list[Orphan]]:
+    """Finds the journals beside a store whose processes have ended. Nobody else takes them inside of the block."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for path in sorted(glob.glob(f"{glob.escape(store)}-exchanges-*")):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # its process has just removed it
+            stack.callback(os.close, fd)
+            if _lock(fd, path):
+                found.append(Orphan(path, fd))
+        yield found
+
+
+def _lock(fd: int, path: str) -> bool:
+    """Locks a file, unless somebody else has, or it does not stand at its path any more."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
