@@ -52,6 +52,7 @@ ROOMS = Path(__file__).parent / "rooms.py"
 @click.option("--plots", type=click.Path(exists=True, path_type=Path), metavar="RESULT.json", help="Draw its figures.")
 @click.option("--rooms", is_flag=True, help="Micro-benchmarks of the pure rooms instead (pytest-benchmark).")
 @click.option("--hooks", is_flag=True, help="Durable acknowledgements of webhooks, beside what the disk can do.")
+@click.option("--overload", is_flag=True, help="Three times as many calls as there are places for.")
 @click.option("--list", "list_peers", is_flag=True, help="Say which gateways are known, and which are installed.")
 def main(**options: Any) -> None:  # Any: as the decorators say, one by one
     """Measures Trigate, and other gateways in turn with it, before a mock upstream on this machine."""
@@ -73,6 +74,13 @@ def main(**options: Any) -> None:  # Any: as the decorators say, one by one
         rounds = options["rounds"] or (2 if options["quick"] else 5)
         found = trio.run(lambda: acknowledgements.run(rounds=rounds, window_s=options["window"] or 3.0))
         for line in acknowledgements.lines(found):
+            console.print(line, markup=False, highlight=False)
+    elif options["overload"]:
+        from bench import overload
+
+        rounds = options["rounds"] or (2 if options["quick"] else 5)
+        measured = trio.run(lambda: overload.run(rounds=rounds, window_s=options["window"] or 5.0))
+        for line in overload.lines(measured):
             console.print(line, markup=False, highlight=False)
     elif options["compare"]:
         before, after = (_read(file) for file in options["compare"])

@@ -58,6 +58,7 @@ class Job:
         path: What to call.
         body: The whole body; ``@ID@`` in it becomes the stream's number.
         status: Of a right answer. Only of a 200 the body is looked at.
+        refusals: Statuses that say no, as they may where too much is asked: their latency is counted by itself.
         stream: Whether the answer is a stream, of ``events`` content events.
         connections: Clients, streams, or (``open``) the most connections.
         rate: Calls per second, of an ``open`` load.
@@ -81,6 +82,7 @@ class Job:
     headers: Mapping[str, str] = {}
     body: str
     status: int = 200
+    refusals: tuple[int, ...] = ()
     stream: bool = False
     events: int = 0
     connections: int = 1
@@ -112,6 +114,7 @@ class Report:
         error: What the first of them looked like.
         unfinished: Calls that had not ended when the time was up. Expected of endless streams.
         latency: Of calls that were due within the window.
+        refused: Of calls that were refused.
         first_content: To a stream's first content event, without the mock upstream's wait.
         delay: Of content events, from the mock upstream's send to the read here.
         samples: ``(due, microseconds since the beginning; latency)``.
@@ -127,6 +130,7 @@ class Report:
     error: str = ""
     unfinished: int = 0
     latency: Histogram = attrs.Factory(Histogram)
+    refused: Histogram = attrs.Factory(Histogram)
     first_content: Histogram = attrs.Factory(Histogram)
     delay: Histogram = attrs.Factory(Histogram)
     samples: list[tuple[int, int]] = attrs.Factory(list)
@@ -144,6 +148,7 @@ class Report:
         self.error = self.error or other.error
         self.unfinished += other.unfinished
         self.latency.merge(other.latency)
+        self.refused.merge(other.refused)
         self.first_content.merge(other.first_content)
         self.delay.merge(other.delay)
         self.samples += other.samples
@@ -294,6 +299,7 @@ class Load:
         """Streams that have had their first content."""
         self._latencies: list[int] = []
         self._firsts: list[int] = []
+        self._refusals: list[int] = []
         self._poller = Poller()
         self._clients: dict[int, Client] = {}
         self._idle: list[Client] = []
@@ -332,6 +338,7 @@ class Load:
             self._disconnect(client)
         report = self.report
         report.latency.add(latency // 1000 for latency in self._latencies)
+        report.refused.add(latency // 1000 for latency in self._refusals)
         report.first_content.add(first // 1000 for first in self._firsts)
         report.delay.add(delay // 1000 for delay in self.delays)
         return report
@@ -523,6 +530,11 @@ class Load:
 
     def on_answer(self, client: Client, *, keep: bool) -> None:
         """A call is answered, rightly or not."""
+        if client.status in self.job.refusals:
+            if self._open_ns <= client.due_ns < self._end_ns:
+                self._refusals.append(self.now_ns - client.due_ns)
+            self._free(client, keep=keep)
+            return
         wrong = self._what_is_wrong(client)
         if wrong:
             self._fail(client, wrong, client.head + client.tail, keep=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -75,7 +76,7 @@ async def test_a_deadline_bounds_the_wait(open_app: OpenApp, autojump_clock: Moc
 @pytest.mark.parametrize("leave", [True, False], ids=["the client leaves", "it is ended"])
 async def test_who_waits_can_leave(open_app: OpenApp, autojump_clock: MockClock, leave: bool) -> None:
     """Its place in the queue is free, and the upstream never heard of it."""
-    async with open_app(make_config(limits={"max_exchanges": 1}), Provider(SLOW)) as served:
+    async with open_app(make_config(limits={"max_exchanges": 1, "max_queued": 2}), Provider(SLOW)) as served:
         first = ask(served)
         await wait_all_tasks_blocked()
         second = ask(served, **{"x-request-id": "second"})
@@ -109,7 +110,9 @@ async def test_a_busy_key_starves_nobody(open_app: OpenApp, autojump_clock: Mock
     """Ten calls of one key wait; the single one of another is the next or the one after."""
     config = make_config({"up": {"max_connections": 1}}, keys=KEYS)
     for limits in ({"max_exchanges": 1}, {}):
-        config = make_config({"up": {"max_connections": 1}}, keys=KEYS, limits={"queue_timeout_s": 1000, **limits})
+        config = make_config(
+            {"up": {"max_connections": 1}}, keys=KEYS, limits={"queue_timeout_s": 1000, "max_queued": 20, **limits}
+        )
         async with open_app(config, Provider(SLOW)) as served:
             busy = []
             for _ in range(10):
@@ -121,6 +124,26 @@ async def test_a_busy_key_starves_nobody(open_app: OpenApp, autojump_clock: Mock
             for call in busy:
                 assert (await call.wait()).status == 200
             served.assert_clean()
+
+
+async def test_a_busy_key_does_not_fill_the_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Another key's call gets the place of its last one, as long as it has fewer; who is sent away is told at once."""
+    config = make_config(keys=KEYS, limits={"max_exchanges": 1, "max_queued": 3, "queue_timeout_s": 60})
+    async with open_app(config, Provider(SLOW)) as served:
+        busy = []
+        for _ in range(4):
+            busy.append(ask(served, "ada"))
+            await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        others = [ask(served, "bob")]
+        sent_away = await busy[3].wait()
+        assert (sent_away.status, sent_away.error["code"], trio.current_time()) == (503, "overloaded", begun)
+        assert "most calls in the queue" in sent_away.error["message"]
+        assert (await ask(served, "bob").wait()).status == 503  # they would change places, and no more
+        for call in (*busy[:3], *others):
+            assert (await call.wait()).status == 200
+        served.assert_clean()
+        assert served.gateway.admission.refused == 2
 
 
 async def test_the_rate_of_a_key(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -175,3 +198,28 @@ async def test_an_event_loop_that_is_late(
         assert not door.is_late
         assert [entry["late"] for entry in logs.named("event_loop_late")] == [True, False]
         assert (await first.wait()).body.endswith(DONE)
+
+
+async def test_who_is_let_in_is_served_in_time(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """At three times what can be served: less than twice the time that a call takes without load, for all that are let
+    in; the others are refused at once, and as many are served as can be."""
+    chance = random.Random(20_261_127)
+    took: list[float] = []
+    refused: list[float] = []
+
+    async def one(served: Served) -> None:
+        begun = trio.current_time()
+        call = await ask(served).wait()
+        (took if call.status == 200 else refused).append(trio.current_time() - begun)
+
+    async with (
+        open_app(make_config(limits={"max_exchanges": 20}), Provider(*[(Pause(1), *says("x"))] * 3000)) as served,
+        trio.open_nursery() as clients,
+    ):
+        for _ in range(1200):  # in twenty seconds, in which four hundred can be served
+            clients.start_soon(one, served)
+            await trio.sleep(chance.expovariate(60))
+    assert len(took) + len(refused) == 1200
+    assert max(refused) == 0
+    assert sorted(took)[int(len(took) * 0.99)] < 2
+    assert len(took) > 380

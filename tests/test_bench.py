@@ -20,7 +20,7 @@ import pytest
 import trio
 
 import bench
-from bench import gateways, load, scenarios, session
+from bench import gateways, load, overload, scenarios, session
 from bench.distribution import Histogram, Spread, pair_ratios, recovery
 from bench.gateways import Gateway, GatewayFailed
 from bench.load import Job, arrivals, share
@@ -206,6 +206,25 @@ async def test_a_wrong_answer_is_an_error() -> None:
         report = await generator.report(await generator.start(job))
         assert set(report.errors) == {"no choices"}
         assert report.calls == 0
+
+
+@pytest.mark.slow
+async def test_refusals_are_counted_by_themselves() -> None:
+    """They are no errors and no calls, and the connection stays."""
+    async with open_upstream(processes=1) as upstream, open_generator(processes=1) as generator:
+        job = _job(upstream.port, "", refusals=(200,), window_s=0.1, connections=2)
+        report = await generator.report(await generator.start(job))
+        assert (report.errors, report.calls, report.latency.count, report.connections) == ({}, 0, 0, 2)
+        assert report.refused.count > 10
+
+
+@pytest.mark.slow
+async def test_too_much_is_asked() -> None:
+    """Two thirds are refused, at least; the rest is served, about as much as can be."""
+    [measured] = await overload.run(rounds=1, window_s=1.0)
+    assert measured.refused_share > 0.5
+    assert measured.served_share > 0.5
+    assert any("p99 ratio" in line for line in overload.lines([measured]))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from trigate.errors import GatewayError, Overloaded, RateLimited
-from trigate.places import Places
+from trigate.places import Places, SentAway
 from trigate.rates import Rates
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Admission:
         )
         allowed_s = min(limits.queue_timeout_s or math.inf, exchange.deadline_at - now)
         expected_s = places.expected_wait_s(key)
-        if places.queued >= limits.max_queued or expected_s > allowed_s:
+        if expected_s > allowed_s or (self._is_full(key, limits, own=own) and (own or not places.make_room(key))):
             after_s = max(0.05, expected_s if places.held_s else 1.0)
             raise self._refuse(_over(said, own=own, retry_after_s=after_s))
         has_place = False
@@ -130,11 +130,22 @@ class Admission:
             with exchange.waiting("queued", at_most_s=allowed_s):
                 await places.wait(key)
                 has_place = True
+        except SentAway:
+            said = f"{said} Other keys wait as well, and this one has the most calls in the queue."
         finally:
             if has_place and exchange.is_cut:
                 places.give(key)
         if not has_place:
             raise self._refuse(_over(said, own=own, retry_after_s=1.0))
+
+    def _is_full(self, key: str, limits: LimitsConfig, *, own: bool) -> bool:
+        """Whether as many wait as may."""
+        places = self.places
+        if limits.max_queued is not None:
+            return places.queued >= limits.max_queued
+        if own:
+            return places.queued_by(key) >= (limits.max_exchanges_per_key + 1) // 2
+        return places.queued >= (places.limit + 1) // 2
 
     async def run(self) -> None:
         """Looks how late the event loop is, while there are exchanges; for ever."""

@@ -4,6 +4,8 @@ Who finds no place free waits, and places that come free go round the keys that 
 calls in the queue keeps another one's single call waiting for one place, not for a thousand. Within a key it is first
 come, first served.
 
+Who waits may be sent away for somebody else (`Places.make_room`), so that one key does not fill the whole queue.
+
 A place is handed over: it never looks free to a third one in between, and who is cancelled while it waits has never had
 one. Nobody waits while there is a place that it may have.
 """
@@ -14,9 +16,14 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+import outcome
 import trio
 
 _SMOOTHING = 0.1
+
+
+class SentAway(Exception):
+    """Another key's call has got the place in the queue."""
 
 
 class Places:
@@ -86,6 +93,9 @@ class Places:
     async def wait(self, key: str) -> None:
         """Waits for a place, and has it then.
 
+        Raises:
+            SentAway: It must not wait any more (`make_room`), and has no place.
+
         **Cancels:** at any moment before it has one.
         """
         task = trio.lowlevel.current_task()
@@ -101,6 +111,19 @@ class Places:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(leave)
+
+    def make_room(self, key: str) -> bool:
+        """Makes room in the queue for one more of a key: the last call of the key that has the most is sent away. Not
+        where it would have as few then as this one has; returns whether it was done."""
+        if not self._waiting:
+            return False
+        longest = max(self._waiting, key=lambda other: len(self._waiting[other]))
+        queue = self._waiting[longest]
+        if len(queue) <= self.queued_by(key) + 1:
+            return False
+        self._queued -= 1
+        trio.lowlevel.reschedule(queue.pop(), outcome.Error(SentAway()))
+        return True
 
     def give(self, key: str, held_s: float | None = None) -> None:
         """Gives a place back.
