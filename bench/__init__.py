@@ -14,5 +14,6 @@ The rooms, in the order in which a run walks them:
 - `machine`: what it was measured on;
 - `report`: tables and comparisons; `terminal` and `plots` show them;
 - `acknowledgements`: durable acknowledgements of webhooks, beside what the disk can do;
+- `overload`: what becomes of those who are let in while too much is asked;
 - `rooms`: micro-benchmarks of the pure rooms, for pytest-benchmark.
 """
