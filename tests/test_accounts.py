@@ -145,7 +145,7 @@ async def test_switched_off(open_app: OpenApp, autojump_clock: MockClock) -> Non
 async def test_a_store_that_fails_delays_nobody(
     open_app: OpenApp, autojump_clock: MockClock, logs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records wait; those that there is no room for are counted, and said."""
+    """Records wait; those that there is no room for, here or in a journal, are counted, and said."""
     logs.expect_error("records_dropped")
     monkeypatch.setattr(accounts, "MAX_WAITING", 2)
     async with open_app(make_config(), Provider(*[says("a")] * 3)) as served:
@@ -161,6 +161,18 @@ async def test_a_store_that_fails_delays_nobody(
         assert len((await listed(served))["data"]) == 2
         status = (await served.client.ask("GET", "/status")).json
         assert (status["ledger"]["settled"], status["ledger"]["dropped"]) == (3, 1)
+
+
+async def test_what_there_is_no_room_for_is_in_the_journal(
+    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is read from there."""
+    monkeypatch.setattr(accounts, "MAX_WAITING", 2)
+    async with open_app(make_config(), Provider(*[says("a")] * 9), store=tmp_path / "a.db") as served:
+        for _ in range(9):
+            await served.client.chat().wait()
+        assert len((await listed(served))["data"]) == 9
+        assert (await served.client.ask("GET", "/status")).json["ledger"]["dropped"] == 0
 
 
 async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Path, logs: Any) -> None:

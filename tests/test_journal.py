@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trigate import journal
-from trigate.journal import Journal, line_of, records_of, take_orphans
+from trigate.journal import Journal, Orphan, line_of, records_of, take_orphans
 from trigate.store import ExchangeRecord
 
 
@@ -42,79 +42,79 @@ def files(store: str) -> list[str]:
     return sorted(path.name for path in Path(store).parent.glob("*-exchanges-*"))
 
 
-def test_lines_are_read_once(store: str) -> None:
-    """In order, in slices of whole lines, a long one too; what was read counts once it is said so."""
-    with Journal(store, "w") as written:
-        for number in range(2000):
-            written.write(line_of(begun(number)))
-        written.write(line_of(begun(2000, model="x" * 3 * journal.SLICE_BYTES)))
-        assert written.read() == written.read()
-        found = []
-        while lines := written.read():
-            assert lines.endswith(b"\n")
-            found += records_of(lines)
-            written.read_to += len(lines)
-        assert [each.id for each in found] == [f"ex_{number}" for number in range(2001)]
-        assert found[7] == begun(7)
+def read(written: Journal | Orphan) -> list[str]:
+    """The ids in a journal, in order."""
+    return [record.id for records in written.slices() for record in records]
+
+
+def test_lines_come_back(store: str) -> None:
+    """In order, in slices of whole lines, a long one too."""
+    written = Journal(store, "w")
+    for number in range(2000):
+        written.write(line_of(begun(number)))
+    written.write(line_of(begun(2000, model="x" * 3 * journal.SLICE_BYTES)))
+    assert read(written) == [f"ex_{number}" for number in range(2001)]
+    assert next(written.slices())[7] == begun(7)
+    written.close(remove=True)
     assert files(store) == []
 
 
-def test_what_was_not_read_stays(store: str) -> None:
+def test_what_was_not_kept_stays(store: str) -> None:
     """A journal that is closed before all of it is kept is the next one's orphan."""
-    with Journal(store, "w") as written:
-        written.write(line_of(begun(1)))
-        assert os.stat(written.path).st_mode & 0o077 == 0
-        with take_orphans(store) as orphans:
-            assert orphans == []  # its process lives
+    written = Journal(store, "w")
+    written.write(line_of(begun(1)))
+    assert os.stat(written.path).st_mode & 0o077 == 0
     with take_orphans(store) as orphans:
-        assert [[each.id for each in records] for orphan in orphans for records in orphan.slices()] == [["ex_1"]]
+        assert orphans == []  # its process lives
+    written.close(remove=False)
+    with take_orphans(store) as orphans:
+        assert [read(orphan) for orphan in orphans] == [["ex_1"]]
         orphans[0].remove()
     assert files(store) == []
 
 
 def test_the_next_file_begins_with_what_is_live(store: str) -> None:
     """And the one before it is gone."""
-    with Journal(store, "w") as written:
-        written.write(line_of(begun(1)))
-        written.write(line_of(begun(2)))
-        written.read_to = written.size
-        written.turn([begun(2)])
-        assert files(store) == ["a[b]*.db-exchanges-w.1"]
-        assert written.read() == b""
-        written.write(line_of(begun(3)))
-    with take_orphans(store) as orphans:
-        assert [each.id for records in orphans[0].slices() for each in records] == ["ex_2", "ex_3"]
+    written = Journal(store, "w")
+    written.write(line_of(begun(1)))
+    written.write(line_of(begun(2)))
+    written.turn([begun(2)])
+    assert files(store) == ["a[b]*.db-exchanges-w.1"]
+    written.write(line_of(begun(3)))
+    assert read(written) == ["ex_2", "ex_3"]
+    written.close(remove=True)
 
 
 def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one before it goes on."""
-    with Journal(store, "w") as written:
-        written.write(line_of(begun(1)))
-        written.read_to = written.size
+    written = Journal(store, "w")
+    written.write(line_of(begun(1)))
 
-        def full(line: bytes) -> None:
-            raise OSError(28, "No space left on device")
+    def full(line: bytes) -> None:
+        raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(written, "write", full)
-        with pytest.raises(OSError, match="No space"):
-            written.turn([begun(1)])
-        monkeypatch.undo()
-        assert files(store) == ["a[b]*.db-exchanges-w.0"]
-        written.write(line_of(begun(2)))
-        assert records_of(written.read()) == [begun(2)]
+    monkeypatch.setattr(written, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        written.turn([begun(1)])
+    monkeypatch.undo()
+    assert files(store) == ["a[b]*.db-exchanges-w.0"]
+    written.write(line_of(begun(2)))
+    assert read(written) == ["ex_1", "ex_2"]
+    written.close(remove=True)
 
 
 def test_a_line_that_does_not_fit(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is left: the next one begins where it began."""
-    with Journal(store, "w") as written:
-        written.write(line_of(begun(1)))
-        write = os.write
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
-            with pytest.raises(OSError, match="no space"):
-                written.write(line_of(begun(2)))
-        written.write(line_of(begun(3)))
-        assert [each.id for each in records_of(written.read())] == ["ex_1", "ex_3"]
+    written = Journal(store, "w")
+    written.write(line_of(begun(1)))
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        with pytest.raises(OSError, match="No space"):
+            written.write(line_of(begun(2)))
+    written.write(line_of(begun(3)))
+    assert read(written) == ["ex_1", "ex_3"]
+    written.close(remove=True)
 
 
 def test_damage_is_left_out(logs: Any) -> None:
@@ -126,12 +126,12 @@ def test_damage_is_left_out(logs: Any) -> None:
 
 
 def _write_for_ever(store: str, said: Connection) -> None:
-    with Journal(store, "dead") as written:
-        number = 0
-        while True:
-            number += 1
-            written.write(line_of(begun(number)))
-            said.send_bytes(b"%d" % number)
+    written = Journal(store, "dead")
+    number = 0
+    while True:
+        number += 1
+        written.write(line_of(begun(number)))
+        said.send_bytes(b"%d" % number)
 
 
 def test_what_a_killed_process_has_written_is_found(store: str) -> None:
@@ -153,6 +153,6 @@ def test_what_a_killed_process_has_written_is_found(store: str) -> None:
         except EOFError:
             break
     with take_orphans(store) as orphans:
-        found = [each.id for orphan in orphans for records in orphan.slices() for each in records]
+        found = [each for orphan in orphans for each in read(orphan)]
     assert found == [f"ex_{number}" for number in range(1, len(found) + 1)]
     assert len(found) - int(last) in (0, 1)

@@ -14,6 +14,7 @@ from trigate.memory_store import open_memory_store
 from trigate.sqlite_store import open_sqlite_store
 from trigate.store import (
     ENDED,
+    AttemptRecord,
     ChannelRecord,
     Delivery,
     ExchangeRecord,
@@ -843,7 +844,17 @@ def record(number: int, **changes: Any) -> ExchangeRecord:
         "outcome": "complete",
         "status": 200,
         "target": "up/m",
-        "attempts": '[{"target":"up/m"}]',
+        "attempts": (
+            AttemptRecord(
+                target="up/m",
+                why="first",
+                started_s=0.5,
+                duration_s=1.0,
+                outcome="complete",
+                status=None,
+                first_content_s=0.25,
+            ),
+        ),
         "prompt_tokens": 3,
         "completion_tokens": 4,
         "counted": False,

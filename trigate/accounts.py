@@ -1,15 +1,16 @@
 """The ledger of exchanges: one record for each, whatever happened to it.
 
 `Accounts.begin` and `Accounts.settle` are synchronous and never fail: a call is not delayed, and not refused, because
-its account cannot be kept. Each writes one line to the `journal`, which survives the process; a task brings the lines
-into the store, where they can be asked for, about once a second. A record is in the store at most once, since it has an
-id of its own, and it may be brought there twice.
+its account cannot be kept. Each writes one line to the `journal`, which survives the process; about once a second a
+task brings what was settled into the store, where it can be asked for. A record is in the store at most once, since it
+has an id of its own, and it may be brought there twice.
 
 What a process leaves behind that was killed is brought in by the next one that starts, and by those that run: what had
 ended as it ended, what had not as ``lost``.
 
-Where the journal cannot be written (a disk that is full or read-only), and with a store in memory, records wait in
-memory, at most `MAX_WAITING`; what comes beyond that is counted as dropped, and logged.
+Records wait for the store in memory, at most `MAX_WAITING`. Those that there is no room for are read from the journal
+once the store can be written again. Only where there is no journal either (a disk that is full or read-only, a store in
+memory) they are dropped, which is counted and logged.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
 import attrs
-import msgspec
 import structlog
 import trio
 
 from trigate.config import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.history import estimated_tokens
-from trigate.journal import Journal, line_of, records_of, take_orphans
+from trigate.journal import Journal, line_of, take_orphans
 from trigate.storage import MEMORY
-from trigate.store import LOST, ExchangeRecord, Store
+from trigate.store import LOST, AttemptRecord, ExchangeRecord, Store
 
 if TYPE_CHECKING:
+    from trigate.attempt import Attempt
     from trigate.exchange import Exchange
 
 log = structlog.get_logger("trigate.accounts")
@@ -50,9 +51,9 @@ TURN_BYTES = 4 * 1024 * 1024
 """How long a journal becomes before the next one is begun."""
 MAX_WAITING = 10_000
 """Records in memory."""
+SLICE = 500
+"""Records that are brought in at once."""
 _MAX_NAME = 256  # of a model: clients write what they like
-
-_encoder = msgspec.json.Encoder()
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +61,7 @@ class AccountsStatistics:
     """How the ledger is.
 
     Attributes:
-        state: ``degraded`` = records wait in memory, since no journal can be written.
+        state: ``degraded`` = no journal can be written.
         begun, settled: Exchanges of this process, so far.
         lost: Exchanges of processes that were killed, which this one found.
         dropped: Records that there was no room for.
@@ -87,6 +88,8 @@ class Accounts:
         self._journal: Journal | None = None
         self._retry_at = -math.inf
         self._waiting: list[ExchangeRecord] = []
+        self._is_behind = False
+        """Records are in the journal that neither wait nor are in the store."""
         self._error: str | None = None
         self._store_error: str | None = None
         self._wake = trio.Event()
@@ -141,11 +144,13 @@ class Accounts:
             return
         self._settled += 1
         record = _settled(begun, exchange)
-        if not self._note(record):
-            if len(self._waiting) < MAX_WAITING:
-                self._waiting.append(record)
-            else:
-                self._dropped += 1
+        is_safe = self._note(record)
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(record)
+        elif is_safe:
+            self._is_behind = True
+        else:
+            self._dropped += 1
         if not self._wake.is_set():
             self._wake.set()
 
@@ -198,20 +203,23 @@ class Accounts:
             StoreUnavailable: It could not; nothing is lost, and the next one tries again.
         """
         async with self._folding:
-            if self._waiting:
-                records = self._waiting[:]
+            while self._waiting:
+                records = self._waiting[:SLICE]
                 await self._store.exchanges.put(records)
                 del self._waiting[: len(records)]
             journal = self._journal
-            while journal is not None and (lines := journal.read()):
-                settled = [record for record in records_of(lines) if record.outcome != LOST]
-                if settled:
-                    await self._store.exchanges.put(settled)
-                journal.read_to += len(lines)
+            if journal is not None and self._is_behind:
+                self._is_behind = False
+                try:
+                    for records in journal.slices():
+                        await self._store.exchanges.put([each for each in records if each.outcome != LOST])
+                except BaseException:
+                    self._is_behind = True
+                    raise
             if self._path != MEMORY and trio.current_time() >= self._looked_at + LOOK_S:
                 await self._adopt()
                 self._looked_at = trio.current_time()
-            if journal is not None and journal.size > TURN_BYTES and journal.read_to == journal.size:
+            if journal is not None and journal.size > TURN_BYTES and not self._waiting and not self._is_behind:
                 try:
                     journal.turn(self._live.values())
                 except OSError as error:
@@ -257,11 +265,13 @@ class Accounts:
                     await self.fold()
             except StoreUnavailable as error:
                 log.warning("ledger_waits", error=error.message)
-        if self._waiting or self._dropped:
-            log.error("records_dropped", count=len(self._waiting) + self._dropped)
+        is_done = not self._waiting and not self._is_behind
         if self._journal is not None:
-            with self._journal:
-                pass
+            self._journal.close(remove=is_done)
+        if not is_done and (self._journal is None or self._error is not None):
+            self._dropped += len(self._waiting)
+        if self._dropped:
+            log.error("records_dropped", count=self._dropped)
 
 
 def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
@@ -288,13 +298,26 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
         outcome=exchange.outcome or "",
         status=error.status if error is not None else 200 if exchange.outcome == "complete" else None,
         target=str(exchange.target) if exchange.target is not None else None,
-        attempts=_encoder.encode([attempt.describe(exchange.started_at) for attempt in exchange.attempts]).decode(),
+        attempts=tuple(_attempted(attempt, exchange.started_at) for attempt in exchange.attempts),
         prompt_tokens=prompt,
         completion_tokens=completion,
         counted=usage is None and prompt is not None,
         events=exchange.events,
         bytes=exchange.bytes_sent,
         first_content_s=exchange.first_content_after_s,
+    )
+
+
+def _attempted(attempt: Attempt, since: float) -> AttemptRecord:
+    error = attempt.error
+    return AttemptRecord(
+        target=str(attempt.target),
+        why=attempt.step.why,
+        started_s=attempt.started_at - since,
+        duration_s=attempt.ended_at - attempt.started_at if attempt.ended_at is not None else None,
+        outcome=attempt.outcome or "cancelled",
+        status=error.status if error is not None else None,
+        first_content_s=attempt.first_content_after_s,
     )
 
 

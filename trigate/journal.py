@@ -13,11 +13,11 @@ it lies, its process, and a number: it is replaced by the next one when it has b
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 from collections.abc import Iterable, Iterator
-from typing import Self
 
 import msgspec
 import structlog
@@ -26,8 +26,8 @@ from trigate.store import ExchangeRecord
 
 log = structlog.get_logger("trigate.journal")
 
-SLICE_BYTES = 64 * 1024
-"""How much is read at once: a fraction of a millisecond's work."""
+SLICE_BYTES = 128 * 1024
+"""How much is read at once: half a millisecond's work."""
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(ExchangeRecord)
@@ -68,22 +68,10 @@ class Journal:
         self._fd = -1
         self.size = 0
         """Bytes, so far."""
-        self.read_to = 0
-        """How far `read` has come."""
         self._open()
 
     def __repr__(self) -> str:
-        return f"<Journal {self.path}, {self.size - self.read_to} of {self.size} bytes to read>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Closes the file, and removes it, if all of it has been read."""
-        if self.read_to == self.size:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
-        os.close(self._fd)
+        return f"<Journal {self.path}, {self.size} bytes>"
 
     def _open(self) -> None:
         os.makedirs(os.path.dirname(self._stem), mode=0o700, exist_ok=True)
@@ -94,28 +82,22 @@ class Journal:
             if _lock(fd, path):  # else somebody has taken it for an orphan, before it was locked
                 break
             os.close(fd)
-        self.path, self._fd, self.size, self.read_to = path, fd, 0, 0
+        self.path, self._fd, self.size = path, fd, 0
 
     def write(self, line: bytes) -> None:
         """Adds a line: the whole of it, or nothing."""
         written = os.write(self._fd, line)
         if written < len(line):  # the disk is full, but for some bytes
             os.ftruncate(self._fd, self.size)
-            raise OSError(28, "no space for a whole line", self.path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
         self.size += written
 
-    def read(self) -> bytes:
-        """The next lines that have not been read: about `SLICE_BYTES`, none if there are no more. They count as read
-        once `read_to` is set behind them."""
-        lines = os.pread(self._fd, min(SLICE_BYTES, self.size - self.read_to), self.read_to)
-        end = lines.rfind(b"\n") + 1
-        if lines and not end:
-            lines = os.pread(self._fd, self.size - self.read_to, self.read_to)
-            end = lines.find(b"\n") + 1
-        return lines[:end]
+    def slices(self) -> Iterator[list[ExchangeRecord]]:
+        """Its records, in order, some at a time."""
+        return _slices(self._fd)
 
     def turn(self, live: Iterable[ExchangeRecord]) -> None:
-        """Goes on in the next file, which begins with what has begun and not ended. All of this one has to be read."""
+        """Goes on in the next file, which begins with what has begun and not ended. What has is forgotten."""
         old_path, old_fd, old_size = self.path, self._fd, self.size
         self._open()
         try:
@@ -124,11 +106,17 @@ class Journal:
         except OSError:  # the old one is whole: it goes on
             os.unlink(self.path)
             os.close(self._fd)
-            self.path, self._fd, self.size, self.read_to = old_path, old_fd, old_size, old_size
+            self.path, self._fd, self.size = old_path, old_fd, old_size
             raise
-        self.read_to = self.size  # the exchanges are known, and not ended
         os.unlink(old_path)
         os.close(old_fd)
+
+    def close(self, *, remove: bool) -> None:
+        """Closes the file. One that is not removed is the next process's to bring in."""
+        if remove:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        os.close(self._fd)
 
 
 class Orphan:
@@ -139,19 +127,24 @@ class Orphan:
         self._fd = fd
 
     def slices(self) -> Iterator[list[ExchangeRecord]]:
-        """Its records, in order, some at a time. A last line that was not written to its end is left out."""
-        rest = b""
-        offset = 0
-        while data := os.pread(self._fd, SLICE_BYTES, offset):
-            offset += len(data)
-            lines, _, rest = (rest + data).rpartition(b"\n")
-            if lines:
-                yield records_of(lines)
+        """Its records, in order, some at a time."""
+        return _slices(self._fd)
 
     def remove(self) -> None:
         """Removes the file: what is in it has been kept."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+
+
+def _slices(fd: int) -> Iterator[list[ExchangeRecord]]:
+    """A last line that was not written to its end is left out."""
+    rest = b""
+    offset = 0
+    while data := os.pread(fd, SLICE_BYTES, offset):
+        offset += len(data)
+        lines, _, rest = (rest + data).rpartition(b"\n")
+        if lines:
+            yield records_of(lines)
 
 
 @contextlib.contextmanager

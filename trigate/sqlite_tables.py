@@ -227,11 +227,26 @@ _CHANNELS = _Table(ChannelRecord, "channels", key=("name",))
 _WORKERS = _Table(Worker, "workers", key=("id",))
 
 _OF_EXCHANGE = ExchangeRecord.__struct_fields__
-_PUT_EXCHANGE = (
-    f"INSERT INTO exchanges ({', '.join(_OF_EXCHANGE)}) VALUES ({', '.join('?' * len(_OF_EXCHANGE))})"
+# All rows in one statement, from JSON: between two steps of statements the interpreter's lock changes hands, and where
+# the event loop is busy that costs more than a row.
+_EXCHANGE_FROM_JSON = ", ".join(
+    f"value {'->' if name == 'attempts' else '->>'} {at}" for at, name in enumerate(_OF_EXCHANGE)
+)
+_PUT_EXCHANGES = (
+    f"INSERT INTO exchanges ({', '.join(_OF_EXCHANGE)})"
+    f" SELECT {_EXCHANGE_FROM_JSON} FROM json_each(?) WHERE true"
     f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _OF_EXCHANGE)}"
     f" WHERE exchanges.outcome = '{LOST}'"
 )
+_encoder = msgspec.json.Encoder()
+
+
+def _exchange(row: Sequence[Any]) -> ExchangeRecord:
+    values = list(row)
+    at = _OF_EXCHANGE.index("attempts")
+    values[at] = msgspec.json.decode(values[at])
+    return msgspec.convert(values, ExchangeRecord, strict=False)
+
 
 _IS_BUSY = "EXISTS (SELECT 1 FROM tickets t WHERE t.owner = sessions.owner AND t.key = sessions.key)"
 _IS_SESSION = "session = (SELECT id FROM sessions WHERE owner = ? AND key = ?)"
@@ -490,7 +505,7 @@ class SqliteTables:
     # -- exchanges
 
     def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None:
-        self._db.executemany(_PUT_EXCHANGE, map(msgspec.structs.astuple, records))
+        self._do(_PUT_EXCHANGES, _encoder.encode(records).decode())
 
     def exchanges(
         self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
@@ -506,7 +521,7 @@ class SqliteTables:
         where = " AND ".join(condition for condition, _ in asked)
         sql = f"SELECT {', '.join(_OF_EXCHANGE)} FROM exchanges WHERE {where} ORDER BY number DESC LIMIT ?"
         rows = self._db.execute(sql, (*(value for _, value in asked), limit))
-        return [msgspec.convert(row, ExchangeRecord, strict=False) for row in rows]
+        return [_exchange(row) for row in rows]
 
     def drop_exchanges(self, before: float, *, most: int, limit: int) -> int:
         # numbers ascend without a gap, since only the oldest go

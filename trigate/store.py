@@ -449,6 +449,25 @@ LOST = "lost"
 """The outcome of an exchange whose process ended before it did."""
 
 
+class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What became of one attempt of an exchange. Times in seconds.
+
+    Attributes:
+        why: Why it was made, as `plans.Step` has it.
+        started_s: After the exchange began.
+        outcome: As that of `attempt.Attempt`.
+        status: Of the error that it ended with; None = it ended with none.
+    """
+
+    target: str
+    why: str
+    started_s: float
+    duration_s: float | None
+    outcome: str
+    status: int | None
+    first_content_s: float | None
+
+
 class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What became of one exchange. A structure of msgspec and not of attrs, since there is one for each call: it is
     written and read as an array of JSON, in C.
@@ -462,7 +481,7 @@ class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         status: Of the answer, or of the error that came in its place or behind a part of it; None = nobody waited for
             one.
         target: The last one that was tried, or the one that answered.
-        attempts: A JSON array, in order.
+        attempts: In order.
         counted: No upstream has reported the tokens: they are counted.
         first_content_s: How long after the start.
     """
@@ -479,7 +498,7 @@ class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     outcome: str = LOST
     status: int | None = None
     target: str | None = None
-    attempts: str = "[]"
+    attempts: tuple[AttemptRecord, ...] = ()
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     counted: bool = False

@@ -36,6 +36,10 @@ def _time(posix: float | None) -> str | None:
     return datetime.datetime.fromtimestamp(posix, datetime.UTC).isoformat(timespec="milliseconds")
 
 
+def _rounded(seconds: float | None) -> float | None:
+    return round(seconds, 4) if seconds is not None else None
+
+
 def _json(body: object) -> Response:
     return Response(msgspec.json.encode(body), content_type="application/json")
 
@@ -94,6 +98,15 @@ def _record(record: ExchangeRecord) -> dict[str, Any]:
         **msgspec.structs.asdict(record),
         "started_at": _time(record.started_at),
         "ended_at": _time(record.ended_at),
-        "duration_s": round(record.ended_at - record.started_at, 4) if record.ended_at is not None else None,
-        "attempts": msgspec.Raw(record.attempts.encode()),
+        "duration_s": _rounded(record.ended_at - record.started_at if record.ended_at is not None else None),
+        "first_content_s": _rounded(record.first_content_s),
+        "attempts": [
+            {
+                **msgspec.structs.asdict(attempt),
+                "started_s": round(attempt.started_s, 4),
+                "duration_s": _rounded(attempt.duration_s),
+                "first_content_s": _rounded(attempt.first_content_s),
+            }
+            for attempt in record.attempts
+        ],
     }
