@@ -196,7 +196,7 @@ class Accounts:
             await trio.sleep(FOLD_S)  # many share one transaction
             self._wake = trio.Event()
 
-    async def fold(self) -> None:
+    async def fold(self) -> None:  # noqa: ASYNC910 - there may be nothing to bring
         """Brings all records into the store that are settled now, and those of processes that have ended.
 
         Raises:
@@ -225,7 +225,7 @@ class Accounts:
                 except OSError as error:
                     self._degrade(error)
 
-    async def _adopt(self) -> None:
+    async def _adopt(self) -> None:  # noqa: ASYNC910 - nobody may have been killed
         """Brings in what processes have left behind that were killed."""
         with take_orphans(self._path) as orphans:
             for orphan in orphans:
@@ -258,13 +258,12 @@ class Accounts:
 
     async def end(self) -> None:
         """Brings in what is left. Where that fails it stays in the journal, for the next process."""
-        with trio.move_on_after(END_TIMEOUT_S) as scope:
-            scope.shield = True
-            try:
+        try:
+            with trio.move_on_after(END_TIMEOUT_S, shield=True):
                 if self._begun:
                     await self.fold()
-            except StoreUnavailable as error:
-                log.warning("ledger_waits", error=error.message)
+        except StoreUnavailable as error:
+            log.warning("ledger_waits", error=error.message)
         is_done = not self._waiting and not self._is_behind
         if self._journal is not None:
             self._journal.close(remove=is_done)
@@ -331,4 +330,4 @@ async def open_accounts(store: Store) -> AsyncIterator[Accounts]:
             yield accounts
         finally:
             nursery.cancel_scope.cancel()
-            await accounts.end()
+            await accounts.end()  # noqa: ASYNC102 - it is shielded, and ends in time

@@ -109,7 +109,7 @@ class Admission:
         self.refused += 1
         return error
 
-    async def wait(self, exchange: Exchange) -> None:
+    async def wait(self, exchange: Exchange) -> None:  # noqa: ASYNC910 - who is sent away has waited
         """Waits in the queue, if that is of use."""
         limits = exchange.generation.config.limits
         key, places = exchange.owner, self.places
