@@ -40,6 +40,7 @@ async def test_the_task_tree(open_app: OpenApp, autojump_clock: MockClock) -> No
         assert (row["phase"], row["model"], row["target"], row["events"]) == ("streaming", "both", "b/m", 1)
         assert row["bytes"] > 0
         assert row["deadline_left_s"] == pytest.approx(90, abs=0.1)
+        assert row["max_attempts"] == 3
         first, second = row["attempts"]
         assert (first["target"], first["why"], first["outcome"], first["status"]) == (
             "a/m", "first", "upstream_unavailable", 502
