@@ -1,6 +1,7 @@
 """The command line, and the only place that exits the process.
 
-Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the command line itself is wrong; 130 = Ctrl-C.
+Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the command line itself is wrong; 130 = Ctrl-C;
+129, 143 = another signal ended `status --watch`.
 """
 
 from __future__ import annotations
@@ -323,8 +324,8 @@ def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: fl
         return
     try:
         shown = overview.overview(*overview.read(status, streams))
-    except ValueError:
-        _fail(str(client.no_gateway(url)))
+    except ValueError as error:
+        _fail(str(client.no_gateway(url, str(error))))
     if sys.stdout.isatty() and _has_rich():
         from trigate import watching
 

@@ -66,9 +66,10 @@ def body_of(response: httpx2.Response, url: str) -> dict[str, Any]:
     return body
 
 
-def no_gateway(url: str) -> AskFailed:
-    """Something answers, but not as a gateway does."""
-    return AskFailed(f"what answers at {url} is not a Trigate gateway.")
+def no_gateway(url: str, why: str | None = None) -> AskFailed:
+    """Something answers, but not as a gateway does, or not as one of this version does."""
+    version = f" of this version: {why}" if why is not None else ""
+    return AskFailed(f"what answers at {url} is not a Trigate gateway{version}.")
 
 
 def message_of(response: httpx2.Response) -> str:

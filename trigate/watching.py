@@ -77,7 +77,9 @@ def _table(table: Table) -> list[RenderableType]:
     for n in columns:
         name = table.headings[n]
         number = name in table.numbers
-        made.add_column(Text(name, no_wrap=True, overflow="ellipsis"), justify="right" if number else "left", no_wrap=number)  # numbers are not made narrower
+        made.add_column(
+            Text(name, no_wrap=True, overflow="ellipsis"), justify="right" if number else "left", no_wrap=number
+        )  # numbers are not made narrower
     for line in table.lines:
         made.add_row(*(_text(line[n], cut=True) for n in columns))
     return [title, made]
@@ -108,14 +110,14 @@ async def look(client: httpx2.AsyncClient, url: str) -> Overview:
     try:
         return overview(*read(status, streams))
     except ValueError as error:
-        raise no_gateway(url) from error
+        raise no_gateway(url, str(error)) from error
 
 
 class _Picture:
     """What is on the terminal."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False)
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.live = Live(
             console=self.console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -153,7 +155,7 @@ async def watch(url: str, key: str | None, interval_s: float) -> int:
     Raises:
         AskFailed: The first look failed.
     """
-    picture, ended_by, failed = _Picture(), 0, None
+    picture, ended_by, failed = _Picture(Console(highlight=False)), 0, None
 
     async def end_by_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         nonlocal ended_by
