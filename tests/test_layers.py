@@ -22,7 +22,8 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("watching",),
-    ("client", "overview"),
+    ("client",),
+    ("overview",),
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
     ("server", "asyncio_host"),
     ("supervisor", "protocol"),  # the supervisor knows no server: it starts processes, and tells them who they are

@@ -89,12 +89,12 @@ targets: 2
   b/m     closed                                    2  0.3 s to 1.3 s
 
 streams: 3
-  id           model  phase                 target  attempt          age   left  queue  events   bytes  tokens  worker
-  req3         chat   ending, client gone   b/m     1 of 3, hedge   1:15                   310  64.1 k   12/34     101
-  req1         chat   streaming             b/m     2 of 3, hedge  8.2 s   9:52            310  64.1 k             101
-    attempt 1         upstream_timeout 504  a/m     first          0.6 s
-    attempt 2         streaming             b/m     hedge          7.6 s
-  req2         chat   queued                                       0.8 s  3.1 s      1       0       0             102
+  id    model  phase                 target  attempt  why      age   left  queue  events   bytes  tokens  worker
+  req3  chat   ending, client gone   b/m     1 of 3   hedge   1:15                   310  64.1 k   12/34     101
+  req1  chat   streaming             b/m     2 of 3   hedge  8.2 s   9:52            310  64.1 k             101
+               upstream_timeout 504  a/m     1        first  0.6 s
+               streaming             b/m     2        hedge  7.6 s
+  req2  chat   queued                                        0.8 s  3.1 s      1       0       0             102
 """
 
 
@@ -122,7 +122,7 @@ def test_nothing_in_flight() -> None:
     alone = made({"workers": STATUS["workers"][:1]}, data=[ROW], count=1)
     assert "worker" not in rows(alone.streams)[0]
     assert [alone.streams.headings[n] for n in alone.streams.columns()] == [
-        "id", "model", "phase", "target", "attempt", "age", "left", "events", "bytes"
+        "id", "model", "phase", "target", "attempt", "why", "age", "left", "events", "bytes"
     ]  # fmt: skip
 
 
@@ -228,9 +228,9 @@ async def test_what_a_gateway_really_says(open_app: OpenApp, autojump_clock: Moc
     assert (status.admission.in_flight, status.admission.limit) == (1, bodies[0]["admission"]["limit"])
     shown = overview(status, streams)
     [stream, first, second] = rows(shown.streams)
-    assert stream["attempt"] == "2 of 3, failover"
+    assert (stream["attempt"], stream["why"]) == ("2 of 3", "failover")
     assert (stream["model"], stream["target"], stream["events"]) == ("both", "b/m", "1")
-    assert (first["phase"], first["target"], first["attempt"]) == ("upstream_unavailable 502", "a/m", "first")
-    assert (second["phase"], second["attempt"]) == ("streaming", "failover")
+    assert (first["phase"], first["target"], first["why"]) == ("upstream_unavailable 502", "a/m", "first")
+    assert (second["phase"], second["why"]) == ("streaming", "failover")
     assert [row["target"] for row in rows(shown.targets)] == ["a/m", "b/m"]
     assert {row["breaker"] for row in rows(shown.targets)} == {"closed"}

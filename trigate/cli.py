@@ -307,7 +307,7 @@ def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: fl
     """Show what a running gateway is doing: targets, streams in flight and their attempts, of all its workers."""
     from trigate import client, overview
 
-    if as_json + watch + (ended is not None) > 1 and not (as_json and ended is not None):
+    if watch and (as_json or ended is not None):
         raise click.UsageError("--watch goes neither with --json nor with --cancel.")
     if not 0.1 <= interval_s <= 3600:
         raise click.UsageError("--interval must be from 0.1 to 3600 seconds.")
@@ -326,6 +326,7 @@ def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: fl
         shown = overview.overview(*overview.read(status, streams))
     except ValueError as error:
         _fail(str(client.no_gateway(url, str(error))))
+    _spare_encoding()
     if sys.stdout.isatty() and _has_rich():
         from trigate import watching
 
@@ -333,6 +334,14 @@ def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: fl
         return
     for line in overview.written(shown):
         click.echo(line)
+
+
+def _spare_encoding() -> None:
+    """What the terminal has no letter for is a question mark there, and no failure."""
+    import io
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _has_rich() -> bool:
@@ -353,6 +362,7 @@ def _watch(url: str, key: str | None, interval_s: float) -> NoReturn:
     if not watching.can_watch():
         _fail("--watch needs a terminal to show it on. Without --watch, it is shown once.")
     try:
+        _spare_encoding()
         number = trio.run(watching.watch, url, key, interval_s)
     except AskFailed as failed:
         _fail(str(failed))

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx2
 
+from trigate.overview import printable
+
 
 class AskFailed(Exception):
     """The gateway was not reached, or refused, or is none; its words are for people."""
@@ -45,7 +47,7 @@ def translated(url: str) -> Iterator[None]:
     try:
         yield
     except httpx2.RequestError as error:
-        words = str(error) or type(error).__name__
+        words = printable(str(error)) or type(error).__name__
         raise AskFailed(f"cannot reach {url}: {words}. Is `trigate serve` running there?") from error
 
 
@@ -75,9 +77,10 @@ def no_gateway(url: str, why: str | None = None) -> AskFailed:
 def message_of(response: httpx2.Response) -> str:
     """The status and the words of a refusal."""
     try:
-        return f"{response.status_code}: {response.json()['error']['message']}"
+        words = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"{response.status_code}: {response.text[:300]}"
+        words = response.text[:300].strip()
+    return f"{response.status_code}: {printable(words)}"
 
 
 def ask(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:

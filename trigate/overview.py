@@ -210,19 +210,14 @@ EMPTY = Cell("")
 
 @attrs.frozen
 class Table:
-    """Lines under headings. A column in which nothing stands is not there.
-
-    Attributes:
-        numbers: The headings whose cells stand to the right.
-    """
+    """Lines under headings."""
 
     title: str
     headings: tuple[str, ...]
     lines: tuple[tuple[Cell, ...], ...]
-    numbers: frozenset[str] = frozenset()
 
     def columns(self) -> list[int]:
-        """Those in which something stands."""
+        """Those in which something stands; the others are not shown."""
         return [n for n in range(len(self.headings)) if any(line[n].text for line in self.lines)]
 
 
@@ -241,6 +236,12 @@ class Overview:
     streams: Table
 
 
+NUMBERS = frozenset(
+    {"tried again in", "in flight", "first token", "age", "left", "queue", "events", "bytes", "tokens", "worker"}
+)
+"""The headings whose cells stand to the right."""
+
+
 def overview(status: Status, streams: Streams) -> Overview:
     """Puts together what is shown."""
     return Overview(
@@ -254,12 +255,12 @@ def overview(status: Status, streams: Streams) -> Overview:
 def _head(status: Status, streams: Streams) -> Iterable[Cell]:
     totals, door = status.totals, status.admission
     yield Cell(
-        f"Trigate {_safe(status.version)}: {_safe(status.status)}, up {_safe(status.uptime)}, "
-        f"configured by {_safe(status.config, None)}",
+        f"Trigate {_word(status.version)}: {_word(status.status)}, up {_word(status.uptime)}, "
+        f"configured by {printable(status.config)}",
         "plain" if status.status == "ok" else "warning",
     )
     if status.reload_error is not None:
-        yield Cell(f"the last reload was refused: {_safe(status.reload_error, None)}", "bad")
+        yield Cell(f"the last reload was refused: {printable(status.reload_error)}", "bad")
     yield Cell(
         f"{status.streams.live} live; {totals.exchanges} ended: {totals.complete} complete, "
         f"{totals.cancelled} cancelled, {totals.failed} failed"
@@ -279,28 +280,28 @@ def _head(status: Status, streams: Streams) -> Iterable[Cell]:
         yield Cell(f"{len(status.workers)} workers ({'; '.join(rows)})")
     if streams.missing_workers:
         pids = {worker.id: str(worker.pid) for worker in status.workers}
-        silent = ", ".join(pids.get(worker, _safe(worker)) for worker in streams.missing_workers)
+        silent = ", ".join(pids.get(worker, _word(worker)) for worker in streams.missing_workers)
         yield Cell(f"no answer from worker {silent}: its streams are not shown", "warning")
 
 
 def _more(status: Status) -> Iterable[Cell]:
     store = status.store
-    yield _told(f"store {_safe(store.path, None)}: {_safe(store.state)}", store.error)
+    yield _told(f"store {printable(store.path)}: {_word(store.state)}", store.error)
     if status.sessions is not None:
         yield Cell(f"sessions: {status.sessions.total}, {status.sessions.active} active, {status.sessions.busy} busy")
     for row in status.channels:
         counted = (
             "" if row.received is None else f"; {row.received} received, {row.replied} replied, {row.queued} queued"
         )
-        told = _told(f"  {_safe(row.type)} {_safe(row.name)}: {_safe(row.status)}", row.last_error)
+        told = _told(f"  {_word(row.type)} {_word(row.name)}: {_word(row.status)}", row.last_error)
         yield attrs.evolve(told, text=told.text + counted)
     for upstream in status.upstreams:
-        told = _told(f"  {_safe(upstream.name)}: {_safe(upstream.state)}", upstream.reason)
+        told = _told(f"  {_word(upstream.name)}: {_word(upstream.state)}", upstream.reason)
         yield attrs.evolve(told, text=f"{told.text}, {upstream.in_flight} in flight, {upstream.models} models")
 
 
 def _told(text: str, trouble: str | None) -> Cell:
-    return Cell(f"{text} ({_safe(trouble, None)})", "warning") if trouble else Cell(text)
+    return Cell(f"{text} ({printable(trouble)})", "warning") if trouble else Cell(text)
 
 
 _BREAKERS: dict[str, Tone] = {"open": "bad", "half_open": "warning", "closed": "good"}
@@ -320,8 +321,8 @@ def _targets(rows: Sequence[Target]) -> Table:
         first = sorted(row.first_token_s for row in same if row.first_token_s is not None)
         lines.append(
             (
-                Cell(_safe(name)),
-                Cell(_safe(breaker), _BREAKERS.get(states[0], "plain")),
+                Cell(_word(name)),
+                Cell(_word(breaker), _BREAKERS.get(states[0], "plain")),
                 Cell(duration(min(opens)) if opens else ""),
                 Cell(str(sum(row.in_flight for row in same))),
                 Cell(" to ".join(dict.fromkeys([duration(first[0]), duration(first[-1])])) if first else ""),
@@ -331,7 +332,6 @@ def _targets(rows: Sequence[Target]) -> Table:
         f"targets: {len(lines)}",
         ("target", "breaker", "tried again in", "in flight", "first token"),
         tuple(lines),
-        frozenset({"tried again in", "in flight", "first token"}),
     )
 
 
@@ -350,30 +350,44 @@ def _streams(streams: Streams, pids: dict[str, int]) -> Table:
     hidden = streams.count - len(streams.data)
     return Table(
         f"streams: {streams.count}" + (f", of which the oldest {len(streams.data)} are shown" if hidden > 0 else ""),
-        ("id", "model", "phase", "target", "attempt", "age", "left", "queue", "events", "bytes", "tokens", "worker"),
+        (
+            "id",
+            "model",
+            "phase",
+            "target",
+            "attempt",
+            "why",
+            "age",
+            "left",
+            "queue",
+            "events",
+            "bytes",
+            "tokens",
+            "worker",
+        ),
         tuple(lines),
-        frozenset({"age", "left", "queue", "events", "bytes", "tokens", "worker"}),
     )
 
 
 def _stream(row: Stream, worker: str) -> tuple[Cell, ...]:
     phase = f"{row.phase}, client gone" if row.client_gone else row.phase
     most = f" of {row.max_attempts}" if row.max_attempts is not None else ""
-    attempt = f"{len(row.attempts)}{most}, {row.attempts[-1].why}" if row.attempts else ""
+    attempt, why = (f"{len(row.attempts)}{most}", row.attempts[-1].why) if row.attempts else ("", "")
     left_s, tokens = row.deadline_left_s, (row.prompt_tokens, row.completion_tokens)
     return (
-        Cell(_safe(row.id)),
-        Cell(_safe(row.model)),
-        Cell(_safe(phase), _PHASES.get(row.phase, "plain")),
-        Cell(_safe(row.target or "")),
-        Cell(_safe(attempt)),
+        Cell(_word(row.id)),
+        Cell(_word(row.model)),
+        Cell(_word(phase), _PHASES.get(row.phase, "plain")),
+        Cell(_word(row.target or "")),
+        Cell(attempt),
+        Cell(_word(why)),
         Cell(duration(row.age_s)),
         Cell(duration(left_s), "bad" if left_s < _SOON_S else "plain") if left_s is not None else EMPTY,
         Cell(str(row.queue_position), "warning") if row.queue_position is not None else EMPTY,
         Cell(str(row.events)),
         Cell(size(row.bytes)),
         Cell("/".join("-" if each is None else str(each) for each in tokens)) if any(tokens) else EMPTY,
-        Cell(_safe(worker), "faint"),
+        Cell(_word(worker), "faint"),
     )
 
 
@@ -383,11 +397,12 @@ def _branch(number: int, attempt: Attempt, row: Stream) -> tuple[Cell, ...]:
     how = f"{attempt.outcome}{status}" if attempt.outcome is not None else attempt.phase or ""
     lasted_s = attempt.duration_s if attempt.duration_s is not None else row.age_s - attempt.started_s
     return (
-        Cell(f"  attempt {number}", "faint"),
         EMPTY,
-        Cell(_safe(how), "bad" if attempt.status is not None else "faint"),
-        Cell(_safe(attempt.target), "faint"),
-        Cell(_safe(attempt.why), "faint"),
+        EMPTY,
+        Cell(_word(how), "bad" if attempt.status is not None else "faint"),
+        Cell(_word(attempt.target), "faint"),
+        Cell(str(number), "faint"),
+        Cell(_word(attempt.why), "faint"),
         Cell(duration(lasted_s), "faint"),
         *[EMPTY] * 6,
     )
@@ -421,15 +436,18 @@ def size(count: int) -> str:
     return f"{value:.1f} {unit}"
 
 
-def _safe(text: str, limit: int | None = MAX_CELL) -> str:
-    r"""Replaces what is not to be seen, and cuts what is too long.
+def printable(text: str, limit: int = 1000) -> str:
+    r"""Replaces what is not to be seen, and cuts what is too long: one line, and a harmless one.
 
-    >>> _safe("a\x1b[2J\nb"), _safe("x" * 100, 10)
+    >>> printable("a\x1b[2J\nb"), printable("x" * 100, 10)
     ('a?[2J?b', 'xxxxxxx...')
     """
-    seen = "".join([each if each.isprintable() else "?" for each in text[: (limit or 1000) + 1]])
-    most = limit or 1000
-    return seen if len(seen) <= most else seen[: most - 3] + "..."
+    seen = "".join([each if each.isprintable() else "?" for each in text[: limit + 1]])
+    return seen if len(seen) <= limit else seen[: limit - 3] + "..."
+
+
+def _word(text: str) -> str:
+    return printable(text, MAX_CELL)
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
@@ -451,7 +469,7 @@ def _aligned(table: Table) -> Iterable[str]:
     widths = [max(len(row[n]) for row in rows) for n in range(len(columns))]
     for row in rows:
         padded = (
-            text.rjust(width) if table.headings[n] in table.numbers else text.ljust(width)
+            text.rjust(width) if table.headings[n] in NUMBERS else text.ljust(width)
             for text, width, n in zip(row, widths, columns, strict=True)
         )
         yield ("  " + "  ".join(padded)).rstrip()

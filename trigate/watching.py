@@ -6,9 +6,12 @@ signal is received, and never raised in the middle of something: so the terminal
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx2
@@ -19,7 +22,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from trigate.client import AskFailed, body_of, no_gateway, settings, translated
-from trigate.overview import PATHS, Cell, Overview, Table, duration, overview, read
+from trigate.overview import NUMBERS, PATHS, Cell, Overview, Table, duration, overview, read
 
 ANSWER_TIMEOUT_S = 10.0
 """How long the gateway may take to answer; then it is asked again."""
@@ -31,13 +34,13 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # -- what is drawn ----------------------------------------------------------------------------------------------------
 
 
-def drawn(shown: Overview) -> RenderableType:
+def drawn(shown: Overview, width: int) -> RenderableType:
     """Draws everything, with as many lines as it takes."""
     parts: list[RenderableType] = [_text(cell) for cell in (*shown.head, *shown.more)]
-    return Group(*parts, *_table(shown.targets), *_table(shown.streams))
+    return Group(*parts, *_table(shown.targets, width), *_table(shown.streams, width))
 
 
-def fitted(shown: Overview, height: int, trouble: str | None = None) -> RenderableType:
+def fitted(shown: Overview, width: int, height: int, trouble: str | None = None) -> RenderableType:
     """Draws what matters at each moment, in so many lines. Of a table that does not fit, it is said how much is not
     shown; the targets get a third.
 
@@ -46,14 +49,17 @@ def fitted(shown: Overview, height: int, trouble: str | None = None) -> Renderab
     """
     above = [Cell(trouble, "bad")] if trouble is not None else []
     parts: list[RenderableType] = [_text(cell, cut=True) for cell in (*above, *shown.head)]
-    targets, left = _cut(shown.targets, height // 3), height - len(parts)
-    if targets.lines:
-        left -= len(targets.lines) + _ABOVE
-    return Group(*parts, *_table(targets), *_table(_cut(shown.streams, left)))
+    targets = _cut(shown.targets, height // 3)
+    streams = _cut(shown.streams, height - len(parts) - _height(targets))
+    return Group(*parts, *_table(targets, width), *_table(streams, width))
 
 
 _ABOVE = 3
 """Lines above those of a table: an empty one, its title, its headings."""
+
+
+def _height(table: Table) -> int:
+    return _ABOVE + len(table.lines) if table.lines else _ABOVE - 1
 
 
 def _cut(table: Table, height: int) -> Table:
@@ -61,33 +67,39 @@ def _cut(table: Table, height: int) -> Table:
     if len(table.lines) <= space:
         return table
     hidden = len(table.lines) - space
-    return Table(f"{table.title} ({hidden} lines more than fit)", table.headings, table.lines[:space], table.numbers)
+    return Table(f"{table.title} ({hidden} lines more than fit)", table.headings, table.lines[:space])
 
 
 def _text(cell: Cell, *, cut: bool = False) -> Text:
     return Text(cell.text, style=_STYLES[cell.tone], no_wrap=cut, overflow="ellipsis" if cut else None)
 
 
-def _table(table: Table) -> list[RenderableType]:
+def _table(table: Table, width: int) -> list[RenderableType]:
     title = Text(f"\n{table.title}", style="bold", no_wrap=True, overflow="ellipsis")
     if not table.lines:
         return [title]
     made = RichTable(box=None, pad_edge=False, header_style="dim")
-    columns = table.columns()
+    columns = [n for n in table.columns() if width >= _NARROW or table.headings[n] not in _SPARED]
     for n in columns:
         name = table.headings[n]
-        number = name in table.numbers
-        made.add_column(
-            Text(name, no_wrap=True, overflow="ellipsis"), justify="right" if number else "left", no_wrap=number
-        )  # numbers are not made narrower
+        heading = Text(name, no_wrap=True, overflow="ellipsis")
+        # without a wrap, a column is made narrower only when nothing else helps
+        made.add_column(heading, justify="right" if name in NUMBERS else "left", no_wrap=name in _WHOLE)
     for line in table.lines:
         made.add_row(*(_text(line[n], cut=True) for n in columns))
     return [title, made]
 
 
+_WHOLE = NUMBERS | {"attempt"}
+_NARROW = 100
+_SPARED = {"events", "bytes", "worker"}
+"""Columns that a terminal of less than `_NARROW` columns does not show."""
+
+
 def show(shown: Overview) -> None:
     """Shows it once, on standard output."""
-    Console(highlight=False).print(drawn(shown))
+    console = Console(highlight=False)
+    console.print(drawn(shown, console.width))
 
 
 # -- again and again --------------------------------------------------------------------------------------------------
@@ -96,7 +108,7 @@ def show(shown: Overview) -> None:
 def can_watch() -> bool:
     """Whether standard output is a terminal on which a picture can be drawn anew."""
     console = Console()
-    return console.is_terminal and not console.is_dumb_terminal
+    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 async def look(client: httpx2.AsyncClient, url: str) -> Overview:
@@ -108,7 +120,7 @@ async def look(client: httpx2.AsyncClient, url: str) -> Overview:
     with translated(url):
         status, streams = [body_of(await client.get(path), url) for path in PATHS]
     try:
-        return overview(*read(status, streams))
+        return overview(*read(status, streams))  # noqa: ASYNC910 - it has asked
     except ValueError as error:
         raise no_gateway(url, str(error)) from error
 
@@ -125,7 +137,13 @@ class _Picture:
         self._trouble: str | None = None
 
     def draw(self, shown: Overview, trouble: str | None = None) -> None:
-        """Draws it; from the first time on the terminal is in use."""
+        """Draws it; from the first time on the terminal is in use.
+
+        Raises:
+            OSError: There is no terminal any more: its window was closed.
+        """
+        if not self.console.file.isatty():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._shown, self._trouble = shown, trouble
         self.live.start()
         self.draw_again()
@@ -133,7 +151,8 @@ class _Picture:
     def draw_again(self) -> None:
         """The terminal has another size."""
         if self._shown is not None and self.live.is_started:
-            self.live.update(fitted(self._shown, self.console.height, self._trouble), refresh=True)
+            width, height = self.console.size
+            self.live.update(fitted(self._shown, width, height, self._trouble), refresh=True)
 
     def pause(self) -> None:
         """Ctrl-Z: the terminal is the shell's until this process goes on."""
@@ -154,10 +173,11 @@ async def watch(url: str, key: str | None, interval_s: float) -> int:
 
     Raises:
         AskFailed: The first look failed.
+        OSError: The terminal is gone.
     """
     picture, ended_by, failed = _Picture(Console(highlight=False)), 0, None
 
-    async def end_by_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async def heed(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         nonlocal ended_by
         async for number in signals:
             match number:
@@ -172,21 +192,17 @@ async def watch(url: str, key: str | None, interval_s: float) -> int:
 
     with trio.open_signal_receiver(*_ENDING, signal.SIGWINCH, signal.SIGTSTP) as signals:
         try:
-            async with (
-                httpx2.AsyncClient(**settings(url, key)) as client,
-                trio.open_nursery() as nursery,
-            ):
-                nursery.start_soon(end_by_signal, signals, nursery.cancel_scope)
-                try:
-                    await _look_on(functools.partial(look, client, url), picture, interval_s)
-                except AskFailed as error:  # a nursery would put it into a group
-                    failed = error
-                    nursery.cancel_scope.cancel()
+            async with httpx2.AsyncClient(**settings(url, key)) as client, trio.open_nursery() as nursery:
+                nursery.start_soon(heed, signals, nursery.cancel_scope)
+                await _look_on(functools.partial(look, client, url), picture, interval_s)
+        except* (AskFailed, OSError) as group:
+            failed = group.exceptions[0]
         finally:
-            picture.live.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                picture.live.stop()
     if failed is not None:
         raise failed
-    return ended_by
+    return ended_by  # noqa: ASYNC910 - it has waited for the signal
 
 
 async def _look_on(ask: Callable[[], Awaitable[Overview]], picture: _Picture, interval_s: float) -> None:
