@@ -271,11 +271,14 @@ def run(gateway: Gateway, *args: str, key: str = KEY) -> subprocess.CompletedPro
 @pytest.mark.slow
 def test_once(gateway: Gateway) -> None:
     """The stream with its attempts, the targets, the door; in plain text where it is no terminal."""
+    give_up_at = time.monotonic() + 15.0
     with streaming(gateway.url, "once"):
         done = run(gateway)
+        while "admission: 1 of " not in done.stdout:  # what another worker says is up to a second old
+            assert time.monotonic() < give_up_at, done
+            done = run(gateway)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "admission: 1 of " in done.stdout
     assert re.search(r"^  away/m +closed ", done.stdout, re.M)
     assert re.search(
         r"^  once +both +streaming +mock/endless\.both +2 of 3 +failover +[\d.]+ s +[\d:]+ +\d+ +\S+( k)? +\d+$",
@@ -291,9 +294,9 @@ def test_as_json(gateway: Gateway) -> None:
     with streaming(gateway.url, "json"):
         body = json.loads(run(gateway, "--json").stdout)
     assert "live" in body["streams"]
-    assert body["streams"]["count"] == 1
-    [row] = body["streams"]["data"]
-    assert (row["id"], row["attempts"][1]["why"]) == ("json", "failover")
+    assert body["streams"]["count"] == len(body["streams"]["data"])
+    [row] = [row for row in body["streams"]["data"] if row["id"] == "json"]
+    assert row["attempts"][1]["why"] == "failover"
 
 
 @pytest.mark.slow
@@ -321,7 +324,7 @@ def test_once_without_rich(gateway: Gateway, without_rich: str) -> None:
     """Plain text, in a terminal too."""
     env = {"TRIGATE_URL": gateway.url, "TRIGATE_API_KEY": KEY, "PYTHONPATH": without_rich}
     with streaming(gateway.url, "plain"), run_in_terminal(*STATUS, **env) as terminal:
-        terminal.wait_for("\r\n  plain ", after=terminal.wait_for("streams: 1"))
+        terminal.wait_for("\r\n  plain ", after=terminal.wait_for("streams: "))
         assert terminal.process.wait(15) == 0
     assert "\x1b" not in terminal.said
 
