@@ -96,7 +96,17 @@ def test_version(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [("nonsense",), ("serve", "--port", "65536"), ("serve", "--port", "x"), ("serve", "--workers", "0"), ("chat",)],
+    [
+        ("nonsense",),
+        ("serve", "--port", "65536"),
+        ("serve", "--port", "x"),
+        ("serve", "--workers", "0"),
+        ("chat",),
+        ("status", "--watch", "--json"),
+        ("status", "--watch", "--cancel", "x"),
+        ("status", "--interval", "0"),
+        ("status", "--interval", "nan"),
+    ],
 )
 def test_a_wrong_command_line(run: Run, args: tuple[str, ...]) -> None:
     """Exit code 2, and how it is used."""
@@ -423,6 +433,31 @@ def test_an_address_that_is_none(run: Run, url: str, command: tuple[str, ...]) -
 def test_something_else_is_there(run: Run, upstream: str) -> None:
     """A server that is no gateway: its refusal is told, never a traceback."""
     _assert_failed(run("status", "--url", upstream), "404: said the upstream")
+
+
+@pytest.mark.slow
+def test_a_refusal_moves_no_cursor(run: Run, tmp_path: Path) -> None:
+    """Whatever a server says, it is told in one line of what can be seen."""
+    script = """
+import http.server
+class Evil(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(b"no\\x1b[2J\\nno\\n")
+server = http.server.HTTPServer(("127.0.0.1", 0), Evil)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        try:
+            result = run("status", "--url", f"http://127.0.0.1:{server.stdout.readline().strip()}")
+        finally:
+            server.kill()
+    _assert_failed(result)
+    assert result.stderr == "trigate: 500: no?[2J?no\n"
 
 
 @pytest.mark.slow

@@ -21,6 +21,9 @@ PACKAGE = Path(trigate.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("watching",),
+    ("client",),
+    ("overview",),
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
     ("server", "asyncio_host"),
     ("supervisor", "protocol"),  # the supervisor knows no server: it starts processes, and tells them who they are
@@ -65,7 +68,7 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
     *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
-    *("plans", "breaker", "retries"),
+    *("plans", "breaker", "retries", "overview"),
     *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""

@@ -186,6 +186,9 @@ async def test_workers_say_the_same(open_app: OpenApp, database: Path) -> None:
         streams = status["streams"]
         assert (streams["live"], streams["by_phase"], streams["by_upstream"]) == (1, {"streaming": 1}, {"up": 1})
         assert [(row["id"], row["worker"]) for row in streams["oldest"]] == [("id-1", both[0])]
+        counts = {name: count for name, count in status["admission"].items() if name != "lag_s"}
+        assert json.dumps(counts["in_flight"]) == "1"  # and not 1.0
+        assert all(isinstance(count, int) for count in counts.values())
         [upstream] = status["upstreams"]
         assert (upstream["in_flight"], upstream["max_connections"], upstream["state"]) == (1, 20, "unknown")
         assert "500" in upstream["last_error"]

@@ -40,6 +40,7 @@ async def test_the_task_tree(open_app: OpenApp, autojump_clock: MockClock) -> No
         assert (row["phase"], row["model"], row["target"], row["events"]) == ("streaming", "both", "b/m", 1)
         assert row["bytes"] > 0
         assert row["deadline_left_s"] == pytest.approx(90, abs=0.1)
+        assert row["max_attempts"] == 3
         first, second = row["attempts"]
         assert (first["target"], first["why"], first["outcome"], first["status"]) == (
             "a/m", "first", "upstream_unavailable", 502
@@ -79,7 +80,7 @@ async def test_ending_one(open_app: OpenApp, autojump_clock: MockClock, script: 
 
 async def test_who_waits_has_a_position(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """For a place here, or at the upstream; each of them can be ended."""
-    here = make_config(limits={"max_exchanges": 1})
+    here = make_config(limits={"max_exchanges": 1, "max_queued": 4})
     there = make_config({"up": {"max_connections": 1}})
     for config in (here, there):
         async with open_app(config, Provider((Pause(60), *says("x")))) as served:

@@ -1,6 +1,7 @@
 """The command line, and the only place that exits the process.
 
-Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the command line itself is wrong; 130 = Ctrl-C.
+Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the command line itself is wrong; 130 = Ctrl-C;
+129, 143 = another signal ended `status --watch`.
 """
 
 from __future__ import annotations
@@ -274,107 +275,108 @@ def _gateway_options(command: Any) -> Any:
     )
 
 
-def _client(url: str, key: str | None) -> httpx2.Client:
-    import httpx2
-
-    key = key and key.strip()  # as the gateway takes it
-    if key and not (key.isascii() and key.isprintable()):
-        _fail("the key has characters that an HTTP header cannot carry.")  # and is not quoted here
-    try:
-        if httpx2.URL(url).scheme not in ("http", "https"):
-            raise httpx2.InvalidURL("it does not begin with http:// or https://")
-    except httpx2.InvalidURL as error:
-        _fail(f"{url!r} is not a URL: {error}.")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    timeout = httpx2.Timeout(600.0, connect=5.0)
-    # the base URL of the SDKs will do too
-    return httpx2.Client(
-        base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout, trust_env=False
-    )
-
-
-def _get(url: str, key: str | None, path: str) -> Any:
-    import httpx2
+def _ask(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
+    from trigate.client import AskFailed, ask
 
     try:
-        with _client(url, key) as client:
-            response = client.get(path)
-            response.read()
-    except httpx2.TransportError as error:
-        _unreachable(url, error)
-    if response.status_code != 200:
-        _fail(_message_of(response))
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        _not_a_gateway(url)
-    return body
-
-
-def _not_a_gateway(url: str) -> NoReturn:
-    _fail(f"what answers at {url} is not a Trigate gateway.")
-
-
-def _unreachable(url: str, error: Exception) -> NoReturn:
-    _fail(f"cannot reach {url}: {str(error) or type(error).__name__}. Is `trigate serve` running there?")
-
-
-def _message_of(response: httpx2.Response) -> str:
-    try:
-        return f"{response.status_code}: {response.json()['error']['message']}"
-    except (ValueError, KeyError, TypeError):
-        return f"{response.status_code}: {response.text[:300]}"
+        return ask(url, key, *paths, method=method)
+    except AskFailed as failed:
+        _fail(str(failed))
 
 
 @cli.command()
 @_gateway_options
 def models(url: str, key: str | None) -> None:
     """List the models of a running gateway, one id a line."""
-    body = _get(url, key, "/v1/models")
+    from trigate.client import no_gateway
+
+    [body] = _ask(url, key, "/v1/models")
     if body.get("object") != "list":
-        _not_a_gateway(url)
+        _fail(str(no_gateway(url)))
     for row in body["data"]:
         click.echo(row["id"])
 
 
 @cli.command()
 @_gateway_options
-@click.option("--json", "as_json", is_flag=True, help="As the gateway says it.")
-def status(url: str, key: str | None, as_json: bool) -> None:
-    """Show what a running gateway is doing."""
-    body = _get(url, key, "/status")
+@click.option("--json", "as_json", is_flag=True, help="As the gateway says it, in JSON.")
+@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C; needs `pip install 'trigate[terminal]'`.")
+@click.option("--interval", "interval_s", type=float, default=1.0, show_default=True, help="Of --watch, in seconds.")
+@click.option("--cancel", "ended", metavar="ID", help="End the stream with this id; its client is told.")
+def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: float, ended: str | None) -> None:
+    """Show what a running gateway is doing: targets, streams in flight and their attempts, of all its workers."""
+    from trigate import client, overview
+
+    if watch and (as_json or ended is not None):
+        raise click.UsageError("--watch goes neither with --json nor with --cancel.")
+    if not 0.1 <= interval_s <= 3600:
+        raise click.UsageError("--interval must be from 0.1 to 3600 seconds.")
+    if watch:
+        _watch(url, key, interval_s)
+    if ended is not None:
+        _end(url, key, ended, as_json)
+        return
+    status, streams = _ask(url, key, *overview.PATHS)
+    if "totals" not in status or not isinstance(status.get("streams"), dict):
+        _fail(str(client.no_gateway(url)))
+    if as_json:
+        click.echo(json.dumps({**status, "streams": {**status["streams"], **streams}}, indent=2, ensure_ascii=False))
+        return
+    try:
+        shown = overview.overview(*overview.read(status, streams))
+    except ValueError as error:
+        _fail(str(client.no_gateway(url, str(error))))
+    _spare_encoding()
+    if sys.stdout.isatty() and _has_rich():
+        from trigate import watching
+
+        watching.show(shown)
+        return
+    for line in overview.written(shown):
+        click.echo(line)
+
+
+def _spare_encoding() -> None:
+    """What the terminal has no letter for is a question mark there, and no failure."""
+    import io
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _has_rich() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("rich") is not None
+
+
+def _watch(url: str, key: str | None, interval_s: float) -> NoReturn:
+    import trio
+
+    from trigate.client import AskFailed
+
+    if not _has_rich():
+        _fail("--watch needs the package rich: pip install 'trigate[terminal]'")
+    from trigate import watching
+
+    if not watching.can_watch():
+        _fail("--watch needs a terminal to show it on. Without --watch, it is shown once.")
+    try:
+        _spare_encoding()
+        number = trio.run(watching.watch, url, key, interval_s)
+    except AskFailed as failed:
+        _fail(str(failed))
+    sys.exit(128 + number)
+
+
+def _end(url: str, key: str | None, stream: str, as_json: bool) -> None:
+    from urllib.parse import quote
+
+    [body] = _ask(url, key, f"/status/streams/{quote(stream, safe='')}", method="DELETE")
     if as_json:
         click.echo(json.dumps(body, indent=2, ensure_ascii=False))
-        return
-    if "totals" not in body:
-        _not_a_gateway(url)
-    totals, streams = body["totals"], body["streams"]
-    click.echo(f"Trigate {body['version']}: {body['status']}, up {body['uptime']}, configured by {body['config']}")
-    click.echo(
-        f"{streams['live']} live; {totals['exchanges']} ended: {totals['complete']} complete, "
-        f"{totals['cancelled']} cancelled, {totals['failed']} failed"
-    )
-    if len(body["workers"]) > 1:
-        live = "; ".join(f"{row['pid']}: {row['live']} live, up {row['uptime_s']:.0f} s" for row in body["workers"])
-        click.echo(f"{len(body['workers'])} workers ({live})")
-    trouble = f" ({body['store']['error']})" if body["store"]["error"] else ""
-    click.echo(f"store {body['store']['path']}: {body['store']['state']}{trouble}")
-    if body["sessions"] is not None:
-        click.echo("sessions: {total}, {active} active, {busy} busy".format(**body["sessions"]))
-    for row in body["channels"]:
-        trouble = f" ({row['last_error']})" if row["last_error"] else ""
-        counted = "" if row["received"] is None else "; {received} received, {replied} replied, {queued} queued"
-        click.echo(f"  {row['type']} {row['name']}: {row['status']}{trouble}{counted.format(**row)}")
-    for row in body["upstreams"]:
-        reason = f" ({row['reason']})" if row["reason"] else ""
-        click.echo(f"  {row['name']}: {row['state']}{reason}, {row['in_flight']} in flight, {row['models']} models")
-    for row in streams["oldest"]:
-        click.echo(
-            f"  {row['id']} {row['model']} -> {row['upstream']}: {row['phase']}, {row['age_s']:.1f} s, "
-            f"{row['events']} events, {row['bytes']} bytes"
-        )
+    else:
+        click.echo(f"{stream}: ended" if body.get("cancelled") else f"{stream}: was ending already")
 
 
 @cli.command()
@@ -386,6 +388,8 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
     """Ask a running gateway QUESTION (- reads standard input); the answer streams to the terminal."""
     import httpx2
 
+    from trigate.client import AskFailed, message_of, settings, translated
+
     try:
         text = sys.stdin.read() if question == "-" else question
         text.encode()
@@ -394,16 +398,20 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
     messages = [{"role": "system", "content": system}] if system else []
     payload = {"model": model, "stream": True, "messages": [*messages, {"role": "user", "content": text}]}
     try:
-        with _client(url, key) as client, client.stream("POST", "/v1/chat/completions", json=payload) as response:
+        with (
+            httpx2.Client(**settings(url, key)) as client,
+            translated(url),
+            client.stream("POST", "/v1/chat/completions", json=payload) as response,
+        ):
             if response.status_code != 200:
                 response.read()
-                _fail(_message_of(response))
+                _fail(message_of(response))
             complete = False
             for said in _deltas(response):
                 complete = said is None
                 click.echo(said or "", nl=complete)  # which flushes
-    except httpx2.TransportError as error:
-        _unreachable(url, error)
+    except AskFailed as failed:
+        _fail(str(failed))
     if not complete:
         _fail("the answer was cut off.")
 

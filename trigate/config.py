@@ -409,6 +409,11 @@ class Config:
         value: float = own if own is not None else getattr(self.limits, f"{phase}_timeout_s")
         return value or float("inf")
 
+    def max_attempts(self, model: str) -> int:
+        """How many attempts a call of a public model may take, at all its targets together."""
+        own = self.models.get(model)
+        return (own.max_attempts if own is not None else None) or self.retries.max_attempts
+
 
 # -- structuring ------------------------------------------------------------------------------------------------------
 

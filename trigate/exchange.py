@@ -251,6 +251,7 @@ class Exchange:
             "first_content_s": self.first_content_after_s,
             "client_gone": self.down.gone,
             "queue_position": self._queue_position(),
+            "max_attempts": self.generation.config.max_attempts(self.call.model),
             "attempts": [attempt.describe(self.started_at) for attempt in self.attempts],
         }
 

@@ -178,7 +178,7 @@ class Plan:
         self._known = known
         self._model = config.models.get(model)
         self._retries = config.retries
-        self._max = (self._model.max_attempts if self._model is not None else None) or config.retries.max_attempts
+        self._max = config.max_attempts(model)
         self._tries: dict[Target, int] = {}
         self._states: dict[Target, TargetState] = {}
         self._attempts = 0

@@ -139,7 +139,7 @@ class Part:
     upstreams: tuple[UpstreamStatistics, ...]
     channels: tuple[ChannelStatistics, ...]
     totals: dict[str, int]
-    door: dict[str, float]
+    door: dict[str, int | float]
     targets: tuple[dict[str, Any], ...]
     ledger: AccountsStatistics
 
