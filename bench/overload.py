@@ -1,9 +1,9 @@
 """What becomes of those who are let in while too much is asked: ``./scripts/bench --overload``.
 
 The gateway has places for 64 calls and a queue for 32, and the mock upstream takes 200 ms for each, so 320 calls a
-second are what it can serve. First a quarter of that comes, then three times as much, at random moments (Poisson), in turns.
-What is told: how long those took that were let in, beside those when there was room; how soon the others were refused;
-and whether as many were served as could be.
+second are what it can serve. First a quarter of that comes, then three times as much, at random moments (Poisson), in
+turns. What is told: how long those took that were let in, beside those when there was room; how soon the others were
+refused; and whether as many were served as could be.
 """
 
 from __future__ import annotations
