@@ -36,6 +36,7 @@ from trigate.errors import (
     UpstreamTimeout,
     upstream_message,
 )
+from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.places import Places
 from trigate.retries import retry_after_s
@@ -64,6 +65,8 @@ def _translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, 
             return Unavailable(f"The upstream {name} has an address that cannot be used: {error}.")
         case httpx2.ConnectError():
             return Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.")
+        case NotHttp() if answered:
+            return Garbled(f"The upstream {name} sent an answer that is not HTTP: {error}.")
         case httpx2.RemoteProtocolError() if answered:
             return Truncated(f"The upstream {name} cut its answer: {error}.")
         case httpx2.RemoteProtocolError() if "disconnected" in str(error):  # there is no exception of its own for it
