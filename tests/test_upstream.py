@@ -316,6 +316,13 @@ async def test_retry_headers_go_along() -> None:
         }
 
 
+async def test_a_time_to_come_back_that_is_none_stays_here() -> None:
+    """What a client could not understand either is not passed on."""
+    headers = {"retry-after": "soon", "x-ratelimit-reset-tokens": "6s"}
+    sent = dict((await _error_of(b"", status=429, headers=headers)).headers)
+    assert sent == {b"x-ratelimit-reset-tokens": b"6s", b"x-should-retry": b"false"}
+
+
 @pytest.mark.parametrize("status", [401, 429, 500, 503])
 async def test_secrets_are_redacted(status: int) -> None:
     """Some providers quote the key that they refuse: the client sees neither it nor a secret header's value."""

@@ -47,7 +47,8 @@ _CLOSE_GRACE_S = 1.0
 _A_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
 _DOWN_S = 10.0
 _DEATH_NOTICED_S = 0.2
-_PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
+_RETRY_AFTER = ("retry-after", "retry-after-ms")
+_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _INFLATED_BYTES = 1024 * 1024
 
@@ -449,12 +450,12 @@ class Upstream:
 
     def _meaning(self, reply: Reply, body: bytes) -> GatewayError:
         status, said = reply.status, upstream_message(body)
+        after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
         passed: tuple[Header, ...] = tuple(
             (name.encode(), reply.headers[name].encode())
-            for name in _PASSED_ON
+            for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
             if _A_TIME.fullmatch(reply.headers.get(name, ""))
         )
-        after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
         if status == 429:
             throttled = Throttled(self.name, status, body, headers=passed)
             throttled.retry_after_s = after_s
