@@ -260,6 +260,9 @@ def test_usage(usage: object, read: tuple[int, int] | None) -> None:
         b'{"object": ',
         b'{"error": {"message": "busy"}}',
         b'{"error": "busy"}',
+        b'{"object": "\xff"}',
+        b'{"object": "\\ud83d"',
+        b'{"object": "\\ud83d", "x": \xff}',
         _deep("", ""),
     ],
     ids=lambda body: repr(body)[:30],
@@ -268,6 +271,16 @@ def test_an_answer_that_is_none(body: bytes) -> None:
     """Under a 200, what is not a JSON object, and an error object, is the provider's failure."""
     with pytest.raises(Garbled, match="mock"):
         decode_answer(body, model="m", upstream="mock")
+
+
+def test_an_answer_that_is_merely_odd() -> None:
+    """A byte order mark is dropped; half a surrogate pair, as it is where an emoji was cut, passes through."""
+    body = b'{"model": "up", "choices": [{"text": "\\ud83d"}], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
+    data, usage = decode_answer(b"\xef\xbb\xbf" + body, model="m", upstream="mock")
+    assert data == body.replace(b"up", b"m")
+    assert usage == Usage(prompt_tokens=3, completion_tokens=4)
+    twice = body[:-1] + b', "x": {"model": "up"}}'
+    assert json.loads(decode_answer(twice, model="m", upstream="mock")[0]) == {**json.loads(twice), "model": "m"}
 
 
 def test_a_null_error_is_no_error() -> None:
