@@ -387,6 +387,36 @@ def test_done_ends_a_chat_stream(done: bytes) -> None:
     assert reader.error is None
 
 
+@pytest.mark.parametrize(
+    ("more", "choices"),
+    [
+        ('"prompt":"a"', 1),
+        ('"prompt":"a","n":2', 2),
+        ('"prompt":["a","b"]', 2),
+        ('"prompt": [ "a" , "b" ] ,"n":3', 6),
+        ('"prompt":[[1,2],[3]]', 2),
+        ('"prompt":[1,2,3]', 1),
+        ('"prompt":[],"n":"x"', 1),
+    ],
+)
+def test_how_many_choices_are_asked_for(more: str, choices: int) -> None:
+    """``n`` for each prompt, of which a completion may have several, as texts or as tokens."""
+    assert decode_call(ENDPOINTS["/v1/completions"], f'{{"model":"m",{more}}}'.encode()).choices == choices
+
+
+def test_each_choice_has_to_end() -> None:
+    """Of two that were asked for, one that has not ended is a stream that was cut."""
+    for last, complete in (([], False), ([1], True)):
+        reader = StreamReader(CHAT, model="m", upstream="mock", choices=2)
+        said = [
+            _event({"model": "u", "choices": [{"index": index, "delta": {"content": "H"}}]}) for index in (0, 1) * 3
+        ]
+        ends = [_event({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]}) for index in (0, *last)]
+        reader.feed(b"".join([*said, *ends, b"data: [DONE]\n\n"]))
+        assert reader.complete == complete
+        assert (reader.error is None) == complete
+
+
 def test_a_finish_reason_is_not_the_end() -> None:
     """Usage may follow the last choice: only ``[DONE]`` completes a chat stream, and ``[DONE]`` in a text does not."""
     reader = _reader()

@@ -122,9 +122,14 @@ class Call:
 
     @property
     def choices(self) -> int:
-        """How many answers it asks for (``n``)."""
+        """How many answers it asks for: ``n``, for each of its prompts where it has several."""
         n = decode_any(bytes(self.fields["n"])) if "n" in self.fields else 1
-        return n if type(n) is int and n > 1 else 1
+        prompts = 1
+        if "prompt" in self.endpoint.required and bytes(self.fields["prompt"]).startswith(b"["):
+            found = decode_any(bytes(self.fields["prompt"]))
+            if found and not isinstance(found[0], int):  # numbers are the tokens of one
+                prompts = len(found)
+        return (n if type(n) is int and n > 1 else 1) * prompts
 
     def onward_from(self, text: str) -> Call:
         """The call with what an assistant has said already as its last message, to be gone on with."""
