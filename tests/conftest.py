@@ -26,7 +26,7 @@ from trigate import config as configuration
 from trigate import server, storage
 from trigate.application import GatewayApp, create_app
 from trigate.config import Config, Port
-from trigate.gateway import Gateway, http_transport, open_gateway
+from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
 
 # A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -198,13 +198,16 @@ def open_app() -> Callable[..., AbstractAsyncContextManager[Served]]:
 
 
 @contextlib.asynccontextmanager
-async def _open_server(config: Config) -> AsyncIterator[tuple[httpx2.AsyncClient, GatewayApp]]:
+async def _open_server(
+    config: Config, *, transports: TransportFactory = http_transport
+) -> AsyncIterator[tuple[httpx2.AsyncClient, GatewayApp]]:
     """Serves a gateway on a port of loopback, with upstreams on real sockets; gives a client with its base URL."""
-    app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=http_transport))
+    app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=transports))
     async with trio.open_nursery() as nursery:
         listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
         urls = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
-        async with httpx2.AsyncClient(base_url=urls[0], timeout=10.0, trust_env=False) as client:
+        # without TLS: to load the authorities costs more than to open the gateway
+        async with httpx2.AsyncClient(base_url=urls[0], timeout=10.0, trust_env=False, verify=False) as client:
             try:
                 yield client, app
             finally:

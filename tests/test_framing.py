@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from trigate import framing
-from trigate.framing import MAX_HEAD_BYTES, MAX_INTERIM, Framing
+from trigate.framing import MAX_HEAD_BYTES, MAX_INTERIM, Framing, NotHttp
 
 OK = b"HTTP/1.1 200 OK\r\n"
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nlink: x\r\n\r\n"
@@ -133,8 +133,9 @@ def test_an_end_too_early(data: bytes, message: str) -> None:
     framed = Framing()
     if data:
         framed.feed(data)
-    with pytest.raises(httpx2.RemoteProtocolError, match=message):
+    with pytest.raises(httpx2.RemoteProtocolError, match=message) as caught:
         framed.feed_eof()
+    assert type(caught.value) is httpx2.RemoteProtocolError, "it is cut, and no nonsense"
     assert not framed.complete
     assert not framed.keep_alive
     assert framed.heard == bool(data)
@@ -184,7 +185,7 @@ def test_what_is_refused(data: bytes, message: str) -> None:
     """What is not HTTP, or says two things, or was not asked for, is refused: whole and byte by byte."""
     for pieces in ([data], [data[at : at + 1] for at in range(len(data))]):
         framed = Framing()
-        with pytest.raises(httpx2.RemoteProtocolError, match=message):
+        with pytest.raises(NotHttp, match=message):
             _feed(framed, pieces)
         assert not framed.complete
 
@@ -196,7 +197,7 @@ def test_interim_responses_are_counted() -> None:
     framed.feed(interim * MAX_INTERIM + OK + b"content-length: 0\r\n\r\n")
     assert framed.complete
     framed = Framing()
-    with pytest.raises(httpx2.RemoteProtocolError, match="interim"):
+    with pytest.raises(NotHttp, match="interim"):
         framed.feed(interim * (MAX_INTERIM + 1))
 
 
@@ -216,7 +217,7 @@ def test_the_head_is_bounded(segment_bytes: int, field: bytes) -> None:
     assert framed.complete
     assert len(_taken(framed)) == 100_000
     framed = Framing()
-    with pytest.raises(httpx2.RemoteProtocolError, match="response head"):
+    with pytest.raises(NotHttp, match="response head"):
         _feed(framed, _in(OK + field * (1 + 90_000 // len(field)) + tail, segment_bytes))
     assert not framed.begun
 
@@ -228,7 +229,7 @@ def test_what_is_no_body_is_bounded(endless: bytes) -> None:
     """Chunk extensions and trailers without end are refused, even though they are no head."""
     framed = Framing()
     framed.feed(CHUNKED)
-    with pytest.raises(httpx2.RemoteProtocolError, match="between two pieces"):
+    with pytest.raises(NotHttp, match="between two pieces"):
         _feed(framed, _in(endless, 1000))
 
 

@@ -30,12 +30,16 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
         ({"retry-after": "nan"}, None),
         ({"retry-after": "1e9999"}, None),
         ({"retry-after": "9" * 400}, None),
+        ({"retry-after": "99999999"}, 3600.0),
+        ({"retry-after": "9" * 40}, 3600.0),
+        ({"retry-after-ms": "3600001"}, 3600.0),
+        ({"retry-after": "Tue, 14 Nov 2024 22:13:20 GMT"}, 3600.0),
         ({"retry-after": ""}, None),
         ({"retry-after": "Tue, 99 Nov 99999999999 22:00:00 GMT"}, None),
     ],
 )
 def test_when_to_come_back(headers: dict[str, str], expected: float | None) -> None:
-    """Milliseconds go first; seconds or a date; what cannot be understood says nothing."""
+    """Milliseconds go first; seconds or a date; at most an hour; what cannot be understood says nothing."""
     assert retry_after_s(headers, now_epoch_s=NOW) == expected
 
 

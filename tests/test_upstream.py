@@ -23,6 +23,7 @@ from trigate.errors import (
     Unavailable,
     UpstreamTimeout,
 )
+from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing import Known
 from trigate.upstream import Httpx2Source, Reply, Upstream
@@ -235,13 +236,15 @@ async def test_failures_before_the_reply(raised: Exception, translated: type[Gat
     ("raised", "translated"),
     [
         (httpx2.RemoteProtocolError("peer closed connection without sending complete message body"), Truncated),
+        (NotHttp("Invalid character in chunk size"), Garbled),
         (httpx2.ReadError(""), Truncated),
         (httpx2.ReadTimeout(""), Truncated),
     ],
     ids=repr,
 )
 async def test_failures_in_the_reply(raised: Exception, translated: type[GatewayError]) -> None:
-    """Once a reply has begun, a break is a truncated answer; what came before it was received."""
+    """Once a reply has begun, a break is a truncated answer, and nonsense a garbled one; what came before it was
+    received."""
     script, body = _answering(b"a", raised)
     upstream = _upstream(script)
     async with upstream.open("POST", "/chat/completions") as reply:
@@ -311,6 +314,13 @@ async def test_retry_headers_go_along() -> None:
             b"x-ratelimit-reset-tokens": b"6s",
             b"x-should-retry": b"false",
         }
+
+
+async def test_a_time_to_come_back_that_is_none_stays_here() -> None:
+    """What a client could not understand either is not passed on."""
+    headers = {"retry-after": "soon", "x-ratelimit-reset-tokens": "6s"}
+    sent = dict((await _error_of(b"", status=429, headers=headers)).headers)
+    assert sent == {b"x-ratelimit-reset-tokens": b"6s", b"x-should-retry": b"false"}
 
 
 @pytest.mark.parametrize("status", [401, 429, 500, 503])

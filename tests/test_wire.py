@@ -260,6 +260,9 @@ def test_usage(usage: object, read: tuple[int, int] | None) -> None:
         b'{"object": ',
         b'{"error": {"message": "busy"}}',
         b'{"error": "busy"}',
+        b'{"object": "\xff"}',
+        b'{"object": "\\ud83d"',
+        b'{"object": "\\ud83d", "x": \xff}',
         _deep("", ""),
     ],
     ids=lambda body: repr(body)[:30],
@@ -268,6 +271,16 @@ def test_an_answer_that_is_none(body: bytes) -> None:
     """Under a 200, what is not a JSON object, and an error object, is the provider's failure."""
     with pytest.raises(Garbled, match="mock"):
         decode_answer(body, model="m", upstream="mock")
+
+
+def test_an_answer_that_is_merely_odd() -> None:
+    """A byte order mark is dropped; half a surrogate pair, as it is where an emoji was cut, passes through."""
+    body = b'{"model": "up", "choices": [{"text": "\\ud83d"}], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
+    data, usage = decode_answer(b"\xef\xbb\xbf" + body, model="m", upstream="mock")
+    assert data == body.replace(b"up", b"m")
+    assert usage == Usage(prompt_tokens=3, completion_tokens=4)
+    twice = body[:-1] + b', "x": {"model": "up"}}'
+    assert json.loads(decode_answer(twice, model="m", upstream="mock")[0]) == {**json.loads(twice), "model": "m"}
 
 
 def test_a_null_error_is_no_error() -> None:
@@ -372,6 +385,36 @@ def test_done_ends_a_chat_stream(done: bytes) -> None:
     assert reader.read(done) == done
     assert (before, reader.complete) == (False, True)
     assert reader.error is None
+
+
+@pytest.mark.parametrize(
+    ("more", "choices"),
+    [
+        ('"prompt":"a"', 1),
+        ('"prompt":"a","n":2', 2),
+        ('"prompt":["a","b"]', 2),
+        ('"prompt": [ "a" , "b" ] ,"n":3', 6),
+        ('"prompt":[[1,2],[3]]', 2),
+        ('"prompt":[1,2,3]', 1),
+        ('"prompt":[],"n":"x"', 1),
+    ],
+)
+def test_how_many_choices_are_asked_for(more: str, choices: int) -> None:
+    """``n`` for each prompt, of which a completion may have several, as texts or as tokens."""
+    assert decode_call(ENDPOINTS["/v1/completions"], f'{{"model":"m",{more}}}'.encode()).choices == choices
+
+
+def test_each_choice_has_to_end() -> None:
+    """Of two that were asked for, one that has not ended is a stream that was cut."""
+    for last, complete in (([], False), ([1], True)):
+        reader = StreamReader(CHAT, model="m", upstream="mock", choices=2)
+        said = [
+            _event({"model": "u", "choices": [{"index": index, "delta": {"content": "H"}}]}) for index in (0, 1) * 3
+        ]
+        ends = [_event({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]}) for index in (0, *last)]
+        reader.feed(b"".join([*said, *ends, b"data: [DONE]\n\n"]))
+        assert reader.complete == complete
+        assert (reader.error is None) == complete
 
 
 def test_a_finish_reason_is_not_the_end() -> None:

@@ -30,6 +30,10 @@ _DISCONNECTED = "Server disconnected without sending a response."  # as httpcore
 _CUT = "peer closed connection without sending complete message body"
 
 
+class NotHttp(httpx2.RemoteProtocolError):
+    """What came is not HTTP, or beyond a bound; in the head, or in the framing of the body."""
+
+
 class Framing:
     """A response that is fed bytes.
 
@@ -82,7 +86,7 @@ class Framing:
         """Parses what came from the peer; pieces of the body are appended to ``pieces``.
 
         Raises:
-            httpx2.RemoteProtocolError: It is not HTTP, or beyond a bound.
+            NotHttp: It is not HTTP, or beyond a bound.
         """
         begun = self.begun
         if not begun:
@@ -110,7 +114,7 @@ class Framing:
             self._barren_bytes += len(data)
             if self._barren_bytes >= MAX_HEAD_BYTES:
                 what = "framing between two pieces of its body" if begun else "response head"
-                raise httpx2.RemoteProtocolError(f"the server sent more than {MAX_HEAD_BYTES} bytes of {what}")
+                raise NotHttp(f"the server sent more than {MAX_HEAD_BYTES} bytes of {what}")
         else:
             self._barren_bytes = 0
 
@@ -139,9 +143,9 @@ class Framing:
 
     def _refuse(self, error: Exception) -> NoReturn:
         if self._fault is not None:
-            raise httpx2.RemoteProtocolError(self._fault) from None
+            raise NotHttp(self._fault) from None
         message = "it switched protocols" if isinstance(error, httptools.HttpParserUpgrade) else str(error)
-        raise httpx2.RemoteProtocolError(message or type(error).__name__) from error
+        raise NotHttp(message or type(error).__name__) from error
 
     # -- what llhttp calls
 

@@ -13,29 +13,31 @@ import re
 from collections.abc import Mapping
 
 MAX_TOKENS = 10.0
-_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
+MAX_RETRY_AFTER_S = 3600.0
+"""A provider that says to come back in years is mistaken; one that says tomorrow is asked once an hour until then."""
+_NUMBER = re.compile(r"[0-9]{1,40}(\.[0-9]{1,9})?", re.ASCII)
 
 
 def retry_after_s(headers: Mapping[str, str], *, now_epoch_s: float) -> float | None:
-    """When a provider says to come back: in how many seconds, never negative; None where it says nothing that can be
-    understood. ``retry-after-ms`` goes before ``retry-after``.
+    """When a provider says to come back: in how many seconds, from 0 to `MAX_RETRY_AFTER_S`; None where it says nothing
+    that can be understood. ``retry-after-ms`` goes before ``retry-after``.
 
     Args:
         headers: By their names in lower case.
     """
     given = headers.get("retry-after-ms")
     if given is not None and _NUMBER.fullmatch(given.strip()):
-        return float(given) / 1000
+        return min(MAX_RETRY_AFTER_S, float(given) / 1000)
     given = headers.get("retry-after", "").strip()
     if not given:
         return None
     if _NUMBER.fullmatch(given):
-        return float(given)
+        return min(MAX_RETRY_AFTER_S, float(given))
     date = email.utils.parsedate_tz(given)
     if date is None:
         return None
     try:
-        return max(0.0, email.utils.mktime_tz(date) - now_epoch_s)
+        return min(MAX_RETRY_AFTER_S, max(0.0, email.utils.mktime_tz(date) - now_epoch_s))
     except (OverflowError, ValueError):
         return None
 

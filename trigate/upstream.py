@@ -36,6 +36,7 @@ from trigate.errors import (
     UpstreamTimeout,
     upstream_message,
 )
+from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.places import Places
 from trigate.retries import retry_after_s
@@ -46,7 +47,8 @@ _CLOSE_GRACE_S = 1.0
 _A_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
 _DOWN_S = 10.0
 _DEATH_NOTICED_S = 0.2
-_PASSED_ON = ("retry-after", "retry-after-ms", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
+_RETRY_AFTER = ("retry-after", "retry-after-ms")
+_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _INFLATED_BYTES = 1024 * 1024
 
@@ -64,6 +66,8 @@ def _translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, 
             return Unavailable(f"The upstream {name} has an address that cannot be used: {error}.")
         case httpx2.ConnectError():
             return Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.")
+        case NotHttp() if answered:
+            return Garbled(f"The upstream {name} sent an answer that is not HTTP: {error}.")
         case httpx2.RemoteProtocolError() if answered:
             return Truncated(f"The upstream {name} cut its answer: {error}.")
         case httpx2.RemoteProtocolError() if "disconnected" in str(error):  # there is no exception of its own for it
@@ -446,12 +450,12 @@ class Upstream:
 
     def _meaning(self, reply: Reply, body: bytes) -> GatewayError:
         status, said = reply.status, upstream_message(body)
+        after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
         passed: tuple[Header, ...] = tuple(
             (name.encode(), reply.headers[name].encode())
-            for name in _PASSED_ON
+            for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
             if _A_TIME.fullmatch(reply.headers.get(name, ""))
         )
-        after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
         if status == 429:
             throttled = Throttled(self.name, status, body, headers=passed)
             throttled.retry_after_s = after_s

@@ -122,9 +122,14 @@ class Call:
 
     @property
     def choices(self) -> int:
-        """How many answers it asks for (``n``)."""
+        """How many answers it asks for: ``n``, for each of its prompts where it has several."""
         n = decode_any(bytes(self.fields["n"])) if "n" in self.fields else 1
-        return n if type(n) is int and n > 1 else 1
+        prompts = 1
+        if "prompt" in self.endpoint.required and bytes(self.fields["prompt"]).startswith(b"["):
+            found = decode_any(bytes(self.fields["prompt"]))
+            if found and not isinstance(found[0], int):  # numbers are the tokens of one
+                prompts = len(found)
+        return (n if type(n) is int and n > 1 else 1) * prompts
 
     def onward_from(self, text: str) -> Call:
         """The call with what an assistant has said already as its last message, to be gone on with."""
@@ -266,13 +271,15 @@ def _usage(value: object) -> Usage | None:
 
 
 def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usage | None]:
-    """Takes an upstream's JSON answer; returns it with the public model id, and the usage in it.
+    """Takes an upstream's JSON answer; returns it with the public model id, and the usage in it. A byte order mark
+    before it is dropped (RFC 8259 section 8.1).
 
     Raises:
-        Garbled: It is not a JSON object, or it is an error under a 200.
+        Garbled: It is not a JSON object in UTF-8, or it is an error under a 200.
     """
+    body = body.removeprefix(sse.BOM)
     try:
-        fields = _fields.decode(body)
+        fields = _answer_fields(body)
     except (ValueError, RecursionError) as error:
         raise Garbled(f"The upstream {upstream} answered with something that is not a JSON object: {error}.") from None
     error_raw = fields.get("error")
@@ -282,6 +289,19 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
         )
     usage = _usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
     return (_with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage
+
+
+def _answer_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """Raises ValueError or RecursionError where it is not a JSON object in UTF-8."""
+    if not body.isascii():
+        body.decode()  # a Raw is not looked into
+    try:
+        return _fields.decode(body)
+    except (ValueError, RecursionError):
+        value = decode_any(body) if b"\\ud" in body.lower() else None  # as in streams
+        if not isinstance(value, dict):
+            raise
+        return {name: msgspec.Raw(json.dumps(each).encode()) for name, each in value.items()}
 
 
 def decode_any(data: bytes) -> Any:  # Any: JSON of any shape
