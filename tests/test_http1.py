@@ -799,3 +799,31 @@ async def test_all_clients_that_still_send_read_the_refusal() -> None:
         for _ in range(1000):
             nursery.start_soon(ask_one)
     assert read == 1000
+
+
+# -- the end of an idle connection ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draining", [True, False])
+async def test_a_request_that_comes_with_the_end_is_answered(draining: bool) -> None:
+    """What has arrived when an idle connection is closed is answered, and not reset; who has sent half a head is late,
+    and so is who is idle once more."""
+    for before, after, answers in ((b"", HELLO, 1), (HELLO[:9], HELLO[9:], 0), (b"", b"", 0)):
+        ours, theirs = socket.socketpair()
+        async with open_timers() as timers, trio.open_nursery() as nursery:
+            service = http1.Service(hello, timers, 0.1)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+            connection = http1.Connection(service, stream)
+            nursery.start_soon(connection.run)
+            await trio.testing.wait_all_tasks_blocked()
+            ours.send(before)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            ours.send(after)
+            service.ending = service.draining = draining
+            connection.close_if_idle()
+            async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as client:
+                data = b""
+                with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(2):
+                    data = await read_all(client)
+            assert data.count(b"HTTP/1.1 200") == answers
+            assert data.count(b"connection: close") == (answers if draining else 0)

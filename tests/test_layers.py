@@ -27,7 +27,7 @@ ROWS = (
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
     ("server", "asyncio_host"),
     ("supervisor", "protocol"),  # the supervisor knows no server: it starts processes, and tells them who they are
-    ("http1",),
+    ("http1", "takeover"),
     ("application",),
     ("api",),
     ("connection",),

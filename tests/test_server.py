@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from test_protocol import H2_GET, H2Client
 from test_request_head import BAD
 
-from trigate import request_head, server
+from trigate import protocol, request_head, server
 from trigate.config import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
-from trigate.server import Drained, ListenError, StartupFailed, open_lifespan, open_sockets, serve
+from trigate.server import Drained, End, ListenError, StartupFailed, open_lifespan, open_sockets, serve
 
 CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
 
@@ -49,6 +49,18 @@ class Drain:
     was_cut: trio.Event = attrs.field(factory=trio.Event)
     is_quiet: trio.Event = attrs.field(factory=_set_event)
 
+    aside: trio.Event = attrs.field(factory=trio.Event)
+
+    announced: trio.Event = attrs.field(factory=trio.Event)
+
+    def step_aside(self) -> None:
+        """Notes it."""
+        self.aside.set()
+
+    def announce(self) -> None:
+        """Notes it."""
+        self.announced.set()
+
     def begin(self) -> None:
         """Notes it."""
         self.begun.set()
@@ -57,10 +69,11 @@ class Drain:
         """There is nothing else."""
         await self.is_quiet.wait()
 
-    def cut(self) -> None:
+    def cut(self) -> Sequence[str]:
         """Notes it."""
         assert self.begun.is_set()
         self.was_cut.set()
+        return ["r1"]
 
 
 @attrs.define(eq=False)
@@ -130,7 +143,7 @@ class Running:
     """
 
     url: str
-    stop: trio.Event
+    end: End
     outcome: Drained | None = None
     _clients: list[trio.SocketStream] = attrs.field(factory=list)
     _ended: trio.Event = attrs.field(factory=trio.Event)
@@ -139,7 +152,7 @@ class Running:
         self, app: Application, config: ServerConfig, *, task_status: trio.TaskStatus[list[str]]
     ) -> None:
         """Serves."""
-        self.outcome = await serve(app, config, stop=self.stop, task_status=task_status)
+        self.outcome = await serve(app, config, end=self.end, task_status=task_status)
         self._ended.set()
 
     async def wait_ended(self) -> Drained:
@@ -175,7 +188,7 @@ class Running:
 @contextlib.asynccontextmanager
 async def open_server(app: Application, config: ServerConfig = CONFIG) -> AsyncIterator[Running]:
     """Serves an app for the time of the block, and then ends it at once, and its clients after it."""
-    running = Running("", trio.Event())
+    running = Running("", End())
 
     async with trio.open_nursery() as nursery:
         [running.url] = await nursery.start(partial(running.run, app, config))
@@ -299,7 +312,7 @@ async def test_many_clients_come_and_go() -> None:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             await stream.aclose()
         await running.assert_alive()
-        running.stop.set()
+        running.end.stop_now()
         drained = await running.wait_ended()
         assert drained.forced == 0
 
@@ -314,7 +327,7 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
         idle, stream = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(stream, b"data: 1\n\n\r\n")
-        running.stop.set()
+        running.end.stop_now()
         with trio.fail_after(1):
             assert await read_all(idle) == b""
             assert app.drain is not None
@@ -337,7 +350,7 @@ async def test_a_drain_waits_for_what_has_no_connection() -> None:
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
     async with open_server(app) as running:
-        running.stop.set()
+        running.end.stop_now()
         await app.drain.begun.wait()
         await trio.testing.wait_all_tasks_blocked()
         assert app.lifespan == ["lifespan.startup"]
@@ -347,7 +360,7 @@ async def test_a_drain_waits_for_what_has_no_connection() -> None:
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
     async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
-        running.stop.set()
+        running.end.stop_now()
         assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
 
 
@@ -364,7 +377,7 @@ async def test_an_answer_in_a_drain_says_close() -> None:
     async with open_server(app) as running:
         stream = await running.ask("/")
         await began.wait()
-        running.stop.set()
+        running.end.stop_now()
         await trio.testing.wait_all_tasks_blocked()
         release.set()
         response = await read_all(stream)
@@ -380,7 +393,7 @@ async def test_a_request_behind_the_last_one_does_not_hold_up_a_drain() -> None:
         await read_until(stream, b"data: 1\n\n\r\n")
         await stream.send_all(HELLO)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        running.stop.set()
+        running.end.stop_now()
         await trio.testing.wait_all_tasks_blocked()
         app.go_on.set()
         with trio.fail_after(1):
@@ -395,9 +408,100 @@ async def test_a_drain_cuts_what_takes_too_long() -> None:
     async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
         stream = await running.ask("/stream")
         await read_until(stream, b"data: 1\n\n\r\n")
-        running.stop.set()
+        running.end.stop_now()
         assert (await read_all(stream)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
         assert await running.wait_ended() == Drained(finished=0, cut=1, forced=0)
+
+
+async def test_the_readiness_check_comes_first(logs: Any) -> None:
+    """For the time of the notice, the app says that the end comes, and everything else is as before; but answers say
+    that their connections end."""
+    app = App()
+    assert app.drain is not None
+    async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=0.2)) as running:
+        kept = await running.ask("/")
+        await read_until(kept, b"GET /")
+        running.end.stop_now()
+        await app.drain.announced.wait()
+        assert b"\r\nconnection: close\r\n" in await read_all(await running.ask("/new"))
+        assert not app.drain.begun.is_set()
+        await kept.send_all(HELLO)
+        assert b"\r\nconnection: close\r\n" in await read_all(kept)
+        await app.drain.begun.wait()
+        with pytest.raises(OSError, match="connect"):
+            await running.connect()
+        await running.wait_ended()
+    assert logs.named("drain_announced")[0]["for_s"] == 0.2
+
+
+async def test_the_report_names_what_was_cut(logs: Any) -> None:
+    """Exchanges by their ids, also those that have no connection; and who had to be closed by force, by his address."""
+    app = App()
+    assert app.drain is not None
+    app.drain.is_quiet = trio.Event()
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+        running.end.stop_now()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    assert logs.named("drained")[0]["cut_exchanges"] == ["r1"]
+
+
+# -- the end after a takeover -----------------------------------------------------------------------------------------
+
+
+async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
+    """Nothing is refused or closed: each connection is told of its end by an answer, also one whose answer had begun
+    before, and so could not say so; then the server has ended."""
+    app = App()
+    assert app.drain is not None
+    async with open_server(app) as running:
+        idle, streaming = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(streaming, b"data: 1\n\n\r\n")
+        running.end.succeed(42)
+        await app.drain.aside.wait()
+        with pytest.raises(OSError, match="connect"):
+            await running.connect()
+        app.go_on.set()
+        await read_until(streaming, b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert not app.drain.begun.is_set()
+        for stream in (idle, streaming):
+            await stream.send_all(HELLO)
+            last = await read_all(stream)
+            assert b"\r\nconnection: close\r\n" in last
+            assert body_of(last) == b"GET /"
+        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert not app.drain.announced.is_set()
+    assert logs.named("draining")[0]["successor"] == 42
+
+
+async def test_a_takeover_does_not_wait_for_ever() -> None:
+    """What is idle is closed after the grace, and what still runs is cut."""
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.1)) as running:
+        idle, streaming = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(streaming, b"data: 1\n\n\r\n")
+        running.end.succeed(42)
+        assert await read_all(idle) == b""
+        assert (await read_all(streaming)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        assert await running.wait_ended() == Drained(finished=1, cut=1, forced=0)
+
+
+async def test_a_takeover_becomes_a_stop() -> None:
+    """Idle connections are closed as soon as there is a signal, and streams may finish."""
+    app = App()
+    async with open_server(app) as running:
+        idle, streaming = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(streaming, b"data: 1\n\n\r\n")
+        running.end.succeed(42)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        running.end.stop_now()
+        with trio.fail_after(1):
+            assert await read_all(idle) == b""
+        app.go_on.set()
+        assert (await read_all(streaming)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
 
 
 @pytest.mark.parametrize("drain", [None, Drain], ids=["without cut", "cut in vain"])
@@ -409,7 +513,7 @@ async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: p
         await running.ask("/flood")
         await app.flooding.wait()
         await trio.testing.wait_all_tasks_blocked()
-        running.stop.set()
+        running.end.stop_now()
         assert await running.wait_ended() == Drained(finished=0, cut=0, forced=1)
 
 
@@ -595,7 +699,7 @@ async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | 
         else:
             await stream.send_all(HELLO)
             assert body_of(await read_until(stream, b"GET /")) == b"GET /"
-        running.stop.set()
+        running.end.stop_now()
         assert (await running.wait_ended()).forced == 0
         await stream.aclose()
 
@@ -612,7 +716,7 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
         path = (b":path", b"/stream")
         number = await client.ask((*H2_GET[:3], path))
         await client.read(h2.events.DataReceived, number)
-        running.stop.set()
+        running.end.stop_now()
         assert app.drain is not None
         await app.drain.begun.wait()
         app.go_on.set()
@@ -621,6 +725,38 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
         assert await client.read(h2.events.StreamReset) is None
         await stream.aclose()
         assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_an_h2_client_goes_to_the_successor(
+    authority: trustme.CA, tls_config: ServerConfig, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told when it waits for nothing; a request that it has sent meanwhile is served; then that is all."""
+    monkeypatch.setattr(protocol, "LINGER_S", 0.1)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    trust.set_alpn_protocols(["h2"])
+    app = App()
+    async with open_server(app, tls_config) as running:
+        stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
+        client = H2Client(stream)
+        number = await client.ask((*H2_GET[:3], (b":path", b"/stream" if busy else b"/")))
+        await client.read(h2.events.DataReceived if busy else h2.events.StreamEnded, number)
+        running.end.succeed(42)
+        assert app.drain is not None
+        await app.drain.aside.wait()
+        if busy:
+            app.go_on.set()
+            assert await client.read(h2.events.StreamEnded, number) is not None
+            assert client.bodies[number].endswith(b"data: [DONE]\n\n")
+        late = await client.ask(H2_GET)
+        goodbye = await client.read(h2.events.ConnectionTerminated)
+        assert (goodbye.error_code, goodbye.last_stream_id) == (0, 2**31 - 1)
+        # h2 takes no frame after this one, as RFC 9113 would have it; but they come
+        assert late not in client.bodies
+        assert b"GET /" in b"".join([bytes(piece) async for piece in stream])
+        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+        await stream.aclose()
 
 
 async def test_a_bad_certificate_is_named(tmp_path: Path) -> None:
@@ -684,7 +820,7 @@ async def open_run(app: Application, parent_fd: int | None = None) -> AsyncItera
     """Runs `run` until it ends by itself; gives a way to ask it, and what it will have returned."""
     sockets = open_sockets(CONFIG)
     outcome: list[bool] = []
-    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", trio.Event())
+    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", End())
 
     async def run() -> None:
         outcome.append(await server.run(app, CONFIG, sockets, parent_fd))

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from processes import SERVE, Gateway, configuration, environment, run_gateway
@@ -159,6 +160,26 @@ def test_stream_at_sigterm(way: str, tmp_path: Path) -> None:
             assert raised.value.code == "draining"
         wait_closed(upstream, "endless")
         assert gateway.process.wait(ENDS_WITHIN_S) in EXITS[way], gateway.log()
+        if way == "python -m trigate":  # the report names what was cut
+            assert f"cut_exchanges=['{stream.response.headers['x-request-id']}']" in gateway.log()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_readiness_at_sigterm(workers: int, tmp_path: Path) -> None:
+    """The readiness check says that the end comes, on new connections, while calls are still answered."""
+    command = _command("trigate serve", workers)
+    config = '[server]\ndrain_notice_s = 2\n[upstreams.parrot]\nkind = "echo"\n'
+    with run_gateway(config, tmp_path, command=command) as gateway:
+        call = {"model": "parrot/echo", "messages": HELLO}
+        assert httpx2.get(f"{gateway.url}/ready").status_code == 200
+        gateway.process.terminate()
+        while httpx2.get(f"{gateway.url}/ready").status_code == 200:
+            time.sleep(0.01)
+        assert httpx2.get(f"{gateway.url}/ready").json()["reasons"] == ["draining"]
+        assert httpx2.post(f"{gateway.url}/v1/chat/completions", json=call).status_code == 200
+        assert gateway.process.wait(2 + ENDS_WITHIN_S) == 0, gateway.log()
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{gateway.url}/ready")
 
 
 @pytest.fixture

@@ -267,6 +267,27 @@ async def test_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert all(error.code != 409 for error in server.refused)
 
 
+@pytest.mark.slow
+async def test_a_worker_that_steps_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It polls no more, at once, and the other one does, while it goes on with the answers that it has begun."""
+    monkeypatch.setattr(telegram, "HOLD_S", 0.05)
+    server, store = TelegramServer(), str(tmp_path / "trigate.db")
+    begun, *rest = says("fir", "st")[1:]
+    async with open_bot((begun, Pause(1.0), *rest), server=server, store=store) as (_, first):
+        await server.wait_until(lambda server: server.polling == 1)
+        async with open_bot(says("second"), server=server, store=store) as (_, second):
+            server.say("Hello")
+            await server.wait_until(lambda server: len(first.providers["up"].calls) == 1 and server.polling == 1)
+            first.gateway.drain.step_aside()
+            await server.wait_until(lambda server: server.polling == 0)
+            server.say("Hello")
+            await server.wait_until(lambda server: "second" in server.texts())
+            assert first.gateway.live
+            await server.wait_until(lambda server: sorted(server.texts()) == ["first", "second"])
+        assert (len(first.providers["up"].calls), len(second.providers["up"].calls)) == (1, 1)
+        assert all(error.code != 409 for error in server.refused)
+
+
 # -- when Telegram does not want to -----------------------------------------------------------------------------------
 
 

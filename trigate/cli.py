@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import httpx2
 
     from trigate.config import Config, ServerConfig
+    from trigate.server import Listening
 
 _config_option = click.option(
     "--config",
@@ -90,6 +91,8 @@ def _read(config_path: str | None) -> Config:
 @click.option("--insecure", is_flag=True, help="Serve others than this machine without a key.")
 @click.option("--fd", "fds", type=int, multiple=True, hidden=True)
 @click.option("--parent-fd", type=int, hidden=True)
+@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--gate-fd", type=int, hidden=True)
 def serve(
     config_path: str | None,
     host: str | None,
@@ -100,8 +103,13 @@ def serve(
     insecure: bool,
     fds: tuple[int, ...],
     parent_fd: int | None,
+    ready_fd: int | None,
+    gate_fd: int | None,
 ) -> None:
-    """Serve the gateway until SIGTERM or Ctrl-C (once: running streams may finish; twice: now)."""
+    """Serve the gateway until SIGTERM or Ctrl-C (once: running streams may finish; twice: now).
+
+    Where a gateway of the same user serves the address already, it is taken over from, without a pause.
+    """
     import attrs
 
     from trigate import logs
@@ -131,7 +139,8 @@ def serve(
     if parent_fd is None:
         _try_certificate(settings)  # here, and not in each worker at each of its restarts
     if parent_fd is not None:
-        _run_worker(settings, adjust, fds, parent_fd)
+        gate = None if ready_fd is None or gate_fd is None else (ready_fd, gate_fd)
+        _run_worker(settings, adjust, fds, parent_fd, gate)
     elif settings.workers == 1:
         _run_alone(settings, adjust)
     else:
@@ -158,23 +167,42 @@ def _try_certificate(settings: ServerConfig) -> None:
 
 
 def _run_alone(settings: ServerConfig, adjust: Any) -> None:
-    from trigate.server import ListenError, open_sockets
+    import trio
+
+    listening = _listen(settings)
+    predecessor = listening.predecessor
+
+    async def take_over() -> None:
+        await trio.lowlevel.checkpoint()
+        if predecessor is not None:
+            predecessor.succeed()
+
+    _run_server(settings, adjust, listening.sockets, None, doors=listening.doors, before_accepting=take_over)
+
+
+def _run_worker(
+    settings: ServerConfig, adjust: Any, fds: Sequence[int], parent_fd: int, gate: tuple[int, int] | None
+) -> None:
+    from functools import partial
+
+    from trigate.supervisor import sockets_from_fds, wait_gate
+
+    before_accepting = partial(wait_gate, *gate) if gate is not None else None
+    _run_server(settings, adjust, sockets_from_fds(fds), parent_fd, before_accepting=before_accepting)
+
+
+def _listen(settings: ServerConfig) -> Listening:
+    from trigate.server import ListenError, open_listening
 
     try:
-        sockets = open_sockets(settings)
+        return open_listening(settings)
     except ListenError as error:
         _fail(str(error))
-    _run_server(settings, adjust, sockets, None)
 
 
-def _run_worker(settings: ServerConfig, adjust: Any, fds: Sequence[int], parent_fd: int) -> None:
-    from trigate.supervisor import sockets_from_fds
-
-    _run_server(settings, adjust, sockets_from_fds(fds), parent_fd)
-
-
-def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: int | None) -> None:
+def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: int | None, **more: Any) -> None:
     import resource
+    from functools import partial
 
     import trio
 
@@ -188,26 +216,32 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     app: Any = create_app(opener=lambda: open_gateway(adjust=adjust))  # Any: Quart types ASGI messages more narrowly
     calm_collector()
     try:
-        finished = trio.run(run, app, settings, sockets, parent_fd)
+        finished = trio.run(partial(run, app, settings, sockets, parent_fd, **more))
     except* StartupFailed as failed:
         _fail(words_of(failed))
     sys.exit(0 if finished else 1)
 
 
 def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
+    from functools import partial
+
     import trio
 
     from trigate.errors import words_of
-    from trigate.server import ListenError, open_sockets
     from trigate.supervisor import WorkersFailed, supervise
 
-    try:
-        sockets = open_sockets(settings)
-    except ListenError as error:
-        _fail(str(error))
+    listening = _listen(settings)
     command = [sys.executable, "-m", "trigate", *arguments]
+    run = partial(
+        supervise,
+        command,
+        listening.sockets,
+        settings,
+        doors=listening.doors,
+        predecessor=listening.predecessor,
+    )
     try:
-        finished = trio.run(supervise, command, sockets, settings)
+        finished = trio.run(run)
     except* WorkersFailed as failed:
         _fail(words_of(failed))
     sys.exit(0 if finished else 1)

@@ -106,6 +106,8 @@ class ServerConfig:
     backlog: Count = Count(1024)
     keep_alive_timeout_s: Seconds = Seconds(75.0)
     """How long an idle connection, or one whose request head is not complete, stays open."""
+    drain_notice_s: Seconds = Seconds(0.0)
+    """How long ``GET /ready`` says 503 after SIGTERM before connections and calls are refused."""
     drain_timeout_s: Seconds = Seconds(30.0)
     """How long running streams may go on after SIGTERM; what is left then gets an error event and is closed."""
     tcp_user_timeout_s: Seconds = Seconds(30.0)

@@ -18,7 +18,7 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -331,8 +331,18 @@ class Drain:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
+    def step_aside(self) -> None:
+        """From now on nothing is fetched that another process can fetch; what comes is still done."""
+        self._gateway.aside.set()
+
+    def announce(self) -> None:
+        """The same, and ``GET /ready`` says 503."""
+        self._gateway.ends = True
+        self._gateway.aside.set()
+
     def begin(self) -> None:
         """From now on ``GET /ready`` says 503 and new calls are refused; running ones go on."""
+        self.announce()
         self._gateway.draining = True
 
     async def wait_quiet(self) -> None:
@@ -341,10 +351,12 @@ class Drain:
             await self._gateway.quiet.wait()
         await self._gateway.outbox.wait_idle()
 
-    def cut(self) -> None:
-        """Ends what is still running: each stream gets an error event and its proper end."""
-        for exchange in list(self._gateway.live):
+    def cut(self) -> Sequence[str]:
+        """Ends what is still running: each stream gets an error event and its proper end. Returns the ids."""
+        cut = list(self._gateway.live)
+        for exchange in cut:
             exchange.cut(Draining("The gateway is shutting down; the answer up to here is incomplete. Try again."))
+        return [exchange.id for exchange in cut]
 
 
 class Gateway:
@@ -377,7 +389,12 @@ class Gateway:
         self.quiet = trio.Event()
         """Set when none is live; another one once there is one again."""
         self.totals = Totals()
+        self.ends = False
+        """Whether the readiness check says that no calls should be sent here."""
         self.draining = False
+        """Whether calls are refused."""
+        self.aside = trio.Event()
+        """Set when the gateway begins to leave: others fetch what is to be fetched."""
         self.drain = Drain(self)
         self.started_at = trio.current_time()
         self.reload_error: str | None = None
@@ -430,7 +447,7 @@ class Gateway:
 
     def not_ready(self) -> list[str]:
         """Why new calls should not be sent here; empty = they should."""
-        if self.draining:
+        if self.ends:
             return ["draining"]
         known = self.generation.known().values()
         if not known:

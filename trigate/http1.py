@@ -21,7 +21,6 @@ the parsing of a request. The rules:
 
 from __future__ import annotations
 
-import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -71,7 +70,9 @@ class Service:
         keep_alive_timeout_s: How long a connection may be without a (whole) request head.
         state: The lifespan state, copied into the scope of each request.
         poller: Tells of clients that leave; None = there is none.
-        draining: Responses announce the end of their connection, and are the last ones.
+        ending: Responses announce the end of their connection, and are then the last ones. A connection whose response
+            has begun before is served once more: its client, who knows of no end, may be asking already.
+        draining: No further request is waited for, on any connection.
     """
 
     app: Application
@@ -79,6 +80,7 @@ class Service:
     keep_alive_timeout_s: float
     state: Mapping[str, Any] = attrs.field(factory=dict)  # Any: whatever the app has put there
     poller: Poller | None = None
+    ending: bool = False
     draining: bool = False
 
 
@@ -201,6 +203,10 @@ class Connection:
             try:
                 with self._scope:
                     unread = await self._serve()
+                if self._has_come_in_time():
+                    self._scope = trio.CancelScope()
+                    with self._scope:
+                        unread = await self._serve()
                 if not self._scope.cancelled_caught and not self.peer.lost:
                     await self._end(unread)
             finally:
@@ -213,6 +219,16 @@ class Connection:
         """Closes the connection unless it is serving a request."""
         if self._idle:
             self._scope.cancel()
+
+    def _has_come_in_time(self) -> bool:
+        """Whether a request has come while the connection was being closed since it was idle: to close it then would be
+        a reset in the place of an answer. Once, and not where a head is incomplete: who sends one slowly has had his
+        time."""
+        if not self._scope.cancelled_caught or self._parser.buffered:
+            return False
+        data = self.peer.read_nowait()
+        self._parser.feed(data)
+        return bool(data)
 
     async def abort(self) -> None:
         """Closes the connection at once, whatever its tasks are doing."""
@@ -263,7 +279,7 @@ class Connection:
         due_at = self._idle_since + timeout_s
         if due_at <= now:
             self._scope.cancel()
-            return math.inf
+            return now + timeout_s
         return due_at
 
     async def _answer(self) -> None:  # noqa: ASYNC910 - the app may not wait
@@ -344,7 +360,7 @@ class Connection:
         self, status: int, headers: list[Header], body: bytes, method: bytes = b"GET", version: bytes = b"HTTP/1.1"
     ) -> None:
         headers = [*headers, (b"content-length", b"%d" % len(body))]
-        persistent = self._persistent and not self._service.draining
+        persistent = self._persistent and not self._service.ending
         answer = response_head.build(
             status, headers, date=_date(), version=version, method=method, persistent=persistent
         )
@@ -444,7 +460,7 @@ class Connection:
                 date=_date(),
                 version=request.version,
                 method=request.method,
-                persistent=self._persistent and not self._service.draining,
+                persistent=self._persistent and not self._service.ending,
             )
             self._head, self._left, self._client.chunked, self._bodiless, self._persistent = answer
             self._phase = _HELD

@@ -17,6 +17,7 @@ stalled peer. The rules for HTTP/2:
 from __future__ import annotations
 
 import math
+import struct
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -55,6 +56,8 @@ HANDSHAKE_TIMEOUT_S = 10.0
 LINGER_S = 2.0
 """How long input is discarded after the last response of a connection."""
 LINGER_BYTES = 1024 * 1024
+_GOODBYE = struct.pack(">HBBBLLL", 0, 8, 7, 0, 0, 2**31 - 1, 0)
+"""A GOAWAY frame of HTTP/2 that takes nothing back: any stream may still be served, and nothing is wrong."""
 QUEUED_MESSAGES = 10
 """How many pieces of a request body wait for the app before the connection is read no further."""
 
@@ -216,9 +219,13 @@ class Http2Service:
     config: HypercornConfig
     context: WorkerContext = attrs.field(init=False, factory=lambda: WorkerContext(None))
 
+    def begin_to_end(self) -> None:
+        """Has every connection end by itself, as soon as its client knows of the end. See also `Connection.leave`."""
+        self.http1.ending = True
+
     async def begin_drain(self) -> None:
         """Lets every connection end with what it is serving."""
-        self.http1.draining = True
+        self.http1.ending = self.http1.draining = True
         await self.context.terminated.set()
 
 
@@ -243,6 +250,8 @@ class Connection:
     _receiving: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _deadline: float = attrs.field(init=False, default=math.inf)
     _idle: bool = attrs.field(init=False, default=True)
+    _speaks_http2: bool = attrs.field(init=False, default=False)
+    _has_said_goodbye: bool = attrs.field(init=False, default=False)
     _ending: bool = attrs.field(init=False, default=False)
 
     async def run(self) -> None:
@@ -263,6 +272,14 @@ class Connection:
             self._http1.close_if_idle()
         elif self._idle:
             self._deadline = self._receiving.deadline = -math.inf
+
+    async def leave(self) -> None:  # noqa: ASYNC910 - there may be nobody to tell
+        """Tells a client that connections end (`Http2Service.begin_to_end`). HTTP/1.1 does that with its responses.
+
+        An HTTP/2 client is told when it is waiting for nothing: some (httpcore) give up what they wait for then.
+        """
+        if self._speaks_http2 and self._idle:
+            await self._say_goodbye()
 
     async def abort(self) -> None:
         """Closes the connection at once, whatever its tasks are doing."""
@@ -301,6 +318,7 @@ class Connection:
                 self._send,
             )
             await self._protocol.initiate()
+            self._speaks_http2 = True
             self._set_idle(True)
             await self._read()
 
@@ -331,6 +349,8 @@ class Connection:
                     await self._protocol.handle(Closed())
             case Updated(idle=True) if not self._service.context.terminated.is_set():
                 self._set_idle(True)
+                if self._service.http1.ending:
+                    await self._say_goodbye()
             case Updated(idle=False):
                 self._set_idle(False)
             case _:
@@ -343,6 +363,16 @@ class Connection:
             self._deadline = self._receiving.deadline = trio.current_time() + LINGER_S
             if not self._sending.locked():  # else `_write` does it
                 await self._half_close()
+
+    async def _say_goodbye(self) -> None:  # noqa: ASYNC910 - once
+        """Asks the client to make its next request on another connection. What it has sent already is served.
+
+        **Source:** RFC 9113, section 6.8: the first of two GOAWAY frames; here the second is the end of the connection.
+        """
+        if not self._has_said_goodbye and not self._ending:
+            self._has_said_goodbye = True
+            self._set_idle(self._idle)
+            await self._write(_GOODBYE)
 
     async def _write(self, data: bytes) -> bool:
         # The lock is under the shield too: the protocol counts these bytes as sent already.
@@ -372,7 +402,8 @@ class Connection:
         elif self._service.context.terminated.is_set():
             self._deadline = -math.inf
         else:
-            self._deadline = trio.current_time() + self._service.config.keep_alive_timeout
+            timeout_s = LINGER_S if self._has_said_goodbye else self._service.config.keep_alive_timeout
+            self._deadline = trio.current_time() + timeout_s
         self._receiving.deadline = self._deadline
 
 

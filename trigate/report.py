@@ -169,7 +169,7 @@ def part(gateway: Gateway) -> Part:
     return Part(
         version=__version__,
         uptime_s=gateway.uptime_s,
-        draining=gateway.draining,
+        draining=gateway.aside.is_set(),
         config=gateway.generation.config.source,
         reload_error=gateway.reload_error,
         by_phase=Counter([exchange.phase for exchange in live]),

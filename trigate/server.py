@@ -3,11 +3,16 @@
 **A connection is one task behind a firewall**: what is raised in it ends it, and it alone, as one
 warning in the log. (Under hypercorn's Trio worker one malformed request can end the process.)
 
-**The end, in order**: the app is told (`Drainable.begin`); no new connections; idle ones are closed; running
+**The end, in order**: the readiness check says so (`Drainable.announce`), for ``drain_notice_s`` before anything else
+changes; no new connections; new work is refused (`Drainable.begin`); idle connections are closed; running
 exchanges may finish within ``drain_timeout_s``, with a connection or without; the rest are told to end
 (`Drainable.cut`) and get `CUT_TIMEOUT_S` for their last words; what is left is aborted. A task that sends to
 a peer which does not read is shielded, so `Connection.abort` is the one thing that always ends a connection,
-and every way out of `serve` goes through it."""
+and every way out of `serve` goes through it.
+
+**The end after a takeover** (`takeover`) begins more gently, since clients do not know of it: nothing is refused, and
+idle connections stay open. Each response says that it is the last one of its connection, and the client's next
+connection is its successor's. What is still open after ``drain_timeout_s`` ends as above."""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,19 +30,23 @@ import attrs
 import structlog
 import trio
 
+from trigate import takeover
 from trigate.config import ServerConfig
 from trigate.http1 import Address, Application, Message
 from trigate.poller import open_poller
 from trigate.protocol import Connection, Http2Service, open_service, serve_connection
-from trigate.supervisor import wait_parent_gone
+from trigate.supervisor import SUCCEEDED, wait_parent_gone
+from trigate.takeover import TakeoverRefused, show
 from trigate.timers import open_timers
 
 __all__ = [
     "Drainable",
     "Drained",
     "ListenError",
+    "Listening",
     "StartupFailed",
     "open_lifespan",
+    "open_listening",
     "open_sockets",
     "open_tls",
     "run",
@@ -48,6 +57,8 @@ __all__ = [
 log = structlog.get_logger("trigate.server")
 
 CUT_TIMEOUT_S = 2.0
+LAST_LOOK_S = 0.05
+"""How long a drain waits at least for idle connections to close."""
 ABORT_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 10.0
 ACCEPT_PAUSE_S = 0.1
@@ -59,7 +70,15 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
 class ListenError(Exception):
-    """The address cannot be listened on; the message says why, for the person who asked for it."""
+    """The address cannot be listened on; the message says why, for the person who asked for it.
+
+    Attributes:
+        in_use: The address that somebody else listens on, if that is why.
+    """
+
+    def __init__(self, message: str, *, in_use: Any = None) -> None:  # Any: as sockets have it
+        super().__init__(message)
+        self.in_use = in_use
 
 
 class StartupFailed(Exception):
@@ -70,14 +89,20 @@ class StartupFailed(Exception):
 class Drainable(Protocol):
     """What an app leaves as ``state["drain"]`` at its start-up, to take part in an orderly end."""
 
+    def step_aside(self) -> None:
+        """Fetches no new work from now on, as another process does; what comes is still done."""
+
+    def announce(self) -> None:
+        """The same, and says in the readiness check that no work should come."""
+
     def begin(self) -> None:
-        """Refuses new work from now on, and says so in the readiness check."""
+        """Refuses new work from now on."""
 
     async def wait_quiet(self) -> None:
         """Waits until what goes on without a connection has ended."""
 
-    def cut(self) -> None:
-        """Ends every running exchange: upstream at once, the client with an error and a proper end."""
+    def cut(self) -> Sequence[str]:
+        """Ends every running exchange: upstream at once, the client with an error and a proper end. Says which."""
 
 
 @attrs.frozen(kw_only=True)
@@ -165,8 +190,54 @@ async def open_lifespan(app: Application) -> AsyncIterator[dict[str, Any]]:
 # -- the server -------------------------------------------------------------------------------------
 
 
-def open_sockets(config: ServerConfig) -> list[socket.socket]:
+@attrs.frozen
+class Listening:
+    """What a gateway listens with. Owned by whoever serves.
+
+    Attributes:
+        sockets: For clients.
+        doors: For the next gateway that takes over (`takeover.attend`).
+        predecessor: The gateway that had them before, and serves until it is told.
+    """
+
+    sockets: Sequence[socket.socket]
+    doors: Sequence[socket.socket] = ()
+    predecessor: takeover.Predecessor | None = None
+
+
+def open_listening(config: ServerConfig) -> Listening:
+    """Listens as `open_sockets`; where a gateway of the same user does, with its sockets (`takeover`). Blocks.
+
+    Raises:
+        ListenError: An address is forbidden, does not exist, or is in use and cannot be taken over.
+    """
+    try:
+        sockets = open_sockets(config)
+    except ListenError as error:
+        if error.in_use is None:
+            raise
+        try:
+            predecessor = takeover.ask(error.in_use)
+        except TakeoverRefused as refused:
+            raise ListenError(str(refused)) from None
+        if predecessor is None:
+            raise
+    else:
+        return Listening(sockets, takeover.open_doors(sockets))
+    try:
+        sockets = open_sockets(config, taken=predecessor.listening)
+    except BaseException:
+        predecessor.close()
+        raise
+    return Listening(sockets, predecessor.doors, predecessor)
+
+
+def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """Binds and listens on ``config.host`` and ``config.port``: one socket for each address that the host has.
+
+    Args:
+        taken: Sockets that listen already, instead of new ones where their address is wanted. All of them must be:
+            connections wait in each.
 
     Several workers get one each for each address, where the system spreads connections over them (Linux): in the order
     of the workers, for each address. On one socket for all, whoever is quicker takes nearly everything.
@@ -182,9 +253,19 @@ def open_sockets(config: ServerConfig) -> list[socket.socket]:
         raise ListenError(f"{where} cannot be listened on: {reason}") from None
     sockets: list[socket.socket] = []
     missing: OSError | None = None
+    in_use: Any = None
     port = config.port
+    left = list(taken)
     try:
         for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+            these = [sock for sock in left if sock.getsockname() == address]
+            if these:
+                left = [sock for sock in left if sock not in these]
+                sockets += these
+                for sock in these:
+                    _tune(sock, config)
+                continue
+            in_use = (address[0], port)
             try:
                 sock = _listen(family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1)
             except OSError as error:
@@ -204,10 +285,18 @@ def open_sockets(config: ServerConfig) -> list[socket.socket]:
                     sockets.append(shared)
         if missing is not None and not sockets:
             raise missing
+        if left:
+            others = ", ".join(dict.fromkeys(show(sock.getsockname()) for sock in left))
+            raise ListenError(f"{where} cannot be taken over: the gateway there also listens on {others}")
+    except ListenError:
+        for sock in sockets:
+            sock.close()
+        raise
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise ListenError(_why_not(where, error)) from None
+        taken_by_others = in_use if error.errno == errno.EADDRINUSE else None
+        raise ListenError(_why_not(where, error), in_use=taken_by_others) from None
     return sockets
 
 
@@ -220,19 +309,21 @@ def _listen(family: int, address: Any, config: ServerConfig, *, only_v6: bool, s
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6 and only_v6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT") and config.tcp_user_timeout_s:
-            sock.setsockopt(
-                socket.IPPROTO_TCP,
-                socket.TCP_USER_TIMEOUT,
-                math.ceil(config.tcp_user_timeout_s * 1000),
-            )
         sock.setblocking(False)
         sock.bind(address)
-        sock.listen(config.backlog)
+        _tune(sock, config)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _tune(sock: socket.socket, config: ServerConfig) -> None:
+    """Listens as the configuration has it, or goes on doing so."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        timeout_ms = math.ceil(config.tcp_user_timeout_s * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    sock.listen(config.backlog)
 
 
 def _why_not(where: str, error: OSError) -> str:
@@ -281,13 +372,16 @@ class _Server:
     async def run(
         self,
         sockets: Sequence[socket.socket],
-        stop: trio.Event,
+        end: End,
+        before_accepting: Callable[[], Awaitable[None]] | None,
         task_status: trio.TaskStatus[list[str]],
     ) -> Drained:
-        """Serves on these sockets until ``stop`` is set, then drains."""
+        """Serves on these sockets until the end, then drains."""
         scheme = "https" if self.tls else "http"
-        urls = [f"{scheme}://{_show(sock.getsockname())}" for sock in sockets]
-        drain = self.state.get("drain")
+        urls = list(dict.fromkeys(f"{scheme}://{show(sock.getsockname())}" for sock in sockets))
+        found = self.state.get("drain")
+        drain = found if isinstance(found, Drainable) else None
+        is_started = False
         async with (
             open_poller(turn=_LEAVING_AT_ONCE) as poller,
             open_timers() as timers,
@@ -296,16 +390,20 @@ class _Server:
             self._service = open_service(self.app, self.config, self.state, timers, poller)
             try:
                 async with trio.open_nursery() as accepting:
+                    accepting.start_soon(self._wait_end, end, drain, accepting.cancel_scope)
+                    if before_accepting is not None and not end.begun.is_set():
+                        await before_accepting()
                     for sock in sockets:
                         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
                         accepting.start_soon(self.accept, listener, connections)
                     log.info(f"Listening on {', '.join(urls)}")
                     task_status.started(urls)
-                    await stop.wait()
-                    accepting.cancel_scope.cancel()
+                    is_started = True
+                if not is_started:
+                    task_status.started(urls)
                 for sock in sockets:
                     sock.close()
-                drained = await self._drain(drain if isinstance(drain, Drainable) else None)
+                drained = await self._end(drain, end, connections)
             finally:
                 with trio.move_on_after(ABORT_TIMEOUT_S, shield=True):
                     for connection in list(self._live):
@@ -356,9 +454,33 @@ class _Server:
             if not self._live:
                 self._quiet.set()
 
-    async def _drain(self, drain: Drainable | None) -> Drained:
+    async def _wait_end(self, end: End, drain: Drainable | None, accepting: trio.CancelScope) -> None:
+        await end.begun.wait()
+        if end.stop.is_set():
+            await self._give_notice(drain)
+        accepting.cancel()
+
+    async def _give_notice(self, drain: Drainable | None) -> None:
+        """Says that the end comes, and goes on as before for a while: who sends clients here must hear of it first."""
+        if drain is not None:
+            drain.announce()
+        if self.config.drain_notice_s:
+            self._service.begin_to_end()
+            log.info("drain_announced", for_s=self.config.drain_notice_s)
+        await trio.sleep(self.config.drain_notice_s)
+
+    async def _end(self, drain: Drainable | None, end: End, connections: trio.Nursery) -> Drained:
         began = len(self._live)
-        log.info("draining", connections=began, timeout_s=self.config.drain_timeout_s)
+        timeout_s = self.config.drain_timeout_s
+        ends_at = trio.current_time() + timeout_s
+        log.info("draining", connections=began, timeout_s=timeout_s, successor=end.successor)
+        if not end.stop.is_set():
+            if drain is not None:
+                drain.step_aside()
+            self._service.begin_to_end()
+            for connection in self._live:
+                connections.start_soon(connection.leave)
+            await self._wait_gone(drain, end.stop, timeout_s)
         if drain is not None:
             drain.begin()
         await self._service.begin_drain()
@@ -366,50 +488,94 @@ class _Server:
             connection.close_if_idle()
             if number % SLICE == 0:
                 await trio.lowlevel.checkpoint()
-        await self._wait_quiet(self.config.drain_timeout_s, drain)
+        is_quiet = await self._wait_quiet(max(ends_at - trio.current_time(), LAST_LOOK_S), drain)
         late = len(self._live)
-        if late and drain is not None:
-            drain.cut()
+        cut: Sequence[str] = ()
+        if not is_quiet and drain is not None:
+            cut = drain.cut()
             await self._wait_quiet(CUT_TIMEOUT_S)
         left = len(self._live)
         drained = Drained(finished=began - late, cut=late - left, forced=left)
-        log.info("drained", **attrs.asdict(drained))
+        for connection in self._live:
+            log.warning("connection_forced", client=connection.client)
+        log.info("drained", **attrs.asdict(drained), cut_exchanges=list(cut))
         return drained
 
-    async def _wait_quiet(self, timeout_s: float, drain: Drainable | None = None) -> None:
+    async def _wait_gone(self, drain: Drainable | None, stop: trio.Event, timeout_s: float) -> None:
+        """Waits until all clients have gone to the successor, or time is up, or there is no time for that."""
+        async with trio.open_nursery() as nursery:
+
+            async def wait_stop() -> None:
+                await stop.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_stop)
+            await self._wait_quiet(timeout_s, drain)
+            nursery.cancel_scope.cancel()
+
+    async def _wait_quiet(self, timeout_s: float, drain: Drainable | None = None) -> bool:
         self._quiet = trio.Event()
         if not self._live:
             self._quiet.set()
-        with trio.move_on_after(timeout_s):
+        with trio.move_on_after(timeout_s) as scope:
             await self._quiet.wait()
             if drain is not None:
                 await drain.wait_quiet()
+        return not scope.cancelled_caught
 
 
 def _address(name: Any) -> Address | None:
     return (name[0], name[1]) if isinstance(name, tuple) else None
 
 
+@attrs.define(eq=False)
+class End:
+    """How a server is told to end.
+
+    Attributes:
+        begun: The end has begun.
+        stop: It is to stop: nobody serves in its place.
+        successor: The process that does, otherwise; 0 = that is not known here.
+    """
+
+    begun: trio.Event = attrs.field(factory=trio.Event)
+    stop: trio.Event = attrs.field(factory=trio.Event)
+    successor: int | None = None
+
+    def stop_now(self) -> None:
+        """Begins the end, or goes on with it without regard to clients that are idle."""
+        self.stop.set()
+        self.begun.set()
+
+    def succeed(self, pid: int) -> None:
+        """Begins the end: another process serves."""
+        if not self.begun.is_set():
+            self.successor = pid
+            self.begun.set()
+
+
 async def serve(  # noqa: ASYNC128 - `_Server.run` calls it
     app: Application,
     config: ServerConfig,
     *,
-    stop: trio.Event | None = None,
+    end: End | None = None,
     sockets: Sequence[socket.socket] | None = None,
+    before_accepting: Callable[[], Awaitable[None]] | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> Drained:
-    """Serves an app until ``stop`` is set and the connections have ended.
+    """Serves an app until it is told to end, and the connections have ended.
 
     Args:
         app: A Trio-native ASGI app, with or without a lifespan. See `Drainable` for what it may put into its ``state``.
         config: Where and how.
         sockets: Sockets that already listen (see `open_sockets`), instead of those that the config names. Owned: closed
             when the drain begins.
-        stop: Set it to begin the drain. Without one, it serves until it is cancelled.
+        end: Tells it to end. Without one, it serves until it is cancelled.
+        before_accepting: Is awaited when everything is ready, before the first connection is accepted.
         task_status: Started with the base URLs, once connections are accepted.
 
     Returns:
-        How the connections ended that were open when ``stop`` was set.
+        How the connections ended that were open when the end began.
 
     Raises:
         StartupFailed: It cannot start.
@@ -421,16 +587,11 @@ async def serve(  # noqa: ASYNC128 - `_Server.run` calls it
     try:
         async with open_lifespan(app) as state:
             return await _Server(app, config, tls, state).run(
-                listening, trio.Event() if stop is None else stop, task_status
+                listening, End() if end is None else end, before_accepting, task_status
             )
     finally:
         for sock in listening:
             sock.close()
-
-
-def _show(name: Any) -> str:
-    host, port = name[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def run(
@@ -438,15 +599,21 @@ async def run(
     config: ServerConfig,
     sockets: Sequence[socket.socket] | None = None,
     parent_fd: int | None = None,
+    *,
+    doors: Sequence[socket.socket] = (),
+    before_accepting: Callable[[], Awaitable[None]] | None = None,
 ) -> bool:
-    """Serves an app until SIGTERM or SIGINT: the first begins the drain, a second ends all at once.
+    """Serves an app until SIGTERM or SIGINT: the first begins the drain, a second ends all at once; or until another
+    gateway has taken over.
 
     Args:
         app: As `serve` has it.
         config: As `serve` has it.
         sockets: As `serve` has it.
         parent_fd: A descriptor whose end of file means that the supervisor is gone; the drain
-            begins then.
+            begins then. From a supervisor, `SUCCEEDED` says that another gateway has taken over.
+        doors: At which another gateway may ask for the sockets; see `takeover.attend`. Owned.
+        before_accepting: As `serve` has it.
 
     Returns:
         Whether it ended in order; False after a second signal.
@@ -455,26 +622,38 @@ async def run(
         ListenError: The address cannot be listened on.
         StartupFailed: The app or the certificate is not fit to serve.
     """
-    stop = trio.Event()
+    end = End()
+    listening = list(sockets) if sockets is not None else open_sockets(config)
+    attending = trio.CancelScope()
 
     async def obey(received: AsyncIterator[int]) -> None:
         async for number in received:
-            log.info("signal_received", signal=signal.Signals(number).name, again=stop.is_set())
-            if stop.is_set():
+            if number == SUCCEEDED:
+                end.succeed(0)
+                continue
+            log.info("signal_received", signal=signal.Signals(number).name, again=end.stop.is_set())
+            if end.stop.is_set():
                 serving.cancel()
-            stop.set()
+            attending.cancel()
+            end.stop_now()
 
     async def follow(fd: int) -> None:
         await wait_parent_gone(fd)
         log.warning("supervisor_gone")
-        stop.set()
+        end.stop_now()
 
-    signals = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT)
+    async def serve_all(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - `serve` calls it
+        await serve(app, config, end=end, sockets=listening, before_accepting=before_accepting, task_status=task_status)
+        nursery.cancel_scope.cancel()
+
+    numbers = (signal.SIGTERM, signal.SIGINT) if parent_fd is None else (signal.SIGTERM, signal.SIGINT, SUCCEEDED)
+    signals = trio.open_signal_receiver(*numbers)
     with signals as received, trio.CancelScope() as serving:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey, received)
             if parent_fd is not None:
                 nursery.start_soon(follow, parent_fd)
-            await serve(app, config, stop=stop, sockets=sockets)
-            nursery.cancel_scope.cancel()
+            await nursery.start(serve_all)
+            with attending:
+                await takeover.attend(doors, listening, end.succeed)
     return not serving.cancelled_caught

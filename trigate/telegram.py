@@ -194,15 +194,16 @@ class TelegramAdapter:
         worker = gateway.workers.id
         held = False
         try:
-            while True:
+            while not gateway.aside.is_set():
                 held = await gateway.store.channels.hold(name, worker=worker, dead=())
-                if not held or gateway.draining:
+                if held:
+                    await self._poll()
+                else:
                     await trio.sleep(HOLD_S)
-                    continue
-                await self._poll()
         finally:
             if held:
                 gateway.store.channels.let_go(name, worker=worker)  # noqa: ASYNC102 - queued, and not waited for
+        await trio.sleep_forever()  # others poll now; what has been taken here is answered from here
 
     async def _poll(self) -> None:
         """Takes what there is, while this worker holds the channel."""
@@ -214,18 +215,32 @@ class TelegramAdapter:
             log.warning("telegram_webhook_removed", channel=name)
         offset = await self._offset(me)
         while await gateway.store.channels.hold(name, worker=gateway.workers.id, dead=()):
+            raw = await self._wait_updates(offset)
+            if raw is None or gateway.aside.is_set():
+                return  # they are left for the next one
+            updates = msgspec.json.decode(raw, type=list[msgspec.Raw])
+            for update in updates:
+                offset = await self._take_from_queue(bytes(update)) + 1
+            if updates:
+                await gateway.store.channels.advance(name, f"{me.id}:{offset}")
+
+    async def _wait_updates(self, offset: int | None) -> msgspec.Raw | None:
+        """Waits for updates as long as Telegram does; None = the gateway steps aside. None of them is confirmed."""
+        raw = None
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await self._channel.gateway.aside.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
             raw = await self._call(
                 "getUpdates",
                 {"offset": offset, "timeout": int(POLL_S), "allowed_updates": ["message"]},
                 within_s=POLL_S + ANSWER_S,
             )
-            updates = msgspec.json.decode(raw, type=list[msgspec.Raw])
-            if gateway.draining:
-                return  # they are left for the next one
-            for update in updates:
-                offset = await self._take_from_queue(bytes(update)) + 1
-            if updates:
-                await gateway.store.channels.advance(name, f"{me.id}:{offset}")
+            nursery.cancel_scope.cancel()
+        return raw
 
     async def _offset(self, me: User) -> int | None:
         """Where to go on; None = at the first update that nobody has confirmed. That of another bot says nothing."""
