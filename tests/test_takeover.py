@@ -37,8 +37,8 @@ kind = "echo"
 words_per_s = {WORDS}
 """
 TEXT = " ".join(f"word{number}" for number in range(WORDS))
-GONE_S = 8.0
-"""How long a predecessor may take to go once nobody needs it: some streams of a second, on busy cores."""
+GONE_S = 20.0
+"""How long a predecessor may take to go, at most: longer than its drain, whose end would show in its log."""
 
 
 # -- real processes under load ----------------------------------------------------------------------------------------
