@@ -322,6 +322,28 @@ def test_one_that_is_stopped_at_its_start(house: House, workers: int, tmp_path: 
     assert house.health() == 200
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("notice_s", [0, 5])
+def test_one_that_stops_already(house: House, notice_s: int) -> None:
+    """The next one need not wait for the end of its drain, nor for that of its notice."""
+    config = CONFIG.replace("[server]", f"[server]\ndrain_notice_s = {notice_s}")
+    first = house.start(config=config)
+    body = {"model": "parrot/echo", "messages": [{"role": "user", "content": TEXT}], "stream": True}
+    with (
+        httpx2.Client(base_url=first.url, trust_env=False, timeout=20) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        pieces = response.iter_text()
+        text = next(pieces)
+        first.process.terminate()
+        wait_said(first, "drain_announced" if notice_s else "draining")
+        second = house.start()
+        assert ("took_over" in second.log()) == bool(notice_s)
+        assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
+    assert first.process.wait(GONE_S) == 0
+    assert house.health() == 200
+
+
 # -- in one process ---------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +431,25 @@ async def test_one_after_another() -> None:
         assert pids == [os.getpid()]
         first.close()
         assert await old.ask() is None
+
+
+async def test_one_that_ends_meanwhile() -> None:
+    """Who has the sockets needs nothing else of the other one: it serves, and can be taken over from."""
+    async with open_old() as old:
+        predecessor = await old.ask()
+        assert predecessor is not None
+        assert not any(sock.get_inheritable() for sock in (*predecessor.listening, *predecessor.doors))
+        old.scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        predecessor.succeed()
+        assert old.succeeded == []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(attend, predecessor.doors, predecessor.listening, lambda _: None)
+            second = await old.ask()
+            assert second is not None
+            second.close()
+            nursery.cancel_scope.cancel()
+        predecessor.close()
 
 
 async def test_two_at_once(logs: Any) -> None:

@@ -634,13 +634,17 @@ async def run(
             log.info("signal_received", signal=signal.Signals(number).name, again=end.stop.is_set())
             if end.stop.is_set():
                 serving.cancel()
-            attending.cancel()
             end.stop_now()
 
     async def follow(fd: int) -> None:
         await wait_parent_gone(fd)
         log.warning("supervisor_gone")
         end.stop_now()
+
+    async def attend_no_longer() -> None:
+        await end.stop.wait()
+        await trio.sleep(config.drain_notice_s)
+        attending.cancel()
 
     async def serve_all(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - `serve` calls it
         await serve(app, config, end=end, sockets=listening, before_accepting=before_accepting, task_status=task_status)
@@ -653,6 +657,7 @@ async def run(
             nursery.start_soon(obey, received)
             if parent_fd is not None:
                 nursery.start_soon(follow, parent_fd)
+            nursery.start_soon(attend_no_longer)
             await nursery.start(serve_all)
             with attending:
                 await takeover.attend(doors, listening, end.succeed)

@@ -334,6 +334,7 @@ async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], co
 
     async def close(after_s: float) -> None:
         await trio.sleep(after_s)
+        attending.cancel()
         for sock in supervisor.sockets:
             sock.close()  # else a new client would wait in a queue that nobody serves
 
@@ -347,15 +348,16 @@ async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], co
                 keeping.cancel()
             else:
                 is_told = True
-                attending.cancel()
+                gating.cancel()
                 end(signal.SIGTERM, config.drain_notice_s)
 
     async def attend() -> None:
-        with attending:
+        with gating:
             await supervisor.take_over()
+        with attending:
             await takeover.attend(doors, supervisor.sockets, lambda _: end(SUCCEEDED, 0.0))
 
-    attending = trio.CancelScope()
+    gating, attending = trio.CancelScope(), trio.CancelScope()
     signals = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with signals as received:
         async with trio.open_nursery() as nursery:

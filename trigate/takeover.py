@@ -163,6 +163,7 @@ def ask(address: Any) -> Predecessor | None:
 def _socket_of(fd: int) -> socket.socket:
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
+    sock.set_inheritable(False)  # as every descriptor that Python opens, but not one that has been received
     return sock
 
 
