@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ class House:
     port: int
     room: Path
     stack: contextlib.ExitStack
+    env: dict[str, str] = attrs.field(factory=dict)
     count: int = 0
 
     def start(self, *options: str, config: str = CONFIG) -> Gateway:
@@ -66,7 +69,7 @@ class House:
         room = self.room / str(self.count)
         room.mkdir()
         command = (sys.executable, "-m", "trigate", "serve", "--port", str(self.port), *options)
-        return self.stack.enter_context(run_gateway(config, room, command=command))
+        return self.stack.enter_context(run_gateway(config, room, command=command, env=self.env))
 
     def try_to_start(self, *options: str, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
         """Starts one that is expected to fail."""
@@ -194,6 +197,33 @@ async def test_workers_take_over_from_workers(house: House) -> None:
     load = await roll(house, [(f"--workers={count}",) for count in (2, 2, 1, 3, 2)])
     assert load.failed == []
     assert min(load.answered.values()) >= 3, load.answered
+
+
+@pytest.mark.slow
+def test_a_session_goes_on(house: House) -> None:
+    """A turn that waits behind one of the old gateway comes after it, at the new one, and both are remembered."""
+    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths leave no room for a socket's name
+        house.env["TRIGATE_STORE"] = str(Path(room) / "trigate.db")
+        first = house.start()
+        url = f"{first.url}/v1/chat/completions"
+
+        def body(text: str, *, stream: bool) -> dict[str, Any]:
+            return {"model": "parrot/echo", "messages": [{"role": "user", "content": text}], "stream": stream}
+
+        options: dict[str, Any] = {"headers": {"x-session-key": "s"}, "timeout": 20}
+        with httpx2.stream("POST", url, json=body(TEXT, stream=True), **options) as response:
+            pieces = response.iter_text()
+            text = next(pieces)
+            second = house.start()
+            wait_said(first, "draining")
+            with ThreadPoolExecutor(1) as threads:
+                waiting = threads.submit(httpx2.post, url, json=body("Then", stream=False), **options)
+                assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
+                assert waiting.result().status_code == 200
+        assert first.process.wait(GONE_S) == 0
+        messages = httpx2.get(f"{second.url}/v1/sessions/s/messages").json()["data"]
+        assert [message["message"]["content"] for message in messages] == [TEXT, TEXT, "Then", "Then"]
+        assert second.stop()[0] == 0
 
 
 # -- takeovers that fail ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import msgspec
 import pytest
 import trio
 from conftest import Logs, Served, _open_app, make_config
-from processes import SERVE, run_gateway
+from processes import SERVE, Gateway, run_gateway
 from provider import Pause, Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
@@ -268,9 +269,8 @@ async def test_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-async def test_a_worker_that_steps_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_steps_aside(tmp_path: Path) -> None:
     """It polls no more, at once, and the other one does, while it goes on with the answers that it has begun."""
-    monkeypatch.setattr(telegram, "HOLD_S", 0.05)
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
     begun, *rest = says("fir", "st")[1:]
     async with open_bot((begun, Pause(1.0), *rest), server=server, store=store) as (_, first):
@@ -746,6 +746,48 @@ async def test_killed_worker(tmp_path: Path) -> None:
                     os.kill(await holder_when_done(tmp_path / "trigate.db"), signal.SIGKILL)
             assert len(server.texts()) == 3
             assert TOKEN not in gateway.log()
+
+
+@pytest.mark.slow
+async def test_takeover(tmp_path: Path) -> None:
+    """While one gateway after another takes over, each message gets one answer, and one of them polls."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    async with open_telegram() as (server, url):
+        config = f"""
+            store.path = "{tmp_path / "trigate.db"}"
+            [upstreams.echo]
+            kind = "echo"
+            words_per_s = 10
+            [channels.bot]
+            type = "telegram"
+            token = "{TOKEN}"
+            base_url = "{url}"
+            model = "echo/echo"
+            session = "none"
+            """
+        wanted = []
+        with contextlib.ExitStack() as stack:
+            gateways: list[Gateway] = []
+            for number in range(4):
+                room = tmp_path / str(number)
+                room.mkdir()
+                running = run_gateway(config, room, command=(*SERVE[:-1], str(port)))
+                gateways.append(await trio.to_thread.run_sync(stack.enter_context, running))
+                for chat in range(1, 4):
+                    wanted.append(f"To number {number} in chat {chat}")
+                    server.say(wanted[-1], chat=chat)
+                count = len(wanted)
+                with trio.fail_after(60):  # the next takeover then finds answers that are under way
+                    await server.wait_until(lambda server, count=count: len(server.messages) > count - 3)  # type: ignore[misc]
+            with trio.fail_after(60):
+                await server.wait_until(lambda server: set(wanted) <= set(server.messages.values()))
+                await server.wait_until(lambda server: server.polling == 1)
+            for gateway in gateways[:-1]:
+                assert await trio.to_thread.run_sync(gateway.process.wait, 20) == 0
+                assert "taken_over" in gateway.log()
+        assert sorted(server.messages.values()) == sorted(wanted)
+        assert [error for error in server.refused if error.code == 409] == []
 
 
 async def holder_when_done(store: Path) -> int:
