@@ -26,7 +26,11 @@ ROWS = (
     ("overview",),
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
     ("server", "asyncio_host"),
-    ("supervisor", "protocol"),  # the supervisor knows no server: it starts processes, and tells them who they are
+    (
+        "supervisor",
+        "protocol",
+        "listeners",
+    ),  # the supervisor knows no server: it starts processes, and tells them who they are
     ("http1", "takeover"),
     ("application",),
     ("api",),

@@ -27,10 +27,11 @@ from test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from test_protocol import H2_GET, H2Client
 from test_request_head import BAD
 
-from trigate import protocol, request_head, server
+from trigate import listeners, protocol, request_head, server
 from trigate.config import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
-from trigate.server import Drained, End, ListenError, StartupFailed, open_lifespan, open_sockets, serve
+from trigate.listeners import ListenError, open_sockets
+from trigate.server import Drained, End, StartupFailed, open_lifespan, serve
 
 CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
 
@@ -596,7 +597,7 @@ def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def listen(*_: object, **__: object) -> socket.socket:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(server, "_listen", listen)
+    monkeypatch.setattr(listeners, "_listen", listen)
     with pytest.raises(ListenError, match=r"127\.0\.0\.1:80 is forbidden"):
         open_sockets(ServerConfig(port=80))
 
@@ -843,6 +844,7 @@ def test_a_process_ends_in_order(tmp_path: Path) -> None:
             import sys, trio
             from trigate import server
             from trigate.config import ServerConfig
+            from trigate.listeners import open_sockets
 
             async def app(scope, receive, send):
                 if scope["type"] == "http":
@@ -851,7 +853,7 @@ def test_a_process_ends_in_order(tmp_path: Path) -> None:
                         await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
 
             config = ServerConfig(port=0, drain_timeout_s=0.2)
-            sockets = server.open_sockets(config)
+            sockets = open_sockets(config)
             print(sockets[0].getsockname()[1], flush=True)
             sys.exit(0 if trio.run(server.run, app, config, sockets) else 1)
             """

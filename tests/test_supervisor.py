@@ -20,7 +20,7 @@ from processes import environment
 
 from trigate import supervisor
 from trigate.config import Count, Port, ServerConfig
-from trigate.server import ListenError, open_sockets
+from trigate.listeners import ListenError, open_sockets
 from trigate.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
 
 CONFIG = ServerConfig(port=0, workers=2, drain_timeout_s=5.0)
@@ -55,7 +55,7 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 SUPERVISOR = """
 import sys, trio
 from trigate.config import Count, Port, ServerConfig
-from trigate.server import ListenError, open_sockets
+from trigate.listeners import ListenError, open_sockets
 from trigate.supervisor import supervise
 
 config = ServerConfig(port=0, workers=2, drain_timeout_s=float(sys.argv[2]))

@@ -23,9 +23,9 @@ import trio
 import trio.testing
 from processes import Gateway, environment, run_gateway
 
-from trigate import server, takeover
+from trigate import listeners, takeover
 from trigate.config import Count, Port, ServerConfig
-from trigate.server import ListenError, Listening, open_listening
+from trigate.listeners import ListenError, Listening, open_listening
 from trigate.takeover import Predecessor, TakeoverRefused, ask, attend
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are no takeovers")
@@ -282,7 +282,7 @@ def test_a_gateway_of_another_user(house: House) -> None:
     script = f"""
 import encodings.idna, os  # afterwards, there may be nothing to be imported
 from trigate.config import ServerConfig
-from trigate.server import ListenError, open_listening
+from trigate.listeners import ListenError, open_listening
 os.setuid(12345)
 try:
     open_listening(ServerConfig(port={house.port}))
@@ -565,5 +565,5 @@ async def test_the_addresses_must_be_the_same() -> None:
         listening.predecessor.close()
         other = socket.create_server(("127.0.0.2", 0))
         with pytest.raises(ListenError, match=r"also listens on 127\.0\.0\.2"):
-            server.open_sockets(old.config, taken=[*old.listening.sockets, other])
+            listeners.open_sockets(old.config, taken=[*old.listening.sockets, other])
         other.close()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import httpx2
 
     from trigate.config import Config, ServerConfig
-    from trigate.server import Listening
+    from trigate.listeners import Listening
 
 _config_option = click.option(
     "--config",
@@ -192,7 +192,7 @@ def _run_worker(
 
 
 def _listen(settings: ServerConfig) -> Listening:
-    from trigate.server import ListenError, open_listening
+    from trigate.listeners import ListenError, open_listening
 
     try:
         return open_listening(settings)

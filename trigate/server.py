@@ -1,4 +1,4 @@
-"""Serves an ASGI app on Trio: listeners, the crash firewall, signals, drain. Knows nothing of models.
+"""Serves an ASGI app on Trio: connections, the crash firewall, signals, drain. Knows nothing of models.
 
 **A connection is one task behind a firewall**: what is raised in it ends it, and it alone, as one
 warning in the log. (Under hypercorn's Trio worker one malformed request can end the process.)
@@ -21,7 +21,6 @@ import math
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -33,21 +32,18 @@ import trio
 from trigate import takeover
 from trigate.config import ServerConfig
 from trigate.http1 import Address, Application, Message
+from trigate.listeners import open_sockets
 from trigate.poller import open_poller
 from trigate.protocol import Connection, Http2Service, open_service, serve_connection
 from trigate.supervisor import SUCCEEDED, wait_parent_gone
-from trigate.takeover import TakeoverRefused, show
+from trigate.takeover import show
 from trigate.timers import open_timers
 
 __all__ = [
     "Drainable",
     "Drained",
-    "ListenError",
-    "Listening",
     "StartupFailed",
     "open_lifespan",
-    "open_listening",
-    "open_sockets",
     "open_tls",
     "run",
     "serve",
@@ -67,18 +63,6 @@ SLICE = 100
 _LEAVING_AT_ONCE = 1024  # all that the connections' poller tells is that a client has left: little is done at once then
 
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-
-
-class ListenError(Exception):
-    """The address cannot be listened on; the message says why, for the person who asked for it.
-
-    Attributes:
-        in_use: The address that somebody else listens on, if that is why.
-    """
-
-    def __init__(self, message: str, *, in_use: Any = None) -> None:  # Any: as sockets have it
-        super().__init__(message)
-        self.in_use = in_use
 
 
 class StartupFailed(Exception):
@@ -188,154 +172,6 @@ async def open_lifespan(app: Application) -> AsyncIterator[dict[str, Any]]:
 
 
 # -- the server -------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class Listening:
-    """What a gateway listens with. Owned by whoever serves.
-
-    Attributes:
-        sockets: For clients.
-        doors: For the next gateway that takes over (`takeover.attend`).
-        predecessor: The gateway that had them before, and serves until it is told.
-    """
-
-    sockets: Sequence[socket.socket]
-    doors: Sequence[socket.socket] = ()
-    predecessor: takeover.Predecessor | None = None
-
-
-def open_listening(config: ServerConfig) -> Listening:
-    """Listens as `open_sockets`; where a gateway of the same user does, with its sockets (`takeover`). Blocks.
-
-    Raises:
-        ListenError: An address is forbidden, does not exist, or is in use and cannot be taken over.
-    """
-    try:
-        sockets = open_sockets(config)
-    except ListenError as error:
-        if error.in_use is None:
-            raise
-        try:
-            predecessor = takeover.ask(error.in_use)
-        except TakeoverRefused as refused:
-            raise ListenError(str(refused)) from None
-        if predecessor is None:
-            raise
-    else:
-        return Listening(sockets, takeover.open_doors(sockets))
-    try:
-        sockets = open_sockets(config, taken=predecessor.listening)
-    except BaseException:
-        predecessor.close()
-        raise
-    return Listening(sockets, predecessor.doors, predecessor)
-
-
-def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -> list[socket.socket]:
-    """Binds and listens on ``config.host`` and ``config.port``: one socket for each address that the host has.
-
-    Args:
-        taken: Sockets that listen already, instead of new ones where their address is wanted. All of them must be:
-            connections wait in each.
-
-    Several workers get one each for each address, where the system spreads connections over them (Linux): in the order
-    of the workers, for each address. On one socket for all, whoever is quicker takes nearly everything.
-
-    Raises:
-        ListenError: An address is in use, forbidden, or does not exist.
-    """
-    where = f"{config.host}:{config.port}"
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ListenError(f"{where} cannot be listened on: {reason}") from None
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    in_use: Any = None
-    port = config.port
-    left = list(taken)
-    try:
-        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
-            these = [sock for sock in left if sock.getsockname() == address]
-            if these:
-                left = [sock for sock in left if sock not in these]
-                sockets += these
-                for sock in these:
-                    _tune(sock, config)
-                continue
-            in_use = (address[0], port)
-            try:
-                sock = _listen(family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1)
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error  # "localhost" often has an IPv6 address that the machine has not
-            else:
-                port = sock.getsockname()[1]
-                if config.workers == 1 or sys.platform != "linux":
-                    sockets.append(sock)
-                    continue
-                sock.close()  # it has shown that nobody else listens there, which those that share do not find out
-                for _ in range(config.workers):
-                    shared = _listen(
-                        family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1, share=True
-                    )
-                    sockets.append(shared)
-        if missing is not None and not sockets:
-            raise missing
-        if left:
-            others = ", ".join(dict.fromkeys(show(sock.getsockname()) for sock in left))
-            raise ListenError(f"{where} cannot be taken over: the gateway there also listens on {others}")
-    except ListenError:
-        for sock in sockets:
-            sock.close()
-        raise
-    except OSError as error:
-        for sock in sockets:
-            sock.close()
-        taken_by_others = in_use if error.errno == errno.EADDRINUSE else None
-        raise ListenError(_why_not(where, error), in_use=taken_by_others) from None
-    return sockets
-
-
-def _listen(family: int, address: Any, config: ServerConfig, *, only_v6: bool, share: bool = False) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if share:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if family == socket.AF_INET6 and only_v6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.setblocking(False)
-        sock.bind(address)
-        _tune(sock, config)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _tune(sock: socket.socket, config: ServerConfig) -> None:
-    """Listens as the configuration has it, or goes on doing so."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        timeout_ms = math.ceil(config.tcp_user_timeout_s * 1000)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
-    sock.listen(config.backlog)
-
-
-def _why_not(where: str, error: OSError) -> str:
-    match error.errno:
-        case errno.EADDRINUSE:
-            return f"{where} is in use by another program (choose another port, or stop that program)"
-        case errno.EACCES | errno.EPERM:
-            return f"{where} is forbidden to this user (ports under 1024 need a privilege)"
-        case errno.EADDRNOTAVAIL:
-            return f"{where} cannot be listened on: no interface of this machine has that address"
-        case _:
-            return f"{where} cannot be listened on: {error.strerror or error}"
 
 
 def open_tls(config: ServerConfig) -> ssl.SSLContext | None:
@@ -568,8 +404,8 @@ async def serve(  # noqa: ASYNC128 - `_Server.run` calls it
     Args:
         app: A Trio-native ASGI app, with or without a lifespan. See `Drainable` for what it may put into its ``state``.
         config: Where and how.
-        sockets: Sockets that already listen (see `open_sockets`), instead of those that the config names. Owned: closed
-            when the drain begins.
+        sockets: Sockets that already listen (see `listeners.open_sockets`), instead of those that the config names.
+            Owned: closed when the drain begins.
         end: Tells it to end. Without one, it serves until it is cancelled.
         before_accepting: Is awaited when everything is ready, before the first connection is accepted.
         task_status: Started with the base URLs, once connections are accepted.

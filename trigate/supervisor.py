@@ -291,7 +291,7 @@ async def supervise(
         command: Starts a worker, which must understand ``--fd N`` (repeated) and ``--parent-fd N``: see
             `sockets_from_fds` and `wait_parent_gone`; and, where there is a predecessor, ``--ready-fd N`` and
             ``--gate-fd N``: see `wait_gate`.
-        sockets: Listening; as `server.open_sockets` gives them for so many workers, or some that all share. Owned.
+        sockets: Listening; as `listeners.open_sockets` gives them for so many workers, or some that all share. Owned.
         config: How many workers, and how long they may drain.
         doors: At which another gateway may ask for the sockets; see `takeover.attend`. Owned.
         predecessor: Whose place they take, as soon as all are ready.
