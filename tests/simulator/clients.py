@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -137,10 +138,8 @@ async def _make(world: World, end: End, request: lots.Request, *, fresh: bool) -
     try:
         with trio.move_on_after(PATIENCE_S) as patience:
             with trio.move_on_after(request.leaves_s) as leaving:
-                try:
+                with contextlib.suppress(trio.BrokenResourceError):
                     await _exchange(end, call)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass
             if leaving.cancelled_caught:
                 call.left = True
             if call.left:
@@ -157,16 +156,8 @@ async def _make(world: World, end: End, request: lots.Request, *, fresh: bool) -
 
 async def _exchange(end: End, call: Call) -> None:
     request, answer = call.request, call.answer
-    head, body = request.wire
-    if request.uploads:
-        await end.send_all(head)
-        size = len(body) // len(request.uploads) + 1
-        for position, pause_s in enumerate(request.uploads):
-            await trio.sleep(pause_s)
-            await end.send_all(body[position * size : (position + 1) * size])
-    else:
-        await end.send_all(head + body)
-    call.sent_at = trio.current_time()
+    with contextlib.suppress(trio.BrokenResourceError):  # an answer may have come before
+        await _ask(end, call)
     while not answer.complete:
         if answer.received_bytes >= request.leaves_bytes:
             call.left = True
@@ -180,6 +171,20 @@ async def _exchange(end: End, call: Call) -> None:
         answer.feed(data)
 
 
+async def _ask(end: End, call: Call) -> None:
+    uploads = call.request.uploads
+    head, body = call.request.wire
+    if uploads:
+        await end.send_all(head)
+        size = len(body) // len(uploads) + 1
+        for position, pause_s in enumerate(uploads):
+            await trio.sleep(pause_s)
+            await end.send_all(body[position * size : (position + 1) * size])
+    else:
+        await end.send_all(head + body)
+    call.sent_at = trio.current_time()
+
+
 async def _leave(end: End, call: Call) -> None:
     match call.request.how:
         case "close":
@@ -187,10 +192,7 @@ async def _leave(end: End, call: Call) -> None:
         case "reset":
             end.reset()
         case "half-close":  # what is sent all the same is read
-            try:
+            with contextlib.suppress(trio.BrokenResourceError):
                 await end.send_eof()
                 while data := await end.receive_some():
-                    if not call.answer.complete:
-                        call.answer.feed(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass
+                    call.answer.feed(data)

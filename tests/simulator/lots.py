@@ -148,7 +148,7 @@ class Request:
     model: str
     key: str
     text: str
-    speech: bytes
+    speech: bytes = attrs.field(repr=lambda speech: f"<{len(speech)} bytes>")
     thinks_s: float
     uploads: tuple[float, ...]
     timeout_s: float | None
