@@ -11,7 +11,7 @@ import httptools
 import trio
 
 from simulator import lots
-from simulator.pipes import End
+from simulator.pipes import End, SocketEnd
 
 if TYPE_CHECKING:
     from simulator.world import World
@@ -105,7 +105,7 @@ class Call:
 
 async def run_client(world: World) -> None:
     """Asks one thing after the other, until there is no more to ask, or nobody takes it."""
-    end: End | None = None
+    end: End | SocketEnd | None = None
     try:
         while (request := world.next_request()) is not None:
             await trio.sleep(request.thinks_s)
@@ -132,7 +132,7 @@ async def run_client(world: World) -> None:
             end.close()
 
 
-async def _make(world: World, end: End, request: lots.Request, *, fresh: bool) -> Call:
+async def _make(world: World, end: End | SocketEnd, request: lots.Request, *, fresh: bool) -> Call:
     call = Call(request, fresh)
     world.begin(call)
     try:
@@ -154,7 +154,7 @@ async def _make(world: World, end: End, request: lots.Request, *, fresh: bool) -
     return call
 
 
-async def _exchange(end: End, call: Call) -> None:
+async def _exchange(end: End | SocketEnd, call: Call) -> None:
     request, answer = call.request, call.answer
     with contextlib.suppress(trio.BrokenResourceError):  # an answer may have come before
         await _ask(end, call)
@@ -171,7 +171,7 @@ async def _exchange(end: End, call: Call) -> None:
         answer.feed(data)
 
 
-async def _ask(end: End, call: Call) -> None:
+async def _ask(end: End | SocketEnd, call: Call) -> None:
     uploads = call.request.uploads
     head, body = call.request.wire
     if uploads:
@@ -185,7 +185,7 @@ async def _ask(end: End, call: Call) -> None:
     call.sent_at = trio.current_time()
 
 
-async def _leave(end: End, call: Call) -> None:
+async def _leave(end: End | SocketEnd, call: Call) -> None:
     match call.request.how:
         case "close":
             end.close()

@@ -150,9 +150,8 @@ def of_end(world: World) -> Iterator[str]:
             yield f"closed, and {line.transport} has {line.open} connections"
     if world.in_app:
         yield f"closed, and {len(world.in_app)} calls go on"
-    for end in world.accepted:
-        if not end.closed:
-            yield f"closed, and {end!r} is open"
+    if any(is_open() for is_open in world.accepted):
+        yield "closed, and connections of clients are open"
 
 
 # -- of a call --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ def lot(*what: object) -> random.Random:
     return random.Random("/".join(map(str, what)))
 
 
+def is_plain(seed: int, *what: object) -> bool:
+    """Whether a connection is on a socket."""
+    return lot(seed, "plain", *what).random() < 0.7
+
+
 # -- the configuration ------------------------------------------------------------------------------------------------
 
 

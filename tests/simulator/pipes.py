@@ -1,13 +1,18 @@
 """Connections in memory: two ends, a bounded number of bytes on the way, and the ways in which one breaks.
 
-They are lighter than those of `trio.testing`, and have what matters here and is missing there: a bound, so that who does
-not read keeps who sends waiting; a reset, which takes with it what has not been read; and an end that is seen at once,
-from outside and without a task.
+There are two kinds. `pair` is a stream of Python: for the gateway it is one on which something stands between it and
+the socket, as TLS does. It is lighter than those of `trio.testing`, and has what matters here and is missing there: a
+bound, so that who does not read keeps who sends waiting; a reset, which takes with it what has not been read; and an
+end that is seen at once, from outside and without a task.
+
+`socket_pair` is `socket.socketpair`: bytes that the kernel keeps, without a network and so without a delay. The gateway
+takes its ends for the plain sockets that they are, and carries streams between them by its engine (`trigate.relay`).
 """
 
 from __future__ import annotations
 
 import math
+import socket
 
 import trio
 
@@ -66,7 +71,7 @@ class End(trio.abc.HalfCloseableStream):
         self.socket = _Names(near, far)
         self.closed = False
         self.left = trio.Event()
-        self._other: End
+        self._other: End  # to be told
 
     def __repr__(self) -> str:
         return f"<End at {self.socket.getsockname()}{', closed' if self.closed else ''}>"
@@ -174,4 +179,39 @@ def pair(near: Address, far: Address, *, capacity: float = math.inf) -> tuple[En
     there, back = _Way(math.inf), _Way(capacity)
     one, other = End(back, there, near, far), End(there, back, far, near)
     one._other, other._other = other, one
+    return one, other
+
+
+class SocketEnd:
+    """The end of a pair of sockets that is not the gateway's; as `End`, but that it cannot reset: it closes.
+
+    Attributes:
+        left: To be set by who closes the other end.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self.left = trio.Event()
+        self.send_all = self._stream.send_all
+        self.receive_some = self._stream.receive_some
+        self.send_eof = self._stream.send_eof
+
+    def close(self) -> None:
+        """Closes it, at once. Twice does nothing."""
+        self._stream.socket.close()
+
+    reset = close
+
+
+def socket_pair(*, capacity: int | None = None) -> tuple[socket.socket, socket.socket]:
+    """Makes a pair of non-blocking sockets.
+
+    Args:
+        capacity: About how many bytes may be on their way from the first one, unread.
+    """
+    one, other = socket.socketpair()
+    if capacity is not None:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, capacity)
+    for sock in (one, other):
+        sock.setblocking(False)
     return one, other

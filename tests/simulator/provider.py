@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from simulator import lots
-from simulator.pipes import End, pair
+from simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.dialing import Connection, Origin
 from trigate.transport import SocketTransport
 
@@ -39,8 +39,30 @@ class Dialled(Connection):
     def is_quiet(self) -> bool:
         return self.end.is_quiet
 
+    @property
+    def closed(self) -> bool:
+        """The gateway has closed it."""
+        return self.end.closed
+
     def close(self) -> None:
         self.end.close()
+
+
+class Plain(Connection):
+    """The gateway's end of a connection on a socket; tells the other one when it is closed."""
+
+    def __init__(self, origin: Origin, sock: socket.socket, far: SocketEnd) -> None:
+        super().__init__(origin, sock, None)
+        self.far = far
+
+    @property
+    def closed(self) -> bool:
+        """The gateway has closed it."""
+        return self.socket.fileno() == -1
+
+    def close(self) -> None:
+        super().close()
+        self.far.left.set()
 
 
 @attrs.define(eq=False)
@@ -48,14 +70,16 @@ class Line:
     """The connections of one upstream in one generation.
 
     Attributes:
+        plain: They are sockets.
         dialling: How many are being made.
-        open: The gateway's ends that it has not closed.
+        made: The gateway's ends.
     """
 
     world: World
     upstream: str
+    plain: bool
     dialling: int = 0
-    made: list[Dialled] = attrs.field(factory=list)
+    made: list[Dialled | Plain] = attrs.field(factory=list)
     transport: SocketTransport = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -64,7 +88,7 @@ class Line:
     @property
     def open(self) -> int:
         """How many connections the gateway has not closed."""
-        self.made = [each for each in self.made if not each.end.closed]
+        self.made = [each for each in self.made if not each.closed]
         return len(self.made)
 
     async def dial(
@@ -79,14 +103,21 @@ class Line:
                 await trio.sleep(takes_s)
                 if not accepts:
                     raise httpx2.ConnectError("Connection refused")
-                near, far = pair(_HERE, _THERE)
-                world.nursery.start_soon(_serve, world, self.upstream, far)
-                connection = Dialled(origin, near)
+                connection, far = self._connected(origin)
                 self.made.append(connection)
+                world.nursery.start_soon(_serve, world, self.upstream, far)
                 return connection
         finally:
             self.dialling -= 1
         raise httpx2.ConnectTimeout(f"{origin} did not accept a connection within {timeout_s:g} s")
+
+    def _connected(self, origin: Origin) -> tuple[Dialled | Plain, End | SocketEnd]:
+        if not self.plain:
+            near, far = pair(_HERE, _THERE)
+            return Dialled(origin, near), far
+        one, other = socket_pair()
+        end = SocketEnd(other)
+        return Plain(origin, one, end), end
 
 
 @attrs.define(eq=False)
@@ -95,7 +126,7 @@ class Open:
 
     id: str
     upstream: str
-    end: End
+    end: End | SocketEnd
 
     @property
     def is_wanted(self) -> bool:
@@ -103,7 +134,7 @@ class Open:
         return not self.end.left.is_set()
 
 
-async def _serve(world: World, upstream: str, end: End) -> None:
+async def _serve(world: World, upstream: str, end: End | SocketEnd) -> None:
     received = bytearray()
     try:
         while (request := await _read(end, received)) is not None:
@@ -116,7 +147,7 @@ async def _serve(world: World, upstream: str, end: End) -> None:
         end.close()
 
 
-async def _read(end: End, received: bytearray) -> tuple[dict[str, str], bytes] | None:
+async def _read(end: End | SocketEnd, received: bytearray) -> tuple[dict[str, str], bytes] | None:
     """Reads a request; None where the gateway closes instead."""
     while b"\r\n\r\n" not in received:
         data = await end.receive_some()
@@ -137,7 +168,7 @@ async def _read(end: End, received: bytearray) -> tuple[dict[str, str], bytes] |
     return headers, body
 
 
-async def _answer(world: World, upstream: str, end: End, headers: dict[str, str], body: bytes) -> bool:
+async def _answer(world: World, upstream: str, end: End | SocketEnd, headers: dict[str, str], body: bytes) -> bool:
     """Answers a request; says whether the connection can carry another one."""
     if end.left.is_set():
         return False  # the gateway has sent it, and left
@@ -170,7 +201,7 @@ async def _answer(world: World, upstream: str, end: End, headers: dict[str, str]
     return goes_on
 
 
-async def _play(end: End, reply: lots.Reply) -> bool:
+async def _play(end: End | SocketEnd, reply: lots.Reply) -> bool:
     for step in reply.steps:
         match step:
             case lots.Say(data):
@@ -187,7 +218,7 @@ async def _play(end: End, reply: lots.Reply) -> bool:
     return True
 
 
-async def _sleep(end: End, seconds: float) -> None:
+async def _sleep(end: End | SocketEnd, seconds: float) -> None:
     """Sleeps, or until the gateway closes its end."""
     with trio.move_on_after(seconds):
         await end.left.wait()
@@ -197,7 +228,7 @@ def lines(world: World) -> Callable[[str, object], SocketTransport]:
     """Makes the transports of a generation, as `trigate.gateway.open_gateway` asks for them."""
 
     def make(name: str, _: object) -> SocketTransport:
-        line = Line(world, name)
+        line = Line(world, name, plain=lots.is_plain(world.seed, "line", len(world.lines)))
         world.lines.append(line)
         return line.transport
 

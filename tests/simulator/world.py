@@ -1,7 +1,7 @@
 """One simulated world: gateways that open, serve, reload and end, and clients and providers around them.
 
-What is real: the gateway with all its services, its HTTP server (`server._Server`, `http1`) and its HTTP client
-(`transport`, llhttp). What is not: sockets, the time, chance. Everything happens in one thread, in virtual time, in an
+What is real: the gateway with all its services, its HTTP server (`server._Server`, `http1`), its HTTP client
+(`transport`, llhttp) and its engine (`relay`). What is not: the network, the time, chance. Everything happens in one thread, in virtual time, in an
 order that follows from the seed.
 """
 
@@ -23,9 +23,9 @@ from trio.testing import MockClock
 
 from simulator import invariants, lots, provider
 from simulator.clients import Call, run_client
-from simulator.pipes import End, pair
+from simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate import config as configuration
-from trigate import server, storage
+from trigate import poller, server, storage
 from trigate.application import create_app
 from trigate.config import Config
 from trigate.exchange import Exchange
@@ -137,9 +137,11 @@ def _deterministic(seed: int) -> Iterator[None]:
     before, state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc] # as trio's own switch for it does
     scheduler._r.seed(f"{seed}/order")
+    close_s, poller.CLOSE_S = poller.CLOSE_S, 0.0  # the poller looks at the real clock for this only
     try:
         yield
     finally:
+        poller.CLOSE_S = close_s
         scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before  # type: ignore[misc] # as above
         scheduler._r.setstate(state)
 
@@ -192,12 +194,12 @@ class World:
         self.open: dict[provider.Open, None] = {}
         self.lines: list[provider.Line] = []
         self.generations: list[Generation] = []
-        self.accepted: list[End] = []
+        self.accepted: list[Callable[[], bool]] = []
         self.settled = 0
         self.stopping = self.broken_off = False
         self.nursery: trio.Nursery
         self._gateway: Gateway | None = None
-        self._accept: Callable[[End], None] | None = None
+        self._accept: Callable[[trio.abc.Stream], None] | None = None
         self._scope = trio.CancelScope()
         self._asked = self._turned_away = self._steps = self._lives = self._reloads = 0
         self._life_ends_at = self._stop_at = 0
@@ -280,12 +282,19 @@ class World:
             self._stop.set()
         return lots.request(self.seed, number)
 
-    def connect(self) -> End | None:
+    def connect(self) -> End | SocketEnd | None:
         """Connects to the gateway; None = nobody listens."""
         if self._accept is None:
             return None
-        near, far = pair(("10.1.0.1", next(self._ports)), ("10.0.0.1", 18888), capacity=_CLIENT_BYTES)
-        self.accepted.append(far)
+        port = next(self._ports)
+        if lots.is_plain(self.seed, "client", port):
+            one, other = socket_pair(capacity=_CLIENT_BYTES)
+            accepted = trio.SocketStream(trio.socket.from_stdlib_socket(one))
+            self.accepted.append(lambda: accepted.socket.fileno() != -1)
+            self._accept(accepted)
+            return SocketEnd(other)
+        near, far = pair(("10.1.0.1", port), ("10.0.0.1", 18888), capacity=_CLIENT_BYTES)
+        self.accepted.append(lambda: not far.closed)
         self._accept(far)
         return near
 
@@ -417,7 +426,7 @@ class World:
                 self._gateway = gateway
                 await self._serve(self._app(asgi), state, rng)
                 with trio.move_on_after(_SETTLES_S) as waiting:
-                    while self.in_app or not all(end.closed for end in self.accepted):
+                    while self.in_app or any(is_open() for is_open in self.accepted):
                         await trio.sleep(1.0)
                 if waiting.cancelled_caught:
                     self.violate(f"{len(self.in_app)} calls go on in a server that has ended")
