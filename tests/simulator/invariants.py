@@ -5,6 +5,7 @@ Each function gives what is wrong, in words; nothing, if all is well.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -50,6 +51,9 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
             wanted[taken.id, taken.upstream] -= 1
             if wanted[taken.id, taken.upstream] < 0:
                 yield f"{taken.upstream} answers {taken.id}, and nobody there reads it: an orphan"
+    for target, state in gateway.targets.items():
+        if state.breaker._probing and not state.in_flight:
+            yield f"the breaker of {target} waits for its probe, and there is none"
     if len(gateway.timers) > len(live):
         yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
     if not world.in_app:
@@ -122,8 +126,6 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     for target, state in gateway.targets.items():
         if state.in_flight:
             yield f"idle, and {state.in_flight} attempts at {target} have not ended"
-        if state.breaker._probing:
-            yield f"idle, and the breaker of {target} waits for its probe"
     for taken in world.open:
         if taken.is_wanted:
             yield f"idle, and {taken.upstream} answers {taken.id}: an orphan"
@@ -241,6 +243,21 @@ def events_of(body: bytes) -> tuple[list[bytes], bytes]:
         at = end + 2
 
 
+def text_of(events: list[bytes]) -> str:
+    """What the events of a chat stream say together; those that are not JSON say nothing."""
+    return "".join(_content(choice) for value in _decoded(events) for choice in value["choices"])
+
+
+def _decoded(events: list[bytes]) -> Iterator[Any]:  # Any: JSON
+    for event in events:
+        with contextlib.suppress(ValueError):
+            yield msgspec.json.decode(event[6:])
+
+
+def _content(choice: Any) -> str:  # Any: as above
+    return choice["delta"].get("content") or ""
+
+
 def _public(call: Call, upstream: str, body: bytes) -> bytes:
     return body.replace(b'"model":"m-%b"' % upstream.encode(), b'"model":"%b"' % call.request.model.encode())
 
@@ -260,7 +277,7 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
         yield f"its stream ends with neither [DONE] nor an error: {events[-1:]!r}"
     done = bool(last) and events[-1] == DONE
     said = events[:-1] if last and not done else events
-    yield from _of_words(call, said, rest, done=done)
+    yield from _of_words(call, said, done=done)
     if not call.onward:
         yield from _of_bytes(call, b"".join(said) + rest, done=done)
     if done and answer.complete:
@@ -286,21 +303,15 @@ def _of_bytes(call: Call, got: bytes, *, done: bool) -> Iterator[str]:
         yield f"its stream is complete, and that of {upstream} was not"
 
 
-def _of_words(call: Call, events: list[bytes], rest: bytes, *, done: bool) -> Iterator[str]:
+def _of_words(call: Call, events: list[bytes], *, done: bool) -> Iterator[str]:
     """What is said is the text, whoever says it, or the beginning of it."""
-    words, names, roles = [], set(), 0
-    for event in events:
-        try:
-            value = msgspec.json.decode(event[6:])
-        except ValueError:
-            continue
+    names, roles = set(), 0
+    for value in _decoded(events):
         names.add(value["id"])
+        roles += sum("role" in choice["delta"] for choice in value["choices"])
         if value["model"] != call.request.model:
             yield f"an event names the model {value['model']}"
-        for choice in value["choices"]:
-            roles += "role" in choice["delta"]
-            words.append(choice["delta"].get("content") or "")
-    text = "".join(words)
+    text = text_of(events)
     if not call.request.text.startswith(text) or (done and text != call.request.text):
         yield f"it says {text!r}, and should say {call.request.text!r}"
     if len(names) > 1 or roles > 1:

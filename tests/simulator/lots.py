@@ -120,8 +120,13 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
             "max_backoff_s": 1,
             "budget": one_of(0, 0.5, 1.0),
         },
-        "breaker": {"failures": one_of(0, 6), "failure_rate": one_of(0, 0.7), "min_calls": 10, "cooldown_s": 1.5},
-        "server": {"drain_timeout_s": round(rng.uniform(0.5, 6.0), 2), "keep_alive_timeout_s": 5},
+        "breaker": {
+            "failures": one_of(0, 4, 4),
+            "failure_rate": one_of(0, 0.7),
+            "min_calls": 10,
+            "cooldown_s": one_of(0.3, 1.5),
+        },
+        "server": {"drain_timeout_s": round(rng.uniform(0.2, 3.0), 2), "keep_alive_timeout_s": 5},
         "keys": KEYS,
     }
 
@@ -391,7 +396,7 @@ class _Script:
             case "refused":
                 self._refusal(self._rng.choice((400, 404, 422)))
             case "throttled":
-                wait = ("retry-after-ms: 200", "retry-after: 1", "retry-after: 30", "x-nothing: 1")
+                wait = ("retry-after-ms: 200", "retry-after: 1", "retry-after: 4", "x-nothing: 1")
                 self._refusal(429, self._rng.choice(wait))
             case "busy":
                 self._refusal(503, self._rng.choice(("retry-after-ms: 300", "x-nothing: 1")))

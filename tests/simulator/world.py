@@ -32,7 +32,7 @@ from trigate.exchange import Exchange
 from trigate.gateway import Gateway, Generation, open_gateway
 
 CLIENTS = 24
-CALLS_OF_A_LIFE = (100, 600)
+CALLS_OF_A_LIFE = (50, 350)
 _LAST_LINES = 60
 _CLIENT_BYTES = 700
 _SETTLES_S = 30.0
