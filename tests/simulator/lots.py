@@ -314,9 +314,7 @@ def reply(seed: int, upstream: str, asked: Request, number: int, prefix: str, no
 class _Script:
     """Writes a reply."""
 
-    def __init__(
-        self, rng: random.Random, asked: Request, model: str, number: int, prefix: str, fault: str
-    ) -> None:
+    def __init__(self, rng: random.Random, asked: Request, model: str, number: int, prefix: str, fault: str) -> None:
         self._rng = rng
         self._asked = asked
         self._model = model
