@@ -20,6 +20,7 @@ from simulator.__main__ import main
 from simulator.pipes import pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trigate.accounts import Accounts
 from trigate.admission import _Place
 from trigate.attempt import Attempt
 from trigate.breaker import Breaker
@@ -237,6 +238,10 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         "is live, and its call is not|settled 0 times",
     ),
     "an exchange is settled twice": (replace(Exchange, "_settle", settled_twice), "settled 2 times"),
+    "a record is not kept": (
+        left_out(Accounts, "settle", lambda self, exchange: exchange.outcome == "cancelled"),
+        "the ledger has",
+    ),
     "an event is sent twice": (replace(StreamReader, "feed", sent_twice), "its answer is|it says"),
     "an event is lost": (replace(StreamReader, "feed", dropped), "its answer is|it says"),
     "something follows [DONE]": (replace(Downstream, "end", more_after_the_end), "something follows the last event"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +17,7 @@ from simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway, Generation
+from trigate.store import ExchangeRecord
 
 if TYPE_CHECKING:
     from simulator.world import World
@@ -76,17 +77,17 @@ def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Itera
     held: Counter[int] = Counter()
     waiting: Counter[int] = Counter()
     let_go: Counter[int] = Counter()
-    of: Counter[int] = Counter()
+    users: Counter[int] = Counter()
     for exchange in live:
-        of[id(exchange.generation)] += 1
+        users[id(exchange.generation)] += 1
         for attempt in exchange._live:
             upstream = exchange.generation.upstreams[attempt.target.upstream]
             (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
             if attempt.reply is not None and exchange.down.sending_since is not None and _is_let_go(attempt.reply):
                 let_go[id(upstream)] += 1
     for generation in world.generations:
-        if generation.exchanges != of[id(generation)]:
-            yield f"{generation.exchanges} exchanges hold a generation that {of[id(generation)]} use"
+        if generation.exchanges != users[id(generation)]:
+            yield f"{generation.exchanges} exchanges hold a generation that {users[id(generation)]} use"
         for name, upstream in generation.upstreams.items():
             statistics = upstream.statistics()
             if (statistics.in_flight, statistics.queued) != (held[id(upstream)], waiting[id(upstream)]):
@@ -114,7 +115,7 @@ def _is_let_go(reply: Any) -> bool:
 
 def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     """What must hold whenever no call is in flight."""
-    if gateway.live or not gateway.quiet.is_set() and gateway.totals.exchanges:
+    if gateway.live or (gateway.totals.exchanges and not gateway.quiet.is_set()):
         yield f"idle, and {gateway!r}"
     if len(gateway.timers):
         yield f"idle, and {gateway.timers!r}"
@@ -133,8 +134,8 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
         if generation is not gateway.generation and not is_closed(generation):
             yield "idle, and a generation that was replaced is open"
     totals = gateway.totals
-    if totals.exchanges != world.settled or totals.complete + totals.cancelled + totals.failed != world.settled:
-        yield f"{world.settled} exchanges were settled, and {totals}"
+    if not totals.exchanges == totals.complete + totals.cancelled + totals.failed == world.settled.total():
+        yield f"{world.settled.total()} exchanges were settled, and {totals}"
 
 
 def is_closed(generation: Generation) -> bool:
@@ -143,6 +144,13 @@ def is_closed(generation: Generation) -> bool:
         upstream.transport.statistics().open == 0  # type: ignore[attr-defined] # as above
         for upstream in generation.upstreams.values()
     )
+
+
+def of_ledger(world: World, records: Sequence[ExchangeRecord]) -> Iterator[str]:
+    """Each exchange has one record, which says what became of it."""
+    kept = Counter((record.request_id, record.outcome) for record in records)
+    if kept != world.settled:
+        yield f"settled were {world.settled - kept}, and the ledger has {kept - world.settled}"
 
 
 def of_end(world: World) -> Iterator[str]:
@@ -215,10 +223,10 @@ def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
         meant = (code,)
     if code == "internal_error" or not CODES.issuperset(meant):
         yield f"its error has the code {code}"
-    if call.admitted and not call.left:
-        # A server that is cancelled has last words for clients whose calls it cancels.
-        if call.outcome not in (*meant, *(("cancelled",) if world.broken_off and code == "draining" else ())):
-            yield f"the client was told {code}, and the exchange was settled as {call.outcome}"
+    if world.broken_off and code == "draining":
+        meant = ("draining", "cancelled")  # a server that is cancelled has last words for whom it cancels
+    if call.admitted and not call.left and call.outcome not in meant:
+        yield f"the client was told {code}, and the exchange was settled as {call.outcome}"
 
 
 def _is_complete(call: Call) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """One simulated world: gateways that open, serve, reload and end, and clients and providers around them.
 
 What is real: the gateway with all its services, its HTTP server (`server._Server`, `http1`), its HTTP client
-(`transport`, llhttp) and its engine (`relay`). What is not: the network, the time, chance. Everything happens in one thread, in virtual time, in an
-order that follows from the seed.
+(`transport`, llhttp) and its engine (`relay`). What is not: the network, the time, chance. Everything happens in one
+thread, in virtual time, in an order that follows from the seed.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class World:
         self.lines: list[provider.Line] = []
         self.generations: list[Generation] = []
         self.accepted: list[Callable[[], bool]] = []
-        self.settled = 0
+        self.settled: Counter[tuple[str, str]] = Counter()
         self.stopping = self.broken_off = False
         self.nursery: trio.Nursery
         self._gateway: Gateway | None = None
@@ -366,7 +366,7 @@ class World:
             call = self.calls[exchange.id]
             was_live = exchange in gateway.live
             settle(exchange)
-            self.settled += 1
+            self.settled[exchange.id, str(exchange.outcome)] += 1
             if was_live or call.settled:
                 call.settled += 1
             call.outcome = exchange.outcome
@@ -402,7 +402,7 @@ class World:
         self._reloads_at = {begun + rng.randrange(calls) for _ in range(rng.randint(0, 3))}
         self._stop = trio.Event()
         self.stopping = self.broken_off = False
-        self.settled = 0
+        self.settled = Counter()
         self.lines, self.generations, self.accepted = [], [], []
         self.calls = {}
         app = create_app(
@@ -425,6 +425,8 @@ class World:
                 await self._serve(self._app(asgi), state, rng)
                 await trio.sleep(_SETTLES_S)
                 self.check()
+                for what in invariants.of_ledger(self, await gateway.accounts.list(limit=self.requests + 1)):
+                    self.violate(what)
                 self._gateway = None
             for what in invariants.of_end(self):
                 self.violate(what)
