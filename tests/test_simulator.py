@@ -253,7 +253,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
     "a seam has a character twice": (replace(Call, "onward_from", shifted_seam), "it says"),
     "a connection is given back too early": (replace(Opening, "release", given_back), ""),
-    "limits are not kept": (replace(Exchange, "_on_time", no_limits), "were allowed|was not answered"),
+    "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time|was not answered"),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
     "a slot is lost": (left_out(SocketTransport, "_free_slot", lambda self: True), "connections are open"),
     "a probe is not ended": (left_out(Breaker, "abandon", lambda self: True), "waits for its probe"),

@@ -75,7 +75,7 @@ class Call:
         over: The client has done with it.
         entered: The app was called.
         returned: The app has returned.
-        admitted: How often an exchange of it was let in.
+        admitted: How often an exchange of it was let in; when is ``admitted_at``.
         settled: How often such an exchange was settled.
         judged: The invariants have been checked.
         outcome: That of its exchange.
@@ -95,6 +95,7 @@ class Call:
     entered: int = 0
     returned: bool = False
     admitted: int = 0
+    admitted_at: float = math.nan
     settled: int = 0
     judged: bool = False
     outcome: str | None = None

@@ -6,6 +6,7 @@ Each function gives what is wrong, in words; nothing, if all is well.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,8 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     for taken in world.open:
         if taken.is_wanted:
             yield f"idle, and {taken.upstream} answers {taken.id}: an orphan"
+    if gateway.sessions.turns:
+        yield f"idle, and {gateway.sessions.turns} turns of sessions go on"
     for generation in world.generations:
         if generation is not gateway.generation and not is_closed(generation):
             yield "idle, and a generation that was replaced is open"
@@ -179,9 +182,10 @@ def of_call(world: World, call: Call) -> Iterator[str]:
     if not answer.complete and not call.left and not _may_lack_its_end(world, call):
         yield f"its answer, {answer.status or 'nothing'}, has no proper end"
     if answer.complete and call.admitted and not call.left and not call.stalled:
-        took_s, allowed_s = answer.ended_at - call.sent_at, min(call.total_s, call.request.timeout_s or call.total_s)
-        if took_s > allowed_s + GRACE_S:
-            yield f"it took {took_s:.3f} s, and {allowed_s:g} were allowed"
+        # A turn of a session waits on the client's time, and not on the gateway's.
+        due_at = min(call.admitted_at + call.total_s, call.sent_at + (call.request.timeout_s or math.inf))
+        if answer.ended_at > due_at + GRACE_S:
+            yield f"it ended {answer.ended_at - due_at:.3f} s after its time"
     if not answer.status:
         return
     if answer.status == 200:

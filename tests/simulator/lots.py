@@ -127,6 +127,7 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
             "cooldown_s": one_of(0.3, 1.5),
         },
         "server": {"drain_timeout_s": round(rng.uniform(0.2, 3.0), 2), "keep_alive_timeout_s": 5},
+        "sessions": {"wait_s": one_of(0.5, 5), "history_messages": 6},
         "keys": KEYS,
     }
 
@@ -150,6 +151,7 @@ class Request:
         how: It leaves.
         stalls_bytes: After how many bytes it stops reading, for ``stalls_s``.
         ended_s: When somebody ends it through ``/status/streams``.
+        session: The conversation that it is a turn of; empty = none.
     """
 
     number: int
@@ -169,6 +171,7 @@ class Request:
     stalls_bytes: float
     stalls_s: float
     ended_s: float
+    session: str
 
     @property
     def wire(self) -> tuple[bytes, bytes]:
@@ -188,6 +191,8 @@ class Request:
             "content-type: application/json",
             f"content-length: {len(data)}",
         ]
+        if self.session:
+            lines.append(f"x-session-key: {self.session}")
         if self.timeout_s is not None:
             lines.append(f"x-request-timeout: {self.timeout_s}")
         if self.sdk_timeout_s is not None:
@@ -218,6 +223,7 @@ def request(seed: int, number: int) -> Request:
         stalls_bytes=rng.randint(0, 1000) if 0.18 <= fate < 0.24 else math.inf,
         stalls_s=rng.choice((1.0, 4.0, 4.0, 30.0)),
         ended_s=rng.expovariate(1.0) if 0.24 <= fate < 0.26 else math.inf,
+        session=rng.choice("pqr") if stream < 0.93 and rng.random() < 0.06 else "",
     )
 
 

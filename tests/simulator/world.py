@@ -360,6 +360,7 @@ class World:
             call = self.calls[exchange.id]
             admit(exchange)
             call.admitted += 1
+            call.admitted_at = trio.current_time()
             call.total_s = exchange.generation.route(exchange.call.model).total_timeout_s
 
         def settled(exchange: Exchange) -> None:
