@@ -215,6 +215,8 @@ def _of_error(world: World, call: Call, body: bytes) -> Iterator[str]:
     except (ValueError, KeyError, TypeError):
         yield f"its answer is {call.answer.status}, and no error: {body!r}"
         return
+    if code in ("overloaded", "rate_limited") and "retry-after-ms" not in call.answer.headers:
+        yield f"{code} does not say when to come back"
     yield from _of_code(world, call, code)
 
 
@@ -311,6 +313,9 @@ def _of_bytes(call: Call, got: bytes, *, done: bool) -> Iterator[str]:
     expected = _public(call, upstream, reply.body)
     if int(name[1]) != call.request.number or not expected.startswith(got) or (done and got != expected):
         yield f"its answer is {got!r}, and {upstream} said {expected!r}"
+    told = call.answer.headers.get("x-trigate-upstream")
+    if told != upstream and not call.answer.body.startswith(KEEP_ALIVE):  # which went out before it was known
+        yield f"its head says that {told} answers, and {upstream} does"
     if done and not reply.whole:
         yield f"its stream is complete, and that of {upstream} was not"
 

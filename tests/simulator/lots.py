@@ -59,8 +59,9 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
             own["total_timeout_s"] = round(rng.uniform(2.0, 8.0), 2)
         return own
 
-    targets = [f"{name}/m-{name}" for name in UPSTREAMS]
-    shuffled = rng.sample(targets, 3)
+    upstreams = [name for name in UPSTREAMS if name == "alpha" or chance(0.9)]
+    targets = [f"{name}/m-{name}" for name in upstreams]
+    shuffled = rng.sample(targets, len(targets))
     return {
         "upstreams": {
             name: {
@@ -70,7 +71,7 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
                 "queue_timeout_s": round(rng.uniform(0.3, 3.0), 2),
                 **({"first_token_timeout_s": 1.5} if chance(0.2) else {}),
             }
-            for name in UPSTREAMS
+            for name in upstreams
         },
         "models": {
             "one": {"targets": targets[:1], **rules()},
@@ -79,7 +80,7 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
                 "targets": shuffled,
                 "strategy": "balance",
                 **rules(),
-                **({"weights": [1, 2, 3]} if chance(0.5) else {}),
+                **({"weights": [1, 2, 3][: len(targets)]} if chance(0.5) else {}),
             },
             "race": {
                 "targets": shuffled[:2],
@@ -89,7 +90,7 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
                 **({"hedge_delay_s": round(rng.uniform(0.05, 0.5), 3)} if chance(0.7) else {}),
             },
             "kept": {
-                "targets": shuffled[1:],
+                "targets": shuffled[-2:],
                 "on_disconnect": "finish",
                 "finish_timeout_s": round(rng.uniform(0.5, 4.0), 2),
                 **rules(),
