@@ -28,8 +28,10 @@ from trigate.downstream import Downstream
 from trigate.errors import CODES
 from trigate.exchange import Exchange
 from trigate.gateway import Drain, Generation
+from trigate.peer import Peer
 from trigate.places import Places
 from trigate.plans import Plan
+from trigate.relay import Stream
 from trigate.timers import Timer
 from trigate.transport import Opening, SocketTransport
 from trigate.wire import Call, StreamReader
@@ -220,6 +222,16 @@ def given_back(release: Any) -> Any:
     return replacement
 
 
+def forgotten_rest(let_go: Any) -> Any:
+    """The engine forgets what is left of a frame that it has begun."""
+
+    def replacement(self: Stream) -> None:
+        self._rest = b""
+        let_go(self)
+
+    return replacement
+
+
 def no_limits(look: Any) -> Any:
     """No limit in time is kept."""
     return lambda self, now: now + 1.0
@@ -247,11 +259,16 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         left_out(Opening, "release", lambda self: self._response is not None and not self._response.complete),
         "an orphan|calls use it",
     ),
+    "it is not noticed that a client leaves": (left_out(Peer, "leave", lambda self: True), "its client has left"),
     "who has lost goes on": (replace(Attempt, "lose", loser_goes_on), "an orphan"),
     "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
     "a seam has a character twice": (replace(Call, "onward_from", shifted_seam), "it says"),
     "a connection is given back too early": (replace(Opening, "release", given_back), ""),
-    "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time|was not answered"),
+    "the rest of a frame is forgotten": (
+        replace(Stream, "_let_go", forgotten_rest),
+        "not HTTP|no proper end|its answer|ends with neither",
+    ),
+    "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time| waits for "),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
     "a slot is lost": (left_out(SocketTransport, "_free_slot", lambda self: True), "connections are open"),
     "a probe is not ended": (left_out(Breaker, "abandon", lambda self: True), "waits for its probe"),

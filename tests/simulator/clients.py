@@ -37,7 +37,7 @@ class Answer:
         self.body = bytearray()
         self.complete = self.keep_alive = self.late = False
         self.received_bytes = 0
-        self.ended_at = math.nan
+        self.begun_at = self.ended_at = math.nan
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
@@ -52,6 +52,7 @@ class Answer:
         self.headers[name.decode().lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        self.begun_at = trio.current_time()
         self.status = self._parser.get_status_code()
         self.keep_alive = self._parser.should_keep_alive()
 
@@ -70,7 +71,7 @@ class Call:
     Attributes:
         sent_at: When the last byte of its body was sent; NaN = it was not.
         fresh: Its connection carried no request before.
-        left: The client has left before the answer's end.
+        left: The client has left before the answer's end; at ``left_at``.
         stalled: It has not read for a while.
         over: The client has done with it.
         entered: The app was called.
@@ -78,7 +79,7 @@ class Call:
         admitted: How often an exchange of it was let in; when is ``admitted_at``.
         settled: How often such an exchange was settled.
         judged: The invariants have been checked.
-        outcome: That of its exchange.
+        outcome, events, bytes: Those of its exchange.
         onward: A second provider has gone on with the answer of a first one.
         total_s: How long it may take.
         replies: What providers did with it, in the order in which it reached them.
@@ -90,6 +91,7 @@ class Call:
     begun_at: float = attrs.field(factory=trio.current_time)
     sent_at: float = math.nan
     left: bool = False
+    left_at: float = math.inf
     stalled: bool = False
     over: bool = False
     entered: int = 0
@@ -99,6 +101,8 @@ class Call:
     settled: int = 0
     judged: bool = False
     outcome: str | None = None
+    events: int = 0
+    bytes: int = 0
     onward: bool = False
     total_s: float = math.inf
     replies: list[tuple[str, lots.Reply]] = attrs.field(factory=list)
@@ -187,6 +191,7 @@ async def _ask(end: End | SocketEnd, call: Call) -> None:
 
 
 async def _leave(end: End | SocketEnd, call: Call) -> None:
+    call.left_at = trio.current_time()
     match call.request.how:
         case "close":
             end.close()

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import trio
 
 from simulator.clients import Call
 from trigate.errors import CODES
-from trigate.exchange import Exchange
+from trigate.exchange import _REST_S, Exchange
 from trigate.gateway import Gateway, Generation
 from trigate.store import ExchangeRecord
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"
 _ERROR = b'data: {"error"'
+_EPSILON_S = 0.001
 GRACE_S = 0.5
 """How much later than its deadline an answer may end."""
 _NAME = re.compile(rb'"id":"chatcmpl-(\d+)-(\d+)"')
@@ -38,11 +40,14 @@ _REPORTED = "s0"
 
 def of_step(world: World, gateway: Gateway) -> Iterator[str]:
     """What must hold at each moment at which no task can run."""
-    live = list(gateway.live)
+    live, now = list(gateway.live), trio.current_time()
     for exchange in live:
         call = world.calls.get(exchange.id)
         if call is None or call.returned or not call.entered:
             yield f"{exchange.id} is live, and its call is not"
+        elif call.left_at < now and not exchange.finishes:
+            yield f"{exchange.id} is live, and its client has left {now - call.left_at:.6f} s ago"
+        yield from _of_limits(exchange, now)
     yield from _of_admission(gateway, live)
     yield from _of_upstreams(world, gateway, live)
     wanted = Counter(
@@ -60,6 +65,20 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
         yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
     if not world.in_app:
         yield from _of_idle(world, gateway)
+
+
+def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
+    """What is over its time has been ended, unless the client keeps it waiting, or has its answer already."""
+    if exchange.down.sending_since is not None or exchange._ending:
+        return
+    if exchange.deadline_at + _EPSILON_S < now:
+        yield f"{exchange.id} is live {now - exchange.deadline_at:.3f} s after its time"
+    for attempt in exchange._live:
+        for phase, since in (("first_token", attempt.sent_at), ("idle", attempt.heard_at)):
+            limit_s = exchange.generation.config.timeout_s(attempt.target.upstream, phase, exchange.call.model)
+            silent = phase == "first_token" or attempt.sent_at == math.inf  # one after the other
+            if silent and since + limit_s + _EPSILON_S < now:
+                yield f"{exchange.id} waits for {attempt.target} for {now - since:.3f} s; {phase} is {limit_s:g} s"
 
 
 def _of_admission(gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
@@ -186,6 +205,10 @@ def of_call(world: World, call: Call) -> Iterator[str]:
         due_at = min(call.admitted_at + call.total_s, call.sent_at + (call.request.timeout_s or math.inf))
         if answer.ended_at > due_at + GRACE_S:
             yield f"it ended {answer.ended_at - due_at:.3f} s after its time"
+        begun_at = answer.begun_at if call.request.kind == "stream" else answer.ended_at
+        # Its connection may still have been busy with the rest of the upstream's answer to the request before.
+        if begun_at > call.sent_at + (call.request.sdk_timeout_s or math.inf) + _REST_S:
+            yield f"it began after {begun_at - call.sent_at:.3f} s; its SDK waits for {call.request.sdk_timeout_s}"
     if not answer.status:
         return
     if answer.status == 200:
@@ -296,6 +319,8 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
         yield from _of_bytes(call, b"".join(said) + rest, done=done)
     if done and answer.complete:
         yield from _is_complete(call)
+        if (call.events, call.bytes) != (len(events), sum(map(len, events))) and not call.left:
+            yield f"its exchange counts {call.events} events, {call.bytes} bytes; there are {len(events)}: {events!r}"
     elif last and answer.complete:
         yield from _of_code(world, call, msgspec.json.decode(events[-1][6:])["error"]["code"])
     if call.outcome == "complete" and not done and not call.left and not call.stalled:

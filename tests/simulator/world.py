@@ -370,7 +370,7 @@ class World:
             self.settled[exchange.id, str(exchange.outcome)] += 1
             if was_live or call.settled:
                 call.settled += 1
-            call.outcome = exchange.outcome
+            call.outcome, call.events, call.bytes = exchange.outcome, exchange.events, exchange.bytes_sent
             call.onward = any(attempt.step.why == "continue" for attempt in exchange.attempts)
             self._outcomes[str(exchange.outcome)] += 1
             self._whys.update(attempt.step.why for attempt in exchange.attempts)
