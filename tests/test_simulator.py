@@ -268,6 +268,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         replace(Stream, "_let_go", forgotten_rest),
         "not HTTP|no proper end|its answer|ends with neither",
     ),
+    "silences are not broken": (left_out(Exchange, "_may_keep_alive", lambda self: True), "it was quiet for"),
     "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time| waits for "),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
     "a slot is lost": (left_out(SocketTransport, "_free_slot", lambda self: True), "connections are open"),
@@ -280,6 +281,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     "a drain does not cut": (left_out(Drain, "cut", lambda self: True), "has no proper end"),
 }
 SLOW = {
+    *("silences are not broken", "the rest of a frame is forgotten", "a record is not kept"),
     *("a place at an upstream is kept", "an event is lost", "a cut stream is complete"),
     *("a seam has a character twice", "limits are not kept", "a probe is not ended", "an attempt is not ended"),
     *("a generation is kept", "a drain does not cut"),

@@ -82,6 +82,8 @@ class Call:
         outcome, events, bytes: Those of its exchange.
         onward: A second provider has gone on with the answer of a first one.
         total_s: How long it may take.
+        keep_alive_s: After how long a silence its stream gets a comment.
+        quiet_s: The longest silence.
         replies: What providers did with it, in the order in which it reached them.
     """
 
@@ -105,6 +107,8 @@ class Call:
     bytes: int = 0
     onward: bool = False
     total_s: float = math.inf
+    keep_alive_s: float = math.inf
+    quiet_s: float = 0.0
     replies: list[tuple[str, lots.Reply]] = attrs.field(factory=list)
 
 
@@ -170,7 +174,10 @@ async def _exchange(end: End | SocketEnd, call: Call) -> None:
         if not call.stalled and answer.received_bytes >= request.stalls_bytes:
             call.stalled = True
             await trio.sleep(request.stalls_s)
+        begun_at = trio.current_time()
         data = await end.receive_some(_RECEIVES_BYTES)
+        if not math.isnan(call.admitted_at):
+            call.quiet_s = max(call.quiet_s, trio.current_time() - max(begun_at, call.admitted_at))
         if not data:
             return
         answer.feed(data)

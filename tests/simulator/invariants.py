@@ -45,7 +45,7 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
         call = world.calls.get(exchange.id)
         if call is None or call.returned or not call.entered:
             yield f"{exchange.id} is live, and its call is not"
-        elif call.left_at < now and not exchange.finishes:
+        elif call.left_at + (_REST_S if exchange._ending else 0.0) < now and not exchange.finishes:
             yield f"{exchange.id} is live, and its client has left {now - call.left_at:.6f} s ago"
         yield from _of_limits(exchange, now)
     yield from _of_admission(gateway, live)
@@ -317,6 +317,8 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
     yield from _of_words(call, said, done=done)
     if not call.onward:
         yield from _of_bytes(call, b"".join(said) + rest, done=done)
+    if call.quiet_s > call.keep_alive_s + _EPSILON_S and answer.complete:
+        yield f"it was quiet for {call.quiet_s:.3f} s; keep_alive_s is {call.keep_alive_s:g}"
     if done and answer.complete:
         yield from _is_complete(call)
         if (call.events, call.bytes) != (len(events), sum(map(len, events))) and not call.left:

@@ -361,6 +361,7 @@ class World:
             admit(exchange)
             call.admitted += 1
             call.admitted_at = trio.current_time()
+            call.keep_alive_s = exchange.generation.config.limits.keep_alive_s
             call.total_s = exchange.generation.route(exchange.call.model).total_timeout_s
 
         def settled(exchange: Exchange) -> None:
