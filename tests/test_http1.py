@@ -299,7 +299,7 @@ async def test_disconnect_is_told_in_a_later_request_too(autojump_clock: trio.te
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
-            await trio.sleep(0.0 if scope["path"] == "/a" else 100.0)
+            await trio.sleep(1.0 if scope["path"] == "/a" else 100.0)
             await say(send, b"!")
             nursery.cancel_scope.cancel()
 
