@@ -286,6 +286,33 @@ async def test_disconnect_is_told_also_behind_another_request(
         assert told == ["http.disconnect"]
 
 
+async def test_disconnect_is_told_in_a_later_request_too(autojump_clock: trio.testing.MockClock) -> None:
+    """Also where who waited for it in the request before was cancelled together with the end of the answer."""
+    told = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            told.append(scope["path"])
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await trio.sleep(1.0 if scope["path"] == "/a" else 100.0)
+            await say(send, b"!")
+            nursery.cancel_scope.cancel()
+
+    async with open_connection(app) as client:
+        await client.send_all(HELLO.replace(b"/ ", b"/a "))
+        await read_until(client, b"!")
+        await client.send_all(HELLO.replace(b"/ ", b"/b "))
+        await trio.sleep(1.0)
+        await client.aclose()
+        await trio.sleep(1.0)
+        assert told == ["/b"]
+
+
 async def test_a_crash_of_the_app_is_a_500(autojump_clock: trio.testing.MockClock, logs: Any) -> None:
     """An app that raises before it answers gives a 500 in OpenAI's shape, and one line in the log."""
     logs.expect_error("app_crashed")

@@ -414,6 +414,25 @@ async def test_idle_connections_expire(mock_clock: MockClock) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_connection_expires_at_the_last_bit_of_its_time(mock_clock: MockClock) -> None:
+    """When the task wakes up, what it has waited for is due, however the sum was rounded: else it would not sleep."""
+    mine, other = socket.socketpair()
+    mock_clock.jump(54.9246637208197)
+    assert trio.current_time() + 30.0 - trio.current_time() < 30.0
+    with other:
+        transport = SocketTransport(idle_expiry_s=30.0)
+        transport._slots += 1
+        transport._give_back(Connection(Origin("http", "x", 80), mine, None))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transport.run)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(30.0)
+            for _ in range(5):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        assert _counts(transport) == (0, 0, 0)
+
+
 async def test_an_expired_connection_is_not_taken(mock_clock: MockClock) -> None:
     """Nor are those that have been idle for longer; whether `run` runs or not."""
     async with _open(answers(OK), idle_expiry_s=2) as (server, transport):

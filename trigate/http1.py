@@ -405,14 +405,16 @@ class Connection:
             peer.left = trio.Event()
         left = peer.left
         if not peer.watch() and self._reading is None:
-            with trio.CancelScope() as self._reading:
-                while self._parser.buffered < READ_AHEAD_BYTES:
-                    data = await peer.read()
-                    if not data:
-                        peer.leave()
-                        break
-                    self._parser.feed(data)
-            self._reading = None
+            try:
+                with trio.CancelScope() as self._reading:
+                    while self._parser.buffered < READ_AHEAD_BYTES:
+                        data = await peer.read()
+                        if not data:
+                            peer.leave()
+                            break
+                        self._parser.feed(data)
+            finally:
+                self._reading = None  # also where the app is cancelled: the next request reads anew
         await left.wait()
 
     async def _receive(self) -> Message:  # noqa: ASYNC910 - what is there is given at once

@@ -288,6 +288,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
         max_idle: The most that are kept while nobody uses them.
         idle_expiry_s: How long one is kept.
         refuse: Judges each address before it is connected to; None = all are allowed.
+        dial: Makes the connections.
 
     **Resource handling:** idle connections are closed by `run`, if somebody runs it; at the latest by `aclose`.
     """
@@ -300,6 +301,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
         max_idle: int = 100,
         idle_expiry_s: float = 30.0,
         refuse: Refuse | None = None,
+        dial: Callable[..., Awaitable[Connection]] = dial,
     ) -> None:
         if idle_expiry_s <= 0:
             raise ValueError("idle_expiry_s: expected more than 0 (max_idle = 0 keeps nothing)")
@@ -308,6 +310,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
         self._max_idle = max_idle
         self._idle_expiry_s = idle_expiry_s
         self._refuse = refuse
+        self._dial = dial
         self._slots = 0
         # Of all origins in the order in which they were given back, and those of each, of which the last is taken.
         self._idle: OrderedDict[Connection, None] = OrderedDict()
@@ -372,7 +375,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
             now = trio.current_time()
             while self._idle:
                 oldest = next(iter(self._idle))
-                if now - oldest.idle_since < self._idle_expiry_s:
+                if now < oldest.idle_since + self._idle_expiry_s:  # as it is computed below, to the last bit
                     break
                 self._remove(oldest)
                 closed += 1
@@ -423,7 +426,7 @@ class SocketTransport(httpx2.AsyncBaseTransport):
     async def _dial_in_slot(self, origin: Origin, bounds: _Bounds | float) -> Connection:
         timeout_s = bounds if isinstance(bounds, float) else bounds.connect_s
         try:
-            return await dial(origin, self._trust, timeout_s=timeout_s, refuse=self._refuse)
+            return await self._dial(origin, self._trust, timeout_s=timeout_s, refuse=self._refuse)
         except BaseException:
             self._free_slot()
             raise

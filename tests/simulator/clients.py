@@ -1,0 +1,211 @@
+"""Clients: what they ask, how they read, how they leave; and what has come of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+import attrs
+import httptools
+import trio
+
+from simulator import lots
+from simulator.pipes import End, SocketEnd
+
+if TYPE_CHECKING:
+    from simulator.world import World
+
+PATIENCE_S = 60.0
+"""No answer takes so long, whatever happens."""
+_RECEIVES_BYTES = 400
+
+
+class Answer:
+    """A response, as it comes; fed with bytes.
+
+    Attributes:
+        status: 0 until its head is there.
+        complete: It has its proper end.
+        received_bytes: Of the response, its head included.
+        late: Something came behind the end.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = bytearray()
+        self.complete = self.keep_alive = self.late = False
+        self.received_bytes = 0
+        self.begun_at = self.ended_at = math.nan
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        """Takes what came. Raises httptools.HttpParserError where it is no response."""
+        if self.complete:
+            self.late = True
+            return
+        self.received_bytes += len(data)
+        self._parser.feed_data(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode().lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.begun_at = trio.current_time()
+        self.status = self._parser.get_status_code()
+        self.keep_alive = self._parser.should_keep_alive()
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self.ended_at = trio.current_time()
+
+
+@attrs.define(eq=False)
+class Call:
+    """One request of a client, and everything that is known of it.
+
+    Attributes:
+        sent_at: When the last byte of its body was sent; NaN = it was not.
+        fresh: Its connection carried no request before.
+        left: The client has left before the answer's end; at ``left_at``.
+        stalled: It has not read for a while.
+        over: The client has done with it.
+        entered: The app was called.
+        returned: The app has returned.
+        admitted: How often an exchange of it was let in; when is ``admitted_at``.
+        settled: How often such an exchange was settled.
+        judged: The invariants have been checked.
+        outcome, events, bytes: Those of its exchange.
+        onward: A second provider has gone on with the answer of a first one.
+        total_s: How long it may take.
+        keep_alive_s: After how long a silence its stream gets a comment.
+        quiet_s: The longest silence.
+        replies: What providers did with it, in the order in which it reached them.
+    """
+
+    request: lots.Request
+    fresh: bool = True
+    answer: Answer = attrs.field(factory=Answer)
+    begun_at: float = attrs.field(factory=trio.current_time)
+    sent_at: float = math.nan
+    left: bool = False
+    left_at: float = math.inf
+    stalled: bool = False
+    over: bool = False
+    entered: int = 0
+    returned: bool = False
+    admitted: int = 0
+    admitted_at: float = math.nan
+    settled: int = 0
+    judged: bool = False
+    outcome: str | None = None
+    events: int = 0
+    bytes: int = 0
+    onward: bool = False
+    total_s: float = math.inf
+    keep_alive_s: float = math.inf
+    quiet_s: float = 0.0
+    replies: list[tuple[str, lots.Reply]] = attrs.field(factory=list)
+
+
+async def run_client(world: World) -> None:
+    """Asks one thing after the other, until there is no more to ask, or nobody takes it."""
+    end: End | SocketEnd | None = None
+    try:
+        while (request := world.next_request()) is not None:
+            await trio.sleep(request.thinks_s)
+            fresh = end is None
+            if end is None:
+                end = world.connect()
+            if end is None:
+                world.note_turned_away(request)
+                return
+            call = await _make(world, end, request, fresh=fresh)
+            if not fresh and not call.answer.received_bytes and not call.entered and not call.left:
+                # An idle connection that ended in the moment in which it was used: as clients do, once more.
+                end.close()
+                end = world.connect()
+                if end is None:
+                    world.note_turned_away(request)
+                    return
+                call = await _make(world, end, request, fresh=True)
+            if call.left or not call.answer.complete or not call.answer.keep_alive:
+                end.close()
+                end = None
+    finally:
+        if end is not None:
+            end.close()
+
+
+async def _make(world: World, end: End | SocketEnd, request: lots.Request, *, fresh: bool) -> Call:
+    call = Call(request, fresh)
+    world.begin(call)
+    try:
+        with trio.move_on_after(PATIENCE_S) as patience:
+            with trio.move_on_after(request.leaves_s) as leaving:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await _exchange(end, call)
+            if leaving.cancelled_caught:
+                call.left = True
+            if call.left:
+                await _leave(end, call)
+        if patience.cancelled_caught:
+            world.violate(f"{request.id} was not answered within {PATIENCE_S:g} s")
+    except httptools.HttpParserError as error:
+        world.violate(f"{request.id} was answered with what is not HTTP: {error}")
+    finally:
+        call.over = True
+        world.judge(call)
+    return call
+
+
+async def _exchange(end: End | SocketEnd, call: Call) -> None:
+    request, answer = call.request, call.answer
+    with contextlib.suppress(trio.BrokenResourceError):  # an answer may have come before
+        await _ask(end, call)
+    while not answer.complete:
+        if answer.received_bytes >= request.leaves_bytes:
+            call.left = True
+            return
+        if not call.stalled and answer.received_bytes >= request.stalls_bytes:
+            call.stalled = True
+            await trio.sleep(request.stalls_s)
+        begun_at = trio.current_time()
+        data = await end.receive_some(_RECEIVES_BYTES)
+        if not math.isnan(call.admitted_at):
+            call.quiet_s = max(call.quiet_s, trio.current_time() - max(begun_at, call.admitted_at))
+        if not data:
+            return
+        answer.feed(data)
+
+
+async def _ask(end: End | SocketEnd, call: Call) -> None:
+    uploads = call.request.uploads
+    head, body = call.request.wire
+    if uploads:
+        await end.send_all(head)
+        size = len(body) // len(uploads) + 1
+        for position, pause_s in enumerate(uploads):
+            await trio.sleep(pause_s)
+            await end.send_all(body[position * size : (position + 1) * size])
+    else:
+        await end.send_all(head + body)
+    call.sent_at = trio.current_time()
+
+
+async def _leave(end: End | SocketEnd, call: Call) -> None:
+    call.left_at = trio.current_time()
+    match call.request.how:
+        case "close":
+            end.close()
+        case "reset":
+            end.reset()
+        case "half-close":  # what is sent all the same is read
+            with contextlib.suppress(trio.BrokenResourceError):
+                await end.send_eof()
+                while data := await end.receive_some():
+                    call.answer.feed(data)

@@ -1,0 +1,379 @@
+"""What must hold: after each step, whenever nothing is in flight, and of each call when it is over.
+
+Each function gives what is wrong, in words; nothing, if all is well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+from simulator.clients import Call
+from trigate.errors import CODES
+from trigate.exchange import _REST_S, Exchange
+from trigate.gateway import Gateway, Generation
+from trigate.store import ExchangeRecord
+
+if TYPE_CHECKING:
+    from simulator.world import World
+
+KEEP_ALIVE = b": keep-alive\n"
+DONE = b"data: [DONE]\n\n"
+_ERROR = b'data: {"error"'
+_EPSILON_S = 0.001
+GRACE_S = 0.5
+"""How much later than its deadline an answer may end."""
+_NAME = re.compile(rb'"id":"chatcmpl-(\d+)-(\d+)"')
+_PASSED_ON = re.compile(r"s4\d\d")  # what providers say of an error is the client's
+_REPORTED = "s0"
+
+
+# -- after each step --------------------------------------------------------------------------------------------------
+
+
+def of_step(world: World, gateway: Gateway) -> Iterator[str]:
+    """What must hold at each moment at which no task can run."""
+    live, now = list(gateway.live), trio.current_time()
+    for exchange in live:
+        call = world.calls.get(exchange.id)
+        if call is None or call.returned or not call.entered:
+            yield f"{exchange.id} is live, and its call is not"
+        elif call.left_at + (_REST_S if exchange._ending else 0.0) < now and not exchange.finishes:
+            yield f"{exchange.id} is live, and its client has left {now - call.left_at:.6f} s ago"
+        yield from _of_limits(exchange, now)
+    yield from _of_admission(gateway, live)
+    yield from _of_upstreams(world, gateway, live)
+    wanted = Counter(
+        (exchange.id, attempt.target.upstream) for exchange in live for attempt in exchange._live if not attempt.lost
+    )
+    for taken in world.open:
+        if taken.is_wanted:
+            wanted[taken.id, taken.upstream] -= 1
+            if wanted[taken.id, taken.upstream] < 0:
+                yield f"{taken.upstream} answers {taken.id}, and nobody there reads it: an orphan"
+    for target, state in gateway.targets.items():
+        if state.breaker._probing and not state.in_flight:
+            yield f"the breaker of {target} waits for its probe, and there is none"
+    if len(gateway.timers) > len(live):
+        yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
+    if not world.in_app:
+        yield from _of_idle(world, gateway)
+
+
+def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
+    """What is over its time has been ended, unless the client keeps it waiting, or has its answer already."""
+    if exchange.down.sending_since is not None or exchange._ending:
+        return
+    if exchange.deadline_at + _EPSILON_S < now:
+        yield f"{exchange.id} is live {now - exchange.deadline_at:.3f} s after its time"
+    for attempt in exchange._live:
+        for phase, since in (("first_token", attempt.sent_at), ("idle", attempt.heard_at)):
+            limit_s = exchange.generation.config.timeout_s(attempt.target.upstream, phase, exchange.call.model)
+            silent = phase == "first_token" or attempt.sent_at == math.inf  # one after the other
+            if silent and since + limit_s + _EPSILON_S < now:
+                yield f"{exchange.id} waits for {attempt.target} for {now - since:.3f} s; {phase} is {limit_s:g} s"
+
+
+def _of_admission(gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
+    places = gateway.admission.places
+    at_work = sum(1 for exchange in live if exchange._live)
+    if not at_work <= places.taken <= len(live) - places.queued:
+        yield f"{places}, and {len(live)} exchanges are live, of which {at_work} make attempts"
+    if sum(places.taken_by.values()) != places.taken:
+        yield f"{places}, and the keys have {places.taken_by}"
+    for key in places._waiting:
+        if places.is_free(key):
+            yield f"{places}, and {key} waits for one that is free"
+
+
+def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
+    held: Counter[int] = Counter()
+    waiting: Counter[int] = Counter()
+    let_go: Counter[int] = Counter()
+    users: Counter[int] = Counter()
+    for exchange in live:
+        users[id(exchange.generation)] += 1
+        for attempt in exchange._live:
+            upstream = exchange.generation.upstreams[attempt.target.upstream]
+            (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
+            if attempt.reply is not None and exchange.down.sending_since is not None and _is_let_go(attempt.reply):
+                let_go[id(upstream)] += 1
+    for generation in world.generations:
+        if generation.exchanges != users[id(generation)]:
+            yield f"{generation.exchanges} exchanges hold a generation that {users[id(generation)]} use"
+        for name, upstream in generation.upstreams.items():
+            statistics = upstream.statistics()
+            if (statistics.in_flight, statistics.queued) != (held[id(upstream)], waiting[id(upstream)]):
+                yield (
+                    f"{name} has {statistics.in_flight} places taken and {statistics.queued} calls waiting for one; "
+                    f"its attempts have {held[id(upstream)]}, and {waiting[id(upstream)]} wait"
+                )
+            if statistics.in_flight > statistics.max_connections:
+                yield f"{name} has {statistics.in_flight} calls at once, and {statistics.max_connections} are allowed"
+    for line in world.lines:
+        pool = line.transport.statistics()
+        if pool.open != line.open + line.dialling:
+            yield f"{line.transport}; {line.open} connections are open, {line.dialling} are being made"
+    for generation in world.generations:
+        for name, upstream in generation.upstreams.items():
+            pool = upstream.transport.statistics()  # type: ignore[attr-defined] # those of the simulation have it
+            if pool.open - pool.idle != upstream.in_flight - let_go[id(upstream)]:
+                yield f"{upstream.transport} of {name}, and {upstream.in_flight} calls use it"
+
+
+def _is_let_go(reply: Any) -> bool:
+    """Whether its connection has been closed already: the client does not read, and the reply waits for that."""
+    return reply._source.response._connection is None  # type: ignore[no-any-return] # Any: private
+
+
+def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
+    """What must hold whenever no call is in flight."""
+    if gateway.live or (gateway.totals.exchanges and not gateway.quiet.is_set()):
+        yield f"idle, and {gateway!r}"
+    if len(gateway.timers):
+        yield f"idle, and {gateway.timers!r}"
+    if gateway.leaving._scopes or (gateway.relay is not None and gateway.relay.streams):
+        yield f"idle, and {gateway.leaving!r}, {gateway.relay!r}"
+    places = gateway.admission.places
+    if places.taken or places.queued or places.taken_by:
+        yield f"idle, and {places}"
+    for target, state in gateway.targets.items():
+        if state.in_flight:
+            yield f"idle, and {state.in_flight} attempts at {target} have not ended"
+    for taken in world.open:
+        if taken.is_wanted:
+            yield f"idle, and {taken.upstream} answers {taken.id}: an orphan"
+    if gateway.sessions.turns:
+        yield f"idle, and {gateway.sessions.turns} turns of sessions go on"
+    for generation in world.generations:
+        if generation is not gateway.generation and not is_closed(generation):
+            yield "idle, and a generation that was replaced is open"
+    totals = gateway.totals
+    if not totals.exchanges == totals.complete + totals.cancelled + totals.failed == world.settled.total():
+        yield f"{world.settled.total()} exchanges were settled, and {totals}"
+
+
+def is_closed(generation: Generation) -> bool:
+    """Whether it has no connection open."""
+    return all(
+        upstream.transport.statistics().open == 0  # type: ignore[attr-defined] # as above
+        for upstream in generation.upstreams.values()
+    )
+
+
+def of_ledger(world: World, records: Sequence[ExchangeRecord]) -> Iterator[str]:
+    """Each exchange has one record, which says what became of it."""
+    kept = Counter((record.request_id, record.outcome) for record in records)
+    if kept != world.settled:
+        yield f"settled were {world.settled - kept}, and the ledger has {kept - world.settled}"
+
+
+def of_end(world: World) -> Iterator[str]:
+    """What must hold when a gateway has been closed."""
+    for line in world.lines:
+        if line.open or line.dialling or line.transport.statistics().open:
+            yield f"closed, and {line.transport} has {line.open} connections"
+    if world.in_app:
+        yield f"closed, and {len(world.in_app)} calls go on"
+    if any(is_open() for is_open in world.accepted):
+        yield "closed, and connections of clients are open"
+
+
+# -- of a call --------------------------------------------------------------------------------------------------------
+
+
+def of_call(world: World, call: Call) -> Iterator[str]:
+    """What must hold of a call that is over, at both ends."""
+    if call.entered > 1:
+        yield f"the app was called {call.entered} times"
+    if call.settled != call.admitted:
+        yield f"its exchange was let in {call.admitted} times, and settled {call.settled} times"
+    answer = call.answer
+    if answer.late:
+        yield "something came behind the end of its answer"
+    if not answer.complete and not call.left and not _may_lack_its_end(world, call):
+        yield f"its answer, {answer.status or 'nothing'}, has no proper end"
+    if answer.complete and call.admitted and not call.left and not call.stalled:
+        # A turn of a session waits on the client's time, and not on the gateway's.
+        due_at = min(call.admitted_at + call.total_s, call.sent_at + (call.request.timeout_s or math.inf))
+        if answer.ended_at > due_at + GRACE_S:
+            yield f"it ended {answer.ended_at - due_at:.3f} s after its time"
+        begun_at = answer.begun_at if call.request.kind == "stream" else answer.ended_at
+        # Its connection may still have been busy with the rest of the upstream's answer to the request before.
+        if begun_at > call.sent_at + (call.request.sdk_timeout_s or math.inf) + _REST_S:
+            yield f"it began after {begun_at - call.sent_at:.3f} s; its SDK waits for {call.request.sdk_timeout_s}"
+    if not answer.status:
+        return
+    if answer.status == 200:
+        match call.request.kind:
+            case "stream":
+                yield from _of_stream(world, call)
+            case "json":
+                yield from _of_json(call)
+            case "speech":
+                yield from _of_speech(call)
+    elif answer.complete:
+        yield from _of_error(world, call, bytes(answer.body))
+
+
+def _may_lack_its_end(world: World, call: Call) -> bool:
+    if world.broken_off or call.stalled:
+        return True
+    if not call.entered:
+        return world.stopping or not call.fresh
+    # Sound has no words for an error: that it breaks off is how the client is told.
+    return call.request.kind == "speech" and call.answer.status == 200 and call.outcome in CODES
+
+
+def _of_error(world: World, call: Call, body: bytes) -> Iterator[str]:
+    try:
+        code = msgspec.json.decode(body)["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        yield f"its answer is {call.answer.status}, and no error: {body!r}"
+        return
+    if code in ("overloaded", "rate_limited") and "retry-after-ms" not in call.answer.headers:
+        yield f"{code} does not say when to come back"
+    yield from _of_code(world, call, code)
+
+
+def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
+    if _PASSED_ON.fullmatch(str(code)):
+        meant = ("upstream_rejected", "upstream_throttled")
+    elif code == _REPORTED:
+        meant = ("upstream_error",)
+    else:
+        meant = (code,)
+    if code == "internal_error" or not CODES.issuperset(meant):
+        yield f"its error has the code {code}"
+    if world.broken_off and code == "draining":
+        meant = ("draining", "cancelled")  # a server that is cancelled has last words for whom it cancels
+    if call.admitted and not call.left and call.outcome not in meant:
+        yield f"the client was told {code}, and the exchange was settled as {call.outcome}"
+
+
+def _is_complete(call: Call) -> Iterator[str]:
+    if call.outcome not in ("complete", "finished") or (call.outcome == "finished" and not call.left):
+        yield f"the answer is complete, and the exchange was settled as {call.outcome}"
+
+
+def events_of(body: bytes) -> tuple[list[bytes], bytes]:
+    """The events of a stream without the gateway's comments, and what stands behind the last whole one.
+
+    >>> events_of(b": keep-alive\\ndata: 1\\n\\n: keep-alive\\n: keep-alive\\ndata: 2\\n\\ndat")
+    ([b'data: 1\\n\\n', b'data: 2\\n\\n'], b'dat')
+    """
+    events, at = [], 0
+    while True:
+        while body.startswith(KEEP_ALIVE, at):
+            at += len(KEEP_ALIVE)
+        end = body.find(b"\n\n", at)
+        if end < 0:
+            return events, body[at:]
+        events.append(body[at : end + 2])
+        at = end + 2
+
+
+def text_of(events: list[bytes]) -> str:
+    """What the events of a chat stream say together; those that are not JSON say nothing."""
+    return "".join(_content(choice) for value in _decoded(events) for choice in value["choices"])
+
+
+def _decoded(events: list[bytes]) -> Iterator[Any]:  # Any: JSON
+    for event in events:
+        with contextlib.suppress(ValueError):
+            yield msgspec.json.decode(event[6:])
+
+
+def _content(choice: Any) -> str:  # Any: as above
+    return choice["delta"].get("content") or ""
+
+
+def _public(call: Call, upstream: str, body: bytes) -> bytes:
+    return body.replace(b'"model":"m-%b"' % upstream.encode(), b'"model":"%b"' % call.request.model.encode())
+
+
+def _of_stream(world: World, call: Call) -> Iterator[str]:
+    answer, asked = call.answer, call.request
+    events, rest = events_of(bytes(answer.body))
+    if rest and answer.complete:
+        yield f"its answer ends with half an event: {rest!r}"
+    if not answer.complete and (rest.startswith(_ERROR[: len(rest)]) or KEEP_ALIVE.startswith(rest)):
+        rest = b""  # the client has left in the middle of it
+    last = [position for position, event in enumerate(events) if event == DONE or event.startswith(_ERROR)]
+    if last and (last[0] != len(events) - 1 or rest):
+        yield f"something follows the last event: {b''.join(events[last[0] :]) + rest!r}"
+        return
+    if not last and answer.complete:
+        yield f"its stream ends with neither [DONE] nor an error: {events[-1:]!r}"
+    done = bool(last) and events[-1] == DONE
+    said = events[:-1] if last and not done else events
+    yield from _of_words(call, said, done=done)
+    if not call.onward:
+        yield from _of_bytes(call, b"".join(said) + rest, done=done)
+    if call.quiet_s > call.keep_alive_s + _EPSILON_S and answer.complete:
+        yield f"it was quiet for {call.quiet_s:.3f} s; keep_alive_s is {call.keep_alive_s:g}"
+    if done and answer.complete:
+        yield from _is_complete(call)
+        if (call.events, call.bytes) != (len(events), sum(map(len, events))) and not call.left:
+            yield f"its exchange counts {call.events} events, {call.bytes} bytes; there are {len(events)}: {events!r}"
+    elif last and answer.complete:
+        yield from _of_code(world, call, msgspec.json.decode(events[-1][6:])["error"]["code"])
+    if call.outcome == "complete" and not done and not call.left and not call.stalled:
+        yield f"the exchange was settled as complete, and the client of {asked.id} has no [DONE]"
+
+
+def _of_bytes(call: Call, got: bytes, *, done: bool) -> Iterator[str]:
+    """A stream that one provider has given is what that provider said, byte for byte."""
+    name = _NAME.search(got)
+    if name is None:
+        if got:
+            yield f"nobody said {got!r}"
+        return
+    upstream, reply = call.replies[int(name[2])]
+    expected = _public(call, upstream, reply.body)
+    if int(name[1]) != call.request.number or not expected.startswith(got) or (done and got != expected):
+        yield f"its answer is {got!r}, and {upstream} said {expected!r}"
+    told = call.answer.headers.get("x-trigate-upstream")
+    if told != upstream and not call.answer.body.startswith(KEEP_ALIVE):  # which went out before it was known
+        yield f"its head says that {told} answers, and {upstream} does"
+    if done and not reply.whole:
+        yield f"its stream is complete, and that of {upstream} was not"
+
+
+def _of_words(call: Call, events: list[bytes], *, done: bool) -> Iterator[str]:
+    """What is said is the text, whoever says it, or the beginning of it."""
+    names, roles = set(), 0
+    for value in _decoded(events):
+        names.add(value["id"])
+        roles += sum("role" in choice["delta"] for choice in value["choices"])
+        if value["model"] != call.request.model:
+            yield f"an event names the model {value['model']}"
+    text = text_of(events)
+    if not call.request.text.startswith(text) or (done and text != call.request.text):
+        yield f"it says {text!r}, and should say {call.request.text!r}"
+    if len(names) > 1 or roles > 1:
+        yield f"its events are of {sorted(names)}, and {roles} say who speaks"
+
+
+def _of_json(call: Call) -> Iterator[str]:
+    got = bytes(call.answer.body)
+    expected = [_public(call, upstream, reply.body) for upstream, reply in call.replies if reply.whole]
+    if not any(each.startswith(got) and (len(each) == len(got) or not call.answer.complete) for each in expected):
+        yield f"its answer is {got!r}, and providers said {expected!r}"
+    if call.answer.complete:
+        yield from _is_complete(call)
+
+
+def _of_speech(call: Call) -> Iterator[str]:
+    got, asked = bytes(call.answer.body), call.request
+    if not asked.speech.startswith(got) or (call.answer.complete and got != asked.speech):
+        yield f"it got {len(got)} bytes, of {len(asked.speech)}, and not the right ones"
+    if call.answer.complete:
+        yield from _is_complete(call)

@@ -1,0 +1,463 @@
+"""One simulated world: gateways that open, serve, reload and end, and clients and providers around them.
+
+What is real: the gateway with all its services, its HTTP server (`server._Server`, `http1`), its HTTP client
+(`transport`, llhttp) and its engine (`relay`). What is not: the network, the time, chance. Everything happens in one
+thread, in virtual time, in an order that follows from the seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import attrs
+import structlog
+import trio
+import trio._core._run as scheduler
+from trio.testing import MockClock
+
+from simulator import invariants, lots, provider
+from simulator.clients import Call, run_client
+from simulator.pipes import End, SocketEnd, pair, socket_pair
+from trigate import config as configuration
+from trigate import poller, server, storage
+from trigate.application import create_app
+from trigate.config import Config
+from trigate.exchange import Exchange
+from trigate.gateway import Gateway, Generation, open_gateway
+
+CLIENTS = 24
+CALLS_OF_A_LIFE = (50, 350)
+_LAST_LINES = 60
+_CLIENT_BYTES = 700
+_SETTLES_S = 30.0
+"""So long after the end of its server, nothing may go on in a gateway."""
+_ERRORS = ("error", "critical", "exception")
+
+
+class Violation(AssertionError):
+    """Something that must hold did not.
+
+    Attributes:
+        lines: What happened last.
+    """
+
+    def __init__(self, what: str, *, seed: int, requests: int, lines: list[str]) -> None:
+        super().__init__(f"seed {seed}, {requests} requests: {what}")
+        self.what = what
+        self.seed = seed
+        self.lines = lines
+
+
+class Trace:
+    """Everything that happens, in a hash."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self.closed = False
+        self.lines: deque[str] = deque(maxlen=_LAST_LINES)
+
+    def note(self, what: str, *details: object) -> None:
+        """Adds a line, unless it has been closed."""
+        if self.closed:
+            return
+        line = f"{trio.current_time():.6f} {what} {' '.join(map(str, details))}"
+        self.lines.append(line)
+        self._hash.update(line.encode(errors="surrogatepass") + b"\n")
+
+    @property
+    def digest(self) -> str:
+        """Of all lines."""
+        return self._hash.hexdigest()
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """A simulation without a violation.
+
+    Attributes:
+        asked: How many requests the clients made.
+        turned_away: How many of those that were to be made found nobody who took them.
+        outcomes: Of the exchanges.
+        statuses: Of the answers; 0 = none.
+        whys: Of the attempts.
+        steps: After how many the invariants were checked.
+        lives: How many gateways there were, one after the other.
+        reloads: How many configurations besides the first ones of the gateways.
+        virtual_s: How long it took there.
+        digest: Of the trace.
+    """
+
+    asked: int
+    turned_away: int
+    outcomes: Counter[str]
+    statuses: Counter[int]
+    whys: Counter[str]
+    steps: int
+    lives: int
+    reloads: int
+    virtual_s: float
+    digest: str
+
+    def __str__(self) -> str:
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in self.outcomes.most_common())
+        return (
+            f"{self.asked} requests ({outcomes}), {self.lives} gateways, {self.reloads} reloads, {self.steps} steps, "
+            f"{self.virtual_s:.0f} virtual seconds, trace {self.digest[:16]}"
+        )
+
+
+def simulate(seed: int, requests: int) -> Report:
+    """Runs a world to its end.
+
+    Raises:
+        Violation: Something that must hold did not.
+    """
+    world = World(seed, requests)
+    try:
+        with _deterministic(seed), _listening(world):
+            trio.run(world.run, clock=MockClock(autojump_threshold=0), instruments=[_Steps(world)])
+    except Exception as error:
+        if world.violation is None:
+            raise world.as_violation(f"it crashed: {error!r}") from error
+    if world.violation is not None:
+        raise world.as_violation(world.violation)
+    return world.report()
+
+
+@contextlib.contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """Makes Trio's order of tasks follow from the seed: tasks that can run run in a shuffled order, as they do for
+    Hypothesis."""
+    before, state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc] # as trio's own switch for it does
+    scheduler._r.seed(f"{seed}/order")
+    close_s, poller.CLOSE_S = poller.CLOSE_S, 0.0  # the poller looks at the real clock for this only
+    try:
+        yield
+    finally:
+        poller.CLOSE_S = close_s
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before  # type: ignore[misc] # as above
+        scheduler._r.setstate(state)
+
+
+@contextlib.contextmanager
+def _listening(world: World) -> Iterator[None]:
+    """Has the world hear the log."""
+    before = structlog.get_config()
+    structlog.configure(processors=[world.hear], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+class _Steps(trio.abc.Instrument):
+    """Has the invariants checked after each step: when no task can run until something comes, or time goes on."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def before_io_wait(self, timeout: float) -> None:
+        if not scheduler.GLOBAL_RUN_CONTEXT.runner.runq:
+            self._world.check()
+
+
+class _Ordered(dict[Any, None]):
+    """A set that keeps the order in which things were added: the order of sets follows addresses."""
+
+    def add(self, each: Any) -> None:
+        self[each] = None
+
+    def discard(self, each: Any) -> None:
+        self.pop(each, None)
+
+
+class World:
+    """See the module."""
+
+    def __init__(self, seed: int, requests: int) -> None:
+        self.seed = seed
+        self.requests = requests
+        self.trace = Trace()
+        self.violation: str | None = None
+        self.dials = itertools.count()
+        self.calls: dict[str, Call] = {}
+        self.in_app: dict[str, Call] = {}
+        self.open: dict[provider.Open, None] = {}
+        self.lines: list[provider.Line] = []
+        self.generations: list[Generation] = []
+        self.accepted: list[Callable[[], bool]] = []
+        self.settled: Counter[tuple[str, str]] = Counter()
+        self.stopping = self.broken_off = False
+        self.nursery: trio.Nursery
+        self._gateway: Gateway | None = None
+        self._accept: Callable[[trio.abc.Stream], None] | None = None
+        self._scope = trio.CancelScope()
+        self._asked = self._turned_away = self._steps = self._lives = self._reloads = 0
+        self._life_ends_at = self._stop_at = 0
+        self._configurations = 0
+        self._config: Config
+        self._reloads_at: set[int] = set()
+        self._stop = trio.Event()
+        self._outcomes: Counter[str] = Counter()
+        self._statuses: Counter[int] = Counter()
+        self._whys: Counter[str] = Counter()
+        self._ports = itertools.count(10_000)
+        self._ended_s = 0.0
+
+    # -- what goes wrong ----------------------------------------------------------------------------------------------
+
+    def violate(self, what: str) -> None:
+        """Notes that something does not hold, and ends the world; only the first counts."""
+        if self.violation is None:
+            self.violation = what
+            self.trace.closed = True
+            self._scope.cancel()
+
+    def as_violation(self, what: str) -> Violation:
+        """What `simulate` raises."""
+        return Violation(what, seed=self.seed, requests=self.requests, lines=list(self.trace.lines))
+
+    def check(self) -> None:
+        """After each step."""
+        gateway = self._gateway
+        if gateway is None or self.violation is not None:
+            return
+        self._steps += 1
+        if self.generations[-1:] != [gateway.generation]:
+            self.generations.append(gateway.generation)
+        if len(self.generations) > 1:
+            self.generations = [
+                each for each in self.generations if each is gateway.generation or not invariants.is_closed(each)
+            ]
+        for what in invariants.of_step(self, gateway):
+            self.violate(what)
+
+    def hear(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:  # Any: structlog's
+        """Takes a line of the log."""
+        if method in _ERRORS:
+            self.violate(f"logged at {method}: {entry}")
+        elif method == "warning":
+            self.trace.note("warning", entry["event"])
+        raise structlog.DropEvent
+
+    def report(self) -> Report:
+        """What has happened."""
+        return Report(
+            asked=self._asked,
+            turned_away=self._turned_away,
+            outcomes=self._outcomes,
+            statuses=self._statuses,
+            whys=self._whys,
+            steps=self._steps,
+            lives=self._lives,
+            reloads=self._reloads,
+            virtual_s=self._ended_s,
+            digest=self.trace.digest,
+        )
+
+    # -- the calls ----------------------------------------------------------------------------------------------------
+
+    def next_request(self) -> lots.Request | None:
+        """What a client asks next; None = nothing more, in this life."""
+        if self._asked + self._turned_away >= self._life_ends_at or self._accept is None:
+            return None
+        number = self._asked + self._turned_away
+        self._asked += 1
+        if number in self._reloads_at and self._gateway is not None:
+            self._configurations += 1
+            self._reloads += 1
+            self._config = self._configuration()
+            self.trace.note("reload", self._configurations)
+            self._gateway.reload_soon()
+        if number + 1 >= self._stop_at:
+            self._stop.set()
+        return lots.request(self.seed, number)
+
+    def connect(self) -> End | SocketEnd | None:
+        """Connects to the gateway; None = nobody listens."""
+        if self._accept is None:
+            return None
+        port = next(self._ports)
+        if lots.is_plain(self.seed, "client", port):
+            one, other = socket_pair(capacity=_CLIENT_BYTES)
+            accepted = trio.SocketStream(trio.socket.from_stdlib_socket(one))
+            self.accepted.append(lambda: accepted.socket.fileno() != -1)
+            self._accept(accepted)
+            return SocketEnd(other)
+        near, far = pair(("10.1.0.1", port), ("10.0.0.1", 18888), capacity=_CLIENT_BYTES)
+        self.accepted.append(lambda: not far.closed)
+        self._accept(far)
+        return near
+
+    def note_turned_away(self, request: lots.Request) -> None:
+        """Nobody listened."""
+        self._asked -= 1
+        self._turned_away += 1
+        self.trace.note("turned away", request.id)
+
+    def begin(self, call: Call) -> None:
+        """A client makes a call."""
+        self.calls[call.request.id] = call
+        self.trace.note("call", call.request.id, call.request.model, call.request.kind)
+        if call.request.ended_s < 60.0:
+            self.nursery.start_soon(self._end_call, call)
+
+    async def _end_call(self, call: Call) -> None:
+        await trio.sleep(call.request.ended_s)
+        gateway = self._gateway
+        if gateway is not None and not call.over:
+            found = await gateway.streams.end(owner=call.request.key, stream=call.request.id)
+            self.trace.note("end", call.request.id, found.ended)
+
+    def judge(self, call: Call) -> None:
+        """Judges a call that is over at both ends."""
+        if not call.over or call.returned < call.entered or self.violation is not None:
+            return
+        answer = call.answer
+        self.trace.note(
+            "over",
+            call.request.id,
+            answer.status,
+            call.outcome,
+            "left" if call.left else "complete" if answer.complete else "broken",
+            hashlib.sha256(answer.body).hexdigest()[:16],
+        )
+        if not call.judged:
+            self._statuses[answer.status] += 1
+        call.judged = True  # it may come again: a server reads what a client that has left has asked
+        for what in invariants.of_call(self, call):
+            self.violate(f"{call.request.id}, {call.request.kind} of {call.request.model}: {what}")
+
+    def _app(self, app: Any) -> Any:  # Any: an ASGI app
+        """The app, as far as one can see from outside when a call is in it."""
+
+        async def watched(scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI
+            name = dict(scope["headers"])[b"x-request-id"].decode()
+            call = self.calls[name]
+            call.entered += 1
+            self.in_app[name] = call
+            try:
+                await app(scope, receive, send)
+            finally:
+                del self.in_app[name]
+                call.returned = True
+                self.judge(call)
+
+        return watched
+
+    def _watch(self, gateway: Gateway) -> None:
+        """Sees each exchange come and go."""
+        admit, settle = gateway.admit, gateway.settle
+
+        def admitted(exchange: Exchange) -> None:
+            call = self.calls[exchange.id]
+            admit(exchange)
+            call.admitted += 1
+            call.admitted_at = trio.current_time()
+            call.keep_alive_s = exchange.generation.config.limits.keep_alive_s
+            call.total_s = exchange.generation.route(exchange.call.model).total_timeout_s
+
+        def settled(exchange: Exchange) -> None:
+            call = self.calls[exchange.id]
+            was_live = exchange in gateway.live
+            settle(exchange)
+            self.settled[exchange.id, str(exchange.outcome)] += 1
+            if was_live or call.settled:
+                call.settled += 1
+            call.outcome, call.events, call.bytes = exchange.outcome, exchange.events, exchange.bytes_sent
+            call.onward = any(attempt.step.why == "continue" for attempt in exchange.attempts)
+            self._outcomes[str(exchange.outcome)] += 1
+            self._whys.update(attempt.step.why for attempt in exchange.attempts)
+            self.trace.note("settled", exchange.id, exchange.outcome, len(exchange.attempts), exchange.bytes_sent)
+
+        gateway.admit, gateway.settle = admitted, settled  # type: ignore[method-assign]
+
+    # -- its life -----------------------------------------------------------------------------------------------------
+
+    def _configuration(self) -> Config:
+        tables = lots.configuration(self.seed, self._configurations)
+        return configuration.structure(tables, env={}, source="simulator")
+
+    async def run(self) -> None:
+        """Has one gateway after the other, until all requests have been made."""
+        with self._scope:
+            while self._asked + self._turned_away < self.requests:
+                await self._live()
+        self._ended_s = trio.current_time()
+
+    async def _live(self) -> None:
+        rng = lots.lot(self.seed, "life", self._lives)
+        self._lives += 1
+        self._configurations += 1
+        self._config = self._configuration()
+        begun = self._asked + self._turned_away
+        calls = min(rng.randint(*CALLS_OF_A_LIFE), self.requests - begun)
+        self._life_ends_at = begun + calls
+        self._stop_at = self._life_ends_at - (rng.randint(0, 20) if rng.random() < 0.8 else 0)
+        self._reloads_at = {begun + rng.randrange(calls) for _ in range(rng.randint(0, 3))}
+        self._stop = trio.Event()
+        self.stopping = self.broken_off = False
+        self.settled = Counter()
+        self.lines, self.generations, self.accepted = [], [], []
+        self.calls = {}
+        app = create_app(
+            opener=lambda: open_gateway(
+                self._config,
+                env={"TRIGATE_STORE": storage.MEMORY},
+                transports=provider.lines(self),
+                adjust=lambda _: self._config,
+            )
+        )
+        self.trace.note("opens", self._lives, calls)
+        asgi: Any = app  # Any: hypercorn's ASGI types are not those of the server
+        async with trio.open_nursery() as self.nursery:
+            async with server.open_lifespan(asgi) as state:
+                gateway = app.gateway
+                gateway.chance = lots.lot(self.seed, "chance", self._lives).random
+                self._watch(gateway)
+                self.generations = [gateway.generation]
+                self._gateway = gateway
+                await self._serve(self._app(asgi), state, rng)
+                await trio.sleep(_SETTLES_S)
+                self.check()
+                for what in invariants.of_ledger(self, await gateway.accounts.list(limit=self.requests + 1)):
+                    self.violate(what)
+                self._gateway = None
+            for what in invariants.of_end(self):
+                self.violate(what)
+            self.nursery.cancel_scope.cancel()
+        self.trace.note("closed")
+
+    async def _serve(self, app: Any, state: Any, rng: random.Random) -> None:  # Any: ASGI
+        """Serves, until the drain has ended; or breaks it off."""
+        serving = server._Server(app, self._config.server, None, state)
+        serving._live = _Ordered()  # type: ignore[assignment] # as far as it is used
+        breaks_off = rng.random() < 0.25
+        async with trio.open_nursery() as clients, trio.open_nursery() as nursery:
+            ended = trio.Event()
+
+            async def run(*, task_status: trio.TaskStatus[Any]) -> None:  # noqa: ASYNC128 - `_Server.run` calls it
+                await serving.run([], self._stop, task_status)
+                ended.set()
+
+            await nursery.start(run)
+            self._accept = lambda end: serving._start(end, nursery)  # type: ignore[arg-type] # a stream with a name
+            for _ in range(CLIENTS):
+                clients.start_soon(run_client, self)
+            await self._stop.wait()
+            self.trace.note("stops", "and breaks off" if breaks_off else "")
+            self.stopping = True
+            self._accept = None
+            if breaks_off:
+                await trio.sleep(rng.uniform(0.0, 2.0))
+                self.broken_off = True
+            else:
+                await ended.wait()
+            nursery.cancel_scope.cancel()
