@@ -256,7 +256,7 @@ class Accounts:
         await self.fold()
         return await self._store.exchanges.list(limit=limit, owner=owner, outcome=outcome, after=after)
 
-    async def end(self) -> None:
+    async def end(self) -> None:  # noqa: ASYNC910 - there may have been nothing
         """Brings in what is left. Where that fails it stays in the journal, for the next process."""
         try:
             with trio.move_on_after(END_TIMEOUT_S, shield=True):
