@@ -920,6 +920,9 @@ class Exchange:
     def _settle(self) -> None:
         """Accounts for the exchange, once: the totals and one log line."""
         self.gateway.settle(self)
+        log.info("exchange", **self._line())
+
+    def _line(self) -> dict[str, object]:
         said: dict[str, object] = {
             "request_id": self.id,
             "model": self.call.model,
@@ -937,4 +940,4 @@ class Exchange:
         if self.usage is not None:
             said["prompt_tokens"] = self.usage.prompt_tokens
             said["completion_tokens"] = self.usage.completion_tokens
-        log.info("exchange", **said)
+        return said
