@@ -316,7 +316,7 @@ class CoalescedExchange(Exchange):
             try:
                 await self._follow(flight)
             finally:
-                self._leave(flight)
+                self._leave()
 
     def _board(self, identity: bytes) -> Flight:
         flight = self._flight = self.gateway.flights.board(self, identity)
@@ -326,10 +326,11 @@ class CoalescedExchange(Exchange):
         self._boarded_at = trio.current_time()
         return flight
 
-    def _leave(self, flight: Flight) -> None:
-        self._note_upstream(flight)
-        self._flight = None
-        self.usage = flight.leave(self) or self.usage
+    def _leave(self) -> None:
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._note_upstream(flight)
+            self.usage = flight.leave(self) or self.usage
 
     async def _follow(self, flight: Flight) -> None:
         """Sends what comes of a flight, until it is over.
@@ -405,6 +406,15 @@ class CoalescedExchange(Exchange):
     def finishes(self) -> bool:
         """As `Exchange.finishes`, where nobody else waits for the flight: who leaves others to it may go."""
         return super().finishes and (self._flight is None or len(self._flight.waiters) == 1)
+
+    def abandon_upstream(self) -> bool:
+        """The client has left: so does the exchange its flight, now, so that the next one knows whether it is the last.
+
+        Returns:
+            False: it is to be cancelled at once.
+        """
+        self._leave()
+        return super().abandon_upstream()
 
     def finish_alone(self) -> None:
         """As `Exchange.finish_alone`; its flight need not wait for it any more."""
