@@ -121,6 +121,30 @@ async def test_tokens_are_accounted_once(open_app: OpenApp, autojump_clock: Mock
         assert {line["flight"] for line in lines} == {leader["request_id"]}
 
 
+@pytest.mark.parametrize("is_reported", [True, False])
+async def test_each_has_a_record_and_one_the_tokens(
+    open_app: OpenApp, autojump_clock: MockClock, is_reported: bool
+) -> None:
+    """Reported or counted, of a flight that is complete, and of one whose last client has left."""
+    script = (*SLOWLY[:3], *((Say(usage(3, 50)),) if is_reported else ()), Pause(1), Say(content("end")), Say(DONE))
+    async with open_app(config(), Provider(script)) as served:
+        calls = [ask(served) for _ in range(3)]
+        for call in calls:
+            await call.wait()
+        calls = [ask(served) for _ in range(3)]
+        await trio.sleep(1.5)
+        for call in calls:
+            call.disconnect()
+            await call.wait()
+        records = await served.gateway.accounts.list(limit=10)
+        assert [record.outcome for record in records] == ["cancelled"] * 3 + ["complete"] * 3
+        for flight in (records[:3], records[3:]):
+            [billed] = [record for record in flight if record.completion_tokens is not None]
+            assert billed.counted is not is_reported
+            assert (billed.completion_tokens == 50) is is_reported
+            assert all(record.bytes and len(record.attempts) == 1 for record in flight)
+
+
 @pytest.mark.parametrize("after_s", [0.5, 1.5, 2.5, 5.5, 6.5])
 async def test_a_late_joiner_gets_all_of_it(open_app: OpenApp, autojump_clock: MockClock, after_s: float) -> None:
     """What was sent already at once, then the rest as it comes. What has ended is not in flight: another call."""

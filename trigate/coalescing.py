@@ -181,11 +181,11 @@ class Flight:
         if self.sending_since is not None:
             self._moved.set()
 
-    def leave(self, waiter: CoalescedExchange) -> Usage | None:
+    def leave(self, waiter: CoalescedExchange) -> bool:
         """Ends the wait of one; where it is the last, and the flight in the air, that ends too.
 
         Returns:
-            What the provider has counted, where this one is to account for it.
+            Whether it is the one that accounts for what the provider has counted.
         """
         del self.waiters[waiter]
         self.note_moved()
@@ -193,9 +193,9 @@ class Flight:
             self._flights.close(self)
             self.scope.cancel()
         if self._accounted or (self.waiters and not self.ended):
-            return None
+            return False
         self._accounted = True
-        return self.exchange.counted
+        return True
 
     # -- for its exchange ---------------------------------------------------------------------------------------------
 
@@ -330,7 +330,8 @@ class CoalescedExchange(Exchange):
         flight, self._flight = self._flight, None
         if flight is not None:
             self._note_upstream(flight)
-            self.usage = flight.leave(self) or self.usage
+            self.is_billed = flight.leave(self)
+            self.usage = flight.exchange.counted if self.is_billed else None
 
     async def _follow(self, flight: Flight) -> None:
         """Sends what comes of a flight, until it is over.

@@ -187,6 +187,8 @@ class Exchange:
     error: GatewayError | None = None
     """What the client was told, or would have been."""
     recorder: Recorder | None = None
+    is_billed: bool = True
+    """The tokens of its upstream call are accounted with it, and not with another exchange that shares the call."""
     started_at: float = attrs.field(factory=trio.current_time)
     deadline_at: float = math.inf
     _begin_by: float = math.inf
