@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -216,7 +217,7 @@ async def test_long_journals_are_replaced(open_app: OpenApp, tmp_path: Path, mon
 
 
 def _rows(path: Path) -> list[tuple[str, str, str | None]]:
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db:
         return list(db.execute("SELECT request_id, outcome, ended_at FROM exchanges ORDER BY request_id"))
 
 

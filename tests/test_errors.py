@@ -39,6 +39,7 @@ from trigate.errors import (
     StoreUnavailable,
     Throttled,
     TooLarge,
+    TooSlow,
     Truncated,
     Unauthenticated,
     Unavailable,
@@ -83,6 +84,7 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (StoreUnavailable("disk full"), 503, "server_error", "store_unavailable"),
     (Draining("bye"), 503, "server_error", "draining"),
     (Stalled("asleep"), 503, "server_error", "client_stalled"),
+    (TooSlow("behind"), 503, "server_error", "client_too_slow"),
     (Internal("oops"), 500, "server_error", "internal_error"),
 ]
 each_sample = pytest.mark.parametrize("error", [sample[0] for sample in SAMPLES], ids=repr)

@@ -41,7 +41,7 @@ ROWS = (
     ("telegram", "slack"),
     ("adapter", "replies"),
     ("runs",),
-    ("performance",),
+    ("performance", "coalescing"),
     ("orders",),
     ("exchange", "callbacks"),
     ("attempt", "admission", "streams"),
@@ -58,7 +58,7 @@ ROWS = (
     ("sqlite_file",),
     ("ledger", "sqlite_tables", "history", "ingress", "journal"),
     ("answers", "store"),
-    ("plans",),
+    ("plans", "identity"),
     ("breaker", "retries"),
     ("wire", "routing", "slack_messages", "addresses", "telegram_messages"),
     ("request_parser", "response_head"),
@@ -72,7 +72,7 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
     *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
-    *("plans", "breaker", "retries", "overview"),
+    *("plans", "breaker", "retries", "overview", "identity"),
     *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
 )
 """No await, no clock, no randomness: time and seed are arguments."""

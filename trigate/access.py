@@ -98,6 +98,20 @@ class Head:
             )
         return bytes(key).decode()
 
+    def coalesce(self) -> bool | None:
+        """Whether the call may share the upstream call of another one (``x-coalesce``); None = it does not say.
+
+        Raises:
+            BadRequest: It is neither ``true`` nor ``false``.
+        """
+        given = self.headers.get(b"x-coalesce")
+        if given is None:
+            return None
+        said = given.strip().lower()
+        if said not in (b"true", b"false"):
+            raise BadRequest("x-coalesce must be true or false.", param="x-coalesce")
+        return bool(said == b"true")
+
     def timeout_s(self) -> float:
         """How long the client lets the whole call take (``x-request-timeout``, in seconds); ``math.inf`` = it does not
         say.

@@ -279,7 +279,7 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
     usage = exchange.usage
     if usage is not None:
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
-    elif exchange.bytes_sent or exchange.events:
+    elif exchange.is_billed and (exchange.bytes_sent or exchange.events):
         # Nobody has told. An event of a stream is about a token; of the rest, what messages are counted by.
         prompt = estimated_tokens(exchange.call.body)
         completion = exchange.events if exchange.call.stream else -(-exchange.bytes_sent // 4)

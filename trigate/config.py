@@ -181,6 +181,11 @@ class ModelConfig:
     """What becomes of the upstream's answer when the client leaves: cancelled, or taken to its end and accounted."""
     finish_timeout_s: Seconds = Seconds(60.0)
     """``finish``: how long that may take after the client has left."""
+    coalesce: bool = False
+    """Calls that are the same, made with the same key while one of them is in flight, share its upstream call; of those
+    alone for which the same answer is to be expected (``temperature`` 0, a seed)."""
+    coalesce_sampled: bool = False
+    """``coalesce``: also of those whose answer is drawn by chance."""
 
 
 @attrs.frozen(kw_only=True)

@@ -23,6 +23,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate import hooks
 from trigate.access import Head, authorize, cors_allows, cors_headers
+from trigate.coalescing import CoalescedExchange
 from trigate.config import Seconds
 from trigate.downstream import Downstream, Inbound, too_large
 from trigate.errors import (
@@ -115,6 +116,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
             said = content_type.decode("latin-1")[:100] or "none"
             raise UnsupportedMediaType(f"Content-Type must be application/json; got {said}.")
         session = head.session_key(endpoint)
+        coalesce = head.coalesce()
         timeout_s, sdk_timeout_s = head.timeout_s(), head.sdk_timeout_s()
         body = await self._read(head, inbound, down, max_bytes=gateway.generation.config.limits.body_bytes)
         if body is None:
@@ -137,7 +139,9 @@ class GatewayConnection(TrioASGIHTTPConnection):
 
             def exchange_for(call: Call, recorder: Recorder | None = None) -> Exchange:
                 nonlocal exchange
-                exchange = Exchange(
+                shares = call.model in gateway.generation.coalesced if coalesce is None else coalesce
+                kind = CoalescedExchange if shares and recorder is None else Exchange
+                exchange = kind(
                     id=request_id,
                     call=call,
                     gateway=gateway,

@@ -15,7 +15,7 @@ The tree::
     │                                                   UpstreamTimeout 504* · Garbled 502* · Truncated 502*
     │                                                   Reported 502* (an error event of its stream)
     └─ Fault                the gateway, or its state   Overloaded 503 · StoreUnavailable 503 · Draining 503
-                                                        Stalled 503 · Internal 500
+                                                        Stalled 503 (TooSlow) · Internal 500
 
 ``*`` = retryable: another target may be tried, as long as nothing of an answer has been sent.
 
@@ -510,6 +510,12 @@ class Stalled(Fault):
     status = 503
     code = "client_stalled"
     blame = "client"
+
+
+class TooSlow(Stalled):
+    """The client has fallen too far behind those with whom it shares an upstream call."""
+
+    code = "client_too_slow"
 
 
 class Internal(Fault):

@@ -187,6 +187,8 @@ class Exchange:
     error: GatewayError | None = None
     """What the client was told, or would have been."""
     recorder: Recorder | None = None
+    is_billed: bool = True
+    """The tokens of its upstream call are accounted with it, and not with another exchange that shares the call."""
     started_at: float = attrs.field(factory=trio.current_time)
     deadline_at: float = math.inf
     _begin_by: float = math.inf
@@ -920,6 +922,9 @@ class Exchange:
     def _settle(self) -> None:
         """Accounts for the exchange, once: the totals and one log line."""
         self.gateway.settle(self)
+        log.info("exchange", **self._line())
+
+    def _line(self) -> dict[str, object]:
         said: dict[str, object] = {
             "request_id": self.id,
             "model": self.call.model,
@@ -937,4 +942,4 @@ class Exchange:
         if self.usage is not None:
             said["prompt_tokens"] = self.usage.prompt_tokens
             said["completion_tokens"] = self.usage.completion_tokens
-        log.info("exchange", **said)
+        return said

@@ -33,6 +33,7 @@ from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels import Channels, open_channels
+from trigate.coalescing import Flights, open_flights
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.hooks import Hooks
@@ -158,6 +159,7 @@ class Generation:
         self.aliases = {
             alias: tuple(Target.parse(target) for target in model.targets) for alias, model in config.models.items()
         }
+        self.coalesced = frozenset(alias for alias, model in config.models.items() if model.coalesce)
         self._routes: dict[str, Route] = {}
         self.exchanges = 0
         self.created = int(time.time())
@@ -374,6 +376,7 @@ class Gateway:
         self.workers: Workers
         self.sessions: Sessions
         self.streams: Streams
+        self.flights: Flights
         self.runs: Runs
         self.callbacks: Callbacks
         self.outbox: Outbox
@@ -628,9 +631,10 @@ async def _running(
             await nursery.start(gateway.run_generations, first, transports)
             nursery.start_soon(gateway.admission.run)
             try:
-                # Runs have exchanges, so they end before the generations; and they adopt, so they are there before
-                # anybody joins the other workers.
+                # Flights and runs have exchanges, so they end before the generations; and runs adopt, so they are there
+                # before anybody joins the other workers.
                 async with (
+                    open_flights(gateway) as gateway.flights,
                     open_runs(gateway) as gateway.runs,
                     open_channels(gateway, http_transport) as gateway.channels,
                 ):
