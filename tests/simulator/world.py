@@ -204,7 +204,7 @@ class World:
         self._configurations = 0
         self._config: Config
         self._reloads_at: set[int] = set()
-        self._stop = trio.Event()
+        self._end = server.End()
         self._outcomes: Counter[str] = Counter()
         self._statuses: Counter[int] = Counter()
         self._whys: Counter[str] = Counter()
@@ -277,7 +277,7 @@ class World:
             self.trace.note("reload", self._configurations)
             self._gateway.reload_soon()
         if number + 1 >= self._stop_at:
-            self._stop.set()
+            self._end.stop_now()
         return lots.request(self.seed, number)
 
     def connect(self) -> End | SocketEnd | None:
@@ -402,7 +402,7 @@ class World:
         self._life_ends_at = begun + calls
         self._stop_at = self._life_ends_at - (rng.randint(0, 20) if rng.random() < 0.8 else 0)
         self._reloads_at = {begun + rng.randrange(calls) for _ in range(rng.randint(0, 3))}
-        self._stop = trio.Event()
+        self._end = server.End()
         self.stopping = self.broken_off = False
         self.settled = Counter()
         self.lines, self.generations, self.accepted = [], [], []
@@ -444,14 +444,14 @@ class World:
             ended = trio.Event()
 
             async def run(*, task_status: trio.TaskStatus[Any]) -> None:  # noqa: ASYNC128 - `_Server.run` calls it
-                await serving.run([], self._stop, task_status)
+                await serving.run([], self._end, None, task_status)
                 ended.set()
 
             await nursery.start(run)
             self._accept = lambda end: serving._start(end, nursery)  # type: ignore[arg-type] # a stream with a name
             for _ in range(CLIENTS):
                 clients.start_soon(run_client, self)
-            await self._stop.wait()
+            await self._end.begun.wait()
             self.trace.note("stops", "and breaks off" if breaks_off else "")
             self.stopping = True
             self._accept = None
