@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trigate import journal
-from trigate.journal import Journal, Orphan, line_of, records_of, take_orphans
+from trigate.journal import Journal, Orphan, records_of, take_orphans
 from trigate.store import ExchangeRecord
 
 
@@ -51,8 +51,8 @@ def test_lines_come_back(store: str) -> None:
     """In order, in slices of whole lines, a long one too."""
     written = Journal(store, "w")
     for number in range(2000):
-        written.write(line_of(begun(number)))
-    written.write(line_of(begun(2000, model="x" * 3 * journal.SLICE_BYTES)))
+        written.write(begun(number).encode())
+    written.write(begun(2000, model="x" * 3 * journal.SLICE_BYTES).encode())
     assert read(written) == [f"ex_{number}" for number in range(2001)]
     assert next(written.slices())[7] == begun(7)
     written.close(remove=True)
@@ -62,7 +62,7 @@ def test_lines_come_back(store: str) -> None:
 def test_what_was_not_kept_stays(store: str) -> None:
     """A journal that is closed before all of it is kept is the next one's orphan."""
     written = Journal(store, "w")
-    written.write(line_of(begun(1)))
+    written.write(begun(1).encode())
     assert os.stat(written.path).st_mode & 0o077 == 0
     with take_orphans(store) as orphans:
         assert orphans == []  # its process lives
@@ -76,11 +76,11 @@ def test_what_was_not_kept_stays(store: str) -> None:
 def test_the_next_file_begins_with_what_is_live(store: str) -> None:
     """And the one before it is gone."""
     written = Journal(store, "w")
-    written.write(line_of(begun(1)))
-    written.write(line_of(begun(2)))
+    written.write(begun(1).encode())
+    written.write(begun(2).encode())
     written.turn([begun(2)])
     assert files(store) == ["a[b]*.db-exchanges-w.1"]
-    written.write(line_of(begun(3)))
+    written.write(begun(3).encode())
     assert read(written) == ["ex_2", "ex_3"]
     written.close(remove=True)
 
@@ -88,7 +88,7 @@ def test_the_next_file_begins_with_what_is_live(store: str) -> None:
 def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one before it goes on."""
     written = Journal(store, "w")
-    written.write(line_of(begun(1)))
+    written.write(begun(1).encode())
 
     def full(line: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch
         written.turn([begun(1)])
     monkeypatch.undo()
     assert files(store) == ["a[b]*.db-exchanges-w.0"]
-    written.write(line_of(begun(2)))
+    written.write(begun(2).encode())
     assert read(written) == ["ex_1", "ex_2"]
     written.close(remove=True)
 
@@ -106,13 +106,13 @@ def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch
 def test_a_line_that_does_not_fit(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is left: the next one begins where it began."""
     written = Journal(store, "w")
-    written.write(line_of(begun(1)))
+    written.write(begun(1).encode())
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
         with pytest.raises(OSError, match="No space"):
-            written.write(line_of(begun(2)))
-    written.write(line_of(begun(3)))
+            written.write(begun(2).encode())
+    written.write(begun(3).encode())
     assert read(written) == ["ex_1", "ex_3"]
     written.close(remove=True)
 
@@ -120,7 +120,7 @@ def test_a_line_that_does_not_fit(store: str, monkeypatch: pytest.MonkeyPatch) -
 def test_damage_is_left_out(logs: Any) -> None:
     """The lines around it are kept."""
     logs.expect_error("journal_damaged")
-    lines = line_of(begun(1)) + b"\0\0\0 nonsense\n" + line_of(begun(2))
+    lines = begun(1).encode() + b"\n\0\0\0 nonsense\n" + begun(2).encode() + b"\n"
     assert [each.id for each in records_of(lines)] == ["ex_1", "ex_2"]
     assert len(logs.named("journal_damaged")) == 1
 
@@ -130,7 +130,7 @@ def _write_for_ever(store: str, said: Connection) -> None:
     number = 0
     while True:
         number += 1
-        written.write(line_of(begun(number)))
+        written.write(begun(number).encode())
         said.send_bytes(b"%d" % number)
 
 

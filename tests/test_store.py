@@ -868,14 +868,15 @@ def record(number: int, **changes: Any) -> ExchangeRecord:
 async def test_records_come_back_as_they_were(store: Store) -> None:
     """Every field, the last kept first."""
     records = [record(1), record(2, outcome="lost", ended_at=None, status=None, stream=False, counted=True)]
-    await store.exchanges.put(records)
+    await store.exchanges.put([each.encode() for each in records])
     assert await store.exchanges.list(limit=10) == records[::-1]
 
 
 async def test_a_record_is_kept_once(store: Store) -> None:
     """One that is there stays as it is, but for a lost one, of which more is known now."""
-    await store.exchanges.put([record(1), record(2, outcome="lost")])
-    await store.exchanges.put([record(1, outcome="lost"), record(1, events=9), record(2, outcome="cancelled")])
+    await store.exchanges.put([record(1).encode(), record(2, outcome="lost").encode()])
+    later = [record(1, outcome="lost"), record(1, events=9), record(2, outcome="cancelled")]
+    await store.exchanges.put([each.encode() for each in later])
     assert [(each.id, each.outcome, each.events) for each in await store.exchanges.list(limit=10)] == [
         ("ex_2", "cancelled", 5),
         ("ex_1", "complete", 5),
@@ -885,7 +886,10 @@ async def test_a_record_is_kept_once(store: Store) -> None:
 async def test_records_are_paged_and_chosen(store: Store) -> None:
     """By owner, by outcome, and behind one; behind one that there is not, there is nothing."""
     await store.exchanges.put(
-        [record(n, owner="a" if n % 2 else "b", outcome="lost" if n % 3 == 0 else "complete") for n in range(1, 10)]
+        [
+            record(n, owner="a" if n % 2 else "b", outcome="lost" if n % 3 == 0 else "complete").encode()
+            for n in range(1, 10)
+        ]
     )
 
     async def listed(**asked: Any) -> list[int]:
@@ -902,7 +906,7 @@ async def test_records_are_paged_and_chosen(store: Store) -> None:
 
 async def test_old_records_are_forgotten(store: Store) -> None:
     """By age, and the oldest beyond a number."""
-    await store.exchanges.put([record(n) for n in range(1, 2501)])
+    await store.exchanges.put([record(n).encode() for n in range(1, 2501)])
     assert await store.prune(attrs.evolve(ALL, exchanges_before=1001.0, max_exchanges=10_000)) == 1000
     assert await store.prune(attrs.evolve(ALL, max_exchanges=3)) == 1497
     assert [each.id for each in await store.exchanges.list(limit=10)] == ["ex_2500", "ex_2499", "ex_2498"]

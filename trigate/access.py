@@ -157,6 +157,8 @@ def _seconds(given: bytes) -> float | None:
     >>> _seconds(b"2.5"), _seconds(b"0"), _seconds(b"1e999"), _seconds(b"soon")
     (2.5, None, None, None)
     """
+    if not given:
+        return None
     try:
         seconds = float(given)
     except ValueError:

@@ -19,7 +19,7 @@ import itertools
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +30,7 @@ import trio
 from trigate.config import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.history import estimated_tokens
-from trigate.journal import Journal, line_of, take_orphans
+from trigate.journal import Journal, take_orphans
 from trigate.storage import MEMORY
 from trigate.store import LOST, AttemptRecord, ExchangeRecord, Store
 
@@ -51,7 +51,7 @@ TURN_BYTES = 4 * 1024 * 1024
 """How long a journal becomes before the next one is begun."""
 MAX_WAITING = 10_000
 """Records in memory."""
-SLICE = 500
+SLICE = 2000
 """Records that are brought in at once."""
 _MAX_NAME = 256  # of a model: clients write what they like
 
@@ -87,7 +87,7 @@ class Accounts:
         self._live: dict[Exchange, ExchangeRecord] = {}
         self._journal: Journal | None = None
         self._retry_at = -math.inf
-        self._waiting: list[ExchangeRecord] = []
+        self._waiting: list[bytes] = []
         self._is_behind = False
         """Records are in the journal that neither wait nor are in the store."""
         self._error: str | None = None
@@ -135,7 +135,7 @@ class Accounts:
         )
         self._begun += 1
         if self._path != MEMORY:
-            self._note(record)
+            self._note(record.encode())
 
     def settle(self, exchange: Exchange) -> None:
         """Notes what became of it; of one that was refused at the door as well."""
@@ -143,7 +143,7 @@ class Accounts:
         if begun is None:
             return
         self._settled += 1
-        record = _settled(begun, exchange)
+        record = _settled(begun, exchange).encode()
         is_safe = self._note(record)
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(record)
@@ -154,14 +154,14 @@ class Accounts:
         if not self._wake.is_set():
             self._wake.set()
 
-    def _note(self, record: ExchangeRecord) -> bool:
+    def _note(self, record: bytes) -> bool:
         """Writes a line; returns whether it was."""
         try:
             if self._journal is None:
                 if self._path == MEMORY or trio.current_time() < self._retry_at:
                     return False
                 self._journal = Journal(self._path, self._worker)
-            self._journal.write(line_of(record))
+            self._journal.write(record)
         except OSError as error:
             self._retry_at = trio.current_time() + RETRY_S
             self._degrade(error)
@@ -211,8 +211,8 @@ class Accounts:
             if journal is not None and self._is_behind:
                 self._is_behind = False
                 try:
-                    for records in journal.slices():
-                        await self._store.exchanges.put([each for each in records if each.outcome != LOST])
+                    for written in journal.slices():
+                        await self._store.exchanges.put(_of_the_settled(written))
                 except BaseException:
                     self._is_behind = True
                     raise
@@ -238,8 +238,8 @@ class Accounts:
                         else:
                             lost.pop(record.id, None)
                             settled += 1
-                    await self._store.exchanges.put([record for record in records if record.outcome != LOST])
-                await self._store.exchanges.put(list(lost.values()))
+                    await self._store.exchanges.put(_of_the_settled(records))
+                await self._store.exchanges.put([record.encode() for record in lost.values()])
                 self._lost += len(lost)
                 if lost:
                     log.warning("exchanges_lost", count=len(lost), settled=settled, journal=orphan.path)
@@ -271,6 +271,10 @@ class Accounts:
             self._dropped += len(self._waiting)
         if self._dropped:
             log.error("records_dropped", count=self._dropped)
+
+
+def _of_the_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
+    return [record.encode() for record in records if record.outcome != LOST]
 
 
 def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:

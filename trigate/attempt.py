@@ -34,6 +34,7 @@ class Attempt:
     """
 
     step: Step
+    target: Target
     started_at: float
     phase: str = "queued"
     outcome: str | None = None
@@ -55,11 +56,6 @@ class Attempt:
     half: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     cause: GatewayError | None = None
     """Why its half was cancelled."""
-
-    @property
-    def target(self) -> Target:
-        """Where it goes."""
-        return self.step.target
 
     def cut(self, error: GatewayError) -> None:
         """Ends it now, for this reason. Only the first one counts."""

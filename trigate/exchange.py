@@ -392,7 +392,7 @@ class Exchange:
         Returns:
             Why it failed; returned, since a nursery would make a group of it.
         """
-        attempt = Attempt(step=step, started_at=trio.current_time())
+        attempt = Attempt(step=step, target=step.target, started_at=trio.current_time())
         self.attempts.append(attempt)
         self._live.append(attempt)
         if self._winner is None:

@@ -29,13 +29,7 @@ log = structlog.get_logger("trigate.journal")
 SLICE_BYTES = 128 * 1024
 """How much is read at once: half a millisecond's work."""
 
-_encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(ExchangeRecord)
-
-
-def line_of(record: ExchangeRecord) -> bytes:
-    """A record as a line of a journal."""
-    return _encoder.encode(record) + b"\n"
 
 
 def records_of(lines: bytes) -> list[ExchangeRecord]:
@@ -84,8 +78,9 @@ class Journal:
             os.close(fd)
         self.path, self._fd, self.size = path, fd, 0
 
-    def write(self, line: bytes) -> None:
-        """Adds a line: the whole of it, or nothing."""
+    def write(self, record: bytes) -> None:
+        """Adds a line, which is a record (`ExchangeRecord.encode`): the whole of it, or nothing."""
+        line = record + b"\n"
         written = os.write(self._fd, line)
         if written < len(line):  # the disk is full, but for some bytes
             os.ftruncate(self._fd, self.size)
@@ -102,7 +97,7 @@ class Journal:
         self._open()
         try:
             for record in live:
-                self.write(line_of(record))
+                self.write(record.encode())
         except OSError:  # the old one is whole: it goes on
             os.unlink(self.path)
             os.close(self._fd)

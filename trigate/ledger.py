@@ -126,7 +126,7 @@ class Tables(Protocol):
         """Drops it with its tickets, and takes its channels from it."""
 
     # exchanges
-    def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None: ...
+    def put_exchanges(self, records: Sequence[bytes]) -> None: ...
     def exchanges(
         self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
     ) -> Sequence[ExchangeRecord]: ...
@@ -628,7 +628,7 @@ class _Exchanges:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def put(self, records: Sequence[ExchangeRecord]) -> Write[None]:
+    def put(self, records: Sequence[bytes]) -> Write[None]:
         return self._ledger.write(lambda tables: tables.put_exchanges(records), durable=False)
 
     async def list(

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import attrs
+import msgspec
 import trio
 
 from trigate.errors import StoreUnavailable
@@ -35,6 +36,8 @@ from trigate.store import (
 
 T = TypeVar("T")
 Key = tuple[str, str]
+
+_record = msgspec.json.Decoder(ExchangeRecord)
 
 
 class MemoryTables:
@@ -253,8 +256,8 @@ class MemoryTables:
 
     # -- exchanges
 
-    def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None:
-        for record in records:
+    def put_exchanges(self, records: Sequence[bytes]) -> None:
+        for record in map(_record.decode, records):
             kept = self._exchanges.get(record.id)
             if kept is None or kept.outcome == LOST:
                 self._exchanges[record.id] = record

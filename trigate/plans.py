@@ -192,11 +192,12 @@ class Plan:
             Throttled: As that, where it is for a limit of the provider's.
         """
         for target in self._order(chance):
-            if self._known.of(target).breaker.enter(now):
+            state = self._known.of(target)
+            if state.breaker.enter(now):
                 budget = self._known.hedges(self._name)
                 if budget is not None:
                     budget.note_call()
-                return self._begin(target, "first")
+                return self._begin(target, state, "first")
         raise self._refusal(now)
 
     def _refusal(self, now: float) -> GatewayError:
@@ -225,8 +226,8 @@ class Plan:
         if not error.retryable or self._attempts >= self._max or left_s <= 0:
             return None
         for target in self._order(chance):
-            if target not in self._tries and self._known.of(target).breaker.enter(now):
-                return self._begin(target, "failover")
+            if target not in self._tries and (state := self._known.of(target)).breaker.enter(now):
+                return self._begin(target, state, "failover")
         if isinstance(error, UpstreamTimeout | Garbled):
             return None
         return self._again(now, chance, left_s)
@@ -247,7 +248,7 @@ class Plan:
             # It enters now, at the moment when its breaker will let it in.
             if state.budget.take(now):
                 if state.breaker.enter(now + after_s):
-                    return self._begin(target, "retry", after_s)
+                    return self._begin(target, state, "retry", after_s)
                 return None
         return None
 
@@ -273,7 +274,7 @@ class Plan:
                     return None
                 state.breaker.enter(now)
                 self._hedged = True
-                return self._begin(target, "hedge")
+                return self._begin(target, state, "hedge")
         return None
 
     def onward(self, now: float) -> Step | None:
@@ -284,7 +285,7 @@ class Plan:
         for target in sorted(self._targets, key=lambda target: self._tries.get(target, 0)):
             state = self._known.of(target)
             if (target not in self._tries or state.budget.take(now)) and state.breaker.enter(now):
-                return self._begin(target, "continue")
+                return self._begin(target, state, "continue")
         return None
 
     def end(
@@ -319,12 +320,13 @@ class Plan:
         else:
             state.breaker.succeed(now)  # it answered: what was asked was wrong
 
-    def _begin(self, target: Target, why: Why, after_s: float = 0.0) -> Step:
-        state = self._states[target] = self._known.of(target)
+    def _begin(self, target: Target, state: TargetState, why: Why, after_s: float = 0.0) -> Step:
+        self._states[target] = state
         state.in_flight += 1
-        if target not in self._tries:
+        tries = self._tries.get(target, 0)
+        if not tries:
             state.budget.note_call()
-        self._tries[target] = self._tries.get(target, 0) + 1
+        self._tries[target] = tries + 1
         self._attempts += 1
         return Step(target, why, after_s)
 

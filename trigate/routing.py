@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import attrs
 
 from trigate.errors import GatewayError, Unavailable, UnknownModel
 
 
-@attrs.frozen
-class Target:
-    """An upstream, and a model id as that upstream knows it."""
+class Target(NamedTuple):
+    """An upstream, and a model id as that upstream knows it. A tuple, since it is looked up by several times a call."""
 
     upstream: str
     model: str

@@ -238,7 +238,6 @@ _PUT_EXCHANGES = (
     f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _OF_EXCHANGE)}"
     f" WHERE exchanges.outcome = '{LOST}'"
 )
-_encoder = msgspec.json.Encoder()
 
 
 def _exchange(row: Sequence[Any]) -> ExchangeRecord:
@@ -504,8 +503,8 @@ class SqliteTables:
 
     # -- exchanges
 
-    def put_exchanges(self, records: Sequence[ExchangeRecord]) -> None:
-        self._do(_PUT_EXCHANGES, _encoder.encode(records).decode())
+    def put_exchanges(self, records: Sequence[bytes]) -> None:
+        self._do(_PUT_EXCHANGES, (b"[" + b",".join(records) + b"]").decode())
 
     def exchanges(
         self, *, limit: int, owner: str | None, outcome: str | None, after: str | None

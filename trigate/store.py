@@ -23,11 +23,14 @@ The rules of every implementation:
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import attrs
 import msgspec
+
+_json = msgspec.json.Encoder()
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -506,12 +509,17 @@ class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     bytes: int = 0
     first_content_s: float | None = None
 
+    def encode(self) -> builtins.bytes:
+        """The record as an array of JSON."""
+        return _json.encode(self)
+
 
 class Exchanges(Protocol):
     """What became of the calls."""
 
-    def put(self, records: Sequence[ExchangeRecord]) -> Write[None]:
-        """Keeps records. Of one that is there already nothing is changed, unless it said ``lost``. Not durable."""
+    def put(self, records: Sequence[bytes]) -> Write[None]:
+        """Keeps records, each as JSON (`ExchangeRecord.encode`): who has them has written them to a file already. Of one
+        that is there nothing is changed, unless it said ``lost``. Not durable."""
 
     async def list(
         self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
