@@ -1,6 +1,6 @@
 """What becomes of those who are let in while too much is asked: ``./scripts/bench --overload``.
 
-The gateway has places for 64 calls and a queue for 32, and the mock upstream takes 200 ms for each, so 320 calls a
+The gateway has places for 64 calls and a queue for 16, and the mock upstream takes 200 ms for each, so 320 calls a
 second are what it can serve. First a quarter of that comes, then three times as much, at random moments (Poisson), in
 turns. What is told: how long those took that were let in, beside those when there was room; how soon the others were
 refused; and whether as many were served as could be.
@@ -21,7 +21,7 @@ from bench.process import HAS_PROC, Generator, open_generator, open_upstream
 from bench.upstream import directive
 
 PLACES = 64
-QUEUED = 32
+QUEUED = 16
 ANSWER_MS = 200
 SERVED_PER_S = PLACES * 1000 / ANSWER_MS
 LIGHT, HEAVY = 0.25, 3.0

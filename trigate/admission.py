@@ -144,8 +144,8 @@ class Admission:
         if limits.max_queued is not None:
             return places.queued >= limits.max_queued
         if own:
-            return places.queued_by(key) >= (limits.max_exchanges_per_key + 1) // 2
-        return places.queued >= (places.limit + 1) // 2
+            return places.queued_by(key) >= -(-limits.max_exchanges_per_key // 4)
+        return places.queued >= -(-places.limit // 4)
 
     async def run(self) -> None:
         """Looks how late the event loop is, while there are exchanges; for ever."""

@@ -204,7 +204,7 @@ class LimitsConfig:
     """Exchanges that one key has in flight in one worker; further ones queue. 0 = no limit of its own."""
     max_queued: Limit | None = None
     """How many calls may wait for a place in one worker; beyond it: 503 (or 429, where it is the key's limit). None =
-    half as many as there are places, so that nobody waits as long as a call takes."""
+    a quarter of the places, so that nobody waits as long as a call takes."""
     key_rate_per_s: Rate = Rate(0.0)
     """Calls a second, in the long run, for each key in one worker; 0 = no limit. Beyond it: 429."""
     key_burst: Count = Count(100)
