@@ -225,7 +225,7 @@ async def test_the_deadline_spans_attempts_and_pauses(open_app: OpenApp, autojum
         assert told == pytest.approx([4.5, 2.5, 0.5], abs=0.01)
 
 
-@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", "", "1s", "1_0"])
 async def test_a_deadline_that_is_none(open_app: OpenApp, value: str) -> None:
     """A client that says nonsense is told so; an SDK that does is not listened to."""
     async with open_app(make_config(), Provider(says("x"))) as served:

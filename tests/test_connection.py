@@ -226,6 +226,7 @@ async def test_cors_for_an_allowed_page(open_app: OpenApp) -> None:
         ):
             assert call.header("access-control-allow-origin") == "https://app.example"
             assert call.header("vary").lower() == "origin"
+            assert "x-trigate-attempts" in call.header("access-control-expose-headers")
         other = await served.client.ask("GET", "/v1/models", headers={"origin": "http://localhost:3000"})
         assert other.header("access-control-allow-origin") == ""
         assert other.header("vary").lower() == "origin"

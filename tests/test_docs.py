@@ -246,6 +246,17 @@ def test_endpoints() -> None:
     assert sorted(titles) == sorted(served)
 
 
+def test_headers() -> None:
+    """Every header that the data plane reads or writes is in a table: under `Headers`, or with the errors."""
+    rows = _rows(_sections(_page("reference/endpoints.md"))["Headers"])
+    told = {name.partition(":")[0] for row in [*rows, *_rows(_page("reference/errors.md"))] for name in _names(row[0])}
+    used: set[str] = set()
+    for room in ("access", "coalescing", "errors", "exchange"):
+        used |= set(re.findall(r'b"(x-[a-z-]+)"', (PACKAGE / f"{room}.py").read_text(encoding="utf-8")))
+    assert {"x-request-timeout", "x-trigate-attempts", "x-should-retry"} <= used
+    assert used <= told | {"x-forwarded-for", "x-real-ip"}  # which are only looked at to tell that there is a proxy
+
+
 def test_required_fields() -> None:
     """The table of the data plane says what each path requires."""
     rows = _first_names(_sections(_page("reference/endpoints.md"))["Data plane"])

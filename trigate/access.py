@@ -31,6 +31,10 @@ _FORWARDED = {
     b"traceparent": "traceparent",
     b"tracestate": "tracestate",
 }
+_EXPOSED = (
+    b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-coalesced, "
+    b"retry-after, retry-after-ms, x-should-retry"
+)
 
 
 class Head:
@@ -154,10 +158,10 @@ class Head:
 def _seconds(given: bytes) -> float | None:
     """Reads a header's number of seconds; None where it is none, or not above 0.
 
-    >>> _seconds(b"2.5"), _seconds(b"0"), _seconds(b"1e999"), _seconds(b"soon")
-    (2.5, None, None, None)
+    >>> _seconds(b"2.5"), _seconds(b"0"), _seconds(b"1e999"), _seconds(b"soon"), _seconds(b"1_0")
+    (2.5, None, None, None, None)
     """
-    if not given:
+    if not given or b"_" in given:  # the second is Python's own way of writing numbers
         return None
     try:
         seconds = float(given)
@@ -268,5 +272,5 @@ def cors_headers(origin: str | None, config: Config) -> list[Header]:
     headers: list[Header] = [(b"vary", b"origin")]
     if origin is not None and cors_allows(origin, config):
         headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
-        headers.append((b"access-control-expose-headers", b"x-request-id, retry-after, retry-after-ms, x-should-retry"))
+        headers.append((b"access-control-expose-headers", _EXPOSED))
     return headers
