@@ -147,6 +147,20 @@ def test_hedging() -> None:
     assert 100 <= hedged <= 111
 
 
+def test_rare_calls_are_hedged_rarely() -> None:
+    """The budget is a share of the calls, however much time is between them."""
+    states, config = known(2, strategy="hedge", hedge_delay_s=0.5, hedge_budget=0.1)
+    hedged = 0
+    for number in range(100):
+        plan = plan_of(states, config)
+        first, second = plan.first(10.0 * number, 0.5), plan.second(10.0 * number + 1)
+        for step in (first, second):
+            if step is not None:
+                plan.end(step, 10.0 * number + 2)
+        hedged += second is not None
+    assert 10 <= hedged <= 11
+
+
 def test_the_delay_adapts() -> None:
     """It is what 95 of 100 take; while too little is known there is no hedging."""
     states, config = known(2, strategy="hedge")
@@ -181,6 +195,32 @@ def test_balance_follows_the_weights() -> None:
             done.end(ended, 0.0, first_token_s=0.1)
     assert got[A] < got[B] < got[C]
     assert got[C] > 1500
+
+
+def test_weights_hold_for_calls_one_after_the_other() -> None:
+    """Targets that take nearly the same time get what their weights say, also where nothing else is in flight."""
+    states, config = known(2, strategy="balance", weights=[300, 100])
+    chance = random.Random(7)
+    got: collections.Counter[Target] = collections.Counter()
+    now = 0.0
+    for _ in range(1000):
+        plan = plan_of(states, config)
+        step = plan.first(now, chance.random())
+        got[step.target] += 1
+        seconds = chance.uniform(0.1, 0.11)
+        now += seconds
+        plan.end(step, now, first_token_s=seconds)
+    assert 700 <= got[A] <= 800
+
+
+def test_who_was_slow_once_is_asked_again() -> None:
+    """Time alone makes a peak less: it gets no calls that could show that it is over."""
+    states, config = known(2, strategy="balance")
+    states.of(A).note_first_token(5.0, 0.0)
+    for now in range(120):
+        states.of(B).note_first_token(0.1, float(now))
+    assert plan_of(states, config).first(1.0, 0.3).target == B
+    assert plan_of(states, config).first(119.0, 0.3).target == A
 
 
 def test_balance_avoids_who_is_slow() -> None:

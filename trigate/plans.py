@@ -8,8 +8,9 @@ The rules:
 
 * An attempt is begun with `Plan.first` (or `next`, `second`), which counts it as in flight, and ended with `end`.
 * **failover**: the targets in order, each once in a round. **balance**: of two targets picked by chance, weighted, the
-  one with the smaller ``(peak EWMA of first-token time) × (in flight + 1) / weight`` (Finagle's peak EWMA, and the
-  power of two choices). **hedge**: failover, and a second attempt at the next target once the first has had its time.
+  one with the smaller ``(peak EWMA of first-token time) × (in flight / weight + 1)`` (Finagle's peak EWMA, and the
+  power of two choices); where the two are nearly alike, the one that was picked first, so that weights hold for calls
+  one after the other, too. **hedge**: failover, and a second attempt at the next target once the first has had its time.
 * A target whose breaker is open is passed over. Where all are, the call fails at once and is told when to come back.
 * What is not `retryable` ends the call. A target that has not been tried is tried at once: that multiplies nothing. One
   that has been is tried again after a pause, out of its retry budget, unless it said to wait for longer than
@@ -40,6 +41,8 @@ MAX_TARGETS = 1024
 _SAMPLES = 128
 _ENOUGH = 20
 _DECAY_S = 10.0
+_ALIKE = 1.25
+"""Costs of which one is not so many times the other are alike: times to a first token vary by more than that."""
 
 
 @attrs.frozen
@@ -81,7 +84,7 @@ class TargetState:
         if seconds >= self._ewma_s:
             self._ewma_s = seconds  # a peak counts at once
         else:
-            kept = math.exp(-max(0.0, now - self._ewma_at) / _DECAY_S)
+            kept = self._kept(now)
             self._ewma_s = self._ewma_s * kept + seconds * (1 - kept)
         self._ewma_at = now
 
@@ -96,9 +99,17 @@ class TargetState:
             return None
         return sorted(self._samples)[min(len(self._samples) - 1, int(share * len(self._samples)))]
 
-    def cost(self, weight: float) -> float:
-        """What one more call here costs: its time, for each that is there already."""
-        return (self._ewma_s + 1e-6) * (self.in_flight + 1) / weight
+    def cost(self, weight: float, now: float) -> float:
+        """What one more call here costs: its time, for each that is there already. Time alone makes it less, or a
+        target that was slow once would never be asked again.
+
+        Args:
+            weight: 1 = as much as a target has on average.
+        """
+        return (self._ewma_s * self._kept(now) + 1e-6) * (self.in_flight / weight + 1)
+
+    def _kept(self, now: float) -> float:
+        return math.exp(-max(0.0, now - self._ewma_at) / _DECAY_S)
 
 
 class Targets:
@@ -117,7 +128,9 @@ class Targets:
         before = self._config.upstreams
         self._config = config
         self._hedges = {
-            name: Budget(model.hedge_budget) for name, model in config.models.items() if model.strategy == "hedge"
+            name: Budget(model.hedge_budget, a_second=0.0, at_first=1.0)
+            for name, model in config.models.items()
+            if model.strategy == "hedge"
         }
         for target in list(self._states):
             own, old = config.upstreams.get(target.upstream), before.get(target.upstream)
@@ -191,7 +204,7 @@ class Plan:
             Unavailable: All breakers are open; its ``retry_after_s`` says for how long.
             Throttled: As that, where it is for a limit of the provider's.
         """
-        for target in self._order(chance):
+        for target in self._order(now, chance):
             state = self._known.of(target)
             if state.breaker.enter(now):
                 budget = self._known.hedges(self._name)
@@ -225,7 +238,7 @@ class Plan:
         """
         if not error.retryable or self._attempts >= self._max or left_s <= 0:
             return None
-        for target in self._order(chance):
+        for target in self._order(now, chance):
             if target not in self._tries and (state := self._known.of(target)).breaker.enter(now):
                 return self._begin(target, state, "failover")
         if isinstance(error, UpstreamTimeout | Garbled):
@@ -330,17 +343,22 @@ class Plan:
         self._attempts += 1
         return Step(target, why, after_s)
 
-    def _order(self, chance: float) -> Iterable[Target]:
+    def _order(self, now: float, chance: float) -> Iterable[Target]:
         """The targets as they are to be tried."""
         model = self._model
         if model is None or model.strategy != "balance" or len(self._targets) < 2:
             return self._targets
-        left = list(zip(self._targets, model.weights or (1.0,) * len(self._targets), strict=False))
+        mean = sum(model.weights) / len(self._targets)
+        left = [
+            (target, weight / mean if mean else 1.0)
+            for target, weight in zip(self._targets, model.weights or (0.0,) * len(self._targets), strict=False)
+        ]
         one, chance = _picked([weight for _, weight in left], chance)
         first = left.pop(one)
         other, _ = _picked([weight for _, weight in left], chance)
         second = left.pop(other)
-        pair = sorted((first, second), key=lambda entry: self._known.of(entry[0]).cost(entry[1]))
+        costs = [self._known.of(target).cost(weight, now) for target, weight in (first, second)]
+        pair = (second, first) if costs[0] > costs[1] * _ALIKE else (first, second)
         return [target for target, _ in (*pair, *left)]
 
 

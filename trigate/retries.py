@@ -56,21 +56,22 @@ def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> floa
 
 
 class Budget:
-    """How many calls may be tries again: a share of all, and one a second besides, so that rare calls have some.
+    """How many calls may be tries again: a share of all, and some a second besides, so that rare calls have some.
 
-    It is a bucket: each call puts ``share`` of a token in, each second one; a try again takes one out. It holds
-    `MAX_TOKENS` at most, and is full at first.
+    It is a bucket: each call puts ``share`` of a token in, each second ``a_second``; a try again takes one out. It
+    holds `MAX_TOKENS` at most, and ``at_first`` when it is made.
 
     Args:
         share: Of the calls; 0 = there are no tries again.
     """
 
-    __slots__ = ("_at", "_tokens", "share")
+    __slots__ = ("_a_second", "_at", "_tokens", "share")
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, a_second: float = 1.0, at_first: float = MAX_TOKENS) -> None:
         self.share = share
-        self._tokens = MAX_TOKENS
-        self._at = -math.inf
+        self._a_second = a_second
+        self._tokens = at_first
+        self._at = math.inf  # when one was taken last
 
     def note_call(self) -> None:
         """A first try was made."""
@@ -78,7 +79,7 @@ class Budget:
 
     def take(self, now: float) -> bool:
         """Says whether there may be one more, and counts it."""
-        self._tokens = min(MAX_TOKENS, self._tokens + max(0.0, now - self._at))
+        self._tokens = min(MAX_TOKENS, self._tokens + self._a_second * max(0.0, now - self._at))
         self._at = now
         if self._tokens < 1 or not self.share:
             return False
