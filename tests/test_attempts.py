@@ -428,8 +428,10 @@ async def test_it_goes_on_more_than_once(open_app: OpenApp) -> None:
         (Say(chunk({"reasoning_content": "hm"})), Say(content("a")), Break()),
         (Say(content("a")), Say(FINISH), Break()),
         (Say(content("a" * 3000)), Break()),
+        (Say(chunk({"content": [{"type": "thinking", "thinking": []}]})), Say(content("a")), Break()),
+        (Say(content("a")), Say(content("X").replace(b"X", b"\\ud83d")), Break()),
     ],
-    ids=["tool call", "reasoning", "finished", "too long"],
+    ids=["tool call", "reasoning", "finished", "too long", "thoughts among the parts", "half a character"],
 )
 async def test_what_cannot_be_gone_on_with(open_app: OpenApp, first: Script) -> None:
     """It fails honestly."""
@@ -439,6 +441,43 @@ async def test_what_cannot_be_gone_on_with(open_app: OpenApp, first: Script) -> 
         assert call.error["code"] == "upstream_truncated"
         assert b"[DONE]" not in call.body
         assert not served.providers["b"].calls
+
+
+async def test_a_character_in_two_halves(open_app: OpenApp) -> None:
+    """What came in two events is one character for who goes on."""
+    halves = [content("X").replace(b"X", half) for half in (b"\\ud83d", b"\\ude00")]
+    first = (*(Say(half) for half in halves), Break())
+    async with open_app(two(**CONTINUE), {"a": Provider(first), "b": Provider(says("!"))}) as served:
+        call = await served.client.chat(model="both").wait()
+        assert call.body.endswith(DONE)
+        assert served.providers["b"].calls[0].json["messages"][-1]["content"] == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("refusal", [BUSY, (Refuse(),), (Say(role()), Break())], ids=["503", "refused", "role only"])
+async def test_the_one_after_goes_on(open_app: OpenApp, autojump_clock: MockClock, refusal: Script) -> None:
+    """Where the next target fails before it has said anything, it is the turn of the one behind it."""
+    providers = {"a": Provider(cut("one ")), "b": Provider(refusal), "c": Provider(says("two"))}
+    config = make_config(
+        {"a": {}, "b": {}, "c": {}},
+        models={"all": {"targets": ["a/m", "b/m", "c/m"], **CONTINUE}},
+        retries={},
+    )
+    async with open_app(config, providers) as served:
+        call = await served.client.chat(model="all").wait()
+        assert text_of(call.body) == "one two"
+        assert call.body.endswith(DONE)
+        assert served.providers["c"].calls[0].json["messages"][-1] == {"role": "assistant", "content": "one "}
+        assert [why for _, why, _ in whys(served)] == ["first", "continue", "failover"]
+        served.assert_clean()
+
+
+async def test_who_hears_a_keep_alive_waits(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """What an SDK waits for is the next byte: after a comment, there is still time for another target."""
+    config = two(limits={"keep_alive_s": 3, "first_token_timeout_s": 8})
+    async with open_app(config, {"a": Provider((Stall(),)), "b": Provider(says("b"))}) as served:
+        call = await ask(served, model="both", x_stainless_read_timeout="5").wait()
+        assert text_of(call.body) == "b"
+        assert call.body.endswith(DONE)
 
 
 async def test_nobody_goes_on(open_app: OpenApp) -> None:

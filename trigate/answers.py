@@ -118,6 +118,8 @@ class AnswerRecord:
     def _hear_part(self, part: dict[str, Any]) -> None:
         if not part.keys() <= _TEXT and any(value for name, value in part.items() if name not in _TEXT):
             self.is_only_text = False
+        if isinstance(part.get("content"), list):  # of parts, of which some may be thoughts
+            self.is_only_text = False
         if text := _text_of(part.get("content")):
             self._text.append(text)
         if isinstance(refusal := part.get("refusal"), str) and refusal:
@@ -143,6 +145,11 @@ class AnswerRecord:
         if len(self._text) > 1:
             self._text = ["".join(self._text)]
         return _whole(self._text[0]) if self._text else ""
+
+    @property
+    def is_exact(self) -> bool:
+        """Its text can be said again to the character: half a surrogate pair cannot."""
+        return self.text.encode("utf-16") == "".join(self._text).encode("utf-16", "surrogatepass")
 
     @property
     def has_tool_calls(self) -> bool:

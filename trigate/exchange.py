@@ -337,11 +337,12 @@ class Exchange:
             if self._cut is not None:
                 raise self._cut
             now = trio.current_time()
-            following = (
-                self._onward(plan, error, now)
-                if self._relayed
-                else plan.next(error, now, chance(), left_s=min(self.deadline_at, self._begin_by) - now)
-            )
+            # Who has had a keep-alive comment does not wait for the beginning any more.
+            over_at = self.deadline_at if self.down.committed else min(self.deadline_at, self._begin_by)
+            if self._relayed and self._winner is not None:
+                following = self._onward(plan, error, now)
+            else:  # or who was to go on with a stream said nothing: what the client has is what it was
+                following = plan.next(error, now, chance(), left_s=over_at - now)
             if following is None:
                 raise error
             log.info(
@@ -562,17 +563,16 @@ class Exchange:
         Only text can: what has been sent becomes the beginning of an assistant's message, which the next one goes on
         with. Half a call for a tool, or reasoning, cannot be gone on with.
         """
-        attempt = self._winner
-        reader = attempt.reader if attempt is not None else None
-        if reader is None or not error.retryable or self._model().on_truncation != "continue":
+        if not error.retryable or self._model().on_truncation != "continue" or self.deadline_at <= now:
             return None
-        kept = reader.kept
-        if kept is None or reader.is_finished or self.call.choices > 1 or self.deadline_at <= now:
+        reader = self._winner.reader if self._winner is not None else None
+        kept = reader.kept if reader is not None else None
+        if reader is None or kept is None or reader.is_finished or self.call.choices > 1:
             return None
         said = AnswerRecord()
         for frames in kept:
             said.hear(frames)
-        if not said.is_only_text:
+        if not (said.is_only_text and said.is_exact):
             return None
         step = plan.onward(now)
         if step is not None:
