@@ -44,7 +44,7 @@ SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 def test_a_slice_of_it() -> None:
     """Nothing that must hold is broken, and what is to be tried is tried: each way in which a gateway makes attempts,
     and most of those in which a call can end."""
-    reports = [simulate(seed, 400) for seed in (1, 2)]
+    reports = [simulate(seed, 400) for seed in (2, 3)]
     whys = {why for report in reports for why in report.whys}
     assert whys == {"first", "failover", "retry", "hedge", "continue"}
     outcomes = {outcome for report in reports for outcome in report.outcomes}

@@ -9,8 +9,8 @@ The rules:
 * An attempt is begun with `Plan.first` (or `next`, `second`), which counts it as in flight, and ended with `end`.
 * **failover**: the targets in order, each once in a round. **balance**: of two targets picked by chance, weighted, the
   one with the smaller ``(peak EWMA of first-token time) × (in flight / weight + 1)`` (Finagle's peak EWMA, and the
-  power of two choices); where the two are nearly alike, the one that was picked first, so that weights hold for calls
-  one after the other, too. **hedge**: failover, and a second attempt at the next target once the first has had its time.
+  power of two choices); where the two are nearly alike, the one that was picked first: weights hold for calls one after
+  the other, too. **hedge**: failover, and a second attempt at the next target once the first has had its time.
 * A target whose breaker is open is passed over. Where all are, the call fails at once and is told when to come back.
 * What is not `retryable` ends the call. A target that has not been tried is tried at once: that multiplies nothing. One
   that has been is tried again after a pause, out of its retry budget, unless it said to wait for longer than
