@@ -225,6 +225,17 @@ async def test_the_deadline_spans_attempts_and_pauses(open_app: OpenApp, autojum
         assert told == pytest.approx([4.5, 2.5, 0.5], abs=0.01)
 
 
+async def test_an_upstream_is_told_its_own_deadline(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Where it is cut before the call is over, the time until then is what its answer is of use."""
+    config = make_config(
+        {"a": {"total_timeout_s": 3}, "b": {"total_timeout_s": 20}}, models={"both": {"targets": ["a/m", "b/m"]}}
+    )
+    async with open_app(config, {"a": Provider((Stall(),)), "b": Provider(says("b"))}) as served:
+        assert (await ask(served, model="both").wait()).status == 200
+        told = [float(served.providers[name].calls[0].headers["x-request-timeout"]) for name in "ab"]
+        assert told == pytest.approx([3, 17], abs=0.01)
+
+
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", "", "1s", "1_0"])
 async def test_a_deadline_that_is_none(open_app: OpenApp, value: str) -> None:
     """A client that says nonsense is told so; an SDK that does is not listened to."""

@@ -433,7 +433,7 @@ class Exchange:
                     "POST",
                     self.call.endpoint.path,
                     self._body_for(attempt),
-                    headers=self._headers_for(),
+                    headers=self._headers_for(attempt),
                     owner=self.owner,
                     on_phase=functools.partial(self._enter, attempt),
                 ) as reply:
@@ -492,11 +492,13 @@ class Exchange:
         call = self.call if not self._text else self.call.onward_from(self._text)
         return call.body_for(attempt.target.model)
 
-    def _headers_for(self) -> dict[str, str]:
+    def _headers_for(self, attempt: Attempt) -> dict[str, str]:
         """What goes upstream, and with it how long the upstream's answer is of use."""
-        if self.deadline_at == math.inf:
+        own_s = self.generation.config.timeout_s(attempt.target.upstream, "total", self.call.model)
+        over_at = min(self.deadline_at, self.started_at + own_s)
+        if over_at == math.inf:
             return self.headers
-        left_s = max(0.001, self.deadline_at - trio.current_time())
+        left_s = max(0.001, over_at - trio.current_time())
         return {**self.headers, "x-request-timeout": f"{left_s:.3f}"}
 
     def _claim(self, attempt: Attempt, decided: trio.Event | None) -> bool:

@@ -180,11 +180,11 @@ class Generation:
         if found is not None:
             return found
         targets = routing.plan(model, aliases=self.aliases, upstreams=self.known())
-        phases: tuple[TimeoutPhase, ...] = ("response_head", "first_token", "idle")
+        phases: tuple[TimeoutPhase, ...] = ("response_head", "first_token", "idle", "total")
         limits_s = [self.config.timeout_s(target.upstream, phase, model) for target in targets for phase in phases]
         # one deadline for all attempts: the longest that one of the targets is given
         total_s = max(self.config.timeout_s(target.upstream, "total", model) for target in targets)
-        found = Route(targets, min(*limits_s, total_s), total_s)
+        found = Route(targets, min(limits_s), total_s)
         if model != "default" or model in self.aliases:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()  # ids are whatever clients ask for
