@@ -213,6 +213,19 @@ def test_weights_hold_for_calls_one_after_the_other() -> None:
     assert 700 <= got[A] <= 800
 
 
+def test_a_weight_is_its_targets() -> None:
+    """Also where a target before it is switched off, and so is not among those of the call."""
+    states, config = known(3, strategy="balance", weights=[1, 1, 8])
+    chance = random.Random(7)
+    got: collections.Counter[Target] = collections.Counter()
+    for _ in range(300):
+        plan = Plan("x", (B, C), states, config)
+        step = plan.first(0.0, chance.random())
+        got[step.target] += 1
+        plan.end(step, 0.0, first_token_s=0.1)
+    assert got[C] > 200
+
+
 def test_who_was_slow_once_is_asked_again() -> None:
     """Time alone makes a peak less: it gets no calls that could show that it is over."""
     states, config = known(2, strategy="balance")

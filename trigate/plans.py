@@ -348,11 +348,10 @@ class Plan:
         model = self._model
         if model is None or model.strategy != "balance" or len(self._targets) < 2:
             return self._targets
-        mean = sum(model.weights) / len(self._targets)
-        left = [
-            (target, weight / mean if mean else 1.0)
-            for target, weight in zip(self._targets, model.weights or (0.0,) * len(self._targets), strict=False)
-        ]
+        given = dict(zip(model.targets, model.weights, strict=False))  # a target that is switched off is not tried
+        weights = [given.get(str(target), 1.0) for target in self._targets]
+        mean = sum(weights) / len(weights)
+        left = [(target, weight / mean) for target, weight in zip(self._targets, weights, strict=True)]
         one, chance = _picked([weight for _, weight in left], chance)
         first = left.pop(one)
         other, _ = _picked([weight for _, weight in left], chance)
