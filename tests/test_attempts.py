@@ -86,6 +86,7 @@ async def test_a_provider_that_was_busy(open_app: OpenApp, autojump_clock: MockC
         served.assert_clean()
 
 
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 @pytest.mark.parametrize(
     ("headers", "waits"),
     [
@@ -95,10 +96,10 @@ async def test_a_provider_that_was_busy(open_app: OpenApp, autojump_clock: MockC
     ],
 )
 async def test_retry_after_is_honoured(
-    open_app: OpenApp, autojump_clock: MockClock, headers: dict[str, str], waits: float
+    open_app: OpenApp, autojump_clock: MockClock, headers: dict[str, str], waits: float, status: int
 ) -> None:
-    """The target is left alone for exactly so long."""
-    busy = answers(b"{}", status=429, headers=headers)
+    """The target is left alone for exactly so long, whatever status says it."""
+    busy = answers(b"{}", status=status, headers=headers)
     config = make_config(retries={"backoff_s": 0})
     async with open_app(config, Provider(busy, says("yes"))) as served:
         begun = trio.current_time()

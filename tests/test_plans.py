@@ -170,6 +170,18 @@ def test_the_delay_adapts() -> None:
     assert plan_of(states, config).hedge_delay_s() == pytest.approx(0.95)
 
 
+def test_the_delay_is_that_of_who_is_tried() -> None:
+    """Where the first target is passed over, how long it took says nothing."""
+    states, config = known(2, strategy="hedge")
+    for _ in range(100):
+        states.of(A).note_first_token(0.1, 0.0)
+        states.of(B).note_first_token(3.0, 0.0)
+    states.of(A).breaker.fail(0.0, retry_after_s=50)
+    plan = plan_of(states, config)
+    assert plan.first(0.0, 0.5).target == B
+    assert plan.hedge_delay_s() == pytest.approx(3.0)
+
+
 def test_no_hedge_at_a_broken_target() -> None:
     """Nor where there is no other one."""
     states, config = known(2, strategy="hedge", hedge_delay_s=0.1, max_attempts=3)

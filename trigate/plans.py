@@ -273,7 +273,8 @@ class Plan:
             return None
         if model.hedge_delay_s is not None:
             return model.hedge_delay_s
-        return self._known.of(self._targets[0]).quantile_s(0.95)
+        tried = next(reversed(self._tries), self._targets[0])  # not the first one, where its breaker is open
+        return self._known.of(tried).quantile_s(0.95)
 
     def second(self, now: float) -> Step | None:
         """The second attempt beside the first; None where the hedge budget or the other targets do not allow it."""

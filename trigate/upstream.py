@@ -461,7 +461,9 @@ class Upstream:
             throttled.retry_after_s = after_s
             return throttled
         if 400 <= status < 500:
-            return Rejected(self.name, status, body, headers=passed)
+            rejected = Rejected(self.name, status, body, headers=passed)
+            rejected.retry_after_s = after_s
+            return rejected
         if status in (503, 529):
             return Unavailable(
                 f"The upstream {self.name} is overloaded or down ({status}){said}",
