@@ -248,6 +248,21 @@ def test_who_was_slow_once_is_asked_again() -> None:
     assert plan_of(states, config).first(119.0, 0.3).target == A
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_balance_avoids_who_hangs(answered: bool) -> None:
+    """A target that says nothing, or nothing any more, has no more calls than the other one, however long it lasts."""
+    states, config = known(2, strategy="balance")
+    if answered:
+        states.of(A).note_first_token(0.1, 0.0)
+    chance = random.Random(7)
+    for second in range(200):
+        plan = plan_of(states, config)
+        step = plan.first(float(second), chance.random())
+        if step.target == B:  # A never answers
+            plan.end(step, second + 0.1, first_token_s=0.1)
+    assert states.of(A).in_flight <= 2
+
+
 def test_balance_avoids_who_is_slow() -> None:
     """The faster one of a pair is tried; the slow one gets few."""
     states, config = known(2, strategy="balance")

@@ -99,14 +99,19 @@ class TargetState:
             return None
         return sorted(self._samples)[min(len(self._samples) - 1, int(share * len(self._samples)))]
 
-    def cost(self, weight: float, now: float) -> float:
-        """What one more call here costs: its time, for each that is there already. Time alone makes it less, or a
-        target that was slow once would never be asked again.
+    def cost(self, weight: float, now: float, *, unknown_s: float) -> float:
+        """What one more call here costs: its time, for each that is there already. Time alone makes it less while there
+        is none, or a target that was slow once would never be asked again; one that hangs does not become cheap.
 
         Args:
             weight: 1 = as much as a target has on average.
+            unknown_s: The time of a target that has been asked, and has not answered yet.
         """
-        return (self._ewma_s * self._kept(now) + 1e-6) * (self.in_flight / weight + 1)
+        if self._samples:
+            seconds = self._ewma_s if self.in_flight else self._ewma_s * self._kept(now)
+        else:
+            seconds = unknown_s if self.in_flight else 0.0
+        return (seconds + 1e-6) * (self.in_flight / weight + 1)
 
     def _kept(self, now: float) -> float:
         return math.exp(-max(0.0, now - self._ewma_at) / _DECAY_S)
@@ -357,7 +362,9 @@ class Plan:
         first = left.pop(one)
         other, _ = _picked([weight for _, weight in left], chance)
         second = left.pop(other)
-        costs = [self._known.of(target).cost(weight, now) for target, weight in (first, second)]
+        states = [(self._known.of(target), weight) for target, weight in (first, second)]
+        unknown_s = max(state.first_token_s or 0.0 for state, _ in states)
+        costs = [state.cost(weight, now, unknown_s=unknown_s) for state, weight in states]
         pair = (second, first) if costs[0] > costs[1] * _ALIKE else (first, second)
         return [target for target, _ in (*pair, *left)]
 
