@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import Served, make_config
+from conftest import Logs, Served, make_config
 from provider import (
     DONE,
     FINISH,
@@ -274,7 +274,7 @@ async def test_a_model_has_limits_of_its_own(open_app: OpenApp, autojump_clock: 
 HEDGE = {"strategy": "hedge", "hedge_delay_s": 1}
 
 
-async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClock) -> None:
+async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
     """A role, an empty delta and a comment are no content; the loser is closed at that very moment."""
     slow = (Say(role()), Say(b": ping\n\n"), Pause(5), *says("slow"))
     providers = {"a": Provider(slow), "b": Provider((Pause(1), Say(content("quick")), Pause(2), Say(DONE)))}
@@ -286,6 +286,8 @@ async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClo
         assert (lost.ended, lost.ended_at - begun) == ("closed", pytest.approx(2))
         assert whys(served) == [("a/m", "first", "lost"), ("b/m", "hedge", "complete")]
         assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
+        [line] = logs.named("exchange")
+        assert line["tried"] == ["a/m lost", "b/m complete"]
         served.assert_clean()
 
 

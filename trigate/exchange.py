@@ -937,6 +937,8 @@ class Exchange:
             "bytes": self.bytes_sent,
             "attempts": len(self.attempts),
         }
+        if len(self.attempts) > 1:
+            said["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in self.attempts]
         if self.call.stream:
             said["events"] = self.events
         if self.first_content_after_s is not None:
