@@ -295,9 +295,10 @@ def test_onward() -> None:
 
 
 def test_a_client_says_nothing_of_a_target() -> None:
-    """Attempts without a verdict, and errors of the gateway's, open no breaker."""
+    """Attempts without a verdict, errors of the gateway's, and waits for a place here open no breaker."""
     states, config = known(1, breaker={"failures": 2})
-    for error, judged in [(None, False), (BadRequest("x"), True)] * 5:
+    full = UpstreamTimeout("no place", phase="queue")
+    for error, judged in [(None, False), (BadRequest("x"), True), (full, True), (full, True)] * 5:
         plan = plan_of(states, config)
         plan.end(plan.first(0.0, 0.5), 0.0, error=error, judged=judged)
     assert states.of(A).breaker.state(0.0) == "closed"

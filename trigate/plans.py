@@ -331,8 +331,8 @@ class Plan:
             state.breaker.abandon()
         elif error is None:
             state.breaker.succeed(now)
-        elif error.blame != "provider":
-            state.breaker.abandon()
+        elif error.blame != "provider" or (isinstance(error, UpstreamTimeout) and error.phase == "queue"):
+            state.breaker.abandon()  # nor does it say anything that all places here were taken
         elif error.retryable:
             state.last_error = error
             state.breaker.fail(now, retry_after_s=error.retry_after_s)
