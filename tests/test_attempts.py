@@ -457,6 +457,15 @@ async def test_what_cannot_be_gone_on_with(open_app: OpenApp, first: Script) -> 
         assert not served.providers["b"].calls
 
 
+async def test_who_speaks_is_said_once(open_app: OpenApp) -> None:
+    """Also where the second one says it together with its first words, as a few providers do."""
+    second = (Say(chunk({"role": "assistant", "content": ' "role" \u00fc'})), Say(DONE))
+    async with open_app(two(**CONTINUE), {"a": Provider(cut("a")), "b": Provider(second)}) as served:
+        call = await served.client.chat(model="both").wait()
+        assert text_of(call.body) == 'a "role" \u00fc'
+        assert call.body.count(b'"role"') == 1
+
+
 async def test_a_character_in_two_halves(open_app: OpenApp) -> None:
     """What came in two events is one character for who goes on."""
     halves = [content("X").replace(b"X", half) for half in (b"\\ud83d", b"\\ude00")]

@@ -558,6 +558,8 @@ class StreamReader:
         except (ValueError, RecursionError):
             return event  # [DONE]
         same = {name: value for name, value in (self._seam or {}).items() if name in fields}
+        if b'"role"' in bytes(fields.get("choices", b"")):
+            same["choices"] = _without_roles(fields["choices"])
         return sse.with_data(event, _join({**fields, **same}, None))
 
     def _look_into(self, data: bytes) -> None:
@@ -618,6 +620,22 @@ class StreamReader:
             if not any(each in prefix for each in watched):
                 self._prefix, self._public_prefix = prefix, public_prefix[:-1]
         return public_prefix + event[end:]
+
+
+def _without_roles(choices: msgspec.Raw) -> msgspec.Raw:
+    r"""The choices of an event that goes on with a stream in which it was said already who speaks. An SDK that adds up
+    what has the same name would make ``assistantassistant`` of it (openai-python ``lib/streaming/_deltas.py``).
+
+    >>> bytes(_without_roles(msgspec.Raw(b'[{"index":0,"delta":{"role":"assistant","content":"a"}}]')))
+    b'[{"index": 0, "delta": {"content": "a"}}]'
+    """
+    value = decode_any(bytes(choices))
+    if value is None:
+        return choices
+    for choice in value if isinstance(value, list) else ():
+        if isinstance(choice, dict) and isinstance(choice.get("delta"), dict):
+            choice["delta"].pop("role", None)
+    return msgspec.Raw(json.dumps(value).encode())
 
 
 def seam_of(frames: Iterable[bytes]) -> dict[str, msgspec.Raw]:
