@@ -467,12 +467,16 @@ async def test_who_speaks_is_said_once(open_app: OpenApp) -> None:
 
 
 async def test_a_character_in_two_halves(open_app: OpenApp) -> None:
-    """What came in two events is one character for who goes on."""
+    """What came in two events is one character for who goes on, who may send its own in that way, too."""
     halves = [content("X").replace(b"X", half) for half in (b"\\ud83d", b"\\ude00")]
     first = (*(Say(half) for half in halves), Break())
-    async with open_app(two(**CONTINUE), {"a": Provider(first), "b": Provider(says("!"))}) as served:
+    second = (*(Say(half.replace(b"chatcmpl-1", b"other")) for half in halves), Say(DONE))
+    async with open_app(two(**CONTINUE), {"a": Provider(first), "b": Provider(second)}) as served:
         call = await served.client.chat(model="both").wait()
         assert call.body.endswith(DONE)
+        assert text_of(call.body).encode("utf-16", "surrogatepass").decode("utf-16") == "\N{GRINNING FACE}" * 2
+        assert b"other" not in call.body
+        assert b'"model":"m"' not in call.body
         assert served.providers["b"].calls[0].json["messages"][-1]["content"] == "\N{GRINNING FACE}"
 
 

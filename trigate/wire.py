@@ -554,7 +554,7 @@ class StreamReader:
             return b""
         data = sse.data_of(event) or b""
         try:
-            fields = _fields.decode(data)
+            fields = _answer_fields(data)
         except (ValueError, RecursionError):
             return event  # [DONE]
         same = {name: value for name, value in (self._seam or {}).items() if name in fields}
@@ -646,7 +646,7 @@ def seam_of(frames: Iterable[bytes]) -> dict[str, msgspec.Raw]:
     """
     for data in map(sse.data_of, sse.EventSplitter(max_event_bytes=sys.maxsize).feed(b"".join(frames))):
         try:
-            fields = _fields.decode(data or b"")
+            fields = _answer_fields(data or b"")
         except (ValueError, RecursionError):
             continue
         return {name: msgspec.Raw(bytes(fields[name])) for name in ("id", "created") if name in fields}
@@ -683,7 +683,7 @@ def _model_of(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]] | None:
         None where there is no model id.
     """
     try:
-        fields = _fields.decode(data)
+        fields = _answer_fields(data)
         if "model" in fields:
             raw = bytes(fields["model"])
             return (raw, lambda public: _join(fields, public)) if raw.startswith(b'"') else None
