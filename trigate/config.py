@@ -409,12 +409,15 @@ class Config:
 
     def timeout_s(self, upstream: str, phase: TimeoutPhase, model: str | None = None) -> float:
         """The timeout of a phase for an upstream, in seconds; ``math.inf`` where it is switched off. What the public
-        model's own configuration says goes first."""
+        model's own configuration says goes first. Of the whole call (``total``), the least of all counts."""
         own = getattr(self.models.get(model or ""), f"{phase}_timeout_s", None)
         if own is None:
             own = getattr(self.upstreams[upstream], f"{phase}_timeout_s")
-        value: float = own if own is not None else getattr(self.limits, f"{phase}_timeout_s")
-        return value or float("inf")
+        general: float = getattr(self.limits, f"{phase}_timeout_s") or float("inf")
+        if own is None:
+            return general
+        value: float = own or float("inf")
+        return min(value, general) if phase == "total" else value
 
     def max_attempts(self, model: str) -> int:
         """How many attempts a call of a public model may take, at all its targets together."""
