@@ -18,7 +18,7 @@ import trio
 from asgi_client import chat
 from conftest import Served, make_config
 from processes import run_gateway
-from provider import DONE, Provider, Say, Stall, answers, content, says
+from provider import DONE, Pause, Provider, Say, Stall, answers, content, says
 from trio.testing import MockClock
 
 from trigate import accounts
@@ -96,6 +96,20 @@ async def test_one_whose_client_left(open_app: OpenApp, autojump_clock: MockCloc
         await call.wait()
         [record] = (await listed(served))["data"]
         assert (record["outcome"], record["status"], record["completion_tokens"]) == ("cancelled", None, 1)
+
+
+async def test_one_who_left_and_whose_answer_was_taken_on(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Whatever becomes of the answer, it was nobody's: there is no status."""
+    model = {"targets": ["up/m"], "on_disconnect": "finish", "finish_timeout_s": 10}
+    scripts = (Say(content("a")), Pause(5), Say(content("b")), Say(DONE)), (Say(content("a")), Stall())
+    async with open_app(make_config(models={"m": model}), Provider(*scripts)) as served:
+        for _ in scripts:
+            call = served.client.chat(model="m")
+            await call.wait_for(b'"a"')
+            call.disconnect()
+            await call.wait()
+        records = (await listed(served))["data"]
+        assert [(each["outcome"], each["status"]) for each in records] == [("cancelled", None), ("finished", None)]
 
 
 async def test_those_who_are_refused_have_records(open_app: OpenApp, autojump_clock: MockClock) -> None:

@@ -466,6 +466,8 @@ async def test_the_answer_is_taken_to_its_end(open_app: OpenApp, autojump_clock:
         assert b'"b"' not in call.body
         [exchange] = served.settled
         assert (exchange.outcome, exchange.usage.completion_tokens) == ("finished", 4)
+        totals = served.gateway.totals
+        assert (totals.exchanges, totals.cancelled, totals.failed) == (1, 1, 0), "it is the client who left"
         assert served.providers["a"].calls[0].ended == "complete"
         served.assert_clean()
 

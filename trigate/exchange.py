@@ -299,11 +299,13 @@ class Exchange:
                     self.outcome = (
                         "complete" if not self._alone else "finished"
                     )  # only the rest of the upstream's framing was cut
-                elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
+                elif self.outcome == "cancelled" and not down.gone:
                     # It was not the client who cut the answer, but a server that stops.
-                    down.patience_s = _LAST_WORDS_S
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
-                        await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
+                    self.outcome = Draining.code
+                    if down.sending_since is None:
+                        down.patience_s = _LAST_WORDS_S
+                        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
+                            await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
             finally:
                 if timer is not None:
                     timer.stop()
