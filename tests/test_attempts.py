@@ -487,6 +487,28 @@ async def test_not_for_ever(open_app: OpenApp, autojump_clock: MockClock, script
         served.assert_clean()
 
 
+async def test_nothing_is_begun_for_nobody(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Where the client leaves before an upstream is asked, or its attempt fails after that, nobody else is asked."""
+    slow, failing = (Pause(5), *says("x")), (Pause(5), *answers(b'{"error":{"message":"no"}}', status=500))
+    model = {"targets": ["a/m", "b/m"], **FINISHING}
+    config = make_config({"a": {"max_connections": 1}, "b": {}}, models={"both": model})
+    async with open_app(config, {"a": Provider(slow, failing), "b": Provider()}) as served:
+        first = served.client.chat(model="both")
+        await trio.sleep(1)
+        waiting = served.client.chat(model="both")
+        await trio.sleep(1)
+        waiting.disconnect()
+        await waiting.wait()
+        await first.wait()
+        second = served.client.chat(model="both")
+        await trio.sleep(1)
+        second.disconnect()
+        await second.wait()
+        assert [exchange.outcome for exchange in served.settled] == ["cancelled", "complete", "cancelled"]
+        assert (len(served.providers["a"].calls), len(served.providers["b"].calls)) == (2, 0)
+        served.assert_clean()
+
+
 # -- headers ----------------------------------------------------------------------------------------------------------
 
 
