@@ -269,3 +269,35 @@ def test_killed(tmp_path: Path) -> None:
         gateway.stop()
     assert len(_rows(store)) == 21
     assert list(tmp_path.glob("*-exchanges-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal(tmp_path: Path, workers: int) -> None:
+    """Streams end at once, and nothing is lost: clients are told, and it is known what became of their calls."""
+    store = tmp_path / "a.db"
+    config = f"""
+        [server]
+        workers = {workers}
+        [upstreams.slow]
+        kind = "echo"
+        words_per_s = 5
+    """
+    body = {"model": "slow/echo", "stream": True, "messages": [{"role": "user", "content": "one two three " * 50}]}
+    with run_gateway(config, tmp_path, env={"TRIGATE_STORE": str(store)}) as gateway:
+        with (
+            httpx2.Client(base_url=gateway.url) as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as stream,
+        ):
+            pieces = stream.iter_text()
+            next(pieces)
+            gateway.process.terminate()
+            give_up_at = time.monotonic() + 10
+            while gateway.log().count("draining") < workers and time.monotonic() < give_up_at:
+                time.sleep(0.05)
+            gateway.process.terminate()
+            assert '"code":"draining"' in "".join(pieces)
+        assert gateway.process.wait(10) == 1
+    [row] = _rows(store)
+    assert "draining" in row
+    assert list(tmp_path.glob("*-exchanges-*")) == []
