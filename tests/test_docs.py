@@ -246,6 +246,23 @@ def test_endpoints() -> None:
     assert sorted(titles) == sorted(served)
 
 
+def test_headers() -> None:
+    """Each header of the data plane that is not HTTP's own is in its reference."""
+    text = _page("reference/endpoints.md") + _page("reference/errors.md")
+    written = re.compile(r"(?:x-[a-z-]+|retry-after-ms)\Z")
+    found = set()
+    for room in ("access", "connection", "exchange", "coalescing", "errors"):
+        for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                value = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+                if written.match(value):
+                    found.add(value)
+    assert {"x-request-timeout", "x-trigate-attempts"} < found
+    assert {name for name in found if f"`{name}" not in text} == {"x-forwarded-for", "x-real-ip"}, (
+        "those are not believed"
+    )
+
+
 def test_required_fields() -> None:
     """The table of the data plane says what each path requires."""
     rows = _first_names(_sections(_page("reference/endpoints.md"))["Data plane"])
