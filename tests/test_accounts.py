@@ -18,7 +18,7 @@ import trio
 from asgi_client import chat
 from conftest import Served, make_config
 from processes import run_gateway
-from provider import DONE, Provider, Say, Stall, answers, content, says
+from provider import DONE, Pause, Provider, Say, Stall, answers, content, says
 from trio.testing import MockClock
 
 from trigate import accounts
@@ -96,6 +96,20 @@ async def test_one_whose_client_left(open_app: OpenApp, autojump_clock: MockCloc
         await call.wait()
         [record] = (await listed(served))["data"]
         assert (record["outcome"], record["status"], record["completion_tokens"]) == ("cancelled", None, 1)
+
+
+async def test_one_who_left_and_whose_answer_was_taken_on(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Whatever becomes of the answer, it was nobody's: there is no status."""
+    model = {"targets": ["up/m"], "on_disconnect": "finish", "finish_timeout_s": 10}
+    scripts = (Say(content("a")), Pause(5), Say(content("b")), Say(DONE)), (Say(content("a")), Stall())
+    async with open_app(make_config(models={"m": model}), Provider(*scripts)) as served:
+        for _ in scripts:
+            call = served.client.chat(model="m")
+            await call.wait_for(b'"a"')
+            call.disconnect()
+            await call.wait()
+        records = (await listed(served))["data"]
+        assert [(each["outcome"], each["status"]) for each in records] == [("cancelled", None), ("finished", None)]
 
 
 async def test_those_who_are_refused_have_records(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -254,4 +268,36 @@ def test_killed(tmp_path: Path) -> None:
         assert client.get("/status").json()["ledger"]["lost"] == 1
         gateway.stop()
     assert len(_rows(store)) == 21
+    assert list(tmp_path.glob("*-exchanges-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal(tmp_path: Path, workers: int) -> None:
+    """Streams end at once, and nothing is lost: clients are told, and it is known what became of their calls."""
+    store = tmp_path / "a.db"
+    config = f"""
+        [server]
+        workers = {workers}
+        [upstreams.slow]
+        kind = "echo"
+        words_per_s = 5
+    """
+    body = {"model": "slow/echo", "stream": True, "messages": [{"role": "user", "content": "one two three " * 50}]}
+    with run_gateway(config, tmp_path, env={"TRIGATE_STORE": str(store)}) as gateway:
+        with (
+            httpx2.Client(base_url=gateway.url) as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as stream,
+        ):
+            pieces = stream.iter_text()
+            next(pieces)
+            gateway.process.terminate()
+            give_up_at = time.monotonic() + 10
+            while gateway.log().count("draining") < workers and time.monotonic() < give_up_at:
+                time.sleep(0.05)
+            gateway.process.terminate()
+            assert '"code":"draining"' in "".join(pieces)
+        assert gateway.process.wait(10) == 1
+    [row] = _rows(store)
+    assert "draining" in row
     assert list(tmp_path.glob("*-exchanges-*")) == []

@@ -532,6 +532,8 @@ async def test_the_answer_is_taken_to_its_end(open_app: OpenApp, autojump_clock:
         assert b'"b"' not in call.body
         [exchange] = served.settled
         assert (exchange.outcome, exchange.usage.completion_tokens) == ("finished", 4)
+        totals = served.gateway.totals
+        assert (totals.exchanges, totals.cancelled, totals.failed) == (1, 1, 0), "it is the client who left"
         assert served.providers["a"].calls[0].ended == "complete"
         served.assert_clean()
 
@@ -548,6 +550,28 @@ async def test_not_for_ever(open_app: OpenApp, autojump_clock: MockClock, script
         await call.wait()
         assert trio.current_time() - begun == pytest.approx(11)
         assert served.settled[0].outcome == "cancelled"
+        served.assert_clean()
+
+
+async def test_nothing_is_begun_for_nobody(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Where the client leaves before an upstream is asked, or its attempt fails after that, nobody else is asked."""
+    slow, failing = (Pause(5), *says("x")), (Pause(5), *answers(b'{"error":{"message":"no"}}', status=500))
+    model = {"targets": ["a/m", "b/m"], **FINISHING}
+    config = make_config({"a": {"max_connections": 1}, "b": {}}, models={"both": model})
+    async with open_app(config, {"a": Provider(slow, failing), "b": Provider()}) as served:
+        first = served.client.chat(model="both")
+        await trio.sleep(1)
+        waiting = served.client.chat(model="both")
+        await trio.sleep(1)
+        waiting.disconnect()
+        await waiting.wait()
+        await first.wait()
+        second = served.client.chat(model="both")
+        await trio.sleep(1)
+        second.disconnect()
+        await second.wait()
+        assert [exchange.outcome for exchange in served.settled] == ["cancelled", "complete", "cancelled"]
+        assert (len(served.providers["a"].calls), len(served.providers["b"].calls)) == (2, 0)
         served.assert_clean()
 
 

@@ -40,6 +40,7 @@ STATUS: dict[str, Any] = {
         {"name": "a", "kind": "openai", "state": "down", "reason": "refused", "in_flight": 0, "queued": 0,
          "max_connections": 100, "models": 2, "last_error": "refused", "last_error_at": "2026-11-01T10:00:00+00:00"},
     ],
+    "ledger": {"state": "ok", "begun": 12, "settled": 9, "lost": 0, "dropped": 0, "error": None},
     "admission": {"in_flight": 2, "limit": 5000, "queued": 1, "refused": 7, "lag_s": 0.0124, "late": 0},
     "targets": [
         {"target": "a/m", "breaker": "open", "opens_in_s": 24.06, "in_flight": 0, "first_token_s": None},
@@ -148,6 +149,23 @@ def test_what_stands_out(change: dict[str, Any], line: int, tone: str) -> None:
     assert made(change).head[line].tone == tone
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, None),
+        ({"state": "off"}, None),
+        ({"state": "degraded", "error": "no space"}, "ledger: degraded (no space)"),
+        ({"error": "a disk"}, "ledger: ok (a disk)"),
+        ({"dropped": 3}, "ledger: ok, 3 records dropped"),
+    ],
+)
+def test_a_ledger_that_is_not_well_is_shown(change: dict[str, Any], text: str | None) -> None:
+    """Where records cannot be kept, whoever looks sees it; where they can, it is not worth a line."""
+    ledger = {"state": "ok", "begun": 5, "settled": 5, "lost": 0, "dropped": 0, "error": None, **change}
+    found = [(cell.text, cell.tone) for cell in made({"ledger": ledger}).head if "ledger" in cell.text]
+    assert found == ([(text, "warning")] if text else [])
+
+
 def test_breakers_and_deadlines_stand_out() -> None:
     """An open breaker, whichever worker's; a deadline that is near; a place in a queue; an attempt that failed."""
     shown = made()
@@ -177,6 +195,7 @@ HOSTILE = "evil\x1b[2J\x1b]0;title\x07\r\n\u202e\ud800\x9b31m" + "x" * 500
         *(("streams", "data", 1, "attempts", 0, name) for name in ("target", "why", "outcome")),
         *(("status", name) for name in ("status", "version", "uptime", "config", "reload_error")),
         *(("status", "store", name) for name in ("path", "state", "error")),
+        ("status", "ledger", "error"),
         *(("status", "upstreams", 0, name) for name in ("name", "state", "reason")),
         *(("status", "channels", 0, name) for name in ("name", "type", "status", "last_error")),
         *(("status", "targets", 0, name) for name in ("target", "breaker")),

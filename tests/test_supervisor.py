@@ -183,7 +183,7 @@ async def test_a_signal_stops_all_in_order(tmp_path: Path, number: signal.Signal
 
 
 @pytest.mark.slow
-async def test_a_second_signal_kills(tmp_path: Path) -> None:
+async def test_a_second_signal_ends_it_now(tmp_path: Path) -> None:
     """A second signal ends all at once, and the exit status says so."""
     async with open_pool(tmp_path, drain_timeout_s=60.0) as pool:
         pids = await pool.ask_all()

@@ -443,6 +443,26 @@ async def test_sockets_change_hands() -> None:
         predecessor.close()
 
 
+async def test_it_is_known_who_serves() -> None:
+    """A door that another process has opened, which has gone, names who attends it now."""
+    async with open_old() as old:
+        old.scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        door.bind(f"\0trigate/127.0.0.1:{old.config.port}")
+        code = f"import socket; socket.socket(fileno={door.fileno()}).listen()"
+        await trio.run_process([sys.executable, "-c", code], pass_fds=[door.fileno()])
+        door.setblocking(False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(attend, [door], old.listening.sockets, lambda _: None)
+            await trio.testing.wait_all_tasks_blocked()
+            predecessor = await old.ask()
+            assert predecessor is not None
+            assert predecessor.pid == os.getpid()
+            predecessor.close()
+            nursery.cancel_scope.cancel()
+
+
 async def test_one_after_another() -> None:
     """The door changes hands too: who has taken over can be taken over from."""
     async with open_old() as old:

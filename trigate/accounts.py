@@ -287,7 +287,6 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
         # Nobody has told. An event of a stream is about a token; of the rest, what messages are counted by.
         prompt = estimated_tokens(exchange.call.body)
         completion = exchange.events if exchange.call.stream else -(-exchange.bytes_sent // 4)
-    error = exchange.error
     return ExchangeRecord(
         id=begun.id,
         request_id=begun.request_id,
@@ -299,7 +298,7 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
         started_at=begun.started_at,
         ended_at=time.time(),
         outcome=exchange.outcome or "",
-        status=error.status if error is not None else 200 if exchange.outcome == "complete" else None,
+        status=_status_of(exchange),
         target=str(exchange.target) if exchange.target is not None else None,
         attempts=tuple(_attempted(attempt, exchange.started_at) for attempt in exchange.attempts),
         prompt_tokens=prompt,
@@ -309,6 +308,13 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
         bytes=exchange.bytes_sent,
         first_content_s=exchange.first_content_after_s,
     )
+
+
+def _status_of(exchange: Exchange) -> int | None:
+    """What the client was given; None = it had left (also where its answer was taken on, and that failed)."""
+    if exchange.outcome in ("cancelled", "finished"):
+        return None
+    return exchange.error.status if exchange.error is not None else 200
 
 
 def _attempted(attempt: Attempt, since: float) -> AttemptRecord:

@@ -408,6 +408,10 @@ class CoalescedExchange(Exchange):
         """As `Exchange.finishes`, where nobody else waits for the flight: who leaves others to it may go."""
         return super().finishes and (self._flight is None or len(self._flight.waiters) == 1)
 
+    @property
+    def _is_asked(self) -> bool:
+        return super()._is_asked if self._flight is None else self._flight.exchange._is_asked
+
     def abandon_upstream(self) -> bool:
         """The client has left: so does the exchange its flight, now, so that the next one knows whether it is the last.
 

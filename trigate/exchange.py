@@ -299,11 +299,13 @@ class Exchange:
                     self.outcome = (
                         "complete" if not self._alone else "finished"
                     )  # only the rest of the upstream's framing was cut
-                elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
+                elif self.outcome == "cancelled" and not down.gone:
                     # It was not the client who cut the answer, but a server that stops.
-                    down.patience_s = _LAST_WORDS_S
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
-                        await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
+                    self.outcome = Draining.code
+                    if down.sending_since is None:
+                        down.patience_s = _LAST_WORDS_S
+                        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
+                            await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
             finally:
                 if timer is not None:
                     timer.stop()
@@ -321,7 +323,7 @@ class Exchange:
         self.deadline_at = min(self.started_at + route.total_timeout_s, self.arrived_at + client_s)
         stall_s = limits.stall_timeout_s or math.inf
         self._shortest_s = min(route.shortest_limit_s, self._keep_alive_s(), stall_s)
-        if self.finishes:
+        if self._model().on_disconnect == "finish":
             self._shortest_s = min(self._shortest_s, self._model().finish_timeout_s or math.inf)
         first = min(self.started_at + self._shortest_s, self.deadline_at, self._begin_by)
         return self.gateway.timers.start(first, self._on_time)
@@ -336,6 +338,8 @@ class Exchange:
                 return
             if self._cut is not None:
                 raise self._cut
+            if self._alone:
+                raise error  # another attempt would be made for nobody
             now = trio.current_time()
             # Who has had a keep-alive comment does not wait for the beginning any more.
             over_at = self.deadline_at if self.down.committed else min(self.deadline_at, self._begin_by)
@@ -381,7 +385,7 @@ class Exchange:
             nursery.start_soon(one, step)
             with trio.move_on_after(plan.hedge_delay_s() or 0.0):
                 await decided.wait()
-            if not decided.is_set() and self._cut is None:
+            if not decided.is_set() and self._cut is None and not self._alone:
                 second = plan.second(trio.current_time())
                 if second is not None:
                     nursery.start_soon(one, second)
@@ -782,8 +786,14 @@ class Exchange:
 
     @property
     def finishes(self) -> bool:
-        """The upstream's answer is taken to its end also where the client leaves (``on_disconnect``)."""
-        return self._model().on_disconnect == "finish"
+        """The upstream's answer is taken to its end also where the client leaves (``on_disconnect``). Where no upstream
+        is at work, nothing is begun for nobody."""
+        return self._model().on_disconnect == "finish" and (self._alone or self._is_asked)
+
+    @property
+    def _is_asked(self) -> bool:
+        """An upstream is at work for it."""
+        return any(attempt.phase != "queued" for attempt in self._live)
 
     def finish_alone(self) -> None:
         """The client has left, and `finishes`: the rest of the upstream's answer is accounted, and nobody gets it."""

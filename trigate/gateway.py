@@ -443,7 +443,7 @@ class Gateway:
             totals.completion_tokens += exchange.usage.completion_tokens
         if exchange.outcome == "complete":
             totals.complete += 1
-        elif exchange.outcome == "cancelled":
+        elif exchange.outcome in ("cancelled", "finished"):  # the client left
             totals.cancelled += 1
         else:
             totals.failed += 1

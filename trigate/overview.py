@@ -123,6 +123,15 @@ class Store:
 
 
 @attrs.frozen(kw_only=True)
+class Ledger:
+    """How the records of exchanges are kept."""
+
+    state: str
+    dropped: int = 0
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True)
 class Sessions:
     """How many there are."""
 
@@ -179,6 +188,7 @@ class Status:
     channels: tuple[Channel, ...] = ()
     upstreams: tuple[Upstream, ...] = ()
     admission: Admission | None = None
+    ledger: Ledger | None = None
     targets: tuple[Target, ...] = ()
 
 
@@ -272,6 +282,10 @@ def _head(status: Status, streams: Streams) -> Iterable[Cell]:
             + (f", and {door.late} worker(s) let nobody in" if door.late else ""),
             "bad" if door.late else "warning" if door.queued else "plain",
         )
+    ledger = status.ledger
+    if ledger is not None and (ledger.error is not None or ledger.dropped):
+        text = f"ledger: {_word(ledger.state)}" + (f", {ledger.dropped} records dropped" if ledger.dropped else "")
+        yield attrs.evolve(_told(text, ledger.error), tone="warning")
     if len(status.workers) > 1:
         rows = (
             f"{row.pid}: {row.live} live, up {row.uptime_s:.0f} s" + (", draining" if row.status == "draining" else "")

@@ -8,7 +8,7 @@ changes; no new connections; new work is refused (`Drainable.begin`); idle conne
 exchanges may finish within ``drain_timeout_s``, with a connection or without; the rest are told to end
 (`Drainable.cut`) and get `CUT_TIMEOUT_S` for their last words; what is left is aborted. A task that sends to
 a peer which does not read is shielded, so `Connection.abort` is the one thing that always ends a connection,
-and every way out of `serve` goes through it.
+and every way out of `serve` goes through it; also where it is cancelled, but for `LAST_WORDS_S` before it.
 
 **The end after a takeover** (`takeover`) begins more gently, since clients do not know of it: nothing is refused, and
 idle connections stay open. Each response says that it is the last one of its connection, and the client's next
@@ -55,6 +55,8 @@ log = structlog.get_logger("trigate.server")
 CUT_TIMEOUT_S = 2.0
 LAST_LOOK_S = 0.05
 """How long a drain waits at least for idle connections to close."""
+LAST_WORDS_S = 0.5
+"""What connections have for their last words where there is no drain, or no more: a server that is cancelled."""
 ABORT_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 10.0
 ACCEPT_PAUSE_S = 0.1
@@ -217,7 +219,7 @@ class _Server:
         urls = list(dict.fromkeys(f"{scheme}://{show(sock.getsockname())}" for sock in sockets))
         found = self.state.get("drain")
         drain = found if isinstance(found, Drainable) else None
-        is_started = False
+        is_started = has_ended = False
         async with (
             open_poller(turn=_LEAVING_AT_ONCE) as poller,
             open_timers() as timers,
@@ -240,8 +242,12 @@ class _Server:
                 for sock in sockets:
                     sock.close()
                 drained = await self._end(drain, end, connections)
+                has_ended = True
             finally:
                 with trio.move_on_after(ABORT_TIMEOUT_S, shield=True):
+                    if not has_ended:  # clients are told before their connections are closed
+                        connections.cancel_scope.cancel()
+                        await self._wait_quiet(LAST_WORDS_S)
                     for connection in list(self._live):
                         await connection.abort()
                 connections.cancel_scope.cancel()

@@ -40,6 +40,8 @@ SUCCEEDED = signal.SIGUSR2
 """Tells a worker that another gateway has taken over."""
 STOP_MARGIN_S = 20.0
 """What a worker may take to stop, beyond its drain."""
+LAST_WORDS_S = 3.0
+"""What it may take after a second signal: to tell its clients, and to keep what became of their calls."""
 
 
 class WorkersFailed(Exception):
@@ -284,8 +286,8 @@ async def supervise(
 ) -> bool:
     """Runs ``config.workers`` workers until SIGTERM or SIGINT, or until another gateway has taken over, and stops them.
 
-    The first such signal reaches the workers as SIGTERM, and they may drain; a second one, or a drain
-    that takes longer than it may, kills them. SIGHUP is passed on.
+    Such signals reach the workers as SIGTERM. After the first one they may drain, after a second one they end at once;
+    those that take longer than they may are killed. SIGHUP is passed on.
 
     Args:
         command: Starts a worker, which must understand ``--fd N`` (repeated) and ``--parent-fd N``: see
@@ -322,7 +324,7 @@ async def supervise(
 
 
 async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], config: ServerConfig) -> bool:
-    is_told = False
+    is_told = is_cut = False
     stop_timeout_s = config.drain_timeout_s + STOP_MARGIN_S
 
     def end(number: signal.Signals, notice_s: float) -> None:
@@ -339,13 +341,15 @@ async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], co
             sock.close()  # else a new client would wait in a queue that nobody serves
 
     async def obey(received: AsyncIterator[int]) -> None:
-        nonlocal is_told
+        nonlocal is_told, is_cut
         async for number in received:
             log.info("signal_received", signal=signal.Signals(number).name, again=is_told)
             if number == signal.SIGHUP:
                 supervisor.signal_all(signal.SIGHUP)
             elif is_told:
-                keeping.cancel()
+                is_cut = True
+                supervisor.signal_all(signal.SIGTERM)
+                keeping.deadline = min(keeping.deadline, trio.current_time() + LAST_WORDS_S)
             else:
                 is_told = True
                 gating.cancel()
@@ -368,4 +372,4 @@ async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], co
                     for worker in supervisor.workers:
                         places.start_soon(supervisor.keep, worker)
             nursery.cancel_scope.cancel()
-    return not keeping.cancelled_caught
+    return not (is_cut or keeping.cancelled_caught)

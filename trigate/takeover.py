@@ -51,6 +51,7 @@ SAY_S = 5.0
 """How long whoever knocks may take to say what for."""
 _FDS_IN_PACKET = 64  # Linux takes 253
 _PACKET_BYTES = 4096
+_DOOR_BACKLOG = 8
 _READY = b"ready"
 
 
@@ -180,7 +181,7 @@ def open_doors(listening: Sequence[socket.socket]) -> list[socket.socket]:
         doors.append(door)
         try:
             door.bind(_door_name(where))
-            door.listen(8)
+            door.listen(_DOOR_BACKLOG)
             door.setblocking(False)
         except OSError as error:
             log.warning("takeover_unavailable", address=where, reason=error.strerror or str(error))
@@ -276,6 +277,7 @@ async def attend(
         async with trio.open_nursery() as nursery:
             porter = _Porter(listening, doors, succeeded)
             for door in doors:
+                door.listen(_DOOR_BACKLOG)  # again: who asks is told who listens by the last one who has said so
                 nursery.start_soon(porter.wait_at, door, nursery)
     finally:
         for door in doors:
