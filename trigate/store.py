@@ -518,7 +518,7 @@ class Exchanges(Protocol):
     """What became of the calls."""
 
     def put(self, records: Sequence[bytes]) -> Write[None]:
-        """Keeps records, each as JSON (`ExchangeRecord.encode`): who has them has written them to a file already. Of one
+        """Keeps records, each as JSON (`ExchangeRecord.encode`), since who has them has them written so already. Of one
         that is there nothing is changed, unless it said ``lost``. Not durable."""
 
     async def list(
