@@ -799,6 +799,21 @@ async def test_slow_but_steady_is_not_idle(open_app: OpenApp, autojump_clock: Mo
         assert call.body.endswith(DONE)
 
 
+async def test_who_is_kept_waiting_by_the_client_is_not_idle(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The gap between two events counts from when the upstream is read again, not from before the client's pause."""
+    script = (Say(content("a")), Pause(1), Say(content("b")), Pause(3), Say(content("c")), Say(DONE))
+    config = make_config(limits={"idle_timeout_s": 5, "keep_alive_s": 1})
+    async with open_app(config, Provider(script)) as served:
+        call = served.client.chat()
+        await call.wait_for(b'"a"')
+        call.stall()
+        await trio.sleep(5.9)
+        call.release()
+        assert (await call.wait()).body.endswith(DONE)
+        assert b'"c"' in call.body
+        served.assert_clean()
+
+
 async def test_each_target_has_its_own_deadlines(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The second target's shorter deadline fires when it is due, not when the first one's would have."""
     config = make_config({"a": {}, "b": {"first_token_timeout_s": 2}}, models={"both": {"targets": ["a/m", "b/m"]}})

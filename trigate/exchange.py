@@ -853,8 +853,9 @@ class Exchange:
         """Looks whether an attempt has reached one of its limits; returns when each is due."""
         config = self.generation.config
         target = attempt.target.upstream
-        # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
-        idle_since = attempt.heard_at if attempt.sent_at == math.inf and not sending else math.inf
+        if sending and not attempt.reading and attempt.heard_at < math.inf:
+            attempt.heard_at = now  # it is the client that keeps the relay waiting: the upstream is not idle
+        idle_since = attempt.heard_at if attempt.sent_at == math.inf else math.inf
         limits: tuple[tuple[TimeoutPhase, float, str], ...] = (
             ("response_head", attempt.head_due_from, "did not begin to answer within"),
             ("first_token", attempt.sent_at, "sent no content within"),
