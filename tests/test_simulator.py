@@ -41,29 +41,40 @@ SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 # -- a slice ----------------------------------------------------------------------------------------------------------
 
 
+ALWAYS = {
+    *("complete", "cancelled", "draining"),
+    *("upstream_unavailable", "upstream_timeout", "upstream_truncated", "upstream_garbled"),
+}
+"""Outcomes that occur in each world of 400 requests, whatever its seed."""
+OUTCOMES = ALWAYS | {
+    *("finished", "client_stalled", "stream_cancelled", "overloaded", "rate_limited"),
+    *("upstream_throttled", "upstream_rejected", "upstream_error"),
+}
+
+
 def test_a_slice_of_it() -> None:
-    """Nothing that must hold is broken, and what is to be tried is tried: each way in which a gateway makes attempts,
-    and most of those in which a call can end."""
+    """Nothing that must hold is broken, and what is common occurs. (What is rarer depends on the seed: see below.)"""
     reports = [simulate(seed, 400) for seed in (1, 2)]
-    whys = {why for report in reports for why in report.whys}
-    assert whys == {"first", "failover", "retry", "hedge", "continue"}
     outcomes = {outcome for report in reports for outcome in report.outcomes}
-    assert outcomes - CODES == {"complete", "cancelled", "finished"}
-    assert outcomes > {"overloaded", "upstream_unavailable", "upstream_timeout", "upstream_truncated", "client_stalled"}
-    assert len(outcomes) > 11
-    assert sum(report.outcomes["complete"] for report in reports) > 200
+    assert ALWAYS <= outcomes <= OUTCOMES | CODES
+    assert {"first", "failover"} <= {why for report in reports for why in report.whys}
+    assert sum(report.outcomes["complete"] for report in reports) > 100
     assert sum(report.lives for report in reports) > 3
-    assert sum(report.reloads for report in reports) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_thousand_requests_in_a_minute() -> None:
-    """Of the processor's time: it is one thread, and waits for nothing."""
+    """Of the processor's time: it is one thread, and waits for nothing. All that is to be tried is tried: each way in
+    which a gateway makes attempts, and all in which a call can end."""
     begun = time.process_time()
     report = simulate(4, 10_000)
     assert report.asked + report.turned_away == 10_000
     assert time.process_time() - begun < 60
+    assert report.whys.keys() == {"first", "failover", "retry", "hedge", "continue"}
+    assert OUTCOMES <= report.outcomes.keys() <= OUTCOMES | CODES
+    assert report.lives > 25
+    assert report.reloads > 25
 
 
 # -- a seed is a world ------------------------------------------------------------------------------------------------
@@ -278,7 +289,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         "have not ended",
     ),
     "a generation is kept": (left_out(Generation, "let_go", lambda self: bool(kept)), "hold a generation"),
-    "a drain does not cut": (left_out(Drain, "cut", lambda self: True), "has no proper end"),
+    "a drain does not cut": (replace(Drain, "cut", lambda cut: lambda self: []), "has no proper end"),
 }
 SLOW = {
     *("silences are not broken", "the rest of a frame is forgotten", "a record is not kept"),
