@@ -243,6 +243,11 @@ def forgotten_rest(let_go: Any) -> Any:
     return replacement
 
 
+def anybodys_end(leave: Any) -> Any:
+    """Whatever call ends, the probe is taken to have ended."""
+    return lambda self, entry: leave(self, "probe")
+
+
 def no_limits(look: Any) -> Any:
     """No limit in time is kept."""
     return lambda self, now: now + 1.0
@@ -283,7 +288,8 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time| waits for "),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
     "a slot is lost": (left_out(SocketTransport, "_free_slot", lambda self: True), "connections are open"),
-    "a probe is not ended": (left_out(Breaker, "abandon", lambda self: True), "waits for its probe"),
+    "a probe is not ended": (left_out(Breaker, "abandon", lambda self, entry: True), "waits for its probe"),
+    "a probe is forgotten": (replace(Breaker, "_leave", anybodys_end), "probes are at"),
     "an attempt is not ended": (
         left_out(Plan, "end", lambda self, step, now, *, judged=True, **more: not judged),
         "have not ended",

@@ -58,9 +58,17 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
             wanted[taken.id, taken.upstream] -= 1
             if wanted[taken.id, taken.upstream] < 0:
                 yield f"{taken.upstream} answers {taken.id}, and nobody there reads it: an orphan"
+    probes = Counter(
+        attempt.target
+        for exchange in live
+        for attempt in exchange._live
+        if attempt.step.entry == "probe" and exchange.generation is gateway.generation  # a reload may begin anew
+    )
     for target, state in gateway.targets.items():
         if state.breaker._probing and not state.in_flight:
             yield f"the breaker of {target} waits for its probe, and there is none"
+        if probes[target] > state.breaker._probing:
+            yield f"{probes[target]} probes are at {target}, and its breaker knows of {int(state.breaker._probing)}"
     if len(gateway.timers) > len(live):
         yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
     if not world.in_app:
