@@ -892,17 +892,40 @@ async def test_a_reader_that_stalls_in_a_silence_ends_its_upstream_too(
         served.assert_clean()
 
 
-async def test_the_last_send_may_stall_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A client that reads the last bytes late gets them; its upstream was let go in time."""
-    async with open_app(providers=Provider((Say(content("x")), Pause(1), Say(DONE), Stall()))) as served:
-        call = served.client.chat()
-        await call.wait_for(b"data")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_does_not_read_the_end_is_ended_too(
+    open_app: OpenApp, autojump_clock: MockClock, stream: bool
+) -> None:
+    """The stall limit holds for the last frame, and for a JSON answer: no place is kept until the client leaves."""
+    script = (Say(content("x")), Pause(1), Say(DONE), Stall()) if stream else (Pause(1), *answers(completion("x")))
+    async with open_app(providers=Provider(script)) as served:
+        call = served.client.chat(stream=stream)
+        await trio.sleep(0.5)
         call.stall()
-        await trio.sleep(50)
+        await trio.sleep(29)
+        assert served.gateway.admission.places.taken == 1
+        await trio.sleep(20)
         assert served.providers["up"].open_now == 0
-        call.release()
+        assert served.gateway.admission.places.taken == 0
+        assert [settled.outcome for settled in served.settled] == ["client_stalled"]
         await call.wait()
-        assert call.body.endswith(DONE)
+        assert not call.ended
+        served.assert_clean()
+
+
+async def test_who_reads_the_end_late_keeps_no_place_at_the_upstream(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """A JSON answer that has come whole holds up nobody else there."""
+    config = make_config({"up": {"max_connections": 1}})
+    async with open_app(config, Provider((Pause(1), *answers(completion("x"))))) as served:
+        late = served.client.chat(stream=False)
+        late.stall()
+        await trio.sleep(2)
+        assert (await served.client.chat(stream=False).wait()).status == 200
+        late.release()
+        assert (await late.wait()).status == 200
+        assert [settled.outcome for settled in served.settled] == ["complete", "complete"]
         served.assert_clean()
 
 

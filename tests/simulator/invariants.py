@@ -77,6 +77,9 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
 
 def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
     """What is over its time has been ended, unless the client keeps it waiting, or has its answer already."""
+    stall_s = exchange.generation.config.limits.stall_timeout_s
+    if exchange.down.sending_since is not None and exchange.down.sending_since + 1.5 * stall_s + _EPSILON_S < now:
+        yield f"{exchange.id} is live, and its client reads nothing; stall_timeout_s is {stall_s:g}"
     if exchange.down.sending_since is not None or exchange._ending:
         return
     if exchange.deadline_at + _EPSILON_S < now:
@@ -110,7 +113,8 @@ def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Itera
         users[id(exchange.generation)] += 1
         for attempt in exchange._live:
             upstream = exchange.generation.upstreams[attempt.target.upstream]
-            (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
+            if attempt.phase != "ended":  # its answer waits for the client
+                (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
             if attempt.reply is not None and exchange.down.sending_since is not None and _is_let_go(attempt.reply):
                 let_go[id(upstream)] += 1
     for generation in world.generations:
