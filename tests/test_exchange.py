@@ -201,7 +201,8 @@ PHASES: dict[str, tuple[Script, bool]] = {
 async def test_the_client_goes_and_so_does_the_upstream(
     open_app: OpenApp, autojump_clock: MockClock, phase: str, how: str
 ) -> None:
-    """In every phase the upstream is closed in the same moment, and the exchange settled as cancelled."""
+    """In every phase the upstream is closed in the same moment, and the exchange settled: as cancelled where it was the
+    client that ended it, as draining where it was the server."""
     script, stream = PHASES[phase]
     limits = {"connect_timeout_s": 0, "keep_alive_s": 0}
     async with open_app(make_config(limits=limits), Provider(script)) as served:
@@ -216,7 +217,8 @@ async def test_the_client_goes_and_so_does_the_upstream(
         await call.wait()
         assert served.providers["up"].closed_at == [left]
         assert call.returned_at == left
-        assert [exchange.outcome for exchange in served.settled] == ["cancelled"]
+        told = "cancelled" if how == "disconnect" else "draining"
+        assert [exchange.outcome for exchange in served.settled] == [told]
         served.assert_clean()
 
 
@@ -235,6 +237,7 @@ async def test_a_server_that_stops_leaves_the_client_a_last_word(
         assert call.error["code"] == "draining"
         assert call.ended
         assert b"[DONE]" not in call.body
+        assert [exchange.outcome for exchange in served.settled] == ["draining"]
 
 
 async def test_a_server_that_stops_waits_for_no_stalled_client(open_app: OpenApp, autojump_clock: MockClock) -> None:

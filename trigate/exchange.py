@@ -304,6 +304,7 @@ class Exchange:
                     )  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone and down.sending_since is None:
                     # It was not the client who cut the answer, but a server that stops.
+                    self.outcome = Draining.code
                     down.patience_s = _LAST_WORDS_S
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
                         await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))

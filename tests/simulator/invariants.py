@@ -264,8 +264,6 @@ def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
         meant = (code,)
     if code == "internal_error" or not CODES.issuperset(meant):
         yield f"its error has the code {code}"
-    if world.broken_off and code == "draining":
-        meant = ("draining", "cancelled")  # a server that is cancelled has last words for whom it cancels
     if call.admitted and not call.left and call.outcome not in meant:
         yield f"the client was told {code}, and the exchange was settled as {call.outcome}"
 
