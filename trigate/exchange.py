@@ -205,6 +205,7 @@ class Exchange:
     _stalled_since: float = math.inf
     _taken_bytes: int | None = None
     _shortest_s: float = math.inf
+    _silent_since: float = -math.inf
     _upstream_s: float = 0.0
     _upstream_since: float | None = None
     _seam: Mapping[str, Raw] | None = None
@@ -560,6 +561,8 @@ class Exchange:
                 yield
         finally:
             self._pause = None
+            if phase == "queued":
+                self._silent_since = trio.current_time()
         if self._cut is not None:
             raise self._cut
 
@@ -853,7 +856,11 @@ class Exchange:
         if stalled_since + stall_s <= now:
             self._nursery.start_soon(self._cut_stalled, stall_s)
         due.append(stalled_since + stall_s)
-        quiet_since = math.inf if sending or down.gone else max(down.last_sent_at, self.started_at)
+        # Who may still be refused at the door is to get a status: silence counts from when it is in.
+        at_the_door = self._pause is not None and self._state == "queued"
+        quiet_since = max(down.last_sent_at, self.started_at, self._silent_since)
+        if sending or down.gone or at_the_door:
+            quiet_since = math.inf
         if quiet_since + keep_alive_s <= now and self._may_keep_alive():
             if self._carried is not None:
                 self._carried.inject(sse.comment("keep-alive"))

@@ -76,7 +76,8 @@ class Call:
         over: The client has done with it.
         entered: The app was called.
         returned: The app has returned.
-        admitted: How often an exchange of it was let in; when is ``admitted_at``.
+        admitted: How often an exchange of it has begun; when is ``admitted_at``.
+        silent_from: Since when it may have to be told that somebody is there: it waits at the door no more.
         settled: How often such an exchange was settled.
         judged: The invariants have been checked.
         outcome, events, bytes: Those of its exchange.
@@ -100,6 +101,7 @@ class Call:
     returned: bool = False
     admitted: int = 0
     admitted_at: float = math.nan
+    silent_from: float = math.inf
     settled: int = 0
     judged: bool = False
     outcome: str | None = None
@@ -176,8 +178,7 @@ async def _exchange(end: End | SocketEnd, call: Call) -> None:
             await trio.sleep(request.stalls_s)
         begun_at = trio.current_time()
         data = await end.receive_some(_RECEIVES_BYTES)
-        if not math.isnan(call.admitted_at):
-            call.quiet_s = max(call.quiet_s, trio.current_time() - max(begun_at, call.admitted_at))
+        call.quiet_s = max(call.quiet_s, trio.current_time() - max(begun_at, call.silent_from))
         if not data:
             return
         answer.feed(data)

@@ -334,7 +334,10 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
         if (call.events, call.bytes) != (len(events), sum(map(len, events))) and not call.left:
             yield f"its exchange counts {call.events} events, {call.bytes} bytes; there are {len(events)}: {events!r}"
     elif last and answer.complete:
-        yield from _of_code(world, call, msgspec.json.decode(events[-1][6:])["error"]["code"])
+        code = msgspec.json.decode(events[-1][6:])["error"]["code"]
+        yield from _of_code(world, call, code)
+        if code in ("overloaded", "rate_limited"):
+            yield f"{code} is an event, which cannot say when to come back"
     if call.outcome == "complete" and not done and not call.left and not call.stalled:
         yield f"the exchange was settled as complete, and the client of {asked.id} has no [DONE]"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, MutableMapping
@@ -192,6 +193,7 @@ class World:
         self.open: dict[provider.Open, None] = {}
         self.lines: list[provider.Line] = []
         self.generations: list[Generation] = []
+        self._queued: dict[str, Call] = {}
         self.accepted: list[Callable[[], bool]] = []
         self.settled: Counter[tuple[str, str]] = Counter()
         self.stopping = self.broken_off = False
@@ -236,8 +238,25 @@ class World:
             self.generations = [
                 each for each in self.generations if each is gateway.generation or not invariants.is_closed(each)
             ]
+        self._note_queue(gateway)
         for what in invariants.of_step(self, gateway):
             self.violate(what)
+
+    def _note_queue(self, gateway: Gateway) -> None:
+        """Silence counts from when a call has its place."""
+        queued = self._queued
+        if not queued and not gateway.admission.places.queued:
+            return
+        waiting = {
+            exchange.id: self.calls[exchange.id]
+            for exchange in gateway.live
+            if exchange.phase == "queued" and not exchange._live and exchange._pause is not None
+        }
+        for call in waiting.values():
+            call.silent_from = math.inf
+        for name in queued.keys() - waiting.keys():
+            queued[name].silent_from = trio.current_time()
+        self._queued = waiting
 
     def hear(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:  # Any: structlog's
         """Takes a line of the log."""
@@ -360,7 +379,7 @@ class World:
             call = self.calls[exchange.id]
             admit(exchange)
             call.admitted += 1
-            call.admitted_at = trio.current_time()
+            call.admitted_at = call.silent_from = trio.current_time()
             call.keep_alive_s = exchange.generation.config.limits.keep_alive_s
             call.total_s = exchange.generation.route(exchange.call.model).total_timeout_s
 
@@ -405,7 +424,7 @@ class World:
         self._end = server.End()
         self.stopping = self.broken_off = False
         self.settled = Counter()
-        self.lines, self.generations, self.accepted = [], [], []
+        self.lines, self.generations, self.accepted, self._queued = [], [], [], {}
         self.calls = {}
         app = create_app(
             opener=lambda: open_gateway(
