@@ -75,7 +75,8 @@ class Call:
         stalled: It has not read for a while.
         over: The client has done with it.
         entered: The app was called.
-        returned: The app has returned.
+        returned: The app has returned; at ``returned_at``.
+        before: The request before it, on the same connection.
         admitted: How often an exchange of it has begun; when is ``admitted_at``.
         silent_from: Since when it may have to be told that somebody is there: it waits at the door no more.
         settled: How often such an exchange was settled.
@@ -99,6 +100,8 @@ class Call:
     over: bool = False
     entered: int = 0
     returned: bool = False
+    returned_at: float = math.inf
+    before: Call | None = attrs.field(default=None, repr=False)
     admitted: int = 0
     admitted_at: float = math.nan
     silent_from: float = math.inf
@@ -117,8 +120,9 @@ class Call:
 async def run_client(world: World) -> None:
     """Asks one thing after the other, until there is no more to ask, or nobody takes it."""
     end: End | SocketEnd | None = None
+    call: Call | None = None
     try:
-        while (request := world.next_request()) is not None:
+        while (request := world.next_request(kept=end is not None)) is not None:
             await trio.sleep(request.thinks_s)
             fresh = end is None
             if end is None:
@@ -126,7 +130,8 @@ async def run_client(world: World) -> None:
             if end is None:
                 world.note_turned_away(request)
                 return
-            call = await _make(world, end, request, fresh=fresh)
+            before = call if not fresh else None
+            call = await _make(world, end, Call(request, fresh, before=before))
             if not fresh and not call.answer.received_bytes and not call.entered and not call.left:
                 # An idle connection that ended in the moment in which it was used: as clients do, once more.
                 end.close()
@@ -134,7 +139,7 @@ async def run_client(world: World) -> None:
                 if end is None:
                     world.note_turned_away(request)
                     return
-                call = await _make(world, end, request, fresh=True)
+                call = await _make(world, end, Call(request))
             if call.left or not call.answer.complete or not call.answer.keep_alive:
                 end.close()
                 end = None
@@ -143,8 +148,8 @@ async def run_client(world: World) -> None:
             end.close()
 
 
-async def _make(world: World, end: End | SocketEnd, request: lots.Request, *, fresh: bool) -> Call:
-    call = Call(request, fresh)
+async def _make(world: World, end: End | SocketEnd, call: Call) -> Call:
+    request = call.request
     world.begin(call)
     try:
         with trio.move_on_after(PATIENCE_S) as patience:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from simulator import lots
 from simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange import _REST_S, Exchange
@@ -69,6 +70,9 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
             yield f"the breaker of {target} waits for its probe, and there is none"
         if probes[target] > state.breaker._probing:
             yield f"{probes[target]} probes are at {target}, and its breaker knows of {int(state.breaker._probing)}"
+    too_early = gateway.draining and not world.is_stopped and now + _EPSILON_S < world.moved_by
+    if too_early and any(is_open() for is_open in world.accepted):
+        yield f"calls are refused, and clients have {world.moved_by - now:.3f} s left to move"
     if len(gateway.timers) > len(live):
         yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
     if not world.in_app:
@@ -208,6 +212,8 @@ def of_call(world: World, call: Call) -> Iterator[str]:
     if call.settled != call.admitted:
         yield f"its exchange was let in {call.admitted} times, and settled {call.settled} times"
     answer = call.answer
+    if answer.complete and answer.keep_alive and call.begun_at > world.succeeded_at:
+        yield "another gateway has taken over, and its client is not told"
     if answer.late:
         yield "something came behind the end of its answer"
     if not answer.complete and not call.left and not _may_lack_its_end(world, call):
@@ -239,7 +245,8 @@ def _may_lack_its_end(world: World, call: Call) -> bool:
     if world.broken_off or call.stalled:
         return True
     if not call.entered:
-        return world.stopping or not call.fresh
+        idle_since = call.before.returned_at if call.before is not None else math.inf
+        return world.stopping or call.begun_at + _EPSILON_S > idle_since + lots.KEEP_ALIVE_TIMEOUT_S
     # Sound has no words for an error: that it breaks off is how the client is told.
     return call.request.kind == "speech" and call.answer.status == 200 and call.outcome in CODES
 
@@ -262,6 +269,8 @@ def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
         meant = ("upstream_error",)
     else:
         meant = (code,)
+    if code == "draining" and not world.stopping:
+        yield "the client was told draining, and nobody stops the gateway"
     if code == "internal_error" or not CODES.issuperset(meant):
         yield f"its error has the code {code}"
     if call.admitted and not call.left and call.outcome not in meant:
@@ -336,6 +345,9 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
     elif last and answer.complete:
         code = msgspec.json.decode(events[-1][6:])["error"]["code"]
         yield from _of_code(world, call, code)
+        told = len(said), sum(map(len, said))
+        if (call.events, call.bytes) != told and code != _REPORTED and not call.left:
+            yield f"its exchange counts {call.events} events, {call.bytes} bytes before the error; there are {told}"
         if code in ("overloaded", "rate_limited"):
             yield f"{code} is an event, which cannot say when to come back"
     if call.outcome == "complete" and not done and not call.left and not call.stalled:
