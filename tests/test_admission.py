@@ -61,6 +61,32 @@ async def test_a_hopeless_wait_is_not_begun(open_app: OpenApp, autojump_clock: M
         assert (await first.wait()).status == 200
 
 
+async def test_a_refusal_after_a_wait_is_a_status(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """However long the wait was: no keep-alive comment goes out in the queue, and a status says when to come back."""
+    limits = {"max_exchanges": 1, "max_queued": 1, "queue_timeout_s": 5, "keep_alive_s": 1}
+    async with open_app(make_config(limits=limits), Provider((Stall(),))) as served:
+        ask(served)
+        await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        call = await ask(served).wait()
+        assert trio.current_time() - begun == pytest.approx(5)
+        assert (call.status, call.error["code"]) == (503, "overloaded")
+        assert int(call.header("retry-after-ms")) > 0
+
+
+async def test_silence_counts_from_the_admission(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Who has waited longer than that is not at once committed to an answer, and gets comments from then on."""
+    limits = {"max_exchanges": 1, "max_queued": 1, "queue_timeout_s": 20, "keep_alive_s": 4}
+    async with open_app(make_config(limits=limits), Provider((Pause(10), *says("x")))) as served:
+        ask(served)
+        await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        call = await ask(served).wait()
+        comments = [at - begun for at, data in call.pieces if data == b": keep-alive\n"]
+        assert comments == [pytest.approx(14), pytest.approx(18)]
+        assert call.body.endswith(DONE)
+
+
 async def test_a_deadline_bounds_the_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The client's time goes on in the queue; where it will not do, the call is refused at once."""
     async with open_app(make_config(limits={"max_exchanges": 1}), Provider((Stall(),))) as served:

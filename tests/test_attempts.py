@@ -171,7 +171,7 @@ async def test_a_client_that_leaves_in_a_pause(open_app: OpenApp, autojump_clock
         assert [state.in_flight for _, state in served.gateway.targets.items()] == [0]
         served.assert_clean()
         await trio.sleep(2)
-        assert [state.breaker.enter(trio.current_time()) for _, state in served.gateway.targets.items()] == [True]
+        assert [state.breaker.enter(trio.current_time()) for _, state in served.gateway.targets.items()] == ["probe"]
 
 
 # -- one deadline -----------------------------------------------------------------------------------------------------

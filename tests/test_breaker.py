@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.breaker import MAX_COOLDOWN_S, Breaker
+from trigate.breaker import MAX_COOLDOWN_S, Breaker, Entry
 from trigate.config import BreakerConfig, Count, Limit, Seconds, Share
 
 RULES = BreakerConfig(
@@ -19,32 +21,32 @@ def tripped(at: float = 0.0) -> Breaker:
     breaker = Breaker(RULES)
     for _ in range(3):
         assert breaker.enter(at)
-        breaker.fail(at)
+        breaker.fail(at, "call")
     return breaker
 
 
 def test_failures_in_a_row_open_it() -> None:
     """One that goes well in between begins the row anew."""
     breaker = Breaker(RULES)
-    breaker.fail(0)
-    breaker.fail(0)
-    breaker.succeed(0)
-    breaker.fail(0)
-    breaker.fail(0)
-    assert (breaker.state(0), breaker.enter(0)) == ("closed", True)
-    breaker.fail(0)
-    assert (breaker.state(0), breaker.enter(0), breaker.opens_in_s(1)) == ("open", False, 3)
+    breaker.fail(0, "call")
+    breaker.fail(0, "call")
+    breaker.succeed(0, "call")
+    breaker.fail(0, "call")
+    breaker.fail(0, "call")
+    assert (breaker.state(0), breaker.enter(0)) == ("closed", "call")
+    breaker.fail(0, "call")
+    assert (breaker.state(0), breaker.enter(0), breaker.opens_in_s(1)) == ("open", None, 3)
 
 
 def test_a_rate_opens_it() -> None:
     """Every other call fails: never three in a row, and half of ten."""
     breaker = Breaker(RULES)
     for _ in range(4):
-        breaker.succeed(1)
-        breaker.fail(1)
+        breaker.succeed(1, "call")
+        breaker.fail(1, "call")
     assert breaker.state(1) == "closed"
-    breaker.succeed(1)
-    breaker.fail(1)
+    breaker.succeed(1, "call")
+    breaker.fail(1, "call")
     assert breaker.state(1) == "open"
 
 
@@ -52,11 +54,11 @@ def test_old_calls_count_no_more() -> None:
     """A window that is long over says nothing."""
     breaker = Breaker(RULES)
     for _ in range(4):
-        breaker.fail(0)
-        breaker.succeed(0)
-    breaker.fail(100)
-    breaker.succeed(100)
-    breaker.fail(100)
+        breaker.fail(0, "call")
+        breaker.succeed(0, "call")
+    breaker.fail(100, "call")
+    breaker.succeed(100, "call")
+    breaker.fail(100, "call")
     assert breaker.state(100) == "closed"
 
 
@@ -65,11 +67,40 @@ def test_one_probe() -> None:
     breaker = tripped()
     assert not breaker.enter(3.9)
     assert breaker.state(4) == "half_open"
-    assert [breaker.enter(4) for _ in range(3)] == [True, False, False]
-    breaker.abandon()
-    assert [breaker.enter(5) for _ in range(2)] == [True, False]
-    breaker.succeed(5)
-    assert (breaker.state(5), breaker.enter(5)) == ("closed", True)
+    assert [breaker.enter(4) for _ in range(3)] == ["probe", None, None]
+    breaker.abandon("probe")
+    assert [breaker.enter(5) for _ in range(2)] == ["probe", None]
+    breaker.succeed(5, "probe")
+    assert (breaker.state(5), breaker.enter(5)) == ("closed", "call")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda breaker: breaker.abandon("call"),
+        lambda breaker: breaker.fail(5, "call"),
+        lambda breaker: breaker.succeed(5, "call"),
+        lambda breaker: breaker.fail(5, "call", retry_after_s=1),
+    ],
+    ids=["abandoned", "failed", "went well", "failed and said when"],
+)
+def test_who_entered_before_is_not_the_probe(end: Callable[[Breaker], None]) -> None:
+    """However a call ends that entered before the breaker opened, a second probe waits for the end of the first."""
+    breaker = tripped()
+    assert breaker.enter(4) == "probe"
+    end(breaker)
+    assert (breaker.state(9), breaker.enter(9)) == ("half_open", None)
+    breaker.succeed(9, "probe")
+    assert breaker.enter(9) == "call"
+
+
+def test_a_probe_does_not_close_what_the_provider_has_asked_for() -> None:
+    """A call from before is told meanwhile when to come back: the probe's success is older than that."""
+    breaker = tripped()
+    assert breaker.enter(4) == "probe"
+    breaker.fail(5, "call", retry_after_s=20)
+    breaker.succeed(6, "probe")
+    assert (breaker.opens_in_s(6), breaker.enter(24), breaker.enter(25)) == (19, None, "probe")
 
 
 def test_a_probe_that_fails_doubles_the_wait() -> None:
@@ -79,13 +110,13 @@ def test_a_probe_that_fails_doubles_the_wait() -> None:
         waits.append(breaker.opens_in_s(now))
         now += breaker.opens_in_s(now)
         assert breaker.enter(now)
-        breaker.fail(now)
+        breaker.fail(now, "probe")
     assert waits == [4, 8, 16, 32, MAX_COOLDOWN_S, MAX_COOLDOWN_S]
     now += breaker.opens_in_s(now)
     assert breaker.enter(now)
-    breaker.succeed(now)
+    breaker.succeed(now, "probe")
     for _ in range(3):
-        breaker.fail(now)
+        breaker.fail(now, "call")
     assert breaker.opens_in_s(now) == 4
 
 
@@ -94,10 +125,10 @@ def test_a_provider_that_says_when() -> None:
     breaker = Breaker(RULES)
     assert breaker.enter(0)
     assert breaker.enter(0)
-    breaker.fail(0, retry_after_s=20)
-    breaker.succeed(1)
+    breaker.fail(0, "call", retry_after_s=20)
+    breaker.succeed(1, "call")
     assert breaker.opens_in_s(1) == 19
-    breaker.fail(2, retry_after_s=5)
+    breaker.fail(2, "call", retry_after_s=5)
     assert breaker.opens_in_s(2) == 18
 
 
@@ -106,38 +137,40 @@ def test_switched_off(rules: BreakerConfig) -> None:
     """It opens for nothing but a word of the provider."""
     breaker = Breaker(rules)
     for _ in range(1000):
-        breaker.fail(0)
+        breaker.fail(0, "call")
     assert breaker.enter(0)
-    breaker.fail(0, retry_after_s=1)
+    breaker.fail(0, "call", retry_after_s=1)
     assert not breaker.enter(0)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["enter", "succeed", "fail", "later", "abandon"]), st.floats(0, 9))))
-def test_it_never_stays_shut(steps: list[tuple[str, float]]) -> None:
-    """Whatever happens, some time after the last call has ended one is let through; and never two probes at once."""
-    breaker, now, inside, probes = Breaker(RULES), 0.0, 0, 0
-    for what, pause_s in steps:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["enter", "succeed", "fail", "later", "abandon"]), st.floats(0, 9), st.integers(0, 9))
+    )
+)
+def test_it_never_stays_shut(steps: list[tuple[str, float, int]]) -> None:
+    """Whatever happens, in whichever order the calls end: some time after the last one has ended one is let through,
+    and there are never two probes at once."""
+    breaker, now = Breaker(RULES), 0.0
+    inside: list[Entry] = []
+    for what, pause_s, which in steps:
         now += pause_s
         if what == "enter":
-            half_open = breaker.state(now) == "half_open"
-            if breaker.enter(now):
-                inside += 1
-                probes += half_open
-                assert probes <= 1
+            entry = breaker.enter(now)
+            if entry is not None:
+                inside.append(entry)
+                assert inside.count("probe") <= 1
         elif inside:
-            inside -= 1
-            probes = 0
+            entry = inside.pop(which % len(inside))
             match what:
                 case "succeed":
-                    breaker.succeed(now)
+                    breaker.succeed(now, entry)
                 case "fail":
-                    breaker.fail(now)
+                    breaker.fail(now, entry)
                 case "later":
-                    breaker.fail(now, retry_after_s=pause_s)
+                    breaker.fail(now, entry, retry_after_s=pause_s)
                 case _:
-                    breaker.abandon()
-    for _ in range(inside):
-        breaker.abandon()
-    later = now + breaker.opens_in_s(now) + MAX_COOLDOWN_S
-    breaker.abandon()
-    assert breaker.enter(later)
+                    breaker.abandon(entry)
+    for entry in inside:
+        breaker.abandon(entry)
+    assert breaker.enter(now + breaker.opens_in_s(now))

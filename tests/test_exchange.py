@@ -237,6 +237,7 @@ async def test_a_server_that_stops_leaves_the_client_a_last_word(
         assert call.error["code"] == "draining"
         assert call.ended
         assert b"[DONE]" not in call.body
+        assert [exchange.outcome for exchange in served.settled] == ["draining"]
 
 
 async def test_a_server_that_stops_waits_for_no_stalled_client(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -801,6 +802,21 @@ async def test_slow_but_steady_is_not_idle(open_app: OpenApp, autojump_clock: Mo
         assert call.body.endswith(DONE)
 
 
+async def test_who_is_kept_waiting_by_the_client_is_not_idle(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The gap between two events counts from when the upstream is read again, not from before the client's pause."""
+    script = (Say(content("a")), Pause(1), Say(content("b")), Pause(3), Say(content("c")), Say(DONE))
+    config = make_config(limits={"idle_timeout_s": 5, "keep_alive_s": 1})
+    async with open_app(config, Provider(script)) as served:
+        call = served.client.chat()
+        await call.wait_for(b'"a"')
+        call.stall()
+        await trio.sleep(5.9)
+        call.release()
+        assert (await call.wait()).body.endswith(DONE)
+        assert b'"c"' in call.body
+        served.assert_clean()
+
+
 async def test_each_target_has_its_own_deadlines(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The second target's shorter deadline fires when it is due, not when the first one's would have."""
     config = make_config({"a": {}, "b": {"first_token_timeout_s": 2}}, models={"both": {"targets": ["a/m", "b/m"]}})
@@ -879,17 +895,40 @@ async def test_a_reader_that_stalls_in_a_silence_ends_its_upstream_too(
         served.assert_clean()
 
 
-async def test_the_last_send_may_stall_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A client that reads the last bytes late gets them; its upstream was let go in time."""
-    async with open_app(providers=Provider((Say(content("x")), Pause(1), Say(DONE), Stall()))) as served:
-        call = served.client.chat()
-        await call.wait_for(b"data")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_does_not_read_the_end_is_ended_too(
+    open_app: OpenApp, autojump_clock: MockClock, stream: bool
+) -> None:
+    """The stall limit holds for the last frame, and for a JSON answer: no place is kept until the client leaves."""
+    script = (Say(content("x")), Pause(1), Say(DONE), Stall()) if stream else (Pause(1), *answers(completion("x")))
+    async with open_app(providers=Provider(script)) as served:
+        call = served.client.chat(stream=stream)
+        await trio.sleep(0.5)
         call.stall()
-        await trio.sleep(50)
+        await trio.sleep(29)
+        assert served.gateway.admission.places.taken == 1
+        await trio.sleep(20)
         assert served.providers["up"].open_now == 0
-        call.release()
+        assert served.gateway.admission.places.taken == 0
+        assert [settled.outcome for settled in served.settled] == ["client_stalled"]
         await call.wait()
-        assert call.body.endswith(DONE)
+        assert not call.ended
+        served.assert_clean()
+
+
+async def test_who_reads_the_end_late_keeps_no_place_at_the_upstream(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """A JSON answer that has come whole holds up nobody else there."""
+    config = make_config({"up": {"max_connections": 1}})
+    async with open_app(config, Provider((Pause(1), *answers(completion("x"))))) as served:
+        late = served.client.chat(stream=False)
+        late.stall()
+        await trio.sleep(2)
+        assert (await served.client.chat(stream=False).wait()).status == 200
+        late.release()
+        assert (await late.wait()).status == 200
+        assert [settled.outcome for settled in served.settled] == ["complete", "complete"]
         served.assert_clean()
 
 

@@ -121,6 +121,20 @@ def test_an_open_breaker_is_passed_over() -> None:
     assert (step.target, step.why) == (A, "first")
 
 
+def test_who_came_before_the_outage_does_not_end_its_probe() -> None:
+    """A call that is under way since before the breaker opened: its end is not that of the probe."""
+    states, config = known(1, breaker={"failures": 1, "cooldown_s": 7})
+    early, other, probing = (plan_of(states, config) for _ in range(3))
+    long = early.first(0.0, 0.5)
+    other.end(other.first(0.0, 0.5), 0.0, error=DOWN)
+    probe = probing.first(7.0, 0.5)
+    early.end(long, 8.0, judged=False)
+    with pytest.raises(Unavailable):
+        plan_of(states, config).first(8.0, 0.5)
+    probing.end(probe, 9.0)
+    assert plan_of(states, config).first(9.0, 0.5).target == A
+
+
 def test_an_outage_is_not_multiplied() -> None:
     """A thousand calls of one target that is down: a fifth more, and the few that a budget holds."""
     states, config = known(1, retries={"max_attempts": 10, "budget": 0.2}, breaker={"failures": 0, "failure_rate": 0})
@@ -176,7 +190,7 @@ def test_the_delay_is_that_of_who_is_tried() -> None:
     for _ in range(100):
         states.of(A).note_first_token(0.1, 0.0)
         states.of(B).note_first_token(3.0, 0.0)
-    states.of(A).breaker.fail(0.0, retry_after_s=50)
+    states.of(A).breaker.fail(0.0, "call", retry_after_s=50)
     plan = plan_of(states, config)
     assert plan.first(0.0, 0.5).target == B
     assert plan.hedge_delay_s() == pytest.approx(3.0)
@@ -185,7 +199,7 @@ def test_the_delay_is_that_of_who_is_tried() -> None:
 def test_no_hedge_at_a_broken_target() -> None:
     """Nor where there is no other one."""
     states, config = known(2, strategy="hedge", hedge_delay_s=0.1, max_attempts=3)
-    states.of(B).breaker.fail(0.0, retry_after_s=9)
+    states.of(B).breaker.fail(0.0, "call", retry_after_s=9)
     plan = plan_of(states, config)
     plan.first(0.0, 0.5)
     assert plan.second(0.0) is None
@@ -307,8 +321,8 @@ def test_a_client_says_nothing_of_a_target() -> None:
 def test_a_reload() -> None:
     """What is known stays, with the new rules; of an upstream that has moved, nothing does."""
     states, _ = known(2)
-    states.of(A).breaker.fail(0.0, retry_after_s=50)
-    states.of(B).breaker.fail(0.0, retry_after_s=50)
+    states.of(A).breaker.fail(0.0, "call", retry_after_s=50)
+    states.of(B).breaker.fail(0.0, "call", retry_after_s=50)
     moved = make_config({"a": {}, "b": {"base_url": "http://else.invalid/v1"}}, breaker={"failures": 1})
     states.apply(moved)
     assert not states.of(A).breaker.enter(0.0)

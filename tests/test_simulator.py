@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -20,6 +22,7 @@ from simulator.__main__ import main
 from simulator.pipes import pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trigate import server
 from trigate.accounts import Accounts
 from trigate.admission import _Place
 from trigate.attempt import Attempt
@@ -31,6 +34,7 @@ from trigate.gateway import Drain, Generation
 from trigate.peer import Peer
 from trigate.places import Places
 from trigate.plans import Plan
+from trigate.protocol import Http2Service
 from trigate.relay import Stream
 from trigate.timers import Timer
 from trigate.transport import Opening, SocketTransport
@@ -41,29 +45,41 @@ SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 # -- a slice ----------------------------------------------------------------------------------------------------------
 
 
+ALWAYS = {
+    *("complete", "cancelled", "draining"),
+    *("upstream_unavailable", "upstream_timeout", "upstream_truncated", "upstream_garbled"),
+}
+"""Outcomes that occur in each world of 400 requests, whatever its seed."""
+OUTCOMES = ALWAYS | {
+    *("finished", "client_stalled", "stream_cancelled", "overloaded", "rate_limited"),
+    *("upstream_throttled", "upstream_rejected", "upstream_error"),
+}
+
+
 def test_a_slice_of_it() -> None:
-    """Nothing that must hold is broken, and what is to be tried is tried: each way in which a gateway makes attempts,
-    and most of those in which a call can end."""
-    reports = [simulate(seed, 400) for seed in (2, 3)]
-    whys = {why for report in reports for why in report.whys}
-    assert whys == {"first", "failover", "retry", "hedge", "continue"}
+    """Nothing that must hold is broken, and what is common occurs. (What is rarer depends on the seed: see below.)"""
+    reports = [simulate(seed, 400) for seed in (1, 2)]
     outcomes = {outcome for report in reports for outcome in report.outcomes}
-    assert outcomes - CODES == {"complete", "cancelled", "finished"}
-    assert outcomes > {"overloaded", "upstream_unavailable", "upstream_timeout", "upstream_truncated", "client_stalled"}
-    assert len(outcomes) > 11
-    assert sum(report.outcomes["complete"] for report in reports) > 200
+    assert ALWAYS <= outcomes <= OUTCOMES | CODES
+    assert {"first", "failover"} <= {why for report in reports for why in report.whys}
+    assert sum(report.outcomes["complete"] for report in reports) > 100
     assert sum(report.lives for report in reports) > 3
-    assert sum(report.reloads for report in reports) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_thousand_requests_in_a_minute() -> None:
-    """Of the processor's time: it is one thread, and waits for nothing."""
+    """Of the processor's time: it is one thread, and waits for nothing. All that is to be tried is tried: each way in
+    which a gateway makes attempts, and all in which a call can end."""
     begun = time.process_time()
     report = simulate(4, 10_000)
     assert report.asked + report.turned_away == 10_000
     assert time.process_time() - begun < 60
+    assert report.whys.keys() == {"first", "failover", "retry", "hedge", "continue"}
+    assert OUTCOMES <= report.outcomes.keys() <= OUTCOMES | CODES
+    assert report.lives > 25
+    assert report.reloads > 25
+    assert report.moved > 100
 
 
 # -- a seed is a world ------------------------------------------------------------------------------------------------
@@ -232,6 +248,20 @@ def forgotten_rest(let_go: Any) -> Any:
     return replacement
 
 
+def anybodys_end(leave: Any) -> Any:
+    """Whatever call ends, the probe is taken to have ended."""
+    return lambda self, entry: leave(self, "probe")
+
+
+def in_a_hurry(wait_gone: Any) -> Any:
+    """Nobody waits until clients have moved to the next gateway."""
+
+    async def replacement(self: Any, *rest: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    return replacement
+
+
 def no_limits(look: Any) -> Any:
     """No limit in time is kept."""
     return lambda self, now: now + 1.0
@@ -253,7 +283,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         "the ledger has",
     ),
     "an event is sent twice": (replace(StreamReader, "feed", sent_twice), "its answer is|it says"),
-    "an event is lost": (replace(StreamReader, "feed", dropped), "its answer is|it says"),
+    "an event is lost": (replace(StreamReader, "feed", dropped), "its answer is|it says|not HTTP|counts"),
     "something follows [DONE]": (replace(Downstream, "end", more_after_the_end), "something follows the last event"),
     "a reply is not closed": (
         left_out(Opening, "release", lambda self: self._response is not None and not self._response.complete),
@@ -270,23 +300,41 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     ),
     "silences are not broken": (left_out(Exchange, "_may_keep_alive", lambda self: True), "it was quiet for"),
     "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time| waits for "),
+    "who reads nothing is kept": (
+        replace(Exchange, "_stall", lambda stall: lambda self, now: (math.inf, math.inf)),
+        "its client reads nothing",
+    ),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
     "a slot is lost": (left_out(SocketTransport, "_free_slot", lambda self: True), "connections are open"),
-    "a probe is not ended": (left_out(Breaker, "abandon", lambda self: True), "waits for its probe"),
+    "a probe is not ended": (left_out(Breaker, "abandon", lambda self, entry: True), "waits for its probe"),
+    "a probe is forgotten": (replace(Breaker, "_leave", anybodys_end), "probes are at"),
     "an attempt is not ended": (
         left_out(Plan, "end", lambda self, step, now, *, judged=True, **more: not judged),
         "have not ended",
     ),
     "a generation is kept": (left_out(Generation, "let_go", lambda self: bool(kept)), "hold a generation"),
-    "a drain does not cut": (left_out(Drain, "cut", lambda self: True), "has no proper end"),
+    "clients are not told of a takeover": (
+        left_out(Http2Service, "begin_to_end", lambda self: True),
+        "its client is not told",
+    ),
+    "a takeover leaves no time": (replace(server._Server, "_wait_gone", in_a_hurry), "left to move"),
+    "a drain does not cut": (replace(Drain, "cut", lambda cut: lambda self: []), "has no proper end"),
 }
 SLOW = {
     *("silences are not broken", "the rest of a frame is forgotten", "a record is not kept"),
     *("a place at an upstream is kept", "an event is lost", "a cut stream is complete"),
     *("a seam has a character twice", "limits are not kept", "a probe is not ended", "an attempt is not ended"),
     *("a generation is kept", "a drain does not cut"),
+    *("clients are not told of a takeover", "a takeover leaves no time"),
 }
 kept = Sometimes(20)
+
+
+@pytest.fixture
+def untidy() -> Iterator[None]:
+    """Has what a world that ended early left open collected here, where its warnings are ignored."""
+    yield
+    gc.collect()
 
 
 def violation_of(seed: int) -> Violation | None:
@@ -299,19 +347,21 @@ def violation_of(seed: int) -> Violation | None:
 
 
 @pytest.mark.filterwarnings("ignore")  # what is left open, is
+@pytest.mark.usefixtures("untidy")
 @pytest.mark.parametrize(
     "planted", [pytest.param(each, marks=pytest.mark.slow if each in SLOW else ()) for each in PLANTED]
 )
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
-    """Within a few worlds, and by the invariant that is about it; the same seed finds it again."""
+    """Within some worlds, and by the invariant that is about it; the same seed finds it again."""
     patch, says = PLANTED[planted]
     patch(monkeypatch)
-    violation = next(filter(None, map(violation_of, range(20, 26))), None)
+    violation = next(filter(None, map(violation_of, range(20, 60))), None)
     assert violation is not None
     assert re.search(says, violation.what), violation.what
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("untidy")
 def test_soak_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The command that it prints finds the same."""
     PLANTED["an exchange is not settled"][0](monkeypatch)

@@ -205,6 +205,7 @@ class Exchange:
     _stalled_since: float = math.inf
     _taken_bytes: int | None = None
     _shortest_s: float = math.inf
+    _silent_since: float = -math.inf
     _upstream_s: float = 0.0
     _upstream_since: float | None = None
     _seam: Mapping[str, Raw] | None = None
@@ -282,7 +283,10 @@ class Exchange:
             timer = self._set_limits(route)
             async with self.gateway.admission.place(self):
                 await self._serve(Plan(self.call.model, route.targets, self.gateway.targets, self.generation.config))
-            self.outcome = "complete" if not self._alone else "finished"
+            if isinstance(self._cut, Stalled):
+                self.outcome, self.error = self._cut.code, self._cut  # it did not read the end
+            else:
+                self.outcome = "complete" if not self._alone else "finished"
         except GatewayError as error:
             self.outcome = error.code if not self._alone else "cancelled"
             await self._fail(error)
@@ -302,10 +306,9 @@ class Exchange:
                 elif self.outcome == "cancelled" and not down.gone:
                     # It was not the client who cut the answer, but a server that stops.
                     self.outcome = Draining.code
-                    if down.sending_since is None:
-                        down.patience_s = _LAST_WORDS_S
-                        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
-                            await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
+                    down.patience_s = _LAST_WORDS_S
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
+                        await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
             finally:
                 if timer is not None:
                     timer.stop()
@@ -446,12 +449,20 @@ class Exchange:
                     attempt.head_due_from = math.inf
                     if not 200 <= reply.status < 300:
                         raise await upstream.error_of(reply)
+                    last: bytes | None = None
                     if self.call.stream:
-                        await self._relay(attempt, reply, decided)
+                        last = await self._relay(attempt, reply, decided)
                     elif self.call.endpoint.answer == "json":
-                        await self._answer(attempt, reply, decided)
+                        last = await self._answer(attempt, reply, decided)
                     else:
                         await self._pass_on(attempt, reply, decided)
+                if last is not None:
+                    # The upstream has done its part: its place is free, however long the client takes.
+                    attempt.reply, attempt.phase = None, "ended"
+                    if self.call.stream:
+                        await self.down.end(last)
+                    else:
+                        await self.down.respond(200, [(b"content-type", b"application/json")], last)
             if attempt.half.cancelled_caught and not attempt.lost and not self._ending:
                 raise self._cause_of(attempt)
             if not attempt.lost:
@@ -555,6 +566,8 @@ class Exchange:
                 yield
         finally:
             self._pause = None
+            if phase == "queued":
+                self._silent_since = trio.current_time()
         if self._cut is not None:
             raise self._cut
 
@@ -588,8 +601,12 @@ class Exchange:
             self._winner = None
         return step
 
-    async def _relay(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> None:
-        """Moves whole events from the upstream to the client until the stream is complete."""
+    async def _relay(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> bytes | None:
+        """Moves whole events from the upstream to the client until the stream is complete.
+
+        Returns:
+            The last frame, which is still to be sent; None = it has been, or another attempt was first.
+        """
         name = attempt.target.upstream
         if reply.content_type not in ("text/event-stream", ""):
             raise Garbled(f"The upstream {name} was asked for a stream and answered with {reply.content_type}.")
@@ -618,7 +635,7 @@ class Exchange:
                 raise reader.error  # nothing is out yet: a status, or the next target
             if reader.has_content and not relayed:
                 if not self._claim(attempt, decided):
-                    return  # noqa: ASYNC910 - it was received
+                    return None  # noqa: ASYNC910 - it was received
                 relayed = True
                 attempt.phase = "streaming"
                 if not down.committed:
@@ -637,14 +654,17 @@ class Exchange:
     def _may_continue(self) -> bool:
         return self._model().on_truncation == "continue" and self.call.endpoint.path == "/chat/completions"
 
-    async def _end_stream(self, attempt: Attempt, reply: Reply, data: bytes) -> None:
+    async def _end_stream(self, attempt: Attempt, reply: Reply, data: bytes) -> bytes | None:
+        """Returns as `_relay`."""
         if self.recorder is not None:
             await self.recorder.complete(attempt.reader.usage if attempt.reader is not None else None)
         self._ending = True
-        await self.down.end(data)
         response = reply.plain_response
-        if response is None or not response.complete:
-            await self._finish(reply)
+        if response is not None and response.complete:
+            return data  # noqa: ASYNC910 - it is about to be sent
+        await self.down.end(data)
+        await self._finish(reply)
+        return None
 
     async def _be_carried(self, reply: Reply, reader: StreamReader) -> bool:
         """Has the engine move the stream, until it is complete, has an error, or its body has ended.
@@ -695,8 +715,12 @@ class Exchange:
             attempt.reading = False
             attempt.heard_at = trio.current_time()
 
-    async def _answer(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> None:
-        """Takes a JSON answer whole, and sends it on under the public model id."""
+    async def _answer(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> bytes | None:
+        """Takes a JSON answer whole.
+
+        Returns:
+            What is to be sent, under the public model id; None = another attempt was first.
+        """
         attempt.phase = "reading"
         attempt.sent_at = math.inf
 
@@ -706,7 +730,7 @@ class Exchange:
         body = await reply.read(self.generation.config.limits.response_bytes, on_piece=hear)
         data, usage = decode_answer(body, model=self.call.model, upstream=attempt.target.upstream)
         if not self._claim(attempt, decided):
-            return
+            return None
         self.usage = usage
         if self.recorder is not None:
             self.recorder.hear_answer(data)
@@ -714,7 +738,7 @@ class Exchange:
         self._ending = True
         self.bytes_sent = len(data)
         self._stamp()
-        await self.down.respond(200, [(b"content-type", b"application/json")], data)
+        return data
 
     async def _pass_on(self, attempt: Attempt, reply: Reply, decided: trio.Event | None) -> None:
         """Moves an answer of bytes (audio) as it comes. Its only proof of completeness is its framing."""
@@ -842,7 +866,11 @@ class Exchange:
         if stalled_since + stall_s <= now:
             self._nursery.start_soon(self._cut_stalled, stall_s)
         due.append(stalled_since + stall_s)
-        quiet_since = math.inf if sending or down.gone else max(down.last_sent_at, self.started_at)
+        # Who may still be refused at the door is to get a status: silence counts from when it is in.
+        at_the_door = self._pause is not None and self._state == "queued"
+        quiet_since = max(down.last_sent_at, self.started_at, self._silent_since)
+        if sending or down.gone or at_the_door:
+            quiet_since = math.inf
         if quiet_since + keep_alive_s <= now and self._may_keep_alive():
             if self._carried is not None:
                 self._carried.inject(sse.comment("keep-alive"))
@@ -865,8 +893,9 @@ class Exchange:
         """Looks whether an attempt has reached one of its limits; returns when each is due."""
         config = self.generation.config
         target = attempt.target.upstream
-        # While a first token is awaited, or the client keeps the relay waiting, the upstream is not idle.
-        idle_since = attempt.heard_at if attempt.sent_at == math.inf and not sending else math.inf
+        if sending and not attempt.reading and attempt.heard_at < math.inf:
+            attempt.heard_at = now  # it is the client that keeps the relay waiting: the upstream is not idle
+        idle_since = attempt.heard_at if attempt.sent_at == math.inf else math.inf
         limits: tuple[tuple[TimeoutPhase, float, str], ...] = (
             ("response_head", attempt.head_due_from, "did not begin to answer within"),
             ("first_token", attempt.sent_at, "sent no content within"),
@@ -918,16 +947,15 @@ class Exchange:
         return self._cut is None and not self._ending
 
     async def _cut_stalled(self, timeout_s: float) -> None:
-        attempt, ending = self._winner, self._ending
+        attempt = self._winner
         reply = attempt.reply if attempt is not None else None
-        self.cut(Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended."))
+        stalled = Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended.")
+        self.cut(stalled)
+        self._cut = self._cut or stalled  # also where it is the end that the client does not read
         if reply is not None and attempt is not None and not attempt.reading:
             # The relay may sit in a send that no cancellation reaches: close from here.
             await reply.aclose()
-        if not ending:
-            await self.down.abort()
-        else:
-            await trio.lowlevel.checkpoint()
+        await self.down.abort()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

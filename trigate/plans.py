@@ -27,7 +27,7 @@ from typing import Literal
 
 import attrs
 
-from trigate.breaker import Breaker
+from trigate.breaker import Breaker, Entry
 from trigate.config import Config
 from trigate.errors import Garbled, GatewayError, Throttled, Unavailable, UpstreamTimeout
 from trigate.retries import Budget, backoff_s
@@ -47,11 +47,12 @@ _ALIKE = 1.25
 
 @attrs.frozen
 class Step:
-    """The next attempt: at which target, why, and after which pause in seconds."""
+    """The next attempt: at which target, why, after which pause in seconds, and as what its breaker lets it in."""
 
     target: Target
     why: Why
     after_s: float = 0.0
+    entry: Entry = "call"
 
 
 class TargetState:
@@ -211,11 +212,12 @@ class Plan:
         """
         for target in self._order(now, chance):
             state = self._known.of(target)
-            if state.breaker.enter(now):
+            entry = state.breaker.enter(now)
+            if entry is not None:
                 budget = self._known.hedges(self._name)
                 if budget is not None:
                     budget.note_call()
-                return self._begin(target, state, "first")
+                return self._begin(target, state, "first", entry)
         raise self._refusal(now)
 
     def _refusal(self, now: float) -> GatewayError:
@@ -244,8 +246,12 @@ class Plan:
         if not error.retryable or self._attempts >= self._max or left_s <= 0:
             return None
         for target in self._order(now, chance):
-            if target not in self._tries and (state := self._known.of(target)).breaker.enter(now):
-                return self._begin(target, state, "failover")
+            if target in self._tries:
+                continue
+            state = self._known.of(target)
+            entry = state.breaker.enter(now)
+            if entry is not None:
+                return self._begin(target, state, "failover", entry)
         if isinstance(error, UpstreamTimeout | Garbled):
             return None
         return self._again(now, chance, left_s)
@@ -265,9 +271,8 @@ class Plan:
             state = self._known.of(target)
             # It enters now, at the moment when its breaker will let it in.
             if state.budget.take(now):
-                if state.breaker.enter(now + after_s):
-                    return self._begin(target, state, "retry", after_s)
-                return None
+                entry = state.breaker.enter(now + after_s)
+                return self._begin(target, state, "retry", entry, after_s) if entry is not None else None
         return None
 
     def hedge_delay_s(self) -> float | None:
@@ -291,9 +296,8 @@ class Plan:
             if target not in self._tries and state.breaker.state(now) == "closed":
                 if not budget.take(now):
                     return None
-                state.breaker.enter(now)
                 self._hedged = True
-                return self._begin(target, state, "hedge")
+                return self._begin(target, state, "hedge", "call")
         return None
 
     def onward(self, now: float) -> Step | None:
@@ -303,8 +307,9 @@ class Plan:
             return None
         for target in sorted(self._targets, key=lambda target: self._tries.get(target, 0)):
             state = self._known.of(target)
-            if (target not in self._tries or state.budget.take(now)) and state.breaker.enter(now):
-                return self._begin(target, state, "continue")
+            entry = state.breaker.enter(now) if target not in self._tries or state.budget.take(now) else None
+            if entry is not None:
+                return self._begin(target, state, "continue", entry)
         return None
 
     def end(
@@ -328,18 +333,18 @@ class Plan:
         if first_token_s is not None:
             state.note_first_token(first_token_s, now)
         if not judged:
-            state.breaker.abandon()
+            state.breaker.abandon(step.entry)
         elif error is None:
-            state.breaker.succeed(now)
+            state.breaker.succeed(now, step.entry)
         elif error.blame != "provider" or (isinstance(error, UpstreamTimeout) and error.phase == "queue"):
-            state.breaker.abandon()  # nor does it say anything that all places here were taken
+            state.breaker.abandon(step.entry)  # nor does it say anything that all places here were taken
         elif error.retryable:
             state.last_error = error
-            state.breaker.fail(now, retry_after_s=error.retry_after_s)
+            state.breaker.fail(now, step.entry, retry_after_s=error.retry_after_s)
         else:
-            state.breaker.succeed(now)  # it answered: what was asked was wrong
+            state.breaker.succeed(now, step.entry)  # it answered: what was asked was wrong
 
-    def _begin(self, target: Target, state: TargetState, why: Why, after_s: float = 0.0) -> Step:
+    def _begin(self, target: Target, state: TargetState, why: Why, entry: Entry, after_s: float = 0.0) -> Step:
         self._states[target] = state
         state.in_flight += 1
         tries = self._tries.get(target, 0)
@@ -347,7 +352,7 @@ class Plan:
             state.budget.note_call()
         self._tries[target] = tries + 1
         self._attempts += 1
-        return Step(target, why, after_s)
+        return Step(target, why, after_s, entry)
 
     def _order(self, now: float, chance: float) -> Iterable[Target]:
         """The targets as they are to be tried."""

@@ -75,8 +75,10 @@ class Call:
         stalled: It has not read for a while.
         over: The client has done with it.
         entered: The app was called.
-        returned: The app has returned.
-        admitted: How often an exchange of it was let in; when is ``admitted_at``.
+        returned: The app has returned; at ``returned_at``.
+        before: The request before it, on the same connection.
+        admitted: How often an exchange of it has begun; when is ``admitted_at``.
+        silent_from: Since when it may have to be told that somebody is there: it waits at the door no more.
         settled: How often such an exchange was settled.
         judged: The invariants have been checked.
         outcome, events, bytes: Those of its exchange.
@@ -98,8 +100,11 @@ class Call:
     over: bool = False
     entered: int = 0
     returned: bool = False
+    returned_at: float = math.inf
+    before: Call | None = attrs.field(default=None, repr=False)
     admitted: int = 0
     admitted_at: float = math.nan
+    silent_from: float = math.inf
     settled: int = 0
     judged: bool = False
     outcome: str | None = None
@@ -115,8 +120,9 @@ class Call:
 async def run_client(world: World) -> None:
     """Asks one thing after the other, until there is no more to ask, or nobody takes it."""
     end: End | SocketEnd | None = None
+    call: Call | None = None
     try:
-        while (request := world.next_request()) is not None:
+        while (request := world.next_request(kept=end is not None)) is not None:
             await trio.sleep(request.thinks_s)
             fresh = end is None
             if end is None:
@@ -124,7 +130,8 @@ async def run_client(world: World) -> None:
             if end is None:
                 world.note_turned_away(request)
                 return
-            call = await _make(world, end, request, fresh=fresh)
+            before = call if not fresh else None
+            call = await _make(world, end, Call(request, fresh, before=before))
             if not fresh and not call.answer.received_bytes and not call.entered and not call.left:
                 # An idle connection that ended in the moment in which it was used: as clients do, once more.
                 end.close()
@@ -132,7 +139,7 @@ async def run_client(world: World) -> None:
                 if end is None:
                     world.note_turned_away(request)
                     return
-                call = await _make(world, end, request, fresh=True)
+                call = await _make(world, end, Call(request))
             if call.left or not call.answer.complete or not call.answer.keep_alive:
                 end.close()
                 end = None
@@ -141,8 +148,8 @@ async def run_client(world: World) -> None:
             end.close()
 
 
-async def _make(world: World, end: End | SocketEnd, request: lots.Request, *, fresh: bool) -> Call:
-    call = Call(request, fresh)
+async def _make(world: World, end: End | SocketEnd, call: Call) -> Call:
+    request = call.request
     world.begin(call)
     try:
         with trio.move_on_after(PATIENCE_S) as patience:
@@ -176,8 +183,7 @@ async def _exchange(end: End | SocketEnd, call: Call) -> None:
             await trio.sleep(request.stalls_s)
         begun_at = trio.current_time()
         data = await end.receive_some(_RECEIVES_BYTES)
-        if not math.isnan(call.admitted_at):
-            call.quiet_s = max(call.quiet_s, trio.current_time() - max(begun_at, call.admitted_at))
+        call.quiet_s = max(call.quiet_s, trio.current_time() - max(begun_at, call.silent_from))
         if not data:
             return
         answer.feed(data)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from simulator import lots
 from simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange import _REST_S, Exchange
@@ -58,9 +59,20 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
             wanted[taken.id, taken.upstream] -= 1
             if wanted[taken.id, taken.upstream] < 0:
                 yield f"{taken.upstream} answers {taken.id}, and nobody there reads it: an orphan"
+    probes = Counter(
+        attempt.target
+        for exchange in live
+        for attempt in exchange._live
+        if attempt.step.entry == "probe" and exchange.generation is gateway.generation  # a reload may begin anew
+    )
     for target, state in gateway.targets.items():
         if state.breaker._probing and not state.in_flight:
             yield f"the breaker of {target} waits for its probe, and there is none"
+        if probes[target] > state.breaker._probing:
+            yield f"{probes[target]} probes are at {target}, and its breaker knows of {int(state.breaker._probing)}"
+    too_early = gateway.draining and not world.is_stopped and now + _EPSILON_S < world.moved_by
+    if too_early and any(is_open() for is_open in world.accepted):
+        yield f"calls are refused, and clients have {world.moved_by - now:.3f} s left to move"
     if len(gateway.timers) > len(live):
         yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
     if not world.in_app:
@@ -69,6 +81,9 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
 
 def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
     """What is over its time has been ended, unless the client keeps it waiting, or has its answer already."""
+    stall_s = exchange.generation.config.limits.stall_timeout_s
+    if exchange.down.sending_since is not None and exchange.down.sending_since + 1.5 * stall_s + _EPSILON_S < now:
+        yield f"{exchange.id} is live, and its client reads nothing; stall_timeout_s is {stall_s:g}"
     if exchange.down.sending_since is not None or exchange._ending:
         return
     if exchange.deadline_at + _EPSILON_S < now:
@@ -102,7 +117,8 @@ def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Itera
         users[id(exchange.generation)] += 1
         for attempt in exchange._live:
             upstream = exchange.generation.upstreams[attempt.target.upstream]
-            (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
+            if attempt.phase != "ended":  # its answer waits for the client
+                (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
             if attempt.reply is not None and exchange.down.sending_since is not None and _is_let_go(attempt.reply):
                 let_go[id(upstream)] += 1
     for generation in world.generations:
@@ -196,6 +212,8 @@ def of_call(world: World, call: Call) -> Iterator[str]:
     if call.settled != call.admitted:
         yield f"its exchange was let in {call.admitted} times, and settled {call.settled} times"
     answer = call.answer
+    if answer.complete and answer.keep_alive and call.begun_at > world.succeeded_at:
+        yield "another gateway has taken over, and its client is not told"
     if answer.late:
         yield "something came behind the end of its answer"
     if not answer.complete and not call.left and not _may_lack_its_end(world, call):
@@ -227,7 +245,8 @@ def _may_lack_its_end(world: World, call: Call) -> bool:
     if world.broken_off or call.stalled:
         return True
     if not call.entered:
-        return world.stopping or not call.fresh
+        idle_since = call.before.returned_at if call.before is not None else math.inf
+        return world.stopping or call.begun_at + _EPSILON_S > idle_since + lots.KEEP_ALIVE_TIMEOUT_S
     # Sound has no words for an error: that it breaks off is how the client is told.
     return call.request.kind == "speech" and call.answer.status == 200 and call.outcome in CODES
 
@@ -250,10 +269,10 @@ def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
         meant = ("upstream_error",)
     else:
         meant = (code,)
+    if code == "draining" and not world.stopping:
+        yield "the client was told draining, and nobody stops the gateway"
     if code == "internal_error" or not CODES.issuperset(meant):
         yield f"its error has the code {code}"
-    if world.broken_off and code == "draining":
-        meant = ("draining", "cancelled")  # a server that is cancelled has last words for whom it cancels
     if call.admitted and not call.left and call.outcome not in meant:
         yield f"the client was told {code}, and the exchange was settled as {call.outcome}"
 
@@ -324,7 +343,13 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
         if (call.events, call.bytes) != (len(events), sum(map(len, events))) and not call.left:
             yield f"its exchange counts {call.events} events, {call.bytes} bytes; there are {len(events)}: {events!r}"
     elif last and answer.complete:
-        yield from _of_code(world, call, msgspec.json.decode(events[-1][6:])["error"]["code"])
+        code = msgspec.json.decode(events[-1][6:])["error"]["code"]
+        yield from _of_code(world, call, code)
+        told = len(said), sum(map(len, said))
+        if (call.events, call.bytes) != told and code != _REPORTED and not call.left:
+            yield f"its exchange counts {call.events} events, {call.bytes} bytes before the error; there are {told}"
+        if code in ("overloaded", "rate_limited"):
+            yield f"{code} is an event, which cannot say when to come back"
     if call.outcome == "complete" and not done and not call.left and not call.stalled:
         yield f"the exchange was settled as complete, and the client of {asked.id} has no [DONE]"
 

@@ -18,6 +18,7 @@ UPSTREAMS = ("alpha", "beta", "gamma")
 MODELS = ("one", "both", "spread", "race", "kept", "alpha/m-alpha")
 KEYS = {name: f"key-of-{name}-0123456789" for name in ("ada", "bob", "cyd")}
 SPEECH_BYTES = 3000
+KEEP_ALIVE_TIMEOUT_S = 5
 NONSENSE = b"data: {nonsense\n\n"
 _WEATHER_S = 15.0
 
@@ -127,7 +128,7 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
             "min_calls": 10,
             "cooldown_s": one_of(0.3, 1.5),
         },
-        "server": {"drain_timeout_s": round(rng.uniform(0.2, 3.0), 2), "keep_alive_timeout_s": 5},
+        "server": {"drain_timeout_s": round(rng.uniform(0.2, 3.0), 2), "keep_alive_timeout_s": KEEP_ALIVE_TIMEOUT_S},
         "sessions": {"wait_s": one_of(0.5, 5), "history_messages": 6},
         "keys": KEYS,
     }
@@ -206,13 +207,14 @@ def request(seed: int, number: int) -> Request:
     rng = lot(seed, "request", number)
     fate = rng.random()
     stream = rng.random()
+    stalls = 0.18 <= fate < 0.24
     return Request(
         number=number,
         id=f"r{number}",
         kind="stream" if stream < 0.75 else "json" if stream < 0.93 else "speech",
         model=rng.choice(MODELS),
         key=rng.choice(("ada", "ada", "ada", "bob", "cyd")),
-        text=f"{number}: " + "".join(rng.choices(_WORDS, k=rng.randint(0, 16))),
+        text=f"{number}: " + "".join(rng.choices(_WORDS, k=rng.randint(20, 200) if stalls else rng.randint(0, 16))),
         speech=rng.randbytes(rng.randint(1, SPEECH_BYTES)),
         thinks_s=rng.expovariate(2.0),
         uploads=tuple(rng.expovariate(2.0) for _ in range(rng.randint(1, 3))) if rng.random() < 0.05 else (),
@@ -221,9 +223,9 @@ def request(seed: int, number: int) -> Request:
         leaves_s=rng.expovariate(1.0) if fate < 0.12 else math.inf,
         leaves_bytes=rng.randint(1, 3000) if 0.12 <= fate < 0.18 else math.inf,
         how=rng.choice(("close", "close", "reset", "half-close")),
-        stalls_bytes=rng.randint(0, 1000) if 0.18 <= fate < 0.24 else math.inf,
-        stalls_s=rng.choice((1.0, 4.0, 4.0, 30.0)),
-        ended_s=rng.expovariate(1.0) if 0.24 <= fate < 0.26 else math.inf,
+        stalls_bytes=rng.randint(0, 1000) if stalls else math.inf,
+        stalls_s=rng.choice((1.0, 1.2, 1.4, 4.0, 30.0)),
+        ended_s=rng.expovariate(1.0) if 0.24 <= fate < 0.26 or (stalls and rng.random() < 0.25) else math.inf,
         session=rng.choice("pqr") if stream < 0.93 and rng.random() < 0.06 else "",
     )
 
@@ -425,8 +427,9 @@ class _Script:
         """All of a good stream but its last event."""
         events = [self._chunk({"role": "assistant", "content": ""})]
         left = self._left
+        longest = self._rng.choice((40, 40, 700))  # so that one of them may be more than what a socket takes at once
         while left:
-            size = self._rng.randint(1, 40)
+            size = self._rng.randint(1, longest)
             events.append(self._chunk({"content": left[:size]}))
             left = left[size:]
         events.append(self._chunk({}, "stop"))

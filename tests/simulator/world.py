@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, MutableMapping
@@ -88,6 +89,7 @@ class Report:
         whys: Of the attempts.
         steps: After how many the invariants were checked.
         lives: How many gateways there were, one after the other.
+        moved: How many requests were made of a gateway that another one has taken over from.
         reloads: How many configurations besides the first ones of the gateways.
         virtual_s: How long it took there.
         digest: Of the trace.
@@ -100,6 +102,7 @@ class Report:
     whys: Counter[str]
     steps: int
     lives: int
+    moved: int
     reloads: int
     virtual_s: float
     digest: str
@@ -107,8 +110,9 @@ class Report:
     def __str__(self) -> str:
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in self.outcomes.most_common())
         return (
-            f"{self.asked} requests ({outcomes}), {self.lives} gateways, {self.reloads} reloads, {self.steps} steps, "
-            f"{self.virtual_s:.0f} virtual seconds, trace {self.digest[:16]}"
+            f"{self.asked} requests ({outcomes}), {self.lives} gateways ({self.moved} requests after a takeover), "
+            f"{self.reloads} reloads, {self.steps} steps, {self.virtual_s:.0f} virtual seconds, "
+            f"trace {self.digest[:16]}"
         )
 
 
@@ -192,14 +196,17 @@ class World:
         self.open: dict[provider.Open, None] = {}
         self.lines: list[provider.Line] = []
         self.generations: list[Generation] = []
+        self._queued: dict[str, Call] = {}
         self.accepted: list[Callable[[], bool]] = []
         self.settled: Counter[tuple[str, str]] = Counter()
-        self.stopping = self.broken_off = False
+        self.broken_off = False
+        self.succeeded_at = self.moved_by = math.inf
         self.nursery: trio.Nursery
         self._gateway: Gateway | None = None
         self._accept: Callable[[trio.abc.Stream], None] | None = None
         self._scope = trio.CancelScope()
-        self._asked = self._turned_away = self._steps = self._lives = self._reloads = 0
+        self._asked = self._turned_away = self._steps = self._lives = self._reloads = self._moved = 0
+        self._succeeds = False
         self._life_ends_at = self._stop_at = 0
         self._configurations = 0
         self._config: Config
@@ -236,8 +243,25 @@ class World:
             self.generations = [
                 each for each in self.generations if each is gateway.generation or not invariants.is_closed(each)
             ]
+        self._note_queue(gateway)
         for what in invariants.of_step(self, gateway):
             self.violate(what)
+
+    def _note_queue(self, gateway: Gateway) -> None:
+        """Silence counts from when a call has its place."""
+        queued = self._queued
+        if not queued and not gateway.admission.places.queued:
+            return
+        waiting = {
+            exchange.id: self.calls[exchange.id]
+            for exchange in gateway.live
+            if exchange.phase == "queued" and not exchange._live and exchange._pause is not None
+        }
+        for call in waiting.values():
+            call.silent_from = math.inf
+        for name in queued.keys() - waiting.keys():
+            queued[name].silent_from = trio.current_time()
+        self._queued = waiting
 
     def hear(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:  # Any: structlog's
         """Takes a line of the log."""
@@ -257,6 +281,7 @@ class World:
             whys=self._whys,
             steps=self._steps,
             lives=self._lives,
+            moved=self._moved,
             reloads=self._reloads,
             virtual_s=self._ended_s,
             digest=self.trace.digest,
@@ -264,9 +289,25 @@ class World:
 
     # -- the calls ----------------------------------------------------------------------------------------------------
 
-    def next_request(self) -> lots.Request | None:
-        """What a client asks next; None = nothing more, in this life."""
-        if self._asked + self._turned_away >= self._life_ends_at or self._accept is None:
+    @property
+    def is_stopped(self) -> bool:
+        """It was told to stop, or is broken off."""
+        return self.broken_off or self._end.stop.is_set()
+
+    @property
+    def stopping(self) -> bool:
+        """What goes on may be cut short: that, or its clients have had the time to move."""
+        return self.is_stopped or (self._gateway is not None and self._gateway.draining)
+
+    def next_request(self, *, kept: bool) -> lots.Request | None:
+        """What a client asks next; None = nothing more, in this life.
+
+        Args:
+            kept: It has a connection. So it knows of no end: not until it is told, where another gateway takes over.
+        """
+        if self._asked + self._turned_away >= self._life_ends_at:
+            return None
+        if self._accept is None and not (kept and self.succeeded_at < math.inf):
             return None
         number = self._asked + self._turned_away
         self._asked += 1
@@ -276,8 +317,11 @@ class World:
             self._config = self._configuration()
             self.trace.note("reload", self._configurations)
             self._gateway.reload_soon()
-        if number + 1 >= self._stop_at:
-            self._end.stop_now()
+        if number + 1 >= self._stop_at and not self._end.begun.is_set():
+            if self._succeeds:
+                self._end.succeed(1)
+            else:
+                self._end.stop_now()
         return lots.request(self.seed, number)
 
     def connect(self) -> End | SocketEnd | None:
@@ -305,6 +349,8 @@ class World:
     def begin(self, call: Call) -> None:
         """A client makes a call."""
         self.calls[call.request.id] = call
+        if self.succeeded_at < math.inf:
+            self._moved += 1
         self.trace.note("call", call.request.id, call.request.model, call.request.kind)
         if call.request.ended_s < 60.0:
             self.nursery.start_soon(self._end_call, call)
@@ -348,6 +394,7 @@ class World:
             finally:
                 del self.in_app[name]
                 call.returned = True
+                call.returned_at = trio.current_time()
                 self.judge(call)
 
         return watched
@@ -360,7 +407,7 @@ class World:
             call = self.calls[exchange.id]
             admit(exchange)
             call.admitted += 1
-            call.admitted_at = trio.current_time()
+            call.admitted_at = call.silent_from = trio.current_time()
             call.keep_alive_s = exchange.generation.config.limits.keep_alive_s
             call.total_s = exchange.generation.route(exchange.call.model).total_timeout_s
 
@@ -400,12 +447,15 @@ class World:
         begun = self._asked + self._turned_away
         calls = min(rng.randint(*CALLS_OF_A_LIFE), self.requests - begun)
         self._life_ends_at = begun + calls
-        self._stop_at = self._life_ends_at - (rng.randint(0, 20) if rng.random() < 0.8 else 0)
+        self._succeeds = rng.random() < 0.4
+        before = 60 if self._succeeds else 20
+        self._stop_at = self._life_ends_at - (rng.randint(0, before) if rng.random() < 0.8 else 0)
         self._reloads_at = {begun + rng.randrange(calls) for _ in range(rng.randint(0, 3))}
         self._end = server.End()
-        self.stopping = self.broken_off = False
+        self.broken_off = False
+        self.succeeded_at = self.moved_by = math.inf
         self.settled = Counter()
-        self.lines, self.generations, self.accepted = [], [], []
+        self.lines, self.generations, self.accepted, self._queued = [], [], [], {}
         self.calls = {}
         app = create_app(
             opener=lambda: open_gateway(
@@ -436,10 +486,11 @@ class World:
         self.trace.note("closed")
 
     async def _serve(self, app: Any, state: Any, rng: random.Random) -> None:  # Any: ASGI
-        """Serves, until the drain has ended; or breaks it off."""
+        """Serves, until the end has ended: a drain, or a takeover. A takeover may turn into a stop, and each may be
+        broken off."""
         serving = server._Server(app, self._config.server, None, state)
         serving._live = _Ordered()  # type: ignore[assignment] # as far as it is used
-        breaks_off = rng.random() < 0.25
+        breaks_off, stops_after_all = rng.random() < 0.25, rng.random() < 0.3
         async with trio.open_nursery() as clients, trio.open_nursery() as nursery:
             ended = trio.Event()
 
@@ -452,9 +503,15 @@ class World:
             for _ in range(CLIENTS):
                 clients.start_soon(run_client, self)
             await self._end.begun.wait()
-            self.trace.note("stops", "and breaks off" if breaks_off else "")
-            self.stopping = True
             self._accept = None
+            if self._succeeds:
+                self.succeeded_at = trio.current_time()
+                self.moved_by = self.succeeded_at + serving.config.drain_timeout_s
+                self.trace.note("is succeeded")
+                if stops_after_all:
+                    await trio.sleep(rng.uniform(0.0, 2.0))
+                    self._end.stop_now()
+            self.trace.note("ends", "and breaks off" if breaks_off else "")
             if breaks_off:
                 await trio.sleep(rng.uniform(0.0, 2.0))
                 self.broken_off = True
