@@ -1,7 +1,7 @@
 """The ledger of exchanges: one record for each, whatever happened to it.
 
 `Accounts.begin` and `Accounts.settle` are synchronous and never fail: a call is not delayed, and not refused, because
-its account cannot be kept. Each writes one line to the `journal`, which survives the process; about once a second a
+its account cannot be kept. Each writes one line to the `journal`, which survives the process; every few seconds a
 task brings what was settled into the store, where it can be asked for. A record is in the store at most once, since it
 has an id of its own, and it may be brought there twice.
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("trigate.accounts")
 
-FOLD_S = 1.0
+FOLD_S = 5.0
 """How long a record waits at most before it is brought into the store."""
 LOOK_S = 60.0
 """How often it is looked for journals of processes that have ended."""
@@ -49,10 +49,8 @@ RETRY_S = 5.0
 END_TIMEOUT_S = 3.0
 TURN_BYTES = 4 * 1024 * 1024
 """How long a journal becomes before the next one is begun."""
-MAX_WAITING = 10_000
+MAX_WAITING = 50_000
 """Records in memory."""
-SLICE = 2000
-"""Records that are brought in at once."""
 _MAX_NAME = 256  # of a model: clients write what they like
 
 
@@ -203,8 +201,8 @@ class Accounts:
             StoreUnavailable: It could not; nothing is lost, and the next one tries again.
         """
         async with self._folding:
-            while self._waiting:
-                records = self._waiting[:SLICE]
+            while self._waiting:  # all at once: each hop to the database's thread is dear while the loop is busy
+                records = self._waiting[:]
                 await self._store.exchanges.put(records)
                 del self._waiting[: len(records)]
             journal = self._journal
