@@ -99,7 +99,7 @@ class Admission:
                     f"More than {limits.key_rate_per_s:g} calls a second, in the long run, is over the limit of a key."
                 )
                 raise self._refuse(RateLimited(said, retry_after_s=wait_s))
-        if not self._busy.is_set():
+        if self._most_lag_s and not self._busy.is_set():
             self._busy.set()
         if self.is_late:
             said = f"The gateway is {self.lag_s:.1f} s behind, and takes no new calls until it has caught up."
@@ -148,7 +148,7 @@ class Admission:
         return places.queued >= -(-places.limit // 4)
 
     async def run(self) -> None:
-        """Looks how late the event loop is, while there are exchanges; for ever."""
+        """Looks how late the event loop is, while there are exchanges and it matters; for ever."""
         while True:
             await self._busy.wait()
             due = trio.current_time() + _LOOK_S
