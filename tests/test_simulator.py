@@ -296,7 +296,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     "a connection is given back too early": (replace(Opening, "release", given_back), ""),
     "the rest of a frame is forgotten": (
         replace(Stream, "_let_go", forgotten_rest),
-        "not HTTP|no proper end|its answer|ends with neither",
+        "not HTTP|no proper end|its answer|ends with neither|before the error",
     ),
     "silences are not broken": (left_out(Exchange, "_may_keep_alive", lambda self: True), "it was quiet for"),
     "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time| waits for "),
