@@ -29,7 +29,7 @@ import trio
 
 from trigate.config import LedgerConfig
 from trigate.errors import StoreUnavailable
-from trigate.history import estimated_tokens
+from trigate.history import estimated_tokens, tokens_of_size
 from trigate.journal import Journal, take_orphans
 from trigate.storage import MEMORY
 from trigate.store import LOST, AttemptRecord, ExchangeRecord, Store
@@ -284,7 +284,7 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
     elif exchange.is_billed and (exchange.bytes_sent or exchange.events):
         # Nobody has told. An event of a stream is about a token; of the rest, what messages are counted by.
         prompt = estimated_tokens(exchange.call.body)
-        completion = exchange.events if exchange.call.stream else -(-exchange.bytes_sent // 4)
+        completion = exchange.events if exchange.call.stream else tokens_of_size(exchange.bytes_sent)
     return ExchangeRecord(
         id=begun.id,
         request_id=begun.request_id,

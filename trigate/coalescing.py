@@ -26,11 +26,10 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import attrs
-import structlog
 import trio
 
-from trigate.errors import Draining, GatewayError, Header, Internal, TooSlow
-from trigate.exchange import Exchange
+from trigate.errors import Draining, GatewayError, Header, TooSlow
+from trigate.exchange import STOPPED, Exchange
 from trigate.identity import identity_of
 from trigate.plans import Plan
 from trigate.wire import Usage
@@ -38,8 +37,6 @@ from trigate.wire import Usage
 if TYPE_CHECKING:
     from trigate.gateway import Gateway, Generation
     from trigate.timers import Timer
-
-log = structlog.get_logger("trigate.exchange")
 
 # So much of what waits for a client leaves in one send.
 _BATCH_BYTES = 64 * 1024
@@ -458,7 +455,7 @@ class _Flying(Exchange):
         """
         flight = self.down
         assert isinstance(flight, Flight)
-        error: GatewayError = Draining("The server stopped; the answer is incomplete. Try again.")
+        error: GatewayError = Draining(STOPPED)
         timer: Timer | None = None
         self._task = trio.lowlevel.current_task()
         try:
@@ -469,8 +466,7 @@ class _Flying(Exchange):
         except GatewayError as raised:
             error = raised
         except Exception as raised:
-            log.exception("exchange_crashed", request_id=self.id, model=self.call.model)
-            error = Internal(f"The gateway failed ({type(raised).__name__}). Request id: {self.id}.")
+            error = self._crash_of(raised)
         finally:
             if timer is not None:
                 timer.stop()
@@ -482,10 +478,6 @@ class _Flying(Exchange):
         """What the provider has counted, as far as it is known."""
         reader = self._winner.reader if self._winner is not None else None
         return (reader.usage if reader is not None else None) or self.usage
-
-    def upstream_s(self, now: float) -> float:
-        """For how long an upstream was waited for."""
-        return self._upstream_s + (now - self._upstream_since if self._upstream_since is not None else 0.0)
 
     # Silence, and a client that does not read, are the affair of each who waits.
 

@@ -69,6 +69,8 @@ _PLAIN_MODEL = ModelConfig(targets=())
 # connection is closed instead of reused. The client has its answer by then.
 _REST_S = 0.25
 _LAST_WORDS_S = 1.0
+STOPPED = "The server stopped; the answer is incomplete. Try again."
+"""What is said where a server ends without a drain."""
 
 
 class Downstream(Protocol):
@@ -286,33 +288,40 @@ class Exchange:
             if isinstance(self._cut, Stalled):
                 self.outcome, self.error = self._cut.code, self._cut  # it did not read the end
             else:
-                self.outcome = "complete" if not self._alone else "finished"
+                self.outcome = self._well
         except GatewayError as error:
             self.outcome = error.code if not self._alone else "cancelled"
             await self._fail(error)
         except Exception as error:
-            log.exception("exchange_crashed", request_id=self.id, model=self.call.model)
             self.outcome = Internal.code
-            await self._fail(Internal(f"The gateway failed ({type(error).__name__}). Request id: {self.id}."))
+            await self._fail(self._crash_of(error))
         finally:
             down = self.down
             try:
                 if self.outcome == "cancelled" and isinstance(self._cut, Stalled):
                     self.outcome = self._cut.code  # its connection was closed for that
                 elif self.outcome == "cancelled" and down.ended and self.error is None:
-                    self.outcome = (
-                        "complete" if not self._alone else "finished"
-                    )  # only the rest of the upstream's framing was cut
+                    self.outcome = self._well  # only the rest of the upstream's framing was cut
                 elif self.outcome == "cancelled" and not down.gone:
                     # It was not the client who cut the answer, but a server that stops.
                     self.outcome = Draining.code
                     down.patience_s = _LAST_WORDS_S
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * _LAST_WORDS_S):
-                        await self._fail(Draining("The server stopped; the answer is incomplete. Try again."))
+                        await self._fail(Draining(STOPPED))
             finally:
                 if timer is not None:
                     timer.stop()
                 self._settle()
+
+    @property
+    def _well(self) -> str:
+        """The outcome of one that went well."""
+        return "complete" if not self._alone else "finished"
+
+    def _crash_of(self, error: Exception) -> Internal:
+        """Logs a defect, inside of its ``except``; returns what is said of it."""
+        log.exception("exchange_crashed", request_id=self.id, model=self.call.model)
+        return Internal(f"The gateway failed ({type(error).__name__}). Request id: {self.id}.")
 
     def _set_limits(self, route: Route) -> Timer:
         """Finds when the call has to be over, and has its limits in time watched."""
@@ -496,6 +505,10 @@ class Exchange:
             now = attempt.sent_at = attempt.head_due_from = trio.current_time()
             if self._upstream_since is None:
                 self._upstream_since = now
+
+    def upstream_s(self, now: float) -> float:
+        """For how long an upstream has been waited for."""
+        return self._upstream_s + (now - self._upstream_since if self._upstream_since is not None else 0.0)
 
     def _note_silent(self, now: float) -> None:
         """No upstream is waited for any more."""
@@ -790,7 +803,7 @@ class Exchange:
             return
         self._stamped = True
         now = trio.current_time()
-        upstream_s = self._upstream_s + (now - self._upstream_since if self._upstream_since is not None else 0.0)
+        upstream_s = self.upstream_s(now)
         headers = self.down.headers
         if self.target is not None and self.attempts:
             headers.append((b"x-trigate-upstream", self.target.upstream.encode()))

@@ -339,8 +339,8 @@ class Drain:
 
     def announce(self) -> None:
         """The same, and ``GET /ready`` says 503."""
+        self.step_aside()
         self._gateway.ends = True
-        self._gateway.aside.set()
 
     def begin(self) -> None:
         """From now on ``GET /ready`` says 503 and new calls are refused; running ones go on."""

@@ -47,7 +47,12 @@ def estimated_tokens(body: bytes) -> int:
     >>> estimated_tokens(b""), estimated_tokens(b"1234"), estimated_tokens(b"12345")
     (0, 1, 2)
     """
-    return -(-len(body) // _BYTES_PER_TOKEN)
+    return tokens_of_size(len(body))
+
+
+def tokens_of_size(size_bytes: int) -> int:
+    """The same, of a message of which only the size is known."""
+    return -(-size_bytes // _BYTES_PER_TOKEN)
 
 
 @attrs.frozen(kw_only=True)

@@ -89,8 +89,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}"
 
 
-def _time(posix: float | None) -> str | None:
-    return datetime.datetime.fromtimestamp(posix, datetime.UTC).isoformat(timespec="seconds") if posix else None
+def moment(posix: float | None, *, timespec: str = "seconds") -> str | None:
+    """Writes a time of POSIX seconds as ISO 8601 has it; None where there is none.
+
+    >>> moment(1.25), moment(1.25, timespec="milliseconds"), moment(None)
+    ('1970-01-01T00:00:01+00:00', '1970-01-01T00:00:01.250+00:00', None)
+    """
+    return datetime.datetime.fromtimestamp(posix, datetime.UTC).isoformat(timespec=timespec) if posix else None
 
 
 # -- one worker -------------------------------------------------------------------------------------------------------
@@ -400,7 +405,7 @@ def _upstream_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
         row["queued"] = sum(upstream.queued for upstream in same)
         row["max_connections"] = sum(upstream.max_connections for upstream in same)
         row["models"] = max(upstream.models for upstream in same)
-        row["last_error"], row["last_error_at"] = last.last_error, _time(last.last_error_at)
+        row["last_error"], row["last_error_at"] = last.last_error, moment(last.last_error_at)
         rows.append(row)
     return rows
 
@@ -441,8 +446,8 @@ def _channel_row(channel: ChannelStatistics, shared: _Shared) -> dict[str, Any]:
         "name": channel.name,
         "type": channel.type,
         "status": channel.state,
-        "since": _time(channel.since),
-        "last_event_at": _time(counted.last_event_at),
+        "since": moment(channel.since),
+        "last_event_at": moment(counted.last_event_at),
         "last_error": channel.last_error,
         "received": counted.received if known else None,
         "replied": counted.replied if known else None,

@@ -97,15 +97,16 @@ async def keep_pruned(store: Store, workers: Workers, config: Callable[[], Confi
     with trio.move_on_after(PRUNE_S):
         await workers.wait_joined()
     while True:
-        if store.statistics().state == "closed":  # nobody has needed it, and it need not be opened for this
-            await trio.sleep(PRUNE_S)
-            continue
-        try:
-            settings = config()
-            forgotten = await store.prune(retention(settings.store, settings.ledger, time.time()))
-        except StoreUnavailable as error:
-            log.warning("prune_failed", error=error.message)
-        else:
-            if forgotten:
-                log.info("pruned", rows=forgotten)
+        if store.statistics().state != "closed":  # else nobody has needed it, and it need not be opened for this
+            await _prune(store, config())
         await trio.sleep(PRUNE_S)
+
+
+async def _prune(store: Store, config: Config) -> None:  # noqa: ASYNC910 - it has waited for the store
+    try:
+        forgotten = await store.prune(retention(config.store, config.ledger, time.time()))
+    except StoreUnavailable as error:
+        log.warning("prune_failed", error=error.message)
+    else:
+        if forgotten:
+            log.info("pruned", rows=forgotten)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -28,12 +27,6 @@ def _owner() -> str | None:
     """Whose streams may be seen: those of the key; None = all, where there are no keys."""
     scope: Any = request.scope  # Any: hypercorn's type does not know our entry
     return str(scope["trigate.owner"]) if _gateway().generation.config.keys else None
-
-
-def _time(posix: float | None) -> str | None:
-    if posix is None:
-        return None
-    return datetime.datetime.fromtimestamp(posix, datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _rounded(seconds: float | None) -> float | None:
@@ -96,8 +89,8 @@ async def list_records() -> Response:
 def _record(record: ExchangeRecord) -> dict[str, Any]:
     return {
         **msgspec.structs.asdict(record),
-        "started_at": _time(record.started_at),
-        "ended_at": _time(record.ended_at),
+        "started_at": report.moment(record.started_at, timespec="milliseconds"),
+        "ended_at": report.moment(record.ended_at, timespec="milliseconds"),
         "duration_s": _rounded(record.ended_at - record.started_at if record.ended_at is not None else None),
         "first_content_s": _rounded(record.first_content_s),
         "attempts": [
