@@ -16,11 +16,12 @@ import trio
 import trio.testing
 from test_request_head import BAD
 
-from trigate import http1, peer, poller
+from trigate import http1, peer
+from trigate.concurrency import poller
+from trigate.concurrency.timers import open_timers
 from trigate.config import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
 from trigate.protocol import serve_connection
-from trigate.timers import open_timers
 
 CONFIG = ServerConfig(keep_alive_timeout_s=75.0)
 HELLO = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -49,11 +49,11 @@ ROWS = (
     ("storage",),
     ("workers",),
     ("upstream",),
-    ("places",),
+    ("concurrency.fair_limiter",),
     ("local_model", "_local_model_child", "echo", "transport", "relay"),
     ("dialing",),
     ("logs", "peer"),
-    ("framing", "leaving", "poller", "timers", "display"),
+    ("framing", "concurrency.cancel_queue", "concurrency.poller", "concurrency.timers", "display"),
     ("sqlite_store", "memory_store"),
     ("sqlite_file",),
     ("ledger", "sqlite_tables", "history", "ingress", "journal"),
@@ -65,7 +65,7 @@ ROWS = (
     ("sse", "request_head", "passages"),
     ("config",),
     ("config_checks",),
-    ("verification", "rates"),  # the configuration asks the former what is wrong with a secret
+    ("verification", "concurrency.rate_limiter"),  # the configuration asks the former what is wrong with a secret
     ("errors",),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
@@ -73,7 +73,16 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 PURE = (
     *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
     *("plans", "breaker", "retries", "overview", "identity"),
-    *("answers", "history", "ingress", "passages", "slack_messages", "telegram_messages", "verification", "rates"),
+    *(
+        "answers",
+        "history",
+        "ingress",
+        "passages",
+        "slack_messages",
+        "telegram_messages",
+        "verification",
+        "concurrency.rate_limiter",
+    ),
 )
 """No await, no clock, no randomness: time and seed are arguments."""
 IMPURE_MODULES = {

@@ -10,9 +10,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from trigate.concurrency.cancel_queue import SLICE, open_leaving
+from trigate.concurrency.poller import open_poller
 from trigate.framing import Framing
-from trigate.leaving import SLICE, open_leaving
-from trigate.poller import open_poller
 from trigate.relay import Relay, Stream
 from trigate.wire import ENDPOINTS, StreamReader
 

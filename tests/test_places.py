@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.places import Places
+from trigate.concurrency.fair_limiter import Places
 
 
 async def _enter(places: Places, key: str, came: list[str]) -> None:

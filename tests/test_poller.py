@@ -12,7 +12,7 @@ import pytest
 import trio
 from conftest import Logs
 
-from trigate.poller import LINGER_S, PEER_CLOSED, READABLE, TURN, Poller, open_poller
+from trigate.concurrency.poller import LINGER_S, PEER_CLOSED, READABLE, TURN, Poller, open_poller
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
 

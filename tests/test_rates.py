@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trigate.rates import Rates
+from trigate.concurrency.rate_limiter import Rates
 
 # Powers of two: sums and quotients of them are exact, and so can what is demanded of them be.
 rates_per_s = st.sampled_from([0.125, 0.5, 1.0, 2.0, 8.0])

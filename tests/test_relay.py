@@ -16,9 +16,9 @@ import trio
 from provider import DONE, content, event, usage
 from trio.testing import wait_all_tasks_blocked
 
+from trigate.concurrency.poller import Poller, open_poller
 from trigate.errors import Garbled, Reported
 from trigate.framing import Framing
-from trigate.poller import Poller, open_poller
 from trigate.relay import Relay, Stream
 from trigate.wire import ENDPOINTS, StreamReader, Usage
 

@@ -27,16 +27,16 @@ from trigate.accounts import Accounts
 from trigate.admission import _Place
 from trigate.attempt import Attempt
 from trigate.breaker import Breaker
+from trigate.concurrency.fair_limiter import Places
+from trigate.concurrency.timers import Timer
 from trigate.downstream import Downstream
 from trigate.errors import CODES
 from trigate.exchange import Exchange
 from trigate.gateway import Drain, Generation
 from trigate.peer import Peer
-from trigate.places import Places
 from trigate.plans import Plan
 from trigate.protocol import Http2Service
 from trigate.relay import Stream
-from trigate.timers import Timer
 from trigate.transport import Opening, SocketTransport
 from trigate.wire import Call, StreamReader
 

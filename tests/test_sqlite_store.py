@@ -455,7 +455,7 @@ async def _works_again(store: SqliteStore, logs: Logs) -> None:
 def page_limit(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How large a database may grow, in pages: SQLite's own "disk full"."""
     limit = {"pages": 1_000_000}
-    hook = lambda db: db.execute(f"PRAGMA max_page_count = {limit['pages']}")  # noqa: E731
+    hook = lambda db: db.execute(f"PRAGMA max_page_count = {limit['pages']}")
     monkeypatch.setattr(apsw, "connection_hooks", [hook])
     return limit
 

@@ -10,7 +10,7 @@ import trio
 from conftest import Logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate.timers import Check, Timer, open_timers
+from trigate.concurrency.timers import Check, Timer, open_timers
 
 
 def noting(checks: list[tuple[str, float]], name: str, *again_after_s: float) -> Check:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
+from trigate.concurrency.fair_limiter import Places, SentAway
+from trigate.concurrency.rate_limiter import Rates
 from trigate.errors import GatewayError, Overloaded, RateLimited
-from trigate.places import Places, SentAway
-from trigate.rates import Rates
 
 if TYPE_CHECKING:
     from trigate.config import LimitsConfig

@@ -35,8 +35,8 @@ from trigate.plans import Plan
 from trigate.wire import Usage
 
 if TYPE_CHECKING:
+    from trigate.concurrency.timers import Timer
     from trigate.gateway import Gateway, Generation
-    from trigate.timers import Timer
 
 # So much of what waits for a client leaves in one send.
 _BATCH_BYTES = 64 * 1024

@@ -55,9 +55,9 @@ from trigate.wire import Call, StreamReader, Usage, decode_answer, seam_of
 if TYPE_CHECKING:
     from msgspec import Raw
 
+    from trigate.concurrency.timers import Timer
     from trigate.gateway import Gateway, Generation, Route
     from trigate.relay import Stream
-    from trigate.timers import Timer
     from trigate.upstream import Reply
 
 log = structlog.get_logger("trigate.exchange")

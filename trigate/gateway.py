@@ -34,20 +34,20 @@ from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels import Channels, open_channels
 from trigate.coalescing import Flights, open_flights
+from trigate.concurrency.cancel_queue import Leaving, open_leaving
+from trigate.concurrency.poller import open_poller
+from trigate.concurrency.timers import Timers, open_timers
 from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.hooks import Hooks
-from trigate.leaving import Leaving, open_leaving
 from trigate.outbox import Outbox, open_outbox
 from trigate.plans import Targets
-from trigate.poller import open_poller
 from trigate.relay import Relay
 from trigate.routing import Known, Target
 from trigate.runs import Runs, open_runs
 from trigate.sessions import Sessions
 from trigate.store import Store
 from trigate.streams import Streams
-from trigate.timers import Timers, open_timers
 from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
 from trigate.workers import Workers, open_workers

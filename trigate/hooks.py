@@ -29,6 +29,7 @@ import msgspec
 import trio
 
 from trigate import config_checks, ingress, verification
+from trigate.concurrency.rate_limiter import Rates
 from trigate.config import Config, HookConfig
 from trigate.errors import (
     BadRequest,
@@ -44,7 +45,6 @@ from trigate.errors import (
 from trigate.exchange import STREAM_HEADERS, Downstream
 from trigate.orders import CLIENT_LEFT, Order
 from trigate.performance import Unwatched
-from trigate.rates import Rates
 from trigate.runs import Doing
 from trigate.store import ENDED, Run
 from trigate.verification import Verifier

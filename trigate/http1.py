@@ -34,12 +34,12 @@ import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from trigate import response_head
+from trigate.concurrency.poller import Poller
+from trigate.concurrency.timers import Timers
 from trigate.errors import BadRequest, Header, Internal
 from trigate.peer import UNYIELDING_BYTES, Peer
-from trigate.poller import Poller
 from trigate.request_head import HeadRefused
 from trigate.request_parser import RequestParser
-from trigate.timers import Timers
 
 log = structlog.get_logger("trigate.server")
 

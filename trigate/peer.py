@@ -26,7 +26,7 @@ from contextlib import suppress
 import trio
 from trio.lowlevel import checkpoint, wait_readable, wait_writable
 
-from trigate.poller import PEER_CLOSED, Poller
+from trigate.concurrency.poller import PEER_CLOSED, Poller
 
 READ_BYTES = 64 * 1024
 UNYIELDING_BYTES = 1024 * 1024

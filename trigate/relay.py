@@ -27,8 +27,8 @@ import httpx2
 import outcome
 import trio
 
+from trigate.concurrency.poller import READABLE, WRITABLE, Poller
 from trigate.framing import Framing
-from trigate.poller import READABLE, WRITABLE, Poller
 from trigate.wire import StreamReader
 
 # One event is some hundred bytes; what arrived together is moved together. The kernel gives what is there, and CPython

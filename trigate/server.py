@@ -30,14 +30,14 @@ import structlog
 import trio
 
 from trigate import takeover
+from trigate.concurrency.poller import open_poller
+from trigate.concurrency.timers import open_timers
 from trigate.config import ServerConfig
 from trigate.http1 import Address, Application, Message
 from trigate.listeners import open_sockets
-from trigate.poller import open_poller
 from trigate.protocol import Connection, Http2Service, open_service, serve_connection
 from trigate.supervisor import SUCCEEDED, wait_parent_gone
 from trigate.takeover import show
-from trigate.timers import open_timers
 
 __all__ = [
     "Drainable",

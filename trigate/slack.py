@@ -33,11 +33,11 @@ import trio
 
 from trigate import display, replies, slack_messages
 from trigate.adapter import Channel, Refused, Response, Trouble
+from trigate.concurrency.rate_limiter import Rates
 from trigate.display import Display, NotShown
 from trigate.errors import StoreUnavailable
 from trigate.orders import Live, Order
 from trigate.outbox import Receipt
-from trigate.rates import Rates
 from trigate.slack_messages import Incoming, escape, session_key
 from trigate.store import Delivery, Run
 from trigate.verification import Verifier, challenge

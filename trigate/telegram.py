@@ -35,11 +35,11 @@ import trio
 
 from trigate import display, replies
 from trigate.adapter import Channel, Refused, Response, Trouble
+from trigate.concurrency.rate_limiter import Rates
 from trigate.display import Display, NotShown
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.orders import Live, Order
 from trigate.outbox import Receipt
-from trigate.rates import Rates
 from trigate.store import Delivery, Run
 from trigate.telegram_messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
 from trigate.verification import Verifier

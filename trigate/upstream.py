@@ -24,6 +24,7 @@ import attrs
 import httpx2
 import trio
 
+from trigate.concurrency.fair_limiter import Places
 from trigate.config import Config, UpstreamConfig
 from trigate.errors import (
     Garbled,
@@ -38,7 +39,6 @@ from trigate.errors import (
 )
 from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
-from trigate.places import Places
 from trigate.retries import retry_after_s
 from trigate.routing import Known
 from trigate.transport import Opening, Origin, Response, SocketTransport

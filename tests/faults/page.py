@@ -9,8 +9,8 @@ HERE = Path(__file__).parent
 if __name__ == "__main__":  # as pytest does for the tests
     sys.path += [str(HERE.parent), str(HERE)]
 
-from catalogue import CATALOGUE  # noqa: E402
-from steps import Case, Fault, Refusal, Whole  # noqa: E402
+from catalogue import CATALOGUE
+from steps import Case, Fault, Refusal, Whole
 
 INTRO = """\
 # Faults

@@ -26,8 +26,9 @@ from simulator import invariants, lots, provider
 from simulator.clients import Call, run_client
 from simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate import config as configuration
-from trigate import poller, server, storage
+from trigate import server, storage
 from trigate.application import create_app
+from trigate.concurrency import poller
 from trigate.config import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway, Generation, open_gateway

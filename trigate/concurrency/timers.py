@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-log = structlog.get_logger("trigate.timers")
+log = structlog.get_logger("trigate.concurrency.timers")
 
 Check = Callable[[float], float]
 """From the time (`trio.current_time`) to when to ask again; ``math.inf`` = never."""

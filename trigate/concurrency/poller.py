@@ -29,7 +29,7 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-log = structlog.get_logger("trigate.poller")
+log = structlog.get_logger("trigate.concurrency.poller")
 
 TURN = 256
 CLOSE_S = 0.0005
