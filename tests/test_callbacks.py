@@ -37,8 +37,8 @@ from trigate.config import Config, HookConfig
 from trigate.dialing import Origin, Refused, dial
 from trigate.memory_store import open_memory_store
 from trigate.outbox import Receipt, open_outbox
+from trigate.signatures import Unverified, Verifier
 from trigate.store import Delivery, Store
-from trigate.verification import Unverified, Verifier
 from trigate.workers import open_workers
 
 NOW = 1_700_000_000.5

@@ -65,7 +65,7 @@ ROWS = (
     ("sse", "request_head", "passages"),
     ("config",),
     ("config_checks",),
-    ("verification", "concurrency.rate_limiter"),  # the configuration asks the former what is wrong with a secret
+    ("signatures", "concurrency.rate_limiter"),  # the configuration asks the former what is wrong with a secret
     ("errors",),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
@@ -80,7 +80,7 @@ PURE = (
         "passages",
         "slack_messages",
         "telegram_messages",
-        "verification",
+        "signatures",
         "concurrency.rate_limiter",
     ),
 )

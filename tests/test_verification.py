@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trigate.errors import BadRequest, Unverified
-from trigate.verification import (
+from trigate.signatures import (
     MAX_CHALLENGE_BYTES,
     MIN_SECRET_BYTES,
     Challenge,

@@ -27,9 +27,9 @@ from trigate.addresses import why_not_public
 from trigate.config import HookConfig
 from trigate.dialing import Refused
 from trigate.outbox import Outbox, Receipt
+from trigate.signatures import sign_standard
 from trigate.store import Delivery, RunState
 from trigate.transport import SocketTransport
-from trigate.verification import sign_standard
 
 CONNECT_S = 10.0
 """How long a connection may take, name and TLS included."""

@@ -24,7 +24,7 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from trigate import config_checks
-from trigate.verification import Scheme, secret_problem
+from trigate.signatures import Scheme, secret_problem
 
 Seconds = NewType("Seconds", float)
 Size = NewType("Size", int)

@@ -28,7 +28,7 @@ import attrs
 import msgspec
 import trio
 
-from trigate import config_checks, ingress, verification
+from trigate import config_checks, ingress, signatures
 from trigate.concurrency.rate_limiter import Rates
 from trigate.config import Config, HookConfig
 from trigate.errors import (
@@ -46,8 +46,8 @@ from trigate.exchange import STREAM_HEADERS, Downstream
 from trigate.orders import CLIENT_LEFT, Order
 from trigate.performance import Unwatched
 from trigate.runs import Doing
+from trigate.signatures import Verifier
 from trigate.store import ENDED, Run
-from trigate.verification import Verifier
 
 if TYPE_CHECKING:
     from trigate.adapter import Adapter
@@ -92,7 +92,7 @@ class Visit(Protocol):
 
 
 @functools.lru_cache(maxsize=256)
-def _verifier(scheme: verification.Scheme, secrets: tuple[str, ...], tolerance_s: float) -> Verifier:
+def _verifier(scheme: signatures.Scheme, secrets: tuple[str, ...], tolerance_s: float) -> Verifier:
     return Verifier(scheme, secrets, tolerance_s=tolerance_s)
 
 
@@ -245,7 +245,7 @@ class _HookVisit:
         signed_id = None
         if verifier is not None and request.method == "POST":
             signed_id = verifier.verify(request.headers, body, now=time.time()).event_id
-        challenge = verification.challenge(
+        challenge = signatures.challenge(
             verifier.scheme if verifier is not None else None,
             request.method,
             self._query,

@@ -38,9 +38,9 @@ from trigate.display import Display, NotShown
 from trigate.errors import StoreUnavailable
 from trigate.orders import Live, Order
 from trigate.outbox import Receipt
+from trigate.signatures import Verifier, challenge
 from trigate.slack_messages import Incoming, escape, session_key
 from trigate.store import Delivery, Run
-from trigate.verification import Verifier, challenge
 
 log = structlog.get_logger("trigate.slack")
 

@@ -40,9 +40,9 @@ from trigate.display import Display, NotShown
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.orders import Live, Order
 from trigate.outbox import Receipt
+from trigate.signatures import Verifier
 from trigate.store import Delivery, Run
 from trigate.telegram_messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
-from trigate.verification import Verifier
 
 log = structlog.get_logger("trigate.telegram")
 
