@@ -15,7 +15,8 @@ import pytest
 import trio
 
 from bench.upstream import MODEL
-from trigate import config, report, storage
+from trigate import report, storage
+from trigate.config import structure
 from trigate.exchange import Exchange
 from trigate.gateway import open_gateway
 from trigate.routing import Known, Target, plan
@@ -131,7 +132,7 @@ def test_plan(benchmark: Benchmark, model: str) -> None:
 def test_beat(benchmark: Benchmark, live: int) -> None:
     """report: what a worker says of itself each second, and for ``/status``, beside so many exchanges."""
     nobody: Any = None  # Any: nothing is sent to it
-    settings = config.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench")
+    settings = structure.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench")
 
     async def measure() -> None:
         async with open_gateway(settings, env={"TRIGATE_STORE": storage.MEMORY}) as gateway:

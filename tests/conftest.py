@@ -22,10 +22,10 @@ import trio
 from asgi_client import AsgiClient
 from provider import Provider
 
-from trigate import config as configuration
 from trigate import server, storage
 from trigate.application import GatewayApp, create_app
-from trigate.config import Config, Port
+from trigate.config import structure as configuration
+from trigate.config.structure import Config, Port
 from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
 
 # A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.

@@ -33,7 +33,7 @@ from trigate import dialing
 from trigate.addresses import why_not_public
 from trigate.application import GatewayApp
 from trigate.callbacks import Callbacks, callback_body, open_callbacks, seconds_of
-from trigate.config import Config, HookConfig
+from trigate.config.structure import Config, HookConfig
 from trigate.dialing import Origin, Refused, dial
 from trigate.memory_store import open_memory_store
 from trigate.outbox import Receipt, open_outbox

@@ -17,7 +17,7 @@ from conftest import Logs, make_config
 from trigate import channels
 from trigate.adapter import Channel, Refused, Trouble
 from trigate.channels import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels
-from trigate.config import Config, ConfigError
+from trigate.config.structure import Config, ConfigError
 from trigate.errors import StoreUnavailable
 from trigate.gateway import http_transport
 from trigate.transport import SocketTransport

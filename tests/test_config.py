@@ -10,8 +10,18 @@ from pathlib import Path
 import attrs
 import pytest
 
-from trigate import config as configuration
-from trigate.config import Config, ConfigError, LimitsConfig, Secret, ServerConfig, UpstreamConfig, Url, locate, read
+from trigate.config import structure as configuration
+from trigate.config.structure import (
+    Config,
+    ConfigError,
+    LimitsConfig,
+    Secret,
+    ServerConfig,
+    UpstreamConfig,
+    Url,
+    locate,
+    read,
+)
 
 EXAMPLE = """
 [upstreams.mock]

@@ -12,9 +12,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trigate import config as configuration
 from trigate import discovery, local_model
-from trigate.config import ConfigError, Secret, UpstreamConfig, Url
+from trigate.config import structure as configuration
+from trigate.config.structure import ConfigError, Secret, UpstreamConfig, Url
 from trigate.discovery import (
     LOCAL_SERVERS,
     PROBE_TIMEOUT_S,

@@ -15,9 +15,10 @@ import click
 import pytest
 
 import trigate
-from trigate import config, discovery, errors, wire
+from trigate import discovery, errors, wire
 from trigate.application import create_app
 from trigate.cli import cli
+from trigate.config import structure
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -65,15 +66,15 @@ def _first_names(text: str) -> dict[str, list[str]]:
 # -- the configuration ------------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "[server]": config.ServerConfig,
-    "[upstreams.NAME]": config.UpstreamConfig,
-    "[models.ALIAS]": config.ModelConfig,
-    "[limits]": config.LimitsConfig,
-    "[retries]": config.RetriesConfig,
-    "[breaker]": config.BreakerConfig,
-    "[hooks.NAME]": config.HookConfig,
-    "[store]": config.StoreConfig,
-    "[sessions]": config.SessionsConfig,
+    "[server]": structure.ServerConfig,
+    "[upstreams.NAME]": structure.UpstreamConfig,
+    "[models.ALIAS]": structure.ModelConfig,
+    "[limits]": structure.LimitsConfig,
+    "[retries]": structure.RetriesConfig,
+    "[breaker]": structure.BreakerConfig,
+    "[hooks.NAME]": structure.HookConfig,
+    "[store]": structure.StoreConfig,
+    "[sessions]": structure.SessionsConfig,
 }
 
 
@@ -153,8 +154,8 @@ def test_units(title: str) -> None:
 
 def test_sections() -> None:
     """Every section that the code knows is documented."""
-    with pytest.raises(config.ConfigError) as caught:
-        config.structure({"nonsense": 1}, env={}, source="test")
+    with pytest.raises(structure.ConfigError) as caught:
+        structure.structure({"nonsense": 1}, env={}, source="test")
     [problem] = caught.value.problems
     known = problem.partition("there are ")[2].split(", ")
     titles = [title for title in _sections(_page("reference/configuration.md")) if title.startswith("[")]
@@ -164,7 +165,7 @@ def test_sections() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_in_prose(page: Path) -> None:
     """A setting that a page speaks of exists."""
-    tables = {"server": config.ServerConfig, "limits": config.LimitsConfig, "store": config.StoreConfig}
+    tables = {"server": structure.ServerConfig, "limits": structure.LimitsConfig, "store": structure.StoreConfig}
     text = re.sub(r"^\|.*$", "", page.read_text(encoding="utf-8"), flags=re.M)  # tables name modules
     for section, name in re.findall(r"`(server|limits|store)\.(\w+)`", text):
         assert name in attrs.fields_dict(tables[section]), f"{section}.{name}"
@@ -181,7 +182,7 @@ def test_examples(body: str) -> None:
     for name, secret in data.get("keys", {}).items():
         if isinstance(secret, dict) and "file" in secret:  # there is no such file here
             data["keys"][name] = "a-value"
-    made = config.structure(data, env=env, source="example")
+    made = structure.structure(data, env=env, source="example")
     assert made.disabled == {}
 
 
@@ -240,7 +241,7 @@ def test_error_codes() -> None:
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
     served = {f"POST {path}" for path in wire.ENDPOINTS} | {"POST /hooks/{name}"}
-    for rule in create_app(config.Config()).url_map.iter_rules():
+    for rule in create_app(structure.Config()).url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     titles = re.findall(r"^### `(.*)`$", _page("reference/endpoints.md"), re.M)

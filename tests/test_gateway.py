@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import gateway, server
 from trigate.application import create_app
-from trigate.config import ConfigError, UpstreamConfig, structure
+from trigate.config.structure import ConfigError, UpstreamConfig, structure
 from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
 from trigate.transport import SocketTransport
 from trigate.upstream import Upstream

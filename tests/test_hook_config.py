@@ -8,8 +8,8 @@ from typing import Any, get_args, get_type_hints
 import attrs
 import pytest
 
-from trigate import config as configuration
-from trigate.config import ChannelConfig, Config, ConfigError, HookConfig, Secret, SessionsConfig, StoreConfig
+from trigate.config import structure as configuration
+from trigate.config.structure import ChannelConfig, Config, ConfigError, HookConfig, Secret, SessionsConfig, StoreConfig
 
 SECRET = "a-secret-of-more-than-24-bytes"
 HOOK = f'[hooks.h]\nverification = "github"\nsecrets = ["{SECRET}"]\n'

@@ -19,7 +19,7 @@ from test_request_head import BAD
 from trigate import http1, peer
 from trigate.concurrency import poller
 from trigate.concurrency.timers import open_timers
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
 from trigate.protocol import serve_connection
 

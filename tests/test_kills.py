@@ -20,7 +20,7 @@ import trio
 
 from trigate import server
 from trigate.application import create_app
-from trigate.config import Port, structure
+from trigate.config.structure import Port, structure
 from trigate.gateway import http_transport, open_gateway
 
 CLIENTS = 1000

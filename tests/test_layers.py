@@ -63,15 +63,25 @@ ROWS = (
     ("wire", "routing", "slack_messages", "addresses", "telegram_messages"),
     ("request_parser", "response_head"),
     ("sse", "request_head", "passages"),
-    ("config",),
-    ("config_checks",),
+    ("config.structure",),
+    ("config.checks",),
     ("signatures", "concurrency.rate_limiter"),  # the configuration asks the former what is wrong with a secret
     ("errors",),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
-    *("request_head", "request_parser", "response_head", "sse", "wire", "routing", "config", "errors", "addresses"),
+    *(
+        "request_head",
+        "request_parser",
+        "response_head",
+        "sse",
+        "wire",
+        "routing",
+        "config.structure",
+        "errors",
+        "addresses",
+    ),
     *("plans", "breaker", "retries", "overview", "identity"),
     *(
         "answers",

@@ -22,7 +22,7 @@ from trio.testing import MockClock
 from trigate import __version__, report
 from trigate.accounts import AccountsStatistics
 from trigate.channels import ChannelStatistics
-from trigate.config import Config
+from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway
 from trigate.memory_store import MemoryStore

@@ -28,7 +28,7 @@ from test_protocol import H2_GET, H2Client
 from test_request_head import BAD
 
 from trigate import listeners, protocol, request_head, server
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.http1 import Application, Message, Receive, Send
 from trigate.listeners import ListenError, open_sockets
 from trigate.server import Drained, End, StartupFailed, open_lifespan, serve
@@ -843,7 +843,7 @@ def test_a_process_ends_in_order(tmp_path: Path) -> None:
             """
             import sys, trio
             from trigate import server
-            from trigate.config import ServerConfig
+            from trigate.config.structure import ServerConfig
             from trigate.listeners import open_sockets
 
             async def app(scope, receive, send):

@@ -41,7 +41,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate.answers import AnswerRecord
 from trigate.application import GatewayApp
-from trigate.config import Seconds, SessionsConfig
+from trigate.config.structure import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
 from trigate.memory_store import MemoryStore
 from trigate.sessions import Sessions

@@ -18,7 +18,7 @@ from processes import environment
 from trio.testing import MockClock
 
 from trigate import sqlite_store, storage
-from trigate.config import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
+from trigate.config.structure import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
 from trigate.gateway import Gateway, open_gateway
 from trigate.memory_store import open_memory_store
 from trigate.store import Retention, Turn

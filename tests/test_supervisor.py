@@ -19,7 +19,7 @@ import trio
 from processes import environment
 
 from trigate import supervisor
-from trigate.config import Count, Port, ServerConfig
+from trigate.config.structure import Count, Port, ServerConfig
 from trigate.listeners import ListenError, open_sockets
 from trigate.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
 
@@ -29,7 +29,7 @@ REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 WORKER = """
 import os, signal, sys, trio
 from trigate import server
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.supervisor import sockets_from_fds
 
 async def app(scope, receive, send):
@@ -54,7 +54,7 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 
 SUPERVISOR = """
 import sys, trio
-from trigate.config import Count, Port, ServerConfig
+from trigate.config.structure import Count, Port, ServerConfig
 from trigate.listeners import ListenError, open_sockets
 from trigate.supervisor import supervise
 

@@ -24,7 +24,7 @@ import trio.testing
 from processes import Gateway, environment, run_gateway
 
 from trigate import listeners, takeover
-from trigate.config import Count, Port, ServerConfig
+from trigate.config.structure import Count, Port, ServerConfig
 from trigate.listeners import ListenError, Listening, open_listening
 from trigate.takeover import Predecessor, TakeoverRefused, ask, attend
 
@@ -281,7 +281,7 @@ def test_a_gateway_of_another_user(house: House) -> None:
     """It cannot be taken over from; the error says whose it is, and its log that somebody has tried."""
     script = f"""
 import encodings.idna, os  # afterwards, there may be nothing to be imported
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.listeners import ListenError, open_listening
 os.setuid(12345)
 try:

@@ -25,7 +25,7 @@ from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
 from trigate import channels, telegram
 from trigate.adapter import Channel
-from trigate.config import ChannelConfig, Config, Seconds, Secret
+from trigate.config.structure import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
 from trigate.memory_store import open_memory_store
 from trigate.orders import Order

@@ -12,8 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import config as configuration
-from trigate.config import Config
+from trigate.config import structure as configuration
+from trigate.config.structure import Config
 from trigate.errors import (
     Garbled,
     GatewayError,

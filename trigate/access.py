@@ -22,7 +22,7 @@ from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 from trigate.wire import Endpoint
 
 if TYPE_CHECKING:
-    from trigate.config import Config
+    from trigate.config.structure import Config
 
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
 _FORWARDED = {

@@ -27,7 +27,7 @@ import attrs
 import structlog
 import trio
 
-from trigate.config import LedgerConfig
+from trigate.config.structure import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.history import estimated_tokens, tokens_of_size
 from trigate.journal import Journal, take_orphans

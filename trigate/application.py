@@ -23,7 +23,7 @@ from trigate.gateway import Gateway, open_gateway
 from trigate.report import startup_lines
 
 if TYPE_CHECKING:
-    from trigate.config import Config
+    from trigate.config.structure import Config
 
 log = structlog.get_logger("trigate.application")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from trigate.config import BreakerConfig
+from trigate.config.structure import BreakerConfig
 
 MAX_COOLDOWN_S = 60.0
 

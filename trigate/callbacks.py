@@ -24,7 +24,7 @@ import trio
 
 from trigate import __version__
 from trigate.addresses import why_not_public
-from trigate.config import HookConfig
+from trigate.config.structure import HookConfig
 from trigate.dialing import Refused
 from trigate.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard

@@ -20,7 +20,7 @@ from trigate import __version__
 if TYPE_CHECKING:
     import httpx2
 
-    from trigate.config import Config, ServerConfig
+    from trigate.config.structure import Config, ServerConfig
     from trigate.listeners import Listening
 
 _config_option = click.option(
@@ -64,7 +64,7 @@ def _read(config_path: str | None) -> Config:
     """Reads the configuration as the gateway will."""
     import trio
 
-    from trigate.config import ConfigError, locate
+    from trigate.config.structure import ConfigError, locate
     from trigate.gateway import read_config
 
     if config_path is not None:

@@ -24,7 +24,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 from trigate import hooks
 from trigate.access import Head, authorize, cors_allows, cors_headers
 from trigate.coalescing import CoalescedExchange
-from trigate.config import Seconds
+from trigate.config.structure import Seconds
 from trigate.downstream import Downstream, Inbound, too_large
 from trigate.errors import (
     Draining,
@@ -40,7 +40,7 @@ from trigate.wire import ENDPOINTS, Call, Endpoint, decode_call
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
-    from trigate.config import Config
+    from trigate.config.structure import Config
     from trigate.gateway import Gateway
 
 log = structlog.get_logger("trigate.connection")

@@ -14,9 +14,9 @@ import httpx2
 import msgspec
 import trio
 
-from trigate import config as configuration
 from trigate import echo, local_model
-from trigate.config import Config, Secret, UpstreamConfig, Url
+from trigate.config import structure as configuration
+from trigate.config.structure import Config, Secret, UpstreamConfig, Url
 from trigate.errors import GatewayError
 from trigate.upstream import Httpx2Source, Reply
 

@@ -36,7 +36,7 @@ import trio
 from trigate import sse
 from trigate.answers import AnswerRecord
 from trigate.attempt import Attempt
-from trigate.config import ModelConfig, TimeoutPhase
+from trigate.config.structure import ModelConfig, TimeoutPhase
 from trigate.errors import (
     Draining,
     Garbled,

@@ -27,7 +27,6 @@ import httpx2
 import structlog
 import trio
 
-from trigate import config as configuration
 from trigate import discovery, echo, local_model, report, routing, storage
 from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
@@ -37,7 +36,8 @@ from trigate.coalescing import Flights, open_flights
 from trigate.concurrency.cancel_queue import Leaving, open_leaving
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers
-from trigate.config import Config, ConfigError, TimeoutPhase, UpstreamConfig
+from trigate.config import structure as configuration
+from trigate.config.structure import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.hooks import Hooks
 from trigate.outbox import Outbox, open_outbox

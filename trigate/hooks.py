@@ -28,9 +28,10 @@ import attrs
 import msgspec
 import trio
 
-from trigate import config_checks, ingress, signatures
+from trigate import ingress, signatures
 from trigate.concurrency.rate_limiter import Rates
-from trigate.config import Config, HookConfig
+from trigate.config import checks
+from trigate.config.structure import Config, HookConfig
 from trigate.errors import (
     BadRequest,
     Header,
@@ -168,7 +169,7 @@ def find(name: str, config: Config) -> HookConfig:
         NotFound: There is no such hook, or it is switched off.
     """
     if config.hooks is None:
-        known = len(name) <= _MAX_NAME_CHARS and config_checks.NAME.match(name) and name not in config.channels
+        known = len(name) <= _MAX_NAME_CHARS and checks.NAME.match(name) and name not in config.channels
         hook = HookConfig() if known else None
     else:
         hook = config.hooks.get(name)

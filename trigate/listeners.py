@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from trigate import takeover
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.takeover import TakeoverRefused, show
 
 

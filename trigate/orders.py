@@ -16,7 +16,7 @@ import attrs
 import msgspec
 
 from trigate.callbacks import callback_body
-from trigate.config import Action
+from trigate.config.structure import Action
 from trigate.store import Delivery, Run, RunState, Turn
 from trigate.wire import ENDPOINTS, Call, Usage, decode_call
 

@@ -14,7 +14,7 @@ import trio
 
 from trigate import errors
 from trigate.answers import AnswerRecord
-from trigate.config import Seconds
+from trigate.config.structure import Seconds
 from trigate.errors import (
     Draining,
     GatewayError,

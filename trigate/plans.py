@@ -28,7 +28,7 @@ from typing import Literal
 import attrs
 
 from trigate.breaker import Breaker, Entry
-from trigate.config import Config
+from trigate.config.structure import Config
 from trigate.errors import Garbled, GatewayError, Throttled, Unavailable, UpstreamTimeout
 from trigate.retries import Budget, backoff_s
 from trigate.routing import Target

@@ -42,7 +42,7 @@ from hypercorn.utils import UnexpectedMessageError
 from trigate import http1, request_head
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers, open_timers
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.errors import Internal
 from trigate.http1 import Address, Application, Message, Send, refusal
 from trigate.request_head import HeadRefused

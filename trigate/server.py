@@ -32,7 +32,7 @@ import trio
 from trigate import takeover
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import open_timers
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.http1 import Address, Application, Message
 from trigate.listeners import open_sockets
 from trigate.protocol import Connection, Http2Service, open_service, serve_connection

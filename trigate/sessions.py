@@ -30,7 +30,7 @@ import trio
 from trigate import history
 from trigate import store as records
 from trigate.answers import AnswerRecord
-from trigate.config import SessionsConfig
+from trigate.config.structure import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
 from trigate.store import Store
 from trigate.wire import Call, Usage

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 import structlog
 import trio
 
-from trigate.config import Config, LedgerConfig, SessionsConfig, StoreConfig
+from trigate.config.structure import Config, LedgerConfig, SessionsConfig, StoreConfig
 from trigate.errors import StoreUnavailable
 from trigate.store import Retention, Store
 from trigate.workers import Workers

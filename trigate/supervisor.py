@@ -26,7 +26,7 @@ import structlog
 import trio
 
 from trigate import takeover
-from trigate.config import ServerConfig
+from trigate.config.structure import ServerConfig
 from trigate.takeover import Predecessor
 
 log = structlog.get_logger("trigate.supervisor")

@@ -15,7 +15,7 @@ import attrs
 import msgspec
 
 from trigate import passages
-from trigate.config import Action
+from trigate.config.structure import Action
 
 MAX_UNITS = 4096
 """The most that one message holds."""

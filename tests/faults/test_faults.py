@@ -28,7 +28,7 @@ from making import GOOD
 from page import page
 from steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 
-from trigate.config import UpstreamConfig
+from trigate.config.structure import UpstreamConfig
 from trigate.dialing import Connection
 from trigate.gateway import Gateway, http_transport
 from trigate.store import ExchangeRecord

@@ -25,11 +25,11 @@ from trio.testing import MockClock
 from simulator import invariants, lots, provider
 from simulator.clients import Call, run_client
 from simulator.pipes import End, SocketEnd, pair, socket_pair
-from trigate import config as configuration
 from trigate import server, storage
 from trigate.application import create_app
 from trigate.concurrency import poller
-from trigate.config import Config
+from trigate.config import structure as configuration
+from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway, Generation, open_gateway
 

@@ -23,7 +23,7 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
-from trigate import config_checks
+from trigate.config import checks
 from trigate.signatures import Scheme, secret_problem
 
 Seconds = NewType("Seconds", float)
@@ -440,34 +440,32 @@ def _secret(value: Any, _: Any) -> Secret:
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
-    converter.register_structure_hook(str, config_checks.exactly(str, "a string"))
-    converter.register_structure_hook(bool, config_checks.exactly(bool, "true or false"))
-    converter.register_structure_hook(Seconds, config_checks.not_negative)
-    converter.register_structure_hook(Rate, config_checks.not_negative)
-    converter.register_structure_hook(Size, config_checks.whole(1, 2**40))
-    converter.register_structure_hook(Count, config_checks.whole(1, 10**6))
-    converter.register_structure_hook(Limit, config_checks.whole(0, 10**6))
-    converter.register_structure_hook(Share, config_checks.share)
-    converter.register_structure_hook(Port, config_checks.whole(0, 65535))
-    converter.register_structure_hook(Url, config_checks.url)
-    converter.register_structure_hook(HostName, config_checks.host_name)
-    converter.register_structure_hook(Origin, config_checks.origin)
-    converter.register_structure_hook(ProxyUrl, config_checks.proxy)
+    converter.register_structure_hook(str, checks.exactly(str, "a string"))
+    converter.register_structure_hook(bool, checks.exactly(bool, "true or false"))
+    converter.register_structure_hook(Seconds, checks.not_negative)
+    converter.register_structure_hook(Rate, checks.not_negative)
+    converter.register_structure_hook(Size, checks.whole(1, 2**40))
+    converter.register_structure_hook(Count, checks.whole(1, 10**6))
+    converter.register_structure_hook(Limit, checks.whole(0, 10**6))
+    converter.register_structure_hook(Share, checks.share)
+    converter.register_structure_hook(Port, checks.whole(0, 65535))
+    converter.register_structure_hook(Url, checks.url)
+    converter.register_structure_hook(HostName, checks.host_name)
+    converter.register_structure_hook(Origin, checks.origin)
+    converter.register_structure_hook(ProxyUrl, checks.proxy)
     converter.register_structure_hook(Secret, _secret)
-    converter.register_structure_hook_func(
-        lambda kind: getattr(kind, "__origin__", None) is Literal, config_checks.literal
-    )
+    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, checks.literal)
     converter.register_structure_hook(
         UpstreamConfig,
         make_dict_structure_fn(
             UpstreamConfig,
             converter,
             _cattrs_forbid_extra_keys=True,
-            models=cattrs.override(struct_hook=config_checks.model_list),
+            models=cattrs.override(struct_hook=checks.model_list),
         ),
     )
 
-    converter.register_structure_hook(Expression, config_checks.expression)
+    converter.register_structure_hook(Expression, checks.expression)
     for kind in (HookConfig, ChannelConfig):
         converter.register_structure_hook(
             kind,
@@ -475,7 +473,7 @@ def _make_converter() -> cattrs.Converter:
                 kind,
                 converter,
                 _cattrs_forbid_extra_keys=True,
-                parameters=cattrs.override(struct_hook=config_checks.parameters),
+                parameters=cattrs.override(struct_hook=checks.parameters),
             ),
         )
 
@@ -492,8 +490,8 @@ def _make_converter() -> cattrs.Converter:
 
     def numbers(value: Any, _: Any) -> tuple[float, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"expected an array of numbers, got {config_checks.kind_of(value)}")
-        return tuple(config_checks.not_negative(item, Rate) for item in value)
+            raise ValueError(f"expected an array of numbers, got {checks.kind_of(value)}")
+        return tuple(checks.not_negative(item, Rate) for item in value)
 
     converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
     converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), each)
@@ -528,7 +526,7 @@ def _problems(error: BaseException, path: str) -> list[str]:
 def _table(data: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
     value = data.get(name, {})
     if not isinstance(value, dict):
-        problems.append(f"{name}: expected a table, got {config_checks.kind_of(value)}")
+        problems.append(f"{name}: expected a table, got {checks.kind_of(value)}")
         return {}
     return value
 
@@ -555,7 +553,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
 
     def take(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
-            problems.append(f"{path}: expected a table, got {config_checks.kind_of(value)}")
+            problems.append(f"{path}: expected a table, got {checks.kind_of(value)}")
             return None
         try:
             return _converter.structure(value, kind)
@@ -568,13 +566,13 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     upstream_tables = _table(data, "upstreams", problems)
     upstreams: dict[str, UpstreamConfig] = {}
     for name, value in upstream_tables.items():
-        if not config_checks.NAME.match(name):
+        if not checks.NAME.match(name):
             problems.append(f"upstreams.{name}: a name has letters, digits, '.', '_' and '-' only")
         upstream = take(UpstreamConfig, value, f"upstreams.{name}")
         if upstream is not None:
             upstreams[name] = upstream
         if isinstance(value, dict):
-            problems.extend(f"upstreams.{name}.{problem}" for problem in config_checks.kind_problems(value))
+            problems.extend(f"upstreams.{name}.{problem}" for problem in checks.kind_problems(value))
     models: dict[str, ModelConfig] = {}
     for alias, value in _table(data, "models", problems).items():
         model = take(ModelConfig, value, f"models.{alias}")
@@ -582,7 +580,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
             models[alias] = model
         targets = value.get("targets") if isinstance(value, dict) else None
         if isinstance(targets, list):
-            problems.extend(config_checks.target_problems(alias, targets, upstream_tables))
+            problems.extend(checks.target_problems(alias, targets, upstream_tables))
         if model is not None:
             problems.extend(f"models.{alias}.{problem}" for problem in _model_problems(model))
     keys, key_problems = _gateway_keys(_table(data, "keys", problems), env)
@@ -670,7 +668,7 @@ def _checked_hook(
     name: str, hook: HookConfig, keys: Mapping[str, str], env: Mapping[str, str]
 ) -> tuple[HookConfig, list[str]]:
     """The hook with its secrets, and what does not go together in it."""
-    problems = config_checks.name_problems(name)
+    problems = checks.name_problems(name)
     secrets, found = _revealed(
         "secrets", hook.secrets, env, "bearer" if hook.verification == "key" else hook.verification
     )
@@ -682,9 +680,7 @@ def _checked_hook(
     if {secret.literal for secret in secrets} & set(keys.values()):
         problems.append("secrets: one is a key of the gateway, and so would open all of it")
     if hook.template is not None:
-        problems += [
-            f"template: {problem}" for problem in config_checks.template_problems(hook.template, hook.expressions)
-        ]
+        problems += [f"template: {problem}" for problem in checks.template_problems(hook.template, hook.expressions)]
     elif hook.expressions and "text" not in hook.expressions:
         problems.append("expressions.text: required, where there is no template")
     if not hook.actions:
@@ -712,7 +708,7 @@ def _checked_channel(
     name: str, channel: ChannelConfig, env: Mapping[str, str]
 ) -> tuple[ChannelConfig, list[str], str | None]:
     """The channel with its secrets, what does not go together in it, and why it is off."""
-    problems = config_checks.name_problems(name)
+    problems = checks.name_problems(name)
     secrets, found = _revealed("secrets", channel.secrets, env, channel.type)
     problems += found
     by_hook = channel.type == "slack" or channel.mode == "webhook"
