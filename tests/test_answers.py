@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from provider import DONE, chunk, completion, content, event, role, usage
 
-from trigate.answers import AnswerRecord
+from trigate.openai.accumulator import AnswerRecord
 
 
 def heard(*frames: bytes) -> AnswerRecord:

@@ -15,10 +15,11 @@ import click
 import pytest
 
 import trigate
-from trigate import discovery, errors, wire
+from trigate import discovery, errors
 from trigate.application import create_app
 from trigate.cli import cli
 from trigate.config import structure
+from trigate.openai import stream
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -240,7 +241,7 @@ def test_error_codes() -> None:
 
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
-    served = {f"POST {path}" for path in wire.ENDPOINTS} | {"POST /hooks/{name}"}
+    served = {f"POST {path}" for path in stream.ENDPOINTS} | {"POST /hooks/{name}"}
     for rule in create_app(structure.Config()).url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
@@ -264,7 +265,7 @@ def test_required_fields() -> None:
     """The table of the data plane says what each path requires."""
     rows = _first_names(_sections(_page("reference/endpoints.md"))["Data plane"])
     documented = {path: tuple(_names(row[1])) for path, row in rows.items()}
-    assert documented == {path: endpoint.required for path, endpoint in wire.ENDPOINTS.items()}
+    assert documented == {path: endpoint.required for path, endpoint in stream.ENDPOINTS.items()}
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

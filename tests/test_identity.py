@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from trigate import identity
-from trigate.wire import ENDPOINTS, decode_call
+from trigate.openai.stream import ENDPOINTS, decode_call
 
 HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
 CHAT: dict[str, Any] = {

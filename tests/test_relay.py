@@ -19,8 +19,8 @@ from trio.testing import wait_all_tasks_blocked
 from trigate.concurrency.poller import Poller, open_poller
 from trigate.errors import Garbled, Reported
 from trigate.framing import Framing
+from trigate.openai.stream import ENDPOINTS, StreamReader, Usage
 from trigate.relay import Relay, Stream
-from trigate.wire import ENDPOINTS, StreamReader, Usage
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
 

@@ -26,10 +26,10 @@ from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway
 from trigate.memory_store import MemoryStore
+from trigate.openai.stream import ENDPOINTS, decode_call
 from trigate.routing import Target
 from trigate.store import ChannelRecord, Delivery, Run, Turn
 from trigate.upstream import UpstreamStatistics
-from trigate.wire import ENDPOINTS, decode_call
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -33,12 +33,12 @@ from trigate.downstream import Downstream
 from trigate.errors import CODES
 from trigate.exchange import Exchange
 from trigate.gateway import Drain, Generation
+from trigate.openai.stream import Call, StreamReader
 from trigate.peer import Peer
 from trigate.plans import Plan
 from trigate.protocol import Http2Service
 from trigate.relay import Stream
 from trigate.transport import Opening, SocketTransport
-from trigate.wire import Call, StreamReader
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trigate.sse import BOM, EventSplitter, EventTooLarge, comment, data_of, without_resumption
+from trigate.openai.sse import BOM, EventSplitter, EventTooLarge, comment, data_of, without_resumption
 
 # Made of what matters to the splitter, so that every order of line ends, half a BOM and half a U+2028 turn up.
 streams = st.lists(

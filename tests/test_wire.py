@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trigate import sse
 from trigate.errors import BadRequest, Garbled, Rejected, Reported, UnknownModel
-from trigate.wire import ENDPOINTS, StreamReader, Usage, decode_answer, decode_call
+from trigate.openai import sse
+from trigate.openai.stream import ENDPOINTS, StreamReader, Usage, decode_answer, decode_call
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
 RESPONSES = ENDPOINTS["/v1/responses"]

@@ -18,8 +18,8 @@ from trigate.errors import (
     HeadersTooLarge,
     Unauthenticated,
 )
+from trigate.openai.stream import Endpoint
 from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
-from trigate.wire import Endpoint
 
 if TYPE_CHECKING:
     from trigate.config.structure import Config

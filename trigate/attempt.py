@@ -9,9 +9,9 @@ import attrs
 import trio
 
 from trigate.errors import GatewayError
+from trigate.openai.stream import StreamReader
 from trigate.plans import Step
 from trigate.routing import Target
-from trigate.wire import StreamReader
 
 if TYPE_CHECKING:
     from trigate.upstream import Reply

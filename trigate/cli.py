@@ -452,7 +452,7 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
 
 def _deltas(response: httpx2.Response) -> Iterator[str | None]:
     """Yields the pieces of the answer's text, and None at its proper end."""
-    from trigate import sse
+    from trigate.openai import sse
 
     splitter = sse.EventSplitter(max_event_bytes=64 * 1024 * 1024)
     for piece in response.iter_bytes():

@@ -35,8 +35,8 @@ from trigate.errors import (
     UnsupportedMediaType,
 )
 from trigate.exchange import Exchange, Recorder
+from trigate.openai.stream import ENDPOINTS, Call, Endpoint, decode_call
 from trigate.sessions import SessionRecorder
-from trigate.wire import ENDPOINTS, Call, Endpoint, decode_call
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp

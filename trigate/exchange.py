@@ -33,8 +33,6 @@ import attrs
 import structlog
 import trio
 
-from trigate import sse
-from trigate.answers import AnswerRecord
 from trigate.attempt import Attempt
 from trigate.config.structure import ModelConfig, TimeoutPhase
 from trigate.errors import (
@@ -48,9 +46,11 @@ from trigate.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from trigate.openai import sse
+from trigate.openai.accumulator import AnswerRecord
+from trigate.openai.stream import Call, StreamReader, Usage, decode_answer, seam_of
 from trigate.plans import Plan, Step
 from trigate.routing import Target
-from trigate.wire import Call, StreamReader, Usage, decode_answer, seam_of
 
 if TYPE_CHECKING:
     from msgspec import Raw

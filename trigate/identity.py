@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from trigate.wire import Call, decode_any
+from trigate.openai.stream import Call, decode_any
 
 MAX_JSON_BYTES = 64 * 1024
 """Up to this size, bodies are compared as JSON."""

@@ -17,8 +17,8 @@ import msgspec
 
 from trigate.callbacks import callback_body
 from trigate.config.structure import Action
+from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
 from trigate.store import Delivery, Run, RunState, Turn
-from trigate.wire import ENDPOINTS, Call, Usage, decode_call
 
 if TYPE_CHECKING:
     pass

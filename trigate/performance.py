@@ -13,7 +13,6 @@ import structlog
 import trio
 
 from trigate import errors
-from trigate.answers import AnswerRecord
 from trigate.config.structure import Seconds
 from trigate.errors import (
     Draining,
@@ -25,9 +24,10 @@ from trigate.errors import (
     StoreUnavailable,
 )
 from trigate.exchange import Exchange
+from trigate.openai.accumulator import AnswerRecord
+from trigate.openai.stream import Usage
 from trigate.orders import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
 from trigate.store import Run, Turn, Write
-from trigate.wire import Usage
 
 if TYPE_CHECKING:
     from trigate.exchange import Downstream

@@ -29,7 +29,7 @@ import trio
 
 from trigate.concurrency.poller import READABLE, WRITABLE, Poller
 from trigate.framing import Framing
-from trigate.wire import StreamReader
+from trigate.openai.stream import StreamReader
 
 # One event is some hundred bytes; what arrived together is moved together. The kernel gives what is there, and CPython
 # shrinks the buffer: the size costs nothing here.

@@ -29,11 +29,11 @@ import trio
 
 from trigate import history
 from trigate import store as records
-from trigate.answers import AnswerRecord
 from trigate.config.structure import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
+from trigate.openai.accumulator import AnswerRecord
+from trigate.openai.stream import Call, Usage
 from trigate.store import Store
-from trigate.wire import Call, Usage
 from trigate.workers import Workers
 
 POLL_S = 0.25

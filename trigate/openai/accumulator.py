@@ -20,8 +20,8 @@ from typing import Any
 import attrs
 import msgspec
 
-from trigate import sse
-from trigate.wire import decode_any
+from trigate.openai import sse
+from trigate.openai.stream import decode_any
 
 
 @attrs.define

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import attrs
 import msgspec
 
-from trigate import sse
 from trigate.errors import BadRequest, Garbled, GatewayError, Reported, Truncated, UnknownModel
+from trigate.openai import sse
 
 # It stands in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
