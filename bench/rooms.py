@@ -15,13 +15,14 @@ import pytest
 import trio
 
 from bench.upstream import MODEL
-from trigate import report, storage
+from trigate import report
 from trigate.config import structure
 from trigate.exchange import Exchange
 from trigate.gateway import open_gateway
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import ENDPOINTS, StreamReader, decode_answer, decode_call
 from trigate.routing import Known, Target, plan
+from trigate.store import opening
 
 EVENTS = 100
 CHAT = ENDPOINTS["/v1/chat/completions"]
@@ -135,7 +136,7 @@ def test_beat(benchmark: Benchmark, live: int) -> None:
     settings = structure.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench")
 
     async def measure() -> None:
-        async with open_gateway(settings, env={"TRIGATE_STORE": storage.MEMORY}) as gateway:
+        async with open_gateway(settings, env={"TRIGATE_STORE": opening.MEMORY}) as gateway:
             for number in range(live):
                 exchange = Exchange(
                     id=f"req_{number}",

@@ -22,11 +22,12 @@ import trio
 from asgi_client import AsgiClient
 from provider import Provider
 
-from trigate import server, storage
+from trigate import server
 from trigate.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, Port
 from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
+from trigate.store import opening
 
 # A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,13 +35,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # -- the store --------------------------------------------------------------------------------------------------------
 
-os.environ["TRIGATE_STORE"] = storage.MEMORY  # of processes, too, that are not started by `processes`
+os.environ["TRIGATE_STORE"] = opening.MEMORY  # of processes, too, that are not started by `processes`
 
 
 @pytest.fixture(autouse=True)
 def no_store_of_mine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the data of whoever runs it: a store that nobody has named is in memory."""
-    monkeypatch.setattr(storage, "default_location", lambda: storage.MEMORY)
+    monkeypatch.setattr(opening, "default_location", lambda: opening.MEMORY)
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ async def _open_app(
     config: Config | None = None,
     providers: Mapping[str, Provider] | Provider | None = None,
     *,
-    store: str | os.PathLike[str] = storage.MEMORY,
+    store: str | os.PathLike[str] = opening.MEMORY,
 ) -> AsyncIterator[Served]:
     settings = config if config is not None else make_config()
     if providers is None or isinstance(providers, Provider):

@@ -22,7 +22,7 @@ from provider import DONE, Pause, Provider, Say, Stall, answers, content, says
 from trio.testing import MockClock
 
 from trigate import accounts
-from trigate.memory_store import MemoryStore
+from trigate.store.memory import MemoryStore
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}\n\n'

@@ -35,10 +35,10 @@ from trigate.application import GatewayApp
 from trigate.callbacks import Callbacks, callback_body, open_callbacks, seconds_of
 from trigate.config.structure import Config, HookConfig
 from trigate.dialing import Origin, Refused, dial
-from trigate.memory_store import open_memory_store
 from trigate.outbox import Receipt, open_outbox
 from trigate.signatures import Unverified, Verifier
-from trigate.store import Delivery, Store
+from trigate.store.interface import Delivery, Store
+from trigate.store.memory import open_memory_store
 from trigate.workers import open_workers
 
 NOW = 1_700_000_000.5

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trigate.history import bounded, compose, estimated_tokens
-from trigate.store import Message
+from trigate.store.interface import Message
 
 NO_LIMIT = 10**9
 

@@ -13,7 +13,7 @@ import pytest
 
 from trigate import journal
 from trigate.journal import Journal, Orphan, records_of, take_orphans
-from trigate.store import ExchangeRecord
+from trigate.store.interface import ExchangeRecord
 
 
 def begun(number: int, **changes: Any) -> ExchangeRecord:

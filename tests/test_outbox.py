@@ -15,10 +15,10 @@ from conftest import Logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import outbox as rooms
-from trigate.memory_store import MemoryStore, open_memory_store
 from trigate.outbox import AT_ONCE, ATTEMPT_S, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import Delivery, Store, Worker
+from trigate.store.interface import Delivery, Store, Worker
+from trigate.store.memory import MemoryStore, open_memory_store
+from trigate.store.sqlite import open_sqlite_store
 from trigate.workers import Workers, open_workers
 
 START = 1_700_000_000.0

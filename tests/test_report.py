@@ -25,10 +25,10 @@ from trigate.channels import ChannelStatistics
 from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway
-from trigate.memory_store import MemoryStore
 from trigate.openai.stream import ENDPOINTS, decode_call
 from trigate.routing import Target
-from trigate.store import ChannelRecord, Delivery, Run, Turn
+from trigate.store.interface import ChannelRecord, Delivery, Run, Turn
+from trigate.store.memory import MemoryStore
 from trigate.upstream import UpstreamStatistics
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]

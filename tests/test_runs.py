@@ -23,7 +23,7 @@ from trigate import performance
 from trigate.errors import StoreUnavailable
 from trigate.orders import Order
 from trigate.runs import Runs
-from trigate.store import ENDED, Delivery, Run
+from trigate.store.interface import ENDED, Delivery, Run
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -42,12 +42,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trigate.application import GatewayApp
 from trigate.config.structure import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
-from trigate.memory_store import MemoryStore
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
 from trigate.sessions import Sessions
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import Message, Store, Turn
+from trigate.store.interface import Message, Store, Turn
+from trigate.store.memory import MemoryStore
+from trigate.store.sqlite import open_sqlite_store
 from trigate.workers import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]

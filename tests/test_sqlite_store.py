@@ -27,11 +27,11 @@ from conftest import Logs
 from processes import environment
 from test_store import ALL, delivery, run, texts, turn
 
-from trigate import sqlite_file, sqlite_store
 from trigate.errors import StoreUnavailable
-from trigate.sqlite_store import SqliteStore, open_sqlite_store
-from trigate.sqlite_tables import APPLICATION_ID, MIGRATIONS
-from trigate.store import StoreStatistics, Turn
+from trigate.store import sqlite, sqlite_file
+from trigate.store.interface import StoreStatistics, Turn
+from trigate.store.sqlite import SqliteStore, open_sqlite_store
+from trigate.store.tables import APPLICATION_ID, MIGRATIONS
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has failed is tried again soon."""
-    monkeypatch.setattr(sqlite_store, "RETRY_S", 0.01)
+    monkeypatch.setattr(sqlite, "RETRY_S", 0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,7 @@ async def test_nothing_is_opened_before_it_is_needed(path: Path) -> None:
 
 def test_importing_it_does_not_import_sqlite() -> None:
     """A gateway that needs no store does not pay for its library."""
-    code = "import sys, trigate.sqlite_store; sys.exit('apsw' in sys.modules or 'sqlite3' in sys.modules)"
+    code = "import sys, trigate.store.sqlite; sys.exit('apsw' in sys.modules or 'sqlite3' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
@@ -249,7 +249,7 @@ async def test_what_comes_after_the_end_is_refused(path: Path) -> None:
 
 async def test_the_end_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If another process holds the lock, what is queued fails when the time is over."""
-    monkeypatch.setattr(sqlite_store, "END_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(sqlite, "END_TIMEOUT_S", 0.01)
     monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.2)
     other = None
     with trio.fail_after(30):
@@ -268,8 +268,8 @@ def test_under_asyncio(path: Path) -> None:
     """As a guest of asyncio's loop it works the same, and its threads end."""
     code = f"""
 import asyncio, threading, trio
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import Turn
+from trigate.store.sqlite import open_sqlite_store
+from trigate.store.interface import Turn
 
 async def work():
     async with open_sqlite_store({str(path)!r}) as store:
@@ -298,7 +298,7 @@ def test_an_abandoned_run_does_not_keep_the_process(path: Path) -> None:
     """A loop that ends under its guest leaves the store open; the process ends nevertheless."""
     code = f"""
 import asyncio, trio
-from trigate.sqlite_store import open_sqlite_store
+from trigate.store.sqlite import open_sqlite_store
 
 async def work(opened):
     async with open_sqlite_store({str(path)!r}) as store:
@@ -659,7 +659,7 @@ async def test_reads_notice_too(path: Path, logs: Logs) -> None:
 
 async def test_a_failure_is_not_tried_again_at_once(path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes within the pause fails for the same reason, without touching the disk."""
-    monkeypatch.setattr(sqlite_store, "RETRY_S", 1000.0)
+    monkeypatch.setattr(sqlite, "RETRY_S", 1000.0)
     path.mkdir(parents=True)
     async with open_sqlite_store(path) as store:
         await _fails(store, logs, "unable to open")
@@ -687,8 +687,8 @@ async def test_nobody_need_ask_what_became_of_a_write(path: Path, logs: Logs) ->
 
 _WRITER = """
 import sys, trio
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import Message, Turn
+from trigate.store.sqlite import open_sqlite_store
+from trigate.store.interface import Message, Turn
 
 async def work(store, name):
     number = 0

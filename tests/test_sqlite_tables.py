@@ -7,8 +7,8 @@ from typing import Any
 import apsw
 import pytest
 
-from trigate.sqlite_tables import MIGRATIONS, SqliteTables
-from trigate.store import Session
+from trigate.store.interface import Session
+from trigate.store.tables import MIGRATIONS, SqliteTables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
 GROWING = ("sessions", "messages", "runs", "deliveries", "claims")

@@ -1,4 +1,4 @@
-"""`trigate.storage`: where the store is, when it is opened, and what is forgotten."""
+"""`trigate.store.opening`: where the store is, when it is opened, and what is forgotten."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from conftest import Served, make_config
 from processes import environment
 from trio.testing import MockClock
 
-from trigate import sqlite_store, storage
 from trigate.config.structure import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
 from trigate.gateway import Gateway, open_gateway
-from trigate.memory_store import open_memory_store
-from trigate.store import Retention, Turn
+from trigate.store import opening, sqlite
+from trigate.store.interface import Retention, Turn
+from trigate.store.memory import open_memory_store
 from trigate.workers import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
@@ -58,7 +58,7 @@ async def _until(holds: Callable[[], Any]) -> None:
 )
 def test_location(path: str | None, env: dict[str, str], found: str) -> None:
     """The configuration goes before the environment; a path is made absolute."""
-    assert storage.location(StoreConfig(path=path), env) == found
+    assert opening.location(StoreConfig(path=path), env) == found
 
 
 @pytest.mark.slow
@@ -94,9 +94,9 @@ def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -
     """What is configured to use it, and several workers; and whatever there is in it already."""
     config = make_config(**sections)
     path = tmp_path / "trigate.db"
-    assert storage.is_needed(config, str(path)) == needed
+    assert opening.is_needed(config, str(path)) == needed
     path.touch()
-    assert storage.is_needed(config, str(path))
+    assert opening.is_needed(config, str(path))
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
 async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gateway starts and serves; the store is there as soon as the reason has gone."""
     logs.expect_error("store_unavailable")
-    monkeypatch.setattr(sqlite_store, "RETRY_S", 0.0)
+    monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
     monkeypatch.setattr("trigate.workers.RETRY_S", 0.02)
     database.parent.write_text("in the way")
     async with _gateway(HOOKED, database) as gateway:
@@ -195,7 +195,7 @@ def test_retention() -> None:
         run_retention_s=Seconds(5 * DAY_S), session_retention_s=Seconds(0.0), max_runs=Count(7), max_sessions=Count(8)
     )
     ledger = LedgerConfig(retention_s=Seconds(2 * DAY_S), max_records=Limit(9))
-    assert storage.retention(settings, ledger, 1_000 * DAY_S) == Retention(
+    assert opening.retention(settings, ledger, 1_000 * DAY_S) == Retention(
         sessions_before=0.0,
         archives_before=970 * DAY_S,
         runs_before=995 * DAY_S,
@@ -214,18 +214,18 @@ async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None
         trio.open_nursery() as tasks,
     ):
         await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        tasks.start_soon(storage.keep_pruned, store, workers, Config)
-        await trio.sleep(storage.PRUNE_S / 2)
+        tasks.start_soon(opening.keep_pruned, store, workers, Config)
+        await trio.sleep(opening.PRUNE_S / 2)
         assert await store.sessions.get("", "old") is not None
         await workers.join()
         await trio.sleep(1)
         assert await store.sessions.get("", "old") is None
         assert [entry["rows"] for entry in logs.named("pruned")] == [1]
         store.failure = "full"
-        await trio.sleep(storage.PRUNE_S + 1)
+        await trio.sleep(opening.PRUNE_S + 1)
         assert len(logs.named("prune_failed")) == 1
         store.failure = None
         await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        await trio.sleep(storage.PRUNE_S + 1)
+        await trio.sleep(opening.PRUNE_S + 1)
         assert len(logs.named("pruned")) == 2
         tasks.cancel_scope.cancel()

@@ -10,9 +10,7 @@ import attrs
 import pytest
 import trio
 
-from trigate.memory_store import open_memory_store
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import (
+from trigate.store.interface import (
     ENDED,
     AttemptRecord,
     ChannelRecord,
@@ -26,6 +24,8 @@ from trigate.store import (
     Turn,
     Worker,
 )
+from trigate.store.memory import open_memory_store
+from trigate.store.sqlite import open_sqlite_store
 
 
 @pytest.fixture(params=["sqlite", "memory"])

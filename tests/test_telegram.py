@@ -27,10 +27,10 @@ from trigate import channels, telegram
 from trigate.adapter import Channel
 from trigate.config.structure import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
-from trigate.memory_store import open_memory_store
 from trigate.orders import Order
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import Delivery, Run
+from trigate.store.interface import Delivery, Run
+from trigate.store.memory import open_memory_store
+from trigate.store.sqlite import open_sqlite_store
 from trigate.telegram import TelegramAdapter
 from trigate.transport import SocketTransport
 

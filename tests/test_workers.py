@@ -22,11 +22,12 @@ import trio
 from processes import environment
 from trio.testing import MockClock
 
-from trigate import sqlite_store, workers
+from trigate import workers
 from trigate.errors import StoreUnavailable
-from trigate.memory_store import open_memory_store
-from trigate.sqlite_store import open_sqlite_store
-from trigate.store import Run, Store, Worker
+from trigate.store import sqlite
+from trigate.store.interface import Run, Store, Worker
+from trigate.store.memory import open_memory_store
+from trigate.store.sqlite import open_sqlite_store
 from trigate.workers import Workers, open_workers
 
 NOW = 1_700_000_000.0
@@ -37,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats that a test need not wait for."""
     monkeypatch.setattr(workers, "BEAT_S", 0.02)
     monkeypatch.setattr(workers, "RETRY_S", 0.02)
-    monkeypatch.setattr(sqlite_store, "RETRY_S", 0.0)
+    monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from trigate.config.structure import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.history import estimated_tokens, tokens_of_size
 from trigate.journal import Journal, take_orphans
-from trigate.storage import MEMORY
-from trigate.store import LOST, AttemptRecord, ExchangeRecord, Store
+from trigate.store.interface import LOST, AttemptRecord, ExchangeRecord, Store
+from trigate.store.opening import MEMORY
 
 if TYPE_CHECKING:
     from trigate.attempt import Attempt

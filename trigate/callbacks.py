@@ -28,7 +28,7 @@ from trigate.config.structure import HookConfig
 from trigate.dialing import Refused
 from trigate.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
-from trigate.store import Delivery, RunState
+from trigate.store.interface import Delivery, RunState
 from trigate.transport import SocketTransport
 
 CONNECT_S = 10.0

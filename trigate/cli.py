@@ -258,7 +258,8 @@ def check(config_path: str | None) -> None:
     Asks no provider anything (without a file it looks for model servers on this machine).
     Exit code 1 if something is wrong, with every problem on a line of its own.
     """
-    from trigate import echo, local_model, storage
+    from trigate import echo, local_model
+    from trigate.store import opening
 
     config = _read(config_path)
     _try_certificate(config.server)
@@ -266,7 +267,7 @@ def check(config_path: str | None) -> None:
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     nobody = "none (anybody may come: insecure)" if config.server.insecure else "none (this machine only)"
     click.echo(f"keys: {', '.join(config.keys) or nobody}")
-    click.echo(f"store: {storage.described(storage.location(config.store, os.environ))}")
+    click.echo(f"store: {opening.described(opening.location(config.store, os.environ))}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():
         where = f" {upstream.base_url}" if upstream.base_url else ""

@@ -27,7 +27,7 @@ import httpx2
 import structlog
 import trio
 
-from trigate import discovery, echo, local_model, report, routing, storage
+from trigate import discovery, echo, local_model, report, routing
 from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
@@ -46,7 +46,8 @@ from trigate.relay import Relay
 from trigate.routing import Known, Target
 from trigate.runs import Runs, open_runs
 from trigate.sessions import Sessions
-from trigate.store import Store
+from trigate.store import opening
+from trigate.store.interface import Store
 from trigate.streams import Streams
 from trigate.transport import SocketTransport
 from trigate.upstream import Upstream
@@ -519,7 +520,7 @@ class Gateway:
 
     async def use_store(self) -> None:
         """Opens the store as soon as the configuration needs it; whoever else does, opens it himself."""
-        while not storage.is_needed(self.generation.config, self.store.statistics().path):
+        while not opening.is_needed(self.generation.config, self.store.statistics().path):
             await self._reloaded.wait()
             self._reloaded = trio.Event()
         await self.workers.join_at_last()
@@ -607,7 +608,7 @@ async def open_gateway(
         open_timers() as timers,
         open_leaving() as leaving,
         open_poller() as poller,
-        storage.open_store(storage.location(first.store, environ)) as store,
+        opening.open_store(opening.location(first.store, environ)) as store,
     ):
         gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
@@ -642,7 +643,7 @@ async def _running(
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)
                     nursery.start_soon(
-                        storage.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
+                        opening.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
                     )
                     yield
             finally:

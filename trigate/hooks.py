@@ -48,7 +48,7 @@ from trigate.orders import CLIENT_LEFT, Order
 from trigate.performance import Unwatched
 from trigate.runs import Doing
 from trigate.signatures import Verifier
-from trigate.store import ENDED, Run
+from trigate.store.interface import ENDED, Run
 
 if TYPE_CHECKING:
     from trigate.adapter import Adapter

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 import structlog
 
-from trigate.store import ExchangeRecord
+from trigate.store.interface import ExchangeRecord
 
 log = structlog.get_logger("trigate.journal")
 

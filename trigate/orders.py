@@ -18,7 +18,7 @@ import msgspec
 from trigate.callbacks import callback_body
 from trigate.config.structure import Action
 from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
-from trigate.store import Delivery, Run, RunState, Turn
+from trigate.store.interface import Delivery, Run, RunState, Turn
 
 if TYPE_CHECKING:
     pass

@@ -26,7 +26,7 @@ import structlog
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store import Delivery, DeliveryState, Store
+from trigate.store.interface import Delivery, DeliveryState, Store
 from trigate.workers import Workers
 
 log = structlog.get_logger("trigate.outbox")

@@ -27,7 +27,7 @@ from trigate.exchange import Exchange
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Usage
 from trigate.orders import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
-from trigate.store import Run, Turn, Write
+from trigate.store.interface import Run, Turn, Write
 
 if TYPE_CHECKING:
     from trigate.exchange import Downstream

@@ -16,7 +16,7 @@ import msgspec
 from trigate import display
 from trigate.display import Shown
 from trigate.errors import StoreUnavailable
-from trigate.store import Delivery, Run, Store
+from trigate.store.interface import Delivery, Run, Store
 
 
 class Told(msgspec.Struct, kw_only=True):

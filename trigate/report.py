@@ -22,11 +22,12 @@ import msgspec
 import structlog
 import trio
 
-from trigate import __version__, storage
+from trigate import __version__
 from trigate.accounts import AccountsStatistics
 from trigate.channels import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
-from trigate.store import ChannelRecord, SessionCounts, Worker
+from trigate.store import opening
+from trigate.store.interface import ChannelRecord, SessionCounts, Worker
 from trigate.upstream import UpstreamStatistics
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def startup_lines(gateway: Gateway) -> list[str]:
     if not config.keys and config.server.insecure:
         keys = "NO KEY and --insecure: anybody who reaches it can use it"
     lines = [
-        f"Trigate {__version__}, configured by {config.source}; {keys}; store {storage.described(where)}",
+        f"Trigate {__version__}, configured by {config.source}; {keys}; store {opening.described(where)}",
         "Upstreams: " + ("; ".join(found) or "none"),
         f"Models: {len(generation.public_ids())} listed; {default}",
     ]
@@ -242,7 +243,7 @@ async def status(gateway: Gateway) -> dict[str, Any]:
     shared = _Shared()
     store = gateway.store.statistics()
     if store.state == "closed":  # to ask would make a file
-        if storage.is_needed(gateway.generation.config, store.path):  # something may be in it, and it is being opened
+        if opening.is_needed(gateway.generation.config, store.path):  # something may be in it, and it is being opened
             shared = _Shared(sessions=None, outbox=None)
     else:
         try:

@@ -38,7 +38,7 @@ from trigate.errors import (
 )
 from trigate.orders import CLIENT_LEFT, Audience, End, Order, as_ended, delivery_of, is_work
 from trigate.performance import Performance
-from trigate.store import ENDED, Claim, Run, Write
+from trigate.store.interface import ENDED, Claim, Run, Write
 
 if TYPE_CHECKING:
     from trigate.exchange import Downstream

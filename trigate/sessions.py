@@ -28,12 +28,12 @@ import msgspec
 import trio
 
 from trigate import history
-from trigate import store as records
 from trigate.config.structure import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Call, Usage
-from trigate.store import Store
+from trigate.store import interface as records
+from trigate.store.interface import Store
 from trigate.workers import Workers
 
 POLL_S = 0.25
@@ -71,7 +71,7 @@ class SessionTurn:
     def cut(self) -> Callable[[GatewayError], None] | None:
         """What ends it from outside (`Exchange.cut`); set by who runs the turn. A stop that came before is told then.
 
-        >>> from trigate.store import Ticket
+        >>> from trigate.store.interface import Ticket
         >>> turn = SessionTurn(Ticket(number=1, owner="", key="k", worker="w"), SessionsConfig())
         >>> turn.stop()
         >>> turn.cut = print

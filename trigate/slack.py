@@ -40,7 +40,7 @@ from trigate.orders import Live, Order
 from trigate.outbox import Receipt
 from trigate.signatures import Verifier, challenge
 from trigate.slack_messages import Incoming, escape, session_key
-from trigate.store import Delivery, Run
+from trigate.store.interface import Delivery, Run
 
 log = structlog.get_logger("trigate.slack")
 

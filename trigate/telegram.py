@@ -41,7 +41,7 @@ from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.orders import Live, Order
 from trigate.outbox import Receipt
 from trigate.signatures import Verifier
-from trigate.store import Delivery, Run
+from trigate.store.interface import Delivery, Run
 from trigate.telegram_messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
 
 log = structlog.get_logger("trigate.telegram")

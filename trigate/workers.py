@@ -31,7 +31,7 @@ import structlog
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store import Store, Worker
+from trigate.store.interface import Store, Worker
 
 log = structlog.get_logger("trigate.workers")
 

@@ -31,7 +31,7 @@ from steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 from trigate.config.structure import UpstreamConfig
 from trigate.dialing import Connection
 from trigate.gateway import Gateway, http_transport
-from trigate.store import ExchangeRecord
+from trigate.store.interface import ExchangeRecord
 from trigate.transport import SocketTransport
 
 OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]

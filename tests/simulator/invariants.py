@@ -20,7 +20,7 @@ from simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange import _REST_S, Exchange
 from trigate.gateway import Gateway, Generation
-from trigate.store import ExchangeRecord
+from trigate.store.interface import ExchangeRecord
 
 if TYPE_CHECKING:
     from simulator.world import World

@@ -25,13 +25,14 @@ from trio.testing import MockClock
 from simulator import invariants, lots, provider
 from simulator.clients import Call, run_client
 from simulator.pipes import End, SocketEnd, pair, socket_pair
-from trigate import server, storage
+from trigate import server
 from trigate.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway, Generation, open_gateway
+from trigate.store import opening
 
 CLIENTS = 24
 CALLS_OF_A_LIFE = (50, 350)
@@ -461,7 +462,7 @@ class World:
         app = create_app(
             opener=lambda: open_gateway(
                 self._config,
-                env={"TRIGATE_STORE": storage.MEMORY},
+                env={"TRIGATE_STORE": opening.MEMORY},
                 transports=provider.lines(self),
                 adjust=lambda _: self._config,
             )

@@ -13,7 +13,7 @@ from trigate.orders import view
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
-    from trigate.store import Delivery
+    from trigate.store.interface import Delivery
 
 blueprint = Blueprint("hooks", __name__)
 

@@ -14,7 +14,7 @@ from trigate.streams import MAX_LIMIT
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
     from trigate.gateway import Gateway
-    from trigate.store import ExchangeRecord
+    from trigate.store.interface import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)
 

@@ -17,8 +17,7 @@ import msgspec
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.ledger import Ledger, Receipt, Tables
-from trigate.store import (
+from trigate.store.interface import (
     ENDED,
     LOST,
     ChannelRecord,
@@ -33,6 +32,7 @@ from trigate.store import (
     Worker,
     Write,
 )
+from trigate.store.operations import Ledger, Receipt, Tables
 
 T = TypeVar("T")
 Key = tuple[str, str]

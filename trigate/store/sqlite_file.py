@@ -28,8 +28,8 @@ import apsw.aio
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.ledger import Tables
-from trigate.sqlite_tables import APPLICATION_ID, MIGRATIONS, SqliteTables
+from trigate.store.operations import Tables
+from trigate.store.tables import APPLICATION_ID, MIGRATIONS, SqliteTables
 
 T = TypeVar("T")
 Operation = Callable[[Tables], Any]

@@ -17,10 +17,10 @@ import trio
 
 from trigate.config.structure import Config, LedgerConfig, SessionsConfig, StoreConfig
 from trigate.errors import StoreUnavailable
-from trigate.store import Retention, Store
+from trigate.store.interface import Retention, Store
 from trigate.workers import Workers
 
-log = structlog.get_logger("trigate.storage")
+log = structlog.get_logger("trigate.store.opening")
 
 MEMORY = ":memory:"
 PRUNE_S = 3600.0
@@ -48,10 +48,10 @@ def described(where: str) -> str:
 def open_store(where: str) -> AbstractAsyncContextManager[Store]:
     """Opens the store of a location. One on a disk makes no file, and loads no database, before it is used."""
     if where == MEMORY:
-        from trigate.memory_store import open_memory_store
+        from trigate.store.memory import open_memory_store
 
         return open_memory_store()
-    from trigate.sqlite_store import open_sqlite_store
+    from trigate.store.sqlite import open_sqlite_store
 
     return open_sqlite_store(where)
 

@@ -18,9 +18,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import attrs
 import trio
 
-from trigate import store
 from trigate.errors import Draining
-from trigate.store import (
+from trigate.store import interface
+from trigate.store.interface import (
     ENDED,
     ChannelRecord,
     Claim,
@@ -181,13 +181,13 @@ class Ledger(abc.ABC):
     """A `store.Store`, but for where its tables are and how operations get there."""
 
     def __init__(self) -> None:
-        self.sessions: store.Sessions = _Sessions(self)
-        self.runs: store.Runs = _Runs(self)
-        self.idempotency: store.Idempotency = _Idempotency(self)
-        self.deliveries: store.Deliveries = _Deliveries(self)
-        self.channels: store.Channels = _Channels(self)
-        self.workers: store.Workers = _Workers(self)
-        self.exchanges: store.Exchanges = _Exchanges(self)
+        self.sessions: interface.Sessions = _Sessions(self)
+        self.runs: interface.Runs = _Runs(self)
+        self.idempotency: interface.Idempotency = _Idempotency(self)
+        self.deliveries: interface.Deliveries = _Deliveries(self)
+        self.channels: interface.Channels = _Channels(self)
+        self.workers: interface.Workers = _Workers(self)
+        self.exchanges: interface.Exchanges = _Exchanges(self)
 
     @abc.abstractmethod
     def write(self, operation: Callable[[Tables], T], *, durable: bool = True) -> Write[T]:

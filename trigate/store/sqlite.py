@@ -29,13 +29,13 @@ import structlog
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.ledger import Ledger, Receipt, Tables
-from trigate.store import StoreStatistics, Write
+from trigate.store.interface import StoreStatistics, Write
+from trigate.store.operations import Ledger, Receipt, Tables
 
 if TYPE_CHECKING:
-    from trigate.sqlite_file import File
+    from trigate.store.sqlite_file import File
 
-log = structlog.get_logger("trigate.store")
+log = structlog.get_logger("trigate.store.interface")
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class SqliteStore(Ledger):
         if self._file is not None and self._file.has_failed:
             await self._close()
         if self._file is None:
-            from trigate.sqlite_file import open_file
+            from trigate.store.sqlite_file import open_file
 
             if self._error is not None and trio.current_time() < self._retry_at:
                 raise StoreUnavailable(self._error)

@@ -1,0 +1,1 @@
+"""What outlives the process: sessions, runs, deliveries, the ledger's records."""
