@@ -1,6 +1,6 @@
 """Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
 
-What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, and a request in `trigate.openai.stream` and `trigate.routing`, without
+What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, and a request in `trigate.openai.stream` and `trigate.routing.routes`, without
 sockets and without Trio; and a beat of a worker in `trigate.report`. pytest-benchmark calls each many times over and
 reports the least, the median and the spread.
 """
@@ -21,7 +21,7 @@ from trigate.exchange import Exchange
 from trigate.gateway import open_gateway
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import ENDPOINTS, StreamReader, decode_answer, decode_call
-from trigate.routing import Known, Target, plan
+from trigate.routing.routes import Known, Target, plan
 from trigate.store import opening
 
 EVENTS = 100

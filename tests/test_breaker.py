@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.breaker import MAX_COOLDOWN_S, Breaker, Entry
 from trigate.config.structure import BreakerConfig, Count, Limit, Seconds, Share
+from trigate.routing.circuit_breaker import MAX_COOLDOWN_S, Breaker, Entry
 
 RULES = BreakerConfig(
     failures=Limit(3), failure_rate=Share(0.5), window_s=Seconds(10), min_calls=Count(10), cooldown_s=Seconds(4)

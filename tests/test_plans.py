@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trigate.errors import BadRequest, Garbled, GatewayError, Rejected, Throttled, Unavailable, UpstreamTimeout
-from trigate.plans import MAX_TARGETS, Plan, Step, Targets
-from trigate.routing import Target
+from trigate.routing.plan import MAX_TARGETS, Plan, Step, Targets
+from trigate.routing.routes import Target
 
 A, B, C = Target("a", "m"), Target("b", "m"), Target("c", "m")
 DOWN = Unavailable("down", reachable=True)

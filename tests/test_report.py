@@ -26,7 +26,7 @@ from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway
 from trigate.openai.stream import ENDPOINTS, decode_call
-from trigate.routing import Target
+from trigate.routing.routes import Target
 from trigate.store.interface import ChannelRecord, Delivery, Run, Turn
 from trigate.store.memory import MemoryStore
 from trigate.upstream import UpstreamStatistics

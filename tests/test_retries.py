@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.retries import MAX_TOKENS, Budget, backoff_s, retry_after_s
+from trigate.routing.retry import MAX_TOKENS, Budget, backoff_s, retry_after_s
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trigate.errors import GatewayError, Unavailable, UnknownModel
-from trigate.routing import Known, Target, closest, default_target, plan, public_ids
+from trigate.routing.routes import Known, Target, closest, default_target, plan, public_ids
 
 UPSTREAMS: Mapping[str, Known] = {
     "openai": Known(models=("gpt-4o", "gpt-4o-mini", "shared"), default_model="gpt-4o-mini"),

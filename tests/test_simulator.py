@@ -26,7 +26,6 @@ from trigate import server
 from trigate.accounts import Accounts
 from trigate.admission import _Place
 from trigate.attempt import Attempt
-from trigate.breaker import Breaker
 from trigate.concurrency.fair_limiter import Places
 from trigate.concurrency.timers import Timer
 from trigate.downstream import Downstream
@@ -35,9 +34,10 @@ from trigate.exchange import Exchange
 from trigate.gateway import Drain, Generation
 from trigate.openai.stream import Call, StreamReader
 from trigate.peer import Peer
-from trigate.plans import Plan
 from trigate.protocol import Http2Service
 from trigate.relay import Stream
+from trigate.routing.circuit_breaker import Breaker
+from trigate.routing.plan import Plan
 from trigate.transport import Opening, SocketTransport
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)

@@ -25,7 +25,7 @@ from trigate.errors import (
 )
 from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
-from trigate.routing import Known
+from trigate.routing.routes import Known
 from trigate.upstream import Httpx2Source, Reply, Upstream
 
 KEY = "sk-very-secret-0123456789"

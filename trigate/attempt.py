@@ -10,8 +10,8 @@ import trio
 
 from trigate.errors import GatewayError
 from trigate.openai.stream import StreamReader
-from trigate.plans import Step
-from trigate.routing import Target
+from trigate.routing.plan import Step
+from trigate.routing.routes import Target
 
 if TYPE_CHECKING:
     from trigate.upstream import Reply

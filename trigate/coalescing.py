@@ -32,7 +32,7 @@ from trigate.errors import Draining, GatewayError, Header, TooSlow
 from trigate.exchange import STOPPED, Exchange
 from trigate.identity import identity_of
 from trigate.openai.stream import Usage
-from trigate.plans import Plan
+from trigate.routing.plan import Plan
 
 if TYPE_CHECKING:
     from trigate.concurrency.timers import Timer

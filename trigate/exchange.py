@@ -49,8 +49,8 @@ from trigate.errors import (
 from trigate.openai import sse
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Call, StreamReader, Usage, decode_answer, seam_of
-from trigate.plans import Plan, Step
-from trigate.routing import Target
+from trigate.routing.plan import Plan, Step
+from trigate.routing.routes import Target
 
 if TYPE_CHECKING:
     from msgspec import Raw

@@ -27,7 +27,7 @@ import httpx2
 import structlog
 import trio
 
-from trigate import discovery, echo, local_model, report, routing
+from trigate import discovery, echo, local_model, report
 from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
@@ -41,9 +41,10 @@ from trigate.config.structure import Config, ConfigError, TimeoutPhase, Upstream
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.hooks import Hooks
 from trigate.outbox import Outbox, open_outbox
-from trigate.plans import Targets
 from trigate.relay import Relay
-from trigate.routing import Known, Target
+from trigate.routing import routes
+from trigate.routing.plan import Targets
+from trigate.routing.routes import Known, Target
 from trigate.runs import Runs, open_runs
 from trigate.sessions import Sessions
 from trigate.store import opening
@@ -180,7 +181,7 @@ class Generation:
         found = self._routes.get(model)
         if found is not None:
             return found
-        targets = routing.plan(model, aliases=self.aliases, upstreams=self.known())
+        targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
         phases: tuple[TimeoutPhase, ...] = ("response_head", "first_token", "idle", "total")
         limits_s = [self.config.timeout_s(target.upstream, phase, model) for target in targets for phase in phases]
         # one deadline for all attempts: the longest that one of the targets is given
@@ -198,7 +199,7 @@ class Generation:
 
     def public_ids(self) -> dict[str, str]:
         """Every listed model id with its owner."""
-        return routing.public_ids(aliases=self.aliases, upstreams=self.known())
+        return routes.public_ids(aliases=self.aliases, upstreams=self.known())
 
     def hold(self) -> None:
         """Keeps the generation alive until `let_go`, once for each call."""

@@ -39,8 +39,8 @@ from trigate.errors import (
 )
 from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
-from trigate.retries import retry_after_s
-from trigate.routing import Known
+from trigate.routing.retry import retry_after_s
+from trigate.routing.routes import Known
 from trigate.transport import Opening, Origin, Response, SocketTransport
 
 _CLOSE_GRACE_S = 1.0

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quart import Blueprint, Response, current_app, jsonify
 
-from trigate import routing
 from trigate.errors import Unavailable, UnknownModel
+from trigate.routing import routes
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
@@ -48,5 +48,5 @@ async def retrieve_model(model: str) -> Response:
     except Unavailable as error:  # a call for it would be a 503; but it is not listed
         raise UnknownModel(model, reason=error.message) from None
     if str(target) not in ids:
-        raise UnknownModel(model, closest=routing.closest(model, ids))
+        raise UnknownModel(model, closest=routes.closest(model, ids))
     return jsonify(_model(model, target.upstream, generation.created))

@@ -27,11 +27,11 @@ from typing import Literal
 
 import attrs
 
-from trigate.breaker import Breaker, Entry
 from trigate.config.structure import Config
 from trigate.errors import Garbled, GatewayError, Throttled, Unavailable, UpstreamTimeout
-from trigate.retries import Budget, backoff_s
-from trigate.routing import Target
+from trigate.routing.circuit_breaker import Breaker, Entry
+from trigate.routing.retry import Budget, backoff_s
+from trigate.routing.routes import Target
 
 Why = Literal["first", "failover", "retry", "hedge", "continue"]
 
