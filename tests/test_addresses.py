@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trigate.addresses import why_not_public
+from trigate.upstream.public_addresses import why_not_public
 
 NOT_PUBLIC = {
     "unspecified": ("0.0.0.0", "0.255.255.255", "::", "::ffff:0.0.0.0"),

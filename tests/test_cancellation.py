@@ -242,7 +242,7 @@ async def test_the_sweep_finds_a_leak(
     open_app: OpenApp, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A place that leaks when the client leaves at one certain step is found: the sweep can fail."""
-    monkeypatch.setattr("trigate.upstream.Upstream._take_place", _leaky_take_place)
+    monkeypatch.setattr("trigate.upstream.upstream.Upstream._take_place", _leaky_take_place)
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:
         return await _asgi_trial(served, scene, steps, "cancel")

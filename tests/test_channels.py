@@ -20,7 +20,7 @@ from trigate.channels import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStat
 from trigate.config.structure import Config, ConfigError
 from trigate.errors import StoreUnavailable
 from trigate.gateway import http_transport
-from trigate.transport import SocketTransport
+from trigate.upstream.transport import SocketTransport
 
 TOKEN = "123456:token-of-a-test"
 

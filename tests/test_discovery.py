@@ -12,10 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trigate import discovery, local_model
+from trigate import local_model
 from trigate.config import structure as configuration
 from trigate.config.structure import ConfigError, Secret, UpstreamConfig, Url
-from trigate.discovery import (
+from trigate.upstream import discovery
+from trigate.upstream.discovery import (
     LOCAL_SERVERS,
     PROBE_TIMEOUT_S,
     PROVIDERS,

@@ -15,11 +15,12 @@ import click
 import pytest
 
 import trigate
-from trigate import discovery, errors
+from trigate import errors
 from trigate.application import create_app
 from trigate.cli import cli
 from trigate.config import structure
 from trigate.openai import stream
+from trigate.upstream import discovery
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

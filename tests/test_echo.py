@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from trigate.echo import EchoTransport, answer
 from trigate.openai import sse
+from trigate.upstream.echo import EchoTransport, answer
 
 URL = "http://echo.invalid/v1/chat/completions"
 

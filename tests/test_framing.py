@@ -9,8 +9,8 @@ from itertools import pairwise
 import httpx2
 import pytest
 
-from trigate import framing
-from trigate.framing import MAX_HEAD_BYTES, MAX_INTERIM, Framing, NotHttp
+from trigate.upstream import response_parser
+from trigate.upstream.response_parser import MAX_HEAD_BYTES, MAX_INTERIM, Framing, NotHttp
 
 OK = b"HTTP/1.1 200 OK\r\n"
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nlink: x\r\n\r\n"
@@ -257,7 +257,7 @@ def test_a_closed_one_is_no_garbage() -> None:
         with pytest.raises(httpx2.ReadError, match="closed"):
             framed.feed(b"x")
         del framed
-        assert not any(isinstance(each, framing.Framing) for each in gc.get_objects())
+        assert not any(isinstance(each, response_parser.Framing) for each in gc.get_objects())
     finally:
         gc.enable()
 

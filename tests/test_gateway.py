@@ -19,8 +19,8 @@ from trigate import gateway, server
 from trigate.application import create_app
 from trigate.config.structure import ConfigError, UpstreamConfig, structure
 from trigate.gateway import Gateway, TransportFactory, http_transport, open_gateway
-from trigate.transport import SocketTransport
-from trigate.upstream import Upstream
+from trigate.upstream.transport import SocketTransport
+from trigate.upstream.upstream import Upstream
 
 
 def toml(*upstreams: str, **limits: float) -> str:

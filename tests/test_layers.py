@@ -45,22 +45,22 @@ ROWS = (
     ("orders",),
     ("exchange", "callbacks"),
     ("attempt", "admission", "streams"),
-    ("sessions", "outbox", "discovery", "accounts"),
+    ("sessions", "outbox", "upstream.discovery", "accounts"),
     ("store.opening",),
     ("workers",),
-    ("upstream",),
+    ("upstream.upstream",),
     ("concurrency.fair_limiter",),
-    ("local_model", "_local_model_child", "echo", "transport", "relay"),
-    ("dialing",),
+    ("local_model", "_local_model_child", "upstream.echo", "upstream.transport", "relay"),
+    ("upstream.connect",),
     ("logs", "peer"),
-    ("framing", "concurrency.cancel_queue", "concurrency.poller", "concurrency.timers", "display"),
+    ("upstream.response_parser", "concurrency.cancel_queue", "concurrency.poller", "concurrency.timers", "display"),
     ("store.sqlite", "store.memory"),
     ("store.sqlite_file",),
     ("store.operations", "store.tables", "history", "ingress", "journal"),
     ("openai.accumulator", "store.interface"),
     ("routing.plan", "identity"),
     ("routing.circuit_breaker", "routing.retry"),
-    ("openai.stream", "routing.routes", "slack_messages", "addresses", "telegram_messages"),
+    ("openai.stream", "routing.routes", "slack_messages", "upstream.public_addresses", "telegram_messages"),
     ("request_parser", "response_head"),
     ("openai.sse", "request_head", "passages"),
     ("config.structure",),
@@ -80,7 +80,7 @@ PURE = (
         "routing.routes",
         "config.structure",
         "errors",
-        "addresses",
+        "upstream.public_addresses",
     ),
     *("routing.plan", "routing.circuit_breaker", "routing.retry", "overview", "identity"),
     *(
@@ -240,7 +240,7 @@ def test_no_async_generators(module: str) -> None:
     The one exception is the echo's body, which is an async iterable by the transport's interface, and holds no scope,
     nursery or resource across its yields.
     """
-    allowed = {("echo", "_Events.__aiter__")}
+    allowed = {("upstream.echo", "_Events.__aiter__")}
     found = {
         (module, name)
         for name, function in _functions(MODULES[module])

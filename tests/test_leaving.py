@@ -12,9 +12,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from trigate.concurrency.cancel_queue import SLICE, open_leaving
 from trigate.concurrency.poller import open_poller
-from trigate.framing import Framing
 from trigate.openai.stream import ENDPOINTS, StreamReader
 from trigate.relay import Relay, Stream
+from trigate.upstream.response_parser import Framing
 
 needs_epoll = pytest.mark.skipif(sys.platform != "linux", reason="no epoll")
 

@@ -29,7 +29,7 @@ from trigate.openai.stream import ENDPOINTS, decode_call
 from trigate.routing.routes import Target
 from trigate.store.interface import ChannelRecord, Delivery, Run, Turn
 from trigate.store.memory import MemoryStore
-from trigate.upstream import UpstreamStatistics
+from trigate.upstream.upstream import UpstreamStatistics
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

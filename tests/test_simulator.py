@@ -38,7 +38,7 @@ from trigate.protocol import Http2Service
 from trigate.relay import Stream
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
-from trigate.transport import Opening, SocketTransport
+from trigate.upstream.transport import Opening, SocketTransport
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 

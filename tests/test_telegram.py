@@ -32,7 +32,7 @@ from trigate.store.interface import Delivery, Run
 from trigate.store.memory import open_memory_store
 from trigate.store.sqlite import open_sqlite_store
 from trigate.telegram import TelegramAdapter
-from trigate.transport import SocketTransport
+from trigate.upstream.transport import SocketTransport
 
 SECRET = "secret-token-of-a-test-0123456789"
 PATIENCE_S = 20.0

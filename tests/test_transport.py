@@ -19,8 +19,8 @@ import trio
 import trustme
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate.dialing import Connection
-from trigate.transport import Origin, Response, SocketTransport
+from trigate.upstream.connect import Connection
+from trigate.upstream.transport import Origin, Response, SocketTransport
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 STREAM = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -14,8 +14,8 @@ import trustme
 from test_cancellation import Bomb, armed
 from test_transport import OK, STREAM, Play, Server, _ask, _contexts, _counts, _open_server, _post, answers
 
-from trigate import transport
-from trigate.transport import SocketTransport
+from trigate.upstream import transport
+from trigate.upstream.transport import SocketTransport
 
 Act = Callable[[SocketTransport, Server], Awaitable[None]]
 

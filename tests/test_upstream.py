@@ -23,10 +23,10 @@ from trigate.errors import (
     Unavailable,
     UpstreamTimeout,
 )
-from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing.routes import Known
-from trigate.upstream import Httpx2Source, Reply, Upstream
+from trigate.upstream.response_parser import NotHttp
+from trigate.upstream.upstream import Httpx2Source, Reply, Upstream
 
 KEY = "sk-very-secret-0123456789"
 

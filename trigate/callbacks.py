@@ -23,13 +23,13 @@ import msgspec
 import trio
 
 from trigate import __version__
-from trigate.addresses import why_not_public
 from trigate.config.structure import HookConfig
-from trigate.dialing import Refused
 from trigate.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
 from trigate.store.interface import Delivery, RunState
-from trigate.transport import SocketTransport
+from trigate.upstream.connect import Refused
+from trigate.upstream.public_addresses import why_not_public
+from trigate.upstream.transport import SocketTransport
 
 CONNECT_S = 10.0
 """How long a connection may take, name and TLS included."""

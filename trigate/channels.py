@@ -24,7 +24,7 @@ import trio
 from trigate.adapter import Adapter, Channel, ChannelState, Refused, Trouble
 from trigate.config.structure import ChannelConfig, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError, words_of
-from trigate.transport import SocketTransport
+from trigate.upstream.transport import SocketTransport
 
 if TYPE_CHECKING:
     from trigate.gateway import Gateway

@@ -258,8 +258,9 @@ def check(config_path: str | None) -> None:
     Asks no provider anything (without a file it looks for model servers on this machine).
     Exit code 1 if something is wrong, with every problem on a line of its own.
     """
-    from trigate import echo, local_model
+    from trigate import local_model
     from trigate.store import opening
+    from trigate.upstream import echo
 
     config = _read(config_path)
     _try_certificate(config.server)

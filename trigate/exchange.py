@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from trigate.concurrency.timers import Timer
     from trigate.gateway import Gateway, Generation, Route
     from trigate.relay import Stream
-    from trigate.upstream import Reply
+    from trigate.upstream.upstream import Reply
 
 log = structlog.get_logger("trigate.exchange")
 

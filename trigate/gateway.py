@@ -27,7 +27,7 @@ import httpx2
 import structlog
 import trio
 
-from trigate import discovery, echo, local_model, report
+from trigate import local_model, report
 from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
@@ -50,8 +50,9 @@ from trigate.sessions import Sessions
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.streams import Streams
-from trigate.transport import SocketTransport
-from trigate.upstream import Upstream
+from trigate.upstream import discovery, echo
+from trigate.upstream.transport import SocketTransport
+from trigate.upstream.upstream import Upstream
 from trigate.workers import Workers, open_workers
 
 if TYPE_CHECKING:

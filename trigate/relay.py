@@ -28,8 +28,8 @@ import outcome
 import trio
 
 from trigate.concurrency.poller import READABLE, WRITABLE, Poller
-from trigate.framing import Framing
 from trigate.openai.stream import StreamReader
+from trigate.upstream.response_parser import Framing
 
 # One event is some hundred bytes; what arrived together is moved together. The kernel gives what is there, and CPython
 # shrinks the buffer: the size costs nothing here.

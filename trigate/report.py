@@ -28,7 +28,7 @@ from trigate.channels import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
 from trigate.store import opening
 from trigate.store.interface import ChannelRecord, SessionCounts, Worker
-from trigate.upstream import UpstreamStatistics
+from trigate.upstream.upstream import UpstreamStatistics
 
 if TYPE_CHECKING:
     from trigate.exchange import Exchange

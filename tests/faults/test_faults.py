@@ -29,10 +29,10 @@ from page import page
 from steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 
 from trigate.config.structure import UpstreamConfig
-from trigate.dialing import Connection
 from trigate.gateway import Gateway, http_transport
 from trigate.store.interface import ExchangeRecord
-from trigate.transport import SocketTransport
+from trigate.upstream.connect import Connection
+from trigate.upstream.transport import SocketTransport
 
 OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]
 
@@ -314,7 +314,9 @@ async def test_a_fault(open_server: OpenServer, logs: Logs, name: str) -> None:
 async def test_the_suite_finds_a_leak(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is kept open is found: the suite can fail."""
     kept: list[Connection] = []
-    monkeypatch.setattr("trigate.transport.SocketTransport._discard", lambda _, connection: kept.append(connection))
+    monkeypatch.setattr(
+        "trigate.upstream.transport.SocketTransport._discard", lambda _, connection: kept.append(connection)
+    )
     async with open_scene(FAULTS["It falls silent between two events"], open_server, logs) as scene:
         before = trio.lowlevel.current_statistics().tasks_living, descriptors()
         await call(scene, "one-stream", {})

@@ -14,8 +14,8 @@ import trio
 
 from simulator import lots
 from simulator.pipes import End, SocketEnd, pair, socket_pair
-from trigate.dialing import Connection, Origin
-from trigate.transport import SocketTransport
+from trigate.upstream.connect import Connection, Origin
+from trigate.upstream.transport import SocketTransport
 
 if TYPE_CHECKING:
     from simulator.world import World
@@ -25,8 +25,8 @@ _THERE = ("10.0.0.2", 80)
 
 
 class Dialled(Connection):
-    """The gateway's end of a connection to an upstream: `trigate.dialing.Connection`, on a stream in memory. For
-    `trigate.transport` it is one on which something stands between HTTP and the socket, as with TLS."""
+    """The gateway's end of a connection to an upstream: `trigate.upstream.connect.Connection`, on a stream in memory. For
+    `trigate.upstream.transport` it is one on which something stands between HTTP and the socket, as with TLS."""
 
     def __init__(self, origin: Origin, end: End) -> None:
         self.origin = origin
@@ -94,7 +94,7 @@ class Line:
     async def dial(
         self, origin: Origin, trust: Callable[[], object], *, timeout_s: float = math.inf, refuse: object = None
     ) -> Connection:
-        """As `trigate.dialing.dial`."""
+        """As `trigate.upstream.connect.dial`."""
         world = self.world
         takes_s, accepts = lots.connecting(world.seed, self.upstream, next(world.dials), trio.current_time())
         self.dialling += 1

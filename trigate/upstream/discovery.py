@@ -14,11 +14,12 @@ import httpx2
 import msgspec
 import trio
 
-from trigate import echo, local_model
+from trigate import local_model
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, Secret, UpstreamConfig, Url
 from trigate.errors import GatewayError
-from trigate.upstream import Httpx2Source, Reply
+from trigate.upstream import echo
+from trigate.upstream.upstream import Httpx2Source, Reply
 
 PROBE_TIMEOUT_S = 0.3
 MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024

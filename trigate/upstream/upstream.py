@@ -37,11 +37,11 @@ from trigate.errors import (
     UpstreamTimeout,
     upstream_message,
 )
-from trigate.framing import NotHttp
 from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
-from trigate.transport import Opening, Origin, Response, SocketTransport
+from trigate.upstream.response_parser import NotHttp
+from trigate.upstream.transport import Opening, Origin, Response, SocketTransport
 
 _CLOSE_GRACE_S = 1.0
 _A_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")

@@ -34,8 +34,8 @@ import httpx2
 import outcome
 import trio
 
-from trigate.dialing import Connection, Origin, Refuse, dial
-from trigate.framing import Framing
+from trigate.upstream.connect import Connection, Origin, Refuse, dial
+from trigate.upstream.response_parser import Framing
 
 __all__ = ["Opening", "Origin", "Response", "SocketTransport", "TransportStatistics"]
 

@@ -1,0 +1,1 @@
+"""One provider: slots, connections, requests and replies."""
