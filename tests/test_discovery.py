@@ -12,7 +12,6 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from trigate import local_model
 from trigate.config import structure as configuration
 from trigate.config.structure import ConfigError, Secret, UpstreamConfig, Url
 from trigate.upstream import discovery
@@ -25,6 +24,7 @@ from trigate.upstream.discovery import (
     from_environment,
     probe,
 )
+from trigate.upstream.local_model import process
 
 MODELS = json.dumps({"object": "list", "data": [{"id": "m1", "object": "model"}, {"id": "m2"}]}).encode()
 
@@ -244,12 +244,12 @@ def test_model_lists() -> None:
 @pytest.fixture
 def no_local_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the wheels of the local model were not installed."""
-    monkeypatch.setattr(local_model, "why_unavailable", lambda gguf: "not installed")
+    monkeypatch.setattr(process, "why_unavailable", lambda gguf: "not installed")
 
 
 async def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys first, then local servers, then the local model, then the echo: `default` is the first that can serve."""
-    monkeypatch.setattr(local_model, "why_unavailable", lambda gguf: None)
+    monkeypatch.setattr(process, "why_unavailable", lambda gguf: None)
     transport = Answers({LOCAL_SERVERS["vllm"]: _lists_models, LOCAL_SERVERS["ollama"]: _lists_models})
     env = {"GROQ_API_KEY": "g", "OPENAI_API_KEY": "o"}
     config = await discover(env, transport=transport)

@@ -50,7 +50,7 @@ ROWS = (
     ("workers",),
     ("upstream.upstream",),
     ("concurrency.fair_limiter",),
-    ("local_model", "_local_model_child", "upstream.echo", "upstream.transport", "relay"),
+    ("upstream.local_model.process", "upstream.local_model.child", "upstream.echo", "upstream.transport", "relay"),
     ("upstream.connect",),
     ("logs", "peer"),
     ("upstream.response_parser", "concurrency.cancel_queue", "concurrency.poller", "concurrency.timers", "display"),
@@ -259,7 +259,7 @@ def test_no_async_generators(module: str) -> None:
     assert found <= allowed
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"cli", "__main__", "_local_model_child"}))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"cli", "__main__", "upstream.local_model.child"}))
 def test_only_the_edge_exits(module: str) -> None:
     """Nothing but what is a process's main ends the process: a library raises."""
     exits = [

@@ -21,7 +21,7 @@ import trio
 import trio.testing
 
 import trigate
-from trigate.local_model import (
+from trigate.upstream.local_model.process import (
     MODEL_ID,
     LocalModel,
     LocalModelSettings,
@@ -85,7 +85,7 @@ class Server:
 
 GATEWAY = """
 import sys, trio
-from trigate.local_model import LocalModelSettings, open_local_model
+from trigate.upstream.local_model.process import LocalModelSettings, open_local_model
 async def main():
     settings = LocalModelSettings(gguf=sys.argv[1], start="startup")
     async with open_local_model(settings) as model:

@@ -24,7 +24,7 @@ from processes import SERVE, Gateway, configuration, environment, run_gateway
 from scripted_upstream import MODELS, TEXT, open_upstream, wait_closed
 from sdk_scenarios import CLOSES_WITHIN_S, HELLO, TRIES
 
-from trigate.local_model import MODEL_ID, why_unavailable
+from trigate.upstream.local_model.process import MODEL_ID, why_unavailable
 
 pytestmark = pytest.mark.slow
 

@@ -23,8 +23,8 @@ from trigate.errors import (
     Unavailable,
     UpstreamTimeout,
 )
-from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing.routes import Known
+from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.response_parser import NotHttp
 from trigate.upstream.upstream import Httpx2Source, Reply, Upstream
 

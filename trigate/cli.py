@@ -258,9 +258,9 @@ def check(config_path: str | None) -> None:
     Asks no provider anything (without a file it looks for model servers on this machine).
     Exit code 1 if something is wrong, with every problem on a line of its own.
     """
-    from trigate import local_model
     from trigate.store import opening
     from trigate.upstream import echo
+    from trigate.upstream.local_model import process
 
     config = _read(config_path)
     _try_certificate(config.server)
@@ -274,13 +274,13 @@ def check(config_path: str | None) -> None:
         where = f" {upstream.base_url}" if upstream.base_url else ""
         reason = config.disabled.get(name)
         if upstream.kind == "local":
-            reason = local_model.why_unavailable(upstream.gguf)
+            reason = process.why_unavailable(upstream.gguf)
         click.echo(f"  {name}: {upstream.kind}{where}" + (f" -- disabled: {reason}" if reason else ""))
         if upstream.models != "discover":
             for model in upstream.models:
                 click.echo(f"    {name}/{model}")
         elif upstream.kind == "local":
-            click.echo(f"    {name}/{local_model.model_id(upstream.gguf)}")
+            click.echo(f"    {name}/{process.model_id(upstream.gguf)}")
         elif upstream.kind == "echo":
             click.echo(f"    {name}/{echo.MODEL_ID}")
         elif upstream.kind == "openai":

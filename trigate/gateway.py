@@ -27,7 +27,7 @@ import httpx2
 import structlog
 import trio
 
-from trigate import local_model, report
+from trigate import report
 from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
@@ -51,6 +51,7 @@ from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.streams import Streams
 from trigate.upstream import discovery, echo
+from trigate.upstream.local_model import process as local_model
 from trigate.upstream.transport import SocketTransport
 from trigate.upstream.upstream import Upstream
 from trigate.workers import Workers, open_workers

@@ -14,11 +14,11 @@ import httpx2
 import msgspec
 import trio
 
-from trigate import local_model
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, Secret, UpstreamConfig, Url
 from trigate.errors import GatewayError
 from trigate.upstream import echo
+from trigate.upstream.local_model import process
 from trigate.upstream.upstream import Httpx2Source, Reply
 
 PROBE_TIMEOUT_S = 0.3
@@ -139,7 +139,7 @@ async def discover(
     """
     base = configuration.structure({}, env=env, source="discovery")
     upstreams = from_environment(env) | await probe(transport, servers)
-    if local_model.why_unavailable(None) is None:
+    if process.why_unavailable(None) is None:
         upstreams["local"] = UpstreamConfig(kind="local")
     upstreams["trigate"] = UpstreamConfig(kind="echo", models=(echo.MODEL_ID,))
     return configuration.with_upstreams(base, upstreams, env=env)

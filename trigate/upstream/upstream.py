@@ -37,9 +37,9 @@ from trigate.errors import (
     UpstreamTimeout,
     upstream_message,
 )
-from trigate.local_model import LocalModel, LocalModelUnavailable
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
+from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.response_parser import NotHttp
 from trigate.upstream.transport import Opening, Origin, Response, SocketTransport
 

@@ -1,12 +1,12 @@
-"""The child process of `trigate.local_model`: llama.cpp in OpenAI's dialect on a loopback port.
+"""The child process of `trigate.upstream.local_model.process`: llama.cpp in OpenAI's dialect on a loopback port.
 
-Run by path (``python -P _local_model_child.py '{"gguf": ...}'``), it imports neither `trigate` nor
+Run by path (``python -P child.py '{"gguf": ...}'``), it imports neither `trigate` nor
 Trio: only the standard library and the wheel ``xllamacpp``, so it starts in the time that the
 weights need.
 
 What it says and hears:
 
-- argument: the settings as one JSON object (`trigate.local_model.child_command` writes it);
+- argument: the settings as one JSON object (`trigate.upstream.local_model.process.child_command` writes it);
 - stdout: one line ``{"port": 12345}`` once it listens, and nothing else;
 - stderr: llama.cpp's warnings and errors, and why it could not start (exit status 1);
 - stdin: a leash. Nothing is ever sent; when it closes, the gateway is gone, and so is this process.

