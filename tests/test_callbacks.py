@@ -39,7 +39,7 @@ from trigate.store.memory import open_memory_store
 from trigate.upstream import connect as dialing
 from trigate.upstream.connect import Origin, Refused, dial
 from trigate.upstream.public_addresses import why_not_public
-from trigate.workers import open_workers
+from trigate.workers.membership import open_workers
 
 NOW = 1_700_000_000.5
 KEY = b"0123456789abcdef0123456789abcdef"

@@ -47,7 +47,7 @@ ROWS = (
     ("attempt", "admission", "streams"),
     ("sessions", "outbox", "upstream.discovery", "accounts"),
     ("store.opening",),
-    ("workers",),
+    ("workers.membership",),
     ("upstream.upstream",),
     ("concurrency.fair_limiter",),
     ("upstream.local_model.process", "upstream.local_model.child", "upstream.echo", "upstream.transport", "relay"),

@@ -19,7 +19,7 @@ from trigate.outbox import AT_ONCE, ATTEMPT_S, GRACE_S, SCHEDULE_S, Outbox, Rece
 from trigate.store.interface import Delivery, Store, Worker
 from trigate.store.memory import MemoryStore, open_memory_store
 from trigate.store.sqlite import open_sqlite_store
-from trigate.workers import Workers, open_workers
+from trigate.workers.membership import Workers, open_workers
 
 START = 1_700_000_000.0
 ARRIVED = Receipt(delivered=True, status=200)

@@ -48,7 +48,7 @@ from trigate.sessions import Sessions
 from trigate.store.interface import Message, Store, Turn
 from trigate.store.memory import MemoryStore
 from trigate.store.sqlite import open_sqlite_store
-from trigate.workers import open_workers
+from trigate.workers.membership import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -22,7 +22,7 @@ from trigate.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
 from trigate.store.interface import Retention, Turn
 from trigate.store.memory import open_memory_store
-from trigate.workers import open_workers
+from trigate.workers.membership import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -177,7 +177,7 @@ async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatc
     """The gateway starts and serves; the store is there as soon as the reason has gone."""
     logs.expect_error("store_unavailable")
     monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
-    monkeypatch.setattr("trigate.workers.RETRY_S", 0.02)
+    monkeypatch.setattr("trigate.workers.membership.RETRY_S", 0.02)
     database.parent.write_text("in the way")
     async with _gateway(HOOKED, database) as gateway:
         await _until(lambda: logs.named("beat_failed"))

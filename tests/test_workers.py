@@ -1,4 +1,4 @@
-"""`trigate.workers`: who is there, who has died, rings; on one SQLite file, with real sockets and real processes.
+"""`trigate.workers.membership`: who is there, who has died, rings; on one SQLite file, with real sockets and real processes.
 
 Each `open_workers` has a store of its own on the file, as each process has: two of them in one process are two workers.
 """
@@ -22,13 +22,13 @@ import trio
 from processes import environment
 from trio.testing import MockClock
 
-from trigate import workers
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite
 from trigate.store.interface import Run, Store, Worker
 from trigate.store.memory import open_memory_store
 from trigate.store.sqlite import open_sqlite_store
-from trigate.workers import Workers, open_workers
+from trigate.workers import membership
+from trigate.workers.membership import Workers, open_workers
 
 NOW = 1_700_000_000.0
 
@@ -36,8 +36,8 @@ NOW = 1_700_000_000.0
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats that a test need not wait for."""
-    monkeypatch.setattr(workers, "BEAT_S", 0.02)
-    monkeypatch.setattr(workers, "RETRY_S", 0.02)
+    monkeypatch.setattr(membership, "BEAT_S", 0.02)
+    monkeypatch.setattr(membership, "RETRY_S", 0.02)
     monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
 
 
@@ -229,8 +229,8 @@ async def test_a_ring_is_never_a_failure(database: Path) -> None:
             for _ in range(1_000):
                 mine.ring("topic", b"x" * 1_000)
             mine.ring("topic", b"x" * 10_000_000)
-            assert not workers._is_dead(f"{database}-deaf")  # whose queue is full is not dead
-        assert workers._is_dead(f"{database}-deaf")
+            assert not membership._is_dead(f"{database}-deaf")  # whose queue is full is not dead
+        assert membership._is_dead(f"{database}-deaf")
         mine.ring("topic")
 
 
@@ -280,7 +280,7 @@ async def test_no_socket_anywhere(database: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(prefix: str) -> str:
         raise OSError("no room")
 
-    monkeypatch.setattr(workers, "_MAX_ADDRESS_BYTES", 10)
+    monkeypatch.setattr(membership, "_MAX_ADDRESS_BYTES", 10)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     async with _worker(database) as (mine, _):
         with pytest.raises(StoreUnavailable, match="no room"):
@@ -422,7 +422,7 @@ async def test_the_last_one_is_adopted_by_the_next_start(database: Path) -> None
 CHILD = """
 import sys, trio
 from trigate import storage, workers
-from trigate.workers import open_workers
+from trigate.workers.membership import open_workers
 
 workers.BEAT_S = 3600  # it must not be stopped in the middle of a write: that would keep the others from theirs
 
@@ -444,7 +444,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 async def test_a_killed_process(database: Path, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
     """One that is stopped is not dead, however long; one that is killed is adopted at the next look."""
-    monkeypatch.setattr(workers, "BEAT_S", 0.2)
+    monkeypatch.setattr(membership, "BEAT_S", 0.2)
     adopted: list[str] = []
     async with _worker(database) as (mine, store):
 

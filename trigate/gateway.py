@@ -54,7 +54,7 @@ from trigate.upstream import discovery, echo
 from trigate.upstream.local_model import process as local_model
 from trigate.upstream.transport import SocketTransport
 from trigate.upstream.upstream import Upstream
-from trigate.workers import Workers, open_workers
+from trigate.workers.membership import Workers, open_workers
 
 if TYPE_CHECKING:
     from trigate.exchange import Exchange

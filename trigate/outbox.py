@@ -27,7 +27,7 @@ import trio
 
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Delivery, DeliveryState, Store
-from trigate.workers import Workers
+from trigate.workers.membership import Workers
 
 log = structlog.get_logger("trigate.outbox")
 

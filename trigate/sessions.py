@@ -34,7 +34,7 @@ from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Call, Usage
 from trigate.store import interface as records
 from trigate.store.interface import Store
-from trigate.workers import Workers
+from trigate.workers.membership import Workers
 
 POLL_S = 0.25
 """How often the first of a worker's queue looks whether turns of other workers have ended."""

@@ -18,7 +18,7 @@ import trio
 from trigate.config.structure import Config, LedgerConfig, SessionsConfig, StoreConfig
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Retention, Store
-from trigate.workers import Workers
+from trigate.workers.membership import Workers
 
 log = structlog.get_logger("trigate.store.opening")
 

@@ -33,7 +33,7 @@ import trio
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Store, Worker
 
-log = structlog.get_logger("trigate.workers")
+log = structlog.get_logger("trigate.workers.membership")
 
 Adopt = Callable[[str, Sequence[str]], Awaitable[None]]
 

@@ -1,0 +1,1 @@
+"""The other worker processes of this gateway: membership and notifications."""
