@@ -10,7 +10,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.history import bounded, compose, estimated_tokens
+from trigate.sessions.compose import bounded, compose, estimated_tokens
 from trigate.store.interface import Message
 
 NO_LIMIT = 10**9

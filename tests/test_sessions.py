@@ -44,7 +44,7 @@ from trigate.config.structure import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
-from trigate.sessions import Sessions
+from trigate.sessions.service import Sessions
 from trigate.store.interface import Message, Store, Turn
 from trigate.store.memory import MemoryStore
 from trigate.store.sqlite import open_sqlite_store

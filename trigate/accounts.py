@@ -29,8 +29,8 @@ import trio
 
 from trigate.config.structure import LedgerConfig
 from trigate.errors import StoreUnavailable
-from trigate.history import estimated_tokens, tokens_of_size
 from trigate.journal import Journal, take_orphans
+from trigate.sessions.compose import estimated_tokens, tokens_of_size
 from trigate.store.interface import LOST, AttemptRecord, ExchangeRecord, Store
 from trigate.store.opening import MEMORY
 

@@ -36,7 +36,7 @@ from trigate.errors import (
 )
 from trigate.exchange import Exchange, Recorder
 from trigate.openai.stream import ENDPOINTS, Call, Endpoint, decode_call
-from trigate.sessions import SessionRecorder
+from trigate.sessions.service import SessionRecorder
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp

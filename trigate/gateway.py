@@ -46,7 +46,7 @@ from trigate.routing import routes
 from trigate.routing.plan import Targets
 from trigate.routing.routes import Known, Target
 from trigate.runs import Runs, open_runs
-from trigate.sessions import Sessions
+from trigate.sessions.service import Sessions
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.streams import Streams

@@ -32,7 +32,7 @@ from trigate.store.interface import Run, Turn, Write
 if TYPE_CHECKING:
     from trigate.exchange import Downstream
     from trigate.runs import Runs
-    from trigate.sessions import SessionTurn
+    from trigate.sessions.service import SessionTurn
 
 log = structlog.get_logger("trigate.performance")
 

@@ -43,7 +43,7 @@ from trigate.store.interface import ENDED, Claim, Run, Write
 if TYPE_CHECKING:
     from trigate.exchange import Downstream
     from trigate.gateway import Gateway
-    from trigate.sessions import SessionTurn
+    from trigate.sessions.service import SessionTurn
 
 log = structlog.get_logger("trigate.runs")
 

@@ -27,11 +27,11 @@ import attrs
 import msgspec
 import trio
 
-from trigate import history
 from trigate.config.structure import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Call, Usage
+from trigate.sessions import compose as history
 from trigate.store import interface as records
 from trigate.store.interface import Store
 from trigate.workers.membership import Workers
