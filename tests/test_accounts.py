@@ -21,7 +21,7 @@ from processes import run_gateway
 from provider import DONE, Pause, Provider, Say, Stall, answers, content, says
 from trio.testing import MockClock
 
-from trigate import accounts
+from trigate.ledger import ledger as accounts
 from trigate.store.memory import MemoryStore
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]

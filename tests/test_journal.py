@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from trigate import journal
-from trigate.journal import Journal, Orphan, records_of, take_orphans
+from trigate.ledger import journal
+from trigate.ledger.journal import Journal, Orphan, records_of, take_orphans
 from trigate.store.interface import ExchangeRecord
 
 

@@ -20,11 +20,11 @@ from provider import Provider, Refuse, Say, Stall, answers, content
 from trio.testing import MockClock
 
 from trigate import __version__, report
-from trigate.accounts import AccountsStatistics
 from trigate.channels import ChannelStatistics
 from trigate.config.structure import Config
 from trigate.exchange import Exchange
 from trigate.gateway import Gateway
+from trigate.ledger.ledger import AccountsStatistics
 from trigate.openai.stream import ENDPOINTS, decode_call
 from trigate.routing.routes import Target
 from trigate.store.interface import ChannelRecord, Delivery, Run, Turn

@@ -23,7 +23,6 @@ from simulator.pipes import pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import server
-from trigate.accounts import Accounts
 from trigate.admission import _Place
 from trigate.attempt import Attempt
 from trigate.concurrency.fair_limiter import Places
@@ -32,6 +31,7 @@ from trigate.downstream import Downstream
 from trigate.errors import CODES
 from trigate.exchange import Exchange
 from trigate.gateway import Drain, Generation
+from trigate.ledger.ledger import Accounts
 from trigate.openai.stream import Call, StreamReader
 from trigate.peer import Peer
 from trigate.protocol import Http2Service

@@ -28,7 +28,6 @@ import structlog
 import trio
 
 from trigate import report
-from trigate.accounts import Accounts, open_accounts
 from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels import Channels, open_channels
@@ -40,6 +39,7 @@ from trigate.config import structure as configuration
 from trigate.config.structure import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.hooks import Hooks
+from trigate.ledger.ledger import Accounts, open_accounts
 from trigate.outbox import Outbox, open_outbox
 from trigate.relay import Relay
 from trigate.routing import routes

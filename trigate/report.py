@@ -23,9 +23,9 @@ import structlog
 import trio
 
 from trigate import __version__
-from trigate.accounts import AccountsStatistics
 from trigate.channels import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
+from trigate.ledger.ledger import AccountsStatistics
 from trigate.store import opening
 from trigate.store.interface import ChannelRecord, SessionCounts, Worker
 from trigate.upstream.upstream import UpstreamStatistics

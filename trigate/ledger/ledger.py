@@ -29,7 +29,7 @@ import trio
 
 from trigate.config.structure import LedgerConfig
 from trigate.errors import StoreUnavailable
-from trigate.journal import Journal, take_orphans
+from trigate.ledger.journal import Journal, take_orphans
 from trigate.sessions.compose import estimated_tokens, tokens_of_size
 from trigate.store.interface import LOST, AttemptRecord, ExchangeRecord, Store
 from trigate.store.opening import MEMORY
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trigate.attempt import Attempt
     from trigate.exchange import Exchange
 
-log = structlog.get_logger("trigate.accounts")
+log = structlog.get_logger("trigate.ledger.ledger")
 
 FOLD_S = 5.0
 """How long a record waits at most before it is brought into the store."""

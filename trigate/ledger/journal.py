@@ -24,7 +24,7 @@ import structlog
 
 from trigate.store.interface import ExchangeRecord
 
-log = structlog.get_logger("trigate.journal")
+log = structlog.get_logger("trigate.ledger.journal")
 
 SLICE_BYTES = 128 * 1024
 """How much is read at once: half a millisecond's work."""

@@ -1,0 +1,1 @@
+"""One durable record for each exchange."""
