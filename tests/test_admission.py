@@ -13,7 +13,7 @@ from conftest import Logs, Served, make_config
 from provider import DONE, Pause, Provider, Say, Stall, content, says
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import admission
+from trigate.exchange import admission
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 SLOW = (Pause(10), *says("x"))

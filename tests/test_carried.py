@@ -39,8 +39,8 @@ from provider import (
 from trio.testing import MockClock
 
 from trigate.downstream import Downstream
+from trigate.exchange.socket_relay import Stream
 from trigate.gateway import Gateway
-from trigate.relay import Stream
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Any]]
 

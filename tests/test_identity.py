@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from trigate import identity
+from trigate.exchange import call_key
 from trigate.openai.stream import ENDPOINTS, decode_call
 
 HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
@@ -24,7 +24,7 @@ def of(
 ) -> bytes | None:
     """The identity of a call with this body."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    return identity.identity_of(decode_call(ENDPOINTS[path], data), headers, sampled=sampled)
+    return call_key.identity_of(decode_call(ENDPOINTS[path], data), headers, sampled=sampled)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +169,12 @@ def test_a_key_that_stands_twice_is_like_nothing() -> None:
 
 def test_what_is_nested_too_deeply_is_like_nothing() -> None:
     """It is not read to its end, and nothing is raised."""
-    assert identity.canonical(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}") is None
+    assert call_key.canonical(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}") is None
 
 
 def test_a_large_body_is_compared_byte_by_byte() -> None:
     """Then the order counts; the same bytes are the same."""
-    text = b'"' + b"x" * identity.MAX_JSON_BYTES + b'"'
+    text = b'"' + b"x" * call_key.MAX_JSON_BYTES + b'"'
     one = b'{"model":"m","temperature":0,"prompt":' + text + b"}"
     other = b'{"temperature":0,"model":"m","prompt":' + text + b"}"
     assert of(one, path="/v1/completions") == of(one, path="/v1/completions") is not None

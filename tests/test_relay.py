@@ -18,8 +18,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from trigate.concurrency.poller import Poller, open_poller
 from trigate.errors import Garbled, Reported
+from trigate.exchange.socket_relay import Relay, Stream
 from trigate.openai.stream import ENDPOINTS, StreamReader, Usage
-from trigate.relay import Relay, Stream
 from trigate.upstream.response_parser import Framing
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")

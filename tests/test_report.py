@@ -22,7 +22,7 @@ from trio.testing import MockClock
 from trigate import __version__, report
 from trigate.channels import ChannelStatistics
 from trigate.config.structure import Config
-from trigate.exchange import Exchange
+from trigate.exchange.exchange import Exchange
 from trigate.gateway import Gateway
 from trigate.ledger.ledger import AccountsStatistics
 from trigate.openai.stream import ENDPOINTS, decode_call

@@ -23,19 +23,19 @@ from simulator.pipes import pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate import server
-from trigate.admission import _Place
-from trigate.attempt import Attempt
 from trigate.concurrency.fair_limiter import Places
 from trigate.concurrency.timers import Timer
 from trigate.downstream import Downstream
 from trigate.errors import CODES
-from trigate.exchange import Exchange
+from trigate.exchange.admission import _Place
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.exchange import Exchange
+from trigate.exchange.socket_relay import Stream
 from trigate.gateway import Drain, Generation
 from trigate.ledger.ledger import Accounts
 from trigate.openai.stream import Call, StreamReader
 from trigate.peer import Peer
 from trigate.protocol import Http2Service
-from trigate.relay import Stream
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
 from trigate.upstream.transport import Opening, SocketTransport

@@ -23,7 +23,6 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate import hooks
 from trigate.access import Head, authorize, cors_allows, cors_headers
-from trigate.coalescing import CoalescedExchange
 from trigate.config.structure import Seconds
 from trigate.downstream import Downstream, Inbound, too_large
 from trigate.errors import (
@@ -34,7 +33,8 @@ from trigate.errors import (
     Overloaded,
     UnsupportedMediaType,
 )
-from trigate.exchange import Exchange, Recorder
+from trigate.exchange.exchange import Exchange, Recorder
+from trigate.exchange.shared_call import CoalescedExchange
 from trigate.openai.stream import ENDPOINTS, Call, Endpoint, decode_call
 from trigate.sessions.service import SessionRecorder
 

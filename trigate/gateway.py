@@ -28,20 +28,20 @@ import structlog
 import trio
 
 from trigate import report
-from trigate.admission import Admission
 from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels import Channels, open_channels
-from trigate.coalescing import Flights, open_flights
 from trigate.concurrency.cancel_queue import Leaving, open_leaving
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
+from trigate.exchange.admission import Admission
+from trigate.exchange.shared_call import Flights, open_flights
+from trigate.exchange.socket_relay import Relay
 from trigate.hooks import Hooks
 from trigate.ledger.ledger import Accounts, open_accounts
 from trigate.outbox import Outbox, open_outbox
-from trigate.relay import Relay
 from trigate.routing import routes
 from trigate.routing.plan import Targets
 from trigate.routing.routes import Known, Target
@@ -57,7 +57,7 @@ from trigate.upstream.upstream import Upstream
 from trigate.workers.membership import Workers, open_workers
 
 if TYPE_CHECKING:
-    from trigate.exchange import Exchange
+    from trigate.exchange.exchange import Exchange
 
 log = structlog.get_logger("trigate.gateway")
 

@@ -43,7 +43,7 @@ from trigate.errors import (
     UnsupportedMediaType,
     Unverified,
 )
-from trigate.exchange import STREAM_HEADERS, Downstream
+from trigate.exchange.exchange import STREAM_HEADERS, Downstream
 from trigate.orders import CLIENT_LEFT, Order
 from trigate.performance import Unwatched
 from trigate.runs import Doing

@@ -23,14 +23,14 @@ from trigate.errors import (
     Stopped,
     StoreUnavailable,
 )
-from trigate.exchange import Exchange
+from trigate.exchange.exchange import Exchange
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Usage
 from trigate.orders import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
 from trigate.store.interface import Run, Turn, Write
 
 if TYPE_CHECKING:
-    from trigate.exchange import Downstream
+    from trigate.exchange.exchange import Downstream
     from trigate.runs import Runs
     from trigate.sessions.service import SessionTurn
 

@@ -31,7 +31,7 @@ from trigate.store.interface import ChannelRecord, SessionCounts, Worker
 from trigate.upstream.upstream import UpstreamStatistics
 
 if TYPE_CHECKING:
-    from trigate.exchange import Exchange
+    from trigate.exchange.exchange import Exchange
     from trigate.gateway import Gateway
 
 log = structlog.get_logger("trigate.report")

@@ -41,7 +41,7 @@ from trigate.performance import Performance
 from trigate.store.interface import ENDED, Claim, Run, Write
 
 if TYPE_CHECKING:
-    from trigate.exchange import Downstream
+    from trigate.exchange.exchange import Downstream
     from trigate.gateway import Gateway
     from trigate.sessions.service import SessionTurn
 

@@ -20,7 +20,7 @@ import trio
 from trigate.errors import Ended
 
 if TYPE_CHECKING:
-    from trigate.exchange import Exchange
+    from trigate.exchange.exchange import Exchange
     from trigate.gateway import Gateway
 
 MAX_LIMIT = 1000

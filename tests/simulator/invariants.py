@@ -18,7 +18,7 @@ import trio
 from simulator import lots
 from simulator.clients import Call
 from trigate.errors import CODES
-from trigate.exchange import _REST_S, Exchange
+from trigate.exchange.exchange import _REST_S, Exchange
 from trigate.gateway import Gateway, Generation
 from trigate.store.interface import ExchangeRecord
 

@@ -30,7 +30,7 @@ from trigate.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.structure import Config
-from trigate.exchange import Exchange
+from trigate.exchange.exchange import Exchange
 from trigate.gateway import Gateway, Generation, open_gateway
 from trigate.store import opening
 

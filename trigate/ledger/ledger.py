@@ -35,8 +35,8 @@ from trigate.store.interface import LOST, AttemptRecord, ExchangeRecord, Store
 from trigate.store.opening import MEMORY
 
 if TYPE_CHECKING:
-    from trigate.attempt import Attempt
-    from trigate.exchange import Exchange
+    from trigate.exchange.attempt import Attempt
+    from trigate.exchange.exchange import Exchange
 
 log = structlog.get_logger("trigate.ledger.ledger")
 

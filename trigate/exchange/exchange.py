@@ -33,7 +33,6 @@ import attrs
 import structlog
 import trio
 
-from trigate.attempt import Attempt
 from trigate.config.structure import ModelConfig, TimeoutPhase
 from trigate.errors import (
     Draining,
@@ -46,6 +45,7 @@ from trigate.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from trigate.exchange.attempt import Attempt
 from trigate.openai import sse
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Call, StreamReader, Usage, decode_answer, seam_of
@@ -56,11 +56,11 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
     from trigate.concurrency.timers import Timer
+    from trigate.exchange.socket_relay import Stream
     from trigate.gateway import Gateway, Generation, Route
-    from trigate.relay import Stream
     from trigate.upstream.upstream import Reply
 
-log = structlog.get_logger("trigate.exchange")
+log = structlog.get_logger("trigate.exchange.exchange")
 
 _PLAIN_MODEL = ModelConfig(targets=())
 """The rules of a model id that the configuration does not name."""

@@ -29,8 +29,8 @@ import attrs
 import trio
 
 from trigate.errors import Draining, GatewayError, Header, TooSlow
-from trigate.exchange import STOPPED, Exchange
-from trigate.identity import identity_of
+from trigate.exchange.call_key import identity_of
+from trigate.exchange.exchange import STOPPED, Exchange
 from trigate.openai.stream import Usage
 from trigate.routing.plan import Plan
 

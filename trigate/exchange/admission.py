@@ -24,9 +24,9 @@ from trigate.errors import GatewayError, Overloaded, RateLimited
 
 if TYPE_CHECKING:
     from trigate.config.structure import LimitsConfig
-    from trigate.exchange import Exchange
+    from trigate.exchange.exchange import Exchange
 
-log = structlog.get_logger("trigate.admission")
+log = structlog.get_logger("trigate.exchange.admission")
 
 _LOOK_S = 0.25
 _LOOKS = 4
