@@ -32,7 +32,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trigate.application import GatewayApp
 from trigate.callbacks import Callbacks, callback_body, open_callbacks, seconds_of
 from trigate.config.structure import Config, HookConfig
-from trigate.outbox import Receipt, open_outbox
+from trigate.runs.outbox import Receipt, open_outbox
 from trigate.signatures import Unverified, Verifier
 from trigate.store.interface import Delivery, Store
 from trigate.store.memory import open_memory_store

@@ -14,8 +14,8 @@ import trio
 from conftest import Logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import outbox as rooms
-from trigate.outbox import AT_ONCE, ATTEMPT_S, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
+from trigate.runs import outbox as rooms
+from trigate.runs.outbox import AT_ONCE, ATTEMPT_S, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
 from trigate.store.interface import Delivery, Store, Worker
 from trigate.store.memory import MemoryStore, open_memory_store
 from trigate.store.sqlite import open_sqlite_store

@@ -19,10 +19,10 @@ from conftest import Logs, Served, make_config
 from provider import DONE, Head, Pause, Provider, Say, Script, SlowConnect, Stall, answers, chunk, content, usage
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import performance
 from trigate.errors import StoreUnavailable
-from trigate.orders import Order
-from trigate.runs import Runs
+from trigate.runs import execution
+from trigate.runs.request import Order
+from trigate.runs.service import Runs
 from trigate.store.interface import ENDED, Delivery, Run
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
@@ -118,7 +118,7 @@ async def test_a_run_that_takes_its_process_with_it(open_app: OpenApp) -> None:
     """It is not begun for ever."""
     async with open_app(config(), Provider(REPLY)) as served:
         run = (await served.gateway.runs.accept(order(), acknowledged=True)).run
-        found = await served.gateway.runs.perform(attrs.evolve(run, starts=performance.MAX_STARTS))
+        found = await served.gateway.runs.perform(attrs.evolve(run, starts=execution.MAX_STARTS))
         assert (found.state, found.status) == ("failed", 500)
         assert not served.providers["up"].calls
 

@@ -18,12 +18,13 @@ from processes import run_gateway
 from provider import Break, Pause, Provider, Say, Script, Stall, answers, content, open_socket_provider, role, says
 from slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
 
-from trigate import channels, outbox, slack
+from trigate import channels, slack
 from trigate.adapter import Channel
 from trigate.application import GatewayApp
 from trigate.display import Display
 from trigate.errors import StoreUnavailable
 from trigate.gateway import Gateway
+from trigate.runs import outbox
 from trigate.slack_messages import split, to_text
 
 CHAT = {"model": "up/m", "messages": [{"role": "user", "content": "hi"}], "stream": True}

@@ -27,7 +27,7 @@ from trigate import channels, telegram
 from trigate.adapter import Channel
 from trigate.config.structure import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
-from trigate.orders import Order
+from trigate.runs.request import Order
 from trigate.store.interface import Delivery, Run
 from trigate.store.memory import open_memory_store
 from trigate.store.sqlite import open_sqlite_store

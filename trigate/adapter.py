@@ -24,8 +24,8 @@ import httpx2
 
 from trigate.config.structure import ChannelConfig
 from trigate.errors import Header, words_of
-from trigate.orders import Audience
-from trigate.outbox import Carrier
+from trigate.runs.outbox import Carrier
+from trigate.runs.request import Audience
 
 if TYPE_CHECKING:
     from trigate.gateway import Gateway

@@ -24,7 +24,7 @@ import trio
 
 from trigate import __version__
 from trigate.config.structure import HookConfig
-from trigate.outbox import Outbox, Receipt
+from trigate.runs.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
 from trigate.store.interface import Delivery, RunState
 from trigate.upstream.connect import Refused

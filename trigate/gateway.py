@@ -41,11 +41,11 @@ from trigate.exchange.shared_call import Flights, open_flights
 from trigate.exchange.socket_relay import Relay
 from trigate.hooks import Hooks
 from trigate.ledger.ledger import Accounts, open_accounts
-from trigate.outbox import Outbox, open_outbox
 from trigate.routing import routes
 from trigate.routing.plan import Targets
 from trigate.routing.routes import Known, Target
-from trigate.runs import Runs, open_runs
+from trigate.runs.outbox import Outbox, open_outbox
+from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
 from trigate.store import opening
 from trigate.store.interface import Store

@@ -44,9 +44,9 @@ from trigate.errors import (
     Unverified,
 )
 from trigate.exchange.exchange import STREAM_HEADERS, Downstream
-from trigate.orders import CLIENT_LEFT, Order
-from trigate.performance import Unwatched
-from trigate.runs import Doing
+from trigate.runs.execution import Unwatched
+from trigate.runs.request import CLIENT_LEFT, Order
+from trigate.runs.service import Doing
 from trigate.signatures import Verifier
 from trigate.store.interface import ENDED, Run
 

@@ -36,8 +36,8 @@ from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.concurrency.rate_limiter import Rates
 from trigate.display import Display, NotShown
 from trigate.errors import StoreUnavailable
-from trigate.orders import Live, Order
-from trigate.outbox import Receipt
+from trigate.runs.outbox import Receipt
+from trigate.runs.request import Live, Order
 from trigate.signatures import Verifier, challenge
 from trigate.slack_messages import Incoming, escape, session_key
 from trigate.store.interface import Delivery, Run

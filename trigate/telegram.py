@@ -38,8 +38,8 @@ from trigate.adapter import Channel, Refused, Response, Trouble
 from trigate.concurrency.rate_limiter import Rates
 from trigate.display import Display, NotShown
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
-from trigate.orders import Live, Order
-from trigate.outbox import Receipt
+from trigate.runs.outbox import Receipt
+from trigate.runs.request import Live, Order
 from trigate.signatures import Verifier
 from trigate.store.interface import Delivery, Run
 from trigate.telegram_messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split

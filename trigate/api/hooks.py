@@ -9,7 +9,7 @@ import msgspec
 from quart import Blueprint, Response, current_app, request
 
 from trigate.errors import NotFound
-from trigate.orders import view
+from trigate.runs.request import view
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp

@@ -29,7 +29,7 @@ from trigate.errors import StoreUnavailable
 from trigate.store.interface import Delivery, DeliveryState, Store
 from trigate.workers.membership import Workers
 
-log = structlog.get_logger("trigate.outbox")
+log = structlog.get_logger("trigate.runs.outbox")
 
 ATTEMPT_S = 30.0
 """How long an attempt may take."""

@@ -36,8 +36,8 @@ from trigate.errors import (
     Overloaded,
     StoreUnavailable,
 )
-from trigate.orders import CLIENT_LEFT, Audience, End, Order, as_ended, delivery_of, is_work
-from trigate.performance import Performance
+from trigate.runs.execution import Performance
+from trigate.runs.request import CLIENT_LEFT, Audience, End, Order, as_ended, delivery_of, is_work
 from trigate.store.interface import ENDED, Claim, Run, Write
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from trigate.gateway import Gateway
     from trigate.sessions.service import SessionTurn
 
-log = structlog.get_logger("trigate.runs")
+log = structlog.get_logger("trigate.runs.service")
 
 RETRY_S = 1.0
 """How soon what the gateway could not do is tried again; doubles up to `RETRY_MAX_S`."""

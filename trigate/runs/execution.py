@@ -26,15 +26,15 @@ from trigate.errors import (
 from trigate.exchange.exchange import Exchange
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Usage
-from trigate.orders import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
+from trigate.runs.request import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
 from trigate.store.interface import Run, Turn, Write
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Downstream
-    from trigate.runs import Runs
+    from trigate.runs.service import Runs
     from trigate.sessions.service import SessionTurn
 
-log = structlog.get_logger("trigate.performance")
+log = structlog.get_logger("trigate.runs.execution")
 
 MAX_STARTS = 50
 """How often a run is begun: one that takes its process with it each time is not begun again."""

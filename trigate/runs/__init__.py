@@ -1,0 +1,1 @@
+"""Durable jobs that messages ask for."""
