@@ -14,9 +14,9 @@ import pytest
 import trio
 from conftest import Logs, make_config
 
-from trigate import channels
-from trigate.adapter import Channel, Refused, Trouble
-from trigate.channels import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels
+from trigate.channels import service as channels
+from trigate.channels.adapter import Channel, Refused, Trouble
+from trigate.channels.service import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels
 from trigate.config.structure import Config, ConfigError
 from trigate.errors import StoreUnavailable
 from trigate.gateway import http_transport

@@ -6,8 +6,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.display import Display, NotShown, Shown, dump, load
-from trigate.passages import split
+from trigate.channels.live_message import Display, NotShown, Shown, dump, load
+from trigate.channels.message_split import split
 
 
 class Wall:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from trigate.passages import split
+from trigate.channels.message_split import split
 
 
 def test_nothing_but_white_space_is_lost() -> None:

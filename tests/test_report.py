@@ -20,7 +20,7 @@ from provider import Provider, Refuse, Say, Stall, answers, content
 from trio.testing import MockClock
 
 from trigate import __version__, report
-from trigate.channels import ChannelStatistics
+from trigate.channels.service import ChannelStatistics
 from trigate.config.structure import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway import Gateway

@@ -18,10 +18,11 @@ from processes import run_gateway
 from provider import Break, Pause, Provider, Say, Script, Stall, answers, content, open_socket_provider, role, says
 from slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
 
-from trigate import channels, slack
-from trigate.adapter import Channel
+from trigate import slack
 from trigate.application import GatewayApp
-from trigate.display import Display
+from trigate.channels import service
+from trigate.channels.adapter import Channel
+from trigate.channels.live_message import Display
 from trigate.errors import StoreUnavailable
 from trigate.gateway import Gateway
 from trigate.runs import outbox
@@ -246,7 +247,7 @@ async def test_a_revoked_token_disconnects_the_channel_alone(
 ) -> None:
     """The status says what Slack says, without the token; the rest of the gateway goes on; a token that is taken again
     connects it, and what was to be said is said."""
-    monkeypatch.setattr(channels, "MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr(service, "MAX_PAUSE_S", 0.05)
     monkeypatch.setattr(outbox, "SCHEDULE_S", (0.05,) * 9)
     async with open_office(says("Hello!"), session="none") as office:
         await office.wait_status("connected")

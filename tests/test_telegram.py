@@ -23,8 +23,9 @@ from processes import SERVE, Gateway, run_gateway
 from provider import Pause, Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
-from trigate import channels, telegram
-from trigate.adapter import Channel
+from trigate import telegram
+from trigate.channels import service
+from trigate.channels.adapter import Channel
 from trigate.config.structure import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
 from trigate.runs.request import Order
@@ -42,7 +43,7 @@ THROTTLED = Refusal(429, "Too Many Requests: retry after 0.1", retry_after=0.1) 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A channel that failed is tried again at once: what is waited for here is not the clock."""
-    monkeypatch.setattr(channels, "PAUSE_S", 0.001)
+    monkeypatch.setattr(service, "PAUSE_S", 0.001)
     monkeypatch.setattr(telegram, "HOLD_S", 0.01)
 
 

@@ -29,7 +29,7 @@ import trio
 
 from trigate import report
 from trigate.callbacks import Callbacks, open_callbacks
-from trigate.channels import Channels, open_channels
+from trigate.channels.service import Channels, open_channels
 from trigate.concurrency.cancel_queue import Leaving, open_leaving
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers

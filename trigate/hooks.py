@@ -51,7 +51,7 @@ from trigate.signatures import Verifier
 from trigate.store.interface import ENDED, Run
 
 if TYPE_CHECKING:
-    from trigate.adapter import Adapter
+    from trigate.channels.adapter import Adapter
     from trigate.gateway import Gateway
 
 _MAX_NAME_CHARS = 64

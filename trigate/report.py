@@ -23,7 +23,7 @@ import structlog
 import trio
 
 from trigate import __version__
-from trigate.channels import ChannelStatistics
+from trigate.channels.service import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
 from trigate.ledger.ledger import AccountsStatistics
 from trigate.store import opening

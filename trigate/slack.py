@@ -31,10 +31,11 @@ import msgspec
 import structlog
 import trio
 
-from trigate import display, replies, slack_messages
-from trigate.adapter import Channel, Refused, Response, Trouble
+from trigate import slack_messages
+from trigate.channels import live_message, replies
+from trigate.channels.adapter import Channel, Refused, Response, Trouble
+from trigate.channels.live_message import Display, NotShown
 from trigate.concurrency.rate_limiter import Rates
-from trigate.display import Display, NotShown
 from trigate.errors import StoreUnavailable
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, Order
@@ -225,15 +226,15 @@ class SlackAdapter:
         place = msgspec.convert(told.reply_to, _ReplyTo)
         screen = _Screen(self, place)
         # Of a failure there is one line, and what was shown before it stays.
-        shown = [] if told.has_failed else display.load(told.live)
+        shown = [] if told.has_failed else live_message.load(told.live)
         passages = slack_messages.split(told.words())
         until = trio.current_time() + _ATTEMPT_S
         writes = 0
-        while (step := display.next_step(shown, passages)) is not None:
+        while (step := live_message.next_step(shown, passages)) is not None:
             is_new = step[0] is None
             try:
                 await self._wait_turn(place, step[0], until=until)
-                await display.take_step(screen, shown, step)
+                await live_message.take_step(screen, shown, step)
             except Declined as error:
                 if not is_new and error.code in _NOT_EDITABLE:
                     # somebody has deleted it, or the workspace forbids edits: it is written anew
@@ -268,7 +269,7 @@ class SlackAdapter:
             await trio.sleep(wait_s)
         await trio.lowlevel.checkpoint()
 
-    async def _leave_rest(self, delivery: Delivery, shown: list[display.Shown], *, after_s: float) -> Receipt:
+    async def _leave_rest(self, delivery: Delivery, shown: list[live_message.Shown], *, after_s: float) -> Receipt:
         """Leaves what was not written to another delivery."""
         gateway = self._channel.gateway
         try:

@@ -24,7 +24,7 @@ from typing import Literal
 import attrs
 import msgspec
 
-from trigate import passages
+from trigate.channels import message_split
 
 MESSAGE_BYTES = 4000
 """The most that one message may have and still be edited."""
@@ -195,7 +195,7 @@ def escape(text: str) -> str:
 
 def split(text: str) -> list[str]:
     """Splits a plain text into messages that can be edited once they are escaped."""
-    return passages.split(text, limit=MESSAGE_BYTES, size=_size_bytes)
+    return message_split.split(text, limit=MESSAGE_BYTES, size=_size_bytes)
 
 
 def _size_bytes(character: str) -> int:

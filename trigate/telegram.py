@@ -33,10 +33,10 @@ import msgspec
 import structlog
 import trio
 
-from trigate import display, replies
-from trigate.adapter import Channel, Refused, Response, Trouble
+from trigate.channels import live_message, replies
+from trigate.channels.adapter import Channel, Refused, Response, Trouble
+from trigate.channels.live_message import Display, NotShown
 from trigate.concurrency.rate_limiter import Rates
-from trigate.display import Display, NotShown
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, Order
@@ -422,18 +422,18 @@ class TelegramAdapter:
         twice."""
         told = replies.told(delivery)
         place = msgspec.convert(told.reply_to, Place)
-        before = display.load(told.live)
+        before = live_message.load(told.live)
         shown = [] if told.has_failed else list(before)
         passages = split(told.words())
         until = trio.current_time() + ATTEMPT_S
         writes = 0
-        while (step := display.next_step(shown, passages)) is not None:
+        while (step := live_message.next_step(shown, passages)) is not None:
             message_id, _ = step
             is_new = message_id is None
             try:
                 if writes and is_new and trio.current_time() > until:
                     raise Trouble("There is more to write than one attempt has time for.", after_s=0.0)
-                await display.take_step(_Paper(self, place, is_first=not shown and not before), shown, step)
+                await live_message.take_step(_Paper(self, place, is_first=not shown and not before), shown, step)
             except _Rejected as error:
                 if is_new:
                     await trio.lowlevel.checkpoint()
@@ -457,7 +457,7 @@ class TelegramAdapter:
         await trio.lowlevel.checkpoint()
         return Receipt(delivered=True, status=200)
 
-    async def _leave_rest(self, delivery: Delivery, shown: list[display.Shown], *, after_s: float) -> Receipt:
+    async def _leave_rest(self, delivery: Delivery, shown: list[live_message.Shown], *, after_s: float) -> Receipt:
         gateway = self._channel.gateway
         try:
             await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)

@@ -14,7 +14,7 @@ from typing import Literal
 import attrs
 import msgspec
 
-from trigate import passages
+from trigate.channels import message_split
 from trigate.config.structure import Action
 
 MAX_UNITS = 4096
@@ -216,4 +216,4 @@ def units_of(character: str) -> int:
 
 def split(text: str) -> list[str]:
     """A text in messages."""
-    return passages.split(text, limit=MAX_UNITS, size=units_of)
+    return message_split.split(text, limit=MAX_UNITS, size=units_of)

@@ -21,7 +21,7 @@ import httpx2
 import structlog
 import trio
 
-from trigate.adapter import Adapter, Channel, ChannelState, Refused, Trouble
+from trigate.channels.adapter import Adapter, Channel, ChannelState, Refused, Trouble
 from trigate.config.structure import ChannelConfig, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError, words_of
 from trigate.upstream.transport import SocketTransport
@@ -29,7 +29,7 @@ from trigate.upstream.transport import SocketTransport
 if TYPE_CHECKING:
     from trigate.gateway import Gateway
 
-log = structlog.get_logger("trigate.channels")
+log = structlog.get_logger("trigate.channels.service")
 
 PAUSE_S = 1.0
 MAX_PAUSE_S = 300.0

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from trigate import display
-from trigate.display import Shown
+from trigate.channels import live_message
+from trigate.channels.live_message import Shown
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Delivery, Run, Store
 
@@ -49,7 +49,7 @@ class Told(msgspec.Struct, kw_only=True):
         """
         data, result = self.data, self.data.get("result") or {}
         if self.has_failed:
-            begun = "The answer above is incomplete" if display.load(self.live) else "No answer"
+            begun = "The answer above is incomplete" if live_message.load(self.live) else "No answer"
             return f"{begun}: {_reason(data.get('status') or 500)} ({data['id']})"
         if data["action"] == "reset":
             return "This conversation begins anew."
@@ -118,7 +118,7 @@ async def leave_rest(store: Store, delivery: Delivery, shown: Sequence[Shown], *
         run_id=delivery.run_id,
         channel=delivery.channel,
         target=delivery.target,
-        body=msgspec.json.encode(msgspec.structs.replace(told(delivery), live=display.dump(shown))),
+        body=msgspec.json.encode(msgspec.structs.replace(told(delivery), live=live_message.dump(shown))),
         created_at=now,
         due_at=now + after_s,
         repeatable=delivery.repeatable,
