@@ -23,16 +23,16 @@ from processes import SERVE, Gateway, run_gateway
 from provider import Pause, Provider, Script, Stall, answers, says
 from telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
 
-from trigate import telegram
 from trigate.channels import service
 from trigate.channels.adapter import Channel
+from trigate.channels.telegram import adapter as telegram
+from trigate.channels.telegram.adapter import TelegramAdapter
 from trigate.config.structure import ChannelConfig, Config, Seconds, Secret
 from trigate.errors import StoreUnavailable
 from trigate.runs.request import Order
 from trigate.store.interface import Delivery, Run
 from trigate.store.memory import open_memory_store
 from trigate.store.sqlite import open_sqlite_store
-from trigate.telegram import TelegramAdapter
 from trigate.upstream.transport import SocketTransport
 
 SECRET = "secret-token-of-a-test-0123456789"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from telegram_server import ME, TelegramServer
 
-from trigate.telegram_messages import MAX_UNITS, Incoming, Update, User, incoming, split
+from trigate.channels.telegram.messages import MAX_UNITS, Incoming, Update, User, incoming, split
 
 BOT = msgspec.convert(ME, User)
 

@@ -40,7 +40,7 @@ GOOD_S = 60.0
 def _adapter_of(kind: Literal["telegram", "slack"]) -> type[Adapter]:
     # Loaded when there is such a channel: most gateways have none, and each process would hold them.
     if kind == "telegram":
-        from trigate.telegram import TelegramAdapter
+        from trigate.channels.telegram.adapter import TelegramAdapter
 
         return TelegramAdapter
     from trigate.slack import SlackAdapter

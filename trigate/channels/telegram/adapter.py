@@ -36,15 +36,15 @@ import trio
 from trigate.channels import live_message, replies
 from trigate.channels.adapter import Channel, Refused, Response, Trouble
 from trigate.channels.live_message import Display, NotShown
+from trigate.channels.telegram.messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
 from trigate.concurrency.rate_limiter import Rates
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, Order
 from trigate.signatures import Verifier
 from trigate.store.interface import Delivery, Run
-from trigate.telegram_messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
 
-log = structlog.get_logger("trigate.telegram")
+log = structlog.get_logger("trigate.channels.telegram.adapter")
 
 POLL_S = 50.0
 """How long Telegram waits for a message before it answers that there is none."""
