@@ -18,15 +18,15 @@ from processes import run_gateway
 from provider import Break, Pause, Provider, Say, Script, Stall, answers, content, open_socket_provider, role, says
 from slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
 
-from trigate import slack
 from trigate.application import GatewayApp
 from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.live_message import Display
+from trigate.channels.slack import adapter as slack
+from trigate.channels.slack.messages import split, to_text
 from trigate.errors import StoreUnavailable
 from trigate.gateway import Gateway
 from trigate.runs import outbox
-from trigate.slack_messages import split, to_text
 
 CHAT = {"model": "up/m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from trigate.slack_messages import MESSAGE_BYTES, Incoming, escape, read, session_key, split, to_text
+from trigate.channels.slack.messages import MESSAGE_BYTES, Incoming, escape, read, session_key, split, to_text
 
 
 def _read(*, bot: str | None = "UBOT", authorizations: Any = None, **event: Any) -> Incoming | None:

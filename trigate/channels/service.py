@@ -43,7 +43,7 @@ def _adapter_of(kind: Literal["telegram", "slack"]) -> type[Adapter]:
         from trigate.channels.telegram.adapter import TelegramAdapter
 
         return TelegramAdapter
-    from trigate.slack import SlackAdapter
+    from trigate.channels.slack.adapter import SlackAdapter
 
     return SlackAdapter
 

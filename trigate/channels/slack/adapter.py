@@ -31,19 +31,19 @@ import msgspec
 import structlog
 import trio
 
-from trigate import slack_messages
 from trigate.channels import live_message, replies
 from trigate.channels.adapter import Channel, Refused, Response, Trouble
 from trigate.channels.live_message import Display, NotShown
+from trigate.channels.slack import messages
+from trigate.channels.slack.messages import Incoming, escape, session_key
 from trigate.concurrency.rate_limiter import Rates
 from trigate.errors import StoreUnavailable
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, Order
 from trigate.signatures import Verifier, challenge
-from trigate.slack_messages import Incoming, escape, session_key
 from trigate.store.interface import Delivery, Run
 
-log = structlog.get_logger("trigate.slack")
+log = structlog.get_logger("trigate.channels.slack.adapter")
 
 CHECK_S = 60.0
 """How often Slack is asked whether it takes the token."""
@@ -138,7 +138,7 @@ class SlackAdapter:
         if question is not None:
             await trio.lowlevel.checkpoint()
             return question.to_response()
-        message = slack_messages.read(body, bot=self._bot)
+        message = messages.read(body, bot=self._bot)
         if message is None or not await self._is_for_us(message):
             await trio.lowlevel.checkpoint()
             return _OK
@@ -203,7 +203,7 @@ class SlackAdapter:
         store = self._channel.gateway.store
         screen = _LiveScreen(self, place, functools.partial(replies.note_shown, store, run))
         shown = Display(
-            screen, split=slack_messages.split, interval_s=interval_s, shown=await replies.shown_before(store, run)
+            screen, split=messages.split, interval_s=interval_s, shown=await replies.shown_before(store, run)
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_aside, shown)
@@ -227,7 +227,7 @@ class SlackAdapter:
         screen = _Screen(self, place)
         # Of a failure there is one line, and what was shown before it stays.
         shown = [] if told.has_failed else live_message.load(told.live)
-        passages = slack_messages.split(told.words())
+        passages = messages.split(told.words())
         until = trio.current_time() + _ATTEMPT_S
         writes = 0
         while (step := live_message.next_step(shown, passages)) is not None:
