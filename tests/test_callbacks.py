@@ -30,7 +30,6 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate.application import GatewayApp
-from trigate.callbacks import Callbacks, callback_body, open_callbacks, seconds_of
 from trigate.config.structure import Config, HookConfig
 from trigate.runs.outbox import Receipt, open_outbox
 from trigate.signatures import Unverified, Verifier
@@ -39,6 +38,7 @@ from trigate.store.memory import open_memory_store
 from trigate.upstream import connect as dialing
 from trigate.upstream.connect import Origin, Refused, dial
 from trigate.upstream.public_addresses import why_not_public
+from trigate.webhooks.callbacks import Callbacks, callback_body, open_callbacks, seconds_of
 from trigate.workers.membership import open_workers
 
 NOW = 1_700_000_000.5

@@ -27,7 +27,7 @@ from provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, 
 from trio.testing import MockClock
 
 from trigate.errors import Unauthenticated
-from trigate.hooks import readers
+from trigate.webhooks.endpoint import readers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -21,7 +21,6 @@ import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
-from trigate import hooks
 from trigate.access import Head, authorize, cors_allows, cors_headers
 from trigate.config.structure import Seconds
 from trigate.downstream import Downstream, Inbound, too_large
@@ -37,6 +36,7 @@ from trigate.exchange.exchange import Exchange, Recorder
 from trigate.exchange.shared_call import CoalescedExchange
 from trigate.openai.stream import ENDPOINTS, Call, Endpoint, decode_call
 from trigate.sessions.service import SessionRecorder
+from trigate.webhooks import endpoint as hooks
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp

@@ -28,7 +28,6 @@ import structlog
 import trio
 
 from trigate import report
-from trigate.callbacks import Callbacks, open_callbacks
 from trigate.channels.service import Channels, open_channels
 from trigate.concurrency.cancel_queue import Leaving, open_leaving
 from trigate.concurrency.poller import open_poller
@@ -39,7 +38,6 @@ from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.exchange.admission import Admission
 from trigate.exchange.shared_call import Flights, open_flights
 from trigate.exchange.socket_relay import Relay
-from trigate.hooks import Hooks
 from trigate.ledger.ledger import Accounts, open_accounts
 from trigate.routing import routes
 from trigate.routing.plan import Targets
@@ -54,6 +52,8 @@ from trigate.upstream import discovery, echo
 from trigate.upstream.local_model import process as local_model
 from trigate.upstream.transport import SocketTransport
 from trigate.upstream.upstream import Upstream
+from trigate.webhooks.callbacks import Callbacks, open_callbacks
+from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
 
 if TYPE_CHECKING:

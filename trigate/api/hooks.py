@@ -1,4 +1,4 @@
-"""``GET /hooks/NAME/runs/ID``: what became of a message. (``POST /hooks/NAME`` is `trigate.hooks`.)"""
+"""``GET /hooks/NAME/runs/ID``: what became of a message. (``POST /hooks/NAME`` is `trigate.webhooks.endpoint`.)"""
 
 from __future__ import annotations
 

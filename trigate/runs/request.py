@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 import msgspec
 
-from trigate.callbacks import callback_body
 from trigate.config.structure import Action
 from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
 from trigate.store.interface import Delivery, Run, RunState, Turn
+from trigate.webhooks.callbacks import callback_body
 
 if TYPE_CHECKING:
     pass

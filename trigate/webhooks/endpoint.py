@@ -28,7 +28,7 @@ import attrs
 import msgspec
 import trio
 
-from trigate import ingress, signatures
+from trigate import signatures
 from trigate.concurrency.rate_limiter import Rates
 from trigate.config import checks
 from trigate.config.structure import Config, HookConfig
@@ -49,6 +49,7 @@ from trigate.runs.request import CLIENT_LEFT, Order
 from trigate.runs.service import Doing
 from trigate.signatures import Verifier
 from trigate.store.interface import ENDED, Run
+from trigate.webhooks import payload
 
 if TYPE_CHECKING:
     from trigate.channels.adapter import Adapter
@@ -236,9 +237,9 @@ class _HookVisit:
         self._verifier = verifier
         self._owner = owner
         self._query = query
-        self._prefers_async = ingress.prefers_async(request.headers.get(b"prefer", b""))
+        self._prefers_async = payload.prefers_async(request.headers.get(b"prefer", b""))
         self._is_async = self._prefers_async or hook.reply == "callback"
-        self._wants_events = ingress.accepts_events(request.headers.get(b"accept", b""))
+        self._wants_events = payload.accepts_events(request.headers.get(b"accept", b""))
         self.body_bytes: int = hook.body_bytes
 
     async def serve(self, body: bytes, down: Downstream) -> None:
@@ -258,7 +259,7 @@ class _HookVisit:
             return
         if request.method != "POST":
             raise MethodNotAllowed(request.method, f"/hooks/{request.name}", allowed=("POST",))
-        message = ingress.read(request.name, hook, ingress.decode(body))
+        message = payload.read(request.name, hook, payload.decode(body))
         if message is None:
             await down.respond(204, [], b"")
             return
@@ -274,7 +275,7 @@ class _HookVisit:
             raise BadRequest("Idempotency-Key has 1 to 256 visible ASCII characters.", param="Idempotency-Key")
         return key.decode()
 
-    def _order(self, message: ingress.Message) -> Order:
+    def _order(self, message: payload.Message) -> Order:
         hook, name = self._hook, self._request.name
         callback_url = (message.callback_url or hook.callback_url) if self._is_async else None
         if hook.reply == "callback" and callback_url is None:
@@ -282,12 +283,12 @@ class _HookVisit:
         return Order(
             channel=name,
             owner=self._owner,
-            session=ingress.session_key(name, hook.session, message.sender),
+            session=payload.session_key(name, hook.session, message.sender),
             action=message.action,
             text=message.text,
             sender=message.sender,
             model=hook.model,
-            system=ingress.system_message(hook),
+            system=payload.system_message(hook),
             parameters=hook.parameters,
             reply_to=callback_url,
             finish=hook.on_disconnect == "finish",
