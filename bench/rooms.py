@@ -1,7 +1,7 @@
 """Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
 
 What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, and a request in `trigate.openai.stream` and `trigate.routing.routes`, without
-sockets and without Trio; and a beat of a worker in `trigate.report`. pytest-benchmark calls each many times over and
+sockets and without Trio; and a beat of a worker in `trigate.status.snapshot`. pytest-benchmark calls each many times over and
 reports the least, the median and the spread.
 """
 
@@ -15,13 +15,13 @@ import pytest
 import trio
 
 from bench.upstream import MODEL
-from trigate import report
 from trigate.config import structure
 from trigate.exchange.exchange import Exchange
 from trigate.gateway import open_gateway
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import ENDPOINTS, StreamReader, decode_answer, decode_call
 from trigate.routing.routes import Known, Target, plan
+from trigate.status import snapshot
 from trigate.store import opening
 
 EVENTS = 100
@@ -147,7 +147,7 @@ def test_beat(benchmark: Benchmark, live: int) -> None:
                 )
                 exchange.target = Target("mock", MODEL)
                 gateway.live[exchange] = None
-            benchmark(report.snapshot, gateway)
+            benchmark(snapshot.snapshot, gateway)
             gateway.live.clear()
 
     trio.run(measure)

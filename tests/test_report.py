@@ -19,7 +19,7 @@ from conftest import Served, make_config
 from provider import Provider, Refuse, Say, Stall, answers, content
 from trio.testing import MockClock
 
-from trigate import __version__, report
+from trigate import __version__
 from trigate.channels.service import ChannelStatistics
 from trigate.config.structure import Config
 from trigate.exchange.exchange import Exchange
@@ -27,6 +27,7 @@ from trigate.gateway import Gateway
 from trigate.ledger.ledger import AccountsStatistics
 from trigate.openai.stream import ENDPOINTS, decode_call
 from trigate.routing.routes import Target
+from trigate.status import snapshot as report
 from trigate.store.interface import ChannelRecord, Delivery, Run, Turn
 from trigate.store.memory import MemoryStore
 from trigate.upstream.upstream import UpstreamStatistics

@@ -13,7 +13,7 @@ from conftest import Served, make_config
 from provider import Pause, Provider, Say, Stall, answers, content, says
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import streams
+from trigate.status import inflight
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 TALKING = (Say(content("a")), Stall())
@@ -133,7 +133,7 @@ async def test_a_bad_limit(open_app: OpenApp, limit: str) -> None:
 async def test_two_workers(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shows and ends the streams of both; one that does not answer is named, and waited for only so long."""
     store = tmp_path / "s.db"
-    monkeypatch.setattr(streams, "ANSWER_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(inflight, "ANSWER_TIMEOUT_S", 5.0)
     async with (
         open_app(make_config(), Provider(TALKING), store=store) as one,
         open_app(make_config(), Provider(TALKING), store=store) as two,
@@ -153,7 +153,7 @@ async def test_two_workers(open_app: OpenApp, tmp_path: Path, monkeypatch: pytes
         assert (await listed(one, f"/{name}"))["worker"] == two.gateway.workers.id
         assert (await one.client.ask("DELETE", f"/status/streams/{name}")).json["cancelled"] == 1
         assert (await calls[1].wait()).error["code"] == "stream_cancelled"
-        monkeypatch.setattr(streams, "ANSWER_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(inflight, "ANSWER_TIMEOUT_S", 0.05)
         two.gateway.workers._heed[b"streams"] = []
         body = await listed(one)
         assert (body["count"], body["missing_workers"]) == (1, [two.gateway.workers.id])
@@ -164,4 +164,4 @@ async def test_two_workers(open_app: OpenApp, tmp_path: Path, monkeypatch: pytes
 def test_an_answer_fits_into_a_ring() -> None:
     """As many rows as fit; how many there are is told beside them."""
     rows = [{"id": "x" * 1000}] * 100
-    assert 40 < len(list(streams._fitting(rows))) < 50
+    assert 40 < len(list(inflight._fitting(rows))) < 50

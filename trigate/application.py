@@ -20,7 +20,7 @@ from trigate import errors
 from trigate.api import health, hooks, models, sessions, status
 from trigate.connection import GatewayConnection, NoWebsocket
 from trigate.gateway import Gateway, open_gateway
-from trigate.report import startup_lines
+from trigate.status.snapshot import startup_lines
 
 if TYPE_CHECKING:
     from trigate.config.structure import Config

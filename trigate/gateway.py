@@ -27,7 +27,6 @@ import httpx2
 import structlog
 import trio
 
-from trigate import report
 from trigate.channels.service import Channels, open_channels
 from trigate.concurrency.cancel_queue import Leaving, open_leaving
 from trigate.concurrency.poller import open_poller
@@ -45,9 +44,10 @@ from trigate.routing.routes import Known, Target
 from trigate.runs.outbox import Outbox, open_outbox
 from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
+from trigate.status import snapshot
+from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
-from trigate.streams import Streams
 from trigate.upstream import discovery, echo
 from trigate.upstream.local_model import process as local_model
 from trigate.upstream.transport import SocketTransport
@@ -614,7 +614,7 @@ async def open_gateway(
         opening.open_store(opening.location(first.store, environ)) as store,
     ):
         gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
-        async with open_workers(store, functools.partial(report.snapshot, gateway)) as gateway.workers:
+        async with open_workers(store, functools.partial(snapshot.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
             gateway.streams = Streams(gateway)
             async with (

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 from quart import Blueprint, Response, current_app, request
 
-from trigate import report
 from trigate.errors import BadRequest, NotFound
-from trigate.streams import MAX_LIMIT
+from trigate.status import snapshot
+from trigate.status.inflight import MAX_LIMIT
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
@@ -40,7 +40,7 @@ def _json(body: object) -> Response:
 @blueprint.get("/status")
 async def status() -> Response:
     """Version, uptime, workers, channels, sessions, store, upstreams, live streams and totals; of all workers."""
-    return _json(await report.status(_gateway()))
+    return _json(await snapshot.status(_gateway()))
 
 
 def _limit() -> int:
@@ -89,8 +89,8 @@ async def list_records() -> Response:
 def _record(record: ExchangeRecord) -> dict[str, Any]:
     return {
         **msgspec.structs.asdict(record),
-        "started_at": report.moment(record.started_at, timespec="milliseconds"),
-        "ended_at": report.moment(record.ended_at, timespec="milliseconds"),
+        "started_at": snapshot.moment(record.started_at, timespec="milliseconds"),
+        "ended_at": snapshot.moment(record.ended_at, timespec="milliseconds"),
         "duration_s": _rounded(record.ended_at - record.started_at if record.ended_at is not None else None),
         "first_content_s": _rounded(record.first_content_s),
         "attempts": [

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trigate.exchange.exchange import Exchange
     from trigate.gateway import Gateway
 
-log = structlog.get_logger("trigate.report")
+log = structlog.get_logger("trigate.status.snapshot")
 
 MAX_STREAMS = 100
 """How many exchanges ``/status`` shows one by one."""
