@@ -17,7 +17,7 @@ import trio
 from bench.upstream import MODEL
 from trigate.config import structure
 from trigate.exchange.exchange import Exchange
-from trigate.gateway import open_gateway
+from trigate.gateway.gateway import open_gateway
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import ENDPOINTS, StreamReader, decode_answer, decode_call
 from trigate.routing.routes import Known, Target, plan

@@ -40,7 +40,7 @@ from trio.testing import MockClock
 
 from trigate.downstream import Downstream
 from trigate.exchange.socket_relay import Stream
-from trigate.gateway import Gateway
+from trigate.gateway.gateway import Gateway
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Any]]
 

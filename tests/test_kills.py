@@ -21,7 +21,7 @@ import trio
 from trigate import server
 from trigate.application import create_app
 from trigate.config.structure import Port, structure
-from trigate.gateway import http_transport, open_gateway
+from trigate.gateway.gateway import http_transport, open_gateway
 
 CLIENTS = 1000
 AT_ONCE = 50

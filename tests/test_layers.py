@@ -35,7 +35,7 @@ ROWS = (
     ("application",),
     ("api.health", "api.hooks", "api.models", "api.sessions", "api.status"),
     ("connection",),
-    ("gateway", "access", "downstream"),
+    ("gateway.gateway", "access", "downstream"),
     ("status.snapshot", "webhooks.endpoint"),
     ("channels.service",),
     ("channels.telegram.adapter", "channels.slack.adapter"),

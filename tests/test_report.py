@@ -23,7 +23,7 @@ from trigate import __version__
 from trigate.channels.service import ChannelStatistics
 from trigate.config.structure import Config
 from trigate.exchange.exchange import Exchange
-from trigate.gateway import Gateway
+from trigate.gateway.gateway import Gateway
 from trigate.ledger.ledger import AccountsStatistics
 from trigate.openai.stream import ENDPOINTS, decode_call
 from trigate.routing.routes import Target

@@ -31,7 +31,7 @@ from trigate.exchange.admission import _Place
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.socket_relay import Stream
-from trigate.gateway import Drain, Generation
+from trigate.gateway.gateway import Drain, Generation
 from trigate.ledger.ledger import Accounts
 from trigate.openai.stream import Call, StreamReader
 from trigate.peer import Peer

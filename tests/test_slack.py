@@ -25,7 +25,7 @@ from trigate.channels.live_message import Display
 from trigate.channels.slack import adapter as slack
 from trigate.channels.slack.messages import split, to_text
 from trigate.errors import StoreUnavailable
-from trigate.gateway import Gateway
+from trigate.gateway.gateway import Gateway
 from trigate.runs import outbox
 
 CHAT = {"model": "up/m", "messages": [{"role": "user", "content": "hi"}], "stream": True}

@@ -18,7 +18,7 @@ from processes import environment
 from trio.testing import MockClock
 
 from trigate.config.structure import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
-from trigate.gateway import Gateway, open_gateway
+from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
 from trigate.store.interface import Retention, Turn
 from trigate.store.memory import open_memory_store
@@ -126,7 +126,7 @@ def test_a_gateway_that_remembers_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, trio\n"
         "from trigate import config, report\n"
-        "from trigate.gateway import open_gateway\n"
+        "from trigate.gateway.gateway import open_gateway\n"
         "async def main():\n"
         "    async with open_gateway(config.Config()) as gateway:\n"
         "        await trio.testing.wait_all_tasks_blocked()\n"

@@ -19,7 +19,7 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.api import health, hooks, models, sessions, status
 from trigate.connection import GatewayConnection, NoWebsocket
-from trigate.gateway import Gateway, open_gateway
+from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.status.snapshot import startup_lines
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def create_app(
     """Makes the app. Nothing is opened before its lifespan starts.
 
     Args:
-        config: What to serve; left out, it is found (see `trigate.gateway.open_gateway`).
+        config: What to serve; left out, it is found (see `trigate.gateway.gateway.open_gateway`).
         opener: Opens the gateway, where `open_gateway` with ``config`` will not do.
     """
     app = GatewayApp("trigate", static_folder=None)

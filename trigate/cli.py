@@ -65,7 +65,7 @@ def _read(config_path: str | None) -> Config:
     import trio
 
     from trigate.config.structure import ConfigError, locate
-    from trigate.gateway import read_config
+    from trigate.gateway.gateway import read_config
 
     if config_path is not None:
         os.environ["TRIGATE_CONFIG"] = os.path.abspath(config_path)  # the gateway and its workers read it again
@@ -208,7 +208,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
 
     from trigate.application import calm_collector, create_app
     from trigate.errors import words_of
-    from trigate.gateway import open_gateway
+    from trigate.gateway.gateway import open_gateway
     from trigate.server import StartupFailed, run
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -41,7 +41,7 @@ from trigate.webhooks import endpoint as hooks
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
     from trigate.config.structure import Config
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 log = structlog.get_logger("trigate.connection")
 

@@ -29,7 +29,7 @@ from page import page
 from steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 
 from trigate.config.structure import UpstreamConfig
-from trigate.gateway import Gateway, http_transport
+from trigate.gateway.gateway import Gateway, http_transport
 from trigate.store.interface import ExchangeRecord
 from trigate.upstream.connect import Connection
 from trigate.upstream.transport import SocketTransport

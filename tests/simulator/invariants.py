@@ -19,7 +19,7 @@ from simulator import lots
 from simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange.exchange import _REST_S, Exchange
-from trigate.gateway import Gateway, Generation
+from trigate.gateway.gateway import Gateway, Generation
 from trigate.store.interface import ExchangeRecord
 
 if TYPE_CHECKING:

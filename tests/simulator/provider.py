@@ -225,7 +225,7 @@ async def _sleep(end: End | SocketEnd, seconds: float) -> None:
 
 
 def lines(world: World) -> Callable[[str, object], SocketTransport]:
-    """Makes the transports of a generation, as `trigate.gateway.open_gateway` asks for them."""
+    """Makes the transports of a generation, as `trigate.gateway.gateway.open_gateway` asks for them."""
 
     def make(name: str, _: object) -> SocketTransport:
         line = Line(world, name, plain=lots.is_plain(world.seed, "line", len(world.lines)))

@@ -31,7 +31,7 @@ from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.structure import Config
 from trigate.exchange.exchange import Exchange
-from trigate.gateway import Gateway, Generation, open_gateway
+from trigate.gateway.gateway import Gateway, Generation, open_gateway
 from trigate.store import opening
 
 CLIENTS = 24

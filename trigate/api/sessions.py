@@ -14,7 +14,7 @@ from trigate.store.interface import Message, Session
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 blueprint = Blueprint("sessions", __name__)
 

@@ -13,7 +13,7 @@ from trigate.status.inflight import MAX_LIMIT
 
 if TYPE_CHECKING:
     from trigate.application import GatewayApp
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
     from trigate.store.interface import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)

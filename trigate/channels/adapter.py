@@ -28,7 +28,7 @@ from trigate.runs.outbox import Carrier
 from trigate.runs.request import Audience
 
 if TYPE_CHECKING:
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 ChannelState = Literal["connected", "connecting", "disconnected", "disabled"]
 

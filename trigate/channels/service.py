@@ -27,7 +27,7 @@ from trigate.errors import GatewayError, words_of
 from trigate.upstream.transport import SocketTransport
 
 if TYPE_CHECKING:
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 log = structlog.get_logger("trigate.channels.service")
 

@@ -42,7 +42,7 @@ from trigate.store.interface import ENDED, Claim, Run, Write
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Downstream
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
     from trigate.sessions.service import SessionTurn
 
 log = structlog.get_logger("trigate.runs.service")

@@ -21,7 +21,7 @@ from trigate.errors import Ended
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Exchange
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 MAX_LIMIT = 1000
 ANSWER_TIMEOUT_S = 0.5

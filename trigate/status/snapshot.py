@@ -32,7 +32,7 @@ from trigate.upstream.upstream import UpstreamStatistics
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Exchange
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 log = structlog.get_logger("trigate.status.snapshot")
 

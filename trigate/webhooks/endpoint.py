@@ -53,7 +53,7 @@ from trigate.webhooks import payload
 
 if TYPE_CHECKING:
     from trigate.channels.adapter import Adapter
-    from trigate.gateway import Gateway
+    from trigate.gateway.gateway import Gateway
 
 _MAX_NAME_CHARS = 64
 _KEY = re.compile(rb"[!-~]{1,256}")

@@ -59,7 +59,7 @@ from trigate.workers.membership import Workers, open_workers
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Exchange
 
-log = structlog.get_logger("trigate.gateway")
+log = structlog.get_logger("trigate.gateway.gateway")
 
 REFRESH_S = 60.0
 """How often an upstream is asked for its models."""
