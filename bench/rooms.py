@@ -1,7 +1,7 @@
 """Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
 
-What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, and a request in `trigate.openai.stream` and `trigate.routing.routes`, without
-sockets and without Trio; and a beat of a worker in `trigate.status.snapshot`. pytest-benchmark calls each many times over and
+What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, and a request in `trigate.openai.stream` and
+`trigate.routing.routes`, without sockets and without Trio; and a beat of a worker in `trigate.status.snapshot`. pytest-benchmark calls each many times over and
 reports the least, the median and the spread.
 """
 

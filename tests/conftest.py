@@ -22,11 +22,11 @@ import trio
 from asgi_client import AsgiClient
 from provider import Provider
 
-from trigate import server
 from trigate.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, Port
 from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway
+from trigate.server import server
 from trigate.store import opening
 
 # A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.

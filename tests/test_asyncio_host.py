@@ -31,8 +31,8 @@ import trio.testing
 from conftest import Logs
 from processes import run_gateway
 
-from trigate import asyncio_host
-from trigate.asyncio_host import AsyncioHost
+from trigate.server import asyncio_host
+from trigate.server.asyncio_host import AsyncioHost
 
 Message = dict[str, Any]  # Any: an ASGI message has values of every type
 Scope = dict[str, Any]
@@ -975,7 +975,7 @@ from pathlib import Path
 import trio
 from quart_trio import QuartTrio
 
-from trigate.asyncio_host import AsyncioHost
+from trigate.server.asyncio_host import AsyncioHost
 
 quart = QuartTrio(__name__)
 released = {}  # not made here: an event belongs to a run

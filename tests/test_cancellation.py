@@ -37,7 +37,7 @@ from provider import (
 )
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import server
+from trigate.server import server
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -15,11 +15,11 @@ from conftest import Logs
 from provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import server
 from trigate.application import create_app
 from trigate.config.structure import ConfigError, UpstreamConfig, structure
 from trigate.gateway import gateway
 from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway
+from trigate.server import server
 from trigate.upstream.transport import SocketTransport
 from trigate.upstream.upstream import Upstream
 

@@ -1,4 +1,4 @@
-"""`trigate.http1`: one connection, on memory streams and virtual time; and on sockets, where those matter."""
+"""`trigate.server.http1`: one connection, on memory streams and virtual time; and on sockets, where those matter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import trio
 import trio.testing
 from test_request_head import BAD
 
-from trigate import http1, peer
 from trigate.concurrency import poller
 from trigate.concurrency.timers import open_timers
 from trigate.config.structure import ServerConfig
-from trigate.http1 import Application, Message, Receive, Send
-from trigate.protocol import serve_connection
+from trigate.server import client_stream, http1
+from trigate.server.connection import serve_connection
+from trigate.server.http1 import Application, Message, Receive, Send
 
 CONFIG = ServerConfig(keep_alive_timeout_s=75.0)
 HELLO = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -235,7 +235,7 @@ async def test_an_early_answer_leaves_nothing_waiting(autojump_clock: trio.testi
         async def upload() -> None:
             with contextlib.suppress(trio.BrokenResourceError):
                 while True:
-                    await client.send_all(b"x" * peer.READ_BYTES)
+                    await client.send_all(b"x" * client_stream.READ_BYTES)
                     await trio.sleep(0.05)
 
         nursery.start_soon(upload)

@@ -18,10 +18,10 @@ import httpx2
 import pytest
 import trio
 
-from trigate import server
 from trigate.application import create_app
 from trigate.config.structure import Port, structure
 from trigate.gateway.gateway import http_transport, open_gateway
+from trigate.server import server
 
 CLIENTS = 1000
 AT_ONCE = 50

@@ -25,13 +25,13 @@ ROWS = (
     ("client",),
     ("overview",),
     ("__init__",),  # its functions build the app; at import it depends on nothing, so every room may read __version__
-    ("server", "asyncio_host"),
+    ("server.server", "server.asyncio_host"),
     (
-        "supervisor",
-        "protocol",
-        "listeners",
+        "server.supervisor",
+        "server.connection",
+        "server.listeners",
     ),  # the supervisor knows no server: it starts processes, and tells them who they are
-    ("http1", "takeover"),
+    ("server.http1", "server.hot_restart"),
     ("application",),
     ("api.health", "api.hooks", "api.models", "api.sessions", "api.status"),
     ("connection",),
@@ -58,7 +58,7 @@ ROWS = (
         "exchange.socket_relay",
     ),
     ("upstream.connect",),
-    ("logs", "peer"),
+    ("logs", "server.client_stream"),
     (
         "upstream.response_parser",
         "concurrency.cancel_queue",
@@ -79,8 +79,8 @@ ROWS = (
         "upstream.public_addresses",
         "channels.telegram.messages",
     ),
-    ("request_parser", "response_head"),
-    ("openai.sse", "request_head", "channels.message_split"),
+    ("server.request_parser", "server.response_head"),
+    ("openai.sse", "server.request_head", "channels.message_split"),
     ("config.structure",),
     ("config.checks",),
     ("signatures", "concurrency.rate_limiter"),  # the configuration asks the former what is wrong with a secret
@@ -90,9 +90,9 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
 PURE = (
     *(
-        "request_head",
-        "request_parser",
-        "response_head",
+        "server.request_head",
+        "server.request_parser",
+        "server.response_head",
         "openai.sse",
         "openai.stream",
         "routing.routes",

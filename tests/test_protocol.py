@@ -1,4 +1,4 @@
-"""`trigate.protocol`: HTTP/2, and the choice by ALPN, on memory streams and virtual time."""
+"""`trigate.server.connection`: HTTP/2, and the choice by ALPN, on memory streams and virtual time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import trio.testing
 import trustme
 from test_http1 import CONFIG, HELLO, body_of, hello, read_all, say
 
-from trigate import protocol
-from trigate.http1 import Application, Message, Receive, Send
-from trigate.protocol import serve_connection
+from trigate.server import connection
+from trigate.server.connection import serve_connection
+from trigate.server.http1 import Application, Message, Receive, Send
 
 
 @pytest.fixture(scope="module")
@@ -254,4 +254,4 @@ async def test_a_failed_handshake_is_quiet(
         await client.send_all(sent)
         await serve_connection(hello, trio.SSLStream(server, tls, server_side=True, https_compatible=True))
     assert {entry["log_level"] for entry in logs.entries} <= {"debug"}
-    assert trio.current_time() == pytest.approx(protocol.HANDSHAKE_TIMEOUT_S)
+    assert trio.current_time() == pytest.approx(connection.HANDSHAKE_TIMEOUT_S)

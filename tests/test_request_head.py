@@ -1,4 +1,4 @@
-"""`trigate.request_head`: what is refused, with which status, however it arrives."""
+"""`trigate.server.request_head`: what is refused, with which status, however it arrives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES, MAX_LINE_BYTES, HeadRefused, examine, examine_h2
+from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES, MAX_LINE_BYTES, HeadRefused, examine, examine_h2
 
 GOOD = {
     "plain": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",

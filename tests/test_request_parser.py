@@ -1,4 +1,4 @@
-"""`trigate.request_parser`: a corpus of messages, fed in every way, beside what h11 makes of them; and a fuzzer."""
+"""`trigate.server.request_parser`: a corpus of messages, fed in every way, beside what h11 makes of them; and a fuzzer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_request_head import BAD, GOOD
 
-from trigate.request_head import MAX_FIELDS_BYTES, MAX_LINE_BYTES, HeadRefused
-from trigate.request_parser import (
-    MAX_CHUNK_HEAD_BYTES,
-    MAX_EXTENSIONS_BYTES,
-    MAX_TRAILERS_BYTES,
-    RequestParser,
-)
+from trigate.server.request_head import MAX_FIELDS_BYTES, MAX_LINE_BYTES, HeadRefused
+from trigate.server.request_parser import MAX_CHUNK_HEAD_BYTES, MAX_EXTENSIONS_BYTES, MAX_TRAILERS_BYTES, RequestParser
 
 # A request, as far as both parsers have an opinion on it: method, target, fields, body, and whether it is whole.
 Seen = tuple[bytes, bytes, list[tuple[bytes, bytes]], bytes, bool]

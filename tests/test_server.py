@@ -1,4 +1,4 @@
-"""`trigate.server`: the firewall, the drain, signals, TLS and sockets, over real sockets."""
+"""`trigate.server.server`: the firewall, the drain, signals, TLS and sockets, over real sockets."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from test_protocol import H2_GET, H2Client
 from test_request_head import BAD
 
-from trigate import listeners, protocol, request_head, server
 from trigate.config.structure import ServerConfig
-from trigate.http1 import Application, Message, Receive, Send
-from trigate.listeners import ListenError, open_sockets
-from trigate.server import Drained, End, StartupFailed, open_lifespan, serve
+from trigate.server import connection, listeners, request_head, server
+from trigate.server.http1 import Application, Message, Receive, Send
+from trigate.server.listeners import ListenError, open_sockets
+from trigate.server.server import Drained, End, StartupFailed, open_lifespan, serve
 
 CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
 
@@ -733,7 +733,7 @@ async def test_an_h2_client_goes_to_the_successor(
     authority: trustme.CA, tls_config: ServerConfig, busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told when it waits for nothing; a request that it has sent meanwhile is served; then that is all."""
-    monkeypatch.setattr(protocol, "LINGER_S", 0.1)
+    monkeypatch.setattr(connection, "LINGER_S", 0.1)
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     trust.set_alpn_protocols(["h2"])
@@ -844,7 +844,7 @@ def test_a_process_ends_in_order(tmp_path: Path) -> None:
             import sys, trio
             from trigate import server
             from trigate.config.structure import ServerConfig
-            from trigate.listeners import open_sockets
+            from trigate.server.listeners import open_sockets
 
             async def app(scope, receive, send):
                 if scope["type"] == "http":

@@ -22,7 +22,6 @@ from simulator.__main__ import main
 from simulator.pipes import pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate import server
 from trigate.concurrency.fair_limiter import Places
 from trigate.concurrency.timers import Timer
 from trigate.downstream import Downstream
@@ -34,10 +33,11 @@ from trigate.exchange.socket_relay import Stream
 from trigate.gateway.gateway import Drain, Generation
 from trigate.ledger.ledger import Accounts
 from trigate.openai.stream import Call, StreamReader
-from trigate.peer import Peer
-from trigate.protocol import Http2Service
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
+from trigate.server import server
+from trigate.server.client_stream import Peer
+from trigate.server.connection import Http2Service
 from trigate.upstream.transport import Opening, SocketTransport
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)

@@ -1,4 +1,4 @@
-"""`trigate.supervisor`: workers are replaced, stopped, given up on; with real processes."""
+"""`trigate.server.supervisor`: workers are replaced, stopped, given up on; with real processes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import pytest
 import trio
 from processes import environment
 
-from trigate import supervisor
 from trigate.config.structure import Count, Port, ServerConfig
-from trigate.listeners import ListenError, open_sockets
-from trigate.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
+from trigate.server import supervisor
+from trigate.server.listeners import ListenError, open_sockets
+from trigate.server.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
 
 CONFIG = ServerConfig(port=0, workers=2, drain_timeout_s=5.0)
 REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -30,7 +30,7 @@ WORKER = """
 import os, signal, sys, trio
 from trigate import server
 from trigate.config.structure import ServerConfig
-from trigate.supervisor import sockets_from_fds
+from trigate.server.supervisor import sockets_from_fds
 
 async def app(scope, receive, send):
     if scope["type"] != "http":
@@ -55,8 +55,8 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 SUPERVISOR = """
 import sys, trio
 from trigate.config.structure import Count, Port, ServerConfig
-from trigate.listeners import ListenError, open_sockets
-from trigate.supervisor import supervise
+from trigate.server.listeners import ListenError, open_sockets
+from trigate.server.supervisor import supervise
 
 config = ServerConfig(port=0, workers=2, drain_timeout_s=float(sys.argv[2]))
 sockets = open_sockets(config)

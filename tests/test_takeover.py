@@ -1,4 +1,4 @@
-"""`trigate.takeover`: one gateway takes the place of another, real processes first, and nobody notices."""
+"""`trigate.server.hot_restart`: one gateway takes the place of another, real processes first, and nobody notices."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ import trio
 import trio.testing
 from processes import Gateway, environment, run_gateway
 
-from trigate import listeners, takeover
 from trigate.config.structure import Count, Port, ServerConfig
-from trigate.listeners import ListenError, Listening, open_listening
-from trigate.takeover import Predecessor, TakeoverRefused, ask, attend
+from trigate.server import hot_restart, listeners
+from trigate.server.hot_restart import Predecessor, TakeoverRefused, ask, attend
+from trigate.server.listeners import ListenError, Listening, open_listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are no takeovers")
 
@@ -282,7 +282,7 @@ def test_a_gateway_of_another_user(house: House) -> None:
     script = f"""
 import encodings.idna, os  # afterwards, there may be nothing to be imported
 from trigate.config.structure import ServerConfig
-from trigate.listeners import ListenError, open_listening
+from trigate.server.listeners import ListenError, open_listening
 os.setuid(12345)
 try:
     open_listening(ServerConfig(port={house.port}))
@@ -525,7 +525,7 @@ async def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
         def ask_in_another() -> None:
             line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with line:
-                line.connect(takeover._door_name(f"127.0.0.1:{old.config.port}"))
+                line.connect(hot_restart._door_name(f"127.0.0.1:{old.config.port}"))
                 line.send(b'{"type":"knock","version":99}')
                 assert b"another version" in line.recv(4096)
 
@@ -535,9 +535,9 @@ async def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_who_is_not_understood_does_no_harm(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Garbage, silence, and a line that is closed at once leave the door as it was."""
-    monkeypatch.setattr(takeover, "SAY_S", 0.05)
+    monkeypatch.setattr(hot_restart, "SAY_S", 0.05)
     async with open_old() as old:
-        name = takeover._door_name(f"127.0.0.1:{old.config.port}")
+        name = hot_restart._door_name(f"127.0.0.1:{old.config.port}")
         for said in (b"garbage", b"", None):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
                 line.connect(name)
@@ -554,7 +554,7 @@ async def test_who_is_not_understood_does_no_harm(logs: Any, monkeypatch: pytest
 
 async def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The newcomer does not wait for ever; and one that has stopped attending is no gateway to be asked."""
-    monkeypatch.setattr(takeover, "ANSWER_S", 0.05)
+    monkeypatch.setattr(hot_restart, "ANSWER_S", 0.05)
     async with open_old() as old:
         [door] = old.listening.doors
         mute = socket.socket(fileno=os.dup(door.fileno()))
@@ -571,7 +571,7 @@ async def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_door_that_cannot_be_opened(logs: Any) -> None:
     """It is said in the log, and the gateway serves all the same."""
     async with open_old() as old:
-        assert takeover.open_doors(old.listening.sockets) == []
+        assert hot_restart.open_doors(old.listening.sockets) == []
     [line] = logs.named("takeover_unavailable")
     assert line["address"] == f"127.0.0.1:{old.config.port}"
 

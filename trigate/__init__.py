@@ -44,7 +44,7 @@ def _build() -> Any:
     calm_collector()
     if trio.lowlevel.in_trio_run():
         return built
-    from trigate.asyncio_host import AsyncioHost
+    from trigate.server.asyncio_host import AsyncioHost
 
     return AsyncioHost(built)
 

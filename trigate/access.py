@@ -19,7 +19,7 @@ from trigate.errors import (
     Unauthenticated,
 )
 from trigate.openai.stream import Endpoint
-from trigate.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
+from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 if TYPE_CHECKING:
     from trigate.config.structure import Config

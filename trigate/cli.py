@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import httpx2
 
     from trigate.config.structure import Config, ServerConfig
-    from trigate.listeners import Listening
+    from trigate.server.listeners import Listening
 
 _config_option = click.option(
     "--config",
@@ -158,7 +158,7 @@ def _refuse_open_door(config: Config) -> None:
 
 
 def _try_certificate(settings: ServerConfig) -> None:
-    from trigate.server import StartupFailed, open_tls
+    from trigate.server.server import StartupFailed, open_tls
 
     try:
         open_tls(settings)
@@ -185,14 +185,14 @@ def _run_worker(
 ) -> None:
     from functools import partial
 
-    from trigate.supervisor import sockets_from_fds, wait_gate
+    from trigate.server.supervisor import sockets_from_fds, wait_gate
 
     before_accepting = partial(wait_gate, *gate) if gate is not None else None
     _run_server(settings, adjust, sockets_from_fds(fds), parent_fd, before_accepting=before_accepting)
 
 
 def _listen(settings: ServerConfig) -> Listening:
-    from trigate.listeners import ListenError, open_listening
+    from trigate.server.listeners import ListenError, open_listening
 
     try:
         return open_listening(settings)
@@ -209,7 +209,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     from trigate.application import calm_collector, create_app
     from trigate.errors import words_of
     from trigate.gateway.gateway import open_gateway
-    from trigate.server import StartupFailed, run
+    from trigate.server.server import StartupFailed, run
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream takes two file descriptors
@@ -228,7 +228,7 @@ def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
     import trio
 
     from trigate.errors import words_of
-    from trigate.supervisor import WorkersFailed, supervise
+    from trigate.server.supervisor import WorkersFailed, supervise
 
     listening = _listen(settings)
     command = [sys.executable, "-m", "trigate", *arguments]

@@ -25,13 +25,13 @@ from trio.testing import MockClock
 from simulator import invariants, lots, provider
 from simulator.clients import Call, run_client
 from simulator.pipes import End, SocketEnd, pair, socket_pair
-from trigate import server
 from trigate.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.structure import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway, Generation, open_gateway
+from trigate.server import server
 from trigate.store import opening
 
 CLIENTS = 24

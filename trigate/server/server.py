@@ -29,15 +29,15 @@ import attrs
 import structlog
 import trio
 
-from trigate import takeover
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import open_timers
 from trigate.config.structure import ServerConfig
-from trigate.http1 import Address, Application, Message
-from trigate.listeners import open_sockets
-from trigate.protocol import Connection, Http2Service, open_service, serve_connection
-from trigate.supervisor import SUCCEEDED, wait_parent_gone
-from trigate.takeover import show
+from trigate.server import hot_restart
+from trigate.server.connection import Connection, Http2Service, open_service, serve_connection
+from trigate.server.hot_restart import show
+from trigate.server.http1 import Address, Application, Message
+from trigate.server.listeners import open_sockets
+from trigate.server.supervisor import SUCCEEDED, wait_parent_gone
 
 __all__ = [
     "Drainable",
@@ -50,7 +50,7 @@ __all__ = [
     "serve_connection",
 ]
 
-log = structlog.get_logger("trigate.server")
+log = structlog.get_logger("trigate.server.server")
 
 CUT_TIMEOUT_S = 2.0
 LAST_LOOK_S = 0.05
@@ -502,5 +502,5 @@ async def run(
             nursery.start_soon(attend_no_longer)
             await nursery.start(serve_all)
             with attending:
-                await takeover.attend(doors, listening, end.succeed)
+                await hot_restart.attend(doors, listening, end.succeed)
     return not serving.cancelled_caught

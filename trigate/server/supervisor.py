@@ -25,11 +25,11 @@ import attrs
 import structlog
 import trio
 
-from trigate import takeover
 from trigate.config.structure import ServerConfig
-from trigate.takeover import Predecessor
+from trigate.server import hot_restart
+from trigate.server.hot_restart import Predecessor
 
-log = structlog.get_logger("trigate.supervisor")
+log = structlog.get_logger("trigate.server.supervisor")
 
 SETTLED_S = 5.0
 """A worker that lived this long has started well."""
@@ -359,7 +359,7 @@ async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], co
         with gating:
             await supervisor.take_over()
         with attending:
-            await takeover.attend(doors, supervisor.sockets, lambda _: end(SUCCEEDED, 0.0))
+            await hot_restart.attend(doors, supervisor.sockets, lambda _: end(SUCCEEDED, 0.0))
 
     gating, attending = trio.CancelScope(), trio.CancelScope()
     signals = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

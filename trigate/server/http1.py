@@ -33,15 +33,15 @@ import structlog
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from trigate import response_head
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers
 from trigate.errors import BadRequest, Header, Internal
-from trigate.peer import UNYIELDING_BYTES, Peer
-from trigate.request_head import HeadRefused
-from trigate.request_parser import RequestParser
+from trigate.server import response_head
+from trigate.server.client_stream import UNYIELDING_BYTES, Peer
+from trigate.server.request_head import HeadRefused
+from trigate.server.request_parser import RequestParser
 
-log = structlog.get_logger("trigate.server")
+log = structlog.get_logger("trigate.server.server")
 
 # Any: the values of an ASGI message depend on its type, and the specification has no narrower one.
 Message: TypeAlias = MutableMapping[str, Any]

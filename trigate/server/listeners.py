@@ -11,9 +11,9 @@ from typing import Any
 
 import attrs
 
-from trigate import takeover
 from trigate.config.structure import ServerConfig
-from trigate.takeover import TakeoverRefused, show
+from trigate.server import hot_restart
+from trigate.server.hot_restart import TakeoverRefused, show
 
 
 class ListenError(Exception):
@@ -40,7 +40,7 @@ class Listening:
 
     sockets: Sequence[socket.socket]
     doors: Sequence[socket.socket] = ()
-    predecessor: takeover.Predecessor | None = None
+    predecessor: hot_restart.Predecessor | None = None
 
 
 def open_listening(config: ServerConfig) -> Listening:
@@ -55,13 +55,13 @@ def open_listening(config: ServerConfig) -> Listening:
         if error.in_use is None:
             raise
         try:
-            predecessor = takeover.ask(error.in_use)
+            predecessor = hot_restart.ask(error.in_use)
         except TakeoverRefused as refused:
             raise ListenError(str(refused)) from None
         if predecessor is None:
             raise
     else:
-        return Listening(sockets, takeover.open_doors(sockets))
+        return Listening(sockets, hot_restart.open_doors(sockets))
     try:
         sockets = open_sockets(config, taken=predecessor.listening)
     except BaseException:

@@ -39,15 +39,15 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 from hypercorn.utils import UnexpectedMessageError
 
-from trigate import http1, request_head
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers, open_timers
 from trigate.config.structure import ServerConfig
 from trigate.errors import Internal
-from trigate.http1 import Address, Application, Message, Send, refusal
-from trigate.request_head import HeadRefused
+from trigate.server import http1, request_head
+from trigate.server.http1 import Address, Application, Message, Send, refusal
+from trigate.server.request_head import HeadRefused
 
-log = structlog.get_logger("trigate.server")
+log = structlog.get_logger("trigate.server.server")
 
 _Put: TypeAlias = Callable[[Message | None], Awaitable[None]]
 

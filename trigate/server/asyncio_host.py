@@ -69,7 +69,7 @@ if TYPE_CHECKING:
         WWWScope,
     )
 
-log = structlog.get_logger("trigate.asyncio_host")
+log = structlog.get_logger("trigate.server.asyncio_host")
 
 # How long a request may still talk to its client after it was told to end.
 _LAST_WORDS_S = 1.0

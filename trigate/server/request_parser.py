@@ -18,8 +18,8 @@ import re
 from httptools import HttpRequestParser
 from httptools.parser.errors import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade
 
-from trigate import request_head
-from trigate.request_head import HeadRefused, RequestHead
+from trigate.server import request_head
+from trigate.server.request_head import HeadRefused, RequestHead
 
 MAX_CHUNK_HEAD_BYTES = 256
 """The longest head of a chunk: its size and its extensions."""

@@ -41,7 +41,7 @@ import msgspec
 import structlog
 import trio
 
-log = structlog.get_logger("trigate.takeover")
+log = structlog.get_logger("trigate.server.hot_restart")
 
 VERSION = 1
 """Of the shape. One of another version declines."""

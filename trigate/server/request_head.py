@@ -90,7 +90,7 @@ def examine(data: bytes) -> RequestHead | None:
     b'/'
     >>> examine(b"GET / HTTP/1.1\\r\\nHost: a@b/c\\r\\n\\r\\n")
     Traceback (most recent call last):
-    trigate.request_head.HeadRefused: The Host header is not a host.
+    trigate.server.request_head.HeadRefused: The Host header is not a host.
     """
     end = data.find(b"\r\n\r\n")
     lines = data.count(b"\r\n", 0, end + 2) if end >= 0 else 0
@@ -245,7 +245,7 @@ def examine_h2(headers: Sequence[tuple[bytes, bytes]]) -> None:
 
     >>> examine_h2([(b":method", b"GET"), (b":path", b"/\\xff"), (b":scheme", b"https")])
     Traceback (most recent call last):
-    trigate.request_head.HeadRefused: The method or the path is not ASCII.
+    trigate.server.request_head.HeadRefused: The method or the path is not ASCII.
     """
     if len(headers) > MAX_FIELDS:
         raise HeadRefused(431, f"The request has more than {MAX_FIELDS} header fields.")
