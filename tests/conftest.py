@@ -22,7 +22,7 @@ import trio
 from asgi_client import AsgiClient
 from provider import Provider
 
-from trigate.application import GatewayApp, create_app
+from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, Port
 from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway

@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate.application import GatewayApp
+from trigate.asgi.application import GatewayApp
 from trigate.config.structure import Config, HookConfig
 from trigate.runs.outbox import Receipt, open_outbox
 from trigate.signatures import Unverified, Verifier

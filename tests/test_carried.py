@@ -38,7 +38,7 @@ from provider import (
 )
 from trio.testing import MockClock
 
-from trigate.downstream import Downstream
+from trigate.asgi.client import Downstream
 from trigate.exchange.socket_relay import Stream
 from trigate.gateway.gateway import Gateway
 

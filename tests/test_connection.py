@@ -449,7 +449,7 @@ async def test_a_defect_before_the_exchange_is_a_500(
     """Whatever breaks, the client gets an OpenAI error, and the log the traceback."""
     logs.expect_error("request_crashed")
     async with open_app() as served:
-        monkeypatch.setattr("trigate.connection.decode_call", None)
+        monkeypatch.setattr("trigate.asgi.dispatch.decode_call", None)
         call = await served.client.ask("POST", CHAT, chat())
         assert_refused(served, call, 500, "internal_error")
         assert call.header("x-request-id") in call.error["message"]

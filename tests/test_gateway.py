@@ -15,7 +15,7 @@ from conftest import Logs
 from provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate.application import create_app
+from trigate.asgi.application import create_app
 from trigate.config.structure import ConfigError, UpstreamConfig, structure
 from trigate.gateway import gateway
 from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway

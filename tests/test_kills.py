@@ -18,7 +18,7 @@ import httpx2
 import pytest
 import trio
 
-from trigate.application import create_app
+from trigate.asgi.application import create_app
 from trigate.config.structure import Port, structure
 from trigate.gateway.gateway import http_transport, open_gateway
 from trigate.server import server

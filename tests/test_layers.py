@@ -32,10 +32,10 @@ ROWS = (
         "server.listeners",
     ),  # the supervisor knows no server: it starts processes, and tells them who they are
     ("server.http1", "server.hot_restart"),
-    ("application",),
+    ("asgi.application",),
     ("api.health", "api.hooks", "api.models", "api.sessions", "api.status"),
-    ("connection",),
-    ("gateway.gateway", "access", "downstream"),
+    ("asgi.dispatch",),
+    ("gateway.gateway", "asgi.request", "asgi.client"),
     ("status.snapshot", "webhooks.endpoint"),
     ("channels.service",),
     ("channels.telegram.adapter", "channels.slack.adapter"),

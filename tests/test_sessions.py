@@ -39,7 +39,7 @@ from provider import (
 from scripted_upstream import TEXT, open_upstream, seen
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate.application import GatewayApp
+from trigate.asgi.application import GatewayApp
 from trigate.config.structure import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
 from trigate.openai.accumulator import AnswerRecord

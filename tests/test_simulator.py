@@ -22,9 +22,9 @@ from simulator.__main__ import main
 from simulator.pipes import pair
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from trigate.asgi.client import Downstream
 from trigate.concurrency.fair_limiter import Places
 from trigate.concurrency.timers import Timer
-from trigate.downstream import Downstream
 from trigate.errors import CODES
 from trigate.exchange.admission import _Place
 from trigate.exchange.attempt import Attempt

@@ -18,7 +18,7 @@ from processes import run_gateway
 from provider import Break, Pause, Provider, Say, Script, Stall, answers, content, open_socket_provider, role, says
 from slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
 
-from trigate.application import GatewayApp
+from trigate.asgi.application import GatewayApp
 from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.live_message import Display

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trigate.application import create_app
+    from trigate.asgi.application import create_app
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "app", "create_app"]
@@ -37,7 +37,7 @@ def _build() -> Any:
     import trio
 
     from trigate import logs
-    from trigate.application import calm_collector, create_app
+    from trigate.asgi.application import calm_collector, create_app
 
     logs.configure(os.environ)
     built = create_app()
@@ -54,7 +54,7 @@ app = _LazyApp()
 
 def __getattr__(name: str) -> Any:
     if name == "create_app":
-        from trigate.application import create_app
+        from trigate.asgi.application import create_app
 
         return create_app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

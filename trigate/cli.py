@@ -148,7 +148,7 @@ def serve(
 
 
 def _refuse_open_door(config: Config) -> None:
-    from trigate.access import is_loopback
+    from trigate.asgi.request import is_loopback
 
     if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
         _fail(
@@ -206,7 +206,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
 
     import trio
 
-    from trigate.application import calm_collector, create_app
+    from trigate.asgi.application import calm_collector, create_app
     from trigate.errors import words_of
     from trigate.gateway.gateway import open_gateway
     from trigate.server.server import StartupFailed, run

@@ -25,7 +25,7 @@ from trio.testing import MockClock
 from simulator import invariants, lots, provider
 from simulator.clients import Call, run_client
 from simulator.pipes import End, SocketEnd, pair, socket_pair
-from trigate.application import create_app
+from trigate.asgi.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.structure import Config

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from quart import Blueprint, Response, current_app, jsonify
 
 if TYPE_CHECKING:
-    from trigate.application import GatewayApp
+    from trigate.asgi.application import GatewayApp
 
 blueprint = Blueprint("health", __name__)
 

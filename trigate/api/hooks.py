@@ -12,7 +12,7 @@ from trigate.errors import NotFound
 from trigate.runs.request import view
 
 if TYPE_CHECKING:
-    from trigate.application import GatewayApp
+    from trigate.asgi.application import GatewayApp
     from trigate.store.interface import Delivery
 
 blueprint = Blueprint("hooks", __name__)

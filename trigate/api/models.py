@@ -10,7 +10,7 @@ from trigate.errors import Unavailable, UnknownModel
 from trigate.routing import routes
 
 if TYPE_CHECKING:
-    from trigate.application import GatewayApp
+    from trigate.asgi.application import GatewayApp
     from trigate.gateway.gateway import Generation
 
 blueprint = Blueprint("models", __name__)

@@ -13,7 +13,7 @@ from trigate.errors import BadRequest, NotFound
 from trigate.store.interface import Message, Session
 
 if TYPE_CHECKING:
-    from trigate.application import GatewayApp
+    from trigate.asgi.application import GatewayApp
     from trigate.gateway.gateway import Gateway
 
 blueprint = Blueprint("sessions", __name__)

@@ -12,7 +12,7 @@ from trigate.status import snapshot
 from trigate.status.inflight import MAX_LIMIT
 
 if TYPE_CHECKING:
-    from trigate.application import GatewayApp
+    from trigate.asgi.application import GatewayApp
     from trigate.gateway.gateway import Gateway
     from trigate.store.interface import ExchangeRecord
 

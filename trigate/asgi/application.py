@@ -18,14 +18,14 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
 from trigate.api import health, hooks, models, sessions, status
-from trigate.connection import GatewayConnection, NoWebsocket
+from trigate.asgi.dispatch import GatewayConnection, NoWebsocket
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.status.snapshot import startup_lines
 
 if TYPE_CHECKING:
     from trigate.config.structure import Config
 
-log = structlog.get_logger("trigate.application")
+log = structlog.get_logger("trigate.asgi.application")
 
 
 class GatewayLifespan:

@@ -21,9 +21,9 @@ import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
-from trigate.access import Head, authorize, cors_allows, cors_headers
+from trigate.asgi.client import Downstream, Inbound, too_large
+from trigate.asgi.request import Head, authorize, cors_allows, cors_headers
 from trigate.config.structure import Seconds
-from trigate.downstream import Downstream, Inbound, too_large
 from trigate.errors import (
     Draining,
     GatewayError,
@@ -39,11 +39,11 @@ from trigate.sessions.service import SessionRecorder
 from trigate.webhooks import endpoint as hooks
 
 if TYPE_CHECKING:
-    from trigate.application import GatewayApp
+    from trigate.asgi.application import GatewayApp
     from trigate.config.structure import Config
     from trigate.gateway.gateway import Gateway
 
-log = structlog.get_logger("trigate.connection")
+log = structlog.get_logger("trigate.asgi.dispatch")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 
