@@ -33,7 +33,7 @@ ROWS = (
     ),  # the supervisor knows no server: it starts processes, and tells them who they are
     ("server.http1", "server.hot_restart"),
     ("asgi.application",),
-    ("api.health", "api.hooks", "api.models", "api.sessions", "api.status"),
+    ("asgi.routes.health", "asgi.routes.hooks", "asgi.routes.models", "asgi.routes.sessions", "asgi.routes.status"),
     ("asgi.dispatch",),
     ("gateway.gateway", "asgi.request", "asgi.client"),
     ("status.snapshot", "webhooks.endpoint"),

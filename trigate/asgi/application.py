@@ -17,8 +17,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
-from trigate.api import health, hooks, models, sessions, status
 from trigate.asgi.dispatch import GatewayConnection, NoWebsocket
+from trigate.asgi.routes import health, hooks, models, sessions, status
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.status.snapshot import startup_lines
 

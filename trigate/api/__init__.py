@@ -1,1 +1,0 @@
-"""The control plane: thin Quart blueprints over what the gateway knows."""
