@@ -19,7 +19,7 @@ from processes import SERVE, Gateway, configuration, environment, run_gateway
 from scripted_upstream import TEXT, open_upstream, seen, wait_closed
 
 import trigate
-from trigate.cli import cli
+from trigate.cli.commands import cli
 
 KEY = "key-of-the-gateway"
 TRIGATE = (sys.executable, "-m", "trigate")
@@ -566,7 +566,7 @@ def _in_a_process(script: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["trigate", "trigate.cli"])
+@pytest.mark.parametrize("module", ["trigate", "trigate.cli.commands"])
 def test_importing_is_cheap(module: str) -> None:
     """What is heavy is imported when it is used, so that ``--help`` is quick; no thread, no signal handler, no file."""
     script = f"""

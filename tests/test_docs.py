@@ -17,7 +17,7 @@ import pytest
 import trigate
 from trigate import errors
 from trigate.asgi.application import create_app
-from trigate.cli import cli
+from trigate.cli.commands import cli
 from trigate.config import structure
 from trigate.openai import stream
 from trigate.upstream import discovery

@@ -12,7 +12,7 @@ from conftest import Served, make_config
 from provider import Provider, Say, Stall, answers, content
 from trio.testing import MockClock
 
-from trigate.overview import Overview, Status, Table, overview, read, written
+from trigate.cli.status_view import Overview, Status, Table, overview, read, written
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -31,9 +31,9 @@ from scripted_upstream import open_upstream, seen, wait_closed
 from test_overview import HOSTILE, ROW, made
 from trio.testing import MockClock
 
-from trigate import watching
-from trigate.client import AskFailed
-from trigate.overview import Overview
+from trigate.cli import status_watch
+from trigate.cli.client import AskFailed
+from trigate.cli.status_view import Overview
 
 KEY = "key-of-the-gateway"
 STATUS = (sys.executable, "-m", "trigate", "status")
@@ -52,7 +52,7 @@ def lines(drawing: Any, width: int = 200) -> list[str]:
 
 def test_everything_is_drawn() -> None:
     """The same words as in plain text."""
-    text = "\n".join(lines(watching.drawn(made(), 200)))
+    text = "\n".join(lines(status_watch.drawn(made(), 200)))
     for words in (
         "admission: 2 of 5000 running, 1 waiting",
         "telegram bot: disconnected (401)",
@@ -71,7 +71,7 @@ def test_it_fits(height: int, width: int, trouble: str | None) -> None:
     rows = [ROW | {"id": f"req_{n}", "model": HOSTILE, "attempts": []} for n in range(60)]
     targets = [{"target": f"up/{n}", "breaker": "closed"} for n in range(60)]
     shown = made({"targets": targets}, data=rows, count=60)
-    drawn = lines(watching.fitted(shown, width, height, trouble), width)
+    drawn = lines(status_watch.fitted(shown, width, height, trouble), width)
     least = len(shown.head) + (trouble is not None) + 6  # titles and headings
     assert len(drawn) <= max(height, least)
     assert all(len(line) <= width for line in drawn)
@@ -86,14 +86,14 @@ def test_it_fits(height: int, width: int, trouble: str | None) -> None:
 
 def test_what_fits_is_whole() -> None:
     """Nothing is cut where there is room."""
-    drawn = lines(watching.fitted(made(), 200, 40))
+    drawn = lines(status_watch.fitted(made(), 200, 40))
     assert not any("more than fit" in line or "…" in line for line in drawn)
     assert len(drawn) == drawn.index("streams: 3") + 2 + 5  # headings, and a line for each stream and attempt
 
 
 def test_a_narrow_terminal() -> None:
     """It has room for who waits for what, and why; numbers are whole, or left out."""
-    drawn = lines(watching.fitted(made(), 80, 40), 80)
+    drawn = lines(status_watch.fitted(made(), 80, 40), 80)
     headings, *rows = drawn[drawn.index("streams: 3") + 1 :]
     assert headings.split() == ["id", "model", "phase", "target", "attempt", "why", "age", "left", "queue", "tokens"]
     assert rows[0].endswith("1:15                 12/34")
@@ -131,7 +131,7 @@ async def test_a_gateway_that_is_mute_or_away(autojump_clock: MockClock) -> None
         return answer
 
     with pytest.raises(RuntimeError), trio.fail_after(100):  # PEP 479: the script is at its end
-        await watching._look_on(ask, drawn, 2.0)  # type: ignore[arg-type]
+        await status_watch._look_on(ask, drawn, 2.0)  # type: ignore[arg-type]
     assert drawn.pictures == [
         (first, None),
         (first, "This is 2.0 s old, and it is asked again: cannot reach it."),
@@ -152,7 +152,7 @@ async def test_the_first_look_has_to_succeed(autojump_clock: MockClock, mute: bo
 
     drawn = Drawn()
     with pytest.raises(AskFailed, match=r"no answer within 10 s\." if mute else r"cannot reach it\."):
-        await watching._look_on(ask, drawn, 2.0)  # type: ignore[arg-type]
+        await status_watch._look_on(ask, drawn, 2.0)  # type: ignore[arg-type]
     assert drawn.pictures == []
 
 

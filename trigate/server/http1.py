@@ -85,7 +85,7 @@ class Service:
 
 
 class Client:
-    """What an app may know of its client beyond ASGI: ``scope["extensions"]["trigate.client"]``.
+    """What an app may know of its client beyond ASGI: ``scope["extensions"]["trigate.cli.client"]``.
 
     It belongs to one connection, and speaks of the request that is being served.
 

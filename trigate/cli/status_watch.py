@@ -21,8 +21,8 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trigate.client import AskFailed, body_of, no_gateway, settings, translated
-from trigate.overview import NUMBERS, PATHS, Cell, Overview, Table, duration, overview, read
+from trigate.cli.client import AskFailed, body_of, no_gateway, settings, translated
+from trigate.cli.status_view import NUMBERS, PATHS, Cell, Overview, Table, duration, overview, read
 
 ANSWER_TIMEOUT_S = 10.0
 """How long the gateway may take to answer; then it is asked again."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 
-from trigate.overview import printable
+from trigate.cli.status_view import printable
 
 
 class AskFailed(Exception):

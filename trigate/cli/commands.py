@@ -312,7 +312,7 @@ def _gateway_options(command: Any) -> Any:
 
 
 def _ask(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
-    from trigate.client import AskFailed, ask
+    from trigate.cli.client import AskFailed, ask
 
     try:
         return ask(url, key, *paths, method=method)
@@ -324,7 +324,7 @@ def _ask(url: str, key: str | None, *paths: str, method: str = "GET") -> list[di
 @_gateway_options
 def models(url: str, key: str | None) -> None:
     """List the models of a running gateway, one id a line."""
-    from trigate.client import no_gateway
+    from trigate.cli.client import no_gateway
 
     [body] = _ask(url, key, "/v1/models")
     if body.get("object") != "list":
@@ -341,7 +341,7 @@ def models(url: str, key: str | None) -> None:
 @click.option("--cancel", "ended", metavar="ID", help="End the stream with this id; its client is told.")
 def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: float, ended: str | None) -> None:
     """Show what a running gateway is doing: targets, streams in flight and their attempts, of all its workers."""
-    from trigate import client, overview
+    from trigate.cli import client, status_view
 
     if watch and (as_json or ended is not None):
         raise click.UsageError("--watch goes neither with --json nor with --cancel.")
@@ -352,23 +352,23 @@ def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: fl
     if ended is not None:
         _end(url, key, ended, as_json)
         return
-    status, streams = _ask(url, key, *overview.PATHS)
+    status, streams = _ask(url, key, *status_view.PATHS)
     if "totals" not in status or not isinstance(status.get("streams"), dict):
         _fail(str(client.no_gateway(url)))
     if as_json:
         click.echo(json.dumps({**status, "streams": {**status["streams"], **streams}}, indent=2, ensure_ascii=False))
         return
     try:
-        shown = overview.overview(*overview.read(status, streams))
+        shown = status_view.overview(*status_view.read(status, streams))
     except ValueError as error:
         _fail(str(client.no_gateway(url, str(error))))
     _spare_encoding()
     if sys.stdout.isatty() and _has_rich():
-        from trigate import watching
+        from trigate.cli import status_watch as watching
 
         watching.show(shown)
         return
-    for line in overview.written(shown):
+    for line in status_view.written(shown):
         click.echo(line)
 
 
@@ -389,11 +389,11 @@ def _has_rich() -> bool:
 def _watch(url: str, key: str | None, interval_s: float) -> NoReturn:
     import trio
 
-    from trigate.client import AskFailed
+    from trigate.cli.client import AskFailed
 
     if not _has_rich():
         _fail("--watch needs the package rich: pip install 'trigate[terminal]'")
-    from trigate import watching
+    from trigate.cli import status_watch as watching
 
     if not watching.can_watch():
         _fail("--watch needs a terminal to show it on. Without --watch, it is shown once.")
@@ -424,7 +424,7 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
     """Ask a running gateway QUESTION (- reads standard input); the answer streams to the terminal."""
     import httpx2
 
-    from trigate.client import AskFailed, message_of, settings, translated
+    from trigate.cli.client import AskFailed, message_of, settings, translated
 
     try:
         text = sys.stdin.read() if question == "-" else question
