@@ -1,8 +1,8 @@
 """Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
 
-What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, and a request in `trigate.openai.stream` and
-`trigate.routing.routes`, without sockets and without Trio; and a beat of a worker in `trigate.status.snapshot`. pytest-benchmark calls each many times over and
-reports the least, the median and the spread.
+What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, what a request costs in `trigate.openai` and
+`trigate.routing`, and what a worker's heartbeat costs in `trigate.status.snapshot`; without sockets and without Trio.
+pytest-benchmark calls each many times and reports the minimum, the median and the spread.
 """
 
 from __future__ import annotations

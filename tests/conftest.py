@@ -19,9 +19,9 @@ import httpx2
 import pytest
 import structlog
 import trio
-from asgi_client import AsgiClient
-from provider import Provider
 
+from tests.support.asgi_client import AsgiClient
+from tests.support.provider import Provider
 from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.structure import Config, Port

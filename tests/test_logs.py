@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import structlog
-from processes import environment
 
+from tests.support.processes import environment
 from trigate import logs
 
 SECRET = "sk-not-for-the-log"  # handed over as an argument: a traceback quotes lines of source

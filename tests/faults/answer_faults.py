@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
-from making import (
+
+from tests.faults.making import (
     ALL,
     ALL_JSON,
     ARRIVES,
@@ -34,8 +35,8 @@ from making import (
     stream,
     truncated,
 )
-from provider import completion, content, event, role
-from steps import DATE, Cut, Expected, Fault, Fin, Hang, Pause, Refusal, Repeat, Send, Whole
+from tests.faults.steps import DATE, Cut, Expected, Fault, Fin, Hang, Pause, Refusal, Repeat, Send, Whole
+from tests.support.provider import completion, content, event, role
 
 # -- statuses ---------------------------------------------------------------------------------------------------------
 

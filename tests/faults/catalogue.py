@@ -12,9 +12,9 @@ What is expected follows from a few rules, not from what the program does:
 
 from __future__ import annotations
 
-from answer_faults import CONTENTS, ENDINGS, RETRY_AFTER, STATUSES
-from steps import Fault, Fin, Rst
-from transport_faults import CONNECTING, FRAMING, HANGS, HEADS, ends_by
+from tests.faults.answer_faults import CONTENTS, ENDINGS, RETRY_AFTER, STATUSES
+from tests.faults.steps import Fault, Fin, Rst
+from tests.faults.transport_faults import CONNECTING, FRAMING, HANGS, HEADS, ends_by
 
 LIMITS = {
     "connect_timeout_s": 0.3,

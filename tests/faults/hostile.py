@@ -16,7 +16,8 @@ from typing import Any
 import attrs
 import trio
 import trustme
-from steps import DATE, Fault, Fin, Hang, Pause, Place, Repeat, Rst, Script, Send, Spell
+
+from tests.faults.steps import DATE, Fault, Fin, Hang, Pause, Place, Repeat, Rst, Script, Send, Spell
 
 _PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NAMES = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from provider import chunk, completion, content, role, usage
-from steps import Case, Cut, Expected, Fault, Pause, Place, Refusal, Script, Send, Whole
+from tests.faults.steps import Case, Cut, Expected, Fault, Pause, Place, Refusal, Script, Send, Whole
+from tests.support.provider import chunk, completion, content, role, usage
 
 # -- the wire ---------------------------------------------------------------------------------------------------------
 

@@ -1,16 +1,11 @@
-"""Writes ``docs/reference/faults.md`` from the catalogue: ``python tests/faults/page.py``."""
+"""Writes ``docs/reference/faults.md`` from the catalogue: ``python -m tests.faults.page``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-if __name__ == "__main__":  # as pytest does for the tests
-    sys.path += [str(HERE.parent), str(HERE)]
-
-from catalogue import CATALOGUE
-from steps import Case, Fault, Refusal, Whole
+from tests.faults.catalogue import CATALOGUE
+from tests.faults.steps import Case, Fault, Refusal, Whole
 
 INTRO = """\
 # Faults
@@ -56,5 +51,5 @@ def _cell(fault: Fault, case: Case) -> str:
 
 
 if __name__ == "__main__":
-    page_path = HERE.parents[1] / "docs" / "reference" / "faults.md"
+    page_path = Path(__file__).parents[2] / "docs" / "reference" / "faults.md"
     page_path.write_text(page(), encoding="utf-8")

@@ -20,14 +20,14 @@ import httpx2
 import msgspec
 import pytest
 import trio
-from asgi_client import chat
-from catalogue import CATALOGUE, LIMITS
-from conftest import Logs, make_config
-from hostile import Hostile, open_hostile, trust
-from making import GOOD
-from page import page
-from steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 
+from tests.conftest import Logs, make_config
+from tests.faults.catalogue import CATALOGUE, LIMITS
+from tests.faults.hostile import Hostile, open_hostile, trust
+from tests.faults.making import GOOD
+from tests.faults.page import page
+from tests.faults.steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
+from tests.support.asgi_client import chat
 from trigate.config.structure import UpstreamConfig
 from trigate.gateway.gateway import Gateway, http_transport
 from trigate.store.interface import ExchangeRecord

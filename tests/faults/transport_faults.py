@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 
-from making import (
+from tests.faults.making import (
     ALL,
     ALL_JSON,
     ARRIVES,
@@ -38,8 +38,8 @@ from making import (
     truncated,
     unread,
 )
-from provider import role
-from steps import Expected, Fault, Fin, Hang, Pause, Place, Repeat, Rst, Script, Send, Spell, Step
+from tests.faults.steps import Expected, Fault, Fin, Hang, Pause, Place, Repeat, Rst, Script, Send, Spell, Step
+from tests.support.provider import role
 
 # -- connecting -------------------------------------------------------------------------------------------------------
 

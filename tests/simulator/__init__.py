@@ -1,5 +1,5 @@
 """A simulation of the gateway in virtual time: `simulate(seed, requests)`. See ``docs/discussion/simulation.md``."""
 
-from simulator.world import Report, Violation, simulate
+from tests.simulator.world import Report, Violation, simulate
 
 __all__ = ["Report", "Violation", "simulate"]

@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 
-from simulator.world import Violation, simulate
+from tests.simulator.world import Violation, simulate
 
 REQUESTS = 2000
 

@@ -10,11 +10,11 @@ import attrs
 import httptools
 import trio
 
-from simulator import lots
-from simulator.pipes import End, SocketEnd
+from tests.simulator import lots
+from tests.simulator.pipes import End, SocketEnd
 
 if TYPE_CHECKING:
-    from simulator.world import World
+    from tests.simulator.world import World
 
 PATIENCE_S = 60.0
 """No answer takes so long, whatever happens."""

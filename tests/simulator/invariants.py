@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from simulator import lots
-from simulator.clients import Call
+from tests.simulator import lots
+from tests.simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange.exchange import _REST_S, Exchange
 from trigate.gateway.gateway import Gateway, Generation
 from trigate.store.interface import ExchangeRecord
 
 if TYPE_CHECKING:
-    from simulator.world import World
+    from tests.simulator.world import World
 
 KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"

@@ -6,7 +6,7 @@ bound, so that who does not read keeps who sends waiting; a reset, which takes w
 end that is seen at once, from outside and without a task.
 
 `socket_pair` is `socket.socketpair`: bytes that the kernel keeps, without a network and so without a delay. The gateway
-takes its ends for the plain sockets that they are, and carries streams between them by its engine (`trigate.exchange.socket_relay`).
+relays streams between these plain sockets on the fast path (`trigate.exchange.socket_relay`).
 """
 
 from __future__ import annotations

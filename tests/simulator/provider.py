@@ -12,20 +12,20 @@ import httpx2
 import msgspec
 import trio
 
-from simulator import lots
-from simulator.pipes import End, SocketEnd, pair, socket_pair
+from tests.simulator import lots
+from tests.simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.upstream.connect import Connection, Origin
 from trigate.upstream.transport import SocketTransport
 
 if TYPE_CHECKING:
-    from simulator.world import World
+    from tests.simulator.world import World
 
 _HERE = ("10.0.0.1", 40000)
 _THERE = ("10.0.0.2", 80)
 
 
 class Dialled(Connection):
-    """The gateway's end of a connection to an upstream: `trigate.upstream.connect.Connection`, on a stream in memory. For
+    """The gateway's end of a connection to an upstream: `trigate.upstream.connect.Connection`, in memory. For
     `trigate.upstream.transport` it is one on which something stands between HTTP and the socket, as with TLS."""
 
     def __init__(self, origin: Origin, end: End) -> None:

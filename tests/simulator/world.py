@@ -22,9 +22,9 @@ import trio
 import trio._core._run as scheduler
 from trio.testing import MockClock
 
-from simulator import invariants, lots, provider
-from simulator.clients import Call, run_client
-from simulator.pipes import End, SocketEnd, pair, socket_pair
+from tests.simulator import invariants, lots, provider
+from tests.simulator.clients import Call, run_client
+from tests.simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.asgi.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration

@@ -158,7 +158,7 @@ class Downstream:
     async def abort(self) -> None:
         """Closes the client's connection now, whatever waits to be sent on it; where the server lets us.
 
-        Under `trigate serve` HTTP/1.1 connections offer it (`trigate.cli.client` in the scope's extensions); under asyncio
+        Under `trigate serve`, HTTP/1.1 connections offer it (extension ``trigate.client``); under asyncio
         servers the send that waits is given up; under ``hypercorn -k trio`` nothing can reach it.
         """
         self.ended = True

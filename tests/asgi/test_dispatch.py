@@ -1,0 +1,621 @@
+"""Who may come in, what a request's head and body may be, and, over sockets, how soon a client's end is acted on."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import httpx2
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from tests.conftest import Logs, Served, make_config
+from tests.support.asgi_client import AsgiClient, ClientCall, chat
+from tests.support.provider import (
+    DONE,
+    Break,
+    Head,
+    Pause,
+    Provider,
+    Say,
+    Script,
+    Stall,
+    answers,
+    completion,
+    content,
+    open_socket_provider,
+    role,
+    says,
+)
+
+OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
+OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]
+
+CHAT = "/v1/chat/completions"
+KEYED = make_config(keys={"one": "key-number-one", "two": "key-number-two"})
+
+
+def assert_refused(served: Served, call: ClientCall, status: int, code: str) -> None:
+    """The client got an OpenAI error, and nobody upstream was asked."""
+    assert (call.status, call.error["code"]) == (status, code)
+    assert set(call.error) == {"message", "type", "param", "code"}
+    assert call.header("content-type") == "application/json"
+    assert call.header("x-request-id")
+    assert call.ended
+    assert served.providers["up"].opened == 0
+    assert not served.settled
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Bearer key-number-on",
+        "Bearer key-number-one1",
+        "Basic key-number-one",
+        "key-number-one",
+        "Bearer key-number-one, Bearer key-number-two",
+        "Bearer kéy",
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", CHAT), ("GET", "/v1/models"), ("GET", "/status"), ("GET", "/x")])
+async def test_without_the_key_nothing_is_served(open_app: OpenApp, given: str | None, method: str, path: str) -> None:
+    """401 in OpenAI's shape, whatever the path, and without a word on what the key is."""
+    async with open_app(KEYED) as served:
+        headers = {} if given is None else {"authorization": given}
+        call = await served.client.ask(method, path, chat() if method == "POST" else b"", headers=headers)
+        assert_refused(served, call, 401, "invalid_api_key")
+        assert call.header("www-authenticate") == "Bearer"
+        assert b"key-number" not in call.body
+
+
+@pytest.mark.parametrize("given", ["Bearer key-number-one", "bearer key-number-two", "Bearer  key-number-one "])
+async def test_any_key_opens(open_app: OpenApp, given: str) -> None:
+    """Each of the configured keys is one; with a key the client may be anywhere, under any name."""
+    async with open_app(KEYED) as served:
+        served.client.client, served.client.server = ("203.0.113.9", 1), ("203.0.113.1", 80)
+        headers = {"authorization": given, "host": "gateway.example", "origin": "https://app.example"}
+        call = await served.client.ask("POST", CHAT, chat(), headers=headers)
+        assert call.status == 200
+        sent = served.providers["up"].calls[0].headers
+        assert "key-number" not in repr(sent), "the gateway's key is nobody else's"
+
+
+async def test_health_needs_no_key(open_app: OpenApp) -> None:
+    """A probe has none."""
+    async with open_app(KEYED) as served:
+        call = await served.client.ask("GET", "/health", headers={"host": "anything"})
+        assert (call.status, call.json) == (200, {"status": "ok"})
+        assert (await served.client.ask("GET", "/ready")).status == 401
+
+
+# -- no key: this machine only ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("client", "server"),
+    [
+        ("203.0.113.9", "127.0.0.1"),
+        ("127.0.0.1", "203.0.113.1"),
+        ("10.0.0.2", "10.0.0.1"),
+        ("::ffff:10.0.0.2", "::ffff:10.0.0.1"),
+        ("fe80::1%eth0", "fe80::2%eth0"),
+    ],
+)
+async def test_without_a_key_others_are_refused(open_app: OpenApp, client: str, server: str) -> None:
+    """403, with what to do about it."""
+    async with open_app() as served:
+        served.client.client, served.client.server = (client, 5000), (server, 80)
+        call = await served.client.ask("POST", CHAT, chat())
+        assert_refused(served, call, 403, "forbidden")
+        assert "TRIGATE_API_KEY" in call.error["message"]
+        assert (await served.client.ask("GET", "/v1/models")).status == 403
+
+
+@pytest.mark.parametrize(
+    ("client", "server"),
+    [("127.0.0.1", "127.0.0.1"), ("127.9.9.9", "127.0.0.1"), ("::1", "::1"), ("::ffff:127.0.0.1", "::1"), (None, None)],
+)
+async def test_without_a_key_this_machine_is_served(open_app: OpenApp, client: str | None, server: str | None) -> None:
+    """Loopback in all its spellings, and a Unix socket, which has no address."""
+    async with open_app() as served:
+        served.client.client = (client, 5000) if client else None
+        served.client.server = (server, 80) if server else None
+        assert (await served.client.ask("GET", "/v1/models")).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "evil.example:18888"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "localhost.evil.example"},
+        {"host": "192.168.1.5"},
+        {"origin": "https://evil.example"},
+        {"origin": "http://127.0.0.1.evil.example"},
+        {"origin": "null"},
+        {"x-forwarded-for": "203.0.113.9"},
+        {"forwarded": "for=203.0.113.9"},
+        {"x-real-ip": "203.0.113.9"},
+    ],
+    ids=str,
+)
+async def test_without_a_key_pages_and_proxies_are_refused(open_app: OpenApp, headers: dict[str, str]) -> None:
+    """DNS rebinding, foreign pages, and a proxy that makes everybody look like this machine."""
+    async with open_app() as served:
+        call = await served.client.ask("POST", CHAT, chat(), headers=headers)
+        assert_refused(served, call, 403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "localhost:18888"},
+        {"host": "[::1]:18888"},
+        {"host": "app.localhost"},
+        {"host": "gateway.lan"},
+        {"origin": "http://localhost:3000"},
+        {"origin": "http://[::1]:3000"},
+        {"origin": "https://app.example"},
+        {"x-forwarded-for": "127.0.0.1"},
+    ],
+    ids=str,
+)
+async def test_without_a_key_own_names_and_allowed_ones_are_served(open_app: OpenApp, headers: dict[str, str]) -> None:
+    """This machine's own names, and those that the configuration allows."""
+    config = make_config(server={"allowed_hosts": ["gateway.lan"], "cors_origins": ["https://app.example"]})
+    async with open_app(config) as served:
+        assert (await served.client.ask("POST", CHAT, chat(), headers=headers)).status == 200
+
+
+async def test_insecure_is_for_everybody(open_app: OpenApp) -> None:
+    """Who says so gets it."""
+    async with open_app(make_config(server={"insecure": True})) as served:
+        served.client.client, served.client.server = ("203.0.113.9", 1), ("203.0.113.1", 80)
+        call = await served.client.ask(
+            "POST", CHAT, chat(), headers={"host": "x.example", "origin": "https://y.example"}
+        )
+        assert call.status == 200
+
+
+# -- CORS -------------------------------------------------------------------------------------------------------------
+
+CORS = make_config(server={"cors_origins": ["https://app.example"]})
+PREFLIGHT = {
+    "origin": "https://app.example",
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type",
+}
+
+
+async def test_cors_is_off_by_default(open_app: OpenApp) -> None:
+    """No header, and a preflight is no special request."""
+    async with open_app() as served:
+        call = await served.client.ask("GET", "/v1/models", headers={"origin": "http://localhost:3000"})
+        assert call.status == 200
+        assert not [name for name, _ in call.headers if name.startswith(b"access-control")]
+        assert (await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)).status == 403
+
+
+async def test_cors_for_an_allowed_page(open_app: OpenApp) -> None:
+    """Answers, streams and errors alike may be read by it, and by no other."""
+    async with open_app(CORS) as served:
+        origin = {"origin": "https://app.example"}
+        preflight = await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)
+        assert (preflight.status, preflight.body) == (204, b"")
+        assert "POST" in preflight.header("access-control-allow-methods")
+        assert preflight.header("access-control-allow-headers") == "authorization, content-type"
+        for call in (
+            preflight,
+            await served.client.ask("POST", CHAT, chat(), headers=origin),
+            await served.client.ask("POST", CHAT, b"{", headers={**origin, "content-type": "application/json"}),
+            await served.client.ask("GET", "/v1/models", headers=origin),
+            await served.client.ask("GET", "/nothing", headers=origin),
+        ):
+            assert call.header("access-control-allow-origin") == "https://app.example"
+            assert call.header("vary").lower() == "origin"
+            assert "x-trigate-attempts" in call.header("access-control-expose-headers")
+        other = await served.client.ask("GET", "/v1/models", headers={"origin": "http://localhost:3000"})
+        assert other.header("access-control-allow-origin") == ""
+        assert other.header("vary").lower() == "origin"
+
+
+async def test_a_preflight_needs_no_key(open_app: OpenApp) -> None:
+    """Browsers send none with it; the call itself needs one, and its 401 can be read."""
+    config = make_config(server={"cors_origins": ["*"]}, keys={"one": "key-number-one"})
+    async with open_app(config) as served:
+        assert (await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)).status == 204
+        call = await served.client.ask("POST", CHAT, chat(), headers={"origin": "https://app.example"})
+        assert call.status == 401
+        assert call.header("access-control-allow-origin") == "https://app.example"
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"])
+async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, method: str) -> None:
+    """On the data plane; `test_api` has the rest."""
+    async with open_app() as served:
+        call = await served.client.ask(method, CHAT)
+        assert call.status == 405
+        assert "POST" in call.header("allow")
+        assert served.providers["up"].opened == 0
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/json"]
+)
+async def test_a_body_that_is_not_declared_as_json_is_a_415(open_app: OpenApp, content_type: str | None) -> None:
+    """Which is also what keeps a page from sending one without a preflight."""
+    async with open_app() as served:
+        headers = {} if content_type is None else {"content-type": content_type}
+        call = await served.client.ask("POST", CHAT, b'{"model":"up/m","messages":[]}', headers=headers)
+        assert_refused(served, call, 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "APPLICATION/JSON", "application/x+json"])
+async def test_json_has_several_spellings(open_app: OpenApp, content_type: str) -> None:
+    """Parameters and case do not matter."""
+    async with open_app() as served:
+        assert (await served.client.ask("POST", CHAT, chat(), headers={"content-type": content_type})).status == 200
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [("content-length", "7")],
+        [("Content-Length", "5"), ("content-length", "5")],
+        [("transfer-encoding", "chunked")],
+        [("host", "localhost")],
+        [("authorization", "Bearer a"), ("Authorization", "Bearer b")],
+    ],
+    ids=str,
+)
+async def test_an_ambiguous_head_is_refused_and_the_connection_closed(
+    open_app: OpenApp, extra: list[tuple[str, str]]
+) -> None:
+    """What a proxy in front may have read differently is not read at all."""
+    async with open_app() as served:
+        call = await served.client.ask("POST", CHAT, chat(), headers=[*extra])
+        assert_refused(served, call, 400, "ambiguous_request")
+        assert call.header("connection") == "close"
+
+
+@pytest.mark.parametrize("given", ["abc", "a-b_c.d:1", "x" * 128, "0198f0c2-5d0a-7000-8000-000000000000"])
+async def test_a_sane_request_id_is_kept(open_app: OpenApp, logs: Logs, given: str) -> None:
+    """In the answer, upstream, and in the log."""
+    async with open_app() as served:
+        call = await served.client.ask("POST", CHAT, chat(), headers={"x-request-id": given})
+        assert call.header("x-request-id") == given
+        assert served.providers["up"].calls[0].headers["x-request-id"] == given
+        assert logs.named("exchange")[0]["request_id"] == given
+
+
+@pytest.mark.parametrize("given", ["", " ", "x" * 129, "a b", "a\tb", "é", "<script>", "a;b"])
+async def test_an_insane_request_id_is_replaced(open_app: OpenApp, given: str) -> None:
+    """By one of ours; and every answer has one, refusals too."""
+    async with open_app() as served:
+        for call in (
+            await served.client.ask("POST", CHAT, chat(), headers={"x-request-id": given}),
+            await served.client.ask("GET", "/health", headers={"x-request-id": given}),
+            await served.client.ask("GET", "/nothing", headers={"x-request-id": given}),
+        ):
+            assert call.header("x-request-id").startswith("req_")
+
+
+# -- the body ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"   ", None),
+        (b"{", None),
+        (b"nonsense", None),
+        (b"[]", None),
+        (b'"x"', None),
+        (b"null", None),
+        (b"{}", "model"),
+        (b'{"model":""}', "model"),
+        (b'{"model":5}', "model"),
+        (b'{"model":"up/m"}', "messages"),
+        (b'{"model":"up/m","messages":[]}', "messages"),
+        (b'{"model":"up/m","messages":"x"}', "messages"),
+        (b'{"model":"up/m","messages":[5]}', "messages[0]"),
+        (b'{"model":"up/m","messages":[{"role":"user"}],"stream":"yes"}', "stream"),
+        (b'{"model":"up/m","messages":[{"role":"user","content":NaN}]}', None),
+        (b'{"model":"\xff"}', None),
+        (b'{"model":"up/m","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+        (b"[" * 100_000, None),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+async def test_a_bad_body_is_a_400(
+    open_app: OpenApp, autojump_clock: MockClock, body: bytes, param: str | None
+) -> None:
+    """At once, naming the field; the connection may go on, since the body has been read."""
+    async with open_app() as served:
+        begun = trio.current_time()
+        call = await served.client.ask("POST", CHAT, body, headers={"content-type": "application/json"})
+        assert_refused(served, call, 400, "invalid_request")
+        if param is not None:
+            assert call.error["param"] == param
+        assert call.ended_at == begun
+        assert call.header("connection") == ""
+
+
+async def test_a_model_that_nobody_has_is_a_404(open_app: OpenApp) -> None:
+    """With the closest ids that there are."""
+    async with open_app() as served:
+        call = await served.client.chat(model="up2/m").wait()
+        assert (call.status, call.error["code"], call.error["param"]) == (404, "model_not_found", "model")
+        assert "up/m" in call.error["message"]
+        assert served.providers["up"].opened == 0
+
+
+async def test_a_body_in_pieces_is_put_together(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """However it was split, and however slowly it came."""
+    body = b'{"model":"up/m","messages":[{"role":"user","content":"Hi"}]}'
+    async with open_app(providers=Provider(answers(completion("x")))) as served:
+        raw = [piece for i in range(len(body)) for piece in (body[i : i + 1], Pause(0.5))]
+        call = await served.client.ask("POST", CHAT, raw=raw, headers={"content-type": "application/json"})
+        assert call.status == 200
+
+
+async def test_a_body_declared_too_large_is_refused_unread(open_app: OpenApp) -> None:
+    """413, before a byte of it is taken; the rest is discarded, and the connection closed."""
+    async with open_app(make_config(limits={"body_bytes": 1000})) as served:
+        headers = {"content-type": "application/json", "content-length": "1001"}
+        call = served.client.start("POST", CHAT, headers=headers, raw=[Stall()])
+        await call.wait_committed()
+        await call.wait_for(b"body_too_large")
+        assert call.header("connection") == "close"
+        call.disconnect()
+        await call.wait()
+        assert_refused(served, call, 413, "body_too_large")
+
+
+async def test_an_endless_body_is_refused_at_the_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Chunked, without a declared length: it is counted, refused at the limit, and what follows is thrown away."""
+    async with open_app(make_config(limits={"body_bytes": 1000})) as served:
+        raw = [b"x" * 600] * 2 + [b"x" * 600, Pause(0.1)] * 100
+        call = await served.client.ask("POST", CHAT, raw=raw, headers={"content-type": "application/json"})
+        assert_refused(served, call, 413, "body_too_large")
+        assert call.header("connection") == "close"
+        assert trio.current_time() < 5
+
+
+async def test_a_body_of_just_the_limit_is_served(open_app: OpenApp) -> None:
+    """The limit is the largest size that is served, declared or not."""
+    body = b'{"model":"up/m","messages":[{"role":"user","content":"Hi"}]}'
+    headers = {"content-type": "application/json"}
+    for size, status in ((len(body), 200), (len(body) - 1, 413)):
+        async with open_app(make_config(limits={"body_bytes": size}), Provider(answers(completion("x")))) as served:
+            assert (await served.client.ask("POST", CHAT, body, headers=headers)).status == status
+            assert (await served.client.ask("POST", CHAT, raw=[body], headers=headers)).status == status
+
+
+async def test_a_body_that_does_not_end_is_a_408(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """After the body timeout, however lively it trickles."""
+    for raw in ([b'{"model"', Stall()], [b" ", Pause(1)] * 100):
+        async with open_app(make_config(limits={"body_timeout_s": 10})) as served:
+            begun = trio.current_time()
+            call = await served.client.ask("POST", CHAT, raw=raw, headers={"content-type": "application/json"})
+            assert_refused(served, call, 408, "body_timeout")
+            assert call.committed_at - begun == pytest.approx(10)
+            assert call.header("connection") == "close"
+
+
+async def test_a_client_that_leaves_in_its_body_is_no_exchange(open_app: OpenApp) -> None:
+    """Nobody is answered, asked or counted."""
+    async with open_app() as served:
+        call = served.client.start("POST", CHAT, raw=[b"{", Stall()], headers={"content-type": "application/json"})
+        await wait_all_tasks_blocked()
+        call.disconnect()
+        await call.wait()
+        assert call.status == 0
+        assert not served.settled
+        served.assert_clean()
+
+
+async def test_a_refusal_reads_the_rest_of_the_body_first(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The error is out at once; its end waits for the body, so that no reset can erase it."""
+    async with open_app(KEYED) as served:
+        call = await served.client.ask(
+            "POST", CHAT, raw=[b"x" * 100, Pause(1), b"x"], headers={"content-type": "application/json"}
+        )
+        assert call.status == 401
+        assert call.error["code"] == "invalid_api_key"
+        assert call.ended_at - call.committed_at == pytest.approx(1)
+
+
+async def test_a_defect_before_the_exchange_is_a_500(
+    open_app: OpenApp, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks, the client gets an OpenAI error, and the log the traceback."""
+    logs.expect_error("request_crashed")
+    async with open_app() as served:
+        monkeypatch.setattr("trigate.asgi.dispatch.decode_call", None)
+        call = await served.client.ask("POST", CHAT, chat())
+        assert_refused(served, call, 500, "internal_error")
+        assert call.header("x-request-id") in call.error["message"]
+
+
+# -- over real sockets ------------------------------------------------------------------------------------------------
+
+SOCKET_PHASES: dict[str, tuple[Script, bool, bytes]] = {
+    "waiting for headers": ((Stall(),), True, b""),
+    "waiting for the first token": ((Head(), Say(role()), Stall()), True, b""),
+    "streaming": ((Say(content("a")), Stall()), True, b"data: "),
+    "headers of a JSON answer": ((Stall(),), False, b""),
+    "reading a JSON answer": ((Head(200, "application/json"), Say(b'{"a'), Stall()), False, b""),
+}
+
+
+def _post(port: int, body: bytes) -> bytes:
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def _dial(client: httpx2.AsyncClient, *, stream: bool) -> trio.SocketStream:
+    port = client.base_url.port
+    assert port is not None
+    connection = await trio.open_tcp_stream("127.0.0.1", port)
+    await connection.send_all(_post(port, AsgiClient.encode(chat(stream=stream))))
+    return connection
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize("phase", SOCKET_PHASES)
+async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: OpenServer, phase: str, how: str) -> None:
+    """FIN and RST, in every phase, from one socket to the other."""
+    script, stream, first = SOCKET_PHASES[phase]
+    async with (
+        open_socket_provider(script) as (provider, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, app),
+    ):
+        connection = await _dial(client, stream=stream)
+        said = sum(isinstance(step, Say) for step in script)
+        await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said == said)
+        received = b""
+        while first not in received:
+            received += await connection.receive_some()
+        await trio.sleep(0.02)
+        assert provider.open_now == 1
+        if how == "rst":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        left = time.perf_counter()
+        connection.socket.close()
+        await provider.wait_until(lambda provider: provider.open_now == 0)
+        assert time.perf_counter() - left < 0.05
+        assert provider.calls[0].ended == "closed"
+        await wait_all_tasks_blocked(0.01)
+        assert not app.gateway.live
+        assert app.gateway.totals.cancelled == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize(
+    "rest",
+    [(), (Say(content("half")[:12]),), (Say(b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'),)],
+    ids=["between events", "mid-event", "no DONE"],
+)
+async def test_a_killed_upstream_is_an_error_event(open_server: OpenServer, how: Any, rest: Script) -> None:
+    """And the response has its proper end: chunked framing is complete, the connection can be used again."""
+    async with (
+        open_socket_provider((Say(content("a")), Pause(0.02), *rest, Break(how)), says("x")) as (_, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, _app),
+    ):
+        response = await client.post(CHAT, json=chat())
+        assert response.status_code == 200
+        assert response.text.startswith("data: ")
+        assert "upstream_truncated" in response.text.rstrip().rpartition("\n")[2]
+        assert "[DONE]" not in response.text
+        assert (await client.post(CHAT, json=chat())).text.endswith(DONE.decode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_an_upstream_killed_before_its_head_is_a_502(open_server: OpenServer, how: Any) -> None:
+    """As is one where nobody listens."""
+    async with (
+        open_socket_provider((Break(how),)) as (_, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, _app),
+    ):
+        response = await client.post(CHAT, json=chat())
+        assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
+    async with open_server(make_config({"up": {"base_url": url}})) as (client, _app):
+        response = await client.post(CHAT, json=chat())
+        assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
+
+
+@pytest.mark.slow
+async def test_an_upstream_connection_serves_many_calls(open_server: OpenServer) -> None:
+    """A complete answer leaves its connection for the next call, streamed or not; so does an error."""
+    connections = set()
+    scripts = (says("x"), answers(completion("y")), answers(b'{"error":{"message":"m"}}', status=400), says("z"))
+    async with (
+        open_socket_provider(*scripts) as (provider, url),
+        open_server(make_config({"up": {"base_url": url}})) as (client, _app),
+    ):
+        for stream in (True, False, False, True):
+            await client.post(CHAT, json=chat(stream=stream))
+        connections = {call.connection for call in provider.calls}
+        assert len(provider.calls) == 4
+        assert len(connections) == 1
+
+
+# httpx2 leaves a generator of its own behind where a reply is closed between two reads; its connection is closed.
+@pytest.mark.filterwarnings("ignore:.*PoolByteStream:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
+    """A client that reads nothing: the gateway takes no more than the buffers hold, closes the upstream in time, and
+    gives its place back while the client still holds its socket."""
+    piece = content("x" * 100_000)
+    script = (*(Say(piece) for _ in range(2000)), Say(DONE))
+    async with open_socket_provider(script) as (provider, url):
+        config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.5})
+        async with open_server(config) as (client, app):
+            connection = await _dial(client, stream=True)
+            await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said > 0)
+            begun = time.perf_counter()
+            with trio.fail_after(5):
+                await provider.wait_until(lambda provider: provider.open_now == 0)
+            assert provider.calls[0].ended == "closed"
+            assert time.perf_counter() - begun < 2
+            assert provider.calls[0].said < 500, "200 MB were offered"
+            with trio.fail_after(2):
+                while app.gateway.live:  # noqa: ASYNC110 - nothing tells
+                    await trio.sleep(0.01)
+            assert app.gateway.generation.upstreams["up"].in_flight == 0
+            connection.socket.close()
+
+
+@pytest.mark.slow
+async def test_a_slow_reader_over_sockets_is_not_stalled(open_server: OpenServer) -> None:
+    """A client that reads slowly, but reads, keeps its stream beyond the stall limit; one that stops does not."""
+    piece = content("x" * 100_000)
+    async with open_socket_provider((*(Say(piece) for _ in range(2000)), Say(DONE))) as (provider, url):
+        config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.4})
+        async with open_server(config) as (client, app):
+            connection = await _dial(client, stream=True)
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < 2:
+                assert await connection.receive_some(200_000)
+                await trio.sleep(0.02)
+            assert provider.open_now == 1
+            with trio.fail_after(5):
+                await provider.wait_until(lambda provider: provider.open_now == 0)
+            with trio.fail_after(2):
+                while app.gateway.live:  # noqa: ASYNC110 - nothing tells
+                    await trio.sleep(0.01)
+            connection.socket.close()
+
+
+@pytest.mark.slow
+async def test_a_pipelined_stream_of_refusals_keeps_its_connection(open_server: OpenServer) -> None:
+    """A 400 whose body was read costs no connection, and no time: ten of them go over one in well under a second."""
+    async with open_server(make_config()) as (client, _app):
+        begun = time.perf_counter()
+        for _ in range(10):
+            response = await client.post(CHAT, json={"model": "up/m"})
+            assert response.status_code == 400
+            assert "connection" not in response.headers
+        assert time.perf_counter() - begun < 1

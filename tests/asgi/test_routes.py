@@ -1,0 +1,314 @@
+"""The control plane: models, health, readiness, status, and the errors of paths that are none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import httpx2
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+import trigate
+from tests.conftest import Served, make_config
+from tests.support.asgi_client import Piece, chat
+from tests.support.provider import Head, Pause, Provider, Refuse, Say, Stall, answers, content, event, says
+
+OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
+
+MODELS = make_config(
+    {
+        "openrouter": {"models": ["google/gemini-flash", "m"]},
+        "qwen": {"models": ["qwen-turbo", "m"]},
+        "off": {"models": ["x"], "api_key": {"env": "NOT_SET"}},
+    },
+    models={"default": {"targets": ["qwen/qwen-turbo"]}, "fast/one": {"targets": ["openrouter/m", "qwen/m"]}},
+)
+PROVIDERS = {"openrouter": Provider(), "qwen": Provider(), "off": Provider()}
+
+
+async def test_health_is_exactly_this(open_app: OpenApp) -> None:
+    """The contract."""
+    async with open_app() as served:
+        call = await served.client.ask("GET", "/health")
+        assert (call.status, call.json) == (200, {"status": "ok"})
+        assert call.header("content-type") == "application/json"
+
+
+async def test_the_models_of_all_upstreams(open_app: OpenApp) -> None:
+    """Each under its upstream's name, aliases too, in OpenAI's shape; what is switched off is not there."""
+    async with open_app(MODELS, PROVIDERS) as served:
+        call = await served.client.ask("GET", "/v1/models")
+        assert call.status == 200
+        assert call.json["object"] == "list"
+        found = {row["id"]: row["owned_by"] for row in call.json["data"]}
+        assert found == {
+            "default": "qwen",
+            "fast/one": "openrouter",
+            "openrouter/google/gemini-flash": "openrouter",
+            "openrouter/m": "openrouter",
+            "qwen/qwen-turbo": "qwen",
+            "qwen/m": "qwen",
+        }
+        for row in call.json["data"]:
+            assert set(row) == {"id", "object", "created", "owned_by"}
+            assert row["object"] == "model"
+            assert type(row["created"]) is int
+
+
+async def test_default_is_listed_without_an_alias(open_app: OpenApp) -> None:
+    """It is what the first upstream that can serve has."""
+    async with open_app() as served:
+        rows = (await served.client.ask("GET", "/v1/models")).json["data"]
+        assert [(row["id"], row["owned_by"]) for row in rows] == [("default", "up"), ("up/m", "up")]
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["default", "fast/one", "openrouter/google/gemini-flash", "qwen/qwen-turbo"],
+    ids=lambda m: m.replace("/", "|"),
+)
+async def test_one_model_by_its_id(open_app: OpenApp, model: str) -> None:
+    """Slashes and all; a server has decoded ``%2F`` in ASGI's path."""
+    async with open_app(MODELS, PROVIDERS) as served:
+        call = await served.client.ask("GET", f"/v1/models/{model}")
+        assert (call.status, call.json["id"], call.json["object"]) == (200, model, "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["openrouter/google/gemini-flash", "openrouter%2Fgoogle%2Fgemini-flash"])
+async def test_one_model_by_its_id_over_a_socket(
+    open_server: Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, object]]], model: str
+) -> None:
+    """Encoded or not, as the SDKs send it (npm's encodes, Python's does not)."""
+    async with open_server(MODELS) as (client, _):
+        response = await client.get(f"/v1/models/{model}")
+        assert (response.status_code, response.json()["id"]) == (200, "openrouter/google/gemini-flash")
+
+
+async def test_a_model_that_is_not_listed_is_a_404(open_app: OpenApp) -> None:
+    """With the closest that are, and their full ids."""
+    async with open_app(MODELS, PROVIDERS) as served:
+        call = await served.client.ask("GET", "/v1/models/qwen/qwen-turb")
+        assert (call.status, call.error["code"]) == (404, "model_not_found")
+        assert "qwen/qwen-turbo" in call.error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v2/models", "/v1/chat", "/v1/chat/completions/", "/%00", "/é"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: str) -> None:
+    """In OpenAI's shape."""
+    async with open_app() as served:
+        call = await served.client.ask(method, path)
+        assert (call.status, call.error["code"]) == (404, "not_found")
+        assert set(call.error) == {"message", "type", "param", "code"}
+        assert call.header("content-type") == "application/json"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/up/m", "/health", "/ready", "/status"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, path: str, method: str) -> None:
+    """Allow names what there is."""
+    async with open_app() as served:
+        call = await served.client.ask(method, path)
+        assert (call.status, call.error["code"]) == (405, "method_not_allowed")
+        assert "GET" in [each.strip() for each in call.header("allow").split(",")]
+
+
+async def test_head_is_answered_as_get_is(open_app: OpenApp) -> None:
+    """As probes send it; leaving the body out is the server's part."""
+    async with open_app() as served:
+        assert (await served.client.ask("HEAD", "/health")).status == 200
+
+
+async def test_a_large_body_for_the_control_plane_is_not_kept(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Nobody there reads one; the client is left, or refused, before it fills the memory."""
+    async with open_app() as served:
+        raw: list[Piece] = [b"x" * 65536, Pause(0.001)] * 200
+        call = served.client.start("POST", "/v1/models", raw=raw)
+        await call.wait()
+        assert call.status in (0, 405)
+
+
+# -- readiness --------------------------------------------------------------------------------------------------------
+
+
+async def test_ready_while_one_upstream_can_serve(open_app: OpenApp) -> None:
+    """One that is down does not make the gateway unready; all of them do, and each says why."""
+    config = make_config({"a": {}, "b": {}})
+    async with open_app(config, {"a": Provider((Refuse(),)), "b": Provider((Refuse(),), says("x"))}) as served:
+        assert (await served.client.ask("GET", "/ready")).json == {"status": "ready", "reasons": []}
+        await served.client.chat(model="a/m").wait()
+        assert (await served.client.ask("GET", "/ready")).status == 200
+        await served.client.chat(model="b/m").wait()
+        call = await served.client.ask("GET", "/ready")
+        assert (call.status, len(call.json["reasons"])) == (503, 2)
+        assert "The upstream a cannot be reached" in call.json["reasons"][0]
+        assert (await served.client.chat(model="b/m").wait()).status == 200
+        assert (await served.client.ask("GET", "/ready")).status == 200
+
+
+async def test_a_failure_is_not_for_ever(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """One bad moment of the only upstream, whose models are configured: ``default`` and readiness come back, though
+    nobody asks for it by its own name."""
+    async with open_app(providers=Provider((Refuse(),), says("x"))) as served:
+        assert (await served.client.chat(model="default").wait()).status == 502
+        await trio.sleep(300)
+        assert (await served.client.chat(model="default").wait()).status == 200
+        assert (await served.client.ask("GET", "/ready")).status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 100_000, b"{}", b"", b"\xff", b'{"data":[5]}', b'{"data":null}', b"<html>"],
+    ids=lambda b: repr(b)[:20],
+)
+async def test_a_bad_model_list_harms_nobody(open_app: OpenApp, autojump_clock: MockClock, body: bytes) -> None:
+    """Whatever an upstream says to ``GET /models``, the gateway serves, and says what is wrong with that upstream."""
+    config = make_config({"bad": {"models": "discover"}, "good": {}})
+    async with open_app(config, {"bad": Provider(answers(body)), "good": Provider(says("x"))}) as served:
+        await trio.sleep(200)
+        assert (await served.client.chat(model="default").wait()).status == 200
+        rows = (await served.client.ask("GET", "/v1/models")).json["data"]
+        assert [row["id"] for row in rows] == ["default", "good/m"]
+        assert (await served.client.ask("GET", "/status")).json["upstreams"][0]["state"] in ("down", "up")
+
+
+async def test_not_ready_without_any_upstream(open_app: OpenApp) -> None:
+    """Nothing is configured, or everything is switched off: it says which."""
+    async with open_app(make_config({}), {}) as served:
+        call = await served.client.ask("GET", "/ready")
+        assert (call.status, call.json["reasons"]) == (503, ["no upstream is configured"])
+    async with open_app(make_config({"off": {"api_key": {"env": "NOT_SET"}}}), {"off": Provider()}) as served:
+        call = await served.client.ask("GET", "/ready")
+        assert call.status == 503
+        assert "NOT_SET" in call.json["reasons"][0]
+        refused = await served.client.chat(model="off/m").wait()
+        assert refused.status == 503
+        assert "NOT_SET" in refused.error["message"]
+        refused = await served.client.ask("GET", "/v1/models/off/m")
+        assert (refused.status, refused.error["code"]) == (404, "model_not_found")
+        assert "NOT_SET" in refused.error["message"]
+
+
+# -- discovery of models ----------------------------------------------------------------------------------------------
+
+DISCOVER = make_config({"up": {"models": "discover"}})
+
+
+def model_list(*models: str) -> tuple[Head | Say, ...]:
+    """What ``GET /models`` of an upstream answers."""
+    data = [{"id": model, "object": "model"} for model in models]
+    return (Head(200, "application/json"), Say(event({"object": "list", "data": data}).removeprefix(b"data: ").strip()))
+
+
+async def test_an_upstream_is_asked_for_its_models(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """At the start, and every minute; the new list replaces the old one."""
+    async with open_app(DISCOVER, Provider(model_list("one"), model_list("one", "two"))) as served:
+        ids = [row["id"] for row in (await served.client.ask("GET", "/v1/models")).json["data"]]
+        assert ids == ["default", "up/one"]
+        assert served.providers["up"].calls[0].path == "/v1/models"
+        await trio.sleep(61)
+        ids = [row["id"] for row in (await served.client.ask("GET", "/v1/models")).json["data"]]
+        assert ids == ["default", "up/one", "up/two"]
+
+
+async def test_an_upstream_that_is_down_keeps_its_list_and_delays_nobody(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """``GET /v1/models`` asks nobody; the last known list stands until there is another."""
+    async with open_app(DISCOVER, Provider(model_list("one"), (Stall(),))) as served:
+        await trio.sleep(75)
+        begun = trio.current_time()
+        rows = (await served.client.ask("GET", "/v1/models")).json["data"]
+        assert trio.current_time() == begun
+        assert [row["id"] for row in rows] == ["default", "up/one"]
+        [upstream] = (await served.client.ask("GET", "/status")).json["upstreams"]
+        assert upstream["state"] == "down"
+        assert "10 s" in upstream["reason"]
+
+
+async def test_a_start_waits_for_no_slow_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A moment at most, whoever does not answer."""
+    begun = trio.current_time()
+    async with open_app(DISCOVER, Provider((Stall(),))) as served:
+        assert trio.current_time() - begun < 1
+        assert (await served.client.ask("GET", "/v1/models")).status == 200
+
+
+# -- status -----------------------------------------------------------------------------------------------------------
+
+
+async def test_status_of_an_idle_gateway(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The contract: version, uptime twice, workers, channels, sessions, the store, upstreams, streams, totals."""
+    async with open_app() as served:
+        await trio.sleep(3_661)
+        status = (await served.client.ask("GET", "/status")).json
+        assert status["status"] == "ok"
+        assert status["version"] == trigate.__version__
+        assert status["uptime_s"] == pytest.approx(3_661, abs=1)
+        assert re.fullmatch(r"1:01:0[12]", status["uptime"])
+        assert status["channels"] == []
+        assert status["sessions"] == {"active": 0, "total": 0, "busy": 0}
+        assert status["outbox"] == {"depth": 0}
+        assert status["store"] == {"kind": "memory", "path": ":memory:", "state": "open", "error": None}
+        [worker] = status["workers"]
+        assert (worker["pid"], worker["status"], worker["live"]) == (os.getpid(), "ok", 0)
+        assert status["streams"] == {"live": 0, "by_phase": {}, "by_upstream": {}, "oldest": []}
+        assert status["config"] == "test"
+        assert status["reload_error"] is None
+        assert [upstream["name"] for upstream in status["upstreams"]] == ["up"]
+        assert set(status["upstreams"][0]) >= {"state", "reason", "in_flight", "queued", "last_error", "last_error_at"}
+
+
+async def test_status_shows_what_is_in_flight(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Each live exchange with its phase, age, events and bytes, and nothing of what is said in it."""
+    config = make_config({"up": {"max_connections": 2}})
+    scripts = ((Say(content("SECRET")), Say(content("b")), Stall()), (Stall(),))
+    async with open_app(config, Provider(*scripts)) as served:
+        first = served.client.start("POST", "/v1/chat/completions", chat(), headers={"x-request-id": "id-1"})
+        await first.wait_for(b'"b"')
+        await trio.sleep(5)
+        served.client.chat(stream=False)
+        await wait_all_tasks_blocked()
+        served.client.chat()
+        await wait_all_tasks_blocked()
+        call = await served.client.ask("GET", "/status")
+        streams = call.json["streams"]["oldest"]
+        assert call.json["streams"]["by_phase"] == {"streaming": 1, "connecting": 1, "queued": 1}
+        assert [stream["phase"] for stream in streams] == ["streaming", "connecting", "queued"]
+        assert streams[0] == {
+            "id": "id-1",
+            "model": "up/m",
+            "upstream": "up/m",
+            "stream": True,
+            "phase": "streaming",
+            "age_s": pytest.approx(5, abs=0.1),
+            "events": 2,
+            "bytes": len(first.body),
+            "worker": served.gateway.workers.id,
+        }
+        [upstream] = call.json["upstreams"]
+        assert (upstream["in_flight"], upstream["queued"], upstream["max_connections"]) == (2, 1, 2)
+        assert b"SECRET" not in call.body
+
+
+async def test_status_counts_and_remembers_the_last_error(open_app: OpenApp) -> None:
+    """Totals by outcome, tokens, and what each upstream said last."""
+    scripts = (says("x"), answers(b'{"error":{"message":"boom"}}', status=500), (Stall(),))
+    async with open_app(providers=Provider(*scripts)) as served:
+        await served.client.chat().wait()
+        await served.client.chat().wait()
+        leaving = served.client.chat()
+        await wait_all_tasks_blocked()
+        leaving.disconnect()
+        await leaving.wait()
+        status = (await served.client.ask("GET", "/status")).json
+        totals = status["totals"]
+        assert (totals["exchanges"], totals["complete"], totals["failed"], totals["cancelled"]) == (3, 1, 1, 1)
+        [upstream] = status["upstreams"]
+        assert "boom" in upstream["last_error"]
+        assert re.match(r"\d{4}-\d\d-\d\dT", upstream["last_error_at"])

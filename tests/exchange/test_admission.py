@@ -1,0 +1,251 @@
+"""Who may come in, who waits, and who is refused. Time is virtual."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from tests.conftest import Logs, Served, make_config
+from tests.support.provider import DONE, Pause, Provider, Say, Stall, content, says
+from trigate.exchange import admission
+
+OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
+SLOW = (Pause(10), *says("x"))
+KEYS = {"ada": "key-of-ada", "bob": "key-of-bob"}
+
+
+def ask(served: Served, name: str = "", **headers: str) -> Any:  # Any: a ClientCall
+    """Starts a call with a key."""
+    body = {"model": "up/m", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    fields = {"authorization": f"Bearer {KEYS[name]}"} if name else {}
+    return served.client.start("POST", "/v1/chat/completions", body, headers={**fields, **headers})
+
+
+async def test_a_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Beyond the limit a call waits; where the queue is full as well, it is refused at once and told when to come."""
+    config = make_config(limits={"max_exchanges": 1, "max_queued": 1})
+    async with open_app(config, Provider(SLOW)) as served:
+        begun = trio.current_time()
+        calls = []
+        for _ in range(3):
+            calls.append(ask(served))
+            await wait_all_tasks_blocked()
+        refused = await calls[2].wait()
+        assert (refused.status, refused.error["code"], trio.current_time()) == (503, "overloaded", begun)
+        assert int(refused.header("retry-after-ms")) > 0
+        assert int(refused.header("retry-after")) > 0
+        for call in calls[:2]:
+            assert (await call.wait()).body.endswith(DONE)
+        assert trio.current_time() - begun == pytest.approx(20)
+        served.assert_clean()
+        assert served.gateway.admission.places.taken == 0
+
+
+async def test_a_hopeless_wait_is_not_begun(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Calls take ten seconds: who may wait for five is refused now, not in five."""
+    config = make_config(limits={"max_exchanges": 1, "queue_timeout_s": 5})
+    async with open_app(config, Provider(SLOW)) as served:
+        await ask(served).wait()
+        first = ask(served)
+        await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        refused = await ask(served).wait()
+        assert (refused.status, trio.current_time()) == (503, begun)
+        assert refused.header("retry-after") == "10"
+        assert (await first.wait()).status == 200
+
+
+async def test_a_refusal_after_a_wait_is_a_status(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """However long the wait was: no keep-alive comment goes out in the queue, and a status says when to come back."""
+    limits = {"max_exchanges": 1, "max_queued": 1, "queue_timeout_s": 5, "keep_alive_s": 1}
+    async with open_app(make_config(limits=limits), Provider((Stall(),))) as served:
+        ask(served)
+        await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        call = await ask(served).wait()
+        assert trio.current_time() - begun == pytest.approx(5)
+        assert (call.status, call.error["code"]) == (503, "overloaded")
+        assert int(call.header("retry-after-ms")) > 0
+
+
+async def test_silence_counts_from_the_admission(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Who has waited longer than that is not at once committed to an answer, and gets comments from then on."""
+    limits = {"max_exchanges": 1, "max_queued": 1, "queue_timeout_s": 20, "keep_alive_s": 4}
+    async with open_app(make_config(limits=limits), Provider((Pause(10), *says("x")))) as served:
+        ask(served)
+        await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        call = await ask(served).wait()
+        comments = [at - begun for at, data in call.pieces if data == b": keep-alive\n"]
+        assert comments == [pytest.approx(14), pytest.approx(18)]
+        assert call.body.endswith(DONE)
+
+
+async def test_a_deadline_bounds_the_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The client's time goes on in the queue; where it will not do, the call is refused at once."""
+    async with open_app(make_config(limits={"max_exchanges": 1}), Provider((Stall(),))) as served:
+        ask(served)
+        await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        call = await ask(served, **{"x-request-timeout": "3"}).wait()
+        assert call.status in (503, 504)
+        assert trio.current_time() - begun == pytest.approx(3)
+        assert served.gateway.admission.places.queued == 0
+
+
+@pytest.mark.parametrize("leave", [True, False], ids=["the client leaves", "it is ended"])
+async def test_who_waits_can_leave(open_app: OpenApp, autojump_clock: MockClock, leave: bool) -> None:
+    """Its place in the queue is free, and the upstream never heard of it."""
+    async with open_app(make_config(limits={"max_exchanges": 1, "max_queued": 2}), Provider(SLOW)) as served:
+        first = ask(served)
+        await wait_all_tasks_blocked()
+        second = ask(served, **{"x-request-id": "second"})
+        await wait_all_tasks_blocked()
+        third = ask(served)
+        await wait_all_tasks_blocked()
+        if leave:
+            second.disconnect()
+        else:
+            await served.client.ask("DELETE", "/status/streams/second")
+        await second.wait()
+        assert (await first.wait()).status == (await third.wait()).status == 200
+        assert len(served.providers["up"].calls) == 2
+        served.assert_clean()
+
+
+async def test_a_keys_own_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is a 429; another key goes on."""
+    config = make_config(keys=KEYS, limits={"max_exchanges_per_key": 1, "max_queued": 0})
+    async with open_app(config, Provider(SLOW)) as served:
+        first = ask(served, "ada")
+        await wait_all_tasks_blocked()
+        refused = await ask(served, "ada").wait()
+        assert (refused.status, refused.error["code"]) == (429, "rate_limited")
+        assert int(refused.header("retry-after-ms")) > 0
+        assert (await ask(served, "bob").wait()).status == 200
+        assert (await first.wait()).status == 200
+
+
+async def test_a_busy_key_starves_nobody(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Ten calls of one key wait; the single one of another is the next or the one after."""
+    config = make_config({"up": {"max_connections": 1}}, keys=KEYS)
+    for limits in ({"max_exchanges": 1}, {}):
+        config = make_config(
+            {"up": {"max_connections": 1}}, keys=KEYS, limits={"queue_timeout_s": 1000, "max_queued": 20, **limits}
+        )
+        async with open_app(config, Provider(SLOW)) as served:
+            busy = []
+            for _ in range(10):
+                busy.append(ask(served, "ada"))
+                await wait_all_tasks_blocked()
+            begun = trio.current_time()
+            await ask(served, "bob").wait()
+            assert trio.current_time() - begun <= 30
+            for call in busy:
+                assert (await call.wait()).status == 200
+            served.assert_clean()
+
+
+async def test_a_busy_key_does_not_fill_the_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Another key's call gets the place of its last one, as long as it has fewer; who is sent away is told at once."""
+    config = make_config(keys=KEYS, limits={"max_exchanges": 1, "max_queued": 3, "queue_timeout_s": 60})
+    async with open_app(config, Provider(SLOW)) as served:
+        busy = []
+        for _ in range(4):
+            busy.append(ask(served, "ada"))
+            await wait_all_tasks_blocked()
+        begun = trio.current_time()
+        others = [ask(served, "bob")]
+        sent_away = await busy[3].wait()
+        assert (sent_away.status, sent_away.error["code"], trio.current_time()) == (503, "overloaded", begun)
+        assert "most calls in the queue" in sent_away.error["message"]
+        assert (await ask(served, "bob").wait()).status == 503  # they would change places, and no more
+        for call in (*busy[:3], *others):
+            assert (await call.wait()).status == 200
+        served.assert_clean()
+        assert served.gateway.admission.refused == 2
+
+
+async def test_the_rate_of_a_key(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Three at once, then one each half second; it says exactly when the next one may come."""
+    config = make_config(keys=KEYS, limits={"key_rate_per_s": 2, "key_burst": 3})
+    async with open_app(config, Provider(says("x"))) as served:
+        assert [(await ask(served, "ada").wait()).status for _ in range(4)] == [200, 200, 200, 429]
+        assert (await ask(served, "bob").wait()).status == 200
+        refused = await ask(served, "ada").wait()
+        assert (refused.error["code"], refused.header("retry-after-ms")) == ("rate_limited", "500")
+        await trio.sleep(0.5)
+        assert (await ask(served, "ada").wait()).status == 200
+        assert len(served.providers["up"].calls) == 5
+
+
+async def test_limits_follow_a_reload(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Who waits is let in."""
+    async with open_app(make_config(limits={"max_exchanges": 1}), Provider(SLOW)) as served:
+        begun = trio.current_time()
+        first = ask(served)
+        await wait_all_tasks_blocked()
+        second = ask(served)
+        await wait_all_tasks_blocked()
+        served.gateway.admission.apply(make_config().limits)
+        await first.wait()
+        await second.wait()
+        assert trio.current_time() - begun == pytest.approx(10)
+
+
+async def test_an_event_loop_that_is_late(
+    open_app: OpenApp, autojump_clock: MockClock, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it lags behind, new calls are refused at once; those that run go on; then they are let in again."""
+    async with open_app(
+        make_config(limits={"loop_lag_s": 0.3}), Provider((Say(content("x")), Pause(60), Say(DONE)))
+    ) as (served):
+        door = served.gateway.admission
+        first = ask(served)
+        await first.wait_for(b'"x"')
+        real = trio.sleep_until
+
+        async def late(at: float) -> None:
+            await real(at + 0.5)
+
+        monkeypatch.setattr(admission.trio, "sleep_until", late)
+        await trio.sleep(6)
+        assert door.is_late
+        refused = await ask(served).wait()
+        assert (refused.status, refused.error["code"], refused.header("retry-after-ms")) == (503, "overloaded", "1000")
+        monkeypatch.setattr(admission.trio, "sleep_until", real)
+        await trio.sleep(5)
+        assert not door.is_late
+        assert [entry["late"] for entry in logs.named("event_loop_late")] == [True, False]
+        assert (await first.wait()).body.endswith(DONE)
+
+
+async def test_who_is_let_in_is_served_in_time(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """At three times what can be served: less than twice the time that a call takes without load, for all that are let
+    in; the others are refused at once, and as many are served as can be."""
+    chance = random.Random(20_261_127)
+    took: list[float] = []
+    refused: list[float] = []
+
+    async def one(served: Served) -> None:
+        begun = trio.current_time()
+        call = await ask(served).wait()
+        (took if call.status == 200 else refused).append(trio.current_time() - begun)
+
+    async with (
+        open_app(make_config(limits={"max_exchanges": 20}), Provider(*[(Pause(1), *says("x"))] * 3000)) as served,
+        trio.open_nursery() as clients,
+    ):
+        for _ in range(1200):  # in twenty seconds, in which four hundred can be served
+            clients.start_soon(one, served)
+            await trio.sleep(chance.expovariate(60))
+    assert len(took) + len(refused) == 1200
+    assert max(refused) == 0
+    assert sorted(took)[int(len(took) * 0.99)] < 2
+    assert len(took) > 380

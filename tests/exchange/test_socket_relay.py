@@ -1,0 +1,599 @@
+"""The relay engine on real sockets: what goes in comes out, and of what ends nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import attrs
+import httpx2
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from tests.support.provider import DONE, content, event, usage
+from trigate.concurrency.poller import Poller, open_poller
+from trigate.errors import Garbled, Reported
+from trigate.exchange.socket_relay import Relay, Stream
+from trigate.openai.stream import ENDPOINTS, StreamReader, Usage
+from trigate.upstream.response_parser import Framing
+
+pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
+
+CHAT = ENDPOINTS["/v1/chat/completions"]
+FIRST = content("first")
+COMMENT = b": keep-alive\n"
+HEADS = {
+    "chunked": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+    "close-delimited": b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n",
+    "HTTP/1.0": b"HTTP/1.0 200 OK\r\n\r\n",
+}
+
+
+def public(*events: bytes) -> bytes:
+    """What the client is to have of such events."""
+    return b"".join(events).replace(b'"model":"m"', b'"model":"pub"')
+
+
+@attrs.define(eq=False)
+class Owner:
+    """What an exchange does for the engine, noted."""
+
+    relayed: list[tuple[float, int]] = attrs.field(factory=list)
+    parked: list[float | None] = attrs.field(factory=list)
+    owed: bytes = b""
+
+    def note_relayed(self, now: float, sent_bytes: int) -> None:
+        self.relayed.append((now, sent_bytes))
+
+    def note_parked(self, since: float | None) -> None:
+        self.parked.append(since)
+
+    def owe(self, rest: bytes) -> None:
+        assert not self.owed
+        self.owed = rest
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the engine waits for the client."""
+        return bool(self.parked) and self.parked[-1] is not None
+
+
+@attrs.define(eq=False)
+class Scene:
+    """A stream, its engine, and the two far ends.
+
+    Attributes:
+        provider: The far end of the upstream.
+        client: The far end of the client.
+        near: The ends that the engine has.
+        ended: Set when `Stream.carry` has returned or raised.
+    """
+
+    poller: Poller
+    relay: Relay
+    framing: Framing
+    reader: StreamReader
+    provider: socket.socket
+    client: socket.socket
+    near: tuple[socket.socket, socket.socket]
+    encoding: str
+    chunked: bool
+    stream: Stream
+    nursery: trio.Nursery
+    owner: Owner = attrs.field(factory=Owner)
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    ended: trio.Event = attrs.field(factory=trio.Event)
+    error: Exception | None = None
+    received: bytearray = attrs.field(factory=bytearray)
+
+    async def carry(self) -> None:
+        """Is the exchange's task."""
+        try:
+            with self.scope:
+                await self.stream.carry(self.owner)
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    async def until(self, holds: Callable[[], object]) -> None:
+        """Waits for what the engine's task brings about, and reads nothing."""
+        while not holds():  # noqa: ASYNC110 - it is made by a callback that knows nothing of this task
+            await trio.sleep(0.001)
+
+    def framed(self, data: bytes) -> bytes:
+        """As the provider sends a piece of its body."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.encoding == "chunked" else data
+
+    async def say(self, data: bytes, *, raw: bool = False, step: int | None = None) -> None:
+        """Sends a piece of the provider's body, so many bytes at a time."""
+        wire = data if raw else self.framed(data)
+        for at in range(0, len(wire), step or max(len(wire), 1)):
+            rest = wire[at : at + (step or len(wire))]
+            while rest:
+                try:
+                    rest = rest[self.provider.send(rest) :]
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.provider)
+            if step is not None:
+                await trio.sleep(0)  # noqa: ASYNC115 - as on a network: now and then it is the engine's turn
+
+    async def end(self, how: str = "fin") -> None:
+        """Ends the provider's connection."""
+        if how == "rst":
+            self.provider.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.provider.close()
+        await trio.lowlevel.checkpoint()
+
+    def take(self) -> bytes:
+        """What the client has received so far, and what it can read now."""
+        with contextlib.suppress(BlockingIOError):
+            while data := self.client.recv(2**20):
+                self.received += data
+        return bytes(self.received)
+
+    async def take_until(self, holds: Callable[[], object]) -> bytes:
+        """Reads at the client until something holds."""
+        while not holds():
+            self.take()
+            await trio.sleep(0.001)
+        return self.take()
+
+    async def take_all(self) -> bytes:
+        """What the client has when all that was sent has arrived. Nothing can be sent afterwards."""
+        self.near[1].shutdown(socket.SHUT_WR)
+        while True:
+            try:
+                if not (data := self.client.recv(2**20)):
+                    return bytes(self.received)
+                self.received += data
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.client)
+
+    def body(self, wire: bytes) -> bytes:
+        """The client's body out of its wire, which must be whole frames."""
+        if not self.chunked:
+            return wire
+        found = b""
+        while wire:
+            size, _, wire = wire.partition(b"\r\n")
+            length = int(size, 16)
+            assert wire[length : length + 2] == b"\r\n", "half a chunk"
+            found += wire[:length]
+            wire = wire[length + 2 :]
+        return found
+
+    def assert_empty(self) -> None:
+        """The engine knows nothing of it any more, and the sockets are still the exchange's."""
+        assert self.relay.streams == 0
+        assert len(self.poller) == 0
+        assert all(each.fileno() >= 0 for each in self.near)
+        assert not self.owner.is_parked
+
+
+def _tcp_pair(buffer_bytes: int | None) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection, whose kernel holds about so much in each direction."""
+    with socket.socket() as listener, contextlib.ExitStack() as opened:
+        far = opened.enter_context(socket.socket())
+        for each in (listener, far):
+            if buffer_bytes is not None:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        far.connect(listener.getsockname())
+        near, _ = listener.accept()
+        opened.pop_all()
+    for each in (near, far):
+        each.setblocking(False)
+        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
+@contextlib.asynccontextmanager
+async def open_scene(
+    encoding: str = "chunked", *, chunked: bool = True, buffer_bytes: int | None = None, start: bool = True
+) -> AsyncIterator[Scene]:
+    """A stream that has said its first content, and whose exchange has just begun to sleep."""
+    async with open_poller() as poller, trio.open_nursery() as nursery:
+        assert poller is not None
+        upstream, provider = _tcp_pair(buffer_bytes if start else None)
+        downstream, client = _tcp_pair(buffer_bytes)
+        framing = Framing()
+        framing.feed(HEADS[encoding])
+        reader = StreamReader(CHAT, model="pub", upstream="up")
+        assert reader.feed(FIRST) == public(FIRST)
+        relay = Relay(poller)
+        stream = relay.stream(framing, upstream, downstream, chunked=chunked, reader=reader)
+        scene = Scene(
+            poller, relay, framing, reader, provider, client, (upstream, downstream), encoding, chunked, stream, nursery
+        )
+        with trio.fail_after(10), contextlib.ExitStack() as sockets:
+            for each in (upstream, provider, downstream, client):
+                sockets.enter_context(each)
+            if start:
+                nursery.start_soon(scene.carry)
+                await scene.until(lambda: relay.streams)
+            try:
+                yield scene
+            finally:
+                scene.scope.cancel()
+            await scene.ended.wait()
+            scene.assert_empty()
+            nursery.cancel_scope.cancel()
+
+
+EVENTS = (content("a"), content("Grüße \u2028🌍"), b": ping\n\n", content("x" * 300), usage(7, 11), DONE)
+
+
+def whole(pieces: Iterable[bytes]) -> bytes:
+    """What the client is to have of `EVENTS`: no comments of the upstream."""
+    return public(*(piece for piece in pieces if not piece.startswith(b":")))
+
+
+# -- whole streams ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
+@pytest.mark.parametrize("encoding", HEADS)
+@pytest.mark.parametrize("step", [None, 7], ids=["event by event", "by 7 bytes"])
+async def test_a_whole_stream(encoding: str, chunked: bool, step: int | None) -> None:
+    """Whatever the framing on either side and however it arrives: byte for byte what the provider said, under the
+    public id, in whole frames; usage is seen, and the exchange wakes at the last event."""
+    async with open_scene(encoding, chunked=chunked) as scene:
+        for piece in EVENTS:
+            await scene.say(piece, step=step)
+            await trio.sleep(0)  # noqa: ASYNC115 - as in `say`
+        await scene.ended.wait()
+        assert scene.body(await scene.take_all()) == whole(EVENTS)
+        assert scene.reader.complete
+        assert scene.reader.usage == Usage(prompt_tokens=7, completion_tokens=11)
+        assert scene.reader.events == 7
+        assert scene.stream.failure is None
+        assert scene.error is None
+        assert scene.owner.owed == b""
+        assert scene.owner.parked == []
+        assert sum(sent for _, sent in scene.owner.relayed) == len(whole(EVENTS))
+
+
+async def test_what_arrived_together_leaves_together() -> None:
+    """Several events, and the end of the framing behind the last one, in one piece: one frame."""
+    async with open_scene() as scene:
+        await scene.say(b"".join(map(scene.framed, (content("a"), content("b"), DONE))) + b"0\r\n\r\n", raw=True)
+        await scene.ended.wait()
+        data = public(content("a"), content("b"), DONE)
+        assert await scene.take_all() == b"%x\r\n%b\r\n" % (len(data), data)
+        assert scene.framing.complete
+        assert scene.framing.keep_alive, "its connection can serve the next call"
+
+
+async def test_many_streams_at_once() -> None:
+    """Fifty streams of one engine do not mix, and each ends by itself."""
+    async with contextlib.AsyncExitStack() as stack:
+        scenes = [await stack.enter_async_context(open_scene(chunked=bool(n % 2))) for n in range(20)]
+        for number in range(10):
+            for n, scene in enumerate(scenes):
+                await scene.say(content(f"{n}:{number}"))
+        for n, scene in enumerate(scenes):
+            await scene.say(DONE)
+            await scene.ended.wait()
+            assert scene.body(await scene.take_all()) == public(
+                *(content(f"{n}:{number}") for number in range(10)), DONE
+            )
+
+
+# -- streams that break -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "rest", "how", "failure"),
+    [
+        ("chunked", b"", "fin", httpx2.RemoteProtocolError),
+        ("chunked", b"40\r\ndata: {", "fin", httpx2.RemoteProtocolError),
+        ("chunked", b"", "rst", httpx2.ReadError),
+        ("chunked", b"40\r\ndata: {", "rst", httpx2.ReadError),
+        ("chunked", b"what is this\r\n", "fin", httpx2.RemoteProtocolError),
+        ("chunked", b"0\r\n\r\n", "fin", None),
+        ("close-delimited", b"", "fin", None),
+        ("close-delimited", b"data: {", "fin", None),
+        ("close-delimited", b"", "rst", httpx2.ReadError),
+        ("HTTP/1.0", b"", "fin", None),
+    ],
+)
+async def test_a_stream_that_breaks(
+    encoding: str, rest: bytes, how: str, failure: type[httpx2.TransportError] | None
+) -> None:
+    """The client has every whole event that came, and not a byte more; the exchange is woken, and told how it broke.
+    Where the framing had its proper end, that the stream is not complete is for the exchange to say."""
+    async with open_scene(encoding) as scene:
+        await scene.say(content("a"))
+        await scene.until(lambda: scene.owner.relayed)
+        await scene.say(rest, raw=True)
+        await trio.sleep(0.002)
+        await scene.end(how)
+        await scene.ended.wait()
+        assert scene.body(await scene.take_all()) == public(content("a"))
+        assert not scene.reader.complete
+        assert scene.error is None
+        if failure is None:
+            assert scene.stream.failure is None
+            assert scene.framing.complete
+            assert scene.reader.feed_end() == b""
+            assert scene.reader.error is not None
+        else:
+            assert isinstance(scene.stream.failure, failure)
+
+
+async def test_a_fault_behind_the_last_event_takes_nothing_away() -> None:
+    """What came before something that is no chunk, in the same piece, goes out; a complete stream is complete."""
+    async with open_scene() as scene:
+        await scene.say(scene.framed(content("a")) + scene.framed(DONE) + b"nonsense\r\n", raw=True)
+        await scene.ended.wait()
+        assert scene.body(await scene.take_all()) == public(content("a"), DONE)
+        assert scene.reader.complete
+
+
+async def test_an_error_event_ends_the_stream() -> None:
+    """The events before it go out, also those in the same piece; the error is for the exchange to tell."""
+    async with open_scene() as scene:
+        await scene.say(content("a") + event({"error": {"message": "m"}}) + content("b"))
+        await scene.ended.wait()
+        assert scene.body(await scene.take_all()) == public(content("a"))
+        assert isinstance(scene.reader.error, Reported)
+
+
+async def test_an_event_beyond_the_bound_ends_the_stream() -> None:
+    """It is not held any longer than that: the exchange is woken with the reader's error."""
+    async with open_scene() as scene:
+        scene.reader._splitter._max = 1000
+        await scene.say(content("a") + b"data: " + b"x" * 2000)
+        await scene.ended.wait()
+        assert scene.body(await scene.take_all()) == public(content("a"))
+        assert isinstance(scene.reader.error, Garbled)
+
+
+async def test_a_defect_is_the_exchange_s_affair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader should not raise is raised in its exchange; the engine goes on, and has forgotten the stream."""
+
+    def crash(self: object, piece: bytes) -> bytes:
+        raise ZeroDivisionError("in a reader")
+
+    async with open_scene() as scene, open_scene() as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamReader, "feed", crash)
+            await scene.say(content("a"))
+            await scene.ended.wait()
+        assert isinstance(scene.error, ZeroDivisionError)
+        scene.assert_empty()
+        await other.say(DONE)
+        await other.ended.wait()
+        assert other.reader.complete
+
+
+# -- a client that does not read --------------------------------------------------------------------------------------
+
+
+async def _park(scene: Scene, *, size: int = 4000) -> tuple[list[bytes], trio.CancelScope]:
+    """Has the provider say events until the client's socket is full; the provider's task goes on in the nursery."""
+    said: list[bytes] = []
+    scope = trio.CancelScope()
+
+    async def talk() -> None:
+        with scope:
+            while True:
+                said.append(content(f"{len(said)}:" + "x" * size))
+                await scene.say(said[-1])
+                await trio.sleep(0)  # noqa: ASYNC115 - as in `say`
+
+    scene.nursery.start_soon(talk)
+    await scene.until(lambda: scene.owner.is_parked)
+    return said, scope
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
+async def test_a_client_that_does_not_read_parks_the_stream(chunked: bool) -> None:
+    """The upstream is not read meanwhile, so its provider is held up, and what is held is one piece; when the client
+    reads on, so does the engine, and not a byte is lost, doubled or out of order."""
+    async with open_scene(chunked=chunked, buffer_bytes=8192) as scene:
+        said, talking = await _park(scene)
+        relayed = len(scene.owner.relayed)
+        assert len(scene.poller) == 1
+        await wait_all_tasks_blocked(0.02)  # the provider too
+        assert scene.owner.is_parked
+        assert len(scene.owner.relayed) == relayed
+        assert len(scene.owner.parked) == 1
+        assert len(scene.stream._rest) <= 64 * 1024 + 16
+        count = len(said)
+        await scene.take_until(lambda: len(said) > count + 20)
+        talking.cancel()
+        await scene.take_until(lambda: not scene.owner.is_parked)
+        scene.scope.cancel()
+        assert set(map(type, scene.owner.parked[::2])) == {float}
+        assert set(scene.owner.parked[1::2]) == {None}, "in turns"
+        body = scene.body(await scene.take_all())
+        assert body == public(*said)[: len(body)]
+        assert len(body) > 20 * 4000
+
+
+async def test_a_slow_client_has_every_byte() -> None:
+    """A stream many times larger than all buffers, read in small sips: complete and byte for byte."""
+    async with open_scene(buffer_bytes=8192) as scene:
+        events = [content(f"{n}:" + "y" * 2000) for n in range(200)]
+
+        async def talk() -> None:
+            for each in (*events, DONE):
+                await scene.say(each)
+
+        scene.nursery.start_soon(talk)
+        await scene.until(lambda: scene.owner.is_parked)
+        while not scene.ended.is_set():
+            with contextlib.suppress(BlockingIOError):
+                scene.received += scene.client.recv(1500)
+            await trio.sleep(0)  # noqa: ASYNC115 - as in `say`
+        assert scene.body(await scene.take_all() + scene.owner.owed) == public(*events, DONE)
+        assert scene.reader.complete
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
+async def test_the_last_frame_may_not_fit(chunked: bool) -> None:
+    """A stream that ends in a frame that the client does not take: the exchange is woken at once, and owes the rest."""
+    async with open_scene(chunked=chunked, buffer_bytes=8192, start=False) as scene:
+        last = content("z" * 50_000) + DONE
+        await scene.say(last)
+        await scene.carry()
+        assert scene.reader.complete
+        assert scene.owner.owed
+        assert scene.owner.parked == []
+        assert scene.near[1].fileno() >= 0
+        assert scene.body(await scene.take_all() + scene.owner.owed) == public(last)
+
+
+@pytest.mark.parametrize("sipped", [0, 1, 5, 3000, 20_000])
+async def test_a_cancellation_while_parked_owes_the_rest(sipped: int) -> None:
+    """The frame that was begun is its owner's to finish: what the client has, and what is owed, are whole frames."""
+    async with open_scene(buffer_bytes=8192) as scene:
+        said, talking = await _park(scene)
+        while len(scene.received) < sipped:
+            with contextlib.suppress(BlockingIOError):
+                scene.received += scene.client.recv(sipped - len(scene.received))
+            await trio.sleep(0.001)
+        await scene.until(lambda: scene.owner.is_parked)
+        talking.cancel()
+        scene.scope.cancel()
+        scene.assert_empty()  # in the same moment
+        await scene.ended.wait()
+        assert scene.owner.owed
+        body = scene.body(await scene.take_all() + scene.owner.owed)
+        assert body == public(*said)[: len(body)]
+        assert body.endswith(b"\n\n")
+
+
+# -- cancellation and the client's end --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", range(8))
+async def test_a_cancellation_between_two_pieces(pieces: int) -> None:
+    """After however many pieces, in the middle of events or between them: both sockets are the exchange's at once,
+    the client has whole frames, and what the provider says later is not taken."""
+    async with open_scene() as scene:
+        wire = b"".join(map(scene.framed, (content("a"), content("b"), content("c"))))
+        step = len(wire) // 8
+        for n in range(pieces):
+            await scene.say(wire[n * step : (n + 1) * step], raw=True)
+            await scene.until(lambda n=n: len(scene.owner.relayed) == n + 1)
+        scene.scope.cancel()
+        scene.assert_empty()
+        await scene.say(wire[pieces * step :], raw=True)
+        await scene.ended.wait()
+        assert len(scene.owner.relayed) == pieces
+        body = scene.body(await scene.take_all())
+        assert body in [public(*(content("a"), content("b"))[:n]) for n in range(3)]
+        assert scene.owner.owed == b""
+        assert scene.near[0].recv(2**16) == wire[pieces * step :], "it is still to be read"
+
+
+async def test_a_cancellation_before_it_begins() -> None:
+    """An exchange that is cancelled already never sleeps, and nothing is read."""
+    async with open_scene(start=False) as scene:
+        await scene.say(content("a"))
+        scene.scope.cancel()
+        await scene.carry()
+        assert scene.owner.relayed == []
+        scene.assert_empty()
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@pytest.mark.parametrize("parked", [False, True], ids=["reading", "parked"])
+async def test_a_client_that_is_gone_raises_nothing(how: str, parked: bool) -> None:
+    """Who watches the client cancels; until then the engine only finds that nobody takes the frames."""
+    async with open_scene(buffer_bytes=8192) as scene:
+        if parked:
+            _, talking = await _park(scene)
+            talking.cancel()
+        if how == "rst":
+            scene.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        scene.client.close()
+        await scene.until(lambda: not scene.owner.is_parked)
+        if not parked:
+            for _ in range(5):
+                await scene.say(content("into the void"))
+                await trio.sleep(0.002)
+            assert scene.owner.relayed
+        assert not scene.ended.is_set()
+        assert scene.relay.streams == 1
+        scene.scope.cancel()
+        await scene.ended.wait()
+        assert scene.error is None
+        assert scene.owner.owed == b""
+
+
+# -- what the gateway says in between ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
+async def test_a_comment_between_two_events(chunked: bool) -> None:
+    """It is a frame of its own, also while an event has only come in part."""
+    async with open_scene(chunked=chunked) as scene:
+        wire = scene.framed(content("a")) + scene.framed(content("b"))
+        scene.stream.inject(COMMENT)
+        await scene.say(wire[:-30], raw=True)
+        await scene.until(lambda: scene.owner.relayed)
+        scene.stream.inject(COMMENT)
+        await scene.say(wire[-30:] + scene.framed(DONE), raw=True)
+        await scene.ended.wait()
+        assert scene.body(await scene.take_all()) == public(COMMENT, content("a"), COMMENT, content("b"), DONE)
+
+
+async def test_a_comment_is_not_said_to_a_client_that_does_not_read() -> None:
+    """While a frame waits, nothing is put behind it: it would wait too, and pile up."""
+    async with open_scene(buffer_bytes=8192) as scene:
+        said, talking = await _park(scene)
+        rest = scene.stream._rest
+        for _ in range(1000):
+            scene.stream.inject(COMMENT)
+        assert scene.stream._rest == rest
+        talking.cancel()
+        await scene.take_until(lambda: not scene.owner.is_parked)
+        assert COMMENT not in scene.take()
+        assert said
+
+
+async def test_a_comment_that_goes_out_partly_parks_the_stream() -> None:
+    """Its rest goes out before the next event, and the bytes are those of whole frames in their order."""
+    async with open_scene(buffer_bytes=8192) as scene:
+        comment = b": " + b"k" * 5000 + b"\n"
+        count = 0
+        while not scene.owner.is_parked:
+            scene.stream.inject(comment)
+            count += 1
+        assert 0 < len(scene.stream._rest) < len(comment) + 16
+        assert len(scene.poller) == 1
+        await scene.say(content("a") + DONE)
+        await scene.take_until(scene.ended.is_set)
+        assert scene.body(await scene.take_all() + scene.owner.owed) == comment * count + public(content("a"), DONE)
+        assert scene.owner.parked == [scene.owner.parked[0], None]
+
+
+async def test_a_cancellation_owes_the_rest_of_a_comment() -> None:
+    """Parked by a comment, cancelled: its rest is owed like that of any frame."""
+    async with open_scene(buffer_bytes=8192) as scene:
+        comment = b": " + b"k" * 5000 + b"\n"
+        count = 0
+        while not scene.owner.is_parked:
+            scene.stream.inject(comment)
+            count += 1
+        scene.scope.cancel()
+        scene.assert_empty()
+        assert scene.owner.owed
+        assert scene.body(await scene.take_all() + scene.owner.owed) == comment * count
+
+
+def test_a_relay_says_how_many_streams_it_has() -> None:
+    """Its repr shows the count that assertions and people look for."""
+    poller: Any = None
+    assert repr(Relay(poller)) == "<Relay of 0 streams>"

@@ -1,0 +1,303 @@
+"""The ledger: one record for each exchange, whatever happened to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.conftest import Served, make_config
+from tests.support.asgi_client import chat
+from tests.support.processes import run_gateway
+from tests.support.provider import DONE, Pause, Provider, Say, Stall, answers, content, says
+from trigate.ledger import ledger as accounts
+from trigate.store.memory import MemoryStore
+
+OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}\n\n'
+
+
+async def listed(served: Served, query: str = "", **headers: str) -> Any:  # Any: JSON
+    """What ``GET /status/ledger`` says."""
+    return (await served.client.ask("GET", f"/status/ledger{query}", headers=headers)).json
+
+
+async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Who asked for what, when, what became of it, at which target, and what it cost."""
+    provider = Provider((Say(content("a")), Say(content("b")), Say(USAGE), Say(DONE)))
+    async with open_app(make_config(), provider) as served:
+        await served.client.start("POST", "/v1/chat/completions", chat(), headers={"x-request-id": "mine"}).wait()
+        body = await listed(served)
+        [record] = body["data"]
+        assert record.pop("id").startswith("ex_")
+        assert len(record.pop("worker")) == 12
+        started_at, ended_at = record.pop("started_at"), record.pop("ended_at")
+        assert started_at <= ended_at
+        assert started_at.endswith("+00:00")
+        [attempt] = record.pop("attempts")
+        assert (attempt["target"], attempt["why"], attempt["outcome"]) == ("up/m", "first", "complete")
+        for measured in ("duration_s", "first_content_s"):
+            assert record.pop(measured) >= 0
+        assert record.pop("bytes") > 100
+        assert record == {
+            "request_id": "mine",
+            "owner": "",
+            "endpoint": "/chat/completions",
+            "model": "up/m",
+            "stream": True,
+            "outcome": "complete",
+            "status": 200,
+            "target": "up/m",
+            "prompt_tokens": 7,
+            "completion_tokens": 2,
+            "counted": False,
+            "events": 5,
+        }
+        assert body["has_more"] is False
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (answers(b'{"error":{"message":"no"}}', status=400), ("upstream_rejected", 400, 0, None)),
+        ((Say(content("a")),), ("upstream_truncated", 502, 1, 1)),
+        (says("a", "b"), ("complete", 200, 5, 5)),
+    ],
+    ids=["refused", "truncated", "no usage"],
+)
+async def test_what_became_of_it(
+    open_app: OpenApp, autojump_clock: MockClock, script: Any, expected: tuple[Any, ...]
+) -> None:
+    """The outcome, the status, and tokens: counted, where no upstream has reported them, and something has come."""
+    async with open_app(make_config(), Provider(script)) as served:
+        await served.client.chat().wait()
+        [record] = (await listed(served))["data"]
+        assert (record["outcome"], record["status"], record["events"], record["completion_tokens"]) == expected
+        assert record["counted"] == (record["prompt_tokens"] is not None) == (expected[3] is not None)
+
+
+async def test_one_whose_client_left(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is cancelled, with what it had got; nobody was given a status."""
+    async with open_app(make_config(), Provider((Say(content("a")), Stall()))) as served:
+        call = served.client.chat()
+        await call.wait_for(b'"a"')
+        call.disconnect()
+        await call.wait()
+        [record] = (await listed(served))["data"]
+        assert (record["outcome"], record["status"], record["completion_tokens"]) == ("cancelled", None, 1)
+
+
+async def test_one_who_left_and_whose_answer_was_taken_on(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Whatever becomes of the answer, it was nobody's: there is no status."""
+    model = {"targets": ["up/m"], "on_disconnect": "finish", "finish_timeout_s": 10}
+    scripts = (Say(content("a")), Pause(5), Say(content("b")), Say(DONE)), (Say(content("a")), Stall())
+    async with open_app(make_config(models={"m": model}), Provider(*scripts)) as served:
+        for _ in scripts:
+            call = served.client.chat(model="m")
+            await call.wait_for(b'"a"')
+            call.disconnect()
+            await call.wait()
+        records = (await listed(served))["data"]
+        assert [(each["outcome"], each["status"]) for each in records] == [("cancelled", None), ("finished", None)]
+
+
+async def test_those_who_are_refused_have_records(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A model that there is not, a gateway that is full."""
+    config = make_config(limits={"max_exchanges": 1, "max_queued": 0})
+    async with open_app(config, Provider((Say(content("a")), Stall()))) as served:
+        await served.client.chat(model="nobody/knows").wait()
+        first = served.client.chat()
+        await first.wait_for(b'"a"')
+        await served.client.chat().wait()
+        records = (await listed(served))["data"]
+        assert [(each["outcome"], each["status"]) for each in records] == [
+            ("overloaded", 503),
+            ("model_not_found", 404),
+        ]
+
+
+async def test_a_key_sees_its_own(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Pages of it, and by outcome; bad numbers are a 400."""
+    config = make_config(keys={"a": "key-of-a", "b": "key-of-b"})
+    async with open_app(config, Provider(*[says("a")] * 3)) as served:
+        for key, model in (("a", "up/m"), ("b", "up/m"), ("a", "up/m"), ("a", "no/model")):
+            headers = {"authorization": f"Bearer key-of-{key}"}
+            await served.client.start("POST", "/v1/chat/completions", chat(model=model), headers=headers).wait()
+        mine = await listed(served, authorization="Bearer key-of-a")
+        assert [(each["owner"], each["outcome"]) for each in mine["data"]] == [
+            ("a", "model_not_found"),
+            ("a", "complete"),
+            ("a", "complete"),
+        ]
+        page = await listed(served, f"?limit=1&after={mine['data'][0]['id']}", authorization="Bearer key-of-a")
+        assert (page["data"], page["has_more"]) == ([mine["data"][1]], True)
+        lost = await listed(served, "?outcome=model_not_found", authorization="Bearer key-of-a")
+        assert lost["data"] == mine["data"][:1]
+        bad = await listed(served, "?limit=0", authorization="Bearer key-of-a")
+        assert bad["error"]["param"] == "limit"
+
+
+async def test_switched_off(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """No record, and ``/status`` says so."""
+    async with open_app(make_config(ledger={"enabled": False}), Provider(says("a"))) as served:
+        await served.client.chat().wait()
+        assert (await listed(served))["data"] == []
+        status = (await served.client.ask("GET", "/status")).json
+        assert status["ledger"] == {"state": "off", "begun": 0, "settled": 0, "lost": 0, "dropped": 0, "error": None}
+
+
+async def test_a_store_that_fails_delays_nobody(
+    open_app: OpenApp, autojump_clock: MockClock, logs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records wait; those that there is no room for, here or in a journal, are counted, and said."""
+    logs.expect_error("records_dropped")
+    monkeypatch.setattr(accounts, "MAX_WAITING", 2)
+    async with open_app(make_config(), Provider(*[says("a")] * 3)) as served:
+        store = served.gateway.store
+        assert isinstance(store, MemoryStore)
+        store.failure = "full"
+        for _ in range(3):
+            await served.client.chat().wait()
+        await trio.sleep(10)
+        assert len(logs.named("ledger_waits")) == 1
+        assert (await listed(served))["error"]["code"] == "store_unavailable"
+        store.failure = None
+        assert len((await listed(served))["data"]) == 2
+        status = (await served.client.ask("GET", "/status")).json
+        assert (status["ledger"]["settled"], status["ledger"]["dropped"]) == (3, 1)
+
+
+async def test_what_there_is_no_room_for_is_in_the_journal(
+    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is read from there."""
+    monkeypatch.setattr(accounts, "MAX_WAITING", 2)
+    async with open_app(make_config(), Provider(*[says("a")] * 9), store=tmp_path / "a.db") as served:
+        for _ in range(9):
+            await served.client.chat().wait()
+        assert len((await listed(served))["data"]) == 9
+        assert (await served.client.ask("GET", "/status")).json["ledger"]["dropped"] == 0
+
+
+async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Path, logs: Any) -> None:
+    """Calls are served; it is said once, and again when it can be written. Its records wait in memory meanwhile."""
+    logs.expect_error("ledger_degraded")
+    blocked = tmp_path / "room"
+    blocked.write_text("not a directory")
+    async with open_app(make_config(), Provider(*[says("a")] * 3), store=blocked / "a.db") as served:
+        for _ in range(2):
+            assert (await served.client.chat().wait()).status == 200
+        ledger = (await served.client.ask("GET", "/status")).json["ledger"]
+        assert (ledger["state"], ledger["settled"]) == ("degraded", 2)
+        assert str(blocked) in ledger["error"]
+        assert len(logs.named("ledger_degraded")) == 1
+        blocked.unlink()
+        served.gateway.accounts._retry_at = 0.0
+        await served.client.chat().wait()
+        assert len(logs.named("ledger_restored")) == 1
+        with trio.fail_after(5):
+            while (found := await listed(served)).get("error"):  # noqa: ASYNC110 - the store opens again by itself
+                await trio.sleep(0.1)
+        assert len(found["data"]) == 3
+    assert [path.name for path in blocked.glob("*-exchanges-*")] == []
+
+
+async def test_long_journals_are_replaced(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is live goes on in the next one, and is settled there."""
+    monkeypatch.setattr(accounts, "TURN_BYTES", 1)
+    provider = Provider((Say(content("a")), Stall()), says("b"))
+    async with open_app(make_config(), provider, store=tmp_path / "a.db") as served:
+        call = served.client.chat()
+        await call.wait_for(b'"a"')
+        await served.client.chat().wait()
+        assert [each["outcome"] for each in (await listed(served))["data"]] == ["complete"]
+        [journal] = tmp_path.glob("*-exchanges-*")  # noqa: ASYNC240
+        assert journal.suffix == ".1"
+        assert journal.read_bytes().count(b"\n") == 1
+        call.disconnect()
+        await call.wait()
+        assert [each["outcome"] for each in (await listed(served))["data"]] == ["cancelled", "complete"]
+
+
+def _rows(path: Path) -> list[tuple[str, str, str | None]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return list(db.execute("SELECT request_id, outcome, ended_at FROM exchanges ORDER BY request_id"))
+
+
+@pytest.mark.slow
+def test_killed(tmp_path: Path) -> None:
+    """After SIGKILL the next process finds what had ended as it ended, and what had not as lost; each once."""
+    store = tmp_path / "a.db"
+    config = """
+        [upstreams.slow]
+        kind = "echo"
+        words_per_s = 5
+    """
+    body = {"model": "slow/echo", "messages": [{"role": "user", "content": "one two three " * 20}]}
+    env = {"TRIGATE_STORE": str(store)}
+    with run_gateway(config, tmp_path, env=env) as gateway, httpx2.Client(base_url=gateway.url) as client:
+        quick = {**body, "messages": [{"role": "user", "content": "a"}]}
+        for number in range(20):
+            client.post("/v1/chat/completions", json=quick, headers={"x-request-id": f"a{number:02}"})
+        long = {**body, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=long, headers={"x-request-id": "b"}) as stream:
+            pieces = stream.iter_bytes()
+            next(pieces)
+            os.killpg(gateway.process.pid, signal.SIGKILL)
+            gateway.process.wait()
+    with run_gateway(config, tmp_path, env=env) as gateway, httpx2.Client(base_url=gateway.url) as client:
+        give_up_at = time.monotonic() + 10
+        while len(rows := client.get("/status/ledger").json()["data"]) < 21 and time.monotonic() < give_up_at:
+            time.sleep(0.05)
+        assert sorted((each["request_id"], each["outcome"]) for each in rows) == [
+            *((f"a{number:02}", "complete") for number in range(20)),
+            ("b", "lost"),
+        ]
+        assert "exchanges_lost" in gateway.log()
+        assert client.get("/status").json()["ledger"]["lost"] == 1
+        gateway.stop()
+    assert len(_rows(store)) == 21
+    assert list(tmp_path.glob("*-exchanges-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal(tmp_path: Path, workers: int) -> None:
+    """Streams end at once, and nothing is lost: clients are told, and it is known what became of their calls."""
+    store = tmp_path / "a.db"
+    config = f"""
+        [server]
+        workers = {workers}
+        [upstreams.slow]
+        kind = "echo"
+        words_per_s = 5
+    """
+    body = {"model": "slow/echo", "stream": True, "messages": [{"role": "user", "content": "one two three " * 50}]}
+    with run_gateway(config, tmp_path, env={"TRIGATE_STORE": str(store)}) as gateway:
+        with (
+            httpx2.Client(base_url=gateway.url) as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as stream,
+        ):
+            pieces = stream.iter_text()
+            next(pieces)
+            gateway.process.terminate()
+            give_up_at = time.monotonic() + 10
+            while gateway.log().count("draining") < workers and time.monotonic() < give_up_at:
+                time.sleep(0.05)
+            gateway.process.terminate()
+            assert '"code":"draining"' in "".join(pieces)
+        assert gateway.process.wait(10) == 1
+    [row] = _rows(store)
+    assert "draining" in row
+    assert list(tmp_path.glob("*-exchanges-*")) == []

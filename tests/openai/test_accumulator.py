@@ -1,0 +1,218 @@
+"""An answer is put together from its events as the SDKs do it; what must not come back to a provider is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.provider import DONE, chunk, completion, content, event, role, usage
+from trigate.openai.accumulator import AnswerRecord
+
+
+def heard(*frames: bytes) -> AnswerRecord:
+    """A record that has heard these."""
+    answer = AnswerRecord()
+    for each in frames:
+        answer.hear(each)
+    return answer
+
+
+def said(answer: AnswerRecord) -> Any:  # Any: JSON
+    """Its message, decoded."""
+    return msgspec.json.decode(answer.message())
+
+
+def tool_call(index: int | None, **fields: Any) -> bytes:  # Any: JSON
+    """An event with a piece of a tool call."""
+    name, arguments = fields.pop("name", None), fields.pop("arguments", None)
+    function = {key: value for key, value in {"name": name, "arguments": arguments}.items() if value is not None}
+    return chunk({"tool_calls": [{**({} if index is None else {"index": index}), **fields, "function": function}]})
+
+
+WEATHER = (
+    role(),
+    tool_call(0, id="call_a", type="function", name="weather", arguments=""),
+    tool_call(0, arguments='{"city":'),
+    tool_call(1, id="call_b", type="function", name="time", arguments=""),
+    tool_call(0, arguments='"Bern"}'),
+    tool_call(1, arguments="{}"),
+)
+CALLS = [
+    {"id": "call_a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bern"}'}},
+    {"id": "call_b", "type": "function", "function": {"name": "time", "arguments": "{}"}},
+]
+
+
+def test_text() -> None:
+    """The pieces of the content are added up; a role, a usage event and ``[DONE]`` add nothing."""
+    answer = heard(role(), content("Hel"), content("lo"), chunk({}, finish_reason="stop"), usage(3, 2), DONE)
+    assert answer.text == "Hello"
+    assert answer.finish_reason == "stop"
+    assert answer.has_content
+    assert not answer.is_cut
+    assert not answer.has_tool_calls
+    assert answer.message() == b'{"role":"assistant","content":"Hello"}'
+
+
+def test_frames_with_several_events() -> None:
+    """Events that come together, with comments between them and other line ends, are taken apart."""
+    frames = content("a") + b": keep-alive\n" + content("b").replace(b"\n", b"\r\n") + b": x\n\n" + content("c") + DONE
+    assert heard(frames).text == "abc"
+
+
+def test_nothing_yet() -> None:
+    """Before the first content there is nothing to keep, and a message can be made nevertheless."""
+    answer = heard(role(), b": keep-alive\n")
+    assert not answer.has_content
+    assert answer.is_cut
+    assert answer.text == ""
+    assert said(answer) == {"role": "assistant", "content": ""}
+
+
+def test_an_error_event_adds_nothing() -> None:
+    """The text before it stays, and the answer is cut."""
+    answer = heard(content("a"), event({"error": {"message": "m", "type": "upstream_error"}}))
+    assert answer.is_cut
+    assert said(answer) == {"role": "assistant", "content": "a"}
+
+
+def test_reasoning_is_not_kept() -> None:
+    """Providers refuse it when it comes back; a field that nobody knows is not kept either."""
+    answer = heard(chunk({"reasoning_content": "hm", "x_new": [1]}), content("a"), DONE)
+    assert said(answer) == {"role": "assistant", "content": "a"}
+    assert not heard(chunk({"reasoning_content": "hm"})).has_content
+
+
+def test_a_refusal() -> None:
+    """It is kept beside the content, which is null."""
+    answer = heard(chunk({"refusal": "I can"}), chunk({"refusal": "not."}), chunk({}, finish_reason="stop"), DONE)
+    assert answer.has_content
+    assert said(answer) == {"role": "assistant", "content": None, "refusal": "I cannot."}
+
+
+def test_tool_calls_are_merged_by_index() -> None:
+    """Arguments are added up for each call, however the pieces of several are mixed."""
+    answer = heard(*WEATHER, chunk({}, finish_reason="tool_calls"), DONE)
+    assert answer.has_tool_calls
+    assert answer.has_content
+    assert said(answer) == {"role": "assistant", "content": None, "tool_calls": CALLS}
+
+
+def test_tool_calls_of_a_cut_answer_are_left_out() -> None:
+    """Their arguments may be half; the text stays. A ``finish_reason`` alone does not make the answer complete."""
+    for end in ((), (chunk({}, finish_reason="tool_calls"),)):
+        answer = heard(*WEATHER, *end)
+        assert answer.has_tool_calls
+        assert not answer.has_content
+        assert said(heard(content("Let me see."), *WEATHER, *end)) == {"role": "assistant", "content": "Let me see."}
+
+
+def test_ids_and_names_that_are_repeated() -> None:
+    """Some providers send them with each piece: they are not added up."""
+    answer = heard(
+        tool_call(0, id="call_a", name="f", arguments="{"), tool_call(0, id="call_a", name="f", arguments="}"), DONE
+    )
+    assert said(answer)["tool_calls"] == [
+        {"type": "function", "id": "call_a", "function": {"name": "f", "arguments": "{}"}}
+    ]
+
+
+def test_tool_calls_without_an_index() -> None:
+    """An id begins the next call; what has none goes on with the last one."""
+    answer = heard(
+        tool_call(None, id="call_a", type="function", name="f", arguments="{"),
+        tool_call(None, arguments="}"),
+        tool_call(None, id="call_b", type="function", name="g", arguments="{}"),
+        DONE,
+    )
+    assert [(each["id"], each["function"]["arguments"]) for each in said(answer)["tool_calls"]] == [
+        ("call_a", "{}"),
+        ("call_b", "{}"),
+    ]
+
+
+def test_what_a_provider_adds_to_a_call() -> None:
+    """It is kept: a provider that signs its calls wants the signature back."""
+    extra = {"google": {"thought_signature": "c2ln"}}
+    answer = heard(tool_call(0, id="a", type="function", name="f", arguments="{}", extra_content=extra), DONE)
+    assert said(answer)["tool_calls"][0]["extra_content"] == extra
+
+
+def test_a_function_call() -> None:
+    """The older way to ask for a tool is merged as well."""
+    answer = heard(
+        chunk({"function_call": {"name": "f", "arguments": "{"}}), chunk({"function_call": {"arguments": "}"}}), DONE
+    )
+    assert answer.has_content
+    assert said(answer) == {
+        "role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"},
+    }  # fmt: skip
+
+
+def test_only_the_first_choice() -> None:
+    """Others are passed over, whatever their order."""
+    both = [{"index": 1, "delta": {"content": "no"}}, {"index": 0, "delta": {"content": "yes"}}]
+    assert heard(event({"choices": both}), event({"choices": both[:1]})).text == "yes"
+
+
+def test_content_in_parts() -> None:
+    """Of a content that is a list, the texts are kept and the thoughts are not."""
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "a"}]
+    assert heard(chunk({"content": parts}), content("b")).text == "ab"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, 1, [], {"choices": None}, {"choices": [None]}, {"choices": [{"delta": None}]},
+        {"choices": [{"delta": {"content": 1, "refusal": 2, "tool_calls": 3, "function_call": 4}}]},
+        {"choices": [{"delta": {"tool_calls": [None, {"index": 0, "function": 1}]}}]},
+        {"choices": [{"delta": {"tool_calls": [{"index": "0", "function": {"name": 1, "arguments": 2}}]}}]},
+        {"choices": [{"index": 0, "finish_reason": 1}]},
+    ],
+)  # fmt: skip
+def test_unexpected_shapes(value: object) -> None:
+    """They are passed over; the gateway passes them on to a client, who may know more."""
+    answer = heard(event(value), b"data: {\n\n", content("a"), DONE)
+    assert answer.text == "a"
+    assert said(answer)["content"] == "a"
+
+
+def test_half_surrogate_pairs() -> None:
+    """The halves of an emoji that was cut are put together; one that stays alone is replaced."""
+    answer = heard(rb'data: {"choices":[{"delta":{"content":"\ud83d"}}]}' b"\n\n")
+    assert answer.text == "\ufffd"
+    answer.hear(rb'data: {"choices":[{"delta":{"content":"\ude00"}}]}' b"\n\n")
+    assert answer.text == "\U0001f600"
+    assert said(answer)["content"] == "\U0001f600"
+    raw = rb'data: {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"\ud83d","function":{"name":"\ud83d"}}]}}]}'
+    [call] = said(heard(raw + b"\n\n", DONE))["tool_calls"]
+    assert (call["id"], call["function"]["name"]) == ("?", "\ufffd")
+
+
+def test_a_json_answer() -> None:
+    """It is complete by being there."""
+    answer = AnswerRecord()
+    answer.hear_answer(completion("Hi"))
+    assert (answer.text, answer.finish_reason, answer.is_cut) == ("Hi", "stop", False)
+    assert answer.message() == b'{"role":"assistant","content":"Hi"}'
+
+
+def test_a_json_answer_with_tools() -> None:
+    """Its tool calls are those of the answer, in its order; annotations and audio are not kept."""
+    answer = AnswerRecord()
+    message = {"role": "assistant", "content": None, "tool_calls": CALLS, "annotations": [], "audio": {"id": "a"}}
+    answer.hear_answer(msgspec.json.encode({"choices": [{"index": 0, "message": message}]}))
+    assert said(answer) == {"role": "assistant", "content": None, "tool_calls": CALLS}
+
+
+@given(st.lists(st.text(max_size=5), max_size=20), st.integers(1, 20))
+def test_however_events_are_grouped(texts: list[str], size: int) -> None:
+    """The same events give the same answer, one by one or many at once."""
+    events = [*map(content, texts), DONE]
+    groups = [b"".join(events[at : at + size]) for at in range(0, len(events), size)]
+    assert heard(*groups).text == "".join(texts) == heard(*events).text

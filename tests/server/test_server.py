@@ -1,0 +1,870 @@
+"""`trigate.server.server`: the firewall, the drain, signals, TLS and sockets, over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import h2.events
+import pytest
+import trio
+import trustme
+
+from tests.server.test_connection import H2_GET, H2Client
+from tests.server.test_http1 import HELLO, body_of, hello, read_all, read_until, say
+from tests.server.test_request_head import BAD
+from tests.support.processes import environment
+from trigate.config.structure import ServerConfig
+from trigate.server import connection, listeners, request_head, server
+from trigate.server.http1 import Application, Message, Receive, Send
+from trigate.server.listeners import ListenError, open_sockets
+from trigate.server.server import Drained, End, StartupFailed, open_lifespan, serve
+
+CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
+
+
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
+@attrs.define(eq=False)
+class Drain:
+    """What an app takes part in a drain with."""
+
+    begun: trio.Event = attrs.field(factory=trio.Event)
+    was_cut: trio.Event = attrs.field(factory=trio.Event)
+    is_quiet: trio.Event = attrs.field(factory=_set_event)
+
+    aside: trio.Event = attrs.field(factory=trio.Event)
+
+    announced: trio.Event = attrs.field(factory=trio.Event)
+
+    def step_aside(self) -> None:
+        """Notes it."""
+        self.aside.set()
+
+    def announce(self) -> None:
+        """Notes it."""
+        self.announced.set()
+
+    def begin(self) -> None:
+        """Notes it."""
+        self.begun.set()
+
+    async def wait_quiet(self) -> None:
+        """There is nothing else."""
+        await self.is_quiet.wait()
+
+    def cut(self) -> Sequence[str]:
+        """Notes it."""
+        assert self.begun.is_set()
+        self.was_cut.set()
+        return ["r1"]
+
+
+@attrs.define(eq=False)
+class App:
+    """An app whose paths are ways to behave."""
+
+    drain: Drain | None = attrs.field(factory=Drain)
+    go_on: trio.Event = attrs.field(factory=trio.Event)
+    lifespan: list[str] = attrs.field(factory=list)
+    flooding: trio.Event = attrs.field(factory=trio.Event)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """The app."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        match scope["path"]:
+            case "/stream":
+                await self._stream(send)
+            case "/flood":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                self.flooding.set()
+                while True:  # more than any kernel takes: the send does not end before the client reads
+                    await send({"type": "http.response.body", "body": bytes(2**25), "more_body": True})
+            case "/bad-name":
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"bad name", b"x")]})
+            case "/too-short":
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+                await send({"type": "http.response.body", "body": b"xx"})
+            case _:
+                await hello(scope, receive, send)
+
+    async def _live(self, scope: Message, receive: Receive, send: Send) -> None:
+        self.lifespan.append((await receive())["type"])
+        if self.drain is not None:
+            scope["state"]["drain"] = self.drain
+        await send({"type": "lifespan.startup.complete"})
+        self.lifespan.append((await receive())["type"])
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        last = b"data: [DONE]\n\n"
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal last
+                assert self.drain is not None
+                await self.drain.was_cut.wait()
+                last = b"data: error\n\n"
+                nursery.cancel_scope.cancel()
+
+            if self.drain is not None:
+                nursery.start_soon(watch)
+            await self.go_on.wait()
+            nursery.cancel_scope.cancel()
+        await send({"type": "http.response.body", "body": last})
+
+
+@attrs.define(eq=False)
+class Running:
+    """A server that runs.
+
+    Attributes:
+        outcome: What `serve` returned, once it has.
+    """
+
+    url: str
+    end: End
+    outcome: Drained | None = None
+    _clients: list[trio.SocketStream] = attrs.field(factory=list)
+    _ended: trio.Event = attrs.field(factory=trio.Event)
+
+    async def run(  # noqa: ASYNC128 - `serve` calls it
+        self, app: Application, config: ServerConfig, *, task_status: trio.TaskStatus[list[str]]
+    ) -> None:
+        """Serves."""
+        self.outcome = await serve(app, config, end=self.end, task_status=task_status)
+        self._ended.set()
+
+    async def wait_ended(self) -> Drained:
+        """Waits until `serve` has returned, and gives what."""
+        await self._ended.wait()
+        assert self.outcome is not None
+        return self.outcome
+
+    async def connect(self) -> trio.SocketStream:
+        """A new connection, closed in the end."""
+        stream = await trio.open_tcp_stream("127.0.0.1", int(self.url.rpartition(":")[2]))
+        self._clients.append(stream)
+        return stream
+
+    async def close_clients(self) -> None:
+        """Closes the connections."""
+        for stream in self._clients:
+            await stream.aclose()
+
+    async def ask(self, path: str) -> trio.SocketStream:
+        """A new connection on which a request was sent."""
+        stream = await self.connect()
+        await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return stream
+
+    async def assert_alive(self) -> None:
+        """A further client is served."""
+        async with await self.ask("/alive") as stream:
+            with trio.fail_after(1):
+                assert body_of(await read_until(stream, b"/alive")) == b"GET /alive"
+
+
+@contextlib.asynccontextmanager
+async def open_server(app: Application, config: ServerConfig = CONFIG) -> AsyncIterator[Running]:
+    """Serves an app for the time of the block, and then ends it at once, and its clients after it."""
+    running = Running("", End())
+
+    async with trio.open_nursery() as nursery:
+        [running.url] = await nursery.start(partial(running.run, app, config))
+        with trio.fail_after(20):
+            yield running
+        nursery.cancel_scope.cancel()
+    await running.close_clients()
+
+
+# -- the firewall -----------------------------------------------------------------------------------------------------
+
+POISON = {
+    "ws-upgrade+trailing": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\ntrailing-data"
+    ),
+    "ws-upgrade-http10": b"GET / HTTP/1.0\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "h2c-prior": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\ngarbage-garbage-garbage",
+    "h2c-upgrade": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: !!!!\r\n\r\n"
+    ),
+    "garbage": b"\x16\x03\x01garbage\r\n\r\n",
+    "non-ascii-path": b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+    "huge-header": b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 200_000 + b"\r\n\r\n",
+    "bad-chunk": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n",
+}
+
+
+async def test_poison_is_answered(logs: Any) -> None:
+    """What kills or upsets other servers gets a JSON error within 100 ms, whole or in pieces; the server lives on."""
+    async with open_server(App()) as running:
+        for name, data in {**POISON, **{name: data for name, (_, data) in BAD.items()}}.items():
+            for step in (len(data), 1 if len(data) < 1000 else 1000):
+                async with await running.connect() as stream:
+                    began = trio.current_time()
+                    response = await exchange(stream, data, step)
+                    took_s = trio.current_time() - began
+                    assert response.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), name
+                    assert json.loads(body_of(response))["error"]["message"], name
+                    assert took_s < 0.1 or step == 1, (name, took_s)
+        await running.assert_alive()
+    assert not logs.named("connection_crashed")
+
+
+async def exchange(stream: trio.SocketStream, data: bytes, step: int) -> bytes:
+    """Sends in pieces and reads to the end, at once."""
+
+    async def send() -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            for start in range(0, len(data), step):
+                await stream.send_all(data[start : start + step])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        with trio.fail_after(5):
+            response = await read_all(stream)
+        nursery.cancel_scope.cancel()
+    return response
+
+
+async def test_a_refusal_is_read_before_the_reset() -> None:
+    """A client that has sent far more than was read still gets its answer, and not a reset in its place."""
+    for _ in range(20):
+        async with open_connection_pair() as (client, _):
+            response = await exchange(client, b"GET / HTTP/2.0\r\n\r\n" + b"x" * 900_000, 10**6)
+            assert response.startswith(b"HTTP/1.1 505 ")
+
+
+@contextlib.asynccontextmanager
+async def open_connection_pair() -> AsyncIterator[tuple[trio.SocketStream, Running]]:
+    """A connection to a server."""
+    async with open_server(App()) as running, await running.connect() as client:
+        yield client, running
+
+
+async def test_a_crash_ends_one_connection(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect in a connection's own task ends that connection, with its traceback in the log, and no other."""
+
+    examine = request_head.examine
+
+    def crash(data: bytes) -> request_head.RequestHead | None:
+        if b"/crash" in data:
+            raise ZeroDivisionError("a defect")
+        return examine(data)
+
+    monkeypatch.setattr(request_head, "examine", crash)
+    app = App()
+    async with open_server(app) as running:
+        other = await running.ask("/stream")
+        await read_until(other, b"data: 1\n\n\r\n")
+        async with await running.ask("/crash") as stream:
+            assert await read_all(stream) == b""
+        await running.assert_alive()
+        app.go_on.set()
+        await read_until(other, b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    [entry] = logs.named("connection_crashed")
+    assert entry["log_level"] == "warning"
+    assert isinstance(entry["exc_info"].exceptions[0], ExceptionGroup | ZeroDivisionError)
+    assert entry["client"][0] == "127.0.0.1"
+
+
+async def test_a_malformed_answer_of_the_app(logs: Any) -> None:
+    """An app that breaks HTTP gets a 500, or, where its answer had begun, breaks its own connection only."""
+    logs.expect_error("app_crashed")
+    async with open_server(App()) as running:
+        async with await running.ask("/bad-name") as stream:
+            assert (await read_until(stream, b"}}")).startswith(b"HTTP/1.1 500 ")
+        async with await running.ask("/too-short") as stream:
+            assert (await read_all(stream)).endswith(b"\r\n\r\nxx")
+        await running.assert_alive()
+    assert len(logs.named("app_crashed")) == 2
+
+
+async def test_many_clients_come_and_go() -> None:
+    """Nothing is left of connections that were reset at any moment."""
+    async with open_server(App()) as running:
+        for number in range(50):
+            stream = await running.connect()
+            await stream.send_all(HELLO[: number % len(HELLO)])
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            await stream.aclose()
+        await running.assert_alive()
+        running.end.stop_now()
+        drained = await running.wait_ended()
+        assert drained.forced == 0
+
+
+# -- the drain --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_drain_lets_streams_finish(logs: Any) -> None:
+    """Idle connections are closed at once, a running stream goes on to its end, and the lifespan ends after it."""
+    app = App()
+    async with open_server(app) as running:
+        idle, stream = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(stream, b"data: 1\n\n\r\n")
+        running.end.stop_now()
+        with trio.fail_after(1):
+            assert await read_all(idle) == b""
+            assert app.drain is not None
+            await app.drain.begun.wait()
+        with pytest.raises(OSError, match="connect"):
+            await running.connect()
+        assert app.lifespan == ["lifespan.startup"]
+        app.go_on.set()
+        assert (await read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert not app.drain.was_cut.is_set()
+    assert app.lifespan == ["lifespan.startup", "lifespan.shutdown"]
+    [line] = logs.named("drained")
+    assert (line["finished"], line["cut"], line["forced"]) == (2, 0, 0)
+
+
+async def test_a_drain_waits_for_what_has_no_connection() -> None:
+    """As long as the app says so, and as the drain may take."""
+    app = App()
+    assert app.drain is not None
+    app.drain.is_quiet = trio.Event()
+    async with open_server(app) as running:
+        running.end.stop_now()
+        await app.drain.begun.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert app.lifespan == ["lifespan.startup"]
+        app.drain.is_quiet.set()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    app = App()
+    assert app.drain is not None
+    app.drain.is_quiet = trio.Event()
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+        running.end.stop_now()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+
+
+async def test_an_answer_in_a_drain_says_close() -> None:
+    """A response that begins in a drain announces the end of its connection."""
+    began, release = trio.Event(), trio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            began.set()
+            await release.wait()
+            await say(send, b"last")
+
+    async with open_server(app) as running:
+        stream = await running.ask("/")
+        await began.wait()
+        running.end.stop_now()
+        await trio.testing.wait_all_tasks_blocked()
+        release.set()
+        response = await read_all(stream)
+        assert b"\r\nconnection: close\r\n" in response
+        assert body_of(response) == b"last"
+
+
+async def test_a_request_behind_the_last_one_does_not_hold_up_a_drain() -> None:
+    """A request that was sent before its predecessor was answered is not served any more, and not waited for."""
+    app = App()
+    async with open_server(app) as running:
+        stream = await running.ask("/stream")
+        await read_until(stream, b"data: 1\n\n\r\n")
+        await stream.send_all(HELLO)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        running.end.stop_now()
+        await trio.testing.wait_all_tasks_blocked()
+        app.go_on.set()
+        with trio.fail_after(1):
+            assert (await read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        await stream.aclose()
+        with trio.fail_after(1):
+            assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+
+
+async def test_a_drain_cuts_what_takes_too_long() -> None:
+    """After the grace the app ends its streams, and they end properly."""
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+        stream = await running.ask("/stream")
+        await read_until(stream, b"data: 1\n\n\r\n")
+        running.end.stop_now()
+        assert (await read_all(stream)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        assert await running.wait_ended() == Drained(finished=0, cut=1, forced=0)
+
+
+async def test_the_readiness_check_comes_first(logs: Any) -> None:
+    """For the time of the notice, the app says that the end comes, and everything else is as before; but answers say
+    that their connections end."""
+    app = App()
+    assert app.drain is not None
+    async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=0.2)) as running:
+        kept = await running.ask("/")
+        await read_until(kept, b"GET /")
+        running.end.stop_now()
+        await app.drain.announced.wait()
+        assert b"\r\nconnection: close\r\n" in await read_all(await running.ask("/new"))
+        assert not app.drain.begun.is_set()
+        await kept.send_all(HELLO)
+        assert b"\r\nconnection: close\r\n" in await read_all(kept)
+        await app.drain.begun.wait()
+        with pytest.raises(OSError, match="connect"):
+            await running.connect()
+        await running.wait_ended()
+    assert logs.named("drain_announced")[0]["for_s"] == 0.2
+
+
+async def test_the_report_names_what_was_cut(logs: Any) -> None:
+    """Exchanges by their ids, also those that have no connection; and who had to be closed by force, by his address."""
+    app = App()
+    assert app.drain is not None
+    app.drain.is_quiet = trio.Event()
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+        running.end.stop_now()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    assert logs.named("drained")[0]["cut_exchanges"] == ["r1"]
+
+
+# -- the end after a takeover -----------------------------------------------------------------------------------------
+
+
+async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
+    """Nothing is refused or closed: each connection is told of its end by an answer, also one whose answer had begun
+    before, and so could not say so; then the server has ended."""
+    app = App()
+    assert app.drain is not None
+    async with open_server(app) as running:
+        idle, streaming = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(streaming, b"data: 1\n\n\r\n")
+        running.end.succeed(42)
+        await app.drain.aside.wait()
+        with pytest.raises(OSError, match="connect"):
+            await running.connect()
+        app.go_on.set()
+        await read_until(streaming, b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert not app.drain.begun.is_set()
+        for stream in (idle, streaming):
+            await stream.send_all(HELLO)
+            last = await read_all(stream)
+            assert b"\r\nconnection: close\r\n" in last
+            assert body_of(last) == b"GET /"
+        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert not app.drain.announced.is_set()
+    assert logs.named("draining")[0]["successor"] == 42
+
+
+async def test_a_takeover_does_not_wait_for_ever() -> None:
+    """What is idle is closed after the grace, and what still runs is cut."""
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.1)) as running:
+        idle, streaming = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(streaming, b"data: 1\n\n\r\n")
+        running.end.succeed(42)
+        assert await read_all(idle) == b""
+        assert (await read_all(streaming)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
+        assert await running.wait_ended() == Drained(finished=1, cut=1, forced=0)
+
+
+async def test_a_takeover_becomes_a_stop() -> None:
+    """Idle connections are closed as soon as there is a signal, and streams may finish."""
+    app = App()
+    async with open_server(app) as running:
+        idle, streaming = await running.ask("/"), await running.ask("/stream")
+        await read_until(idle, b"GET /")
+        await read_until(streaming, b"data: 1\n\n\r\n")
+        running.end.succeed(42)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        running.end.stop_now()
+        with trio.fail_after(1):
+            assert await read_all(idle) == b""
+        app.go_on.set()
+        assert (await read_all(streaming)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+
+
+@pytest.mark.parametrize("drain", [None, Drain], ids=["without cut", "cut in vain"])
+async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that is stuck in a send to a stalled client, out of reach of cancellation, ends with the drain."""
+    monkeypatch.setattr(server, "CUT_TIMEOUT_S", 0.05)
+    app = App(drain=drain and drain())
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+        await running.ask("/flood")
+        await app.flooding.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        running.end.stop_now()
+        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=1)
+
+
+async def test_cancelled_means_now() -> None:
+    """Cancelling `serve` frees stalled tasks as well, without any grace."""
+    app = App()
+    async with open_server(app) as running:
+        await running.ask("/flood")
+        await app.flooding.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+    assert trio.current_time() - began < 1.0
+
+
+# -- the lifespan -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_failed_startup_is_an_error() -> None:
+    """An app that says it cannot start is not served, and its words are the error's."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "no database"})
+
+    with pytest.raises(StartupFailed, match="no database"):
+        await serve(app, CONFIG)
+
+
+async def test_an_app_without_lifespan_is_served() -> None:
+    """An app that raises on a lifespan scope, or returns, is served without one."""
+
+    async def raises(scope: Message, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        await hello(scope, receive, send)
+
+    async def returns(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await hello(scope, receive, send)
+
+    for app in (raises, returns):
+        async with open_server(app) as running:
+            await running.assert_alive()
+
+
+async def test_a_lifespan_that_crashes_later_ends_the_server() -> None:
+    """What an app's lifespan task raises while it serves is not swallowed."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        raise ZeroDivisionError
+
+    with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+        async with open_lifespan(app):
+            await trio.sleep_forever()
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_named() -> None:
+    """A port that is in use gives an error that names it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{port} is in use"):
+            open_sockets(ServerConfig(port=port))
+
+
+def test_an_address_of_elsewhere_is_named() -> None:
+    """An address that the machine has not gives an error that says so; so does a name that nobody has."""
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 cannot be listened on: no interface"):
+        open_sockets(ServerConfig(host="192.0.2.1", port=0))
+    with pytest.raises(ListenError, match=r"nobody\.invalid:0 cannot be listened on"):
+        open_sockets(ServerConfig(host="nobody.invalid", port=0))
+
+
+def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that the user may not have gives an error that says so."""
+
+    def listen(*_: object, **__: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(listeners, "_listen", listen)
+    with pytest.raises(ListenError, match=r"127\.0\.0\.1:80 is forbidden"):
+        open_sockets(ServerConfig(port=80))
+
+
+@pytest.mark.parametrize(("host", "show"), [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")])
+def test_all_addresses_of_a_host(host: str, show: str) -> None:
+    """A host is listened on at each of its addresses that the machine has, on one port."""
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    sockets = open_sockets(ServerConfig(host=host, port=0))
+    try:
+        assert show in {sock.getsockname()[0] for sock in sockets}
+        assert len({sock.getsockname()[1] for sock in sockets}) == 1
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def has_ipv6() -> bool:
+    """Whether the loopback has IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that acknowledges nothing is bounded by the kernel, on each accepted socket."""
+    found = []
+    start = server._Server._start
+
+    def look(self: Any, stream: trio.SocketStream, connections: trio.Nursery) -> None:
+        found.append(stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        start(self, stream, connections)
+
+    monkeypatch.setattr(server._Server, "_start", look)
+    async with open_server(App(), attrs.evolve(CONFIG, tcp_user_timeout_s=1.5)) as running:
+        await running.assert_alive()
+    assert found == [1500]
+
+
+async def test_too_many_files_are_survived(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the process has no descriptor to spare it goes on trying, logs one line a second, and then serves."""
+    accept, failures = trio.SocketListener.accept, 0
+
+    async def starved(self: trio.SocketListener) -> trio.SocketStream:
+        nonlocal failures
+        if failures < 5:
+            failures += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return await accept(self)
+
+    monkeypatch.setattr(trio.SocketListener, "accept", starved)
+    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.005)
+    async with open_server(App()) as running:
+        await running.assert_alive()
+    [line] = logs.named("accept_failed")
+    assert line["reason"] == "EMFILE"
+    assert failures == 5
+
+
+# -- TLS --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """A certificate authority of the test's own."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_config(authority: trustme.CA, tmp_path: Path) -> ServerConfig:
+    """A configuration with a certificate for 127.0.0.1."""
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    for pem in issued.cert_chain_pems:
+        pem.write_to_path(tmp_path / "cert.pem", append=True)
+    return attrs.evolve(CONFIG, certfile=str(tmp_path / "cert.pem"), keyfile=str(tmp_path / "key.pem"))
+
+
+@pytest.mark.parametrize("alpn", ["h2", "http/1.1", None])
+async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | None) -> None:
+    """With a certificate it serves HTTPS, with HTTP/2 for those who ask for it; plain HTTP is turned away quietly."""
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    if alpn:
+        trust.set_alpn_protocols([alpn])
+    async with open_server(App(), tls_config) as running:
+        assert running.url.startswith("https://127.0.0.1:")
+        async with await running.ask("/") as plain:
+            assert not (await read_all(plain)).startswith(b"HTTP")
+        stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
+        if alpn == "h2":
+            client = H2Client(stream)
+            number = await client.ask(H2_GET)
+            await client.read(h2.events.StreamEnded, number)
+            assert client.bodies == {number: b"GET /"}
+        else:
+            await stream.send_all(HELLO)
+            assert body_of(await read_until(stream, b"GET /")) == b"GET /"
+        running.end.stop_now()
+        assert (await running.wait_ended()).forced == 0
+        await stream.aclose()
+
+
+async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_config: ServerConfig) -> None:
+    """A stream within HTTP/2 goes on to its end as well, all of it arrives, and the connection ends after it."""
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    trust.set_alpn_protocols(["h2"])
+    app = App()
+    async with open_server(app, tls_config) as running:
+        stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
+        client = H2Client(stream)
+        path = (b":path", b"/stream")
+        number = await client.ask((*H2_GET[:3], path))
+        await client.read(h2.events.DataReceived, number)
+        running.end.stop_now()
+        assert app.drain is not None
+        await app.drain.begun.wait()
+        app.go_on.set()
+        assert await client.read(h2.events.StreamEnded, number) is not None
+        assert client.bodies[number] == b"data: 1\n\ndata: [DONE]\n\n"
+        assert await client.read(h2.events.StreamReset) is None
+        await stream.aclose()
+        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_an_h2_client_goes_to_the_successor(
+    authority: trustme.CA, tls_config: ServerConfig, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told when it waits for nothing; a request that it has sent meanwhile is served; then that is all."""
+    monkeypatch.setattr(connection, "LINGER_S", 0.1)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    trust.set_alpn_protocols(["h2"])
+    app = App()
+    async with open_server(app, tls_config) as running:
+        stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
+        client = H2Client(stream)
+        number = await client.ask((*H2_GET[:3], (b":path", b"/stream" if busy else b"/")))
+        await client.read(h2.events.DataReceived if busy else h2.events.StreamEnded, number)
+        running.end.succeed(42)
+        assert app.drain is not None
+        await app.drain.aside.wait()
+        if busy:
+            app.go_on.set()
+            assert await client.read(h2.events.StreamEnded, number) is not None
+            assert client.bodies[number].endswith(b"data: [DONE]\n\n")
+        late = await client.ask(H2_GET)
+        goodbye = await client.read(h2.events.ConnectionTerminated)
+        assert (goodbye.error_code, goodbye.last_stream_id) == (0, 2**31 - 1)
+        # h2 takes no frame after this one, as RFC 9113 would have it; but they come
+        assert late not in client.bodies
+        assert b"GET /" in b"".join([bytes(piece) async for piece in stream])
+        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+        await stream.aclose()
+
+
+async def test_a_bad_certificate_is_named(tmp_path: Path) -> None:
+    """Files that are not there, or not what they should be, are named in the error."""
+    config = attrs.evolve(CONFIG, certfile=str(tmp_path / "cert.pem"), keyfile=str(tmp_path / "key.pem"))
+    with pytest.raises(StartupFailed, match=r"cert\.pem"):
+        await serve(App(), config)
+    (tmp_path / "cert.pem").write_text("no certificate")
+    (tmp_path / "key.pem").write_text("no key")
+    with pytest.raises(StartupFailed, match=r"cert\.pem"):
+        await serve(App(), config)
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_signal_begins_the_drain() -> None:
+    """`run` drains at the first SIGTERM, and says that it ended in order."""
+    app = App()
+    async with open_run(app) as (running, outcome):
+        stream = await running.ask("/stream")
+        await read_until(stream, b"data: 1\n\n\r\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert app.drain is not None
+        await app.drain.begun.wait()
+        app.go_on.set()
+        assert (await read_all(stream)).endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+    assert outcome == [True]
+
+
+async def test_a_second_signal_is_now() -> None:
+    """A second signal, of whichever kind, ends everything at once, stalled clients too; `run` says so."""
+    app = App()
+    async with open_run(app) as (running, outcome):
+        await running.ask("/flood")
+        await app.flooding.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert app.drain is not None
+        await app.drain.begun.wait()
+        began = trio.current_time()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert outcome == [False]
+    assert trio.current_time() - began < 1.0
+
+
+async def test_the_end_of_the_supervisor_begins_the_drain() -> None:
+    """`run` drains when the other end of the pipe to its supervisor is closed."""
+    read_end, write_end = os.pipe()
+    try:
+        async with open_run(App(), read_end) as (running, outcome):
+            await running.assert_alive()
+            os.close(write_end)
+        assert outcome == [True]
+    finally:
+        os.close(read_end)
+
+
+@contextlib.asynccontextmanager
+async def open_run(app: Application, parent_fd: int | None = None) -> AsyncIterator[tuple[Running, list[bool]]]:
+    """Runs `run` until it ends by itself; gives a way to ask it, and what it will have returned."""
+    sockets = open_sockets(CONFIG)
+    outcome: list[bool] = []
+    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", End())
+
+    async def run() -> None:
+        outcome.append(await server.run(app, CONFIG, sockets, parent_fd))
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.testing.wait_all_tasks_blocked()
+            yield running, outcome
+    await running.close_clients()
+
+
+@pytest.mark.slow
+def test_a_process_ends_in_order(tmp_path: Path) -> None:
+    """A real process ends with True after SIGTERM, although a client does not read."""
+    script = tmp_path / "serve.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, trio
+            from trigate import server
+            from trigate.config.structure import ServerConfig
+            from trigate.server.listeners import open_sockets
+
+            async def app(scope, receive, send):
+                if scope["type"] == "http":
+                    await send({"type": "http.response.start", "status": 200, "headers": []})
+                    while True:
+                        await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+
+            config = ServerConfig(port=0, drain_timeout_s=0.2)
+            sockets = open_sockets(config)
+            print(sockets[0].getsockname()[1], flush=True)
+            sys.exit(0 if trio.run(server.run, app, config, sockets) else 1)
+            """
+        )
+    )
+    env = environment()
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=env) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(HELLO)
+            client.recv(1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0

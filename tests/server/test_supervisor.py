@@ -1,0 +1,309 @@
+"""`trigate.server.supervisor`: workers are replaced, stopped, given up on; with real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from tests.support.processes import environment
+from trigate.config.structure import Count, Port, ServerConfig
+from trigate.server import supervisor
+from trigate.server.listeners import ListenError, open_sockets
+from trigate.server.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
+
+CONFIG = ServerConfig(port=0, workers=2, drain_timeout_s=5.0)
+REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+
+WORKER = """
+import os, signal, sys, trio
+from trigate import server
+from trigate.config.structure import ServerConfig
+from trigate.server.supervisor import sockets_from_fds
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+    if scope["path"] == "/stream":
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": b"%d\\n" % os.getpid(), "more_body": True})
+            await trio.sleep(0.02)
+    await send({"type": "http.response.body", "body": b"%d\\n" % os.getpid()})
+
+def hang_up(*_):
+    os.write(1, b"hung up %d\\n" % os.getpid())
+
+signal.signal(signal.SIGHUP, hang_up)
+fds = [int(sys.argv[i + 1]) for i, text in enumerate(sys.argv) if text == "--fd"]
+parent_fd = int(sys.argv[sys.argv.index("--parent-fd") + 1])
+config = ServerConfig(drain_timeout_s=float(sys.argv[1]))
+sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd) else 1)
+"""
+
+SUPERVISOR = """
+import sys, trio
+from trigate.config.structure import Count, Port, ServerConfig
+from trigate.server.listeners import ListenError, open_sockets
+from trigate.server.supervisor import supervise
+
+config = ServerConfig(port=0, workers=2, drain_timeout_s=float(sys.argv[2]))
+sockets = open_sockets(config)
+print(sockets[0].getsockname()[1], flush=True)
+sys.exit(0 if trio.run(supervise, [sys.executable, *sys.argv[1:]], sockets, config) else 1)
+"""
+
+
+@attrs.define(eq=False)
+class Pool:
+    """A supervisor that runs as a process of its own."""
+
+    process: trio.Process
+    port: int
+    output: bytearray = attrs.field(factory=bytearray)
+
+    async def ask(self) -> int:
+        """The process id of the worker that answers now, however long one has to be waited for."""
+        with trio.fail_after(20):
+            async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream:
+                await stream.send_all(REQUEST % b"")
+                data = b"".join([bytes(piece) async for piece in stream])
+        return int(data.partition(b"\r\n\r\n")[2].split(b"\r\n")[1])
+
+    async def ask_all(self) -> set[int]:
+        """The process ids of both workers."""
+        found: set[int] = set()
+        with trio.fail_after(20):
+            while len(found) < 2:
+                found.add(await self.ask())
+        return found
+
+    async def wait_said(self, *texts: bytes) -> None:
+        """Waits until it has written these."""
+        with trio.move_on_after(20):
+            while not all(text in self.output for text in texts):  # noqa: ASYNC110 - another process says it
+                await trio.sleep(0.01)
+            return
+        raise AssertionError(f"it did not say {texts}: {self.output.decode()}")
+
+
+@contextlib.asynccontextmanager
+async def open_pool(room: Path, *, drain_timeout_s: float = 0.3) -> AsyncIterator[Pool]:
+    """Runs a supervisor; kills it in the end if it is still there, upon which its workers end by themselves."""
+    (room / "worker.py").write_text(WORKER)
+    (room / "supervisor.py").write_text(SUPERVISOR)
+    command = [sys.executable, str(room / "supervisor.py"), str(room / "worker.py"), str(drain_timeout_s)]
+    read_end, write_end = os.pipe()
+    run = partial(trio.run_process, command, capture_stdout=False, check=False, env=environment())
+    async with trio.lowlevel.FdStream(read_end) as output, trio.open_nursery() as nursery:
+        process = await nursery.start(partial(run, stdout=write_end, stderr=write_end))
+        os.close(write_end)
+        pool = Pool(process, 0)
+
+        async def collect() -> None:
+            async for data in output:
+                pool.output += data
+
+        nursery.start_soon(collect)
+        await pool.wait_said(b"\n")
+        pool.port = int(pool.output.partition(b"\n")[0])
+        yield pool
+        nursery.cancel_scope.cancel()
+
+
+async def stream_from(port: int) -> tuple[trio.SocketStream, int]:
+    """A stream that goes on, and the process that it comes from."""
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    await stream.send_all(REQUEST % b"stream")
+    data = b""
+    while data.count(b"\n") < 8:
+        data += await stream.receive_some()
+    return stream, int(data.partition(b"\r\n\r\n")[2].split(b"\r\n")[1])
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs (one that waits to be reaped does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def wait_gone(*pids: int) -> None:
+    """Waits for the end of processes that are not ours."""
+    with trio.fail_after(10):
+        while any(is_there(pid) for pid in pids):  # noqa: ASYNC110 - there is no event
+            await trio.sleep(0.01)
+
+
+@pytest.mark.slow
+async def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    """A worker that is killed is replaced, and the streams of the others do not notice."""
+    async with open_pool(tmp_path) as pool:
+        first = await pool.ask_all()
+        stream, streaming = await stream_from(pool.port)
+        [other] = first - {streaming}
+        os.kill(other, signal.SIGKILL)
+        await pool.wait_said(b"worker_died", b"SIGKILL", b"worker_replaced")
+        second = await pool.ask_all()
+        assert streaming in second
+        assert other not in second
+        async with stream:
+            assert b"%d\n" % streaming in await stream.receive_some()
+        assert pool.output.count(b"worker_died") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_a_signal_stops_all_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    """The first signal lets the workers drain: their streams end by themselves or after the grace; then 0."""
+    async with open_pool(tmp_path) as pool:
+        pids = await pool.ask_all()
+        stream, _ = await stream_from(pool.port)
+        async with stream:
+            began = trio.current_time()
+            pool.process.send_signal(number)
+            with trio.fail_after(10):
+                assert await pool.process.wait() == 0
+            assert 0.3 <= trio.current_time() - began < 5.0
+        assert not any(is_there(pid) for pid in pids)
+        assert pool.output.count(b"worker_stopped") == 2
+        assert b"worker_died" not in pool.output
+
+
+@pytest.mark.slow
+async def test_a_second_signal_ends_it_now(tmp_path: Path) -> None:
+    """A second signal ends all at once, and the exit status says so."""
+    async with open_pool(tmp_path, drain_timeout_s=60.0) as pool:
+        pids = await pool.ask_all()
+        stream, _ = await stream_from(pool.port)
+        async with stream:
+            pool.process.terminate()
+            await pool.wait_said(b"signal_received", b"draining")
+            pool.process.terminate()
+            with trio.fail_after(5):
+                assert await pool.process.wait() == 1
+        assert not any(is_there(pid) for pid in pids)
+
+
+@pytest.mark.slow
+async def test_workers_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
+    """If the supervisor is killed, its workers end and free the port."""
+    async with open_pool(tmp_path) as pool:
+        pids = await pool.ask_all()
+        pool.process.kill()
+        await pool.process.wait()
+        await wait_gone(*pids)
+        await pool.wait_said(b"supervisor_gone")
+        with pytest.raises(OSError, match="connect"):
+            await trio.open_tcp_stream("127.0.0.1", pool.port)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not spread them")
+async def test_connections_are_spread_evenly(tmp_path: Path) -> None:
+    """Each of two workers has at least a quarter of a hundred connections: it is not the quicker one that takes all."""
+    async with open_pool(tmp_path) as pool:
+        await pool.ask_all()
+        served = [await pool.ask() for _ in range(100)]
+        assert min(served.count(pid) for pid in set(served)) >= 25
+        assert len(set(served)) == 2
+
+
+def test_who_shares_a_port_shares_it_with_its_own_workers_only() -> None:
+    """A second gateway finds the port taken, also where the first one's workers have a socket each."""
+    config = ServerConfig(port=Port(0), workers=Count(2))
+    sockets = open_sockets(config)
+    try:
+        port = sockets[0].getsockname()[1]
+        with pytest.raises(ListenError, match=f"{port} is in use"):
+            open_sockets(attrs.evolve(config, port=port))
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+@pytest.mark.slow
+async def test_hang_up_is_passed_on(tmp_path: Path) -> None:
+    """SIGHUP reaches each worker, and ends none."""
+    async with open_pool(tmp_path) as pool:
+        pids = await pool.ask_all()
+        pool.process.send_signal(signal.SIGHUP)
+        await pool.wait_said(*(b"hung up %d" % pid for pid in pids))
+        assert await pool.ask_all() == pids
+
+
+@pytest.mark.slow
+async def test_workers_that_never_start_are_given_up(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When every worker dies at its start, again and again, the error says how they died."""
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.RaisesGroup(pytest.RaisesExc(WorkersFailed, match="exit status 3"), flatten_subgroups=True):
+        await supervise(command, open_sockets(CONFIG), CONFIG)
+    assert {entry["worker"] for entry in logs.named("worker_died")} == {1, 2}
+    assert len(logs.named("worker_replaced")) >= 2
+
+
+@pytest.mark.slow
+async def test_one_that_lives_keeps_the_others_trying(
+    tmp_path: Path, logs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that keeps dying is tried for ever as long as another one lives."""
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(supervisor, "BACKOFF_MAX_S", 0.01)
+    first = tmp_path / "first"
+    script = textwrap.dedent(
+        f"""
+        import os, time
+        try:
+            os.mkdir({str(first)!r})
+        except FileExistsError:
+            raise SystemExit(3)
+        time.sleep(60)
+        """
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervise, [sys.executable, "-c", script], open_sockets(CONFIG), CONFIG)
+        with trio.fail_after(20):
+            while len(logs.named("worker_died")) <= supervisor.EARLY_DEATHS + 1:  # noqa: ASYNC110 - the log has no event
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    pids = {entry["pid"] for entry in (*logs.named("worker_started"), *logs.named("worker_replaced"))}
+    assert not any(is_there(pid) for pid in pids)
+    assert len({entry["worker"] for entry in logs.named("worker_died")}) == 1
+
+
+def test_sockets_are_taken_over() -> None:
+    """What a supervisor hands down is a listening socket again, and is not handed on to children."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        fd = os.dup(listening.fileno())
+        os.set_inheritable(fd, True)
+        [taken] = sockets_from_fds([fd])
+        with taken:
+            assert taken.getsockname() == listening.getsockname()
+            assert not taken.get_inheritable()
+
+
+async def test_the_lifeline() -> None:
+    """A worker waits as long as the other end of its pipe is open."""
+    read_end, write_end = os.pipe()
+    try:
+        with trio.move_on_after(0.01) as waiting:
+            await wait_parent_gone(read_end)
+        assert waiting.cancelled_caught
+        os.close(write_end)
+        with trio.fail_after(1):
+            await wait_parent_gone(read_end)
+    finally:
+        os.close(read_end)

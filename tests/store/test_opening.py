@@ -1,0 +1,231 @@
+"""`trigate.store.opening`: where the store is, when it is opened, and what is forgotten."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.conftest import Served, make_config
+from tests.support.processes import environment
+from trigate.config.structure import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
+from trigate.gateway.gateway import Gateway, open_gateway
+from trigate.store import opening, sqlite
+from trigate.store.interface import Retention, Turn
+from trigate.store.memory import open_memory_store
+from trigate.workers.membership import open_workers
+
+OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
+
+HOOKED = make_config(hooks={"ci": {}})
+
+
+@pytest.fixture
+def database() -> Iterator[Path]:
+    """Where the store's file will be: a directory whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="tri") as room:
+        yield Path(room) / "data" / "trigate.db"
+
+
+async def _until(holds: Callable[[], Any]) -> None:
+    with trio.fail_after(10):
+        while not holds():  # noqa: ASYNC110 - other tasks do it, which say it to nobody
+            await trio.sleep(0.005)
+
+
+# -- where it is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "env", "found"),
+    [
+        ("/a/b.db", {"TRIGATE_STORE": "/c.db"}, "/a/b.db"),
+        (None, {"TRIGATE_STORE": "/c.db"}, "/c.db"),
+        (":memory:", {"TRIGATE_STORE": "/c.db"}, ":memory:"),
+        (None, {"TRIGATE_STORE": ":memory:"}, ":memory:"),
+        ("here/b.db", {}, str(Path.cwd() / "here" / "b.db")),
+        ("~/b.db", {}, str(Path.home() / "b.db")),
+    ],
+)
+def test_location(path: str | None, env: dict[str, str], found: str) -> None:
+    """The configuration goes before the environment; a path is made absolute."""
+    assert opening.location(StoreConfig(path=path), env) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [{}, {"TRIGATE_STORE": ""}], ids=["unset", "empty"])
+def test_default_location(env: dict[str, str]) -> None:
+    """A file in the platform's directory for the data of programs, wherever that is."""
+    script = f"from trigate import storage; print(storage.location(storage.StoreConfig(), {env!r}))"
+    homes = {"HOME": "/nobody", "XDG_DATA_HOME": "/nobody/data"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(**homes), capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.startswith("/nobody/")
+    assert done.stdout.endswith("/trigate.db\n") or done.stdout.endswith("/trigate/trigate.db\n")
+
+
+# -- when it is needed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "needed"),
+    [
+        ({}, False),
+        ({"hooks": {}}, True),
+        ({"hooks": {"ci": {}}}, True),
+        ({"store": {"max_runs": 5}}, True),
+        ({"sessions": {"wait_s": 1}}, True),
+        ({"server": {"workers": 2}}, True),
+        ({"server": {"port": 1}}, False),
+    ],
+    ids=str,
+)
+def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -> None:
+    """What is configured to use it, and several workers; and whatever there is in it already."""
+    config = make_config(**sections)
+    path = tmp_path / "trigate.db"
+    assert opening.is_needed(config, str(path)) == needed
+    path.touch()
+    assert opening.is_needed(config, str(path))
+
+
+@pytest.mark.slow
+def test_a_worker_of_another_server(tmp_path: Path) -> None:
+    """Servers that start their workers by multiprocessing may have several: they are met in the store."""
+    script = (
+        "import multiprocessing, sys\n"
+        "from trigate import config, storage\n"
+        "def say(path):\n"
+        "    print(storage.is_needed(config.Config(), path), flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    say(sys.argv[1])\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=say, args=(sys.argv[1],))\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    path = tmp_path / "main.py"
+    path.write_text(script)
+    command = [sys.executable, str(path), str(tmp_path / "trigate.db")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.slow
+def test_a_gateway_that_remembers_nothing(tmp_path: Path) -> None:
+    """It answers, and says how it is, without a file, and without loading a database."""
+    script = (
+        "import sys, trio\n"
+        "from trigate import config, report\n"
+        "from trigate.gateway.gateway import open_gateway\n"
+        "async def main():\n"
+        "    async with open_gateway(config.Config()) as gateway:\n"
+        "        await trio.testing.wait_all_tasks_blocked()\n"
+        "        status = await report.status(gateway)\n"
+        "        print(status['store']['state'], status['sessions']['total'], status['outbox']['depth'])\n"
+        "        print([name for name in ('apsw', 'platformdirs', 'multiprocessing') if name in sys.modules])\n"
+        "import trio.testing\n"
+        "trio.run(main)\n"
+    )
+    path = tmp_path / "trigate.db"
+    env = environment(TRIGATE_STORE=str(path), TRIGATE_LOG_LEVEL="error")
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (done.stdout, done.stderr) == ("closed 0 0\n[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.asynccontextmanager
+async def _gateway(config: Config, database: Path) -> AsyncIterator[Gateway]:
+    async with open_gateway(config, env={"TRIGATE_STORE": str(database)}) as gateway:
+        yield gateway
+
+
+async def test_a_gateway_that_will_remember(database: Path) -> None:
+    """The file is there soon after the start, and the worker has joined; so does the next one, whatever it serves."""
+    async with _gateway(HOOKED, database) as gateway:
+        await _until(lambda: gateway.workers.is_joined)
+        assert database.exists()  # noqa: ASYNC240 - a moment
+    async with _gateway(make_config(), database) as gateway:
+        await _until(lambda: gateway.workers.is_joined)
+
+
+async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
+    """A configuration that begins to remember opens it, without a restart."""
+    path = tmp_path / "trigate.toml"
+    path.write_text('[upstreams.a]\nkind = "echo"\n')
+    env = {"TRIGATE_STORE": str(database), "TRIGATE_CONFIG": str(path)}
+    async with open_gateway(env=env) as gateway:
+        await trio.testing.wait_all_tasks_blocked()
+        assert not gateway.workers.is_joined
+        path.write_text('[upstreams.a]\nkind = "echo"\n[hooks.ci]\n')
+        gateway.reload_soon()
+        await _until(lambda: gateway.workers.is_joined)
+
+
+async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway starts and serves; the store is there as soon as the reason has gone."""
+    logs.expect_error("store_unavailable")
+    monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
+    monkeypatch.setattr("trigate.workers.membership.RETRY_S", 0.02)
+    database.parent.write_text("in the way")
+    async with _gateway(HOOKED, database) as gateway:
+        await _until(lambda: logs.named("beat_failed"))
+        assert gateway.not_ready() == []
+        database.parent.unlink()
+        await _until(lambda: gateway.workers.is_joined)
+
+
+# -- what is forgotten ------------------------------------------------------------------------------------------------
+
+
+def test_retention() -> None:
+    """Ages count back from now; an age of 0 keeps everything."""
+    settings = StoreConfig(
+        run_retention_s=Seconds(5 * DAY_S), session_retention_s=Seconds(0.0), max_runs=Count(7), max_sessions=Count(8)
+    )
+    ledger = LedgerConfig(retention_s=Seconds(2 * DAY_S), max_records=Limit(9))
+    assert opening.retention(settings, ledger, 1_000 * DAY_S) == Retention(
+        sessions_before=0.0,
+        archives_before=970 * DAY_S,
+        runs_before=995 * DAY_S,
+        max_sessions=8,
+        max_runs=7,
+        exchanges_before=998 * DAY_S,
+        max_exchanges=9,
+    )
+
+
+async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None:
+    """When it is joined, and then every hour; what was forgotten is logged, and a failure is tried again."""
+    async with (
+        open_memory_store() as store,
+        open_workers(store, lambda: b"{}") as workers,
+        trio.open_nursery() as tasks,
+    ):
+        await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
+        tasks.start_soon(opening.keep_pruned, store, workers, Config)
+        await trio.sleep(opening.PRUNE_S / 2)
+        assert await store.sessions.get("", "old") is not None
+        await workers.join()
+        await trio.sleep(1)
+        assert await store.sessions.get("", "old") is None
+        assert [entry["rows"] for entry in logs.named("pruned")] == [1]
+        store.failure = "full"
+        await trio.sleep(opening.PRUNE_S + 1)
+        assert len(logs.named("prune_failed")) == 1
+        store.failure = None
+        await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
+        await trio.sleep(opening.PRUNE_S + 1)
+        assert len(logs.named("pruned")) == 2
+        tasks.cancel_scope.cancel()

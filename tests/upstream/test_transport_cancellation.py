@@ -1,0 +1,222 @@
+"""Cancelled at any point: no slot is lost, and no connection that was read in part is handed out."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import attrs
+import httpx2
+import pytest
+import trio
+import trustme
+
+from tests.exchange.test_cancellation import Bomb, armed
+from tests.upstream.test_transport import (
+    OK,
+    STREAM,
+    Play,
+    Server,
+    _ask,
+    _contexts,
+    _counts,
+    _open_server,
+    _post,
+    answers,
+)
+from trigate.upstream import transport
+from trigate.upstream.transport import SocketTransport
+
+Act = Callable[[SocketTransport, Server], Awaitable[None]]
+
+
+async def _plain(pool: SocketTransport, server: Server) -> None:
+    assert await _ask(pool, server.origin) == b"ok"
+
+
+async def _named(pool: SocketTransport, server: Server) -> None:
+    assert await _ask(pool, attrs.evolve(server.origin, host="localhost")) == b"ok"
+
+
+async def _twice(pool: SocketTransport, server: Server) -> None:
+    await _plain(pool, server)
+    await _plain(pool, server)
+
+
+async def _large(pool: SocketTransport, server: Server) -> None:
+    size = 4_000_000 if server.origin.scheme == "http" else 300_000  # more than a socket takes; any, with TLS
+    assert await _ask(pool, server.origin, _post(size)) == b"ok"
+
+
+async def _queued(pool: SocketTransport, server: Server) -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(_plain, pool, server)
+
+
+async def _by_httpx2(pool: SocketTransport, server: Server) -> None:
+    request = httpx2.Request("GET", f"{server.origin.scheme}://{server.origin}/", extensions={"timeout": {"read": 9}})
+    response = await pool.handle_async_request(request)
+    try:
+        assert await response.aread() == b"ok"
+    finally:
+        await response.aclose()
+
+
+async def _slowly(server: Server, stream: trio.abc.Stream) -> None:
+    """A stream in pieces, so that there are moments between them."""
+    while await server.read(stream):
+        for piece in (b"HTTP/1.1 100 Continue\r\n\r\n", STREAM, b"1\r\no\r\n", b"1\r\nk\r\n", b"0\r\n\r\n"):
+            await stream.send_all(piece)
+            await trio.lowlevel.checkpoint()
+
+
+SCENES: dict[str, tuple[Act, Play]] = {
+    "new connection": (_plain, answers(OK)),
+    "by name": (_named, answers(OK)),
+    "reused": (_twice, answers(OK)),
+    "dies in reuse": (_twice, answers(OK, close_after=1)),
+    "stream": (_twice, _slowly),
+    "large body": (_large, answers(OK)),
+    "queued": (_queued, answers(OK)),
+    "through httpx2": (_by_httpx2, _slowly),
+}
+
+
+async def _sweep(act: Act, server: Server, pool: SocketTransport, *, kept: bool) -> int:
+    """Cancels at step 1, 2, … until the act ends before that; returns how often it was cancelled indeed.
+
+    Args:
+        kept: Each trial may begin with the connection that the one before has left; else with none.
+    """
+    steps = cancelled = 0
+    while True:
+        steps += 1
+        assert steps < 2000
+        with trio.CancelScope() as scope:
+            bomb = Bomb(steps, scope.cancel)
+            with armed(bomb):
+                await act(pool, server)
+        opened, idle, waiting = _counts(pool)
+        assert (opened, waiting) == (idle, 0), f"step {steps}: {pool}"
+        assert opened <= 1
+        with trio.fail_after(5):
+            assert await _ask(pool, server.origin) == b"ok", f"step {steps}"
+        assert _counts(pool)[0] == _counts(pool)[1] <= 1
+        cancelled += scope.cancelled_caught
+        if not kept:
+            await pool.aclose()
+            pool._closed = False
+        if not bomb.fired:
+            return cancelled
+
+
+@contextlib.asynccontextmanager
+async def _opened(play: Play, authority: trustme.CA | None = None) -> AsyncIterator[tuple[Server, SocketTransport]]:
+    serving, trust = _contexts(authority, "127.0.0.1") if authority else (None, None)
+    pool = SocketTransport(max_connections=1, **({"trust": trust} if trust else {}))
+    async with _open_server(play, context=serving) as server, pool:
+        yield server, pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("scene", SCENES)
+async def test_cancelled_at_any_step(scene: str, kept: bool) -> None:
+    """With one slot, every step: afterwards it is there, and the next request is answered with its own answer."""
+    act, play = SCENES[scene]
+    async with _opened(play) as (server, pool):
+        assert await _sweep(act, server, pool, kept=kept) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("scene", ["new connection", "stream", "large body"])
+async def test_cancelled_at_any_step_of_tls(scene: str, kept: bool) -> None:
+    """The same with TLS below."""
+    act, play = SCENES[scene]
+    async with _opened(play, trustme.CA()) as (server, pool):
+        assert await _sweep(act, server, pool, kept=kept) > 0
+
+
+def _lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SocketTransport, "_free_slot", lambda self: None)
+
+
+def _keep_what_was_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def release(self: transport.Opening) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._transport._give_back(connection)
+
+    monkeypatch.setattr(transport.Opening, "release", release)
+
+
+@pytest.mark.parametrize("spoil", [_lose_slots, _keep_what_was_read_in_part])
+async def test_the_sweep_finds_a_leak(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """A slot that is lost, or a connection that is kept whatever was read of it, is found: the sweep can fail."""
+    spoil(monkeypatch)
+    async with _opened(_slowly) as (server, pool):
+        with pytest.raises((AssertionError, httpx2.RemoteProtocolError)):
+            await _sweep(_twice, server, pool, kept=True)
+
+
+@pytest.mark.slow
+async def test_ten_thousand_cancels() -> None:
+    """Ten slots, thirty tasks, cancels at random moments: then ten requests are answered at once, each its own."""
+    rng = random.Random(3)
+    wanted = 10_000
+    cancelled = answered = 0
+
+    async def play(server: Server, stream: trio.abc.Stream) -> None:
+        while request := await server.read(stream):
+            server.requests.clear()
+            number = request.split(b" ")[1][1:]
+            await stream.send_all(STREAM)
+            if rng.random() < 0.5:
+                await trio.lowlevel.checkpoint()
+            await stream.send_all(b"%x\r\n%b\r\n0\r\n\r\n" % (len(number), number))
+
+    async with _open_server(play) as server, SocketTransport(max_connections=10) as pool:
+
+        async def ask(number: int) -> None:
+            request = b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % number
+            assert await _ask(pool, server.origin, request) == b"%d" % number
+
+        live: dict[int, trio.CancelScope] = {}
+
+        async def work(worker: int) -> None:
+            nonlocal answered, cancelled
+            number = worker
+            while cancelled < wanted:
+                number += 100
+                with trio.CancelScope() as live[worker]:
+                    await ask(number)
+                if live.pop(worker).cancelled_caught:
+                    cancelled += 1
+                else:
+                    answered += 1
+                assert _counts(pool)[0] <= 10
+
+        async with trio.open_nursery() as nursery:
+            for worker in range(30):
+                nursery.start_soon(work, worker)
+            while cancelled < wanted:
+                for _ in range(rng.randrange(3)):
+                    await trio.lowlevel.checkpoint()
+                if live:
+                    live[rng.choice(list(live))].cancel()
+                await trio.lowlevel.checkpoint()
+            for scope in live.values():
+                scope.cancel()
+        opened, idle, waiting = _counts(pool)
+        assert (opened, waiting) == (idle, 0)
+        assert answered > 100, "there was something to spoil"
+        with trio.fail_after(2):
+            async with trio.open_nursery() as nursery:
+                for number in range(10):
+                    nursery.start_soon(ask, number)
+        assert _counts(pool)[2] == 0

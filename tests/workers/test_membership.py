@@ -1,0 +1,482 @@
+"""`trigate.workers.membership`: joining, exits and notifications; on one SQLite file, real sockets, real processes.
+
+Each `open_workers` has a store of its own on the file, as each process has: two of them in one process are two workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.support.processes import environment
+from trigate.errors import StoreUnavailable
+from trigate.store import sqlite
+from trigate.store.interface import Run, Store, Worker
+from trigate.store.memory import open_memory_store
+from trigate.store.sqlite import open_sqlite_store
+from trigate.workers import membership
+from trigate.workers.membership import Workers, open_workers
+
+NOW = 1_700_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats that a test need not wait for."""
+    monkeypatch.setattr(membership, "BEAT_S", 0.02)
+    monkeypatch.setattr(membership, "RETRY_S", 0.02)
+    monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
+
+
+@pytest.fixture
+def database() -> Iterator[Path]:
+    """Where the store's file will be: a directory whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths are long
+        yield Path(room) / "trigate.db"
+
+
+@contextlib.asynccontextmanager
+async def _worker(
+    database: Path, snapshot: Callable[[], bytes] = lambda: b"{}"
+) -> AsyncIterator[tuple[Workers, Store]]:
+    async with open_sqlite_store(str(database)) as store, open_workers(store, snapshot) as found:
+        yield found, store
+
+
+async def _until(holds: Callable[[], Any]) -> None:
+    """Waits for something that comes about in other tasks; fails where it does not at all."""
+    with trio.fail_after(10):
+        while True:
+            held = holds()
+            if (await held) if hasattr(held, "__await__") else held:
+                return
+            await trio.sleep(0.005)
+
+
+def _sockets(database: Path) -> list[Path]:
+    return [path for path in database.parent.iterdir() if stat.S_ISSOCK(path.lstat().st_mode)]
+
+
+def _ids(found: Sequence[Worker]) -> list[str]:
+    return [each.id for each in found]
+
+
+def _dead_socket(database: Path) -> str:
+    """The address of somebody who has died: a socket's file behind which there is none."""
+    address = f"{database}-w_dead"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as closed:
+        closed.bind(address)
+    return address
+
+
+def _dead(address: str) -> Worker:
+    return Worker(id="w_dead", pid=1, address=address, started_at=NOW, seen_at=NOW)
+
+
+# -- joining ----------------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_made_before_somebody_joins(database: Path) -> None:
+    """No file and no socket; who asks who is there hears of this worker."""
+    async with _worker(database) as (mine, store):
+        assert _ids(await mine.all()) == [mine.id]
+        mine.ring("sessions")
+        assert store.statistics().state == "closed"
+        assert list(database.parent.iterdir()) == []
+        assert repr(mine).endswith("0 others, not joined>")
+
+
+async def test_workers_find_each_other(database: Path) -> None:
+    """Each knows all, the oldest first, with what they said last; of itself, what holds now."""
+    said = [b'"first"']
+    async with _worker(database, lambda: said[0]) as (one, _), _worker(database, lambda: b'"second"') as (two, _):
+        await one.join()
+        await two.join()
+        assert one.id != two.id
+        assert two.count == 2
+        for each in (one, two):
+            assert _ids(await each.all()) == [one.id, two.id]
+        assert [each.snapshot for each in await two.all()] == [b'"first"', b'"second"']
+        said[0] = b'"changed"'
+        assert (await one.all())[0].snapshot == b'"changed"'
+
+        async def heard() -> bool:
+            return (await two.all())[0].snapshot == b'"changed"'
+
+        await _until(heard)
+
+
+async def test_many_join_at_once(database: Path) -> None:
+    """A worker joins once, however many ask it to, and whoever of them gives up."""
+    beats = []
+    async with _worker(database) as (mine, store):
+        beat = store.workers.beat
+        store.workers.beat = lambda worker: beats.append(worker) or beat(worker)  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as impatient:
+                impatient.cancel()
+                await mine.join()
+            for _ in range(20):
+                nursery.start_soon(mine.join)
+        assert mine.is_joined
+        assert len(beats) == 1
+        assert len(_sockets(database)) == 1
+
+
+async def test_a_store_that_is_unavailable(database: Path, logs: Any) -> None:
+    """`join` says so; `join_at_last` waits, and joins once the reason has gone. It is logged once."""
+    logs.expect_error("store_unavailable")
+    database.mkdir()  # noqa: ASYNC240 - a moment
+    async with _worker(database) as (mine, _):
+        with pytest.raises(StoreUnavailable):
+            await mine.join()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mine.join_at_last)
+            await _until(lambda: logs.named("beat_failed"))
+            assert not mine.is_joined
+            database.rmdir()  # noqa: ASYNC240 - a moment
+            await _until(lambda: mine.is_joined)
+        assert len(logs.named("beat_failed")) == 1
+        await _until(lambda: logs.named("beating_again"))
+
+
+async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
+    """A store that breaks while a worker is there costs beats and one line, and no more."""
+    async with _worker(database) as (mine, store):
+        await mine.join()
+        beat = store.workers.beat
+        failures: list[Exception] = [StoreUnavailable("full"), StoreUnavailable("full"), ValueError("a defect")]
+
+        def failing(worker: Worker) -> Any:
+            if failures:
+                raise failures.pop(0)
+            return beat(worker)
+
+        store.workers.beat = failing  # type: ignore[method-assign]
+        await _until(lambda: logs.named("beating_again"))
+        assert [entry["error"] for entry in logs.named("beat_failed")] == ["full"]
+        assert _ids(await store.workers.all()) == [mine.id]
+
+
+async def test_a_defect_in_a_beat_is_logged_once(database: Path, logs: Any) -> None:
+    """Whatever a snapshot raises, the gateway goes on."""
+    logs.expect_error("beat_crashed")
+    broken: list[bool] = []
+
+    def snapshot() -> bytes:
+        if len(broken) in (1, 2):
+            broken.append(True)
+            raise ValueError("a defect")
+        return b"{}"
+
+    async with _worker(database, snapshot) as (mine, _):
+        await mine.join()
+        broken.append(True)
+        await _until(lambda: logs.named("beating_again"))
+        assert len(logs.named("beat_crashed")) == 1
+
+
+async def test_a_store_in_memory_has_no_others(autojump_clock: MockClock) -> None:
+    """No socket, and no beat: days of virtual time pass at once."""
+    async with open_memory_store() as store, open_workers(store, lambda: b"{}") as mine:
+        await mine.join()
+        mine.ring("sessions")
+        before = await store.workers.all()
+        await trio.sleep(30 * 24 * 3600)
+        assert await store.workers.all() == before
+        assert [(each.id, each.address) for each in await mine.all()] == [(mine.id, "")]
+
+
+# -- rings ------------------------------------------------------------------------------------------------------------
+
+
+async def test_rings(database: Path) -> None:
+    """All others hear a ring, and only those that listen to its topic heed it; its body is any bytes."""
+    async with _worker(database) as (one, _), _worker(database) as (two, _), _worker(database) as (three, _):
+        heard: list[tuple[str, bytes]] = []
+        for name, each in (("one", one), ("two", two), ("three", three)):
+            each.listen("topic", lambda body, name=name: heard.append((name, body)))  # type: ignore[misc]
+            each.listen("other", lambda body: heard.append(("other", body)))
+            await each.join()
+        await _until(lambda: len(one._others) == 2)  # those that were there are told of those that come
+        one.ring("nobody")
+        one.ring("topic", b"a b \x00")
+        one.ring("topic")
+        await _until(lambda: len(heard) == 4)
+        assert sorted(heard) == [("three", b""), ("three", b"a b \x00"), ("two", b""), ("two", b"a b \x00")]
+
+
+async def test_a_ring_is_never_a_failure(database: Path) -> None:
+    """Neither when the other's queue is full, nor when the body is too large, nor when nobody is there any more."""
+    async with _worker(database) as (mine, _):
+        await mine.join()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+            deaf.bind(f"{database}-deaf")
+            mine._others["w_deaf"] = f"{database}-deaf"
+            for _ in range(1_000):
+                mine.ring("topic", b"x" * 1_000)
+            mine.ring("topic", b"x" * 10_000_000)
+            assert not membership._is_dead(f"{database}-deaf")  # whose queue is full is not dead
+        assert membership._is_dead(f"{database}-deaf")
+        mine.ring("topic")
+
+
+async def test_a_callback_that_raises(database: Path, logs: Any) -> None:
+    """Costs its ring alone."""
+    logs.expect_error("ring_crashed")
+    async with _worker(database) as (one, _), _worker(database) as (two, _):
+        heard = []
+
+        def heed(body: bytes) -> None:
+            heard.append(body)
+            if body == b"bad":
+                raise ValueError("a defect")
+
+        two.listen("topic", heed)
+        await two.join()
+        await one.join()
+        one.ring("topic", b"bad")
+        one.ring("topic", b"good")
+        await _until(lambda: heard == [b"bad", b"good"])
+
+
+# -- where the socket is ----------------------------------------------------------------------------------------------
+
+
+async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
+    """The socket is then in a directory of its own among temporary files, which goes with it."""
+    database = tmp_path / ("x" * 100) / "trigate.db"
+    async with _worker(database) as (one, _), _worker(database) as (two, _):
+        heard: list[bytes] = []
+        two.listen("topic", heard.append)
+        await one.join()
+        await two.join()
+        addresses = [Path(each.address) for each in await one.all()]
+        for address in addresses:
+            assert address.parent.parent == Path(tempfile.gettempdir())
+            assert stat.S_IMODE(address.parent.stat().st_mode) == 0o700
+        await _until(lambda: len(one._others) == 1)
+        one.ring("topic", b"x")
+        await _until(lambda: heard == [b"x"])
+    assert not any(address.parent.exists() for address in addresses)
+
+
+async def test_no_socket_anywhere(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the others cannot be met, and the store cannot be used: it says where and why."""
+
+    def refuse(prefix: str) -> str:
+        raise OSError("no room")
+
+    monkeypatch.setattr(membership, "_MAX_ADDRESS_BYTES", 10)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    async with _worker(database) as (mine, _):
+        with pytest.raises(StoreUnavailable, match="no room"):
+            await mine.join()
+
+
+async def test_a_socket_whose_file_is_removed(database: Path) -> None:
+    """Another one is there at the next beat: else the worker would seem dead."""
+    async with _worker(database) as (one, store), _worker(database) as (two, _):
+        heard: list[bytes] = []
+        one.listen("topic", heard.append)
+        await one.join()
+        [path] = _sockets(database)
+        path.unlink()
+        await _until(path.exists)
+        await two.join()
+        two.ring("topic", b"x")
+        await _until(lambda: heard == [b"x"])
+        assert sorted(_ids(await store.workers.all())) == sorted([one.id, two.id])
+
+
+# -- the dead ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["refused", "no file"])
+async def test_the_dead_are_adopted_before_they_are_forgotten(database: Path, is_there: bool) -> None:
+    """At `join` already: whoever has joined may rely on it. Their row, tickets and file are gone then."""
+    async with _worker(database) as (mine, store):
+        address = _dead_socket(database) if is_there else f"{database}-w_gone"
+        await store.workers.beat(_dead(address))
+        await store.sessions.take_ticket("alice", "chat", worker="w_dead")
+        adopted = []
+
+        async def adopt(worker: str, dead: Sequence[str]) -> None:
+            assert _ids(await store.workers.all()) == ["w_dead", mine.id]
+            adopted.append((worker, dead))
+
+        mine.adopt_with(adopt)
+        mine.adopt_with(adopt)
+        await mine.join()
+        assert adopted == [(mine.id, ["w_dead"])] * 2
+        assert _ids(await store.workers.all()) == [mine.id]
+        assert await store.sessions.tickets("alice", "chat") == []
+        assert not os.path.exists(address)  # noqa: ASYNC240 - a moment
+
+
+async def test_an_adopter_that_fails_is_asked_again(database: Path, logs: Any) -> None:
+    """The dead are remembered until all have been adopted; meanwhile nobody takes them for living."""
+    logs.expect_error("beat_crashed")
+    async with _worker(database) as (mine, store):
+        await mine.join()
+        failures: list[Exception] = [StoreUnavailable("full"), ValueError("a defect")]
+        failing = trio.Event()
+
+        async def adopt(worker: str, dead: Sequence[str]) -> None:
+            await failing.wait()
+            if failures:
+                raise failures.pop()
+
+        mine.adopt_with(adopt)
+        await store.workers.beat(_dead(_dead_socket(database)))
+        assert _ids(await mine.all()) == [mine.id]
+        assert set(_ids(await store.workers.all())) == {"w_dead", mine.id}
+        failing.set()
+        await _until(lambda: logs.named("workers_adopted"))
+        assert not failures
+        assert _ids(await store.workers.all()) == [mine.id]
+
+
+async def test_the_runs_of_the_dead(database: Path) -> None:
+    """With the store's own takeover: a promised run goes on here, another one has failed; two that take over at once
+    do not both get it."""
+    async with _worker(database) as (one, store), _worker(database) as (two, _):
+        found: list[Run] = []
+        for mine in (one, two):
+
+            async def adopt(worker: str, dead: Sequence[str]) -> None:
+                found.extend(await store.runs.adopt(worker, dead=dead, at=NOW))
+
+            mine.adopt_with(adopt)
+        await store.workers.beat(_dead(_dead_socket(database)))
+        for id_, acknowledged in (("run_1", True), ("run_2", False)):
+            await store.runs.add(
+                Run(
+                    id=id_,
+                    channel="hook",
+                    owner="",
+                    session=None,
+                    action="chat",
+                    request=b"{}",
+                    state="running",
+                    acknowledged=acknowledged,
+                    worker="w_dead",
+                    created_at=NOW,
+                )
+            )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.join)
+            nursery.start_soon(two.join)
+        [run] = found
+        assert (run.id, run.state) == ("run_1", "queued")
+        assert run.worker in (one.id, two.id)
+        kept = await store.runs.get("run_2")
+        assert kept is not None
+        assert (kept.state, kept.status) == ("failed", 503)
+
+
+async def test_a_clean_end(database: Path, logs: Any) -> None:
+    """Its socket's file is gone, and those that are left look at once: they adopt it, and forget it."""
+    adopted = []
+    async with _worker(database) as (one, store):
+
+        async def adopt(worker: str, dead: Sequence[str]) -> None:
+            await trio.lowlevel.checkpoint()
+            adopted.extend(dead)
+
+        one.adopt_with(adopt)
+        await one.join()
+        async with _worker(database) as (two, _):
+            await two.join()
+            assert len(_sockets(database)) == 2
+        assert len(_sockets(database)) == 1
+        assert _ids(await one.all()) == [one.id]
+        await _until(lambda: logs.named("workers_adopted"))
+        assert adopted == [two.id]
+        assert _ids(await store.workers.all()) == [one.id]
+    assert _sockets(database) == []
+
+
+async def test_the_last_one_is_adopted_by_the_next_start(database: Path) -> None:
+    """What a worker leaves when nobody else is there, waits in the store."""
+    async with _worker(database) as (first, _):
+        await first.join()
+    async with _worker(database) as (second, store):
+        await second.join()
+        assert _ids(await store.workers.all()) == [second.id]
+
+
+CHILD = """
+import sys, trio
+from trigate import storage, workers
+from trigate.workers.membership import open_workers
+
+workers.BEAT_S = 3600  # it must not be stopped in the middle of a write: that would keep the others from theirs
+
+async def main():
+    async with storage.open_store(sys.argv[1]) as store, open_workers(store, lambda: b'{}') as mine:
+        await mine.join()
+        await store.sessions.take_ticket("alice", "chat", worker=mine.id)
+        print(mine.id, flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), start_new_session=True)
+
+
+@pytest.mark.slow
+async def test_a_killed_process(database: Path, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
+    """One that is stopped is not dead, however long; one that is killed is adopted at the next look."""
+    monkeypatch.setattr(membership, "BEAT_S", 0.2)
+    adopted: list[str] = []
+    async with _worker(database) as (mine, store):
+
+        async def adopt(worker: str, dead: Sequence[str]) -> None:
+            await trio.lowlevel.checkpoint()
+            adopted.extend(dead)
+
+        mine.adopt_with(adopt)
+        await mine.join()
+        command = [sys.executable, "-c", CHILD, str(database)]
+        process = await trio.to_thread.run_sync(_start, command)
+        try:
+            assert process.stdout is not None
+            child = (await trio.to_thread.run_sync(process.stdout.readline)).decode().strip()
+            process.send_signal(signal.SIGSTOP)
+            for _ in range(1_000):
+                mine.ring("topic", b"x" * 1_000)
+            await trio.sleep(1.0)  # five looks
+            assert _ids(await mine.all()) == [mine.id, child]
+            assert adopted == []
+            process.kill()
+            await trio.to_thread.run_sync(process.wait)
+            assert _ids(await mine.all()) == [mine.id]
+            await _until(lambda: adopted)
+        finally:
+            process.kill()
+            process.communicate()
+        assert adopted == [child]
+
+        async def forgotten() -> bool:
+            return _ids(await store.workers.all()) == [mine.id]
+
+        await _until(forgotten)
+        assert await store.sessions.tickets("alice", "chat") == []
+        await _until(lambda: len(_sockets(database)) == 1)
