@@ -24,7 +24,7 @@ from tests.support.asgi_client import AsgiClient
 from tests.support.provider import Provider
 from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
-from trigate.config.structure import Config, Port
+from trigate.config.sections import Config, Port
 from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway
 from trigate.server import server
 from trigate.store import opening

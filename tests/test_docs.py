@@ -18,7 +18,7 @@ import trigate
 from trigate import errors
 from trigate.asgi.application import create_app
 from trigate.cli.commands import cli
-from trigate.config import structure
+from trigate.config import sections, structure
 from trigate.openai import stream
 from trigate.upstream import discovery
 
@@ -68,15 +68,15 @@ def _first_names(text: str) -> dict[str, list[str]]:
 # -- the configuration ------------------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "[server]": structure.ServerConfig,
-    "[upstreams.NAME]": structure.UpstreamConfig,
-    "[models.ALIAS]": structure.ModelConfig,
-    "[limits]": structure.LimitsConfig,
-    "[retries]": structure.RetriesConfig,
-    "[breaker]": structure.BreakerConfig,
-    "[hooks.NAME]": structure.HookConfig,
-    "[store]": structure.StoreConfig,
-    "[sessions]": structure.SessionsConfig,
+    "[server]": sections.ServerConfig,
+    "[upstreams.NAME]": sections.UpstreamConfig,
+    "[models.ALIAS]": sections.ModelConfig,
+    "[limits]": sections.LimitsConfig,
+    "[retries]": sections.RetriesConfig,
+    "[breaker]": sections.BreakerConfig,
+    "[hooks.NAME]": sections.HookConfig,
+    "[store]": sections.StoreConfig,
+    "[sessions]": sections.SessionsConfig,
 }
 
 
@@ -156,7 +156,7 @@ def test_units(title: str) -> None:
 
 def test_sections() -> None:
     """Every section that the code knows is documented."""
-    with pytest.raises(structure.ConfigError) as caught:
+    with pytest.raises(sections.ConfigError) as caught:
         structure.structure({"nonsense": 1}, env={}, source="test")
     [problem] = caught.value.problems
     known = problem.partition("there are ")[2].split(", ")
@@ -167,7 +167,7 @@ def test_sections() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_in_prose(page: Path) -> None:
     """A setting that a page speaks of exists."""
-    tables = {"server": structure.ServerConfig, "limits": structure.LimitsConfig, "store": structure.StoreConfig}
+    tables = {"server": sections.ServerConfig, "limits": sections.LimitsConfig, "store": sections.StoreConfig}
     text = re.sub(r"^\|.*$", "", page.read_text(encoding="utf-8"), flags=re.M)  # tables name modules
     for section, name in re.findall(r"`(server|limits|store)\.(\w+)`", text):
         assert name in attrs.fields_dict(tables[section]), f"{section}.{name}"
@@ -243,7 +243,7 @@ def test_error_codes() -> None:
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
     served = {f"POST {path}" for path in stream.ENDPOINTS} | {"POST /hooks/{name}"}
-    for rule in create_app(structure.Config()).url_map.iter_rules():
+    for rule in create_app(sections.Config()).url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     titles = re.findall(r"^### `(.*)`$", _page("reference/endpoints.md"), re.M)

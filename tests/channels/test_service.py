@@ -17,7 +17,7 @@ from tests.conftest import Logs, make_config
 from trigate.channels import service as channels
 from trigate.channels.adapter import Channel, Refused, Trouble
 from trigate.channels.service import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels
-from trigate.config.structure import Config, ConfigError
+from trigate.config.sections import Config, ConfigError
 from trigate.errors import StoreUnavailable
 from trigate.gateway.gateway import http_transport
 from trigate.upstream.transport import SocketTransport

@@ -8,8 +8,10 @@ from typing import Any, get_args, get_type_hints
 import attrs
 import pytest
 
+from trigate.config import sections
 from trigate.config import structure as configuration
-from trigate.config.structure import ChannelConfig, Config, ConfigError, HookConfig, Secret, SessionsConfig, StoreConfig
+from trigate.config.secrets import Secret
+from trigate.config.sections import ChannelConfig, Config, ConfigError, HookConfig, SessionsConfig, StoreConfig
 
 SECRET = "a-secret-of-more-than-24-bytes"
 HOOK = f'[hooks.h]\nverification = "github"\nsecrets = ["{SECRET}"]\n'
@@ -41,7 +43,7 @@ def test_the_smallest_hook() -> None:
     assert hooks == {"h": HookConfig()}
     assert hooks is not None
     assert hooks["h"].verification == "key"
-    assert hooks["h"].actions == get_args(configuration.Action)
+    assert hooks["h"].actions == get_args(sections.Action)
 
 
 def test_every_setting_can_be_written() -> None:

@@ -10,18 +10,11 @@ from pathlib import Path
 import attrs
 import pytest
 
+from trigate.config import sections
 from trigate.config import structure as configuration
-from trigate.config.structure import (
-    Config,
-    ConfigError,
-    LimitsConfig,
-    Secret,
-    ServerConfig,
-    UpstreamConfig,
-    Url,
-    locate,
-    read,
-)
+from trigate.config.load import locate, read
+from trigate.config.secrets import Secret
+from trigate.config.sections import Config, ConfigError, LimitsConfig, ServerConfig, UpstreamConfig, Url
 
 EXAMPLE = """
 [upstreams.mock]
@@ -58,7 +51,7 @@ def test_the_example_works_as_it_stands(tmp_path: Path) -> None:
     assert config.keys == {}
     assert config.server.port == 18888
     assert config.limits.body_bytes == 32 * 1024 * 1024
-    assert config.limits.keep_alive_s == configuration.Seconds(15.0)
+    assert config.limits.keep_alive_s == sections.Seconds(15.0)
 
 
 def test_nothing_is_a_configuration() -> None:
@@ -109,11 +102,11 @@ def test_every_setting_can_be_written() -> None:
     )
     assert config.server == ServerConfig(
         host="::1",
-        port=configuration.Port(0),
-        workers=configuration.Count(2),
+        port=sections.Port(0),
+        workers=sections.Count(2),
         certfile="c.pem",
         keyfile="k.pem",
-        keep_alive_timeout_s=configuration.Seconds(5.0),
+        keep_alive_timeout_s=sections.Seconds(5.0),
         insecure=True,
         allowed_hosts=("gateway.lan",),
         cors_origins=("https://app.example",),

@@ -28,7 +28,7 @@ from tests.faults.making import GOOD
 from tests.faults.page import page
 from tests.faults.steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 from tests.support.asgi_client import chat
-from trigate.config.structure import UpstreamConfig
+from trigate.config.sections import UpstreamConfig
 from trigate.gateway.gateway import Gateway, http_transport
 from trigate.store.interface import ExchangeRecord
 from trigate.upstream.connect import Connection

@@ -16,7 +16,8 @@ from tests.conftest import Logs
 from tests.support.asgi_client import AsgiClient
 from tests.support.provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
 from trigate.asgi.application import create_app
-from trigate.config.structure import ConfigError, UpstreamConfig, structure
+from trigate.config.sections import ConfigError, UpstreamConfig
+from trigate.config.structure import structure
 from trigate.gateway import gateway
 from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway
 from trigate.server import server

@@ -23,7 +23,7 @@ import trio
 import trio.testing
 
 from tests.support.processes import Gateway, environment, run_gateway
-from trigate.config.structure import Count, Port, ServerConfig
+from trigate.config.sections import Count, Port, ServerConfig
 from trigate.server import hot_restart, listeners
 from trigate.server.hot_restart import Predecessor, TakeoverRefused, ask, attend
 from trigate.server.listeners import ListenError, Listening, open_listening

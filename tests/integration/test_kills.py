@@ -19,7 +19,8 @@ import pytest
 import trio
 
 from trigate.asgi.application import create_app
-from trigate.config.structure import Port, structure
+from trigate.config.sections import Port
+from trigate.config.structure import structure
 from trigate.gateway.gateway import http_transport, open_gateway
 from trigate.server import server
 

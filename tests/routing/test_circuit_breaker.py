@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.config.structure import BreakerConfig, Count, Limit, Seconds, Share
+from trigate.config.sections import BreakerConfig, Count, Limit, Seconds, Share
 from trigate.routing.circuit_breaker import MAX_COOLDOWN_S, Breaker, Entry
 
 RULES = BreakerConfig(

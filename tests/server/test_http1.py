@@ -18,7 +18,7 @@ import trio.testing
 from tests.server.test_request_head import BAD
 from trigate.concurrency import poller
 from trigate.concurrency.timers import open_timers
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server import client_stream, http1
 from trigate.server.connection import serve_connection
 from trigate.server.http1 import Application, Message, Receive, Send

@@ -27,7 +27,7 @@ from tests.server.test_connection import H2_GET, H2Client
 from tests.server.test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from tests.server.test_request_head import BAD
 from tests.support.processes import environment
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server import connection, listeners, request_head, server
 from trigate.server.http1 import Application, Message, Receive, Send
 from trigate.server.listeners import ListenError, open_sockets

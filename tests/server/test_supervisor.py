@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from tests.support.processes import environment
-from trigate.config.structure import Count, Port, ServerConfig
+from trigate.config.sections import Count, Port, ServerConfig
 from trigate.server import supervisor
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone

@@ -40,7 +40,7 @@ from tests.support.provider import (
 )
 from tests.support.scripted_upstream import TEXT, open_upstream, seen
 from trigate.asgi.application import GatewayApp
-from trigate.config.structure import Seconds, SessionsConfig
+from trigate.config.sections import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call

@@ -28,7 +28,7 @@ from tests.simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.asgi.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration
-from trigate.config.structure import Config
+from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway, Generation, open_gateway
 from trigate.server import server

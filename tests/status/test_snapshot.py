@@ -21,7 +21,7 @@ from tests.conftest import Served, make_config
 from tests.support.provider import Provider, Refuse, Say, Stall, answers, content
 from trigate import __version__
 from trigate.channels.service import ChannelStatistics
-from trigate.config.structure import Config
+from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway
 from trigate.ledger.ledger import AccountsStatistics

@@ -17,7 +17,7 @@ from trio.testing import MockClock
 
 from tests.conftest import Served, make_config
 from tests.support.processes import environment
-from trigate.config.structure import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
+from trigate.config.sections import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
 from trigate.store.interface import Retention, Turn

@@ -13,7 +13,8 @@ import trio
 from trio.testing import MockClock
 
 from trigate.config import structure as configuration
-from trigate.config.structure import ConfigError, Secret, UpstreamConfig, Url
+from trigate.config.secrets import Secret
+from trigate.config.sections import ConfigError, UpstreamConfig, Url
 from trigate.upstream import discovery
 from trigate.upstream.discovery import (
     LOCAL_SERVERS,

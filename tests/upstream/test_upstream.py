@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trigate.config import structure as configuration
-from trigate.config.structure import Config
+from trigate.config.sections import Config
 from trigate.errors import (
     Garbled,
     GatewayError,

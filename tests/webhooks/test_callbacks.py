@@ -30,7 +30,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.conftest import make_config
 from trigate.asgi.application import GatewayApp
-from trigate.config.structure import Config, HookConfig
+from trigate.config.sections import Config, HookConfig
 from trigate.runs.outbox import Receipt, open_outbox
 from trigate.signatures import Unverified, Verifier
 from trigate.store.interface import Delivery, Store

@@ -23,7 +23,7 @@ from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.status.snapshot import startup_lines
 
 if TYPE_CHECKING:
-    from trigate.config.structure import Config
+    from trigate.config.sections import Config
 
 log = structlog.get_logger("trigate.asgi.application")
 

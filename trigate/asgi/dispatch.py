@@ -23,7 +23,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate.asgi.client import Downstream, Inbound, too_large
 from trigate.asgi.request import Head, authorize, cors_allows, cors_headers
-from trigate.config.structure import Seconds
+from trigate.config.sections import Seconds
 from trigate.errors import (
     Draining,
     GatewayError,
@@ -40,7 +40,7 @@ from trigate.webhooks import endpoint as hooks
 
 if TYPE_CHECKING:
     from trigate.asgi.application import GatewayApp
-    from trigate.config.structure import Config
+    from trigate.config.sections import Config
     from trigate.gateway.gateway import Gateway
 
 log = structlog.get_logger("trigate.asgi.dispatch")

@@ -22,7 +22,7 @@ from trigate.openai.stream import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 if TYPE_CHECKING:
-    from trigate.config.structure import Config
+    from trigate.config.sections import Config
 
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
 _FORWARDED = {

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import attrs
 import httpx2
 
-from trigate.config.structure import ChannelConfig
+from trigate.config.sections import ChannelConfig
 from trigate.errors import Header, words_of
 from trigate.runs.outbox import Carrier
 from trigate.runs.request import Audience

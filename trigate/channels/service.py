@@ -22,7 +22,7 @@ import structlog
 import trio
 
 from trigate.channels.adapter import Adapter, Channel, ChannelState, Refused, Trouble
-from trigate.config.structure import ChannelConfig, ConfigError, UpstreamConfig, Url
+from trigate.config.sections import ChannelConfig, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError, words_of
 from trigate.upstream.transport import SocketTransport
 

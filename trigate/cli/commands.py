@@ -20,7 +20,7 @@ from trigate import __version__
 if TYPE_CHECKING:
     import httpx2
 
-    from trigate.config.structure import Config, ServerConfig
+    from trigate.config.sections import Config, ServerConfig
     from trigate.server.listeners import Listening
 
 _config_option = click.option(
@@ -64,7 +64,8 @@ def _read(config_path: str | None) -> Config:
     """Reads the configuration as the gateway will."""
     import trio
 
-    from trigate.config.structure import ConfigError, locate
+    from trigate.config.load import locate
+    from trigate.config.sections import ConfigError
     from trigate.gateway.gateway import read_config
 
     if config_path is not None:

@@ -23,7 +23,7 @@ from trigate.concurrency.rate_limiter import Rates
 from trigate.errors import GatewayError, Overloaded, RateLimited
 
 if TYPE_CHECKING:
-    from trigate.config.structure import LimitsConfig
+    from trigate.config.sections import LimitsConfig
     from trigate.exchange.exchange import Exchange
 
 log = structlog.get_logger("trigate.exchange.admission")

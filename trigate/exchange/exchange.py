@@ -33,7 +33,7 @@ import attrs
 import structlog
 import trio
 
-from trigate.config.structure import ModelConfig, TimeoutPhase
+from trigate.config.sections import ModelConfig, TimeoutPhase
 from trigate.errors import (
     Draining,
     Garbled,

@@ -31,8 +31,8 @@ from trigate.channels.service import Channels, open_channels
 from trigate.concurrency.cancel_queue import Leaving, open_leaving
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers
-from trigate.config import structure as configuration
-from trigate.config.structure import Config, ConfigError, TimeoutPhase, UpstreamConfig
+from trigate.config import load as structure_load
+from trigate.config.sections import Config, ConfigError, TimeoutPhase, UpstreamConfig
 from trigate.errors import Draining, Garbled, GatewayError, Rejected, words_of
 from trigate.exchange.admission import Admission
 from trigate.exchange.shared_call import Flights, open_flights
@@ -574,7 +574,7 @@ async def read_config(path: Path | None, env: Mapping[str, str]) -> Config:
     """
     if path is not None:
         await trio.lowlevel.checkpoint()
-        return configuration.read(path, env=env)
+        return structure_load.read(path, env=env)
     async with httpx2.AsyncHTTPTransport(verify=False, trust_env=False) as transport:
         return await discovery.discover(env, transport=transport)
 
@@ -600,7 +600,7 @@ async def open_gateway(
         ConfigError: The configuration cannot be used.
     """
     environ = os.environ if env is None else env
-    path = configuration.locate(environ) if config is None else None
+    path = structure_load.locate(environ) if config is None else None
 
     async def load() -> Config:
         await trio.lowlevel.checkpoint()

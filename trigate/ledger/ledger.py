@@ -27,7 +27,7 @@ import attrs
 import structlog
 import trio
 
-from trigate.config.structure import LedgerConfig
+from trigate.config.sections import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.ledger.journal import Journal, take_orphans
 from trigate.sessions.compose import estimated_tokens, tokens_of_size

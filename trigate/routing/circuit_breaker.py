@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from trigate.config.structure import BreakerConfig
+from trigate.config.sections import BreakerConfig
 
 MAX_COOLDOWN_S = 60.0
 

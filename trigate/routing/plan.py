@@ -27,7 +27,7 @@ from typing import Literal
 
 import attrs
 
-from trigate.config.structure import Config
+from trigate.config.sections import Config
 from trigate.errors import Garbled, GatewayError, Throttled, Unavailable, UpstreamTimeout
 from trigate.routing.circuit_breaker import Breaker, Entry
 from trigate.routing.retry import Budget, backoff_s

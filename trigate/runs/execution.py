@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from trigate import errors
-from trigate.config.structure import Seconds
+from trigate.config.sections import Seconds
 from trigate.errors import (
     Draining,
     GatewayError,

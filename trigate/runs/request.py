@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 import msgspec
 
-from trigate.config.structure import Action
+from trigate.config.sections import Action
 from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
 from trigate.store.interface import Delivery, Run, RunState, Turn
 from trigate.webhooks.callbacks import callback_body

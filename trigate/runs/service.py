@@ -29,7 +29,7 @@ import attrs
 import structlog
 import trio
 
-from trigate.config.structure import HookConfig
+from trigate.config.sections import HookConfig
 from trigate.errors import (
     Internal,
     NotFound,

@@ -41,7 +41,7 @@ from hypercorn.utils import UnexpectedMessageError
 
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers, open_timers
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.errors import Internal
 from trigate.server import http1, request_head
 from trigate.server.http1 import Address, Application, Message, Send, refusal

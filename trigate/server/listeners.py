@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server import hot_restart
 from trigate.server.hot_restart import TakeoverRefused, show
 

@@ -31,7 +31,7 @@ import trio
 
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import open_timers
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server import hot_restart
 from trigate.server.connection import Connection, Http2Service, open_service, serve_connection
 from trigate.server.hot_restart import show

@@ -25,7 +25,7 @@ import attrs
 import structlog
 import trio
 
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server import hot_restart
 from trigate.server.hot_restart import Predecessor
 

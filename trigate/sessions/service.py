@@ -27,7 +27,7 @@ import attrs
 import msgspec
 import trio
 
-from trigate.config.structure import SessionsConfig
+from trigate.config.sections import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.stream import Call, Usage

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 import structlog
 import trio
 
-from trigate.config.structure import Config, LedgerConfig, SessionsConfig, StoreConfig
+from trigate.config.sections import Config, LedgerConfig, SessionsConfig, StoreConfig
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Retention, Store
 from trigate.workers.membership import Workers

@@ -15,7 +15,8 @@ import msgspec
 import trio
 
 from trigate.config import structure as configuration
-from trigate.config.structure import Config, Secret, UpstreamConfig, Url
+from trigate.config.secrets import Secret
+from trigate.config.sections import Config, UpstreamConfig, Url
 from trigate.errors import GatewayError
 from trigate.upstream import echo
 from trigate.upstream.local_model import process

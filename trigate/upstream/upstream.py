@@ -25,7 +25,7 @@ import httpx2
 import trio
 
 from trigate.concurrency.fair_limiter import Places
-from trigate.config.structure import Config, UpstreamConfig
+from trigate.config.sections import Config, UpstreamConfig
 from trigate.errors import (
     Garbled,
     GatewayError,

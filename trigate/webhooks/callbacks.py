@@ -23,7 +23,7 @@ import msgspec
 import trio
 
 from trigate import __version__
-from trigate.config.structure import HookConfig
+from trigate.config.sections import HookConfig
 from trigate.runs.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
 from trigate.store.interface import Delivery, RunState

@@ -31,7 +31,7 @@ import trio
 from trigate import signatures
 from trigate.concurrency.rate_limiter import Rates
 from trigate.config import checks
-from trigate.config.structure import Config, HookConfig
+from trigate.config.sections import Config, HookConfig
 from trigate.errors import (
     BadRequest,
     Header,

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 import attrs
 import msgspec
 
-from trigate.config.structure import Action, HookConfig
+from trigate.config.sections import Action, HookConfig
 from trigate.errors import BadRequest, Forbidden
 
 ACTIONS: tuple[str, ...] = get_args(Action)

@@ -27,7 +27,8 @@ from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.telegram import adapter as telegram
 from trigate.channels.telegram.adapter import TelegramAdapter
-from trigate.config.structure import ChannelConfig, Config, Seconds, Secret
+from trigate.config.secrets import Secret
+from trigate.config.sections import ChannelConfig, Config, Seconds
 from trigate.errors import StoreUnavailable
 from trigate.runs.request import Order
 from trigate.store.interface import Delivery, Run

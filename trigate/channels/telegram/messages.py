@@ -15,7 +15,7 @@ import attrs
 import msgspec
 
 from trigate.channels import message_split
-from trigate.config.structure import Action
+from trigate.config.sections import Action
 
 MAX_UNITS = 4096
 """The most that one message holds."""

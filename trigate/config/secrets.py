@@ -1,0 +1,111 @@
+"""Secrets: literal, from the environment or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from trigate.config.sections import UpstreamConfig
+from trigate.config.structure import _secret
+from trigate.signatures import Scheme, secret_problem
+
+
+@attrs.frozen(kw_only=True)
+class Secret:
+    """A secret as the file names it: a literal, the name of an environment variable, or the path of a file."""
+
+    literal: str | None = attrs.field(default=None, repr=False)
+    env: str | None = None
+    file: str | None = None
+
+    def reveal(self, env: Mapping[str, str]) -> str:
+        """Returns the value.
+
+        Raises:
+            LookupError: It is missing or empty; the message says where it was looked for.
+        """
+        if self.literal is not None:
+            value, where = self.literal, "the value is empty"
+        elif self.env is not None:
+            value, where = env.get(self.env, ""), f"the environment variable {self.env} is not set"
+        else:
+            where = f"the file {self.file} is empty"
+            try:
+                value = Path(str(self.file)).expanduser().read_text(encoding="utf-8")
+            except (OSError, ValueError, RuntimeError) as error:  # also NUL in the path, or a ~user who is nobody
+                raise LookupError(f"the file {self.file} cannot be read: {error}") from None
+        # a key with white space around it would never match, and no header can carry it
+        value = value.strip()
+        if not value:
+            raise LookupError(where)
+        if not value.isascii() or not value.isprintable():
+            raise LookupError("the value has characters that an HTTP header cannot carry")
+        return value
+
+
+_NEEDS_NO_SECRET = ("key",)
+
+
+def _revealed(
+    path: str, secrets: tuple[Secret, ...], env: Mapping[str, str], scheme: Scheme
+) -> tuple[tuple[Secret, ...], list[str]]:
+    """The secrets with their values, and what is wrong with them: one that is missing, or short, lets anybody in."""
+    revealed = []
+    problems = []
+    for index, secret in enumerate(secrets):
+        try:
+            value = secret.reveal(env)
+        except LookupError as error:
+            problems.append(f"{path}.{index}: {error}")
+            continue
+        revealed.append(Secret(literal=value))
+        if problem := secret_problem(scheme, value):
+            problems.append(f"{path}.{index}: {problem}")
+    return tuple(revealed), problems
+
+
+def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    # A key that cannot be read is an error, unlike an upstream's: starting without it would open the gateway.
+    keys: dict[str, str] = {}
+    problems: list[str] = []
+    for name, value in table.items():
+        try:
+            keys[name] = _secret(value, None).reveal(env)
+        except (ValueError, LookupError) as error:
+            problems.append(f"keys.{name}: {error}")
+    if "TRIGATE_API_KEY" in env:
+        try:
+            keys.setdefault("TRIGATE_API_KEY", Secret(env="TRIGATE_API_KEY").reveal(env))
+        except LookupError as error:
+            empty = not env["TRIGATE_API_KEY"].strip()
+            problems.append(
+                f"TRIGATE_API_KEY: {'set, but empty (unset it to serve without a key)' if empty else error}"
+            )
+    return keys, problems
+
+
+def _reveal(
+    upstreams: Mapping[str, UpstreamConfig], env: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    secrets: dict[str, dict[str, str]] = {}
+    disabled: dict[str, str] = {}
+    for name, upstream in upstreams.items():
+        headers: dict[str, str] = {}
+        missing = []
+        wanted = {f"headers.{header}": (header, secret) for header, secret in upstream.headers.items()}
+        if upstream.api_key is not None:
+            wanted["api_key"] = ("authorization", upstream.api_key)
+        for path, (header, secret) in wanted.items():
+            try:
+                value = secret.reveal(env)
+            except LookupError as error:
+                missing.append(f"{path}: {error}")
+            else:
+                headers[header.lower()] = f"Bearer {value}" if path == "api_key" else value
+        if missing:
+            disabled[name] = "; ".join(missing)
+        secrets[name] = headers
+    return secrets, disabled
