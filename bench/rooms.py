@@ -18,8 +18,11 @@ from bench.upstream import MODEL
 from trigate.config import structure
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import open_gateway
+from trigate.openai.answer import decode_answer
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import decode_call
 from trigate.openai.sse import EventSplitter
-from trigate.openai.stream import ENDPOINTS, StreamReader, decode_answer, decode_call
+from trigate.openai.stream import StreamReader
 from trigate.routing.routes import Known, Target, plan
 from trigate.status import snapshot
 from trigate.store import opening

@@ -19,7 +19,7 @@ from trigate import errors
 from trigate.asgi.application import create_app
 from trigate.cli.commands import cli
 from trigate.config import sections, structure
-from trigate.openai import stream
+from trigate.openai import endpoints
 from trigate.upstream import discovery
 
 ROOT = Path(__file__).parent.parent
@@ -242,7 +242,7 @@ def test_error_codes() -> None:
 
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
-    served = {f"POST {path}" for path in stream.ENDPOINTS} | {"POST /hooks/{name}"}
+    served = {f"POST {path}" for path in endpoints.ENDPOINTS} | {"POST /hooks/{name}"}
     for rule in create_app(sections.Config()).url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
@@ -266,7 +266,7 @@ def test_required_fields() -> None:
     """The table of the data plane says what each path requires."""
     rows = _first_names(_sections(_page("reference/endpoints.md"))["Data plane"])
     documented = {path: tuple(_names(row[1])) for path, row in rows.items()}
-    assert documented == {path: endpoint.required for path, endpoint in stream.ENDPOINTS.items()}
+    assert documented == {path: endpoint.required for path, endpoint in endpoints.ENDPOINTS.items()}
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from trio.testing import wait_all_tasks_blocked
 from trigate.concurrency.cancel_queue import SLICE, open_leaving
 from trigate.concurrency.poller import open_poller
 from trigate.exchange.socket_relay import Relay, Stream
-from trigate.openai.stream import ENDPOINTS, StreamReader
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.stream import StreamReader
 from trigate.upstream.response_parser import Framing
 
 needs_epoll = pytest.mark.skipif(sys.platform != "linux", reason="no epoll")

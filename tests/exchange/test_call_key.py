@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from trigate.exchange import call_key
-from trigate.openai.stream import ENDPOINTS, decode_call
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import decode_call
 
 HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
 CHAT: dict[str, Any] = {

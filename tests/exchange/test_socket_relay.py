@@ -19,7 +19,9 @@ from tests.support.provider import DONE, content, event, usage
 from trigate.concurrency.poller import Poller, open_poller
 from trigate.errors import Garbled, Reported
 from trigate.exchange.socket_relay import Relay, Stream
-from trigate.openai.stream import ENDPOINTS, StreamReader, Usage
+from trigate.openai.answer import Usage
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.stream import StreamReader
 from trigate.upstream.response_parser import Framing
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from trigate.errors import BadRequest, Garbled, Rejected, Reported, UnknownModel
 from trigate.openai import sse
-from trigate.openai.stream import ENDPOINTS, StreamReader, Usage, decode_answer, decode_call
+from trigate.openai.answer import Usage, decode_answer
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import decode_call
+from trigate.openai.stream import StreamReader
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
 RESPONSES = ENDPOINTS["/v1/responses"]

@@ -43,7 +43,9 @@ from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Seconds, SessionsConfig
 from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
 from trigate.openai.accumulator import AnswerRecord
-from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
+from trigate.openai.answer import Usage
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import Call, decode_call
 from trigate.sessions.service import Sessions
 from trigate.store.interface import Message, Store, Turn
 from trigate.store.memory import MemoryStore

@@ -32,7 +32,8 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.socket_relay import Stream
 from trigate.gateway.gateway import Drain, Generation
 from trigate.ledger.ledger import Accounts
-from trigate.openai.stream import Call, StreamReader
+from trigate.openai.request import Call
+from trigate.openai.stream import StreamReader
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
 from trigate.server import server

@@ -25,7 +25,8 @@ from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway
 from trigate.ledger.ledger import AccountsStatistics
-from trigate.openai.stream import ENDPOINTS, decode_call
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import decode_call
 from trigate.routing.routes import Target
 from trigate.status import snapshot as report
 from trigate.store.interface import ChannelRecord, Delivery, Run, Turn

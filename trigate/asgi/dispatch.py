@@ -34,7 +34,8 @@ from trigate.errors import (
 )
 from trigate.exchange.exchange import Exchange, Recorder
 from trigate.exchange.shared_call import CoalescedExchange
-from trigate.openai.stream import ENDPOINTS, Call, Endpoint, decode_call
+from trigate.openai.endpoints import ENDPOINTS, Endpoint
+from trigate.openai.request import Call, decode_call
 from trigate.sessions.service import SessionRecorder
 from trigate.webhooks import endpoint as hooks
 

@@ -18,7 +18,7 @@ from trigate.errors import (
     HeadersTooLarge,
     Unauthenticated,
 )
-from trigate.openai.stream import Endpoint
+from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 if TYPE_CHECKING:

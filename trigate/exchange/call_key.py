@@ -21,7 +21,8 @@ from typing import Any
 
 import msgspec
 
-from trigate.openai.stream import Call, decode_any
+from trigate.openai.raw_json import decode_any
+from trigate.openai.request import Call
 
 MAX_JSON_BYTES = 64 * 1024
 """Up to this size, bodies are compared as JSON."""

@@ -48,7 +48,10 @@ from trigate.errors import (
 from trigate.exchange.attempt import Attempt
 from trigate.openai import sse
 from trigate.openai.accumulator import AnswerRecord
-from trigate.openai.stream import Call, StreamReader, Usage, decode_answer, seam_of
+from trigate.openai.answer import Usage, decode_answer
+from trigate.openai.continuation import seam_of
+from trigate.openai.request import Call
+from trigate.openai.stream import StreamReader
 from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
 

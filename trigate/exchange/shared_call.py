@@ -31,7 +31,7 @@ import trio
 from trigate.errors import Draining, GatewayError, Header, TooSlow
 from trigate.exchange.call_key import identity_of
 from trigate.exchange.exchange import STOPPED, Exchange
-from trigate.openai.stream import Usage
+from trigate.openai.answer import Usage
 from trigate.routing.plan import Plan
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import attrs
 import msgspec
 
 from trigate.openai import sse
-from trigate.openai.stream import decode_any
+from trigate.openai.raw_json import decode_any
 
 
 @attrs.define

@@ -25,7 +25,7 @@ from trigate.errors import (
 )
 from trigate.exchange.exchange import Exchange
 from trigate.openai.accumulator import AnswerRecord
-from trigate.openai.stream import Usage
+from trigate.openai.answer import Usage
 from trigate.runs.request import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
 from trigate.store.interface import Run, Turn, Write
 

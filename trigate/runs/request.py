@@ -16,7 +16,9 @@ import attrs
 import msgspec
 
 from trigate.config.sections import Action
-from trigate.openai.stream import ENDPOINTS, Call, Usage, decode_call
+from trigate.openai.answer import Usage
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import Call, decode_call
 from trigate.store.interface import Delivery, Run, RunState, Turn
 from trigate.webhooks.callbacks import callback_body
 

@@ -30,7 +30,8 @@ import trio
 from trigate.config.sections import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
 from trigate.openai.accumulator import AnswerRecord
-from trigate.openai.stream import Call, Usage
+from trigate.openai.answer import Usage
+from trigate.openai.request import Call
 from trigate.sessions import compose as history
 from trigate.store import interface as records
 from trigate.store.interface import Store

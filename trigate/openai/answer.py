@@ -1,0 +1,69 @@
+"""An upstream's JSON answer, and the token counts in it."""
+
+from __future__ import annotations
+
+import json
+
+import attrs
+import msgspec
+
+from trigate.errors import Garbled
+from trigate.openai import sse
+from trigate.openai.raw_json import _fields, _with_model, decode_any
+
+
+@attrs.frozen(kw_only=True)
+class Usage:
+    """Token counts as the upstream reported them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def _usage(value: object) -> Usage | None:
+    """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts.
+
+    >>> _usage({"input_tokens": 3, "output_tokens": 4})
+    Usage(prompt_tokens=3, completion_tokens=4)
+    """
+    if not isinstance(value, dict):
+        return None
+    prompt = value.get("prompt_tokens", value.get("input_tokens"))
+    completion = value.get("completion_tokens", value.get("output_tokens", 0))
+    if type(prompt) is int and type(completion) is int:
+        return Usage(prompt_tokens=prompt, completion_tokens=completion)
+    return None
+
+
+def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usage | None]:
+    """Takes an upstream's JSON answer; returns it with the public model id, and the usage in it. A byte order mark
+    before it is dropped (RFC 8259 section 8.1).
+
+    Raises:
+        Garbled: It is not a JSON object in UTF-8, or it is an error under a 200.
+    """
+    body = body.removeprefix(sse.BOM)
+    try:
+        fields = _answer_fields(body)
+    except (ValueError, RecursionError) as error:
+        raise Garbled(f"The upstream {upstream} answered with something that is not a JSON object: {error}.") from None
+    error_raw = fields.get("error")
+    if error_raw is not None and bytes(error_raw) != b"null" and "choices" not in fields and "object" not in fields:
+        raise Garbled(
+            f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
+        )
+    usage = _usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
+    return (_with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage
+
+
+def _answer_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """Raises ValueError or RecursionError where it is not a JSON object in UTF-8."""
+    if not body.isascii():
+        body.decode()  # a Raw is not looked into
+    try:
+        return _fields.decode(body)
+    except (ValueError, RecursionError):
+        value = decode_any(body) if b"\\ud" in body.lower() else None  # as in streams
+        if not isinstance(value, dict):
+            raise
+        return {name: msgspec.Raw(json.dumps(each).encode()) for name, each in value.items()}
