@@ -30,7 +30,7 @@ from tests.faults.steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 from tests.support.asgi_client import chat
 from trigate.config.sections import UpstreamConfig
 from trigate.gateway.gateway import Gateway, http_transport
-from trigate.store.interface import ExchangeRecord
+from trigate.store.records import ExchangeRecord
 from trigate.upstream.connect import Connection
 from trigate.upstream.transport import SocketTransport
 

@@ -13,7 +13,7 @@ import pytest
 
 from trigate.ledger import journal
 from trigate.ledger.journal import Journal, Orphan, records_of, take_orphans
-from trigate.store.interface import ExchangeRecord
+from trigate.store.records import ExchangeRecord
 
 
 def begun(number: int, **changes: Any) -> ExchangeRecord:

@@ -16,8 +16,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.conftest import Logs
 from trigate.runs import outbox as rooms
 from trigate.runs.outbox import AT_ONCE, ATTEMPT_S, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
-from trigate.store.interface import Delivery, Store, Worker
+from trigate.store.interface import Store
 from trigate.store.memory import MemoryStore, open_memory_store
+from trigate.store.records import Delivery, Worker
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers.membership import Workers, open_workers
 

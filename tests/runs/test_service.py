@@ -36,7 +36,7 @@ from trigate.errors import StoreUnavailable
 from trigate.runs import execution
 from trigate.runs.request import Order
 from trigate.runs.service import Runs
-from trigate.store.interface import ENDED, Delivery, Run
+from trigate.store.records import ENDED, Delivery, Run
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trigate.sessions.compose import bounded, compose, estimated_tokens
-from trigate.store.interface import Message
+from trigate.store.records import Message
 
 NO_LIMIT = 10**9
 

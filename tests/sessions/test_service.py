@@ -47,8 +47,9 @@ from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import Call, decode_call
 from trigate.sessions.service import Sessions
-from trigate.store.interface import Message, Store, Turn
+from trigate.store.interface import Store
 from trigate.store.memory import MemoryStore
+from trigate.store.records import Message, Turn
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers.membership import open_workers
 

@@ -20,7 +20,7 @@ from tests.simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange.exchange import _REST_S, Exchange
 from trigate.gateway.gateway import Gateway, Generation
-from trigate.store.interface import ExchangeRecord
+from trigate.store.records import ExchangeRecord
 
 if TYPE_CHECKING:
     from tests.simulator.world import World

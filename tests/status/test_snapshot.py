@@ -29,8 +29,8 @@ from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import decode_call
 from trigate.routing.routes import Target
 from trigate.status import snapshot as report
-from trigate.store.interface import ChannelRecord, Delivery, Run, Turn
 from trigate.store.memory import MemoryStore
+from trigate.store.records import ChannelRecord, Delivery, Run, Turn
 from trigate.upstream.upstream import UpstreamStatistics
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]

@@ -20,8 +20,8 @@ from tests.support.processes import environment
 from trigate.config.sections import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
-from trigate.store.interface import Retention, Turn
 from trigate.store.memory import open_memory_store
+from trigate.store.records import Retention, Turn
 from trigate.workers.membership import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]

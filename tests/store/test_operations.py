@@ -10,7 +10,9 @@ import attrs
 import pytest
 import trio
 
-from trigate.store.interface import (
+from trigate.store.interface import Store
+from trigate.store.memory import open_memory_store
+from trigate.store.records import (
     ENDED,
     AttemptRecord,
     ChannelRecord,
@@ -20,11 +22,9 @@ from trigate.store.interface import (
     Retention,
     Run,
     SessionCounts,
-    Store,
     Turn,
     Worker,
 )
-from trigate.store.memory import open_memory_store
 from trigate.store.sqlite import open_sqlite_store
 
 

@@ -29,7 +29,7 @@ from tests.store.test_operations import ALL, delivery, run, texts, turn
 from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite, sqlite_file
-from trigate.store.interface import StoreStatistics, Turn
+from trigate.store.records import StoreStatistics, Turn
 from trigate.store.sqlite import SqliteStore, open_sqlite_store
 from trigate.store.tables import APPLICATION_ID, MIGRATIONS
 

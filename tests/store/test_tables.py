@@ -7,7 +7,7 @@ from typing import Any
 import apsw
 import pytest
 
-from trigate.store.interface import Session
+from trigate.store.records import Session
 from trigate.store.tables import MIGRATIONS, SqliteTables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)

@@ -33,8 +33,9 @@ from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Config, HookConfig
 from trigate.runs.outbox import Receipt, open_outbox
 from trigate.signatures import Unverified, Verifier
-from trigate.store.interface import Delivery, Store
+from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
+from trigate.store.records import Delivery
 from trigate.upstream import connect as dialing
 from trigate.upstream.connect import Origin, Refused, dial
 from trigate.upstream.public_addresses import why_not_public

@@ -24,8 +24,9 @@ from trio.testing import MockClock
 from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite
-from trigate.store.interface import Run, Store, Worker
+from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
+from trigate.store.records import Run, Worker
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers import membership
 from trigate.workers.membership import Workers, open_workers

@@ -16,7 +16,8 @@ import msgspec
 from trigate.channels import live_message
 from trigate.channels.live_message import Shown
 from trigate.errors import StoreUnavailable
-from trigate.store.interface import Delivery, Run, Store
+from trigate.store.interface import Store
+from trigate.store.records import Delivery, Run
 
 
 class Told(msgspec.Struct, kw_only=True):

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 import structlog
 
-from trigate.store.interface import ExchangeRecord
+from trigate.store.records import ExchangeRecord
 
 log = structlog.get_logger("trigate.ledger.journal")
 

@@ -31,8 +31,9 @@ from trigate.config.sections import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.ledger.journal import Journal, take_orphans
 from trigate.sessions.compose import estimated_tokens, tokens_of_size
-from trigate.store.interface import LOST, AttemptRecord, ExchangeRecord, Store
+from trigate.store.interface import Store
 from trigate.store.opening import MEMORY
+from trigate.store.records import LOST, AttemptRecord, ExchangeRecord
 
 if TYPE_CHECKING:
     from trigate.exchange.attempt import Attempt

@@ -27,7 +27,8 @@ from trigate.exchange.exchange import Exchange
 from trigate.openai.accumulator import AnswerRecord
 from trigate.openai.answer import Usage
 from trigate.runs.request import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
-from trigate.store.interface import Run, Turn, Write
+from trigate.store.interface import Write
+from trigate.store.records import Run, Turn
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Downstream

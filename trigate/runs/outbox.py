@@ -26,7 +26,8 @@ import structlog
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store.interface import Delivery, DeliveryState, Store
+from trigate.store.interface import Store
+from trigate.store.records import Delivery, DeliveryState
 from trigate.workers.membership import Workers
 
 log = structlog.get_logger("trigate.runs.outbox")

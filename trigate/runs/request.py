@@ -19,7 +19,7 @@ from trigate.config.sections import Action
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import Call, decode_call
-from trigate.store.interface import Delivery, Run, RunState, Turn
+from trigate.store.records import Delivery, Run, RunState, Turn
 from trigate.webhooks.callbacks import callback_body
 
 if TYPE_CHECKING:

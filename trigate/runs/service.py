@@ -38,7 +38,8 @@ from trigate.errors import (
 )
 from trigate.runs.execution import Performance
 from trigate.runs.request import CLIENT_LEFT, Audience, End, Order, as_ended, delivery_of, is_work
-from trigate.store.interface import ENDED, Claim, Run, Write
+from trigate.store.interface import Write
+from trigate.store.records import ENDED, Claim, Run
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Downstream

@@ -29,7 +29,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from trigate.store.interface import Message
+from trigate.store.records import Message
 
 _BYTES_PER_TOKEN = 4
 _SYSTEM = ("system", "developer")

@@ -34,6 +34,7 @@ from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.sessions import compose as history
 from trigate.store import interface as records
+from trigate.store import records as interface_records
 from trigate.store.interface import Store
 from trigate.workers.membership import Workers
 
@@ -54,13 +55,13 @@ class SessionTurn:
         session: As it was when the turn began; None = it is the first.
     """
 
-    def __init__(self, ticket: records.Ticket, limits: SessionsConfig) -> None:
+    def __init__(self, ticket: interface_records.Ticket, limits: SessionsConfig) -> None:
         self.ticket = ticket
-        self.session: records.Session | None = None
+        self.session: interface_records.Session | None = None
         self.has_left = False
         self.bell = trio.Event()
         self._limits = limits
-        self._history: Sequence[records.Message] = ()
+        self._history: Sequence[interface_records.Message] = ()
         self._composition = history.Composition(messages=(), new=(), system=None)
         self._cut: Callable[[GatewayError], None] | None = None
         self._stopped: Stopped | None = None
@@ -123,18 +124,19 @@ class SessionTurn:
         )
         return call.with_messages(self._composition.messages)
 
-    def result(self, answer: AnswerRecord, usage: Usage | None, *, at: float, partial: bool) -> records.Turn:
+    def result(self, answer: AnswerRecord, usage: Usage | None, *, at: float, partial: bool) -> interface_records.Turn:
         """What the turn appends: the new messages of the call that was composed, and the answer."""
         messages = [
-            records.Message(body=body, tokens=history.estimated_tokens(body), at=at) for body in self._composition.new
+            interface_records.Message(body=body, tokens=history.estimated_tokens(body), at=at)
+            for body in self._composition.new
         ]
         if answer.has_content:
             body = answer.message()
             tokens = history.estimated_tokens(body)
             if usage is not None and not partial:
                 tokens = min(usage.completion_tokens, len(body))  # it counts reasoning too, which is not kept
-            messages.append(records.Message(body=body, tokens=tokens, at=at, partial=partial))
-        return records.Turn(
+            messages.append(interface_records.Message(body=body, tokens=tokens, at=at, partial=partial))
+        return interface_records.Turn(
             owner=self.ticket.owner,
             key=self.ticket.key,
             messages=tuple(messages),
@@ -238,7 +240,7 @@ class Sessions:
         return self._hold((owner, key), queue, write, limits)
 
     async def _hold(
-        self, name: Key, queue: _Queue, write: records.Write[records.Ticket], limits: SessionsConfig
+        self, name: Key, queue: _Queue, write: records.Write[interface_records.Ticket], limits: SessionsConfig
     ) -> SessionTurn:
         try:
             # Shielded: a write is done, waited for or not, and who does not wait would not know what to give back.
@@ -307,7 +309,7 @@ class Sessions:
             if not await self._store.sessions.delete(owner, key):
                 raise NotFound("There is no such session.")
 
-    async def stop(self, owner: str, key: str) -> Sequence[records.Ticket]:
+    async def stop(self, owner: str, key: str) -> Sequence[interface_records.Ticket]:
         """Cuts the session's running turn, in whichever worker it runs, with `errors.Stopped`, and returns its ticket
         (or nothing, where none runs); it does not wait for the turn to have ended."""
         await self._workers.join()
@@ -359,7 +361,7 @@ class Sessions:
             if scope.cancelled_caught and head.worker != self._workers.id:
                 self._workers.ring("turn", _rung(head))
 
-    async def _head(self, turn: SessionTurn) -> records.Ticket | None:
+    async def _head(self, turn: SessionTurn) -> interface_records.Ticket | None:
         """The first ticket before a turn's; None = it is its turn."""
         while True:
             tickets = await self._store.sessions.tickets(turn.ticket.owner, turn.ticket.key)
@@ -369,7 +371,7 @@ class Sessions:
                 return tickets[0]
             await self._store.sessions.leave(tickets[0])
 
-    def _is_gone(self, ticket: records.Ticket) -> bool:
+    def _is_gone(self, ticket: interface_records.Ticket) -> bool:
         """Whether a ticket is this worker's, and nobody holds it here."""
         if ticket.worker != self._workers.id:
             return False
@@ -389,16 +391,16 @@ class Sessions:
     def _heed_stop(self, body: bytes) -> None:
         self._stop_here(_ticket_of(body))
 
-    def _stop_here(self, ticket: records.Ticket) -> None:
+    def _stop_here(self, ticket: interface_records.Ticket) -> None:
         queue = self._queues.get((ticket.owner, ticket.key))
         if queue is not None and ticket.number in queue.turns:
             queue.turns[ticket.number].stop()
 
 
-def _rung(ticket: records.Ticket) -> bytes:
+def _rung(ticket: interface_records.Ticket) -> bytes:
     return msgspec.json.encode((ticket.owner, ticket.key, ticket.worker, ticket.number))
 
 
-def _ticket_of(body: bytes) -> records.Ticket:
+def _ticket_of(body: bytes) -> interface_records.Ticket:
     owner, key, worker, number = _ring.decode(body)
-    return records.Ticket(number=number, owner=owner, key=key, worker=worker)
+    return interface_records.Ticket(number=number, owner=owner, key=key, worker=worker)

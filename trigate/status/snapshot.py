@@ -27,7 +27,7 @@ from trigate.channels.service import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
 from trigate.ledger.ledger import AccountsStatistics
 from trigate.store import opening
-from trigate.store.interface import ChannelRecord, SessionCounts, Worker
+from trigate.store.records import ChannelRecord, SessionCounts, Worker
 from trigate.upstream.upstream import UpstreamStatistics
 
 if TYPE_CHECKING:

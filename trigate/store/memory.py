@@ -17,7 +17,9 @@ import msgspec
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store.interface import (
+from trigate.store.interface import Write
+from trigate.store.operations import Ledger, Receipt, Tables
+from trigate.store.records import (
     ENDED,
     LOST,
     ChannelRecord,
@@ -30,9 +32,7 @@ from trigate.store.interface import (
     StoreStatistics,
     Ticket,
     Worker,
-    Write,
 )
-from trigate.store.operations import Ledger, Receipt, Tables
 
 T = TypeVar("T")
 Key = tuple[str, str]

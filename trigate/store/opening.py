@@ -17,7 +17,8 @@ import trio
 
 from trigate.config.sections import Config, LedgerConfig, SessionsConfig, StoreConfig
 from trigate.errors import StoreUnavailable
-from trigate.store.interface import Retention, Store
+from trigate.store.interface import Store
+from trigate.store.records import Retention
 from trigate.workers.membership import Workers
 
 log = structlog.get_logger("trigate.store.opening")

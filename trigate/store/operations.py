@@ -20,7 +20,8 @@ import trio
 
 from trigate.errors import Draining
 from trigate.store import interface
-from trigate.store.interface import (
+from trigate.store.interface import Write
+from trigate.store.records import (
     ENDED,
     ChannelRecord,
     Claim,
@@ -37,7 +38,6 @@ from trigate.store.interface import (
     Ticket,
     Turn,
     Worker,
-    Write,
 )
 
 T = TypeVar("T")

@@ -29,8 +29,9 @@ import structlog
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store.interface import StoreStatistics, Write
+from trigate.store.interface import Write
 from trigate.store.operations import Ledger, Receipt, Tables
+from trigate.store.records import StoreStatistics
 
 if TYPE_CHECKING:
     from trigate.store.sqlite_file import File

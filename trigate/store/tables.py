@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import attrs
 import msgspec
 
-from trigate.store.interface import (
+from trigate.store.records import (
     LOST,
     ChannelRecord,
     Delivery,

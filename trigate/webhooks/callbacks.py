@@ -26,7 +26,7 @@ from trigate import __version__
 from trigate.config.sections import HookConfig
 from trigate.runs.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
-from trigate.store.interface import Delivery, RunState
+from trigate.store.records import Delivery, RunState
 from trigate.upstream.connect import Refused
 from trigate.upstream.public_addresses import why_not_public
 from trigate.upstream.transport import SocketTransport

@@ -48,7 +48,7 @@ from trigate.runs.execution import Unwatched
 from trigate.runs.request import CLIENT_LEFT, Order
 from trigate.runs.service import Doing
 from trigate.signatures import Verifier
-from trigate.store.interface import ENDED, Run
+from trigate.store.records import ENDED, Run
 from trigate.webhooks import payload
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ import structlog
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store.interface import Store, Worker
+from trigate.store.interface import Store
+from trigate.store.records import Worker
 
 log = structlog.get_logger("trigate.workers.membership")
 

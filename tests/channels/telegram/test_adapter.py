@@ -31,8 +31,8 @@ from trigate.config.secrets import Secret
 from trigate.config.sections import ChannelConfig, Config, Seconds
 from trigate.errors import StoreUnavailable
 from trigate.runs.request import Order
-from trigate.store.interface import Delivery, Run
 from trigate.store.memory import open_memory_store
+from trigate.store.records import Delivery, Run
 from trigate.store.sqlite import open_sqlite_store
 from trigate.upstream.transport import SocketTransport
 

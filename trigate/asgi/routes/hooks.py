@@ -13,7 +13,7 @@ from trigate.runs.request import view
 
 if TYPE_CHECKING:
     from trigate.asgi.application import GatewayApp
-    from trigate.store.interface import Delivery
+    from trigate.store.records import Delivery
 
 blueprint = Blueprint("hooks", __name__)
 

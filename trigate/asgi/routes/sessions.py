@@ -10,7 +10,7 @@ import msgspec
 from quart import Blueprint, Response, current_app, jsonify, request
 
 from trigate.errors import BadRequest, NotFound
-from trigate.store.interface import Message, Session
+from trigate.store.records import Message, Session
 
 if TYPE_CHECKING:
     from trigate.asgi.application import GatewayApp

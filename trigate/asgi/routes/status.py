@@ -14,7 +14,7 @@ from trigate.status.inflight import MAX_LIMIT
 if TYPE_CHECKING:
     from trigate.asgi.application import GatewayApp
     from trigate.gateway.gateway import Gateway
-    from trigate.store.interface import ExchangeRecord
+    from trigate.store.records import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)
 

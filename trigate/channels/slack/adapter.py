@@ -41,7 +41,7 @@ from trigate.errors import StoreUnavailable
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, Order
 from trigate.signatures import Verifier, challenge
-from trigate.store.interface import Delivery, Run
+from trigate.store.records import Delivery, Run
 
 log = structlog.get_logger("trigate.channels.slack.adapter")
 

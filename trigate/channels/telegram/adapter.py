@@ -42,7 +42,7 @@ from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, Order
 from trigate.signatures import Verifier
-from trigate.store.interface import Delivery, Run
+from trigate.store.records import Delivery, Run
 
 log = structlog.get_logger("trigate.channels.telegram.adapter")
 
