@@ -21,8 +21,9 @@ import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
+from trigate.asgi.auth import authorize, cors_allows, cors_headers
 from trigate.asgi.client import Downstream, Inbound, too_large
-from trigate.asgi.request import Head, authorize, cors_allows, cors_headers
+from trigate.asgi.request import Head
 from trigate.config.sections import Seconds
 from trigate.errors import (
     Draining,

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import hmac
-import ipaddress
 import math
 import re
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from trigate.errors import (
     Ambiguous,
     BadRequest,
-    Forbidden,
-    Header,
     HeadersTooLarge,
-    Unauthenticated,
 )
 from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 if TYPE_CHECKING:
-    from trigate.config.sections import Config
+    pass
 
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
 _FORWARDED = {
@@ -31,10 +24,6 @@ _FORWARDED = {
     b"traceparent": "traceparent",
     b"tracestate": "tracestate",
 }
-_EXPOSED = (
-    b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-coalesced, "
-    b"retry-after, retry-after-ms, x-should-retry"
-)
 
 
 class Head:
@@ -171,106 +160,3 @@ def _seconds(given: bytes) -> float | None:
 
 
 # -- who may come in --------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=256)
-def is_loopback(host: str | None) -> bool:
-    """Whether a name or address is this machine's own. A peer without an address is a Unix socket, which is.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("::ffff:127.0.0.1"), is_loopback("10.0.0.1")
-    (True, True, True, False)
-    """
-    if not host or host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
-
-
-@functools.lru_cache(maxsize=256)
-def _hostname(text: str) -> str | None:
-    try:
-        return urlsplit(f"//{text}").hostname
-    except ValueError:
-        return None
-
-
-def _hops(value: bytes) -> list[str]:
-    """The addresses in an ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239) header.
-
-    >>> _hops(b"10.0.0.1, 127.0.0.1"), _hops(b'for="[2001:db8::1]:80";proto=http, for=192.0.2.1')
-    (['10.0.0.1', '127.0.0.1'], ['2001:db8::1', '192.0.2.1'])
-    """
-    hops = []
-    for hop in value.decode("latin-1").split(","):
-        pairs = [pair.partition("=")[2] for pair in hop.split(";") if pair.strip().lower().startswith("for=")]
-        text = pairs[0] if pairs else hop
-        if text.strip() and (pairs or "=" not in text):
-            hops.append(_hostname(text.strip().strip('"')) or text.strip())
-    return hops
-
-
-def authorize(head: Head, config: Config) -> str | None:
-    """Decides whether a request may come in.
-
-    Returns:
-        The name of its key; None where no key is configured.
-
-    Raises:
-        Unauthenticated: A key is configured, and this is none.
-        Forbidden: No key is configured, and the request is not from this machine, or is a page's that should not.
-    """
-    if config.keys:
-        scheme, _, token = head.headers.get(b"authorization", b"").partition(b" ")
-        given = token.strip() if scheme.lower() == b"bearer" else b""
-        found = None
-        for name, key in config.keys.items():  # every key is compared, whichever matches
-            if hmac.compare_digest(given, key.encode()):
-                found = name
-        if found is None:
-            said = "Incorrect API key provided." if given else "You didn't provide an API key."
-            raise Unauthenticated(f"{said} This gateway wants one: Authorization: Bearer YOUR_KEY.")
-        return found
-    if config.server.insecure:
-        return None
-    if not (is_loopback(head.server) and is_loopback(head.client)):
-        raise Forbidden(
-            "This gateway has no key configured, so it serves this machine only. Set TRIGATE_API_KEY (or [keys]) "
-            "to serve others, or start it with --insecure."
-        )
-    for field in (b"x-forwarded-for", b"forwarded", b"x-real-ip"):
-        if field in head.headers and not all(is_loopback(hop) for hop in _hops(head.headers.get(field, b""))):
-            raise Forbidden(
-                f"This request came through a proxy ({field.decode()}), and this gateway has no key configured, so it "
-                "serves this machine only. Set TRIGATE_API_KEY (or [keys]), or start it with --insecure."
-            )
-    host = _hostname(head.headers.get(b"host", b"").decode("latin-1"))
-    if host and not is_loopback(host) and host not in config.server.allowed_hosts:
-        raise Forbidden(
-            f"The Host {host[:200]!r} is not this machine (DNS rebinding?). Add it to server.allowed_hosts, "
-            "or configure a key."
-        )
-    origin = head.origin
-    if origin is not None and not cors_allows(origin, config):
-        page = _hostname(origin.partition("://")[2])
-        if page is None or not is_loopback(page):
-            raise Forbidden(f"Pages of {origin[:200]!r} may not call this gateway. Add it to server.cors_origins.")
-    return None
-
-
-def cors_allows(origin: str, config: Config) -> bool:
-    """Whether pages of an origin may read answers."""
-    return origin in config.server.cors_origins or "*" in config.server.cors_origins
-
-
-def cors_headers(origin: str | None, config: Config) -> list[Header]:
-    if not config.server.cors_origins:
-        return []
-    headers: list[Header] = [(b"vary", b"origin")]
-    if origin is not None and cors_allows(origin, config):
-        headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
-        headers.append((b"access-control-expose-headers", _EXPOSED))
-    return headers
