@@ -25,9 +25,10 @@ from tests.support.provider import Provider
 from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.sections import Config, Port
-from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway
+from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.server import server
 from trigate.store import opening
+from trigate.upstream.factory import TransportFactory, http_transport
 
 # A shell's background job ignores Ctrl-C, and its children with it; the processes that tests start must not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -19,7 +19,7 @@ from trigate.channels.adapter import Channel, Refused, Trouble
 from trigate.channels.service import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels
 from trigate.config.sections import Config, ConfigError
 from trigate.errors import StoreUnavailable
-from trigate.gateway.gateway import http_transport
+from trigate.upstream.factory import http_transport
 from trigate.upstream.transport import SocketTransport
 
 TOKEN = "123456:token-of-a-test"

@@ -29,9 +29,10 @@ from tests.faults.page import page
 from tests.faults.steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 from tests.support.asgi_client import chat
 from trigate.config.sections import UpstreamConfig
-from trigate.gateway.gateway import Gateway, http_transport
+from trigate.gateway.gateway import Gateway
 from trigate.store.records import ExchangeRecord
 from trigate.upstream.connect import Connection
+from trigate.upstream.factory import http_transport
 from trigate.upstream.transport import SocketTransport
 
 OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]

@@ -19,8 +19,11 @@ from trigate.asgi.application import create_app
 from trigate.config.sections import ConfigError, UpstreamConfig
 from trigate.config.structure import structure
 from trigate.gateway import gateway
-from trigate.gateway.gateway import Gateway, TransportFactory, http_transport, open_gateway
+from trigate.gateway import reload as gateway_reload
+from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.server import server
+from trigate.upstream import factory
+from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.transport import SocketTransport
 from trigate.upstream.upstream import Upstream
 
@@ -92,7 +95,7 @@ async def _without_a_thread(sync: Callable[..., Any], *args: Any, **options: Any
 async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Files]:
     """A gateway that serves ``trigate.toml`` with the upstream ``a``."""
     found = Files(tmp_path / "trigate.toml")
-    fingerprint = gateway._fingerprint
+    fingerprint = gateway_reload._fingerprint
 
     async def look(path: Path) -> tuple[int, int, int] | None:
         seen = await fingerprint(path)
@@ -186,7 +189,7 @@ async def test_certificate_authorities_that_are_not_there(
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
     monkeypatch.setattr(files, "make", http_transport)
-    gateway._trust.cache_clear()
+    factory._trust.cache_clear()
     logs.expect_error("reload_refused")
     await files.reload('[upstreams.b]\nbase_url = "https://127.0.0.1:9/v1"\nmodels = ["m"]')
     assert files.gateway.reload_error == "SSL_CERT_FILE: cannot be used: No such file or directory"
@@ -338,7 +341,7 @@ async def test_a_lifespan_that_cannot_start_says_why(tmp_path: Path, logs: Logs)
 def _way(base_url: str, **settings: object) -> tuple[str, str | None]:
     table = {"base_url": base_url, **settings}
     upstream = structure({"upstreams": {"u": table}}, env={}, source="test").upstreams["u"]
-    return type(http_transport("u", upstream)).__name__, gateway._proxy_to(upstream)
+    return type(http_transport("u", upstream)).__name__, factory._proxy_to(upstream)
 
 
 @pytest.fixture

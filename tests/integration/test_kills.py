@@ -21,8 +21,9 @@ import trio
 from trigate.asgi.application import create_app
 from trigate.config.sections import Port
 from trigate.config.structure import structure
-from trigate.gateway.gateway import http_transport, open_gateway
+from trigate.gateway.gateway import open_gateway
 from trigate.server import server
+from trigate.upstream.factory import http_transport
 
 CLIENTS = 1000
 AT_ONCE = 50

@@ -19,7 +19,8 @@ from tests.simulator import lots
 from tests.simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange.exchange import _REST_S, Exchange
-from trigate.gateway.gateway import Gateway, Generation
+from trigate.gateway.gateway import Gateway
+from trigate.gateway.generation import Generation
 from trigate.store.records import ExchangeRecord
 
 if TYPE_CHECKING:

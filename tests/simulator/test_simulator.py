@@ -30,7 +30,8 @@ from trigate.exchange.admission import _Place
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.socket_relay import Stream
-from trigate.gateway.gateway import Drain, Generation
+from trigate.gateway.drain import Drain
+from trigate.gateway.generation import Generation
 from trigate.ledger.ledger import Accounts
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader

@@ -30,7 +30,8 @@ from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
-from trigate.gateway.gateway import Gateway, Generation, open_gateway
+from trigate.gateway.gateway import Gateway, open_gateway
+from trigate.gateway.generation import Generation
 from trigate.server import server
 from trigate.store import opening
 

@@ -66,7 +66,7 @@ def _read(config_path: str | None) -> Config:
 
     from trigate.config.load import locate
     from trigate.config.sections import ConfigError
-    from trigate.gateway.gateway import read_config
+    from trigate.gateway.reload import read_config
 
     if config_path is not None:
         os.environ["TRIGATE_CONFIG"] = os.path.abspath(config_path)  # the gateway and its workers read it again
