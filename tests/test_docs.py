@@ -15,6 +15,7 @@ import click
 import pytest
 
 import trigate
+from tests.test_layers import ROWS
 from trigate import errors
 from trigate.asgi.application import create_app
 from trigate.cli.commands import cli
@@ -339,44 +340,10 @@ def test_log_events() -> None:
 # -- the design -------------------------------------------------------------------------------------------------------
 
 
-def _rooms() -> list[str]:
-    return list(_first_names(_sections(_page("design.md"))["The rooms"]))
-
-
-def _room(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-ROOM_SOURCES = [path for path in SOURCES if path.name != "__init__.py" or path.parent == PACKAGE]
-
-
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """The rooms that a module imports when it runs, also within functions."""
-    for node in ast.iter_child_nodes(tree):
-        match node:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                continue
-            case ast.ImportFrom(module=str(module), level=0) if module.partition(".")[0] == "trigate":
-                below = module.removeprefix("trigate").removeprefix(".")
-                yield below
-                yield from (f"{below}.{alias.name}".removeprefix(".") for alias in node.names)
-            case ast.ImportFrom(level=level) if level:
-                pytest.fail("imports are absolute in this package")
-        yield from _imports(node)
-
-
-def test_rooms() -> None:
-    """The table of rooms names every module of the package, and nothing else."""
-    assert sorted(_rooms()) == sorted({_room(path) for path in ROOM_SOURCES})
-
-
-@pytest.mark.parametrize("path", ROOM_SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_arrows(path: Path) -> None:
-    """A room imports only rooms that stand below it in the table."""
-    rooms = _rooms()
-    below = rooms[rooms.index(_room(path)) + 1 :]
-    imported = set(_imports(ast.parse(path.read_text(encoding="utf-8")))) & set(rooms)
-    assert imported - {_room(path)} <= set(below)
+def test_packages() -> None:
+    """The table of packages names every package and top-level module, in the order that the layer test enforces."""
+    documented = [name for row in _rows(_sections(_page("design.md"))["The packages"]) for name in _names(row[0])]
+    assert documented == [name for row in ROWS for name in row]
 
 
 def test_dependencies() -> None:

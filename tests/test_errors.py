@@ -18,11 +18,11 @@ from trigate.errors import (
     BadRequest,
     BodyTimeout,
     CallError,
+    CancelledByOperator,
+    ClientStalled,
     Draining,
-    Ended,
     Fault,
     Forbidden,
-    Garbled,
     GatewayError,
     HeadersTooLarge,
     IdempotencyConflict,
@@ -30,13 +30,13 @@ from trigate.errors import (
     MethodNotAllowed,
     NotFound,
     Overloaded,
+    ProtocolViolation,
     RateLimited,
     Rejected,
-    Reported,
+    RunStopped,
     SessionBusy,
-    Stalled,
-    Stopped,
     StoreUnavailable,
+    StreamError,
     Throttled,
     TooLarge,
     TooSlow,
@@ -67,8 +67,8 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (BodyTimeout("no"), 408, "invalid_request_error", "body_timeout"),
     (IdempotencyConflict("no"), 409, "invalid_request_error", "idempotency_conflict"),
     (SessionBusy("no"), 409, "invalid_request_error", "session_busy"),
-    (Stopped("no"), 409, "invalid_request_error", "stopped"),
-    (Ended("no"), 409, "invalid_request_error", "stream_cancelled"),
+    (RunStopped("no"), 409, "invalid_request_error", "stopped"),
+    (CancelledByOperator("no"), 409, "invalid_request_error", "stream_cancelled"),
     (TooLarge("no"), 413, "invalid_request_error", "body_too_large"),
     (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
     (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
@@ -77,13 +77,13 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (Unavailable("down"), 502, "upstream_error", "upstream_unavailable"),
     (Unavailable("down", status=503), 503, "upstream_error", "upstream_unavailable"),
     (UpstreamTimeout("slow", phase="idle"), 504, "upstream_error", "upstream_timeout"),
-    (Garbled("odd"), 502, "upstream_error", "upstream_garbled"),
+    (ProtocolViolation("odd"), 502, "upstream_error", "upstream_garbled"),
     (Truncated("cut"), 502, "upstream_error", "upstream_truncated"),
-    (Reported("mock", "busy"), 502, "upstream_error", "upstream_error"),
+    (StreamError("mock", "busy"), 502, "upstream_error", "upstream_error"),
     (Overloaded("full", retry_after_s=1.5), 503, "overloaded_error", "overloaded"),
     (StoreUnavailable("disk full"), 503, "server_error", "store_unavailable"),
     (Draining("bye"), 503, "server_error", "draining"),
-    (Stalled("asleep"), 503, "server_error", "client_stalled"),
+    (ClientStalled("asleep"), 503, "server_error", "client_stalled"),
     (TooSlow("behind"), 503, "server_error", "client_too_slow"),
     (Internal("oops"), 500, "server_error", "internal_error"),
 ]
@@ -167,14 +167,16 @@ def test_only_the_provider_s_failures_can_be_retried(error: GatewayError) -> Non
 def test_what_is_retryable() -> None:
     """A provider's own 4xx is final; 429, silence, breakage and nonsense are worth another target."""
     retryable = {type(sample[0]) for sample in SAMPLES if sample[0].retryable}
-    assert retryable == {Throttled, Unavailable, UpstreamTimeout, Garbled, Truncated, Reported}
+    assert retryable == {Throttled, Unavailable, UpstreamTimeout, ProtocolViolation, Truncated, StreamError}
 
 
 @each_sample
 def test_the_sdks_do_not_retry_what_was_tried(error: GatewayError) -> None:
     """``x-should-retry: false`` is on every error of a provider, and on what an operator has ended; on no other."""
     headers = dict(error.to_response()[1])
-    assert (headers.get(b"x-should-retry") == b"false") == (error.blame == "provider" or isinstance(error, Ended))
+    assert (headers.get(b"x-should-retry") == b"false") == (
+        error.blame == "provider" or isinstance(error, CancelledByOperator)
+    )
 
 
 @each_sample
@@ -278,7 +280,7 @@ def test_what_an_upstream_said(body: bytes, said: str) -> None:
 def test_an_upstreams_half_surrogate_can_be_told() -> None:
     """JSON can say half a surrogate pair, UTF-8 cannot: the client gets the error all the same, in either form."""
     for said in ({"message": "cut \ud83d", "code": ["\ud83d"]}, "cut \ud83d"):
-        error = Reported("mock", said)
+        error = StreamError("mock", said)
         error.redact(("secret",))
         assert error.message == "cut ?"
         assert b'"message":"cut ?"' in error.to_frame()
@@ -290,4 +292,4 @@ def test_an_upstreams_error_of_any_depth_can_be_told() -> None:
     said: object = 1
     for _ in range(100_000):
         said = [said]
-    assert Reported("mock", {"message": said}).message == "The upstream mock sent an error event."
+    assert StreamError("mock", {"message": said}).message == "The upstream mock sent an error event."

@@ -6,16 +6,16 @@ The tree::
     ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
-    │                                                   SessionBusy 409 · Stopped 409 · Ended 409
-    │                                                   IdempotencyConflict 409 · TooLarge 413
+    │                                                   SessionBusy 409 · RunStopped 409
+    │                                                   CancelledByOperator 409 · IdempotencyConflict 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · RateLimited 429
     │                                                   HeadersTooLarge 431
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
-    │                                                   UpstreamTimeout 504* · Garbled 502* · Truncated 502*
-    │                                                   Reported 502* (an error event of its stream)
+    │                                                   UpstreamTimeout 504* · ProtocolViolation 502*
+    │                                                   Truncated 502* · StreamError 502*
     └─ Fault                the gateway, or its state   Overloaded 503 · StoreUnavailable 503 · Draining 503
-                                                        Stalled 503 (TooSlow) · Internal 500
+                                                        ClientStalled 503 (TooSlow) · Internal 500
 
 ``*`` = retryable: another target may be tried, as long as nothing of an answer has been sent.
 
@@ -224,14 +224,14 @@ class SessionBusy(CallError):
     code = "session_busy"
 
 
-class Stopped(CallError):
+class RunStopped(CallError):
     """The run was stopped by a later message of its session."""
 
     status = 409
     code = "stopped"
 
 
-class Ended(CallError):
+class CancelledByOperator(CallError):
     """Somebody has ended the call through ``/status/streams``."""
 
     status = 409
@@ -398,14 +398,14 @@ class UpstreamTimeout(UpstreamError):
         return {**super().payload, "phase": self.phase}
 
 
-class Garbled(UpstreamError):
+class ProtocolViolation(UpstreamError):
     """The provider's answer is not what its protocol says it must be."""
 
     status = 502
     code = "upstream_garbled"
 
 
-class Reported(UpstreamError):
+class StreamError(UpstreamError):
     """The provider sent an error as an event of its stream; the client gets it as it came.
 
     Args:
@@ -504,7 +504,7 @@ class Draining(Fault):
         return [*_retry_after(1.0), _CLOSE]
 
 
-class Stalled(Fault):
+class ClientStalled(Fault):
     """The client stopped reading, and its upstream stream was ended (nobody is likely to see this frame)."""
 
     status = 503
@@ -512,7 +512,7 @@ class Stalled(Fault):
     blame = "client"
 
 
-class TooSlow(Stalled):
+class TooSlow(ClientStalled):
     """The client has fallen too far behind those with whom it shares an upstream call."""
 
     code = "client_too_slow"

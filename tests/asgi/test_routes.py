@@ -302,10 +302,10 @@ async def test_status_counts_and_remembers_the_last_error(open_app: OpenApp) -> 
     async with open_app(providers=Provider(*scripts)) as served:
         await served.client.chat().wait()
         await served.client.chat().wait()
-        leaving = served.client.chat()
+        cancel_queue = served.client.chat()
         await wait_all_tasks_blocked()
-        leaving.disconnect()
-        await leaving.wait()
+        cancel_queue.disconnect()
+        await cancel_queue.wait()
         status = (await served.client.ask("GET", "/status")).json
         totals = status["totals"]
         assert (totals["exchanges"], totals["complete"], totals["failed"], totals["cancelled"]) == (3, 1, 1, 1)

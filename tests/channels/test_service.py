@@ -75,7 +75,7 @@ async def open_service(config: Config) -> AsyncIterator[tuple[Channels, Any, Cal
     """The service, what it uses of a gateway, and how to give that another configuration."""
     gateway: Any = SimpleNamespace(
         generation=SimpleNamespace(config=config),
-        runs=SimpleNamespace(audiences={}),
+        runs=SimpleNamespace(live_views={}),
         outbox=SimpleNamespace(carriers={}, look=lambda: None),
     )
 
@@ -181,7 +181,7 @@ async def test_reload(autojump_clock: trio.testing.MockClock) -> None:
         assert service.adapter("same") is kept
         assert service.adapter("changed") not in (None, before)
         assert service.adapter("gone") is None
-        assert set(gateway.runs.audiences) == set(gateway.outbox.carriers) == {"same", "changed", "new"}
+        assert set(gateway.runs.live_views) == set(gateway.outbox.carriers) == {"same", "changed", "new"}
         assert gateway.outbox.carriers["changed"] is service.adapter("changed")
     assert len(beginnings("same")) == 1
     assert len(beginnings("changed")) == 2
@@ -218,7 +218,7 @@ async def test_unusable(autojump_clock: trio.testing.MockClock, logs: Logs) -> N
     logs.expect_error("channel_unusable")
     gateway: Any = SimpleNamespace(
         generation=SimpleNamespace(config=config_of("a", "b")),
-        runs=SimpleNamespace(audiences={}),
+        runs=SimpleNamespace(live_views={}),
         outbox=SimpleNamespace(carriers={}, look=lambda: None),
     )
     failures = [ConfigError("SSL_CERT_FILE", ("cannot be used",))]
@@ -260,7 +260,7 @@ async def test_transports(autojump_clock: trio.testing.MockClock) -> None:
 
     gateway: Any = SimpleNamespace(
         generation=SimpleNamespace(config=config_of("a")),
-        runs=SimpleNamespace(audiences={}),
+        runs=SimpleNamespace(live_views={}),
         outbox=SimpleNamespace(carriers={}, look=lambda: None),
     )
     async with open_channels(gateway, make):

@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.concurrency.cancel_queue import SLICE, open_leaving
+from trigate.concurrency.cancel_queue import SLICE, open_cancel_queue
 from trigate.concurrency.poller import open_poller
 from trigate.exchange.socket_relay import Relay, Stream
 from trigate.openai.endpoints import ENDPOINTS
@@ -32,24 +32,24 @@ async def test_many_end_a_few_at_a_time() -> None:
             await trio.sleep_forever()
         ended += 1
 
-    async with open_leaving() as leaving, trio.open_nursery() as nursery:
+    async with open_cancel_queue() as leaving, trio.open_nursery() as nursery:
         scopes = [await nursery.start(serve) for _ in range(count)]
         for scope in scopes:
             leaving.cancel_soon(scope)
-        assert repr(leaving) == f"<Leaving of {count}>"
+        assert repr(leaving) == f"<CancelQueue of {count}>"
         seen = []
         while ended < count:
             await trio.lowlevel.checkpoint()
             seen.append(ended)
         # Tasks run in no certain order: between two looks of this one, two slices may have ended.
         assert all(after - before <= 2 * SLICE for before, after in zip([0, *seen], seen, strict=False))
-        assert repr(leaving) == "<Leaving of 0>"
+        assert repr(leaving) == "<CancelQueue of 0>"
         await wait_all_tasks_blocked()  # it does not go on looking
 
 
 async def test_one_that_has_ended_may_be_cancelled() -> None:
     """Whether a request has ended meanwhile is nobody's concern."""
-    async with open_leaving() as leaving:
+    async with open_cancel_queue() as leaving:
         with trio.CancelScope() as scope:
             await trio.lowlevel.checkpoint()
         leaving.cancel_soon(scope)

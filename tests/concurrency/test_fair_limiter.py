@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.concurrency.fair_limiter import Places
+from trigate.concurrency.fair_limiter import FairLimiter
 
 
-async def _enter(places: Places, key: str, came: list[str]) -> None:
+async def _enter(places: FairLimiter, key: str, came: list[str]) -> None:
     await places.wait(key)
     came.append(key)
 
 
 async def test_first_come_first_served() -> None:
     """Within a key."""
-    places, came = Places(1), []
+    places, came = FairLimiter(1), []
     assert places.take("a")
     assert not places.take("a")
     async with trio.open_nursery() as nursery:
@@ -42,7 +42,7 @@ async def test_first_come_first_served() -> None:
 
 async def test_keys_take_turns() -> None:
     """A thousand calls of one key keep another one waiting for one place."""
-    places = Places(1)
+    places = FairLimiter(1)
     came: list[str] = []
     places.take("busy")
     async with trio.open_nursery() as nursery:
@@ -62,7 +62,7 @@ async def test_keys_take_turns() -> None:
 
 async def test_a_key_has_a_limit_of_its_own() -> None:
     """It waits for its own places, and nobody waits behind it."""
-    places, came = Places(3, key_limit=1), []
+    places, came = FairLimiter(3, key_limit=1), []
     assert places.take("a")
     assert not places.take("a")
     assert places.is_keys_own_limit("a")
@@ -78,7 +78,7 @@ async def test_a_key_has_a_limit_of_its_own() -> None:
 
 async def test_who_leaves_has_no_place() -> None:
     """And the next one has it."""
-    places, came = Places(1), []
+    places, came = FairLimiter(1), []
     places.take("a")
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(0.01) as leaving:
@@ -93,7 +93,7 @@ async def test_who_leaves_has_no_place() -> None:
 
 async def test_more_places() -> None:
     """Who waits is let in when the limit rises; when it falls, nobody loses a place."""
-    places, came = Places(1), []
+    places, came = FairLimiter(1), []
     places.take("a")
     async with trio.open_nursery() as nursery:
         for _ in range(3):
@@ -114,7 +114,7 @@ async def test_more_places() -> None:
 @pytest.mark.parametrize(("key", "expected"), [("a", 1.0), ("b", 0.5)])
 async def test_how_long_one_would_wait(key: str, expected: float) -> None:
     """Its turn comes sooner for a key of which nobody waits yet."""
-    places, came = Places(4), []
+    places, came = FairLimiter(4), []
     for _ in range(4):
         places.take("a")
     places.give("a", held_s=1.0)
@@ -139,7 +139,7 @@ def test_whatever_happens(steps: list[tuple[str, int, str]], key_limit: int) -> 
     """Counts are right, limits hold, and nobody waits while there is a place that he may have."""
 
     async def play() -> None:
-        places, limit = Places(2, key_limit=key_limit), 2
+        places, limit = FairLimiter(2, key_limit=key_limit), 2
         inside: list[str] = []
         waiting: list[tuple[str, trio.CancelScope]] = []
 

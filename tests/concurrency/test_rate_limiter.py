@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trigate.concurrency.rate_limiter import Rates
+from trigate.concurrency.rate_limiter import RateLimiter
 
 # Powers of two: sums and quotients of them are exact, and so can what is demanded of them be.
 rates_per_s = st.sampled_from([0.125, 0.5, 1.0, 2.0, 8.0])
@@ -19,7 +19,7 @@ times = st.lists(st.integers(0, 48), max_size=60).map(
 
 
 def _allowed(times: list[float], *, rate_per_s: float, burst: int) -> list[float]:
-    rates = Rates()
+    rates = RateLimiter()
     return [now for now in times if rates.take("key", rate_per_s=rate_per_s, burst=burst, now=now) == 0.0]
 
 
@@ -44,7 +44,7 @@ def test_who_keeps_to_the_rate(gaps: list[int], rate_per_s: float, burst: int) -
 @given(times=times, rate_per_s=rates_per_s, burst=bursts)
 def test_the_wait_is_right(times: list[float], rate_per_s: float, burst: int) -> None:
     """Whoever waits as long as was said is allowed, and whoever waits less is not."""
-    rates = Rates()
+    rates = RateLimiter()
     for now in times:
         wait_s = rates.take("key", rate_per_s=rate_per_s, burst=burst, now=now)
         if wait_s:
@@ -66,8 +66,8 @@ def test_a_burst() -> None:
 def test_keys_are_independent(turns: list[tuple[str, int]], rate_per_s: float) -> None:
     """What one key does makes no difference to another."""
     moments = list(itertools.accumulate((0.0625 * gap for _, gap in turns)))
-    both = Rates()
-    alone = {"a": Rates(), "b": Rates()}
+    both = RateLimiter()
+    alone = {"a": RateLimiter(), "b": RateLimiter()}
     for (key, _), now in zip(turns, moments, strict=True):
         together = both.take(key, rate_per_s=rate_per_s, burst=2, now=now)
         assert together == alone[key].take(key, rate_per_s=rate_per_s, burst=2, now=now)
@@ -77,17 +77,17 @@ def test_keys_are_independent(turns: list[tuple[str, int]], rate_per_s: float) -
 @given(keys=st.lists(st.integers(0, 30), max_size=200), max_keys=st.integers(1, 8))
 def test_memory_is_bounded(keys: list[int], max_keys: int) -> None:
     """However many keys there are, and however often each comes, no more are kept than was said."""
-    rates = Rates(max_keys=max_keys)
+    rates = RateLimiter(max_keys=max_keys)
     for now, key in enumerate(keys):
         rates.take(str(key), rate_per_s=1.0, burst=4, now=now / 4)
         assert len(rates) <= max_keys
         assert len(rates._order) <= 2 * max_keys
-    assert repr(rates) == f"Rates({len(rates)} of {max_keys} keys)"
+    assert repr(rates) == f"RateLimiter({len(rates)} of {max_keys} keys)"
 
 
 def test_who_owes_nothing_goes_first() -> None:
     """When there are too many keys, those go whose debt has passed, though others came before them."""
-    rates = Rates(max_keys=2)
+    rates = RateLimiter(max_keys=2)
     for _ in range(5):
         rates.take("indebted", rate_per_s=0.1, burst=5, now=0.0)
     rates.take("paid", rate_per_s=10.0, burst=5, now=1.0)
@@ -97,7 +97,7 @@ def test_who_owes_nothing_goes_first() -> None:
 
 def test_a_debt_cannot_be_washed_away() -> None:
     """Whoever has used up a burst stays refused, however many other keys come after."""
-    rates = Rates(max_keys=10)
+    rates = RateLimiter(max_keys=10)
     for _ in range(5):
         rates.take("indebted", rate_per_s=1.0, burst=5, now=0.0)
     for number in range(1000):
@@ -107,7 +107,7 @@ def test_a_debt_cannot_be_washed_away() -> None:
 
 def test_a_key_that_went_begins_anew() -> None:
     """A key that had to go is like one that never came, and nothing is left of it."""
-    rates = Rates(max_keys=1)
+    rates = RateLimiter(max_keys=1)
     assert rates.take("a", rate_per_s=1.0, burst=1, now=0.0) == 0.0
     assert rates.take("b", rate_per_s=1.0, burst=1, now=0.0) == 0.0
     assert rates.take("a", rate_per_s=1.0, burst=1, now=0.0) == 0.0
@@ -117,6 +117,6 @@ def test_a_key_that_went_begins_anew() -> None:
 @pytest.mark.parametrize("rate_per_s", [3.0, 50.0, 0.7])
 def test_a_burst_is_as_large_as_it_says(rate_per_s: float) -> None:
     """Whatever its intervals add up to in binary: all of it is allowed, and no more."""
-    rates = Rates()
+    rates = RateLimiter()
     taken = [rates.take("a", rate_per_s=rate_per_s, burst=100, now=1e5) for _ in range(101)]
     assert [wait_s == 0.0 for wait_s in taken] == [True] * 100 + [False]

@@ -25,7 +25,7 @@ def of(
 ) -> bytes | None:
     """The identity of a call with this body."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    return call_key.identity_of(decode_call(ENDPOINTS[path], data), headers, sampled=sampled)
+    return call_key.call_key_of(decode_call(ENDPOINTS[path], data), headers, sampled=sampled)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ async def test_each_has_a_record_and_one_the_tokens(
         for call in calls:
             call.disconnect()
             await call.wait()
-        records = await served.gateway.accounts.list(limit=10)
+        records = await served.gateway.ledger.list(limit=10)
         assert [record.outcome for record in records] == ["cancelled"] * 3 + ["complete"] * 3
         for flight in (records[:3], records[3:]):
             [billed] = [record for record in flight if record.completion_tokens is not None]

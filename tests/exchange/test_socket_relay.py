@@ -17,7 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.support.provider import DONE, content, event, usage
 from trigate.concurrency.poller import Poller, open_poller
-from trigate.errors import Garbled, Reported
+from trigate.errors import ProtocolViolation, StreamError
 from trigate.exchange.socket_relay import Relay, Stream
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
@@ -346,7 +346,7 @@ async def test_an_error_event_ends_the_stream() -> None:
         await scene.say(content("a") + event({"error": {"message": "m"}}) + content("b"))
         await scene.ended.wait()
         assert scene.body(await scene.take_all()) == public(content("a"))
-        assert isinstance(scene.reader.error, Reported)
+        assert isinstance(scene.reader.error, StreamError)
 
 
 async def test_an_event_beyond_the_bound_ends_the_stream() -> None:
@@ -356,7 +356,7 @@ async def test_an_event_beyond_the_bound_ends_the_stream() -> None:
         await scene.say(content("a") + b"data: " + b"x" * 2000)
         await scene.ended.wait()
         assert scene.body(await scene.take_all()) == public(content("a"))
-        assert isinstance(scene.reader.error, Garbled)
+        assert isinstance(scene.reader.error, ProtocolViolation)
 
 
 async def test_a_defect_is_the_exchange_s_affair(monkeypatch: pytest.MonkeyPatch) -> None:

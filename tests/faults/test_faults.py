@@ -178,7 +178,7 @@ async def settled(scene: Scene, got: Mapping[Case, Got]) -> dict[Case, ExchangeR
     """What is accounted of each call: one record in the ledger, one line in the log, one in the totals; and nothing of
     anything else."""
     ids = sorted(each.request_id for each in got.values())
-    records = await scene.gateway.accounts.list(limit=100)
+    records = await scene.gateway.ledger.list(limit=100)
     assert sorted(record.request_id for record in records) == ids
     assert sorted(line["request_id"] for line in scene.logs.named("exchange")) == ids
     assert scene.gateway.totals.exchanges == len(got)

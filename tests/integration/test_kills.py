@@ -185,7 +185,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
             return seen[-1]
 
         await many(20, -20)  # what is made once, is made now: the store, threads
-        await gateway.accounts.fold()
+        await gateway.ledger.fold()
         before = await settled()
         await many(CLIENTS, 0)
         assert await settled() == before

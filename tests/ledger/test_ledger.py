@@ -21,7 +21,7 @@ from tests.conftest import Served, make_config
 from tests.support.asgi_client import chat
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Pause, Provider, Say, Stall, answers, content, says
-from trigate.ledger import ledger as accounts
+from trigate.ledger import ledger
 from trigate.store.memory import MemoryStore
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
@@ -162,7 +162,7 @@ async def test_a_store_that_fails_delays_nobody(
 ) -> None:
     """Records wait; those that there is no room for, here or in a journal, are counted, and said."""
     logs.expect_error("records_dropped")
-    monkeypatch.setattr(accounts, "MAX_WAITING", 2)
+    monkeypatch.setattr(ledger, "MAX_WAITING", 2)
     async with open_app(make_config(), Provider(*[says("a")] * 3)) as served:
         store = served.gateway.store
         assert isinstance(store, MemoryStore)
@@ -182,7 +182,7 @@ async def test_what_there_is_no_room_for_is_in_the_journal(
     open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is read from there."""
-    monkeypatch.setattr(accounts, "MAX_WAITING", 2)
+    monkeypatch.setattr(ledger, "MAX_WAITING", 2)
     async with open_app(make_config(), Provider(*[says("a")] * 9), store=tmp_path / "a.db") as served:
         for _ in range(9):
             await served.client.chat().wait()
@@ -203,7 +203,7 @@ async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Pat
         assert str(blocked) in ledger["error"]
         assert len(logs.named("ledger_degraded")) == 1
         blocked.unlink()
-        served.gateway.accounts._retry_at = 0.0
+        served.gateway.ledger._retry_at = 0.0
         await served.client.chat().wait()
         assert len(logs.named("ledger_restored")) == 1
         with trio.fail_after(5):
@@ -215,7 +215,7 @@ async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Pat
 
 async def test_long_journals_are_replaced(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is live goes on in the next one, and is settled there."""
-    monkeypatch.setattr(accounts, "TURN_BYTES", 1)
+    monkeypatch.setattr(ledger, "TURN_BYTES", 1)
     provider = Provider((Say(content("a")), Stall()), says("b"))
     async with open_app(make_config(), provider, store=tmp_path / "a.db") as served:
         call = served.client.chat()

@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.provider import DONE, chunk, completion, content, event, role, usage
-from trigate.openai.accumulator import AnswerRecord
+from trigate.openai.accumulator import AnswerAccumulator
 
 
-def heard(*frames: bytes) -> AnswerRecord:
+def heard(*frames: bytes) -> AnswerAccumulator:
     """A record that has heard these."""
-    answer = AnswerRecord()
+    answer = AnswerAccumulator()
     for each in frames:
-        answer.hear(each)
+        answer.feed(each)
     return answer
 
 
-def said(answer: AnswerRecord) -> Any:  # Any: JSON
+def said(answer: AnswerAccumulator) -> Any:  # Any: JSON
     """Its message, decoded."""
     return msgspec.json.decode(answer.message())
 
@@ -186,7 +186,7 @@ def test_half_surrogate_pairs() -> None:
     """The halves of an emoji that was cut are put together; one that stays alone is replaced."""
     answer = heard(rb'data: {"choices":[{"delta":{"content":"\ud83d"}}]}' b"\n\n")
     assert answer.text == "\ufffd"
-    answer.hear(rb'data: {"choices":[{"delta":{"content":"\ude00"}}]}' b"\n\n")
+    answer.feed(rb'data: {"choices":[{"delta":{"content":"\ude00"}}]}' b"\n\n")
     assert answer.text == "\U0001f600"
     assert said(answer)["content"] == "\U0001f600"
     raw = rb'data: {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"\ud83d","function":{"name":"\ud83d"}}]}}]}'
@@ -196,17 +196,17 @@ def test_half_surrogate_pairs() -> None:
 
 def test_a_json_answer() -> None:
     """It is complete by being there."""
-    answer = AnswerRecord()
-    answer.hear_answer(completion("Hi"))
+    answer = AnswerAccumulator()
+    answer.feed_answer(completion("Hi"))
     assert (answer.text, answer.finish_reason, answer.is_cut) == ("Hi", "stop", False)
     assert answer.message() == b'{"role":"assistant","content":"Hi"}'
 
 
 def test_a_json_answer_with_tools() -> None:
     """Its tool calls are those of the answer, in its order; annotations and audio are not kept."""
-    answer = AnswerRecord()
+    answer = AnswerAccumulator()
     message = {"role": "assistant", "content": None, "tool_calls": CALLS, "annotations": [], "audio": {"id": "a"}}
-    answer.hear_answer(msgspec.json.encode({"choices": [{"index": 0, "message": message}]}))
+    answer.feed_answer(msgspec.json.encode({"choices": [{"index": 0, "message": message}]}))
     assert said(answer) == {"role": "assistant", "content": None, "tool_calls": CALLS}
 
 

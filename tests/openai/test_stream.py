@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trigate.errors import BadRequest, Garbled, Rejected, Reported, UnknownModel
+from trigate.errors import BadRequest, ProtocolViolation, Rejected, StreamError, UnknownModel
 from trigate.openai import sse
 from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.endpoints import ENDPOINTS
@@ -272,7 +272,7 @@ def test_usage(usage: object, read: tuple[int, int] | None) -> None:
 )
 def test_an_answer_that_is_none(body: bytes) -> None:
     """Under a 200, what is not a JSON object, and an error object, is the provider's failure."""
-    with pytest.raises(Garbled, match="mock"):
+    with pytest.raises(ProtocolViolation, match="mock"):
         decode_answer(body, model="m", upstream="mock")
 
 
@@ -357,7 +357,7 @@ def test_an_event_that_is_named_error(more: bytes) -> None:
     reader = _reader()
     reader.read(_delta(content="H"))
     assert reader.read(b"event: error\n" + more + b'data: {"message": "it broke"}\n\n') == b""
-    assert isinstance(reader.error, Reported)
+    assert isinstance(reader.error, StreamError)
     assert reader.error.message == "it broke"
 
 
@@ -461,7 +461,7 @@ def test_a_stream_of_images_may_close_after_each() -> None:
         reader.read(_event({"type": "image_generation.completed", "b64_json": "x"}))
         assert (reader.may_end, reader.complete, reader.error) == (True, False, None)
     reader.read(_event({"error": {"message": "the third failed"}}))
-    assert isinstance(reader.error, Reported)
+    assert isinstance(reader.error, StreamError)
 
 
 def test_usage_of_a_response_is_inside_it() -> None:
@@ -492,7 +492,7 @@ def test_an_error_event(before: list[bytes]) -> None:
         reader.read(event)
     error = {"message": "out of memory", "type": "server_error", "code": 507}
     assert reader.read(b"event: error\n" + _event({"error": error})) == b""
-    assert isinstance(reader.error, Reported)
+    assert isinstance(reader.error, StreamError)
     assert reader.error.message == "out of memory"
     assert reader.error.payload == {"param": None, **error}
     assert not reader.complete
@@ -539,7 +539,7 @@ def test_a_first_event_that_is_not_an_object(data: bytes) -> None:
     """Before any content, data that is not a JSON object means that the upstream speaks something else."""
     reader = _reader()
     assert reader.read(b"data: " + data + b"\n\n") == b""
-    assert isinstance(reader.error, Garbled)
+    assert isinstance(reader.error, ProtocolViolation)
     assert not isinstance(reader.error, Rejected)
 
 
@@ -817,7 +817,7 @@ def test_what_came_before_an_event_too_large_is_given_out() -> None:
     for pieces in ([event * 2 + b"data: " + b"x" * 500], [event, event, b"data: " + b"x" * 500]):
         reader = StreamReader(CHAT, model="up", upstream="mock", max_event_bytes=300)
         assert b"".join(map(reader.feed, pieces)) == event * 2
-        assert isinstance(reader.error, Garbled)
+        assert isinstance(reader.error, ProtocolViolation)
 
 
 def test_an_event_on_several_lines_stays_one() -> None:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import make_config
-from trigate.errors import BadRequest, Garbled, GatewayError, Rejected, Throttled, Unavailable, UpstreamTimeout
+from trigate.errors import (
+    BadRequest,
+    GatewayError,
+    ProtocolViolation,
+    Rejected,
+    Throttled,
+    Unavailable,
+    UpstreamTimeout,
+)
 from trigate.routing.plan import MAX_TARGETS, Plan, Step, Targets
 from trigate.routing.routes import Target
 
@@ -79,7 +87,7 @@ def test_the_same_target_again() -> None:
         (Rejected("a", 401, b""), 1),
         (BadRequest("no"), 1),
         (UpstreamTimeout("slow", phase="first_token"), 1),
-        (Garbled("nonsense"), 1),
+        (ProtocolViolation("nonsense"), 1),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -90,7 +98,7 @@ def test_what_is_tried_again(error: GatewayError, attempts: int) -> None:
 
 def test_a_slow_target_is_left_for_the_next_one() -> None:
     """A limit in time is a reason to try another one."""
-    steps = walk(plan_of(*known(2)), UpstreamTimeout("slow", phase="first_token"), Garbled("nonsense"))
+    steps = walk(plan_of(*known(2)), UpstreamTimeout("slow", phase="first_token"), ProtocolViolation("nonsense"))
     assert [step.target for step in steps] == [A, B]
 
 

@@ -34,7 +34,7 @@ from tests.support.provider import (
 )
 from trigate.errors import StoreUnavailable
 from trigate.runs import execution
-from trigate.runs.request import Order
+from trigate.runs.request import RunRequest
 from trigate.runs.service import Runs
 from trigate.store.records import ENDED, Delivery, Run
 
@@ -50,10 +50,10 @@ REPLY: Script = (
 DOWN = answers(b'{"error":{"message":"down"}}', status=500)
 
 
-def order(**own: Any) -> Order:  # Any: its fields
+def order(**own: Any) -> RunRequest:  # Any: its fields
     """An order that remembers nothing."""
     default = {"channel": "h", "owner": "", "session": None, "action": "chat", "text": "Hi", "sender": "ada"}
-    return Order(**{**default, "model": "up/m", **own})
+    return RunRequest(**{**default, "model": "up/m", **own})
 
 
 def config(path: object = ":memory:", **hook: Any) -> Any:  # Any: a Config
@@ -77,8 +77,8 @@ def test_an_order_is_kept_as_json() -> None:
     every = order(
         session="s", system="x", parameters={"stop": ["a"]}, reply_to={"target": "c", "message": 5}, finish=True
     )
-    assert Order.decode(every.encode()) == every
-    assert Order.decode(order(reply_to="https://a.example/").encode()) == order(reply_to="https://a.example/")
+    assert RunRequest.decode(every.encode()) == every
+    assert RunRequest.decode(order(reply_to="https://a.example/").encode()) == order(reply_to="https://a.example/")
 
 
 # -- promises ---------------------------------------------------------------------------------------------------------
@@ -282,8 +282,8 @@ class Shown:
         self.open = 0
 
     @contextlib.asynccontextmanager
-    async def watch(self, run: Run, order: Order) -> AsyncIterator[Shown]:
-        """As `Audience.watch`."""
+    async def watch(self, run: Run, order: RunRequest) -> AsyncIterator[Shown]:
+        """As `LiveView.watch`."""
         self.open += 1
         try:
             await trio.lowlevel.checkpoint()
@@ -304,7 +304,7 @@ class Shown:
 async def test_a_channel_shows_a_run_and_is_told_its_end(open_app: OpenApp) -> None:
     """The text as it grows; then a delivery that knows what was shown."""
     async with open_app(config(), Provider(REPLY)) as served:
-        shown = served.gateway.runs.audiences["h"] = Shown()
+        shown = served.gateway.runs.live_views["h"] = Shown()
         run = (await served.gateway.runs.accept(order(reply_to={"target": "c1", "to": 5}), acknowledged=True)).run
         await served.gateway.runs.perform(run)
         assert shown.texts[0] == "Hel"
@@ -326,7 +326,7 @@ async def test_a_channel_that_crashes_fails_its_run_alone(open_app: OpenApp, log
             raise ValueError("no")
 
     async with open_app(config(), Provider(REPLY)) as served:
-        served.gateway.runs.audiences["h"] = Broken()
+        served.gateway.runs.live_views["h"] = Broken()
         run = (await served.gateway.runs.accept(order(reply_to={"target": "c"}), acknowledged=True)).run
         assert (await served.gateway.runs.perform(run)).state == "failed"
         served.assert_clean()

@@ -41,8 +41,8 @@ from tests.support.provider import (
 from tests.support.scripted_upstream import TEXT, open_upstream, seen
 from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Seconds, SessionsConfig
-from trigate.errors import GatewayError, SessionBusy, Stopped, StoreUnavailable
-from trigate.openai.accumulator import AnswerRecord
+from trigate.errors import GatewayError, RunStopped, SessionBusy, StoreUnavailable
+from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import Call, decode_call
@@ -88,10 +88,10 @@ def call_of(*messages: dict[str, Any], **fields: Any) -> Call:
     return decode_call(ENDPOINT, msgspec.json.encode({"model": "m", "messages": given, **fields}))
 
 
-def answer_of(text: str) -> AnswerRecord:
+def answer_of(text: str) -> AnswerAccumulator:
     """An answer that is complete."""
-    answer = AnswerRecord()
-    answer.hear_answer(completion(text))
+    answer = AnswerAccumulator()
+    answer.feed_answer(completion(text))
     return answer
 
 
@@ -206,7 +206,7 @@ async def test_a_stop_cuts_the_running_turn(sessions: Sessions, store: MemorySto
         assert await sessions.stop("", "k") == [turn.ticket]
         turn.cut = cuts.append
         assert await sessions.stop("", "k") == [turn.ticket]
-        assert [type(each) for each in cuts] == [Stopped, Stopped]
+        assert [type(each) for each in cuts] == [RunStopped, RunStopped]
         nursery.cancel_scope.cancel()
 
 

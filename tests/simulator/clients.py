@@ -153,10 +153,10 @@ async def _make(world: World, end: End | SocketEnd, call: Call) -> Call:
     world.begin(call)
     try:
         with trio.move_on_after(PATIENCE_S) as patience:
-            with trio.move_on_after(request.leaves_s) as leaving:
+            with trio.move_on_after(request.leaves_s) as cancel_queue:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await _exchange(end, call)
-            if leaving.cancelled_caught:
+            if cancel_queue.cancelled_caught:
                 call.left = True
             if call.left:
                 await _leave(end, call)

@@ -156,8 +156,8 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
         yield f"idle, and {gateway!r}"
     if len(gateway.timers):
         yield f"idle, and {gateway.timers!r}"
-    if gateway.leaving._scopes or (gateway.relay is not None and gateway.relay.streams):
-        yield f"idle, and {gateway.leaving!r}, {gateway.relay!r}"
+    if gateway.cancel_queue._scopes or (gateway.relay is not None and gateway.relay.streams):
+        yield f"idle, and {gateway.cancel_queue!r}, {gateway.relay!r}"
     places = gateway.admission.places
     if places.taken or places.queued or places.taken_by:
         yield f"idle, and {places}"

@@ -23,7 +23,7 @@ from tests.simulator import Violation, invariants, lots, simulate
 from tests.simulator.__main__ import main
 from tests.simulator.pipes import pair
 from trigate.asgi.client import Downstream
-from trigate.concurrency.fair_limiter import Places
+from trigate.concurrency.fair_limiter import FairLimiter
 from trigate.concurrency.timers import Timer
 from trigate.errors import CODES
 from trigate.exchange.admission import _Place
@@ -32,7 +32,7 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.socket_relay import Stream
 from trigate.gateway.drain import Drain
 from trigate.gateway.generation import Generation
-from trigate.ledger.ledger import Accounts
+from trigate.ledger.ledger import Ledger
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
 from trigate.routing.circuit_breaker import Breaker
@@ -270,9 +270,9 @@ def no_limits(look: Any) -> Any:
 
 
 PLANTED: dict[str, tuple[Patch, str]] = {
-    "a place is kept": (replace(_Place, "__aexit__", place_is_kept), "<Places"),
+    "a place is kept": (replace(_Place, "__aexit__", place_is_kept), "<FairLimiter"),
     "a place at an upstream is kept": (
-        left_out(Places, "give", lambda self, key, held_s=None: held_s is None and bool(kept)),
+        left_out(FairLimiter, "give", lambda self, key, held_s=None: held_s is None and bool(kept)),
         "places taken",
     ),
     "an exchange is not settled": (
@@ -281,7 +281,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     ),
     "an exchange is settled twice": (replace(Exchange, "_settle", settled_twice), "settled 2 times"),
     "a record is not kept": (
-        left_out(Accounts, "settle", lambda self, exchange: exchange.outcome == "cancelled"),
+        left_out(Ledger, "settle", lambda self, exchange: exchange.outcome == "cancelled"),
         "the ledger has",
     ),
     "an event is sent twice": (replace(StreamReader, "feed", sent_twice), "its answer is|it says"),

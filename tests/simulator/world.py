@@ -157,7 +157,7 @@ def _deterministic(seed: int) -> Iterator[None]:
 def _listening(world: World) -> Iterator[None]:
     """Has the world hear the log."""
     before = structlog.get_config()
-    structlog.configure(processors=[world.hear], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
+    structlog.configure(processors=[world.feed], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
     try:
         yield
     finally:
@@ -266,7 +266,7 @@ class World:
             queued[name].silent_from = trio.current_time()
         self._queued = waiting
 
-    def hear(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:  # Any: structlog's
+    def feed(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:  # Any: structlog's
         """Takes a line of the log."""
         if method in _ERRORS:
             self.violate(f"logged at {method}: {entry}")
@@ -480,7 +480,7 @@ class World:
                 await self._serve(self._app(asgi), state, rng)
                 await trio.sleep(_SETTLES_S)
                 self.check()
-                for what in invariants.of_ledger(self, await gateway.accounts.list(limit=self.requests + 1)):
+                for what in invariants.of_ledger(self, await gateway.ledger.list(limit=self.requests + 1)):
                     self.violate(what)
                 self._gateway = None
             for what in invariants.of_end(self):

@@ -24,7 +24,7 @@ from trigate.channels.service import ChannelStatistics
 from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway
-from trigate.ledger.ledger import AccountsStatistics
+from trigate.ledger.ledger import LedgerStatistics
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import decode_call
 from trigate.routing.routes import Target
@@ -415,7 +415,7 @@ EMPTY = report.Part(
     totals={},
     door={"in_flight": 0, "limit": 1, "queued": 0, "refused": 0, "late": 0, "lag_s": 0.0},
     targets=(),
-    ledger=AccountsStatistics(state="ok", begun=0, settled=0, lost=0, dropped=0),
+    ledger=LedgerStatistics(state="ok", begun=0, settled=0, lost=0, dropped=0),
 )
 
 

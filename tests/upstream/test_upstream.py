@@ -15,8 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.errors import (
-    Garbled,
     GatewayError,
+    ProtocolViolation,
     Rejected,
     Throttled,
     Truncated,
@@ -167,9 +167,9 @@ async def test_a_compressed_reply_is_decoded() -> None:
     async with _upstream(_answering(packed[:20], packed[20:], headers=headers)[0]).open("GET", "/") as reply:
         assert await reply.read(10_000) == b"hello" * 100
     for body, other_headers, error in (
-        (b"not gzip", headers, Garbled),
+        (b"not gzip", headers, ProtocolViolation),
         (packed[:-9], headers, Truncated),
-        (b"x", {"content-encoding": "br"}, Garbled),
+        (b"x", {"content-encoding": "br"}, ProtocolViolation),
     ):
         async with _upstream(_answering(body, headers=other_headers)[0]).open("GET", "/") as reply:
             with pytest.raises(error, match="mock"):
@@ -180,7 +180,7 @@ async def test_a_compressed_flood_is_bounded() -> None:
     """A small body that inflates to a large one is refused at the bound, as any other."""
     packed = gzip.compress(bytes(20_000_000), compresslevel=1)
     async with _upstream(_answering(packed, headers={"content-encoding": "gzip"})[0]).open("GET", "/") as reply:
-        with pytest.raises(Garbled, match="more than 100000 bytes"):
+        with pytest.raises(ProtocolViolation, match="more than 100000 bytes"):
             await reply.read(100_000)
         assert len(await reply.receive() or b"") <= 1024 * 1024
 
@@ -191,7 +191,7 @@ async def test_read_is_bounded() -> None:
         assert await reply.read(10) == b"1234567890"
     script, body = _answering(b"12345", b"67890", b"never read")
     async with _upstream(script).open("GET", "/") as reply:
-        with pytest.raises(Garbled, match="more than 9 bytes"):
+        with pytest.raises(ProtocolViolation, match="more than 9 bytes"):
             await reply.read(9)
     assert body.steps == [b"never read"]
     assert body.closed
@@ -206,7 +206,7 @@ async def test_read_is_bounded() -> None:
         (httpx2.ConnectTimeout("slow"), UpstreamTimeout),
         (httpx2.ConnectError("refused"), Unavailable),
         (httpx2.ConnectError(""), Unavailable),
-        (httpx2.RemoteProtocolError("not HTTP"), Garbled),
+        (httpx2.RemoteProtocolError("not HTTP"), ProtocolViolation),
         (httpx2.LocalProtocolError("odd"), Unavailable),
         (httpx2.ReadError(""), Unavailable),
         (httpx2.WriteError(""), Unavailable),
@@ -236,7 +236,7 @@ async def test_failures_before_the_reply(raised: Exception, translated: type[Gat
     ("raised", "translated"),
     [
         (httpx2.RemoteProtocolError("peer closed connection without sending complete message body"), Truncated),
-        (NotHttp("Invalid character in chunk size"), Garbled),
+        (NotHttp("Invalid character in chunk size"), ProtocolViolation),
         (httpx2.ReadError(""), Truncated),
         (httpx2.ReadTimeout(""), Truncated),
     ],
@@ -288,9 +288,9 @@ OPENAI_ERROR = (
         (503, OPENAI_ERROR, Unavailable, 503, "down (503): no such tool"),
         (504, b"", Unavailable, 502, "failed (504)"),
         (529, b'{"message": "overloaded"}', Unavailable, 503, "down (529): overloaded"),
-        (302, b"", Garbled, 502, "status 302"),
-        (101, b"", Garbled, 502, "status 101"),
-        (999, b"", Garbled, 502, "status 999"),
+        (302, b"", ProtocolViolation, 502, "status 302"),
+        (101, b"", ProtocolViolation, 502, "status 101"),
+        (999, b"", ProtocolViolation, 502, "status 999"),
     ],
 )
 async def test_error_replies(status: int, body: bytes, kind: type[GatewayError], answered: int, says: str) -> None:
@@ -559,7 +559,7 @@ async def test_states() -> None:  # noqa: ASYNC124 - it needs a clock
     upstream = _upstream(_answering()[0], models=["m", "n"])
     assert upstream.known() == Known(models=("m", "n"), default_model="m")
     assert (upstream.statistics().state, upstream.statistics().models) == ("unknown", 2)
-    upstream.note_error(Garbled("odd"))
+    upstream.note_error(ProtocolViolation("odd"))
     assert upstream.statistics().state == "unknown"
     upstream.note_down(Unavailable("refused"))
     assert (upstream.known().down, upstream.statistics().reason) == ("refused", "refused")

@@ -94,7 +94,7 @@ async def test_nothing_is_made_before_somebody_joins(database: Path) -> None:
     """No file and no socket; who asks who is there hears of this worker."""
     async with _worker(database) as (mine, store):
         assert _ids(await mine.all()) == [mine.id]
-        mine.ring("sessions")
+        mine.notify("sessions")
         assert store.statistics().state == "closed"
         assert list(database.parent.iterdir()) == []
         assert repr(mine).endswith("0 others, not joined>")
@@ -194,7 +194,7 @@ async def test_a_store_in_memory_has_no_others(autojump_clock: MockClock) -> Non
     """No socket, and no beat: days of virtual time pass at once."""
     async with open_memory_store() as store, open_workers(store, lambda: b"{}") as mine:
         await mine.join()
-        mine.ring("sessions")
+        mine.notify("sessions")
         before = await store.workers.all()
         await trio.sleep(30 * 24 * 3600)
         assert await store.workers.all() == before
@@ -209,13 +209,13 @@ async def test_rings(database: Path) -> None:
     async with _worker(database) as (one, _), _worker(database) as (two, _), _worker(database) as (three, _):
         heard: list[tuple[str, bytes]] = []
         for name, each in (("one", one), ("two", two), ("three", three)):
-            each.listen("topic", lambda body, name=name: heard.append((name, body)))  # type: ignore[misc]
-            each.listen("other", lambda body: heard.append(("other", body)))
+            each.on_notify("topic", lambda body, name=name: heard.append((name, body)))  # type: ignore[misc]
+            each.on_notify("other", lambda body: heard.append(("other", body)))
             await each.join()
         await _until(lambda: len(one._others) == 2)  # those that were there are told of those that come
-        one.ring("nobody")
-        one.ring("topic", b"a b \x00")
-        one.ring("topic")
+        one.notify("nobody")
+        one.notify("topic", b"a b \x00")
+        one.notify("topic")
         await _until(lambda: len(heard) == 4)
         assert sorted(heard) == [("three", b""), ("three", b"a b \x00"), ("two", b""), ("two", b"a b \x00")]
 
@@ -228,11 +228,11 @@ async def test_a_ring_is_never_a_failure(database: Path) -> None:
             deaf.bind(f"{database}-deaf")
             mine._others["w_deaf"] = f"{database}-deaf"
             for _ in range(1_000):
-                mine.ring("topic", b"x" * 1_000)
-            mine.ring("topic", b"x" * 10_000_000)
+                mine.notify("topic", b"x" * 1_000)
+            mine.notify("topic", b"x" * 10_000_000)
             assert not membership._is_dead(f"{database}-deaf")  # whose queue is full is not dead
         assert membership._is_dead(f"{database}-deaf")
-        mine.ring("topic")
+        mine.notify("topic")
 
 
 async def test_a_callback_that_raises(database: Path, logs: Any) -> None:
@@ -246,11 +246,11 @@ async def test_a_callback_that_raises(database: Path, logs: Any) -> None:
             if body == b"bad":
                 raise ValueError("a defect")
 
-        two.listen("topic", heed)
+        two.on_notify("topic", heed)
         await two.join()
         await one.join()
-        one.ring("topic", b"bad")
-        one.ring("topic", b"good")
+        one.notify("topic", b"bad")
+        one.notify("topic", b"good")
         await _until(lambda: heard == [b"bad", b"good"])
 
 
@@ -262,7 +262,7 @@ async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
     database = tmp_path / ("x" * 100) / "trigate.db"
     async with _worker(database) as (one, _), _worker(database) as (two, _):
         heard: list[bytes] = []
-        two.listen("topic", heard.append)
+        two.on_notify("topic", heard.append)
         await one.join()
         await two.join()
         addresses = [Path(each.address) for each in await one.all()]
@@ -270,7 +270,7 @@ async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
             assert address.parent.parent == Path(tempfile.gettempdir())
             assert stat.S_IMODE(address.parent.stat().st_mode) == 0o700
         await _until(lambda: len(one._others) == 1)
-        one.ring("topic", b"x")
+        one.notify("topic", b"x")
         await _until(lambda: heard == [b"x"])
     assert not any(address.parent.exists() for address in addresses)
 
@@ -292,13 +292,13 @@ async def test_a_socket_whose_file_is_removed(database: Path) -> None:
     """Another one is there at the next beat: else the worker would seem dead."""
     async with _worker(database) as (one, store), _worker(database) as (two, _):
         heard: list[bytes] = []
-        one.listen("topic", heard.append)
+        one.on_notify("topic", heard.append)
         await one.join()
         [path] = _sockets(database)
         path.unlink()
         await _until(path.exists)
         await two.join()
-        two.ring("topic", b"x")
+        two.notify("topic", b"x")
         await _until(lambda: heard == [b"x"])
         assert sorted(_ids(await store.workers.all())) == sorted([one.id, two.id])
 
@@ -462,7 +462,7 @@ async def test_a_killed_process(database: Path, monkeypatch: pytest.MonkeyPatch,
             child = (await trio.to_thread.run_sync(process.stdout.readline)).decode().strip()
             process.send_signal(signal.SIGSTOP)
             for _ in range(1_000):
-                mine.ring("topic", b"x" * 1_000)
+                mine.notify("topic", b"x" * 1_000)
             await trio.sleep(1.0)  # five looks
             assert _ids(await mine.all()) == [mine.id, child]
             assert adopted == []

@@ -174,7 +174,7 @@ class Downstream:
         self.ended = True
 
 
-class Inbound:
+class RequestBody:
     """The request's body: ASGI's ``receive``, counted.
 
     Attributes:

@@ -22,7 +22,7 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
 from trigate.asgi.auth import authorize, cors_allows, cors_headers
-from trigate.asgi.client import Downstream, Inbound, too_large
+from trigate.asgi.client import Downstream, RequestBody, too_large
 from trigate.asgi.request import Head
 from trigate.config.sections import Seconds
 from trigate.errors import (
@@ -64,7 +64,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
         client = scope.get("extensions", {}).get("trigate.client")
         down = Downstream(send, [(b"x-request-id", request_id.encode())], client)
-        inbound = Inbound(receive)
+        inbound = RequestBody(receive)
         try:
             head.check()
             down.headers += cors_headers(head.origin, config)
@@ -94,7 +94,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
             if not down.committed:
                 await down.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
 
-    async def _control_plane(self, head: Head, inbound: Inbound, down: Downstream) -> None:
+    async def _control_plane(self, head: Head, inbound: RequestBody, down: Downstream) -> None:
         async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
             body = message.get("body", b"") if head.method != "HEAD" else b""
             if message["type"] == "http.response.start":
@@ -107,7 +107,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         await super().__call__(inbound.receive_bounded, send)
 
     async def _data_plane(
-        self, endpoint: Endpoint, head: Head, request_id: str, inbound: Inbound, down: Downstream, *, owner: str
+        self, endpoint: Endpoint, head: Head, request_id: str, inbound: RequestBody, down: Downstream, *, owner: str
     ) -> None:
         gateway = self.app.gateway
         arrived_at = trio.current_time()
@@ -135,7 +135,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                     if exchange is not None and exchange.finishes:
                         exchange.finish_alone()
                     elif exchange is not None and exchange.abandon_upstream():
-                        gateway.leaving.cancel_soon(nursery.cancel_scope)
+                        gateway.cancel_queue.cancel_soon(nursery.cancel_scope)
                     else:
                         nursery.cancel_scope.cancel()
 
@@ -174,7 +174,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if failure is not None:
             raise failure
 
-    async def _hook(self, name: str, head: Head, inbound: Inbound, down: Downstream) -> None:
+    async def _hook(self, name: str, head: Head, inbound: RequestBody, down: Downstream) -> None:
         config = self.app.gateway.generation.config
         visit = self.app.gateway.hooks.visit(
             hooks.Request(
@@ -206,12 +206,12 @@ class GatewayConnection(TrioASGIHTTPConnection):
         if error is not None:
             raise error
 
-    async def _read(self, head: Head, inbound: Inbound, down: Downstream, *, max_bytes: int) -> bytes | None:
+    async def _read(self, head: Head, inbound: RequestBody, down: Downstream, *, max_bytes: int) -> bytes | None:
         """Reads the body of a call that will cost something; None where the client left meanwhile.
 
         Raises:
             Draining: There will be no more calls.
-            TooLarge, BodyTimeout: As `Inbound.read`.
+            TooLarge, BodyTimeout: As `RequestBody.read`.
         """
         gateway = self.app.gateway
         if gateway.draining:
@@ -236,7 +236,7 @@ def _hook_of(path: str) -> tuple[str, str]:
     return name, rest or slash
 
 
-def _watch_client(nursery: trio.Nursery, inbound: Inbound, down: Downstream, leave: Callable[[], None]) -> None:
+def _watch_client(nursery: trio.Nursery, inbound: RequestBody, down: Downstream, leave: Callable[[], None]) -> None:
     """Has ``leave`` called when the client leaves before its answer is out."""
     if down.client is None or not down.client.watch(leave):
         nursery.start_soon(_watch, inbound, leave)
@@ -282,14 +282,14 @@ async def _take_turn(
     return None
 
 
-async def _watch(inbound: Inbound, leave: Callable[[], None]) -> None:
+async def _watch(inbound: RequestBody, leave: Callable[[], None]) -> None:
     """Waits for the client to leave before the answer is out, where the server has no cheaper way to tell."""
     while (await inbound.receive())["type"] != "http.disconnect":
         pass
     leave()
 
 
-async def _refuse(error: GatewayError, inbound: Inbound, down: Downstream) -> None:
+async def _refuse(error: GatewayError, inbound: RequestBody, down: Downstream) -> None:
     """Answers with an error before COMMIT. A body that is still arriving is drained before the response ends: the
     client has the whole answer by then (it is as long as it said), and no reset can take it away."""
     if down.committed:

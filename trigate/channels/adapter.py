@@ -25,7 +25,7 @@ import httpx2
 from trigate.config.sections import ChannelConfig
 from trigate.errors import Header, words_of
 from trigate.runs.outbox import Carrier
-from trigate.runs.request import Audience
+from trigate.runs.request import LiveView
 
 if TYPE_CHECKING:
     from trigate.gateway.gateway import Gateway
@@ -170,7 +170,7 @@ class Channel:
         return Answer(status=response.status_code, headers=response.headers, body=b"".join(pieces))
 
 
-class Adapter(Carrier, Audience, Protocol):
+class Adapter(Carrier, LiveView, Protocol):
     """A platform. Made of a `Channel`."""
 
     default_base_url: ClassVar[str]

@@ -133,7 +133,7 @@ class Channels:
             return
         each = _Supervised(config, channel, adapter)
         self._running[name] = each
-        self._gateway.runs.audiences[name] = each.adapter
+        self._gateway.runs.live_views[name] = each.adapter
         self._gateway.outbox.carriers[name] = each.adapter
         self._gateway.outbox.look()
         self._nursery.start_soon(self._supervise, each, transport, self._ending.pop(name, None))
@@ -142,7 +142,7 @@ class Channels:
         each = self._running.pop(name)
         self._ending[name] = each.ended
         each.scope.cancel()
-        del self._gateway.runs.audiences[name]
+        del self._gateway.runs.live_views[name]
         del self._gateway.outbox.carriers[name]
 
     def statistics(self) -> Sequence[ChannelStatistics]:

@@ -21,15 +21,15 @@ import trio
 SLICE = 64
 
 
-class Leaving:
-    """Made by `open_leaving`."""
+class CancelQueue:
+    """Made by `open_cancel_queue`."""
 
     def __init__(self) -> None:
         self._scopes: deque[trio.CancelScope] = deque()
         self._some = trio.Event()
 
     def __repr__(self) -> str:
-        return f"<Leaving of {len(self._scopes)}>"
+        return f"<CancelQueue of {len(self._scopes)}>"
 
     def cancel_soon(self, scope: trio.CancelScope) -> None:
         """Cancels a scope when its turn comes."""
@@ -47,9 +47,9 @@ class Leaving:
 
 
 @asynccontextmanager
-async def open_leaving() -> AsyncIterator[Leaving]:
+async def open_cancel_queue() -> AsyncIterator[CancelQueue]:
     """Opens one, and runs its task around a block."""
-    leaving = Leaving()
+    leaving = CancelQueue()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(leaving.run, name="leaving")
         try:

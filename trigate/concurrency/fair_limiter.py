@@ -4,7 +4,7 @@ Who finds no place free waits, and places that come free go round the keys that 
 calls in the queue keeps another one's single call waiting for one place, not for a thousand. Within a key it is first
 come, first served.
 
-Who waits may be sent away for somebody else (`Places.make_room`), so that one key does not fill the whole queue.
+Who waits may be sent away for somebody else (`FairLimiter.make_room`), so that one key does not fill the whole queue.
 
 A place is handed over: it never looks free to a third one in between, and who is cancelled while it waits has never had
 one. Nobody waits while there is a place that it may have.
@@ -22,11 +22,11 @@ import trio
 _SMOOTHING = 0.1
 
 
-class SentAway(Exception):
+class Evicted(Exception):
     """Another key's call has got the place in the queue."""
 
 
-class Places:
+class FairLimiter:
     """Some places. Who has taken one gives it back, with the same key.
 
     Args:
@@ -47,7 +47,7 @@ class Places:
         """For how long places are held: a moving average."""
 
     def __repr__(self) -> str:
-        return f"<Places: {self.taken} of {self._limit} taken, {self._queued} wait>"
+        return f"<FairLimiter: {self.taken} of {self._limit} taken, {self._queued} wait>"
 
     @property
     def limit(self) -> int:
@@ -94,7 +94,7 @@ class Places:
         """Waits for a place, and has it then.
 
         Raises:
-            SentAway: It must not wait any more (`make_room`), and has no place.
+            Evicted: It must not wait any more (`make_room`), and has no place.
 
         **Cancels:** at any moment before it has one.
         """
@@ -122,7 +122,7 @@ class Places:
         if len(queue) <= self.queued_by(key) + 1:
             return False
         self._queued -= 1
-        trio.lowlevel.reschedule(queue.pop(), outcome.Error(SentAway()))
+        trio.lowlevel.reschedule(queue.pop(), outcome.Error(Evicted()))
         return True
 
     def give(self, key: str, held_s: float | None = None) -> None:

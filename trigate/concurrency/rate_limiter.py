@@ -19,7 +19,7 @@ _ROUNDING_S = 1e-9
 """Sums of intervals are not exact, and the last one of a burst must not be refused for that."""
 
 
-class Rates:
+class RateLimiter:
     """The debts of the keys.
 
     Args:
@@ -37,7 +37,7 @@ class Rates:
         return len(self._paid_at_s)
 
     def __repr__(self) -> str:
-        return f"Rates({len(self)} of {self._max_keys} keys)"
+        return f"RateLimiter({len(self)} of {self._max_keys} keys)"
 
     def take(self, key: str, *, rate_per_s: float, burst: int, now: float) -> float:
         """Counts one, if it is allowed.
@@ -51,7 +51,7 @@ class Rates:
         Returns:
             0.0 if it is allowed; otherwise in how many seconds one will be.
 
-        >>> rates = Rates()
+        >>> rates = RateLimiter()
         >>> [rates.take("a", rate_per_s=2.0, burst=2, now=now) for now in (0.0, 0.0, 0.0, 0.25, 0.5)]
         [0.0, 0.0, 0.5, 0.25, 0.0]
         """

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
-
-from trigate.config.sections import UpstreamConfig
-from trigate.config.structure import _secret
-from trigate.signatures import Scheme, secret_problem
 
 
 @attrs.frozen(kw_only=True)
@@ -44,68 +39,3 @@ class Secret:
         if not value.isascii() or not value.isprintable():
             raise LookupError("the value has characters that an HTTP header cannot carry")
         return value
-
-
-_NEEDS_NO_SECRET = ("key",)
-
-
-def _revealed(
-    path: str, secrets: tuple[Secret, ...], env: Mapping[str, str], scheme: Scheme
-) -> tuple[tuple[Secret, ...], list[str]]:
-    """The secrets with their values, and what is wrong with them: one that is missing, or short, lets anybody in."""
-    revealed = []
-    problems = []
-    for index, secret in enumerate(secrets):
-        try:
-            value = secret.reveal(env)
-        except LookupError as error:
-            problems.append(f"{path}.{index}: {error}")
-            continue
-        revealed.append(Secret(literal=value))
-        if problem := secret_problem(scheme, value):
-            problems.append(f"{path}.{index}: {problem}")
-    return tuple(revealed), problems
-
-
-def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    # A key that cannot be read is an error, unlike an upstream's: starting without it would open the gateway.
-    keys: dict[str, str] = {}
-    problems: list[str] = []
-    for name, value in table.items():
-        try:
-            keys[name] = _secret(value, None).reveal(env)
-        except (ValueError, LookupError) as error:
-            problems.append(f"keys.{name}: {error}")
-    if "TRIGATE_API_KEY" in env:
-        try:
-            keys.setdefault("TRIGATE_API_KEY", Secret(env="TRIGATE_API_KEY").reveal(env))
-        except LookupError as error:
-            empty = not env["TRIGATE_API_KEY"].strip()
-            problems.append(
-                f"TRIGATE_API_KEY: {'set, but empty (unset it to serve without a key)' if empty else error}"
-            )
-    return keys, problems
-
-
-def _reveal(
-    upstreams: Mapping[str, UpstreamConfig], env: Mapping[str, str]
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    secrets: dict[str, dict[str, str]] = {}
-    disabled: dict[str, str] = {}
-    for name, upstream in upstreams.items():
-        headers: dict[str, str] = {}
-        missing = []
-        wanted = {f"headers.{header}": (header, secret) for header, secret in upstream.headers.items()}
-        if upstream.api_key is not None:
-            wanted["api_key"] = ("authorization", upstream.api_key)
-        for path, (header, secret) in wanted.items():
-            try:
-                value = secret.reveal(env)
-            except LookupError as error:
-                missing.append(f"{path}: {error}")
-            else:
-                headers[header.lower()] = f"Bearer {value}" if path == "api_key" else value
-        if missing:
-            disabled[name] = "; ".join(missing)
-        secrets[name] = headers
-    return secrets, disabled

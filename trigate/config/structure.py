@@ -21,7 +21,8 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from trigate.config import checks
-from trigate.config.secrets import _NEEDS_NO_SECRET, Secret, _gateway_keys, _reveal, _revealed
+from trigate.config.reveal import _NEEDS_NO_SECRET, _gateway_keys, _reveal, _revealed, _secret
+from trigate.config.secrets import Secret
 from trigate.config.sections import (
     MIN_RUN_RETENTION_S,
     BreakerConfig,
@@ -55,16 +56,6 @@ _SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
 
 
 # -- structuring ------------------------------------------------------------------------------------------------------
-
-
-def _secret(value: Any, _: Any) -> Secret:
-    if isinstance(value, str):
-        return Secret(literal=value)
-    if isinstance(value, dict) and len(value) == 1:
-        [(key, name)] = value.items()
-        if key in ("env", "file") and isinstance(name, str) and name:
-            return Secret(**{key: name})
-    raise ValueError('expected a string, {env = "NAME"} or {file = "path"}')
 
 
 def _make_converter() -> cattrs.Converter:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from trigate.concurrency.fair_limiter import Places, SentAway
-from trigate.concurrency.rate_limiter import Rates
+from trigate.concurrency.fair_limiter import Evicted, FairLimiter
+from trigate.concurrency.rate_limiter import RateLimiter
 from trigate.errors import GatewayError, Overloaded, RateLimited
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ class Admission:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._rates = Rates()
+        self._rates = RateLimiter()
         self._lags: deque[float] = deque(maxlen=_LOOKS)
         self._busy = trio.Event()
         self._most_lag_s = 0.0
         self.is_late = False
         """New calls are refused until the event loop has caught up."""
-        self.places = Places(most)
+        self.places = FairLimiter(most)
         self.refused = 0
         """How many were refused, so far."""
 
@@ -130,7 +130,7 @@ class Admission:
             with exchange.waiting("queued", at_most_s=allowed_s):
                 await places.wait(key)
                 has_place = True
-        except SentAway:
+        except Evicted:
             said = f"{said} Other keys wait as well, and this one has the most calls in the queue."
         finally:
             if has_place and exchange.is_cut:

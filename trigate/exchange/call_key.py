@@ -38,7 +38,7 @@ _ACTS = ("tools", "functions", "mcp_servers", "plugins", "web_search_options", "
 the provider. Each of two such calls is meant."""
 
 
-def identity_of(call: Call, headers: Mapping[str, str], *, sampled: bool) -> bytes | None:
+def call_key_of(call: Call, headers: Mapping[str, str], *, sampled: bool) -> bytes | None:
     """What a call has in common with those that may share its answer.
 
     Args:

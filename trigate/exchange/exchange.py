@@ -35,19 +35,19 @@ import trio
 
 from trigate.config.sections import ModelConfig, TimeoutPhase
 from trigate.errors import (
+    ClientStalled,
     Draining,
-    Garbled,
     GatewayError,
     Header,
     Internal,
-    Stalled,
+    ProtocolViolation,
     Unavailable,
     UpstreamError,
     UpstreamTimeout,
 )
 from trigate.exchange.attempt import Attempt
 from trigate.openai import sse
-from trigate.openai.accumulator import AnswerRecord
+from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.continuation import seam_of
 from trigate.openai.request import Call
@@ -137,10 +137,10 @@ class Recorder(Protocol):
     """Somebody who keeps the answer of an exchange: a session, a run. A stream that is recorded is not carried by the
     engine."""
 
-    def hear(self, frames: bytes) -> None:
+    def feed(self, frames: bytes) -> None:
         """Takes whole events of a streamed answer, as they are about to go to the client."""
 
-    def hear_answer(self, body: bytes) -> None:
+    def feed_answer(self, body: bytes) -> None:
         """Takes a JSON answer, before it goes to the client."""
 
     async def complete(self, usage: Usage | None) -> None:
@@ -289,7 +289,7 @@ class Exchange:
             timer = self._set_limits(route)
             async with self.gateway.admission.place(self):
                 await self._serve(Plan(self.call.model, route.targets, self.gateway.targets, self.generation.config))
-            if isinstance(self._cut, Stalled):
+            if isinstance(self._cut, ClientStalled):
                 self.outcome, self.error = self._cut.code, self._cut  # it did not read the end
             else:
                 self.outcome = self._well
@@ -302,7 +302,7 @@ class Exchange:
         finally:
             down = self.down
             try:
-                if self.outcome == "cancelled" and isinstance(self._cut, Stalled):
+                if self.outcome == "cancelled" and isinstance(self._cut, ClientStalled):
                     self.outcome = self._cut.code  # its connection was closed for that
                 elif self.outcome == "cancelled" and down.ended and self.error is None:
                     self.outcome = self._well  # only the rest of the upstream's framing was cut
@@ -605,9 +605,9 @@ class Exchange:
         kept = reader.kept if reader is not None else None
         if reader is None or kept is None or reader.is_finished or self.call.choices > 1:
             return None
-        said = AnswerRecord()
+        said = AnswerAccumulator()
         for frames in kept:
-            said.hear(frames)
+            said.feed(frames)
         if not (said.is_only_text and said.is_exact):
             return None
         step = plan.onward(now)
@@ -626,7 +626,9 @@ class Exchange:
         """
         name = attempt.target.upstream
         if reply.content_type not in ("text/event-stream", ""):
-            raise Garbled(f"The upstream {name} was asked for a stream and answered with {reply.content_type}.")
+            raise ProtocolViolation(
+                f"The upstream {name} was asked for a stream and answered with {reply.content_type}."
+            )
         attempt.phase = "waiting"
         limits = self.generation.config.limits
         reader = attempt.reader = StreamReader(
@@ -660,7 +662,7 @@ class Exchange:
                     await down.start(200, STREAM_HEADERS)
             self.bytes_sent += len(data)
             if self.recorder is not None and data:
-                self.recorder.hear(data)
+                self.recorder.feed(data)
             if reader.complete:
                 return await self._end_stream(attempt, reply, data)
             if data:
@@ -741,16 +743,16 @@ class Exchange:
         attempt.phase = "reading"
         attempt.sent_at = math.inf
 
-        def hear() -> None:
+        def feed() -> None:
             attempt.heard_at = trio.current_time()
 
-        body = await reply.read(self.generation.config.limits.response_bytes, on_piece=hear)
+        body = await reply.read(self.generation.config.limits.response_bytes, on_piece=feed)
         data, usage = decode_answer(body, model=self.call.model, upstream=attempt.target.upstream)
         if not self._claim(attempt, decided):
             return None
         self.usage = usage
         if self.recorder is not None:
-            self.recorder.hear_answer(data)
+            self.recorder.feed_answer(data)
             await self.recorder.complete(usage)
         self._ending = True
         self.bytes_sent = len(data)
@@ -966,7 +968,7 @@ class Exchange:
     async def _cut_stalled(self, timeout_s: float) -> None:
         attempt = self._winner
         reply = attempt.reply if attempt is not None else None
-        stalled = Stalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended.")
+        stalled = ClientStalled(f"The client read nothing for {timeout_s:g} s; its upstream stream was ended.")
         self.cut(stalled)
         self._cut = self._cut or stalled  # also where it is the end that the client does not read
         if reply is not None and attempt is not None and not attempt.reading:

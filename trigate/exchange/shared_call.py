@@ -29,7 +29,7 @@ import attrs
 import trio
 
 from trigate.errors import Draining, GatewayError, Header, TooSlow
-from trigate.exchange.call_key import identity_of
+from trigate.exchange.call_key import call_key_of
 from trigate.exchange.exchange import STOPPED, Exchange
 from trigate.openai.answer import Usage
 from trigate.routing.plan import Plan
@@ -305,7 +305,7 @@ class CoalescedExchange(Exchange):
 
     async def _serve(self, plan: Plan) -> None:
         model = self._model()
-        identity = identity_of(self.call, self.headers, sampled=model.coalesce_sampled)
+        identity = call_key_of(self.call, self.headers, sampled=model.coalesce_sampled)
         if identity is None:
             await super()._serve(plan)
             return

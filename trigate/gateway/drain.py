@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trigate.errors import Draining
-from trigate.gateway.gateway import Gateway
+
+if TYPE_CHECKING:
+    from trigate.gateway.gateway import Gateway
 
 if TYPE_CHECKING:
     pass

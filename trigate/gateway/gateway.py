@@ -21,7 +21,7 @@ import structlog
 import trio
 
 from trigate.channels.service import Channels, open_channels
-from trigate.concurrency.cancel_queue import Leaving, open_leaving
+from trigate.concurrency.cancel_queue import CancelQueue, open_cancel_queue
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers
 from trigate.config import load as structure_load
@@ -33,7 +33,7 @@ from trigate.exchange.socket_relay import Relay
 from trigate.gateway.drain import Drain
 from trigate.gateway.generation import Generation, open_generation
 from trigate.gateway.reload import _WATCH_FILE_S, _fingerprint, _reload_on_sighup, read_config
-from trigate.ledger.ledger import Accounts, open_accounts
+from trigate.ledger.ledger import Ledger, open_ledger
 from trigate.routing.plan import Targets
 from trigate.runs.outbox import Outbox, open_outbox
 from trigate.runs.service import Runs, open_runs
@@ -77,11 +77,16 @@ class Gateway:
     """Everything that outlives a request. Made by `open_gateway`."""
 
     def __init__(
-        self, load: Callable[[], Awaitable[Config]], timers: Timers, leaving: Leaving, relay: Relay | None, store: Store
+        self,
+        load: Callable[[], Awaitable[Config]],
+        timers: Timers,
+        cancel_queue: CancelQueue,
+        relay: Relay | None,
+        store: Store,
     ) -> None:
         self._load = load
         self.timers = timers
-        self.leaving = leaving
+        self.cancel_queue = cancel_queue
         self.relay = relay
         """Carries streams between plain sockets; None where there is no epoll."""
         self.store = store
@@ -96,7 +101,7 @@ class Gateway:
         self.channels: Channels | None = None
         self.targets = Targets()
         self.admission = Admission(_exchanges_by_descriptors())
-        self.accounts: Accounts
+        self.ledger: Ledger
         self.chance = random.random
         """Chance, between 0 and 1: for pauses and choices."""
         self.generation: Generation
@@ -130,7 +135,7 @@ class Gateway:
         Raises:
             Draining: The gateway is shutting down.
         """
-        self.accounts.begin(exchange)
+        self.ledger.begin(exchange)
         if self.draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         if self.quiet.is_set():
@@ -145,7 +150,7 @@ class Gateway:
             exchange.generation.let_go()
             if not self.live:
                 self.quiet.set()
-        self.accounts.settle(exchange)
+        self.ledger.settle(exchange)
         totals = self.totals
         totals.exchanges += 1
         totals.events += exchange.events
@@ -220,7 +225,7 @@ class Gateway:
         """Has the services that outlive a generation follow the next one's configuration."""
         self.targets.apply(config)
         self.admission.apply(config.limits)
-        self.accounts.apply(config.ledger)
+        self.ledger.apply(config.ledger)
 
     async def _run_generation(
         self, config: Config, transports: TransportFactory, *, task_status: trio.TaskStatus[Generation]
@@ -277,16 +282,16 @@ async def open_gateway(
     first = await load()
     async with (
         open_timers() as timers,
-        open_leaving() as leaving,
+        open_cancel_queue() as cancel_queue,
         open_poller() as poller,
         opening.open_store(opening.location(first.store, environ)) as store,
     ):
-        gateway = Gateway(load, timers, leaving, Relay(poller) if poller is not None else None, store)
+        gateway = Gateway(load, timers, cancel_queue, Relay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(snapshot.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
             gateway.streams = Streams(gateway)
             async with (
-                open_accounts(store) as gateway.accounts,
+                open_ledger(store) as gateway.ledger,
                 open_callbacks(trust=_trust) as gateway.callbacks,
                 open_outbox(store, gateway.workers) as gateway.outbox,
                 _running(gateway, first, transports, path),

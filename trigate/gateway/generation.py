@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
+import structlog
 import trio
 
 from trigate.config.sections import Config, TimeoutPhase
-from trigate.errors import Garbled, GatewayError, Rejected
-from trigate.gateway.gateway import log
+from trigate.errors import GatewayError, ProtocolViolation, Rejected
 from trigate.routing import routes
 from trigate.routing.routes import Known, Target
 from trigate.upstream import discovery, echo
@@ -23,6 +23,8 @@ from trigate.upstream.upstream import Upstream
 
 if TYPE_CHECKING:
     pass
+
+log = structlog.get_logger("trigate.gateway")
 
 REFRESH_S = 60.0
 """How often an upstream is asked for its models."""
@@ -191,11 +193,11 @@ async def _refresh_models(generation: Generation, upstream: Upstream, first_look
                     upstream.models = discovery.decode_model_list(body)
                     generation.forget_routes()
                 except ValueError as error:
-                    raise Garbled(f"GET /models of {upstream.name} gave no model list: {error}.") from None
+                    raise ProtocolViolation(f"GET /models of {upstream.name} gave no model list: {error}.") from None
                 upstream.note_up()
                 pause_s = REFRESH_S
             if scope.cancelled_caught:
-                raise Garbled(f"GET /models of {upstream.name} was not answered within 10 s.")
+                raise ProtocolViolation(f"GET /models of {upstream.name} was not answered within 10 s.")
         except GatewayError as error:
             if isinstance(error, Rejected) and error.status not in (401, 403):
                 upstream.note_up()  # it answers; it has no list, or none for us

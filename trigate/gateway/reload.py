@@ -14,8 +14,10 @@ import trio
 
 from trigate.config import load as structure_load
 from trigate.config.sections import Config
-from trigate.gateway.gateway import Gateway
 from trigate.upstream import discovery
+
+if TYPE_CHECKING:
+    from trigate.gateway.gateway import Gateway
 
 if TYPE_CHECKING:
     pass

@@ -1,6 +1,6 @@
 """The ledger of exchanges: one record for each, whatever happened to it.
 
-`Accounts.begin` and `Accounts.settle` are synchronous and never fail: a call is not delayed, and not refused, because
+`Ledger.begin` and `Ledger.settle` are synchronous and never fail: a call is not delayed, and not refused, because
 its account cannot be kept. Each writes one line to the `journal`, which survives the process; every few seconds a
 task brings what was settled into the store, where it can be asked for. A record is in the store at most once, since it
 has an id of its own, and it may be brought there twice.
@@ -56,7 +56,7 @@ _MAX_NAME = 256  # of a model: clients write what they like
 
 
 @attrs.frozen(kw_only=True)
-class AccountsStatistics:
+class LedgerStatistics:
     """How the ledger is.
 
     Attributes:
@@ -74,8 +74,8 @@ class AccountsStatistics:
     error: str | None = None
 
 
-class Accounts:
-    """Made by `open_accounts`."""
+class Ledger:
+    """Made by `open_ledger`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -97,16 +97,16 @@ class Accounts:
         self._begun = self._settled = self._lost = self._dropped = 0
 
     def __repr__(self) -> str:
-        return f"<Accounts, {len(self._live)} live, {self._settled} settled>"
+        return f"<Ledger, {len(self._live)} live, {self._settled} settled>"
 
     def apply(self, settings: LedgerConfig) -> None:
         """Takes new settings. What has begun is settled all the same."""
         self._settings = settings
 
-    def statistics(self) -> AccountsStatistics:
+    def statistics(self) -> LedgerStatistics:
         """How the ledger is. Does not wait."""
         state: Literal["off", "ok", "degraded"] = "degraded" if self._error is not None else "ok"
-        return AccountsStatistics(
+        return LedgerStatistics(
             state=state if self._settings.enabled else "off",
             begun=self._begun,
             settled=self._settled,
@@ -330,9 +330,9 @@ def _attempted(attempt: Attempt, since: float) -> AttemptRecord:
 
 
 @asynccontextmanager
-async def open_accounts(store: Store) -> AsyncIterator[Accounts]:
+async def open_ledger(store: Store) -> AsyncIterator[Ledger]:
     """Opens the ledger around a block. No file is made, and the store is not opened, before the first exchange."""
-    accounts = Accounts(store)
+    accounts = Ledger(store)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accounts.run)
         try:

@@ -29,7 +29,7 @@ class _Function:
     name: str = ""
     arguments: list[str] = attrs.field(factory=list)
 
-    def hear(self, value: object) -> None:
+    def feed(self, value: object) -> None:
         if not isinstance(value, dict):
             return
         if isinstance(name := value.get("name"), str) and name:
@@ -46,11 +46,11 @@ class _ToolCall:
     fields: dict[str, Any] = attrs.field(factory=dict)  # Any: JSON; what a provider adds has to come back to it
     function: _Function | None = None
 
-    def hear(self, value: dict[str, Any]) -> None:
+    def feed(self, value: dict[str, Any]) -> None:
         for name, part in value.items():
             if name == "function":
                 self.function = self.function or _Function()
-                self.function.hear(part)
+                self.function.feed(part)
             elif name != "index" and part:
                 self.fields[name] = part
 
@@ -62,12 +62,12 @@ class _ToolCall:
 _TEXT = {"role", "content"}
 
 
-class AnswerRecord:
+class AnswerAccumulator:
     r"""The first choice of a chat answer, as it comes. What is not of the expected shape is passed over.
 
-    >>> answer = AnswerRecord()
-    >>> answer.hear(b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"Hel"}}]}\n\n')
-    >>> answer.hear(b'data: {"choices":[{"delta":{"content":"lo"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
+    >>> answer = AnswerAccumulator()
+    >>> answer.feed(b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"Hel"}}]}\n\n')
+    >>> answer.feed(b'data: {"choices":[{"delta":{"content":"lo"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
     >>> answer.message(), answer.finish_reason, answer.is_cut
     (b'{"role":"assistant","content":"Hello"}', 'stop', False)
 
@@ -88,8 +88,8 @@ class AnswerRecord:
         self.is_cut = True
         self.is_only_text = True
 
-    def hear(self, frames: bytes) -> None:
-        """Takes whole server-sent events (`exchange.Recorder.hear`)."""
+    def feed(self, frames: bytes) -> None:
+        """Takes whole server-sent events (`exchange.Recorder.feed`)."""
         for event in self._splitter.feed(frames):
             data = sse.data_of(event)
             if not data:
@@ -97,14 +97,14 @@ class AnswerRecord:
             if data.strip() == b"[DONE]":
                 self.is_cut = False
             else:
-                self._hear_choice(data, "delta")
+                self._feed_choice(data, "delta")
 
-    def hear_answer(self, body: bytes) -> None:
-        """Takes a whole JSON answer (`exchange.Recorder.hear_answer`)."""
+    def feed_answer(self, body: bytes) -> None:
+        """Takes a whole JSON answer (`exchange.Recorder.feed_answer`)."""
         self.is_cut = False
-        self._hear_choice(body, "message")
+        self._feed_choice(body, "message")
 
-    def _hear_choice(self, data: bytes, part: str) -> None:
+    def _feed_choice(self, data: bytes, part: str) -> None:
         value = decode_any(data)
         choices = value.get("choices") if isinstance(value, dict) else None
         for choice in choices if isinstance(choices, list) else ():
@@ -112,10 +112,10 @@ class AnswerRecord:
                 if isinstance(reason := choice.get("finish_reason"), str):
                     self.finish_reason = reason
                 if isinstance(inner := choice.get(part), dict):
-                    self._hear_part(inner)
+                    self._feed_part(inner)
                 return
 
-    def _hear_part(self, part: dict[str, Any]) -> None:
+    def _feed_part(self, part: dict[str, Any]) -> None:
         if not part.keys() <= _TEXT and any(value for name, value in part.items() if name not in _TEXT):
             self.is_only_text = False
         if isinstance(part.get("content"), list):  # of parts, of which some may be thoughts
@@ -127,10 +127,10 @@ class AnswerRecord:
         calls = part.get("tool_calls")
         for call in calls if isinstance(calls, list) else ():
             if isinstance(call, dict):
-                self._tool_call(call).hear(call)
+                self._tool_call(call).feed(call)
         if isinstance(function := part.get("function_call"), dict):
             self._function_call = self._function_call or _Function()
-            self._function_call.hear(function)
+            self._function_call.feed(function)
 
     def _tool_call(self, delta: dict[str, Any]) -> _ToolCall:
         index = delta.get("index")

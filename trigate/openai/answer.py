@@ -7,7 +7,7 @@ import json
 import attrs
 import msgspec
 
-from trigate.errors import Garbled
+from trigate.errors import ProtocolViolation
 from trigate.openai import sse
 from trigate.openai.raw_json import _fields, _with_model, decode_any
 
@@ -40,16 +40,18 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
     before it is dropped (RFC 8259 section 8.1).
 
     Raises:
-        Garbled: It is not a JSON object in UTF-8, or it is an error under a 200.
+        ProtocolViolation: It is not a JSON object in UTF-8, or it is an error under a 200.
     """
     body = body.removeprefix(sse.BOM)
     try:
         fields = _answer_fields(body)
     except (ValueError, RecursionError) as error:
-        raise Garbled(f"The upstream {upstream} answered with something that is not a JSON object: {error}.") from None
+        raise ProtocolViolation(
+            f"The upstream {upstream} answered with something that is not a JSON object: {error}."
+        ) from None
     error_raw = fields.get("error")
     if error_raw is not None and bytes(error_raw) != b"null" and "choices" not in fields and "object" not in fields:
-        raise Garbled(
+        raise ProtocolViolation(
             f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
         )
     usage = _usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from trigate.errors import Garbled, GatewayError, Reported, Truncated
+from trigate.errors import GatewayError, ProtocolViolation, StreamError, Truncated
 from trigate.openai import sse
 from trigate.openai.answer import Usage, _answer_fields, _usage
 from trigate.openai.continuation import _without_roles
@@ -154,10 +154,12 @@ class StreamReader:
             if not self.has_content:
                 held_bytes += len(frame)
                 if held_bytes > self._max_bytes:
-                    self.error = Garbled(f"The upstream {self._upstream} sent {held_bytes} bytes without any content.")
+                    self.error = ProtocolViolation(
+                        f"The upstream {self._upstream} sent {held_bytes} bytes without any content."
+                    )
                     break
         if too_large is not None and not self.complete and self.error is None:
-            self.error = Garbled(f"The upstream {self._upstream} sent too much: {too_large}.")
+            self.error = ProtocolViolation(f"The upstream {self._upstream} sent too much: {too_large}.")
         self.events += len(frames) - 1
         out = b"".join(frames)
         if not self.has_content and self.error is None:
@@ -244,7 +246,9 @@ class StreamReader:
             return b""  # comments are the upstream's keep-alive; the gateway sends its own
         if _ERROR_EVENT.match(event) and b'"error"' not in data:  # the name says it, and no key does
             value = decode_any(data)
-            self.error = Reported(self._upstream, value if isinstance(value, dict) else data.decode(errors="replace"))
+            self.error = StreamError(
+                self._upstream, value if isinstance(value, dict) else data.decode(errors="replace")
+            )
             return b""
         if self._endpoint.ends(data):
             if self._endpoint.finishes and not self.is_finished:
@@ -285,13 +289,15 @@ class StreamReader:
         value = decode_any(data)
         if not isinstance(value, dict):
             if not self.complete:
-                self.error = Garbled(f"The upstream {self._upstream} sent an event that is not a JSON object.")
+                self.error = ProtocolViolation(
+                    f"The upstream {self._upstream} sent an event that is not a JSON object."
+                )
             return
         if value.get("error") and not self.complete:
-            self.error = Reported(self._upstream, value["error"])
+            self.error = StreamError(self._upstream, value["error"])
             return
         if value.get("type") == "error":  # the responses API says it beside the type
-            self.error = Reported(self._upstream, {k: v for k, v in value.items() if k != "type"})
+            self.error = StreamError(self._upstream, {k: v for k, v in value.items() if k != "type"})
             return
         inner = value.get("response")
         usage = _usage(value.get("usage")) or (_usage(inner.get("usage")) if isinstance(inner, dict) else None)

@@ -28,7 +28,7 @@ from typing import Literal
 import attrs
 
 from trigate.config.sections import Config
-from trigate.errors import Garbled, GatewayError, Throttled, Unavailable, UpstreamTimeout
+from trigate.errors import GatewayError, ProtocolViolation, Throttled, Unavailable, UpstreamTimeout
 from trigate.routing.circuit_breaker import Breaker, Entry
 from trigate.routing.retry import Budget, backoff_s
 from trigate.routing.routes import Target
@@ -252,7 +252,7 @@ class Plan:
             entry = state.breaker.enter(now)
             if entry is not None:
                 return self._begin(target, state, "failover", entry)
-        if isinstance(error, UpstreamTimeout | Garbled):
+        if isinstance(error, UpstreamTimeout | ProtocolViolation):
             return None
         return self._again(now, chance, left_s)
 

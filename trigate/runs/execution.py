@@ -19,14 +19,14 @@ from trigate.errors import (
     GatewayError,
     Internal,
     Overloaded,
+    RunStopped,
     SessionBusy,
-    Stopped,
     StoreUnavailable,
 )
 from trigate.exchange.exchange import Exchange
-from trigate.openai.accumulator import AnswerRecord
+from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
-from trigate.runs.request import CLIENT_LEFT, End, Live, Order, as_ended, body_of, is_final, is_work
+from trigate.runs.request import CLIENT_LEFT, Live, RunRequest, RunResult, as_ended, body_of, is_final, is_work
 from trigate.store.interface import Write
 from trigate.store.records import Run, Turn
 
@@ -88,7 +88,7 @@ class Unwatched:
         await trio.lowlevel.checkpoint()
 
 
-class Performance:
+class RunExecution:
     """One run while it is done. An `exchange.Recorder`.
 
     Attributes:
@@ -101,9 +101,9 @@ class Performance:
         self._gateway = runs.gateway
         self._store = runs.gateway.store
         self._run = run
-        self._order = Order.decode(run.request)
+        self._order = RunRequest.decode(run.request)
         self._down = down
-        self._answer = AnswerRecord()
+        self._answer = AnswerAccumulator()
         self._turn: SessionTurn | None = None
         self._live: Live | None = None
         self._exchange: Exchange | None = None
@@ -157,7 +157,7 @@ class Performance:
         """Enters what it holds while it is done. One of the hook's places comes last: who waits for a session must not
         stand in the way of other sessions."""
         order, run = self._order, self._run
-        audience = self._runs.audiences.get(run.channel)
+        audience = self._runs.live_views.get(run.channel)
         if audience is not None and order.action == "chat" and order.reply_to is not None:
             self._live = await stack.enter_async_context(audience.watch(run, order))
         if order.session is not None:
@@ -214,13 +214,15 @@ class Performance:
         turn = None
         if self._turn is not None:
             self._turn.compose(order.call())
-            turn = self._turn.result(AnswerRecord(), None, at=time.time(), partial=False)
-        await self._end(End(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn))
+            turn = self._turn.result(AnswerAccumulator(), None, at=time.time(), partial=False)
+        await self._end(
+            RunResult(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn)
+        )
 
     async def _reset(self) -> None:
         order = self._order
         await self._store.sessions.reset(order.owner, order.session or "", at=time.time())
-        await self._end(End(state="completed", status=200, result=body_of(self._run, order, reply=None)))
+        await self._end(RunResult(state="completed", status=200, result=body_of(self._run, order, reply=None)))
 
     async def _history(self) -> None:
         order = self._order
@@ -228,7 +230,7 @@ class Performance:
         found = await self._store.sessions.history(order.owner, order.session or "", last=last)
         messages = [msgspec.Raw(each.body) for each in found[1]] if found is not None else []
         result = body_of(self._run, order, reply=None, messages=messages)
-        await self._end(End(state="completed", status=200, result=result))
+        await self._end(RunResult(state="completed", status=200, result=result))
 
     async def _stop(self) -> None:
         order = self._order
@@ -237,19 +239,19 @@ class Performance:
             said = msgspec.json.decode(run.result) if run.result else {}
             stopped.append({"id": run.id, "state": run.state, "reply": said.get("reply")})
         result = body_of(self._run, order, reply=None, stopped=stopped)
-        await self._end(End(state="completed", status=200, result=result))
+        await self._end(RunResult(state="completed", status=200, result=result))
 
     # -- the recorder -------------------------------------------------------------------------------------------------
 
-    def hear(self, frames: bytes) -> None:
-        """As `Recorder.hear`."""
-        self._answer.hear(frames)
+    def feed(self, frames: bytes) -> None:
+        """As `Recorder.feed`."""
+        self._answer.feed(frames)
         if self._live is not None:
             self._live.show(self._answer.text)
 
-    def hear_answer(self, body: bytes) -> None:
-        """As `Recorder.hear_answer`."""
-        self._answer.hear_answer(body)
+    def feed_answer(self, body: bytes) -> None:
+        """As `Recorder.feed_answer`."""
+        self._answer.feed_answer(body)
 
     async def complete(self, usage: Usage | None) -> None:
         """As `Recorder.complete`."""
@@ -258,7 +260,7 @@ class Performance:
         turn = None
         if self._turn is not None:
             turn = self._turn.result(answer, usage, at=time.time(), partial=False)
-        await self._end(End(state="completed", status=200, result=result, turn=turn))
+        await self._end(RunResult(state="completed", status=200, result=result, turn=turn))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -276,8 +278,10 @@ class Performance:
         status, headers, body = error.to_response()
         end = (
             self._cut(status)
-            if isinstance(error, Stopped)
-            else End(state="failed", status=status, result=body, turn=self._partial(), frees_key=not is_final(status))
+            if isinstance(error, RunStopped)
+            else RunResult(
+                state="failed", status=status, result=body, turn=self._partial(), frees_key=not is_final(status)
+            )
         )
         try:
             await self._end(end)
@@ -288,12 +292,12 @@ class Performance:
         if self._down is not None and not self._down.committed:
             await self._down.respond(status, headers, body)
 
-    def _cut(self, status: int) -> End:
+    def _cut(self, status: int) -> RunResult:
         """How it ends when it is cut: what there was of the answer is kept."""
         reply = self._answer.text if self._order.action == "chat" else None
         result = body_of(self._run, self._order, reply=reply, usage=self._usage())
         left = status == CLIENT_LEFT
-        return End(state="cancelled", status=status, result=result, turn=self._partial(), frees_key=left)
+        return RunResult(state="cancelled", status=status, result=result, turn=self._partial(), frees_key=left)
 
     def _partial(self) -> Turn | None:
         if self._turn is None or self._exchange is None or not self._answer.has_content:
@@ -303,7 +307,7 @@ class Performance:
     def _usage(self) -> Usage | None:
         return self._exchange.usage if self._exchange is not None else None
 
-    async def _end(self, end: End) -> None:
+    async def _end(self, end: RunResult) -> None:
         """Ends the run, durably.
 
         Raises:
@@ -328,8 +332,8 @@ class Performance:
             if self._turn is not None:
                 self._turn.note_left()
 
-    def _write(self, end: End) -> Write[bool]:
+    def _write(self, end: RunResult) -> Write[bool]:
         return self._runs.write_end(self._run, end, order=self._order, turn=self._turn)
 
-    def _settle_soon(self, end: End) -> None:
+    def _settle_soon(self, end: RunResult) -> None:
         self._runs.settle_soon(self._run, end, order=self._order, turn=self._turn)

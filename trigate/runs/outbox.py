@@ -193,7 +193,7 @@ class Outbox:
             self._under_way += 1
             nursery.start_soon(self._deliver, delivery)
         if len(taken) == places:
-            self._workers.ring("outbox")  # there may be more than can be done here
+            self._workers.notify("outbox")  # there may be more than can be done here
             return LOOK_S
         due_at = await self._store.deliveries.next_due_at(channels)
         self._note_no_trouble()
@@ -332,7 +332,7 @@ async def open_outbox(
     """
     outbox = Outbox(store, workers, now, chance)
     workers.adopt_with(outbox.adopt)
-    workers.listen("outbox", lambda _: outbox.look())
+    workers.on_notify("outbox", lambda _: outbox.look())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(outbox.run)
         try:

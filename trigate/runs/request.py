@@ -1,7 +1,7 @@
 """What a message asks for, and what it gets: the values of a run, and their JSON.
 
-An `Order` is what has to be known to do a run, also after a restart with another configuration. A result is the body
-that a client that waits is sent; a `view` is the run as its reader sees it later.
+A `RunRequest` holds everything needed to execute a run, also after a restart with another configuration. A result is
+the body sent to a client that waits; a `view` is the run as its reader sees it later.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHAT = ENDPOINTS["/v1/chat/completions"]
 
 
 @attrs.frozen(kw_only=True)
-class Order:
+class RunRequest:
     """What a message asks for; everything that is needed to do it, also after a restart with another configuration.
     Kept as JSON in `store.Run.request`.
 
@@ -63,7 +63,7 @@ class Order:
         return msgspec.json.encode(self)
 
     @classmethod
-    def decode(cls, request: bytes) -> Order:
+    def decode(cls, request: bytes) -> RunRequest:
         """Reads what `encode` has written."""
         return cls(**msgspec.json.decode(request))
 
@@ -95,10 +95,10 @@ class Live(Protocol):
         JSON; with ``repeatable`` true, it may be delivered twice without harm."""
 
 
-class Audience(Protocol):
+class LiveView(Protocol):
     """A channel that shows runs while they go on; what it is told at the end is a delivery (`outbox.Carrier`)."""
 
-    def watch(self, run: Run, order: Order) -> contextlib.AbstractAsyncContextManager[Live]:
+    def watch(self, run: Run, order: RunRequest) -> contextlib.AbstractAsyncContextManager[Live]:
         """Shows a run for as long as the context is open."""
 
 
@@ -112,7 +112,7 @@ def is_work(action: str) -> bool:
 
 def body_of(
     run: Run,
-    order: Order,
+    order: RunRequest,
     *,
     reply: str | None,
     finish_reason: str | None = None,
@@ -157,7 +157,7 @@ def is_final(status: int) -> bool:
 
 
 @attrs.frozen(kw_only=True)
-class End:
+class RunResult:
     """How a run ends: what `store.Runs.finish` takes."""
 
     state: RunState
@@ -168,7 +168,7 @@ class End:
     frees_key: bool = False
 
 
-def as_ended(run: Run, end: End) -> Run:
+def as_ended(run: Run, end: RunResult) -> Run:
     return attrs.evolve(run, state=end.state, status=end.status, result=end.result, finished_at=time.time())
 
 
@@ -188,7 +188,7 @@ def view(run: Run) -> dict[str, Any]:  # Any: JSON
     }
 
 
-def delivery_of(run: Run, order: Order, end: End) -> Delivery | None:
+def delivery_of(run: Run, order: RunRequest, end: RunResult) -> Delivery | None:
     """What is to be told to the outside of a run that ends, if somebody is to be told.
 
     A callback's body is `callbacks.callback_body` of the `view`. That of a channel's adapter has ``reply_to`` and

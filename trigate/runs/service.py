@@ -36,8 +36,8 @@ from trigate.errors import (
     Overloaded,
     StoreUnavailable,
 )
-from trigate.runs.execution import Performance
-from trigate.runs.request import CLIENT_LEFT, Audience, End, Order, as_ended, delivery_of, is_work
+from trigate.runs.execution import RunExecution
+from trigate.runs.request import CLIENT_LEFT, LiveView, RunRequest, RunResult, as_ended, delivery_of, is_work
 from trigate.store.interface import Write
 from trigate.store.records import ENDED, Claim, Run
 
@@ -58,7 +58,7 @@ _DEFAULTS = HookConfig()
 
 
 @attrs.define(eq=False)
-class Doing:
+class RunHandle:
     """A run that the service does.
 
     Attributes:
@@ -73,14 +73,14 @@ class Runs:
     """The runs of this worker. Made by `open_runs`.
 
     Attributes:
-        audiences: By the name of the channel; may change at any time.
+        live_views: By the name of the channel; may change at any time.
         promised: The ids of runs that were acknowledged after they had been begun.
         turns: The places of runs in the queues of their sessions, by the ids of the runs.
     """
 
     def __init__(self, gateway: Gateway, nursery: trio.Nursery) -> None:
         self.gateway = gateway
-        self.audiences: dict[str, Audience] = {}
+        self.live_views: dict[str, LiveView] = {}
         self.promised: set[str] = set()
         self.turns: dict[str, SessionTurn] = {}
         self._nursery = nursery
@@ -88,12 +88,14 @@ class Runs:
         self._places: dict[str, dict[str, None]] = {}
         self._bells: dict[str, trio.Event] = {}
         gateway.workers.adopt_with(self._adopt)
-        gateway.workers.listen("run", self._ring)
+        gateway.workers.on_notify("run", self._ring)
 
     def __repr__(self) -> str:
         return f"<Runs {sum(map(len, self._places.values()))} accepted, {len(self._bells)} waited for>"
 
-    async def accept(self, order: Order, *, acknowledged: bool, idempotency: tuple[str, bytes] | None = None) -> Claim:
+    async def accept(
+        self, order: RunRequest, *, acknowledged: bool, idempotency: tuple[str, bytes] | None = None
+    ) -> Claim:
         """Keeps an order as a run, durably. Whoever gets a new one does it at once (`perform`, `perform_soon`).
 
         Args:
@@ -142,7 +144,7 @@ class Runs:
             if claim is None or not claim.is_new:
                 self._give_place_back(run)
             if claim is None and may_be_there:  # cancelled meanwhile: nobody would do it
-                self.settle_soon(run, End(state="cancelled", status=CLIENT_LEFT, result=b"{}", frees_key=True))
+                self.settle_soon(run, RunResult(state="cancelled", status=CLIENT_LEFT, result=b"{}", frees_key=True))
 
     async def perform(self, run: Run, *, down: Downstream | None = None) -> Run:
         """Does a run in the caller's task, and returns it with its result. Cancelled with the caller, it ends as
@@ -152,11 +154,11 @@ class Runs:
             down: The client that the answer is streamed to, as chunks of OpenAI's; None = nobody watches.
         """
         pause_s = RETRY_S
-        performance: Performance | None = None
+        performance: RunExecution | None = None
         interrupted, crashed = True, False
         try:
             while True:
-                performance = Performance(self, run, down)
+                performance = RunExecution(self, run, down)
                 await performance.perform()
                 if not performance.again:
                     break
@@ -178,20 +180,20 @@ class Runs:
             # Else it is left for the next start, and so is its place in the queue of its session.
         return performance.ended or run
 
-    def perform_soon(self, run: Run, *, down: Downstream | None = None) -> Doing:
+    def perform_soon(self, run: Run, *, down: Downstream | None = None) -> RunHandle:
         """Does a run in the nursery of the service. Synchronous; whoever wants to know how it ended may wait for it."""
-        doing = Doing(run)
+        doing = RunHandle(run)
         self._nursery.start_soon(self._perform_alone, doing, down)
         return doing
 
-    async def _perform_alone(self, doing: Doing, down: Downstream | None) -> None:  # noqa: ASYNC910 - as `perform`
+    async def _perform_alone(self, doing: RunHandle, down: Downstream | None) -> None:  # noqa: ASYNC910 - as `perform`
         run = doing.run
         try:
             doing.run = await self.perform(run, down=down)
         except Exception:  # one that cannot even be read is not the end of the others
             log.exception("run_crashed", run=run.id, channel=run.channel)
             status, _, body = Internal(f"The gateway failed. Run: {run.id}.").to_response()
-            end = End(state="failed", status=status, result=body)
+            end = RunResult(state="failed", status=status, result=body)
             doing.run = as_ended(run, end)
             self.settle_soon(run, end)
         finally:
@@ -245,10 +247,10 @@ class Runs:
 
     # -- for the runs themselves --------------------------------------------------------------------------------------
 
-    def note_ended(self, run: Run, order: Order | None) -> None:
+    def note_ended(self, run: Run, order: RunRequest | None) -> None:
         """A run has ended: tells whoever waits for it, and the outbox. Synchronous."""
         self._ring(run.id.encode())
-        self.gateway.workers.ring("run", run.id.encode())
+        self.gateway.workers.notify("run", run.id.encode())
         if order is not None and order.reply_to is not None:
             self.gateway.outbox.look()
         log.info(
@@ -262,7 +264,7 @@ class Runs:
         )
 
     def write_end(
-        self, run: Run, end: End, *, order: Order | None = None, turn: SessionTurn | None = None
+        self, run: Run, end: RunResult, *, order: RunRequest | None = None, turn: SessionTurn | None = None
     ) -> Write[bool]:
         """Queues the end of a run, with everything that belongs to it. Synchronous."""
         now = time.time()
@@ -279,13 +281,15 @@ class Runs:
             frees_key=end.frees_key,
         )
 
-    def settle_soon(self, run: Run, end: End, *, order: Order | None = None, turn: SessionTurn | None = None) -> None:
+    def settle_soon(
+        self, run: Run, end: RunResult, *, order: RunRequest | None = None, turn: SessionTurn | None = None
+    ) -> None:
         """Ends a run from a task that cannot wait. Synchronous; what cannot be kept is tried again until it can."""
         write = self.write_end(run, end, order=order, turn=turn)
         self._nursery.start_soon(self._settle, write, run, end, order, turn)
 
     async def _settle(
-        self, write: Write[bool], run: Run, end: End, order: Order | None, turn: SessionTurn | None
+        self, write: Write[bool], run: Run, end: RunResult, order: RunRequest | None, turn: SessionTurn | None
     ) -> None:
         pause_s = RETRY_S
         while True:

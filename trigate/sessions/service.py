@@ -28,8 +28,8 @@ import msgspec
 import trio
 
 from trigate.config.sections import SessionsConfig
-from trigate.errors import BadRequest, GatewayError, NotFound, SessionBusy, Stopped
-from trigate.openai.accumulator import AnswerRecord
+from trigate.errors import BadRequest, GatewayError, NotFound, RunStopped, SessionBusy
+from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.sessions import compose as history
@@ -64,7 +64,7 @@ class SessionTurn:
         self._history: Sequence[interface_records.Message] = ()
         self._composition = history.Composition(messages=(), new=(), system=None)
         self._cut: Callable[[GatewayError], None] | None = None
-        self._stopped: Stopped | None = None
+        self._stopped: RunStopped | None = None
 
     def __repr__(self) -> str:
         return f"<SessionTurn {self.ticket.number}{', left' if self.has_left else ''}>"
@@ -88,8 +88,8 @@ class SessionTurn:
             cut(self._stopped)
 
     def stop(self) -> None:
-        """Cuts it with `Stopped`. Synchronous."""
-        self._stopped = Stopped("The turn was stopped by a later message of its session.")
+        """Cuts it with `RunStopped`. Synchronous."""
+        self._stopped = RunStopped("The turn was stopped by a later message of its session.")
         if self._cut is not None:
             self._cut(self._stopped)
 
@@ -124,7 +124,9 @@ class SessionTurn:
         )
         return call.with_messages(self._composition.messages)
 
-    def result(self, answer: AnswerRecord, usage: Usage | None, *, at: float, partial: bool) -> interface_records.Turn:
+    def result(
+        self, answer: AnswerAccumulator, usage: Usage | None, *, at: float, partial: bool
+    ) -> interface_records.Turn:
         """What the turn appends: the new messages of the call that was composed, and the answer."""
         messages = [
             interface_records.Message(body=body, tokens=history.estimated_tokens(body), at=at)
@@ -155,18 +157,18 @@ class SessionRecorder:
     that was cut, as partial. An `exchange.Recorder`."""
 
     def __init__(self, store: Store, turn: SessionTurn) -> None:
-        self.answer = AnswerRecord()
+        self.answer = AnswerAccumulator()
         self._store = store
         self._turn = turn
         self._is_done = False
 
-    def hear(self, frames: bytes) -> None:
-        """As `Recorder.hear`."""
-        self.answer.hear(frames)
+    def feed(self, frames: bytes) -> None:
+        """As `Recorder.feed`."""
+        self.answer.feed(frames)
 
-    def hear_answer(self, body: bytes) -> None:
-        """As `Recorder.hear_answer`."""
-        self.answer.hear_answer(body)
+    def feed_answer(self, body: bytes) -> None:
+        """As `Recorder.feed_answer`."""
+        self.answer.feed_answer(body)
 
     async def complete(self, usage: Usage | None) -> None:
         """As `Recorder.complete`."""
@@ -218,8 +220,8 @@ class Sessions:
         self._workers = workers
         self._queues: dict[Key, _Queue] = {}
         self.turns = 0
-        workers.listen("turn", self._heed_turn)
-        workers.listen("stop", self._heed_stop)
+        workers.on_notify("turn", self._heed_turn)
+        workers.on_notify("stop", self._heed_stop)
 
     def __repr__(self) -> str:
         return f"<Sessions, {self.turns} turns of {len(self._queues)}>"
@@ -261,7 +263,7 @@ class Sessions:
         if not turn.has_left:
             self._store.sessions.leave(ticket)
         queue.wake()
-        self._workers.ring("turn", _rung(ticket))
+        self._workers.notify("turn", _rung(ticket))
         self._forget((ticket.owner, ticket.key), queue)
 
     @contextlib.asynccontextmanager
@@ -310,7 +312,7 @@ class Sessions:
                 raise NotFound("There is no such session.")
 
     async def stop(self, owner: str, key: str) -> Sequence[interface_records.Ticket]:
-        """Cuts the session's running turn, in whichever worker it runs, with `errors.Stopped`, and returns its ticket
+        """Ends the session's running turn with `errors.RunStopped`, in whichever worker it runs, and returns its ticket
         (or nothing, where none runs); it does not wait for the turn to have ended."""
         await self._workers.join()
         tickets = await self._store.sessions.tickets(owner, key)
@@ -319,7 +321,7 @@ class Sessions:
             if ticket.worker == self._workers.id:
                 self._stop_here(ticket)
             else:
-                self._workers.ring("stop", _rung(ticket))
+                self._workers.notify("stop", _rung(ticket))
         return running
 
     # -- the queue ----------------------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ class Sessions:
             with trio.move_on_after(POLL_S) as scope:
                 await turn.bell.wait()
             if scope.cancelled_caught and head.worker != self._workers.id:
-                self._workers.ring("turn", _rung(head))
+                self._workers.notify("turn", _rung(head))
 
     async def _head(self, turn: SessionTurn) -> interface_records.Ticket | None:
         """The first ticket before a turn's; None = it is its turn."""

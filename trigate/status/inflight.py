@@ -17,7 +17,7 @@ import attrs
 import msgspec
 import trio
 
-from trigate.errors import Ended
+from trigate.errors import CancelledByOperator
 
 if TYPE_CHECKING:
     from trigate.exchange.exchange import Exchange
@@ -86,8 +86,8 @@ class Streams:
         self._gateway = gateway
         self._asked: dict[str, list[_Answer]] = {}
         self._heard = trio.Event()
-        gateway.workers.listen("streams", self._heed)
-        gateway.workers.listen("streams-told", self._note)
+        gateway.workers.on_notify("streams", self._heed)
+        gateway.workers.on_notify("streams-told", self._note)
 
     async def tell(self, *, owner: str | None, stream: str = "", limit: int = MAX_LIMIT) -> Found:
         """Returns what is in flight, the oldest first.
@@ -109,7 +109,7 @@ class Streams:
         answers = self._asked[question.id] = []
         try:
             if others:
-                workers.ring("streams", msgspec.json.encode(attrs.asdict(question)))
+                workers.notify("streams", msgspec.json.encode(attrs.asdict(question)))
             answers.append(self._answer(question))
             with trio.move_on_after(ANSWER_TIMEOUT_S):
                 while not others <= {answer.worker for answer in answers}:
@@ -139,7 +139,7 @@ class Streams:
         if question.what == "end":
             for exchange in meant:
                 ended += not exchange.is_cut
-                exchange.cut(Ended("The call was ended by a request to DELETE /status/streams."))
+                exchange.cut(CancelledByOperator("The call was ended by a request to DELETE /status/streams."))
         rows = [{**exchange.describe(now), "worker": worker} for exchange in meant[: question.limit]]
         return _Answer(question=question.id, worker=worker, count=len(meant), ended=ended, rows=rows)
 
@@ -148,7 +148,7 @@ class Streams:
         question = _Question(**msgspec.json.decode(ring))
         answer = self._answer(question)
         fitting = attrs.evolve(answer, rows=list(_fitting(answer.rows)))
-        self._gateway.workers.ring("streams-told", msgspec.json.encode(attrs.asdict(fitting)))
+        self._gateway.workers.notify("streams-told", msgspec.json.encode(attrs.asdict(fitting)))
 
     def _note(self, ring: bytes) -> None:
         """Another worker answers: somebody."""

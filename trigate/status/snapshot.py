@@ -25,7 +25,7 @@ import trio
 from trigate import __version__
 from trigate.channels.service import ChannelStatistics
 from trigate.errors import GatewayError, StoreUnavailable
-from trigate.ledger.ledger import AccountsStatistics
+from trigate.ledger.ledger import LedgerStatistics
 from trigate.store import opening
 from trigate.store.records import ChannelRecord, SessionCounts, Worker
 from trigate.upstream.upstream import UpstreamStatistics
@@ -147,7 +147,7 @@ class Part:
     totals: dict[str, int]
     door: dict[str, int | float]
     targets: tuple[dict[str, Any], ...]
-    ledger: AccountsStatistics
+    ledger: LedgerStatistics
 
     @property
     def live(self) -> int:
@@ -186,7 +186,7 @@ def part(gateway: Gateway) -> Part:
         totals=attrs.asdict(gateway.totals),
         door=gateway.admission.statistics(),
         targets=tuple(_targets(gateway, now)),
-        ledger=gateway.accounts.statistics(),
+        ledger=gateway.ledger.statistics(),
     )
 
 
@@ -292,7 +292,7 @@ def _admission(parts: Sequence[Part]) -> dict[str, float]:
     return {**summed, "lag_s": max(row["lag_s"] for row in rows)}
 
 
-def _ledger(parts: Sequence[AccountsStatistics]) -> dict[str, Any]:
+def _ledger(parts: Sequence[LedgerStatistics]) -> dict[str, Any]:
     """The worst state, and the sums."""
     worst = max(parts, key=lambda each: ("off", "ok", "degraded").index(each.state))
     numbers = ("begun", "settled", "lost", "dropped")

@@ -26,8 +26,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-import msgspec
-
 from trigate.store.records import (
     ChannelRecord,
     Claim,
@@ -45,8 +43,6 @@ from trigate.store.records import (
     Turn,
     Worker,
 )
-
-_json = msgspec.json.Encoder()
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -18,7 +18,7 @@ import trio
 
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Write
-from trigate.store.operations import Ledger, Receipt, Tables
+from trigate.store.operations import Receipt, StoreOperations, Tables
 from trigate.store.records import (
     ENDED,
     LOST,
@@ -289,7 +289,7 @@ def _is_open(delivery: Delivery) -> bool:
     return delivery.state in ("pending", "sending")
 
 
-class MemoryStore(Ledger):
+class MemoryStore(StoreOperations):
     """Made by `open_memory_store`.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 An operation is a synchronous function of `Tables`. It reads values, and puts back what they have become. What is left
 to a store is to keep the tables (`Tables`), and to run operations in order, each one whole or not at all
-(`Ledger.write`, `Ledger.read`).
+(`StoreOperations.write`, `StoreOperations.read`).
 
 An operation looks before it changes anything: it raises ValueError for a mistake of its caller (an id that is there
 already) while the tables are as they were. So it is whole also where nothing can be rolled back.
@@ -177,7 +177,7 @@ class Receipt(Generic[T]):
         return self._wait().__await__()
 
 
-class Ledger(abc.ABC):
+class StoreOperations(abc.ABC):
     """A `store.Store`, but for where its tables are and how operations get there."""
 
     def __init__(self) -> None:
@@ -278,7 +278,7 @@ def _reset(tables: Tables, owner: str, key: str, at: float) -> Session | None:
 
 
 class _Sessions:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def take_ticket(self, owner: str, key: str, *, worker: str, run: str | None = None) -> Write[Ticket]:
@@ -367,7 +367,7 @@ def _adopt(tables: Tables, worker: str, dead: Sequence[str], at: float) -> Seque
 
 
 class _Runs:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def add(self, run: Run) -> Write[None]:
@@ -442,7 +442,7 @@ class _Runs:
 
 
 class _Idempotency:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def claim(self, scope: str, key: str, *, digest: bytes, run: Run) -> Write[Claim]:
@@ -485,7 +485,7 @@ def _release(tables: Tables, dead: Sequence[str]) -> Sequence[Delivery]:
 
 
 class _Deliveries:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def add(self, delivery: Delivery) -> Write[None]:
@@ -564,7 +564,7 @@ def _count(tables: Tables, name: str, *, at: float, received: int = 0, replied: 
 
 
 class _Channels:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def advance(self, name: str, cursor: str) -> Write[None]:
@@ -602,7 +602,7 @@ class _Channels:
 
 
 class _Workers:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def beat(self, worker: Worker) -> Write[None]:
@@ -625,7 +625,7 @@ class _Workers:
 
 
 class _Exchanges:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: StoreOperations) -> None:
         self._ledger = ledger
 
     def put(self, records: Sequence[bytes]) -> Write[None]:

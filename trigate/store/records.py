@@ -8,7 +8,7 @@ from typing import Literal
 import attrs
 import msgspec
 
-from trigate.store.interface import _json
+_json = msgspec.json.Encoder()
 
 RunState = Literal["queued", "running", "completed", "failed", "cancelled"]
 

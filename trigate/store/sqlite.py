@@ -30,7 +30,7 @@ import trio
 
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Write
-from trigate.store.operations import Ledger, Receipt, Tables
+from trigate.store.operations import Receipt, StoreOperations, Tables
 from trigate.store.records import StoreStatistics
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Queued:
         self.total: int | None = 0 if repeated else None
 
 
-class SqliteStore(Ledger):
+class SqliteStore(StoreOperations):
     """Made by `open_sqlite_store`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

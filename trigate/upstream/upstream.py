@@ -24,12 +24,12 @@ import attrs
 import httpx2
 import trio
 
-from trigate.concurrency.fair_limiter import Places
+from trigate.concurrency.fair_limiter import FairLimiter
 from trigate.config.sections import Config, UpstreamConfig
 from trigate.errors import (
-    Garbled,
     GatewayError,
     Header,
+    ProtocolViolation,
     Rejected,
     Throttled,
     Truncated,
@@ -67,13 +67,13 @@ def _translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, 
         case httpx2.ConnectError():
             return Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.")
         case NotHttp() if answered:
-            return Garbled(f"The upstream {name} sent an answer that is not HTTP: {error}.")
+            return ProtocolViolation(f"The upstream {name} sent an answer that is not HTTP: {error}.")
         case httpx2.RemoteProtocolError() if answered:
             return Truncated(f"The upstream {name} cut its answer: {error}.")
         case httpx2.RemoteProtocolError() if "disconnected" in str(error):  # there is no exception of its own for it
             return Unavailable(f"The upstream {name} closed the connection before it answered.", reachable=True)
         case httpx2.RemoteProtocolError():
-            return Garbled(f"The upstream {name} did not answer with HTTP: {error}.")
+            return ProtocolViolation(f"The upstream {name} did not answer with HTTP: {error}.")
         case _ if answered:
             return Truncated(f"The upstream {name} broke the connection in its answer.")
         case _:
@@ -194,14 +194,16 @@ class Reply:
             try:
                 piece = self._inflate.decompress(deflated, _INFLATED_BYTES)
             except zlib.error as error:
-                raise Garbled(f"The upstream {self._name} sent a body that cannot be decoded: {error}.") from None
+                raise ProtocolViolation(
+                    f"The upstream {self._name} sent a body that cannot be decoded: {error}."
+                ) from None
             self._deflated = self._inflate.unconsumed_tail
             if piece:
                 return piece  # noqa: ASYNC910 - more of what was received
 
     async def _receive_raw(self) -> bytes | None:
         if self._encoding != "identity" and self._inflate is None:
-            raise Garbled(f"The upstream {self._name} sent a body encoded as {self._encoding[:50]!r}.")
+            raise ProtocolViolation(f"The upstream {self._name} sent a body encoded as {self._encoding[:50]!r}.")
         try:
             return await self._source.receive()
         except httpx2.TransportError as error:
@@ -214,7 +216,7 @@ class Reply:
             on_piece: Told of each piece as it comes.
 
         Raises:
-            Garbled: It is larger than ``max_bytes``.
+            ProtocolViolation: It is larger than ``max_bytes``.
             Truncated: As `receive`.
         """
         response = self._source.response
@@ -224,14 +226,14 @@ class Reply:
             response.pieces.clear()
             if len(body) <= max_bytes:
                 return body  # noqa: ASYNC910 - it was there
-            raise Garbled(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
+            raise ProtocolViolation(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
         pieces = []
         size = 0
         while (piece := await self.receive()) is not None:
             on_piece()
             size += len(piece)
             if size > max_bytes:
-                raise Garbled(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
+                raise ProtocolViolation(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -297,7 +299,7 @@ class Upstream:
         self._local_model = local_model
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
-        self._places = Places(self.config.max_connections)
+        self._places = FairLimiter(self.config.max_connections)
         self._address: _Address | None = None
         self.state = "unknown"
         self.reason: str | None = None
@@ -407,7 +409,7 @@ class Upstream:
         Raises:
             UpstreamTimeout: No place in time, or no connection in time.
             Unavailable: No connection; or it broke before a reply.
-            Garbled: The reply is not HTTP.
+            ProtocolViolation: The reply is not HTTP.
 
         **Cancels:** at any point; place and connection are given back.
         """
@@ -442,7 +444,7 @@ class Upstream:
         """Reads an error reply and returns (not raises) what it means."""
         try:
             body = await reply.read(_MAX_ERROR_BODY_BYTES)
-        except (Truncated, Garbled):
+        except (Truncated, ProtocolViolation):
             body = b""
         error = self._meaning(reply, body)
         error.redact(self._secrets)
@@ -475,7 +477,7 @@ class Upstream:
             return Unavailable(
                 f"The upstream {self.name} failed ({status}){said}", reachable=True, retry_after_s=after_s
             )
-        return Garbled(f"The upstream {self.name} answered with status {status}.")
+        return ProtocolViolation(f"The upstream {self.name} answered with status {status}.")
 
 
 class _Request:

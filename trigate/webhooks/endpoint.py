@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from trigate import signatures
-from trigate.concurrency.rate_limiter import Rates
+from trigate.concurrency.rate_limiter import RateLimiter
 from trigate.config import checks
 from trigate.config.sections import Config, HookConfig
 from trigate.errors import (
@@ -39,14 +39,14 @@ from trigate.errors import (
     MethodNotAllowed,
     NotFound,
     RateLimited,
-    Stopped,
+    RunStopped,
     UnsupportedMediaType,
     Unverified,
 )
 from trigate.exchange.exchange import STREAM_HEADERS, Downstream
 from trigate.runs.execution import Unwatched
-from trigate.runs.request import CLIENT_LEFT, Order
-from trigate.runs.service import Doing
+from trigate.runs.request import CLIENT_LEFT, RunRequest
+from trigate.runs.service import RunHandle
 from trigate.signatures import Verifier
 from trigate.store.records import ENDED, Run
 from trigate.webhooks import payload
@@ -110,7 +110,7 @@ class Hooks:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._rates = Rates()
+        self._rates = RateLimiter()
 
     def visit(self, request: Request) -> Visit:
         """Judges a request by its head.
@@ -275,12 +275,12 @@ class _HookVisit:
             raise BadRequest("Idempotency-Key has 1 to 256 visible ASCII characters.", param="Idempotency-Key")
         return key.decode()
 
-    def _order(self, message: payload.Message) -> Order:
+    def _order(self, message: payload.Message) -> RunRequest:
         hook, name = self._hook, self._request.name
         callback_url = (message.callback_url or hook.callback_url) if self._is_async else None
         if hook.reply == "callback" and callback_url is None:
             raise BadRequest("You must provide callback_url.", param="callback_url")
-        return Order(
+        return RunRequest(
             channel=name,
             owner=self._owner,
             session=payload.session_key(name, hook.session, message.sender),
@@ -294,7 +294,7 @@ class _HookVisit:
             finish=hook.on_disconnect == "finish",
         )
 
-    async def _answer(self, order: Order, idempotency: tuple[str, bytes] | None, down: Downstream) -> None:
+    async def _answer(self, order: RunRequest, idempotency: tuple[str, bytes] | None, down: Downstream) -> None:
         while True:
             claim = await self._runs.accept(order, acknowledged=self._is_async, idempotency=idempotency)
             if claim.differs:
@@ -335,12 +335,12 @@ class _HookVisit:
         }
         await down.respond(202, [_JSON, (b"location", where), *headers], msgspec.json.encode(body))
 
-    async def _perform(self, run: Run, order: Order, headers: list[Header], down: Downstream) -> Run:
+    async def _perform(self, run: Run, order: RunRequest, headers: list[Header], down: Downstream) -> Run:
         streams = self._wants_events and order.action == "chat"
         client = _Streamed(down, headers) if streams else _Waiting(down, headers)
         if not order.finish:
             return await self._runs.perform(run, down=client)
-        doing: Doing = self._runs.perform_soon(run, down=client)
+        doing: RunHandle = self._runs.perform_soon(run, down=client)
         try:
             await doing.done.wait()
         finally:
@@ -363,7 +363,9 @@ class _HookVisit:
                 headers = [*headers, (b"retry-after", b"1")]
             await down.respond(run.status, [_JSON, *headers], run.result)
         else:
-            status, own, body = Stopped(f"The run {run.id} was stopped before its answer was complete.").to_response()
+            status, own, body = RunStopped(
+                f"The run {run.id} was stopped before its answer was complete."
+            ).to_response()
             await down.respond(status, [*own, *headers], body)
 
 

@@ -71,7 +71,7 @@ class Workers:
         self._joined = trio.Event()
         self._look_now = trio.Event()
         self._troubled = False
-        self.listen("workers", lambda _: self._look_now.set())
+        self.on_notify("workers", lambda _: self._look_now.set())
 
     def __repr__(self) -> str:
         return f"<Workers {self.id} and {len(self._others)} others{'' if self.is_joined else ', not joined'}>"
@@ -105,7 +105,7 @@ class Workers:
             await self._beat()
             await self._look()
             self._joined.set()
-        self.ring("workers")
+        self.notify("workers")
 
     async def join_at_last(self) -> None:
         """Joins the others, however long the store is unavailable."""
@@ -129,14 +129,14 @@ class Workers:
         must not itself `join`."""
         self._adopters.append(adopt)
 
-    def listen(self, topic: str, heed: Callable[[bytes], None]) -> None:
+    def on_notify(self, topic: str, heed: Callable[[bytes], None]) -> None:
         """Registers a synchronous callback for the rings of a topic."""
         self._heed.setdefault(topic.encode(), []).append(heed)
 
-    def ring(self, topic: str, body: bytes = b"") -> None:
+    def notify(self, topic: str, body: bytes = b"") -> None:
         """Rings all other workers. Synchronous, never fails, may be lost."""
         if self._bell is not None:
-            self._bell.ring(self._others.values(), topic.encode() + b" " + body)
+            self._bell.notify(self._others.values(), topic.encode() + b" " + body)
 
     async def all(self) -> Sequence[Worker]:
         """Every living worker, this one included, with what they last said of themselves, the oldest first. Before
@@ -226,7 +226,7 @@ class Workers:
     def _leave(self) -> None:
         if self._bell is not None:
             self._bell.close()
-            self.ring("workers")  # they look, and find nobody here
+            self.notify("workers")  # they look, and find nobody here
             self._bell.voice.close()
 
 
@@ -272,7 +272,7 @@ class _Bell:
             with contextlib.suppress(trio.ClosedResourceError):  # by `tend`, which has made another one
                 return await self.ears.recv(_MAX_RING_BYTES)
 
-    def ring(self, addresses: Iterable[str], datagram: bytes) -> None:
+    def notify(self, addresses: Iterable[str], datagram: bytes) -> None:
         """Rings at these addresses; does not wait, nor complain."""
         for address in addresses:
             with contextlib.suppress(OSError):

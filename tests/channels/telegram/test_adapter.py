@@ -30,7 +30,7 @@ from trigate.channels.telegram.adapter import TelegramAdapter
 from trigate.config.secrets import Secret
 from trigate.config.sections import ChannelConfig, Config, Seconds
 from trigate.errors import StoreUnavailable
-from trigate.runs.request import Order
+from trigate.runs.request import RunRequest
 from trigate.store.memory import open_memory_store
 from trigate.store.records import Delivery, Run
 from trigate.store.sqlite import open_sqlite_store
@@ -503,9 +503,9 @@ def delivery(
     )
 
 
-def order(**place: Any) -> tuple[Run, Order]:
+def order(**place: Any) -> tuple[Run, RunRequest]:
     """A run that goes on."""
-    own = Order(
+    own = RunRequest(
         channel="bot",
         owner="channel:bot",
         session=None,

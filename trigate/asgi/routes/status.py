@@ -80,7 +80,7 @@ async def list_records() -> Response:
     """What became of the exchanges, the last settled first."""
     limit = _limit()
     after = request.args.get("after") or None
-    found = await _gateway().accounts.list(
+    found = await _gateway().ledger.list(
         limit=limit + 1, owner=_owner(), outcome=request.args.get("outcome") or None, after=after
     )
     return _json({"object": "list", "data": [_record(each) for each in found[:limit]], "has_more": len(found) > limit})

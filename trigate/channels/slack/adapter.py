@@ -36,10 +36,10 @@ from trigate.channels.adapter import Channel, Refused, Response, Trouble
 from trigate.channels.live_message import Display, NotShown
 from trigate.channels.slack import messages
 from trigate.channels.slack.messages import Incoming, escape, session_key
-from trigate.concurrency.rate_limiter import Rates
+from trigate.concurrency.rate_limiter import RateLimiter
 from trigate.errors import StoreUnavailable
 from trigate.runs.outbox import Receipt
-from trigate.runs.request import Live, Order
+from trigate.runs.request import Live, RunRequest
 from trigate.signatures import Verifier, challenge
 from trigate.store.records import Delivery, Run
 
@@ -115,7 +115,7 @@ class SlackAdapter:
         self._owner = f"channel:{channel.name}"
         self._verifier = Verifier("slack", tuple(each.literal or "" for each in channel.config.secrets))
         self._bot: str | None = None
-        self._rates = Rates()
+        self._rates = RateLimiter()
         self._quiet_until_s: dict[str, float] = {}
         self._doubt = trio.Event()
 
@@ -143,7 +143,7 @@ class SlackAdapter:
             await trio.lowlevel.checkpoint()
             return _OK
         config = self._channel.config
-        order = Order(
+        order = RunRequest(
             channel=self._channel.name,
             owner=self._owner,
             session=session_key(self._channel.name, message, config.session),
@@ -193,8 +193,8 @@ class SlackAdapter:
     # -- what goes out ------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def watch(self, run: Run, order: Order) -> AsyncIterator[Live]:
-        """As `orders.Audience.watch`."""
+    async def watch(self, run: Run, order: RunRequest) -> AsyncIterator[Live]:
+        """As `orders.LiveView.watch`."""
         interval_s = self._channel.config.edit_interval_s
         if not interval_s:
             yield _Blind()

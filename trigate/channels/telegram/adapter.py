@@ -37,10 +37,10 @@ from trigate.channels import live_message, replies
 from trigate.channels.adapter import Channel, Refused, Response, Trouble
 from trigate.channels.live_message import Display, NotShown
 from trigate.channels.telegram.messages import Envelope, Incoming, Place, Update, User, WebhookInfo, incoming, split
-from trigate.concurrency.rate_limiter import Rates
+from trigate.concurrency.rate_limiter import RateLimiter
 from trigate.errors import BadRequest, Overloaded, StoreUnavailable, Unavailable
 from trigate.runs.outbox import Receipt
-from trigate.runs.request import Live, Order
+from trigate.runs.request import Live, RunRequest
 from trigate.signatures import Verifier
 from trigate.store.records import Delivery, Run
 
@@ -95,7 +95,7 @@ class TelegramAdapter:
         self._verifier: Verifier | None = None
         if config.mode == "webhook":
             self._verifier = Verifier("telegram", tuple(secret.literal or "" for secret in config.secrets))
-        self._rates = Rates()
+        self._rates = RateLimiter()
         self._doubt = trio.Event()
         self._quiet_until: dict[int, float] = {}  # in Trio's time, by chat: when Telegram will hear of it again
         self._moved: dict[int, int] = {}
@@ -304,9 +304,9 @@ class TelegramAdapter:
             gateway.runs.perform_soon(claim.run)
         return update.update_id
 
-    def _order(self, message: Incoming) -> Order:
+    def _order(self, message: Incoming) -> RunRequest:
         config = self._channel.config
-        return Order(
+        return RunRequest(
             channel=self._channel.name,
             owner=f"channel:{self._channel.name}",
             session=message.session_key(self._channel.name, config.session),
@@ -322,8 +322,8 @@ class TelegramAdapter:
     # -- what goes out ------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def watch(self, run: Run, order: Order) -> AsyncIterator[Live]:
-        """As `orders.Audience.watch`."""
+    async def watch(self, run: Run, order: RunRequest) -> AsyncIterator[Live]:
+        """As `orders.LiveView.watch`."""
         place = msgspec.convert(order.reply_to, Place)
         store = self._channel.gateway.store
         before = await replies.shown_before(store, run)
