@@ -111,8 +111,8 @@ GRAPH = {module: _modules_imported(module) for module in MODULES}
 UP = {
     "channels.adapter": {"gateway.gateway"},
     "channels.service": {"gateway.gateway"},
-    "exchange.exchange": {"gateway.gateway", "gateway.generation"},
-    "exchange.shared_call": {"gateway.gateway", "gateway.generation"},
+    "exchange.exchange": {"gateway.gateway"},
+    "exchange.shared_call": {"gateway.gateway"},
     "ledger.ledger": {"exchange.attempt", "exchange.exchange", "sessions.compose"},
     "runs.request": {"webhooks.callbacks"},
     "runs.service": {"gateway.gateway"},

@@ -20,8 +20,8 @@ from tests.simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange.exchange import _REST_S, Exchange
 from trigate.gateway.gateway import Gateway
-from trigate.gateway.generation import Generation
 from trigate.store.records import ExchangeRecord
+from trigate.upstream.generation import Generation
 
 if TYPE_CHECKING:
     from tests.simulator.world import World

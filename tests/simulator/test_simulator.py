@@ -31,7 +31,6 @@ from trigate.exchange.attempt import Attempt
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.socket_relay import Stream
 from trigate.gateway.drain import Drain
-from trigate.gateway.generation import Generation
 from trigate.ledger.ledger import Ledger
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
@@ -40,6 +39,7 @@ from trigate.routing.plan import Plan
 from trigate.server import server
 from trigate.server.client_stream import Peer
 from trigate.server.connection import Http2Service
+from trigate.upstream.generation import Generation
 from trigate.upstream.transport import Opening, SocketTransport
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)

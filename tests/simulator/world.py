@@ -31,9 +31,9 @@ from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.gateway.generation import Generation
 from trigate.server import server
 from trigate.store import opening
+from trigate.upstream.generation import Generation
 
 CLIENTS = 24
 CALLS_OF_A_LIFE = (50, 350)

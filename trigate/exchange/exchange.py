@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from trigate.concurrency.timers import Timer
     from trigate.exchange.socket_relay import Stream
     from trigate.gateway.gateway import Gateway
-    from trigate.gateway.generation import Generation, Route
+    from trigate.upstream.generation import Generation, Route
     from trigate.upstream.upstream import Reply
 
 log = structlog.get_logger("trigate.exchange.exchange")

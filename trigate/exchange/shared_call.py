@@ -37,7 +37,7 @@ from trigate.routing.plan import Plan
 if TYPE_CHECKING:
     from trigate.concurrency.timers import Timer
     from trigate.gateway.gateway import Gateway
-    from trigate.gateway.generation import Generation
+    from trigate.upstream.generation import Generation
 
 # So much of what waits for a client leaves in one send.
 _BATCH_BYTES = 64 * 1024

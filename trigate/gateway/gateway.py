@@ -31,7 +31,6 @@ from trigate.exchange.admission import Admission
 from trigate.exchange.shared_call import Flights, open_flights
 from trigate.exchange.socket_relay import Relay
 from trigate.gateway.drain import Drain
-from trigate.gateway.generation import Generation, open_generation
 from trigate.gateway.reload import _WATCH_FILE_S, _fingerprint, _reload_on_sighup, read_config
 from trigate.ledger.ledger import Ledger, open_ledger
 from trigate.routing.plan import Targets
@@ -43,6 +42,7 @@ from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.upstream.factory import TransportFactory, _trust, http_transport
+from trigate.upstream.generation import Generation, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers

@@ -11,7 +11,7 @@ from trigate.routing import routes
 
 if TYPE_CHECKING:
     from trigate.asgi.application import GatewayApp
-    from trigate.gateway.generation import Generation
+    from trigate.upstream.generation import Generation
 
 blueprint = Blueprint("models", __name__)
 

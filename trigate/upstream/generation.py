@@ -125,6 +125,30 @@ class Generation:
         await self._unused.wait()
 
 
+class Generations:
+    """The generation in use. A reload replaces it; an exchange keeps the one that it started with.
+
+    Attributes:
+        current: What new requests use.
+    """
+
+    def __init__(self, first: Generation) -> None:
+        self.current = first
+
+    def __repr__(self) -> str:
+        return f"<Generations, current from {self.config.source}>"
+
+    @property
+    def config(self) -> Config:
+        """The configuration in use."""
+        return self.current.config
+
+    def replace(self, generation: Generation) -> None:
+        """Makes a generation the current one, and retires the one before; it closes after its last exchange."""
+        retired, self.current = self.current, generation
+        retired.retire()
+
+
 @contextlib.asynccontextmanager
 async def open_generation(config: Config, transports: TransportFactory) -> AsyncIterator[Generation]:
     """Opens the upstreams of a configuration and keeps their lists of models fresh."""
