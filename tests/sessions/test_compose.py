@@ -10,7 +10,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.sessions.compose import bounded, compose, estimated_tokens
+from trigate.openai.token_estimate import estimated_tokens
+from trigate.sessions.compose import bounded, compose
 from trigate.store.records import Message
 
 NO_LIMIT = 10**9

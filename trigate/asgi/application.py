@@ -1,4 +1,4 @@
-"""`create_app`: the QuartTrio app, its blueprints, its error bodies."""
+"""`create_app` puts the ASGI application together: lifespan, dispatch, routes, error bodies."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import contextlib
 import gc
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, LifespanScope
 from quart import Response, request
-from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
 from trigate.asgi.dispatch import GatewayConnection, NoWebsocket
+from trigate.asgi.quart_app import GatewayApp
 from trigate.asgi.routes import health, hooks, models, sessions, status
+from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.status.snapshot import startup_lines
-
-if TYPE_CHECKING:
-    from trigate.config.sections import Config
 
 log = structlog.get_logger("trigate.asgi.application")
 
 
 class GatewayLifespan:
-    """Opens the gateway for as long as the server runs: its task owns every service."""
+    """The ASGI lifespan. Its task owns the gateway and with it every service, for as long as the server runs."""
 
     def __init__(self, app: GatewayApp, scope: LifespanScope) -> None:
         self._app = app
@@ -59,31 +57,11 @@ class GatewayLifespan:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-class GatewayApp(QuartTrio):
-    """The ASGI app.
-
-    Attributes:
-        gateway: There from the lifespan's start to its end.
-    """
-
-    asgi_http_class = GatewayConnection
-    asgi_lifespan_class = GatewayLifespan  # type: ignore[assignment]
-    asgi_websocket_class = NoWebsocket
-    gateway: Gateway
-    open_gateway: Callable[[], AbstractAsyncContextManager[Gateway]]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI as servers type it
-        if scope["type"] == "http":
-            await GatewayConnection(self, scope)(receive, send)  # what Quart would do, without its detours
-        else:
-            await super().__call__(scope, receive, send)
-
-
 def calm_collector() -> None:
-    """Has Python's garbage collector look less often, for a process that does nothing but serve.
+    """Runs Python's garbage collector less often, in a process that does nothing but serve.
 
-    What has been imported is no garbage, and a call leaves none that is cyclic. The collector, at its usual pace, took
-    an eighth of the time of a short call to find that out again and again.
+    Imported modules are not garbage, and a call leaves no cycles behind. At its default pace the collector took an eighth
+    of the time of a short call to find that out again and again.
     """
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -94,15 +72,18 @@ def create_app(
     *,
     opener: Callable[[], AbstractAsyncContextManager[Gateway]] | None = None,
 ) -> GatewayApp:
-    """Makes the app. Nothing is opened before its lifespan starts.
+    """Makes the application. Nothing is opened before its lifespan starts.
 
     Args:
-        config: What to serve; left out, it is found (see `trigate.gateway.gateway.open_gateway`).
-        opener: Opens the gateway, where `open_gateway` with ``config`` will not do.
+        config: What to serve; None = it is found (see `trigate.gateway.gateway.open_gateway`).
+        opener: Opens the gateway in place of ``open_gateway(config)``.
     """
     app = GatewayApp("trigate", static_folder=None)
+    app.asgi_http_class = GatewayConnection
+    app.asgi_lifespan_class = GatewayLifespan  # type: ignore[assignment]
+    app.asgi_websocket_class = NoWebsocket
     app.open_gateway = opener or (lambda: open_gateway(config))
-    app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut a response after 60 s, without a trace
+    app.config["RESPONSE_TIMEOUT"] = None  # Quart would truncate a response after 60 s without a log line
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
     app.url_map.merge_slashes = False  # no redirects
     app.json.sort_keys = False  # type: ignore[attr-defined]

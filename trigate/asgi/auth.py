@@ -8,7 +8,7 @@ import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from trigate.asgi.request import Head
+from trigate.asgi.request import RequestHead
 from trigate.errors import (
     Forbidden,
     Header,
@@ -64,7 +64,7 @@ def _hops(value: bytes) -> list[str]:
     return hops
 
 
-def authorize(head: Head, config: Config) -> str | None:
+def authorize(head: RequestHead, config: Config) -> str | None:
     """Decides whether a request may come in.
 
     Returns:

@@ -26,7 +26,7 @@ _FORWARDED = {
 }
 
 
-class Head:
+class RequestHead:
     """What is read of a request's head, once.
 
     Attributes:

@@ -4,7 +4,7 @@ Who finds no place free waits, and places that come free go round the keys that 
 calls in the queue keeps another one's single call waiting for one place, not for a thousand. Within a key it is first
 come, first served.
 
-Who waits may be sent away for somebody else (`FairLimiter.make_room`), so that one key does not fill the whole queue.
+Who waits may be sent away for somebody else (`FairLimiter.evict_longest`), so that one key does not fill the whole queue.
 
 A place is handed over: it never looks free to a third one in between, and who is cancelled while it waits has never had
 one. Nobody waits while there is a place that it may have.
@@ -82,7 +82,7 @@ class FairLimiter:
         """Whether it is for its own limit that a key gets none."""
         return bool(self._key_limit) and self.taken_by.get(key, 0) >= self._key_limit
 
-    def take(self, key: str) -> bool:
+    def acquire_nowait(self, key: str) -> bool:
         """Takes a place, if one is free."""
         if not self.is_free(key):
             return False
@@ -90,11 +90,11 @@ class FairLimiter:
         self.taken_by[key] = self.taken_by.get(key, 0) + 1
         return True
 
-    async def wait(self, key: str) -> None:
+    async def acquire(self, key: str) -> None:
         """Waits for a place, and has it then.
 
         Raises:
-            Evicted: It must not wait any more (`make_room`), and has no place.
+            Evicted: It must not wait any more (`evict_longest`), and has no place.
 
         **Cancels:** at any moment before it has one.
         """
@@ -112,7 +112,7 @@ class FairLimiter:
 
         await trio.lowlevel.wait_task_rescheduled(leave)
 
-    def make_room(self, key: str) -> bool:
+    def evict_longest(self, key: str) -> bool:
         """Makes room in the queue for one more of a key: the last call of the key that has the most is sent away. Not
         where it would have as few then as this one has; returns whether it was done."""
         if not self._waiting:
@@ -125,7 +125,7 @@ class FairLimiter:
         trio.lowlevel.reschedule(queue.pop(), outcome.Error(Evicted()))
         return True
 
-    def give(self, key: str, held_s: float | None = None) -> None:
+    def release(self, key: str, held_s: float | None = None) -> None:
         """Gives a place back.
 
         Args:

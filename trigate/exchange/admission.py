@@ -1,11 +1,11 @@
-"""Who may come in: how many exchanges at once, how many a second, and not at all while the event loop is late.
+"""Admission: how many exchanges run at once, how many calls a key makes a second, and none while the event loop lags.
 
-`Admission.place` is a context manager: the place is given back where its block ends, whatever ended it. Who cannot have
-one now waits in a fair queue (`places`), or is refused at once: the queue is full, or it can be foreseen that the wait
-would be longer than it may be. A call that is bound to fail later costs more than one that fails now.
+`Admission.slot` is a context manager: the slot is released where its block ends, whatever ended it. An exchange that
+finds no slot free waits in a fair queue (`concurrency.fair_limiter`), or is refused at once: the queue is full, or the
+expected wait is longer than the exchange may wait. A call that is bound to fail later costs more than one that fails now.
 
-What is refused says when to try again. It is a 429 where the key is over a limit of its own, and a 503 where it is the
-gateway's.
+A refusal says when to try again. It is a 429 where the key exceeds a limit of its own, and a 503 where the gateway is
+overloaded.
 """
 
 from __future__ import annotations
@@ -13,180 +13,212 @@ from __future__ import annotations
 import math
 from collections import deque
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+import attrs
 import structlog
 import trio
 
 from trigate.concurrency.fair_limiter import Evicted, FairLimiter
+from trigate.concurrency.notify import Wakeup
 from trigate.concurrency.rate_limiter import RateLimiter
+from trigate.config.sections import LimitsConfig
 from trigate.errors import GatewayError, Overloaded, RateLimited
-
-if TYPE_CHECKING:
-    from trigate.config.sections import LimitsConfig
-    from trigate.exchange.exchange import Exchange
+from trigate.exchange.state import ExchangeState
 
 log = structlog.get_logger("trigate.exchange.admission")
 
-_LOOK_S = 0.25
-_LOOKS = 4
+_SAMPLE_S = 0.25
+_SAMPLES = 4
+
+
+@attrs.frozen(kw_only=True)
+class AdmissionStatistics:
+    """A moment of the admission.
+
+    Attributes:
+        in_flight: Exchanges that have a slot.
+        limit: How many slots there are.
+        queued: Exchanges that wait for one.
+        refused: Exchanges that were refused since the start.
+        is_late: New calls are refused until the event loop has caught up.
+        lag_s: How late the event loop is.
+    """
+
+    in_flight: int
+    limit: int
+    queued: int
+    refused: int
+    is_late: bool
+    lag_s: float
 
 
 class Admission:
-    """The door. Made by `gateway`.
+    """Admits exchanges.
 
     Args:
-        most: More exchanges than this there cannot be, whatever the configuration says: file descriptors.
+        max_exchanges: The bound that the process sets, whatever the configuration says (file descriptors).
+
+    Attributes:
+        slots: What is admitted and queued.
+        is_late: New calls are refused until the event loop has caught up.
+        refused: How many exchanges were refused.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_exchanges: int) -> None:
+        self._max_exchanges = max_exchanges
         self._rates = RateLimiter()
-        self._lags: deque[float] = deque(maxlen=_LOOKS)
-        self._busy = trio.Event()
-        self._most_lag_s = 0.0
+        self._lags: deque[float] = deque(maxlen=_SAMPLES)
+        self._busy = Wakeup()
+        self._max_lag_s = 0.0
         self.is_late = False
-        """New calls are refused until the event loop has caught up."""
-        self.places = FairLimiter(most)
+        self.slots = FairLimiter(max_exchanges)
         self.refused = 0
-        """How many were refused, so far."""
 
     def __repr__(self) -> str:
-        return f"<Admission {self.places}>"
+        return f"<Admission {self.slots}>"
 
     def apply(self, limits: LimitsConfig) -> None:
-        """Takes the limits of a new configuration; who waits is let in by them."""
-        self.places.change(min(limits.max_exchanges, self._most), key_limit=limits.max_exchanges_per_key)
-        self._most_lag_s = limits.loop_lag_s
+        """Takes the limits of a new configuration; queued exchanges are admitted by them."""
+        self.slots.change(min(limits.max_exchanges, self._max_exchanges), key_limit=limits.max_exchanges_per_key)
+        self._max_lag_s = limits.loop_lag_s
 
     @property
     def lag_s(self) -> float:
-        """How late the event loop has been all the time, lately."""
-        return min(self._lags) if len(self._lags) == _LOOKS else 0.0
+        """How late the event loop has been in all of the last samples."""
+        return min(self._lags) if len(self._lags) == _SAMPLES else 0.0
 
-    def statistics(self) -> dict[str, float]:
-        """What ``/status`` shows of it."""
-        places = self.places
-        return {
-            "in_flight": places.taken,
-            "limit": places.limit,
-            "queued": places.queued,
-            "refused": self.refused,
-            "late": int(self.is_late),
-            "lag_s": round(self.lag_s, 3),
-        }
+    def statistics(self) -> AdmissionStatistics:
+        """Returns a snapshot."""
+        slots = self.slots
+        return AdmissionStatistics(
+            in_flight=slots.taken,
+            limit=slots.limit,
+            queued=slots.queued,
+            refused=self.refused,
+            is_late=self.is_late,
+            lag_s=round(self.lag_s, 3),
+        )
 
-    def place(self, exchange: Exchange) -> _Place:
-        """A place for an exchange, for as long as a block lasts: ``async with admission.place(exchange):``.
+    def slot(self, exchange: ExchangeState) -> _Slot:
+        """A slot for an exchange, for as long as a block lasts: ``async with admission.slot(exchange):``.
 
         Raises:
-            RateLimited: Its key is over a limit of its own.
-            Overloaded: The gateway is.
+            RateLimited: The key exceeds a limit of its own.
+            Overloaded: The gateway is at its limit, or behind.
 
-        **Cancels:** while it waits; it has no place then.
+        **Cancels:** while the exchange is queued; it has no slot then.
         """
-        return _Place(self, exchange)
+        return _Slot(self, exchange)
 
-    def check(self, exchange: Exchange) -> None:
-        """Counts a call against the rate of its key, and looks whether the event loop keeps up."""
+    def check(self, exchange: ExchangeState) -> None:
+        """Counts a call against the rate of its key, and checks that the event loop keeps up.
+
+        Raises:
+            RateLimited, Overloaded: As `slot`.
+        """
         limits = exchange.generation.config.limits
         if limits.key_rate_per_s:
             wait_s = self._rates.take(
                 exchange.owner, rate_per_s=limits.key_rate_per_s, burst=limits.key_burst, now=trio.current_time()
             )
             if wait_s:
-                said = (
-                    f"More than {limits.key_rate_per_s:g} calls a second, in the long run, is over the limit of a key."
+                message = (
+                    f"More than {limits.key_rate_per_s:g} calls a second, in the long run, exceed the key's limit."
                 )
-                raise self._refuse(RateLimited(said, retry_after_s=wait_s))
-        if self._most_lag_s and not self._busy.is_set():
+                raise self._refuse(RateLimited(message, retry_after_s=wait_s))
+        if self._max_lag_s and not self._busy.is_set:
             self._busy.set()
         if self.is_late:
-            said = f"The gateway is {self.lag_s:.1f} s behind, and takes no new calls until it has caught up."
-            raise self._refuse(Overloaded(said))
+            message = f"The gateway is {self.lag_s:.1f} s behind, and takes no new calls until it has caught up."
+            raise self._refuse(Overloaded(message))
 
     def _refuse(self, error: GatewayError) -> GatewayError:
         self.refused += 1
         return error
 
-    async def wait(self, exchange: Exchange) -> None:  # noqa: ASYNC910 - who is sent away has waited
-        """Waits in the queue, if that is of use."""
-        limits = exchange.generation.config.limits
-        key, places = exchange.owner, self.places
-        now = trio.current_time()
-        own = places.is_keys_own_limit(key)
-        said = (
-            f"{limits.max_exchanges_per_key} calls of this key are in flight, which is its limit."
-            if own
-            else f"{places.limit} calls are in flight, which is the limit of this gateway."
-        )
-        allowed_s = min(limits.queue_timeout_s or math.inf, exchange.deadline_at - now)
-        expected_s = places.expected_wait_s(key)
-        if expected_s > allowed_s or (self._is_full(key, limits, own=own) and (own or not places.make_room(key))):
-            after_s = max(0.05, expected_s if places.held_s else 1.0)
-            raise self._refuse(_over(said, own=own, retry_after_s=after_s))
-        has_place = False
-        try:
-            with exchange.waiting("queued", at_most_s=allowed_s):
-                await places.wait(key)
-                has_place = True
-        except Evicted:
-            said = f"{said} Other keys wait as well, and this one has the most calls in the queue."
-        finally:
-            if has_place and exchange.is_cut:
-                places.give(key)
-        if not has_place:
-            raise self._refuse(_over(said, own=own, retry_after_s=1.0))
+    async def wait(self, exchange: ExchangeState) -> None:
+        """Waits in the queue, if the wait can end in time.
 
-    def _is_full(self, key: str, limits: LimitsConfig, *, own: bool) -> bool:
-        """Whether as many wait as may."""
-        places = self.places
+        Raises:
+            RateLimited, Overloaded: As `slot`.
+        """
+        limits = exchange.generation.config.limits
+        key, slots = exchange.owner, self.slots
+        is_own = slots.is_keys_own_limit(key)
+        message = (
+            f"{limits.max_exchanges_per_key} calls of this key are in flight, which is its limit."
+            if is_own
+            else f"{slots.limit} calls are in flight, which is the limit of this gateway."
+        )
+        allowed_s = min(limits.queue_timeout_s or math.inf, exchange.deadline_at - trio.current_time())
+        expected_s = slots.expected_wait_s(key)
+        is_full = self._is_full(key, limits, is_own=is_own)
+        if expected_s > allowed_s or (is_full and (is_own or not slots.evict_longest(key))):
+            retry_after_s = max(0.05, expected_s if slots.held_s else 1.0)
+            raise self._refuse(_refusal(message, is_own=is_own, retry_after_s=retry_after_s))
+        has_slot = False
+        try:
+            with exchange.waiting_in_queue(allowed_s):
+                await slots.acquire(key)
+                has_slot = True
+        except Evicted:
+            message = f"{message} Other keys wait as well, and this one has the most calls in the queue."
+        finally:
+            if has_slot and exchange.is_cancelled:
+                slots.release(key)
+        if not has_slot:
+            raise self._refuse(_refusal(message, is_own=is_own, retry_after_s=1.0))
+
+    def _is_full(self, key: str, limits: LimitsConfig, *, is_own: bool) -> bool:
+        """Whether the queue is full; by default it holds a quarter of the limit."""
+        slots = self.slots
         if limits.max_queued is not None:
-            return places.queued >= limits.max_queued
-        if own:
-            return places.queued_by(key) >= -(-limits.max_exchanges_per_key // 4)
-        return places.queued >= -(-places.limit // 4)
+            return slots.queued >= limits.max_queued
+        if is_own:
+            return slots.queued_by(key) >= -(-limits.max_exchanges_per_key // 4)
+        return slots.queued >= -(-slots.limit // 4)
 
     async def run(self) -> None:
-        """Looks how late the event loop is, while there are exchanges and it matters; for ever."""
+        """Measures how late the event loop is, while there are exchanges and a limit is set; never returns."""
         while True:
             await self._busy.wait()
-            due = trio.current_time() + _LOOK_S
-            await trio.sleep_until(due)
-            self._lags.append(trio.current_time() - due)
-            late = bool(self._most_lag_s) and self.lag_s > self._most_lag_s
-            if late is not self.is_late:
-                self.is_late = late
-                log.warning("event_loop_late", late=late, lag_s=round(self.lag_s, 3))
-            if not self.places.taken and not late:
-                self._busy = trio.Event()
-                self._lags.clear()
+            while True:
+                due_at = trio.current_time() + _SAMPLE_S
+                await trio.sleep_until(due_at)
+                self._lags.append(trio.current_time() - due_at)
+                is_late = bool(self._max_lag_s) and self.lag_s > self._max_lag_s
+                if is_late is not self.is_late:
+                    self.is_late = is_late
+                    log.warning("event_loop_late", late=is_late, lag_s=round(self.lag_s, 3))
+                if not self.slots.taken and not is_late:
+                    self._lags.clear()
+                    break
 
 
-def _over(said: str, *, own: bool, retry_after_s: float) -> GatewayError:
+def _refusal(message: str, *, is_own: bool, retry_after_s: float) -> GatewayError:
     """A refusal for the key's own limit, or for the gateway's."""
-    if own:
-        return RateLimited(said, retry_after_s=retry_after_s)
-    return Overloaded(said, retry_after_s=retry_after_s)
+    if is_own:
+        return RateLimited(message, retry_after_s=retry_after_s)
+    return Overloaded(message, retry_after_s=retry_after_s)
 
 
-class _Place:
-    """See `Admission.place`. Written out: this is on the way of every call."""
+class _Slot:
+    """See `Admission.slot`. A class, since a generator costs more and every call passes here."""
 
     __slots__ = ("_admission", "_exchange", "_since")
 
-    def __init__(self, admission: Admission, exchange: Exchange) -> None:
+    def __init__(self, admission: Admission, exchange: ExchangeState) -> None:
         self._admission = admission
         self._exchange = exchange
 
-    async def __aenter__(self) -> None:  # noqa: ASYNC910 - where a place is free
+    async def __aenter__(self) -> None:
         admission, exchange = self._admission, self._exchange
         admission.check(exchange)
-        if not admission.places.take(exchange.owner):
+        if not admission.slots.acquire_nowait(exchange.owner):
             await admission.wait(exchange)
         self._since = trio.current_time()
 
-    async def __aexit__(  # noqa: ASYNC910
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._admission.places.give(self._exchange.owner, trio.current_time() - self._since)
+        self._admission.slots.release(self._exchange.owner, trio.current_time() - self._since)

@@ -1,87 +1,211 @@
-"""One try at one target, while it goes on and afterwards."""
+"""One try at one target."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import attrs
 import trio
 
 from trigate.errors import GatewayError
-from trigate.openai.stream import StreamReader
+from trigate.exchange.outcome import Outcome, Phase
+from trigate.exchange.sink import Sink
+from trigate.exchange.translation import Reader
+from trigate.openai.answer import Usage
 from trigate.routing.plan import Step
 from trigate.routing.routes import Target
+from trigate.upstream.upstream import Reply, Upstream
 
-if TYPE_CHECKING:
-    from trigate.upstream.upstream import Reply
+
+class Answer(Protocol):
+    """How one kind of answer gets from an upstream's reply to a sink (`answers`)."""
+
+    async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
+        """Moves the answer.
+
+        Returns:
+            The last piece, which is still to be sent; None = it has been sent, or another attempt had content first.
+
+        Raises:
+            GatewayError: The reply is wrong, or ended early.
+        """
+
+
+@attrs.frozen
+class UpstreamRequest:
+    """What is sent to an upstream.
+
+    Attributes:
+        path: Below the upstream's base URL.
+        headers: Besides the upstream's own.
+        owner: Whose call it is: slots of the upstream go round the owners.
+    """
+
+    path: str
+    body: bytes = attrs.field(repr=False)
+    headers: Mapping[str, str] = attrs.field(repr=False)
+    owner: str
 
 
 @attrs.define(eq=False, kw_only=True)
 class Attempt:
-    """A try at a target.
+    """A try at a target. It has more fields than most classes: each is read by the log, the ledger or ``/status``, or is
+    a time from which one of its limits counts.
 
-    Its *half* is a cancel scope of its own: what ends the attempt (a limit in time, another one that won) ends what is
-    done at the upstream at once, and nothing else.
+    Its ``scope`` is a cancel scope of its own: a limit in time, or another attempt with content, ends what is done at
+    this upstream at once, and nothing else.
 
     Attributes:
-        phase: ``queued`` (for a place at the upstream), ``connecting`` (until the reply's head), ``waiting`` (for the
-            first content), ``streaming``, ``reading`` (a JSON answer), ``ended``.
-        outcome: None while it goes on; then ``complete``, ``cancelled`` (the client left, or the call ended), ``lost``
-            (another attempt was first), or an error code.
+        outcome: None while it is in progress; then an `Outcome` or an error code.
         error: Why it failed.
         first_content_after_s: From its start.
+        waiting_since: Since when its first content has been awaited (Trio time); infinite = it is not.
+        head_due_from: Since when the head of its reply has been awaited.
+        last_byte_at: When the last bytes of the reply came.
+        is_reading: Its task is inside `Reply.receive`.
+        is_sending: It waits for the client, not for the upstream.
+        is_superseded: Another attempt had content first.
+        is_delivered: The sink has the whole answer.
+        failed_with: Why its scope was cancelled.
     """
 
     step: Step
     target: Target
     started_at: float
-    phase: str = "queued"
+    on_connecting: Callable[[float], None]
+    """Called once the request is about to be sent."""
+    decided: trio.Event | None = None
+    """Set when an attempt of the same race has content, or has failed."""
+    phase: Phase = Phase.QUEUED
     outcome: str | None = None
     error: GatewayError | None = None
     first_content_after_s: float | None = None
     ended_at: float | None = None
     reply: Reply | None = None
-    reader: StreamReader | None = None
-    sent_at: float = math.inf
-    """Since when its first token is awaited."""
+    reader: Reader | None = None
+    usage: Usage | None = None
+    waiting_since: float = math.inf
     head_due_from: float = math.inf
-    """Since when the reply's head is awaited."""
-    heard_at: float = math.inf
-    """When something of the reply came last."""
-    reading: bool = False
-    """Its task is inside `Reply.receive`."""
+    last_byte_at: float = math.inf
+    is_reading: bool = False
+    is_sending: bool = False
+    is_superseded: bool = False
+    is_delivered: bool = False
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
-    lost: bool = False
-    half: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    cause: GatewayError | None = None
-    """Why its half was cancelled."""
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    failed_with: GatewayError | None = None
 
-    def cut(self, error: GatewayError) -> None:
-        """Ends it now, for this reason. Only the first one counts."""
-        if self.cause is None and not self.lost:
-            self.cause = error
-            self.half.cancel()
+    async def run(self, upstream: Upstream, request: UpstreamRequest, answer: Answer, sink: Sink) -> None:
+        """Makes the attempt: a slot, a request, a reply whose answer goes to the sink.
 
-    def lose(self) -> None:
-        """Ends it: another one was first."""
-        if self.cause is None:
-            self.lost = True
-            self.half.cancel()
+        Returns early, with ``scope.cancelled_caught`` set, when the attempt was cancelled by `fail` or `supersede`.
 
-    def describe(self, since: float) -> dict[str, object]:
-        """What can be told of it; times in seconds since the exchange began. Never the words of a provider: they may
-        hold what a client wrote."""
-        told: dict[str, object] = {
-            "target": str(self.target),
-            "why": self.step.why,
-            "started_s": round(self.started_at - since, 4),
-            **({"phase": self.phase} if self.outcome is None else {"outcome": self.outcome}),
-        }
-        if self.first_content_after_s is not None:
-            told["first_content_s"] = round(self.first_content_after_s, 4)
-        if self.ended_at is not None:
-            told["duration_s"] = round(self.ended_at - self.started_at, 4)
-        if self.error is not None:
-            told["status"] = self.error.status
-        return told
+        Raises:
+            GatewayError: It failed.
+        """
+        with self.scope:
+            async with upstream.open(
+                "POST", request.path, request.body, headers=request.headers, owner=request.owner, on_phase=self._enter
+            ) as reply:
+                self.reply = reply
+                self.last_byte_at = trio.current_time()
+                self.head_due_from = math.inf
+                if not 200 <= reply.status < 300:
+                    raise await upstream.error_of(reply)
+                rest = await answer.relay(self, reply, sink)
+            if rest is not None:
+                # The upstream has done its part: its slot is free, however slowly the client reads.
+                self.reply, self.phase = None, Phase.ENDED
+                await self.end(sink, rest)
+
+    async def send(self, sink: Sink, data: bytes) -> None:
+        """Sends a piece of the answer. While the client does not read, the upstream is not idle."""
+        self.is_sending = True
+        await sink.send(data)
+        self.is_sending = False
+
+    async def end(self, sink: Sink, data: bytes) -> None:
+        """Sends the last piece of the answer."""
+        self.is_sending = True
+        await sink.end(data)
+        self.is_sending = False
+        self.is_delivered = True
+
+    async def receive(self, reply: Reply) -> bytes | None:
+        """Receives the next piece of the reply's body; None at its end."""
+        self.is_reading = True
+        try:
+            return await reply.receive()
+        finally:
+            self.is_reading = False
+            self.last_byte_at = trio.current_time()
+
+    def _enter(self, phase: str) -> None:
+        self.phase = Phase(phase)
+        if phase == Phase.CONNECTING:
+            now = self.waiting_since = self.head_due_from = trio.current_time()
+            self.on_connecting(now)
+
+    @property
+    def reported_usage(self) -> Usage | None:
+        """The token counts of its answer, as far as the upstream has reported them."""
+        return self.reader.usage if self.reader is not None else self.usage
+
+    def note_content(self, now: float) -> None:
+        """Its first content has come."""
+        self.waiting_since = math.inf
+        self.first_content_after_s = now - self.started_at
+        if self.decided is not None:
+            self.decided.set()
+
+    def note_byte(self) -> None:
+        """Bytes of the reply have come."""
+        self.last_byte_at = trio.current_time()
+
+    def note_end(self, now: float) -> None:
+        """It is over: no limit applies to it any more."""
+        self.ended_at = now
+        self.phase = Phase.ENDED
+        self.reply = None
+        self.waiting_since = self.last_byte_at = self.head_due_from = math.inf
+        if self.outcome is None:
+            self.outcome = Outcome.SUPERSEDED if self.is_superseded else Outcome.CANCELLED
+
+    def fail(self, error: GatewayError) -> None:
+        """Ends it now, for this reason. Synchronous; the first reason counts."""
+        if self.failed_with is None and not self.is_superseded:
+            self.failed_with = error
+            self.scope.cancel()
+
+    def supersede(self) -> None:
+        """Ends it now: another attempt had content first."""
+        if self.failed_with is None:
+            self.is_superseded = True
+            self.scope.cancel()
+
+
+class UpstreamClock:
+    """Adds up how long upstreams were waited for: from a request to its first content or its failure."""
+
+    __slots__ = ("_since", "_waited_s")
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+        self._since: float | None = None
+
+    def start(self, now: float) -> None:
+        """An upstream is waited for; does nothing while another one is."""
+        if self._since is None:
+            self._since = now
+
+    def stop(self, now: float) -> None:
+        """No upstream is waited for any more."""
+        if self._since is not None:
+            self._waited_s += now - self._since
+            self._since = None
+
+    def waited_s(self, now: float) -> float:
+        """How long upstreams have been waited for so far."""
+        return self._waited_s + (now - self._since if self._since is not None else 0.0)

@@ -1,154 +1,194 @@
-"""Single-flight: calls that are the same share one upstream call, for as long as it is in flight.
+"""Single-flight: equal calls share one upstream call for as long as it is in flight.
 
-A *flight* is an upstream call with everything that belongs to it: attempts, retries, failover, hedging, limits in
-time. It has no client. Who waits for it are exchanges of clients (`CoalescedExchange`), each with its own admission,
-deadline, back-pressure, outcome and line in the log. The first one begins the flight, and has no part in it that the
-others have not.
+A `SharedCall` is an upstream call with all that belongs to it (attempts, retries, failover, hedging, limits in time),
+and the sink of its answer, which it buffers. It has no client. Its subscribers are the exchanges of clients, each with
+its own admission, deadline, back-pressure, outcome and log line: an exchange reads a `Subscription` where another one
+makes an upstream call. The first subscriber has no privilege over the others.
 
 The rules:
 
-* A flight is a task of this service, so nobody's leaving ends it but the last one's; then it ends at once.
-* What came is kept from its beginning, in bounds (``limits.buffered_bytes``): who joins gets all of it, then the rest.
-  Once something of it is let go, nobody joins any more: the next same call begins another flight.
-* The upstream is read as fast as the fastest of its clients reads. Who is behind by more than the bound is cut off
-  (`TooSlow`), and slows nobody down. He has been sent something then: who waits takes the first piece as soon as it is
-  there, before anything can be let go.
-* An answer that has come is no more in flight: there is no cache.
-* What the provider has counted is accounted once: by the first exchange that ends after the flight has, or by the last
-  one that leaves it.
+* A shared call runs as a task of this service. It is cancelled when its last subscriber leaves, and by nothing else.
+* The answer is kept from its beginning, within ``limits.buffered_bytes``: a subscriber that joins gets all of it. Once a
+  part has been dropped, no subscriber can join: the next equal call begins another shared call.
+* The upstream is read as fast as the fastest client reads. A client that falls behind by more than the bound is
+  disconnected from the shared call (`TooSlow`) and does not slow down the others. It has been sent something by then: a
+  subscriber takes the first piece as soon as there is one, before anything can be dropped.
+* A complete answer is no longer in flight: there is no cache.
+* The token counts that the upstream reports are recorded once: with the first exchange that ends after the shared call
+  has, or with the last one that leaves it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
 
 import attrs
+import structlog
 import trio
 
-from trigate.errors import Draining, GatewayError, Header, TooSlow
-from trigate.exchange.call_key import call_key_of
-from trigate.exchange.exchange import STOPPED, Exchange
+from trigate.concurrency.notify import RepeatedEvent, open_service
+from trigate.errors import Draining, GatewayError, Header, Internal, TooSlow
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.outcome import Phase
+from trigate.exchange.request import ExchangeRequest
+from trigate.exchange.sink import Sink
+from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
+from trigate.exchange.watchdog import Watchdog, call_timed_out
 from trigate.openai.answer import Usage
-from trigate.routing.plan import Plan
+from trigate.routing.routes import Target
+from trigate.upstream.generation import Generation
 
-if TYPE_CHECKING:
-    from trigate.concurrency.timers import Timer
-    from trigate.gateway.gateway import Gateway
-    from trigate.upstream.generation import Generation
+log = structlog.get_logger("trigate.exchange")
 
-# So much of what waits for a client leaves in one send.
+STOPPED = "The server stopped; the answer is incomplete. Try again."
+"""What a client is told when the server ends without a drain."""
+
+# At most so much of what waits for a subscriber goes out in one send.
 _BATCH_BYTES = 64 * 1024
 
-Key = tuple["Generation", str, bytes]
-"""What those who share a flight have in common: the configuration, the gateway key, the call."""
+Key = tuple[Generation, str, bytes]
+"""What the subscribers of a shared call have in common: the configuration, the owner, the digest of the call."""
 
 
-class Flights:
-    """The flights of this worker. Made by `open_flights`."""
+class SharedCalls:
+    """The shared calls in flight of this worker. Made by `open_shared_calls`."""
 
-    def __init__(self, gateway: Gateway, nursery: trio.Nursery) -> None:
-        self._gateway = gateway
+    def __init__(self, services: UpstreamServices, nursery: trio.Nursery) -> None:
+        self._services = services
         self._nursery = nursery
-        self._open: dict[Key, Flight] = {}
+        self._open: dict[Key, SharedCall] = {}
 
     def __repr__(self) -> str:
-        return f"<Flights {len(self._open)} open>"
+        return f"<SharedCalls {len(self._open)} open>"
 
-    def board(self, exchange: CoalescedExchange, identity: bytes) -> Flight:
-        """Has an exchange wait for the flight of its call; where there is none that can be joined, one begins."""
-        key = exchange.generation, exchange.owner, identity
-        flight = self._open.get(key)
-        if flight is None:
-            flight = Flight(self, key, exchange)
-            self._nursery.start_soon(flight.exchange.fly)
-            self._open[key] = flight
-            exchange.generation.hold()
-        flight.waiters[exchange] = None
-        return flight
+    def join(self, request: ExchangeRequest, digest: bytes) -> Subscription:
+        """Subscribes to the shared call of a request; where there is none to join, one begins.
 
-    def close(self, flight: Flight) -> None:
-        """Nobody joins it any more."""
-        if self._open.get(flight.key) is flight:
-            del self._open[flight.key]
+        Args:
+            digest: The same for equal calls (`call_key`).
+        """
+        key = request.generation, request.owner, digest
+        shared = self._open.get(key)
+        role: Literal["leader", "joined"] = "joined"
+        if shared is None:
+            role = "leader"
+            shared = self._open[key] = SharedCall(self, key, request, self._services)
+            self._nursery.start_soon(shared.run)
+            request.generation.hold()
+        return shared.subscribe(role)
+
+    def close(self, shared: SharedCall) -> None:
+        """Lets no further subscriber join a shared call."""
+        if self._open.get(shared.key) is shared:
+            del self._open[shared.key]
 
 
 @contextlib.asynccontextmanager
-async def open_flights(gateway: Gateway) -> AsyncIterator[Flights]:
-    """Opens the service; flights that are in the air when it closes end, and who waits for them is told."""
-    async with trio.open_nursery() as nursery:
-        try:
-            yield Flights(gateway, nursery)
-        finally:
-            nursery.cancel_scope.cancel()
+async def open_shared_calls(services: UpstreamServices) -> AsyncIterator[SharedCalls]:
+    """Opens the service. When it closes, shared calls in flight are cancelled and their subscribers are told."""
+    async with open_service() as nursery:
+        yield SharedCalls(services, nursery)
 
 
-class Flight:
-    """An upstream call that is shared. To its exchange it is the client (`exchange.Downstream`).
+class SharedCall:
+    """An upstream call with several subscribers, and the buffer between them. It is the `Sink` of its upstream call.
 
     Attributes:
-        id: The request id of who began it. The upstream sees the same.
-        waiters: Who waits for it, in the order in which they came.
-        answer: A whole response (status, headers, body), where that is what it brought.
-        head: Status and headers of a streamed one.
+        id: The request id of the first subscriber. The upstream gets the same.
+        subscribers: In the order in which they joined.
+        head: The status and headers of the answer.
         error: Why it failed.
-        ended: Nothing more will come of it.
+        is_over: Nothing more will come.
     """
 
-    socket = None
-    chunked = False
-    taken_bytes = None
-    gone = False
+    plain_socket = None
 
-    def __init__(self, flights: Flights, key: Key, leader: CoalescedExchange) -> None:
+    def __init__(self, calls: SharedCalls, key: Key, request: ExchangeRequest, services: UpstreamServices) -> None:
+        config = request.generation.config
         self.key = key
-        self.id = leader.id
-        self.waiters: dict[CoalescedExchange, None] = {}
-        self.scope = trio.CancelScope()
-        self.answer: tuple[int, list[Header], bytes] | None = None
+        self.id = request.id
+        self.subscribers: dict[Subscription, None] = {}
         self.head: tuple[int, list[Header]] | None = None
         self.error: GatewayError | None = None
-        self.ended = False
-        self.sending_since: float | None = None
-        self.last_sent_at = trio.current_time()
-        self.headers: list[Header] = []
-        self.patience_s = math.inf
-        self.exchange = _Flying(
-            id=leader.id,
-            call=leader.call,
-            gateway=leader.gateway,
-            generation=leader.generation,
-            down=self,
-            headers=leader.headers,
-            owner=leader.owner,
+        self.is_over = False
+        self._calls = calls
+        self._services = services
+        self._request = request
+        self._max_bytes = config.limits.buffered_bytes
+        now = trio.current_time()
+        route = request.generation.route(request.call.model)
+        self.upstream = UpstreamCall(
+            request=request,
+            services=services,
+            route=route,
+            started_at=now,
+            deadline_at=now + route.total_timeout_s,
         )
-        self._flights = flights
-        self._max_bytes = leader.generation.config.limits.buffered_bytes
+        self._scope = trio.CancelScope()
         self._pieces: list[bytes] = []
-        self._events: list[int] = []  # how many there are up to the end of each piece
+        self._events: list[int] = []  # how many events there are up to the end of each piece
         self._dropped = 0
         self._kept_bytes = 0
         self._total_bytes = 0
-        self._accounted = False
-        self._news = trio.Event()
-        self._moved = trio.Event()
+        self._is_billed = False
+        self._changed = RepeatedEvent()
+        self._taken = RepeatedEvent()
 
     def __repr__(self) -> str:
-        return f"<Flight {self.id} {len(self.waiters)} waiting, {self._kept_bytes} of {self._total_bytes} bytes kept>"
+        count = len(self.subscribers)
+        return f"<SharedCall {self.id}, {count} subscribers, {self._kept_bytes} of {self._total_bytes} bytes kept>"
 
-    # -- for who waits ------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Makes the upstream call. Its error becomes the error of each subscriber.
 
-    def take(self, waiter: CoalescedExchange) -> bytes:
-        """Takes what comes next for a waiter, as much as leaves in one send; empty = nothing has come.
+        **Cancels:** when the last subscriber leaves.
+        """
+        error: GatewayError = Draining(STOPPED)
+        call, route = self.upstream, self.upstream.route
+        watchdog = Watchdog(
+            self._services.timers,
+            self._check_limits,
+            first_at=min(call.started_at + route.shortest_limit_s, call.deadline_at),
+            shortest_s=route.shortest_limit_s,
+        )
+        try:
+            with self._scope:
+                await call.fetch(self)
+        except GatewayError as raised:
+            error = raised
+        except Exception as defect:
+            log.exception("exchange_crashed", request_id=self.id, model=self._request.call.model)
+            error = Internal(f"The gateway failed ({type(defect).__name__}). Request id: {self.id}.")
+        finally:
+            watchdog.stop()
+            self._request.generation.let_go()
+            self._close(error)
+
+    def _check_limits(self, now: float) -> list[float]:
+        call = self.upstream
+        if call.deadline_at <= now:
+            call.cancel(call_timed_out(call.route.total_timeout_s))
+        return [call.deadline_at, *call.check_limits(now)]
+
+    # -- for subscribers ----------------------------------------------------------------------------------------------
+
+    def subscribe(self, role: Literal["leader", "joined"]) -> Subscription:
+        """Adds a subscriber."""
+        subscription = Subscription(self, role)
+        self.subscribers[subscription] = None
+        return subscription
+
+    def take(self, subscriber: Subscription) -> bytes:
+        """Takes the next part of the answer, as much as goes out in one send; empty = nothing has come.
 
         Raises:
-            TooSlow: It is not kept any more.
+            TooSlow: The next part has been dropped.
         """
-        first = waiter.pieces_taken - self._dropped
-        if first < 0 and waiter.down.gone:
-            waiter.pieces_taken, first = self._dropped, 0  # nobody misses them
+        first = subscriber.pieces_taken - self._dropped
+        if first < 0 and subscriber.is_clientless:
+            subscriber.pieces_taken, first = self._dropped, 0  # its client would not have got them
         if first < 0:
             raise TooSlow(
                 f"The client was more than {self._max_bytes} bytes behind others with the same call, with whom it "
@@ -162,331 +202,240 @@ class Flight:
         if behind == first:
             return b""
         pieces = self._pieces[first:behind]
-        waiter.note_taken(behind - first, size, events=self._events[behind - 1])
-        self.note_moved()
+        subscriber.note_taken(behind - first, size, events=self._events[behind - 1])
+        self._taken.set()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def is_over_for(self, waiter: CoalescedExchange) -> bool:
-        """It has taken everything, and nothing more will come."""
-        return self.ended and waiter.pieces_taken == self._dropped + len(self._pieces)
+    def is_over_for(self, subscriber: Subscription) -> bool:
+        """Whether a subscriber has taken everything, and nothing more will come."""
+        return self.is_over and subscriber.pieces_taken == self._dropped + len(self._pieces)
 
-    async def wait_news(self) -> None:
-        """Waits until something more has come, or the flight has ended."""
-        await self._news.wait()
+    async def wait_changed(self) -> None:
+        """Waits until more has come, or the call is over."""
+        await self._changed.wait()
 
-    def note_moved(self) -> None:
-        """Who waits has taken something, or has left."""
-        if self.sending_since is not None:
-            self._moved.set()
+    def note_reader_gone(self) -> None:
+        """A subscriber has no client any more, so the upstream need not wait for it."""
+        self._taken.set()
 
-    def leave(self, waiter: CoalescedExchange) -> bool:
-        """Ends the wait of one; where it is the last, and the flight in the air, that ends too.
+    def leave(self, subscriber: Subscription) -> bool:
+        """Removes a subscriber; when it is the last one of a call in flight, the call is cancelled.
 
         Returns:
-            Whether it is the one that accounts for what the provider has counted.
+            Whether the token counts are to be recorded with this subscriber.
         """
-        del self.waiters[waiter]
-        self.note_moved()
-        if not self.waiters and not self.ended:
-            self._flights.close(self)
-            self.scope.cancel()
-        if self._accounted or (self.waiters and not self.ended):
+        del self.subscribers[subscriber]
+        self._taken.set()
+        if not self.subscribers and not self.is_over:
+            self._calls.close(self)
+            self._scope.cancel()
+        if self._is_billed or (self.subscribers and not self.is_over):
             return False
-        self._accounted = True
+        self._is_billed = True
         return True
 
-    # -- for its exchange ---------------------------------------------------------------------------------------------
-
-    @property
-    def committed(self) -> bool:
-        """As `Downstream.committed`."""
-        return self.head is not None or self.answer is not None
-
-    def owe(self, rest: bytes) -> None:
-        """There is no socket."""
-
-    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
-        """As `Downstream.respond`."""
-        self.answer = status, headers, body
-        self.close()
-        await trio.lowlevel.checkpoint()
+    # -- the sink of the upstream call --------------------------------------------------------------------------------
 
     async def start(self, status: int, headers: list[Header]) -> None:
-        """As `Downstream.start`."""
-        self.head = status, headers
-        await trio.lowlevel.checkpoint()
+        """Keeps the head of the answer for each subscriber."""
+        if self.head is None:
+            self.head = status, headers
 
-    async def send(self, data: bytes) -> None:  # noqa: ASYNC910 - as those of `Downstream`
-        """As `Downstream.send`: waits while even the fastest client is far behind."""
+    async def send(self, data: bytes) -> None:
+        """Keeps a piece of the answer. Waits while even the fastest client is far behind."""
         self._keep(data)
         while self._ahead_bytes() > self._max_bytes // 2:
-            self.sending_since = trio.current_time()
-            self._moved = trio.Event()
-            try:
-                await self._moved.wait()
-            finally:
-                self.sending_since = None
-                self.exchange.note_parked(None)
-        self.last_sent_at = trio.current_time()
+            await self._taken.wait()
 
     async def end(self, data: bytes = b"") -> None:
-        """As `Downstream.end`."""
+        """Keeps the last piece of the answer."""
         if data:
             self._keep(data)
-        self.close()
-        await trio.lowlevel.checkpoint()
+        self._close(None)
 
-    def abandon(self) -> None:
-        """As `Downstream.abandon`."""
+    def _close(self, error: GatewayError | None) -> None:
+        """Ends the call for its subscribers; only the first end counts."""
+        if not self.is_over:
+            self.is_over, self.error = True, error
+            self._calls.close(self)
+            self._changed.set()
 
-    async def abort(self) -> None:
-        """As `Downstream.abort`."""
-        await trio.lowlevel.checkpoint()
-
-    def close(self, error: GatewayError | None = None) -> None:
-        """Nothing more comes of it, and why; only the first one counts."""
-        if not self.ended:
-            self.ended, self.error = True, error
-            self._flights.close(self)
-            self._tell()
-
-    def _readers(self) -> list[CoalescedExchange]:
-        """Those with a client. One that has none takes everything at once, and says nothing of the others."""
-        return [waiter for waiter in self.waiters if not waiter.down.gone]
+    def _readers(self) -> list[Subscription]:
+        """The subscribers that still have a client. The others take everything at once, and must not set the pace."""
+        return [subscriber for subscriber in self.subscribers if not subscriber.is_clientless]
 
     def _ahead_bytes(self) -> int:
-        """By how much the fastest client is behind."""
-        return self._total_bytes - max([waiter.bytes_taken for waiter in self._readers()], default=self._total_bytes)
+        """How far the fastest client is behind the upstream."""
+        taken = max([subscriber.bytes_sent for subscriber in self._readers()], default=self._total_bytes)
+        return self._total_bytes - taken
 
     def _keep(self, data: bytes) -> None:
         if self._kept_bytes + len(data) > self._max_bytes:
-            self._let_go(len(data))
+            self._drop(len(data))
         self._pieces.append(data)
-        self._events.append(self.exchange.events)
+        self._events.append(self.upstream.events)
         self._kept_bytes += len(data)
         self._total_bytes += len(data)
-        self._tell()
+        self._changed.set()
 
-    def _let_go(self, of_bytes: int) -> None:
-        """Lets go of the oldest pieces that the fastest client has taken, to have room for so many bytes."""
-        taken = max([waiter.pieces_taken for waiter in self._readers()], default=self._dropped + len(self._pieces))
+    def _drop(self, needed_bytes: int) -> None:
+        """Drops the oldest pieces that the fastest client has taken, to make room."""
+        everything = self._dropped + len(self._pieces)
+        taken = max([subscriber.pieces_taken for subscriber in self._readers()], default=everything)
         count = 0
-        while self._kept_bytes + of_bytes > self._max_bytes and self._dropped + count < taken:
+        while self._kept_bytes + needed_bytes > self._max_bytes and self._dropped + count < taken:
             self._kept_bytes -= len(self._pieces[count])
             count += 1
         if count:
             del self._pieces[:count], self._events[:count]
             self._dropped += count
-            self._flights.close(self)
-
-    def _tell(self) -> None:
-        self._news.set()
-        self._news = trio.Event()
+            self._calls.close(self)
 
 
-@attrs.define(eq=False, kw_only=True)
-class CoalescedExchange(Exchange):
-    """A client's exchange that may share its upstream call.
+@attrs.define(eq=False)
+class Subscription:
+    """What an exchange has in place of an upstream call of its own.
 
     Attributes:
-        pieces_taken: How many pieces of its flight it has taken.
-        bytes_taken: How many bytes those are.
-        role: Whether it began its flight (``leader``) or came later (``joined``); None = it has none, and is as any
-            other exchange.
+        role: Whether it began the shared call (``leader``), or came later (``joined``).
+        joined_at: Trio time.
+        pieces_taken, bytes_sent, events: How much of the answer it has taken.
+        first_content_at: When it took the first piece (Trio time).
+        is_clientless: Its client has disconnected; it takes what comes, and sends it nowhere.
+        is_billed: The token counts of the shared call are recorded with this exchange.
     """
 
+    shared: SharedCall
+    role: Literal["leader", "joined"]
+    joined_at: float = attrs.field(factory=trio.current_time)
     pieces_taken: int = 0
-    bytes_taken: int = 0
-    role: str | None = None
-    _flight: Flight | None = None
-    _flight_id: str = ""
-    _boarded_at: float = math.inf
-    _events_taken: int = 0
+    bytes_sent: int = 0
+    events: int = 0
+    first_content_at: float | None = None
+    first_byte_deadline: float = 0.0
+    """Of no use here: the deadlines of the client end its exchange, and not the shared call."""
+    is_clientless: bool = False
+    is_billed: bool = False
+    is_delivered: bool = False
+    _cancelled_with: GatewayError | None = None
+    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _has_left: bool = False
 
-    async def _serve(self, plan: Plan) -> None:
-        model = self._model()
-        identity = call_key_of(self.call, self.headers, sampled=model.coalesce_sampled)
-        if identity is None:
-            await super()._serve(plan)
-            return
-        with self.waiting("waiting"):
-            flight = self._board(identity)
-            try:
-                await self._follow(flight)
-            finally:
-                self._leave()
-
-    def _board(self, identity: bytes) -> Flight:
-        flight = self._flight = self.gateway.flights.board(self, identity)
-        self.role = "leader" if len(flight.waiters) == 1 else "joined"
-        self.attempts = flight.exchange.attempts
-        self._flight_id = flight.id
-        self._boarded_at = trio.current_time()
-        return flight
-
-    def _leave(self) -> None:
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._note_upstream(flight)
-            self.is_billed = flight.leave(self)
-            self.usage = flight.exchange.counted if self.is_billed else None
-
-    async def _follow(self, flight: Flight) -> None:
-        """Sends what comes of a flight, until it is over.
+    async def fetch(self, sink: Sink) -> None:
+        """Sends the shared call's answer to the sink until it is over.
 
         Raises:
-            GatewayError: The flight failed, or this client is too slow for it.
+            GatewayError: The shared call failed, this client is too slow for it, or `cancel` was called.
         """
-        down = self.down
+        try:
+            with self._scope:
+                await self._relay(sink)
+        finally:
+            self._leave()
+        if self._scope.cancelled_caught and self._cancelled_with is not None:
+            raise self._cancelled_with
+
+    async def _relay(self, sink: Sink) -> None:
+        shared = self.shared
         while True:
-            if flight.answer is not None:
-                status, headers, body = flight.answer
-                self._note_content()
-                self._ending = True
-                self._stamp()
-                self.bytes_sent = len(body)
-                await down.respond(status, headers, body)
-                return
-            data = flight.take(self)
-            over = flight.is_over_for(self)
-            if not data and not over:
-                await flight.wait_news()
+            data = shared.take(self)
+            is_over = shared.is_over_for(self)
+            if not data and not is_over:
+                await shared.wait_changed()
                 continue
-            if over and flight.error is not None and not data:
-                raise flight.error.with_traceback(None)
-            self._note_content()
-            if over and flight.error is None:
-                self._ending = True
-            if not down.committed:
-                assert flight.head is not None, "a stream begins with its head"
-                self._stamp()
-                await down.start(*flight.head)
-            self.bytes_sent += len(data)
-            self._events_before = self._events_taken
-            if self._ending:
-                await down.end(data)
+            if is_over and shared.error is not None and not data:
+                raise shared.error.copy()
+            if self.first_content_at is None:
+                self.first_content_at = trio.current_time()
+                assert shared.head is not None, "an answer begins with its head"
+                await sink.start(*shared.head)
+            if is_over and shared.error is None:
+                await sink.end(data)
+                self.is_delivered = True
                 return
-            await down.send(data)
+            await sink.send(data)
 
-    def note_taken(self, pieces: int, size: int, *, events: int) -> None:
-        """For the flight: it has taken so many pieces, of so many bytes, with which there are so many events."""
+    def note_taken(self, pieces: int, size_bytes: int, *, events: int) -> None:
+        """For the shared call: counts pieces that were taken; ``events`` is the total up to their end."""
         self.pieces_taken += pieces
-        self.bytes_taken += size
-        self._events_taken = events
+        self.bytes_sent += size_bytes
+        self.events = events
 
-    def _note_content(self) -> None:
-        if self.first_content_after_s is None:
-            self.first_content_after_s = trio.current_time() - self.started_at
+    def _leave(self) -> None:
+        if not self._has_left:
+            self._has_left = True
+            self.is_billed = self.shared.leave(self)
 
-    # -- what is different for one who shares -------------------------------------------------------------------------
+    # -- what ends it early -------------------------------------------------------------------------------------------
 
-    @property
-    def phase(self) -> str:
-        """That of its flight."""
-        if self._flight is None or self._ending:
-            return super().phase
-        return self._flight.exchange.phase
+    def cancel(self, error: GatewayError) -> None:
+        """Ends the wait now; `fetch` raises ``error``. The shared call goes on for the others."""
+        if self._cancelled_with is None:
+            self._cancelled_with = error
+            self._scope.cancel()
 
-    def describe(self, now: float) -> dict[str, object]:
-        """As `Exchange.describe`, and with its flight."""
-        flight = self._flight
-        if flight is None:
-            return super().describe(now)
-        self.target = flight.exchange.target
-        told = {"id": flight.id, "role": self.role, "waiters": len(flight.waiters)}
-        return {**super().describe(now), "flight": told}
+    def finish(self, deadline_at: float) -> None:
+        """The client has disconnected, and the shared call is received to its end all the same."""
+        self.is_clientless = True
+        self.shared.note_reader_gone()
 
-    def _queue_position(self) -> int | None:
-        if self._flight is None:
-            return super()._queue_position()
-        return self._flight.exchange._queue_position()
-
-    @property
-    def finishes(self) -> bool:
-        """As `Exchange.finishes`, where nobody else waits for the flight: who leaves others to it may go."""
-        return super().finishes and (self._flight is None or len(self._flight.waiters) == 1)
-
-    @property
-    def _is_asked(self) -> bool:
-        return super()._is_asked if self._flight is None else self._flight.exchange._is_asked
-
-    def abandon_upstream(self) -> bool:
-        """The client has left: so does the exchange its flight, now, so that the next one knows whether it is the last.
+    def abandon(self) -> bool:
+        """The client has disconnected: leaves the shared call now, so that the next one to leave knows whether it is the
+        last.
 
         Returns:
-            False: it is to be cancelled at once.
+            False: the exchange is to be cancelled at once.
         """
         self._leave()
-        return super().abandon_upstream()
+        return False
 
-    def finish_alone(self) -> None:
-        """As `Exchange.finish_alone`; its flight need not wait for it any more."""
-        super().finish_alone()
-        if self._flight is not None:
-            self._flight.note_moved()
+    async def close_reply(self) -> None:
+        """There is no reply of this exchange's own."""
 
-    def _stamp(self) -> None:
-        if self._flight is not None:
-            self._note_upstream(self._flight)
-        if self.role is not None and not self._stamped and not self.down.committed:
-            self.down.headers.append((b"x-trigate-coalesced", self.role.encode()))
-        super()._stamp()
+    def inject(self, data: bytes) -> bool:
+        """A shared call is not relayed on the fast path."""
+        return False
 
-    def _note_upstream(self, flight: Flight) -> None:
-        """Takes over what the head of the response, and the log, say of the upstream."""
-        now = trio.current_time()
-        self.target = flight.exchange.target or self.target
-        self._upstream_s = min(flight.exchange.upstream_s(now), now - self._boarded_at)
+    def check_limits(self, now: float) -> list[float]:
+        """The shared call checks its own limits."""
+        return []
 
-    def _line(self) -> dict[str, object]:
-        if self.role is None:
-            return super()._line()
-        return {**super()._line(), "coalesced": self.role, "flight": self._flight_id}
-
-
-@attrs.define(eq=False, kw_only=True)
-class _Flying(Exchange):
-    """The exchange of a flight. It has a place at the upstream, but none of its own at the door, no line in the log and
-    no part in the totals: those who wait for it have."""
-
-    async def fly(self) -> None:  # noqa: ASYNC910 - as `_serve`
-        """Makes the upstream call. Whatever becomes of it becomes of those who wait for it.
-
-        **Cancels:** when nobody waits any more.
-        """
-        flight = self.down
-        assert isinstance(flight, Flight)
-        error: GatewayError = Draining(STOPPED)
-        timer: Timer | None = None
-        self._task = trio.lowlevel.current_task()
-        try:
-            with flight.scope:
-                route = self.generation.route(self.call.model)
-                timer = self._set_limits(route)
-                await self._serve(Plan(self.call.model, route.targets, self.gateway.targets, self.generation.config))
-        except GatewayError as raised:
-            error = raised
-        except Exception as raised:
-            error = self._crash_of(raised)
-        finally:
-            if timer is not None:
-                timer.stop()
-            self.generation.let_go()
-            flight.close(error)
+    # -- what is shown of it ------------------------------------------------------------------------------------------
 
     @property
-    def counted(self) -> Usage | None:
-        """What the provider has counted, as far as it is known."""
-        reader = self._winner.reader if self._winner is not None else None
-        return (reader.usage if reader is not None else None) or self.usage
+    def may_finish(self) -> bool:
+        """Whether the shared call is to be received to its end when the client disconnects: only for the last one."""
+        return len(self.shared.subscribers) == 1
 
-    # Silence, and a client that does not read, are the affair of each who waits.
+    @property
+    def is_requested(self) -> bool:
+        """Whether a request has been sent to an upstream."""
+        return self.shared.upstream.is_requested
 
-    def _keep_alive_s(self) -> float:
-        return math.inf
+    @property
+    def phase(self) -> Phase:
+        """That of the shared call."""
+        return self.shared.upstream.phase or Phase.WAITING
 
-    def _stall(self, now: float) -> tuple[float, float]:
-        return math.inf, math.inf
+    @property
+    def attempts(self) -> Sequence[Attempt]:
+        """Those of the shared call."""
+        return self.shared.upstream.attempts
 
-    def _stamp(self) -> None:
-        """Those who wait say it, each for itself."""
+    @property
+    def target(self) -> Target | None:
+        """That of the shared call."""
+        return self.shared.upstream.target
+
+    @property
+    def usage(self) -> Usage | None:
+        """The token counts that are to be recorded with this exchange."""
+        return self.shared.upstream.usage if self.is_billed else None
+
+    def waited_s(self, now: float) -> float:
+        """How long upstreams have been waited for since it joined."""
+        return min(self.shared.upstream.waited_s(now), now - self.joined_at)
+
+    def queue_position(self) -> int | None:
+        """That of the shared call in the queue of its upstream."""
+        return self.shared.upstream.queue_position()

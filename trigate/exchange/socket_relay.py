@@ -1,20 +1,20 @@
-"""The relay engine: one task moves the events of all streams whose two ends are plain sockets.
+"""The fast path: one task moves the events of all streams whose two ends are plain sockets.
 
-An exchange whose answer has begun, and whose upstream and client are both sockets without TLS, hands the two over and
-sleeps (`Stream.carry`). From then on the `Poller`'s task does for each piece what the plain loop of `exchange` does in
-a task of its own: receive, unframe (`framing`), find whole events (`wire.StreamReader`), send. That is a few function
-calls a piece, and no task is woken for it.
+When an answer has begun, and its upstream and its client are both sockets without TLS, the answer hands the two sockets
+over and sleeps (`RelayedStream.run`). From then on the poller's task does for each piece what `answers.StreamAnswer`
+does in a task of its own: receive, parse the HTTP framing (`upstream.response_parser`), find whole events (`Reader`),
+send. That takes a few function calls for each piece, and no task is woken.
 
-**The exchange still owns everything.** It sleeps in `trio.lowlevel.wait_task_rescheduled`, whose abort function takes
-the two sockets out of the poller. So a cancellation, at whatever moment, finds both ends with the task, and not a trace
-of them here. The rules:
+**The exchange still owns everything.** Its task sleeps in `trio.lowlevel.wait_task_rescheduled`, whose abort function
+takes the two sockets out of the poller. So a cancellation, at any moment, finds both ends with the task and no trace of
+them here. The rules for editing this module:
 
-- A client that does not take a frame at once parks the stream: its upstream is not read until the rest is out. So what
-  is held for a stream is one piece.
-- A frame that is begun goes out whole, also when the stream is cut: what is left of it is its owner's to send
-  (`Owner.owe`), before anything else.
-- What happens on a stream ends that stream: errors are told to its exchange, defects are raised in it, and nothing is
-  raised into the poller.
+- When a client does not take a whole frame at once, the stream blocks: its upstream is not read until the rest of the
+  frame is out. So at most one piece is held for each stream.
+- A frame that has been written in part is finished, also when the stream is cancelled: the rest goes to
+  `PlainSocket.queue_partial`, and is sent before anything else.
+- An error on a stream ends that stream only: `RelayedStream.failure` and ``reader.error`` hold what the upstream did
+  wrong, a defect is raised in the exchange's task, and nothing is raised into the poller.
 """
 
 from __future__ import annotations
@@ -28,70 +28,67 @@ import outcome
 import trio
 
 from trigate.concurrency.poller import READABLE, WRITABLE, Poller
-from trigate.openai.stream import StreamReader
+from trigate.exchange.sink import PlainSocket
+from trigate.exchange.translation import Reader
 from trigate.upstream.response_parser import Framing
 
-# One event is some hundred bytes; what arrived together is moved together. The kernel gives what is there, and CPython
+# An event has some hundred bytes; what arrived together is moved together. The kernel returns what is there, and CPython
 # shrinks the buffer: the size costs nothing here.
 _RECEIVE_BYTES = 64 * 1024
 
 
 class Owner(Protocol):
-    """The exchange, as far as the engine knows it: where its limits in time are measured, and what it sends next."""
+    """The answer that is relayed: it keeps the time of the last byte, and counts what is sent."""
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:
-        """Something came, and so much of it was for the client."""
+        """Something came from the upstream, and ``sent_bytes`` of it were for the client."""
 
-    def note_parked(self, since: float | None) -> None:
-        """Since when a frame has been waiting for the client to read anything; None = none is waiting."""
-
-    def owe(self, rest: bytes) -> None:
-        """These bytes are what is left of a frame that was begun: they go out before anything else."""
+    def note_blocked(self, since: float | None) -> None:
+        """Since when a frame has been waiting for the client to read; None = none is waiting."""
 
 
-class Relay:
-    """The engine. Made by `gateway`."""
+class SocketRelay:
+    """Relays streams between plain sockets. There is one for each worker."""
 
     def __init__(self, poller: Poller) -> None:
-        self._poller = poller
+        self.poller = poller
         self.streams = 0
-        """How many it has now."""
+        """How many streams it relays now."""
 
     def __repr__(self) -> str:
-        return f"<Relay of {self.streams} streams>"
+        return f"<SocketRelay of {self.streams} streams>"
 
-    def stream(
-        self, framing: Framing, upstream: socket.socket, client: socket.socket, *, chunked: bool, reader: StreamReader
-    ) -> Stream:
-        """Makes a stream of two plain, non-blocking sockets, both of them their owner's.
+    def stream(self, parser: Framing, upstream: socket.socket, client: PlainSocket, *, reader: Reader) -> RelayedStream:
+        """Makes a stream of two plain, non-blocking sockets, both of them owned by the caller.
 
         Args:
-            framing: What the upstream's bytes are fed to. It has no pieces.
-            chunked: How the client's body is framed.
+            parser: Takes the upstream's bytes. It has no pieces left.
+            client: Has a socket.
             reader: Has seen the first content.
         """
-        return Stream(self, framing, upstream, client, chunked=chunked, reader=reader)
+        return RelayedStream(self, parser, upstream, client, reader=reader)
 
 
-class Stream:
-    """The two ends of a stream, while the engine has them.
+class RelayedStream:
+    """Two sockets and the reader between them.
 
     Attributes:
-        failure: How the upstream broke, or what of its framing is wrong.
+        failure: How the upstream's connection broke, or what is wrong with its HTTP framing.
     """
 
     __slots__ = (
-        "_carrying",
+        "_blocked",
         "_chunked",
         "_client",
         "_client_fd",
-        "_framing",
+        "_client_socket",
         "_owner",
-        "_parked",
+        "_parser",
         "_poller",
         "_reader",
         "_relay",
         "_rest",
+        "_running",
         "_task",
         "_upstream",
         "_upstream_fd",
@@ -99,68 +96,64 @@ class Stream:
     )
 
     def __init__(
-        self,
-        relay: Relay,
-        framing: Framing,
-        upstream: socket.socket,
-        client: socket.socket,
-        *,
-        chunked: bool,
-        reader: StreamReader,
+        self, relay: SocketRelay, parser: Framing, upstream: socket.socket, client: PlainSocket, *, reader: Reader
     ) -> None:
+        assert client.socket is not None, "a plain socket has a socket"
         self._relay = relay
-        self._poller = relay._poller
-        self._framing = framing
+        self._poller = relay.poller
+        self._parser = parser
         self._upstream = upstream
         self._upstream_fd = upstream.fileno()
         self._client = client
-        self._client_fd = client.fileno()
-        self._chunked = chunked
+        self._client_socket = client.socket
+        self._client_fd = client.socket.fileno()
+        self._chunked = client.chunked
         self._reader = reader
-        self._carrying = False
-        self._parked = False
+        self._running = False
+        self._blocked = False
         self._rest = b""
         self.failure: httpx2.TransportError | None = None
         self._owner: Owner
         self._task: trio.lowlevel.Task
 
-    async def carry(self, owner: Owner) -> None:
-        """Sleeps while the engine carries the stream; returns when the reader is complete or has an error, or the
-        upstream's body has ended, or there is a `failure`.
+    async def run(self, owner: Owner) -> None:
+        """Sleeps while the relay moves the stream; returns when the reader is complete or has an error, when the
+        upstream's body has ended, or when there is a `failure`.
 
-        **Cancels:** at any moment; the engine then has no trace of it.
+        **Cancels:** at any moment; the relay then has no trace of the stream.
         """
         self._owner = owner
         self._task = trio.lowlevel.current_task()
         self._poller.add(self._upstream_fd, READABLE, self._on_readable)
-        self._carrying = True
+        self._running = True
         self._relay.streams += 1
 
         def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
-            self.drop()
+            self.release()
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
-    def drop(self) -> bool:
-        """Lets go of both ends; the owner sleeps on until it is cancelled. Says whether the engine had them."""
-        if not self._carrying:
+    def release(self) -> bool:
+        """Takes both sockets out of the relay; the task sleeps on until it is cancelled. Returns whether they were in
+        it."""
+        if not self._running:
             return False
         self._let_go()
         return True
 
-    def hand_back(self) -> None:
-        """Lets go of both ends, and wakes the owner, who goes on by himself."""
-        if self.drop():
+    def detach(self) -> None:
+        """Takes both sockets out of the relay, and wakes the task, which continues by itself."""
+        if self.release():
             trio.lowlevel.reschedule(self._task)
 
     def inject(self, data: bytes) -> None:
-        """Sends something of the gateway's own between two events, unless the client does not read anyway, or the
-        stream has just ended: its owner may have to send the rest of a frame first."""
-        if self._carrying and not self._parked:
+        """Sends bytes of the gateway's own between two events. Does nothing while the client does not read, or when the
+        stream has just ended: the rest of a frame may have to go out first."""
+        if self._running and not self._blocked:
             self._send(self._framed(data))
             if self._rest:
-                self._park()
+                self._block()
 
     def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
@@ -176,17 +169,17 @@ class Stream:
                 self._let_go()
                 trio.lowlevel.reschedule(self._task)
             elif self._rest:
-                self._park()
+                self._block()
 
     def _move(self) -> bool:
-        """Takes what is there from the upstream to the client; says whether the stream is to end."""
-        framing, reader = self._framing, self._reader
+        """Moves what is there from the upstream to the client; returns whether the stream has ended."""
+        parser, reader = self._parser, self._reader
         try:
             data = self._upstream.recv(_RECEIVE_BYTES)
             if data:
-                framing.feed(data)
+                parser.feed(data)
             else:
-                framing.feed_eof()
+                parser.feed_eof()
         except BlockingIOError:
             return False
         except OSError as error:
@@ -194,51 +187,51 @@ class Stream:
         except httpx2.TransportError as error:
             self.failure = error
         sent_bytes = 0
-        pieces = framing.pieces
-        if pieces:  # also where something is wrong with what came behind them
+        pieces = parser.pieces
+        if pieces:  # also where the bytes behind them are wrong
             data = reader.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
             pieces.clear()
             if data:
                 sent_bytes = len(data)
                 self._send(b"%x\r\n%b\r\n" % (sent_bytes, data) if self._chunked else data)
         self._owner.note_relayed(self._poller.now, sent_bytes)
-        return framing.complete or reader.complete or reader.error is not None or self.failure is not None
+        return parser.complete or reader.complete or reader.error is not None or self.failure is not None
 
     def _send(self, frame: bytes) -> None:
         try:
-            sent = self._client.send(frame)
+            sent = self._client_socket.send(frame)
         except BlockingIOError:
             sent = 0
         except OSError:
-            return  # the client is gone: whoever watches it is told, and cancels
+            return  # the client has disconnected; the watch on its socket cancels the exchange
         if sent < len(frame):
             self._rest = frame[sent:]
 
-    def _park(self) -> None:
-        self._parked = True
+    def _block(self) -> None:
+        self._blocked = True
         self._poller.remove(self._upstream_fd)
         self._poller.add(self._client_fd, WRITABLE, self._on_writable)
-        self._owner.note_parked(trio.current_time())
+        self._owner.note_blocked(trio.current_time())
 
     def _on_writable(self, _: int) -> None:
         rest, self._rest = self._rest, b""
         self._send(rest)
         if not self._rest:
-            self._parked = False
+            self._blocked = False
             self._poller.remove(self._client_fd)
             self._poller.add(self._upstream_fd, READABLE, self._on_readable)
-            self._owner.note_parked(None)
+            self._owner.note_blocked(None)
         elif len(self._rest) < len(rest):
-            self._owner.note_parked(trio.current_time())  # it reads, if slowly
+            self._owner.note_blocked(trio.current_time())  # it reads, but slowly
 
     def _let_go(self) -> None:
-        self._carrying = False
+        self._running = False
         self._relay.streams -= 1
-        if self._parked:
-            self._parked = False
+        if self._blocked:
+            self._blocked = False
             self._poller.remove(self._client_fd)
-            self._owner.note_parked(None)
+            self._owner.note_blocked(None)
         else:
             self._poller.remove(self._upstream_fd)
         if self._rest:
-            self._owner.owe(self._rest)
+            self._client.queue_partial(self._rest)

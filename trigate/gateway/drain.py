@@ -32,17 +32,15 @@ class Drain:
     def begin(self) -> None:
         """From now on ``GET /ready`` says 503 and new calls are refused; running ones go on."""
         self.announce()
-        self._gateway.draining = True
+        self._gateway.live.is_draining = True
 
     async def wait_quiet(self) -> None:
         """Waits until the runs that have begun have ended, and what can be told of them has been told."""
-        while self._gateway.live:
-            await self._gateway.quiet.wait()
+        await self._gateway.live.wait_none_left()
         await self._gateway.outbox.wait_idle()
 
     def cut(self) -> Sequence[str]:
         """Ends what is still running: each stream gets an error event and its proper end. Returns the ids."""
-        cut = list(self._gateway.live)
-        for exchange in cut:
-            exchange.cut(Draining("The gateway is shutting down; the answer up to here is incomplete. Try again."))
-        return [exchange.id for exchange in cut]
+        return self._gateway.live.cancel_all(
+            Draining("The gateway is shutting down; the answer up to here is incomplete. Try again.")
+        )

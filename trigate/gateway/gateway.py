@@ -14,9 +14,7 @@ import random
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import attrs
 import structlog
 import trio
 
@@ -26,10 +24,13 @@ from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers
 from trigate.config import load as structure_load
 from trigate.config.sections import Config, ConfigError
-from trigate.errors import Draining, words_of
+from trigate.errors import words_of
 from trigate.exchange.admission import Admission
-from trigate.exchange.shared_call import Flights, open_flights
-from trigate.exchange.socket_relay import Relay
+from trigate.exchange.exchange import ExchangeServices
+from trigate.exchange.live import LiveExchanges, Totals
+from trigate.exchange.shared_call import SharedCalls, open_shared_calls
+from trigate.exchange.socket_relay import SocketRelay
+from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import _WATCH_FILE_S, _fingerprint, _reload_on_sighup, read_config
 from trigate.ledger.ledger import Ledger, open_ledger
@@ -42,29 +43,12 @@ from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.upstream.factory import TransportFactory, _trust, http_transport
-from trigate.upstream.generation import Generation, open_generation
+from trigate.upstream.generation import Generation, Generations, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
 
-if TYPE_CHECKING:
-    from trigate.exchange.exchange import Exchange
-
 log = structlog.get_logger("trigate.gateway.gateway")
-
-
-@attrs.define
-class Totals:
-    """Counters since the start."""
-
-    exchanges: int = 0
-    complete: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    events: int = 0
-    bytes: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 def _exchanges_by_descriptors() -> int:
@@ -81,7 +65,7 @@ class Gateway:
         load: Callable[[], Awaitable[Config]],
         timers: Timers,
         cancel_queue: CancelQueue,
-        relay: Relay | None,
+        relay: SocketRelay | None,
         store: Store,
     ) -> None:
         self._load = load
@@ -93,7 +77,10 @@ class Gateway:
         self.workers: Workers
         self.sessions: Sessions
         self.streams: Streams
-        self.flights: Flights
+        self.shared_calls: SharedCalls
+        self.exchange_services: ExchangeServices
+        self.live: LiveExchanges
+        self.generations: Generations
         self.runs: Runs
         self.callbacks: Callbacks
         self.outbox: Outbox
@@ -104,15 +91,8 @@ class Gateway:
         self.ledger: Ledger
         self.chance = random.random
         """Chance, between 0 and 1: for pauses and choices."""
-        self.generation: Generation
-        self.live: dict[Exchange, None] = {}  # in the order of their arrival
-        self.quiet = trio.Event()
-        """Set when none is live; another one once there is one again."""
-        self.totals = Totals()
         self.ends = False
         """Whether the readiness check says that no calls should be sent here."""
-        self.draining = False
-        """Whether calls are refused."""
         self.aside = trio.Event()
         """Set when the gateway begins to leave: others fetch what is to be fetched."""
         self.drain = Drain(self)
@@ -122,48 +102,20 @@ class Gateway:
         self._reloaded = trio.Event()
 
     def __repr__(self) -> str:
-        return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
+        return f"<Gateway, {self.live!r}>"
 
     @property
     def uptime_s(self) -> float:
         """Seconds since the start."""
         return trio.current_time() - self.started_at
 
-    def admit(self, exchange: Exchange) -> None:
-        """Takes an exchange among those that are live; `settle` takes it out again.
+    @property
+    def generation(self) -> Generation:
+        return self.generations.current
 
-        Raises:
-            Draining: The gateway is shutting down.
-        """
-        self.ledger.begin(exchange)
-        if self.draining:
-            raise Draining("The gateway is shutting down. Try again: another instance will answer.")
-        if self.quiet.is_set():
-            self.quiet = trio.Event()
-        self.live[exchange] = None
-        exchange.generation.hold()
-
-    def settle(self, exchange: Exchange) -> None:
-        """Lets an exchange out, if it was let in, and adds it to the totals."""
-        if exchange in self.live:
-            del self.live[exchange]
-            exchange.generation.let_go()
-            if not self.live:
-                self.quiet.set()
-        self.ledger.settle(exchange)
-        totals = self.totals
-        totals.exchanges += 1
-        totals.events += exchange.events
-        totals.bytes += exchange.bytes_sent
-        if exchange.usage is not None:
-            totals.prompt_tokens += exchange.usage.prompt_tokens
-            totals.completion_tokens += exchange.usage.completion_tokens
-        if exchange.outcome == "complete":
-            totals.complete += 1
-        elif exchange.outcome in ("cancelled", "finished"):  # the client left
-            totals.cancelled += 1
-        else:
-            totals.failed += 1
+    @property
+    def totals(self) -> Totals:
+        return self.live.totals
 
     def not_ready(self) -> list[str]:
         """Why new calls should not be sent here; empty = they should."""
@@ -190,7 +142,7 @@ class Gateway:
     ) -> None:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
-            self.generation = await nursery.start(self._run_generation, first, transports)
+            self.generations = Generations(await nursery.start(self._run_generation, first, transports))
             self._apply(first)
             self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
@@ -202,7 +154,7 @@ class Gateway:
                     config = await self._load()
                     if not config.upstreams:  # many a program empties a file before it writes it
                         raise ConfigError(config.source, ("upstreams: there are none",))
-                    self.generation = await nursery.start(self._run_generation, config, transports)
+                    following = await nursery.start(self._run_generation, config, transports)
                 except ConfigError as error:
                     self.reload_error = str(error)
                     log.error("reload_refused", source=error.source, problems=list(error.problems))
@@ -213,7 +165,7 @@ class Gateway:
                     log.exception("reload_refused", source=old.config.source, problems=[words])
                     continue
                 self.reload_error = None
-                old.retire()
+                self.generations.replace(following)
                 self._apply(config)
                 self.callbacks.apply(config.hooks or {}, self.outbox)
                 if self.channels is not None:
@@ -286,7 +238,7 @@ async def open_gateway(
         open_poller() as poller,
         opening.open_store(opening.location(first.store, environ)) as store,
     ):
-        gateway = Gateway(load, timers, cancel_queue, Relay(poller) if poller is not None else None, store)
+        gateway = Gateway(load, timers, cancel_queue, SocketRelay(poller) if poller is not None else None, store)
         async with open_workers(store, functools.partial(snapshot.snapshot, gateway)) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
             gateway.streams = Streams(gateway)
@@ -294,9 +246,16 @@ async def open_gateway(
                 open_ledger(store) as gateway.ledger,
                 open_callbacks(trust=_trust) as gateway.callbacks,
                 open_outbox(store, gateway.workers) as gateway.outbox,
+                _with_live(gateway),
                 _running(gateway, first, transports, path),
             ):
                 yield gateway
+
+
+@contextlib.asynccontextmanager
+async def _with_live(gateway: Gateway) -> AsyncIterator[None]:
+    gateway.live = LiveExchanges(gateway.ledger)
+    yield
 
 
 @contextlib.asynccontextmanager
@@ -310,17 +269,27 @@ async def _running(
             try:
                 # Flights and runs have exchanges, so they end before the generations; and runs adopt, so they are there
                 # before anybody joins the other workers.
-                async with (
-                    open_flights(gateway) as gateway.flights,
-                    open_runs(gateway) as gateway.runs,
-                    open_channels(gateway, http_transport) as gateway.channels,
-                ):
-                    if path is not None:
-                        nursery.start_soon(gateway.watch_file, path)
-                    nursery.start_soon(gateway.use_store)
-                    nursery.start_soon(
-                        opening.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
+                upstream = UpstreamServices(
+                    targets=gateway.targets, chance=gateway.chance, timers=gateway.timers, socket_relay=gateway.relay
+                )
+                async with open_shared_calls(upstream) as gateway.shared_calls:
+                    gateway.exchange_services = ExchangeServices(
+                        admission=gateway.admission,
+                        live=gateway.live,
+                        upstream=upstream,
+                        shared_calls=gateway.shared_calls,
+                        cancel_queue=gateway.cancel_queue,
                     )
-                    yield
+                    async with (
+                        open_runs(gateway) as gateway.runs,
+                        open_channels(gateway, http_transport) as gateway.channels,
+                    ):
+                        if path is not None:
+                            nursery.start_soon(gateway.watch_file, path)
+                        nursery.start_soon(gateway.use_store)
+                        nursery.start_soon(
+                            opening.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
+                        )
+                        yield
             finally:
                 nursery.cancel_scope.cancel()

@@ -1,16 +1,16 @@
-"""The ledger of exchanges: one record for each, whatever happened to it.
+"""The ledger: one record for each exchange, however it ended.
 
-`Ledger.begin` and `Ledger.settle` are synchronous and never fail: a call is not delayed, and not refused, because
-its account cannot be kept. Each writes one line to the `journal`, which survives the process; every few seconds a
-task brings what was settled into the store, where it can be asked for. A record is in the store at most once, since it
-has an id of its own, and it may be brought there twice.
+`Ledger.begin` and `Ledger.settle` are synchronous and never fail: a call is neither delayed nor refused because its
+record cannot be kept. Each writes one line to the `journal`, which survives the process. Every few seconds a task writes
+the settled records to the store, where they can be queried. Each record has an id of its own, so the store holds it at
+most once even if it is written twice.
 
-What a process leaves behind that was killed is brought in by the next one that starts, and by those that run: what had
-ended as it ended, what had not as ``lost``.
+When a process is killed, its journal is left behind. The next process that starts, or one that is running, writes those
+records to the store: a settled exchange as it ended, any other one as ``lost``.
 
-Records wait for the store in memory, at most `MAX_WAITING`. Those that there is no room for are read from the journal
-once the store can be written again. Only where there is no journal either (a disk that is full or read-only, a store in
-memory) they are dropped, which is counted and logged.
+Records wait for the store in memory, at most `MAX_WAITING` of them. The others are read from the journal once the store
+is available again. Only where there is no journal either (a full or read-only disk, a store in memory) they are dropped,
+which is counted and logged.
 """
 
 from __future__ import annotations
@@ -21,49 +21,110 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import attrs
 import structlog
 import trio
 
+from trigate.concurrency.notify import Wakeup, open_service
 from trigate.config.sections import LedgerConfig
-from trigate.errors import StoreUnavailable
+from trigate.errors import GatewayError, StoreUnavailable
 from trigate.ledger.journal import Journal, take_orphans
-from trigate.sessions.compose import estimated_tokens, tokens_of_size
+from trigate.openai.answer import Usage
+from trigate.openai.request import Call
+from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
+from trigate.routing.plan import Step
+from trigate.routing.routes import Target
 from trigate.store.interface import Store
 from trigate.store.opening import MEMORY
 from trigate.store.records import LOST, AttemptRecord, ExchangeRecord
 
-if TYPE_CHECKING:
-    from trigate.exchange.attempt import Attempt
-    from trigate.exchange.exchange import Exchange
+log = structlog.get_logger("trigate.ledger")
 
-log = structlog.get_logger("trigate.ledger.ledger")
-
-FOLD_S = 5.0
-"""How long a record waits at most before it is brought into the store."""
-LOOK_S = 60.0
-"""How often it is looked for journals of processes that have ended."""
+FLUSH_S = 5.0
+"""How long a record waits at most before it is written to the store."""
+ORPHANS_S = 60.0
+"""How often journals of exited processes are looked for."""
 RETRY_S = 5.0
-"""How soon a journal is tried again that cannot be written."""
-END_TIMEOUT_S = 3.0
-TURN_BYTES = 4 * 1024 * 1024
-"""How long a journal becomes before the next one is begun."""
+"""How soon a journal that cannot be written is tried again."""
+CLOSE_TIMEOUT_S = 3.0
+ROTATE_BYTES = 4 * 1024 * 1024
+"""The size at which a journal is rotated."""
 MAX_WAITING = 50_000
-"""Records in memory."""
-_MAX_NAME = 256  # of a model: clients write what they like
+"""How many records wait in memory."""
+_MAX_MODEL_CHARS = 256  # of a model id: clients send any text
+
+
+class AttemptEntry(Protocol):
+    """An attempt, as the ledger records it."""
+
+    step: Step
+    target: Target
+    started_at: float
+    ended_at: float | None
+    outcome: str | None
+    error: GatewayError | None
+    first_content_after_s: float | None
+
+
+class LedgerEntry(Protocol):
+    """An exchange, as the ledger records it (`exchange.state.ExchangeState`)."""
+
+    started_at: float
+    outcome: str | None
+    error: GatewayError | None
+
+    @property
+    def id(self) -> str:
+        """The request id."""
+
+    @property
+    def owner(self) -> str:
+        """The name of the gateway key."""
+
+    @property
+    def call(self) -> Call:
+        """The client's call."""
+
+    @property
+    def target(self) -> Target | None:
+        """The target that answered."""
+
+    @property
+    def attempts(self) -> Sequence[AttemptEntry]:
+        """In the order in which they began."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """The token counts that the upstream has reported."""
+
+    @property
+    def is_billed(self) -> bool:
+        """Whether the tokens are recorded with this exchange, and not with another one that shared its upstream call."""
+
+    @property
+    def events(self) -> int:
+        """How many events were sent."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """How many bytes of the answer were sent."""
+
+    @property
+    def first_content_after_s(self) -> float | None:
+        """From its start."""
 
 
 @attrs.frozen(kw_only=True)
 class LedgerStatistics:
-    """How the ledger is.
+    """A moment of the ledger.
 
     Attributes:
         state: ``degraded`` = no journal can be written.
-        begun, settled: Exchanges of this process, so far.
-        lost: Exchanges of processes that were killed, which this one found.
-        dropped: Records that there was no room for.
+        begun, settled: Exchanges of this process.
+        lost: Exchanges of killed processes, which this one found.
+        dropped: Records that could be kept nowhere.
     """
 
     state: Literal["off", "ok", "degraded"]
@@ -75,7 +136,7 @@ class LedgerStatistics:
 
 
 class Ledger:
-    """Made by `open_ledger`."""
+    """The ledger of this worker. Made by `open_ledger`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -83,28 +144,28 @@ class Ledger:
         self._worker = secrets.token_hex(6)
         self._numbers = itertools.count(1)
         self._settings = LedgerConfig()
-        self._live: dict[Exchange, ExchangeRecord] = {}
+        self._live: dict[LedgerEntry, ExchangeRecord] = {}
         self._journal: Journal | None = None
         self._retry_at = -math.inf
         self._waiting: list[bytes] = []
         self._is_behind = False
-        """Records are in the journal that neither wait nor are in the store."""
+        """The journal has records that neither wait in memory nor are in the store."""
         self._error: str | None = None
         self._store_error: str | None = None
-        self._wake = trio.Event()
-        self._folding = trio.Lock()
-        self._looked_at = -math.inf
+        self._settled_some = Wakeup()
+        self._flushing = trio.Lock()
+        self._orphans_at = -math.inf
         self._begun = self._settled = self._lost = self._dropped = 0
 
     def __repr__(self) -> str:
         return f"<Ledger, {len(self._live)} live, {self._settled} settled>"
 
     def apply(self, settings: LedgerConfig) -> None:
-        """Takes new settings. What has begun is settled all the same."""
+        """Takes new settings. Exchanges that have begun are settled in any case."""
         self._settings = settings
 
     def statistics(self) -> LedgerStatistics:
-        """How the ledger is. Does not wait."""
+        """Returns a snapshot."""
         state: Literal["off", "ok", "degraded"] = "degraded" if self._error is not None else "ok"
         return LedgerStatistics(
             state=state if self._settings.enabled else "off",
@@ -115,10 +176,10 @@ class Ledger:
             error=self._error or self._store_error,
         )
 
-    # -- an exchange
+    # -- one exchange -------------------------------------------------------------------------------------------------
 
-    def begin(self, exchange: Exchange) -> None:
-        """Notes that an exchange has begun."""
+    def begin(self, exchange: LedgerEntry) -> None:
+        """Records that an exchange has begun."""
         if not self._settings.enabled:
             return
         call = exchange.call
@@ -128,33 +189,33 @@ class Ledger:
             owner=exchange.owner,
             worker=self._worker,
             endpoint=call.endpoint.path,
-            model=call.model[:_MAX_NAME],
+            model=call.model[:_MAX_MODEL_CHARS],
             stream=call.stream,
             started_at=time.time(),
         )
         self._begun += 1
         if self._path != MEMORY:
-            self._note(record.encode())
+            self._write(record.encode())
 
-    def settle(self, exchange: Exchange) -> None:
-        """Notes what became of it; of one that was refused at the door as well."""
+    def settle(self, exchange: LedgerEntry) -> None:
+        """Records how an exchange ended; also of one that was refused."""
         begun = self._live.pop(exchange, None)
         if begun is None:
             return
         self._settled += 1
         record = _settled(begun, exchange).encode()
-        is_safe = self._note(record)
+        is_written = self._write(record)
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(record)
-        elif is_safe:
+        elif is_written:
             self._is_behind = True
         else:
             self._dropped += 1
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._settled_some.is_set:
+            self._settled_some.set()
 
-    def _note(self, record: bytes) -> bool:
-        """Writes a line; returns whether it was."""
+    def _write(self, record: bytes) -> bool:
+        """Writes a line to the journal; returns whether that was possible."""
         try:
             if self._journal is None:
                 if self._path == MEMORY or trio.current_time() < self._retry_at:
@@ -176,33 +237,32 @@ class Ledger:
             self._error = reason
             log.error("ledger_degraded", reason=reason, max_waiting=MAX_WAITING)
 
-    # -- bringing it into the store
+    # -- into the store -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Brings records into the store, for ever."""
+        """Writes records to the store; never returns."""
         while True:
             try:
-                await self.fold()
+                await self.flush()
             except StoreUnavailable as error:
                 if error.message != self._store_error:
                     log.warning("ledger_waits", error=error.message)
                 self._store_error = error.message
-                self._wake.set()
+                self._settled_some.set()
             else:
                 self._store_error = None
-            with trio.move_on_after(LOOK_S if self._path != MEMORY else math.inf):
-                await self._wake.wait()
-            await trio.sleep(FOLD_S)  # many share one transaction
-            self._wake = trio.Event()
+            with trio.move_on_after(ORPHANS_S if self._path != MEMORY else math.inf):
+                await self._settled_some.wait()
+            await trio.sleep(FLUSH_S)  # many records share one transaction
 
-    async def fold(self) -> None:  # noqa: ASYNC910 - there may be nothing to bring
-        """Brings all records into the store that are settled now, and those of processes that have ended.
+    async def flush(self) -> None:
+        """Writes all records to the store that are settled now, and those of exited processes.
 
         Raises:
-            StoreUnavailable: It could not; nothing is lost, and the next one tries again.
+            StoreUnavailable: That failed; no record is lost, and the next call tries again.
         """
-        async with self._folding:
-            while self._waiting:  # all at once: each hop to the database's thread is dear while the loop is busy
+        async with self._flushing:
+            while self._waiting:  # all at once: each hop to the database's thread is expensive while the loop is busy
                 records = self._waiting[:]
                 await self._store.exchanges.put(records)
                 del self._waiting[: len(records)]
@@ -211,21 +271,22 @@ class Ledger:
                 self._is_behind = False
                 try:
                     for written in journal.slices():
-                        await self._store.exchanges.put(_of_the_settled(written))
+                        await self._store.exchanges.put(_encoded_settled(written))
                 except BaseException:
                     self._is_behind = True
                     raise
-            if self._path != MEMORY and trio.current_time() >= self._looked_at + LOOK_S:
-                await self._adopt()
-                self._looked_at = trio.current_time()
-            if journal is not None and journal.size > TURN_BYTES and not self._waiting and not self._is_behind:
+            if self._path != MEMORY and trio.current_time() >= self._orphans_at + ORPHANS_S:
+                await self._adopt_orphans()
+                self._orphans_at = trio.current_time()
+            if journal is not None and journal.size > ROTATE_BYTES and not self._waiting and not self._is_behind:
                 try:
                     journal.turn(self._live.values())
                 except OSError as error:
                     self._degrade(error)
 
-    async def _adopt(self) -> None:  # noqa: ASYNC910 - nobody may have been killed
-        """Brings in what processes have left behind that were killed."""
+    async def _adopt_orphans(self) -> None:
+        """Writes the records of killed processes to the store."""
+        await trio.lowlevel.checkpoint()
         with take_orphans(self._path) as orphans:
             for orphan in orphans:
                 lost: dict[str, ExchangeRecord] = {}
@@ -237,7 +298,7 @@ class Ledger:
                         else:
                             lost.pop(record.id, None)
                             settled += 1
-                    await self._store.exchanges.put(_of_the_settled(records))
+                    await self._store.exchanges.put(_encoded_settled(records))
                 await self._store.exchanges.put([record.encode() for record in lost.values()])
                 self._lost += len(lost)
                 if lost:
@@ -247,20 +308,21 @@ class Ledger:
     async def list(
         self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
-        """A page of records, as `store.Exchanges.list`; of this process, up to now.
+        """Returns a page of records, with those of this process that are settled now (`store.Exchanges.list`).
 
         Raises:
-            StoreUnavailable: There is no telling.
+            StoreUnavailable: The store cannot be read.
         """
-        await self.fold()
+        await self.flush()
         return await self._store.exchanges.list(limit=limit, owner=owner, outcome=outcome, after=after)
 
-    async def end(self) -> None:  # noqa: ASYNC910 - there may have been nothing
-        """Brings in what is left. Where that fails it stays in the journal, for the next process."""
+    async def close(self) -> None:
+        """Writes what is left to the store. If that fails, it stays in the journal for the next process."""
+        await trio.lowlevel.cancel_shielded_checkpoint()
         try:
-            with trio.move_on_after(END_TIMEOUT_S, shield=True):
+            with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 if self._begun:
-                    await self.fold()
+                    await self.flush()
         except StoreUnavailable as error:
             log.warning("ledger_waits", error=error.message)
         is_done = not self._waiting and not self._is_behind
@@ -272,18 +334,18 @@ class Ledger:
             log.error("records_dropped", count=self._dropped)
 
 
-def _of_the_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
+def _encoded_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
     return [record.encode() for record in records if record.outcome != LOST]
 
 
-def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
+def _settled(begun: ExchangeRecord, exchange: LedgerEntry) -> ExchangeRecord:
     prompt: int | None = None
     completion: int | None = None
     usage = exchange.usage
     if usage is not None:
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
     elif exchange.is_billed and (exchange.bytes_sent or exchange.events):
-        # Nobody has told. An event of a stream is about a token; of the rest, what messages are counted by.
+        # No usage was reported: estimate one token for each event of a stream, and four bytes for each of the rest.
         prompt = estimated_tokens(exchange.call.body)
         completion = exchange.events if exchange.call.stream else tokens_of_size(exchange.bytes_sent)
     return ExchangeRecord(
@@ -299,7 +361,7 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
         outcome=exchange.outcome or "",
         status=_status_of(exchange),
         target=str(exchange.target) if exchange.target is not None else None,
-        attempts=tuple(_attempted(attempt, exchange.started_at) for attempt in exchange.attempts),
+        attempts=tuple(_attempt_record(attempt, exchange.started_at) for attempt in exchange.attempts),
         prompt_tokens=prompt,
         completion_tokens=completion,
         counted=usage is None and prompt is not None,
@@ -309,14 +371,14 @@ def _settled(begun: ExchangeRecord, exchange: Exchange) -> ExchangeRecord:
     )
 
 
-def _status_of(exchange: Exchange) -> int | None:
-    """What the client was given; None = it had left (also where its answer was taken on, and that failed)."""
+def _status_of(exchange: LedgerEntry) -> int | None:
+    """The status that the client got; None = it had disconnected."""
     if exchange.outcome in ("cancelled", "finished"):
         return None
     return exchange.error.status if exchange.error is not None else 200
 
 
-def _attempted(attempt: Attempt, since: float) -> AttemptRecord:
+def _attempt_record(attempt: AttemptEntry, since: float) -> AttemptRecord:
     error = attempt.error
     return AttemptRecord(
         target=str(attempt.target),
@@ -332,11 +394,9 @@ def _attempted(attempt: Attempt, since: float) -> AttemptRecord:
 @asynccontextmanager
 async def open_ledger(store: Store) -> AsyncIterator[Ledger]:
     """Opens the ledger around a block. No file is made, and the store is not opened, before the first exchange."""
-    accounts = Ledger(store)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(accounts.run)
-        try:
-            yield accounts
-        finally:
-            nursery.cancel_scope.cancel()
-            await accounts.end()  # noqa: ASYNC102 - it is shielded, and ends in time
+    ledger = Ledger(store)
+    try:
+        async with open_service(ledger.run):
+            yield ledger
+    finally:
+        await ledger.close()  # noqa: ASYNC102 - it is shielded, and ends in time

@@ -31,7 +31,6 @@ import msgspec
 
 from trigate.store.records import Message
 
-_BYTES_PER_TOKEN = 4
 _SYSTEM = ("system", "developer")
 _ANSWERS = ("tool", "function")
 _FUNCTION = ""  # stands for the id of a `function_call`, which has none
@@ -39,20 +38,6 @@ _FUNCTION = ""  # stands for the id of a `function_call`, which has none
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _list = msgspec.json.Decoder(list[msgspec.Raw])
 _any = msgspec.json.Decoder()
-
-
-def estimated_tokens(body: bytes) -> int:
-    """How many tokens a message may have.
-
-    >>> estimated_tokens(b""), estimated_tokens(b"1234"), estimated_tokens(b"12345")
-    (0, 1, 2)
-    """
-    return tokens_of_size(len(body))
-
-
-def tokens_of_size(size_bytes: int) -> int:
-    """The same, of a message of which only the size is known."""
-    return -(-size_bytes // _BYTES_PER_TOKEN)
 
 
 @attrs.frozen(kw_only=True)

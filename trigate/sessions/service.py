@@ -32,6 +32,7 @@ from trigate.errors import BadRequest, GatewayError, NotFound, RunStopped, Sessi
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
+from trigate.openai.token_estimate import estimated_tokens
 from trigate.sessions import compose as history
 from trigate.store import interface as records
 from trigate.store import records as interface_records
@@ -129,12 +130,11 @@ class SessionTurn:
     ) -> interface_records.Turn:
         """What the turn appends: the new messages of the call that was composed, and the answer."""
         messages = [
-            interface_records.Message(body=body, tokens=history.estimated_tokens(body), at=at)
-            for body in self._composition.new
+            interface_records.Message(body=body, tokens=estimated_tokens(body), at=at) for body in self._composition.new
         ]
         if answer.has_content:
             body = answer.message()
-            tokens = history.estimated_tokens(body)
+            tokens = estimated_tokens(body)
             if usage is not None and not partial:
                 tokens = min(usage.completion_tokens, len(body))  # it counts reasoning too, which is not kept
             messages.append(interface_records.Message(body=body, tokens=tokens, at=at, partial=partial))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
-from quart import Blueprint, Response, current_app, jsonify
-
-if TYPE_CHECKING:
-    from trigate.asgi.application import GatewayApp
+from quart import Blueprint, Response, jsonify
 
 blueprint = Blueprint("health", __name__)
 
@@ -21,7 +16,7 @@ async def health() -> Response:
 @blueprint.get("/ready")
 async def ready() -> tuple[Response, int]:
     """Says 200, or 503 with the reasons: it drains, or no upstream can serve."""
-    reasons = cast("GatewayApp", current_app).gateway.not_ready()
+    reasons = current_gateway().not_ready()
     if reasons:
         return jsonify({"status": "not ready", "reasons": reasons}), 503
     return jsonify({"status": "ready", "reasons": []}), 200

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from quart import Blueprint, Response, current_app, request
+from quart import Blueprint, Response, request
 
 from trigate.errors import NotFound
 from trigate.runs.request import view
-
-if TYPE_CHECKING:
-    from trigate.asgi.application import GatewayApp
-    from trigate.store.records import Delivery
+from trigate.store.records import Delivery
 
 blueprint = Blueprint("hooks", __name__)
 
@@ -26,7 +23,7 @@ async def run(name: str, run_id: str) -> Response:
         NotFound: There is none, or it is not the caller's.
         StoreUnavailable: It cannot be looked up.
     """
-    gateway = cast("GatewayApp", current_app).gateway
+    gateway = current_gateway()
     readers: set[str] = request.scope["trigate.readers"]  # type: ignore[typeddict-item]
     await gateway.workers.join()
     found = await gateway.store.runs.get(run_id)

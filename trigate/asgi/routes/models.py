@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from quart import Blueprint, Response, current_app, jsonify
+from quart import Blueprint, Response, jsonify
 
 from trigate.errors import Unavailable, UnknownModel
 from trigate.routing import routes
-
-if TYPE_CHECKING:
-    from trigate.asgi.application import GatewayApp
-    from trigate.upstream.generation import Generation
+from trigate.upstream.generation import Generation
 
 blueprint = Blueprint("models", __name__)
 
 
 def _generation() -> Generation:
-    return cast("GatewayApp", current_app).gateway.generation
+    return current_gateway().generation
 
 
 def _model(model: str, owner: str, created: int) -> dict[str, Any]:

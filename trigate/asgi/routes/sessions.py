@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import msgspec
-from quart import Blueprint, Response, current_app, jsonify, request
+from quart import Blueprint, Response, jsonify, request
 
+from trigate.asgi.quart_app import current_gateway
 from trigate.errors import BadRequest, NotFound
 from trigate.store.records import Message, Session
-
-if TYPE_CHECKING:
-    from trigate.asgi.application import GatewayApp
-    from trigate.gateway.gateway import Gateway
 
 blueprint = Blueprint("sessions", __name__)
 
 MAX_LIMIT = 100
 _DEFAULT_LIMIT = 20
-
-
-def _gateway() -> Gateway:
-    return cast("GatewayApp", current_app).gateway
 
 
 def _owner() -> str:
@@ -93,14 +86,14 @@ def _page(rows: Sequence[dict[str, Any]], limit: int) -> Response:
 async def list_sessions() -> Response:
     """Lists the key's sessions, the last active first."""
     limit = _limit()
-    found = await _gateway().store.sessions.list(_owner(), limit=limit + 1, after=request.args.get("after"))
+    found = await current_gateway().store.sessions.list(_owner(), limit=limit + 1, after=request.args.get("after"))
     return _page([_session(each) for each in found], limit)
 
 
 @blueprint.get("/v1/sessions/<key>")
 async def retrieve_session(key: str) -> Response:
     """Returns one session."""
-    found = await _gateway().store.sessions.get(_owner(), key)
+    found = await current_gateway().store.sessions.get(_owner(), key)
     if found is None:
         raise _not_found()
     return jsonify(_session(found))
@@ -114,7 +107,7 @@ async def list_messages(key: str) -> Response:
     if archived not in ("true", "false"):
         raise BadRequest("archived must be true or false.", param="archived")
     after = _number("after", 0, least=0, most=2**62)
-    found = await _gateway().store.sessions.messages(
+    found = await current_gateway().store.sessions.messages(
         _owner(), key, limit=limit + 1, after=after, archived=archived == "true"
     )
     if found is None:
@@ -125,7 +118,7 @@ async def list_messages(key: str) -> Response:
 @blueprint.post("/v1/sessions/<key>/reset")
 async def reset_session(key: str) -> Response:
     """Begins anew, and keeps what was said as the archive. The answer to a turn in progress goes there as well."""
-    gateway = _gateway()
+    gateway = current_gateway()
     await gateway.workers.join()
     found = await gateway.store.sessions.reset(_owner(), key, at=time.time())
     if found is None:
@@ -136,5 +129,5 @@ async def reset_session(key: str) -> Response:
 @blueprint.delete("/v1/sessions/<key>")
 async def delete_session(key: str) -> Response:
     """Forgets a session with its archive; 409 while a turn of it is in progress, which would bring it back."""
-    await _gateway().sessions.delete(_owner(), key)
+    await current_gateway().sessions.delete(_owner(), key)
     return jsonify({"id": key, "object": "session.deleted", "deleted": True})

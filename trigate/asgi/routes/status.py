@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import msgspec
-from quart import Blueprint, Response, current_app, request
+from quart import Blueprint, Response, request
 
+from trigate.asgi.quart_app import current_gateway
 from trigate.errors import BadRequest, NotFound
 from trigate.status import snapshot
 from trigate.status.inflight import MAX_LIMIT
-
-if TYPE_CHECKING:
-    from trigate.asgi.application import GatewayApp
-    from trigate.gateway.gateway import Gateway
-    from trigate.store.records import ExchangeRecord
+from trigate.store.records import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)
-
-
-def _gateway() -> Gateway:
-    return cast("GatewayApp", current_app).gateway
 
 
 def _owner() -> str | None:
     """Whose streams may be seen: those of the key; None = all, where there are no keys."""
     scope: Any = request.scope  # Any: hypercorn's type does not know our entry
-    return str(scope["trigate.owner"]) if _gateway().generation.config.keys else None
+    return str(scope["trigate.owner"]) if current_gateway().generation.config.keys else None
 
 
 def _rounded(seconds: float | None) -> float | None:
@@ -40,7 +33,7 @@ def _json(body: object) -> Response:
 @blueprint.get("/status")
 async def status() -> Response:
     """Version, uptime, workers, channels, sessions, store, upstreams, live streams and totals; of all workers."""
-    return _json(await snapshot.status(_gateway()))
+    return _json(await snapshot.status(current_gateway()))
 
 
 def _limit() -> int:
@@ -53,14 +46,14 @@ def _limit() -> int:
 @blueprint.get("/status/streams")
 async def list_streams() -> Response:
     """The exchanges in flight, the oldest first."""
-    found = await _gateway().streams.tell(owner=_owner(), limit=_limit())
+    found = await current_gateway().streams.tell(owner=_owner(), limit=_limit())
     return _json({"object": "list", "data": found.rows, "count": found.count, "missing_workers": found.missing_workers})
 
 
 @blueprint.get("/status/streams/<stream>")
 async def retrieve_stream(stream: str) -> Response:
     """One exchange; several, where clients have given several the same id."""
-    found = await _gateway().streams.tell(owner=_owner(), stream=stream)
+    found = await current_gateway().streams.tell(owner=_owner(), stream=stream)
     if not found.rows:
         raise NotFound("There is no such stream.")
     return _json(found.rows[0] if len(found.rows) == 1 else {"object": "list", "data": found.rows})
@@ -69,7 +62,7 @@ async def retrieve_stream(stream: str) -> Response:
 @blueprint.delete("/status/streams/<stream>")
 async def delete_stream(stream: str) -> Response:
     """Ends it; its client gets an error that says so."""
-    found = await _gateway().streams.end(owner=_owner(), stream=stream)
+    found = await current_gateway().streams.end(owner=_owner(), stream=stream)
     if not found.count:
         raise NotFound("There is no such stream.")
     return _json({"id": stream, "object": "stream.cancelled", "cancelled": found.ended})
@@ -80,7 +73,7 @@ async def list_records() -> Response:
     """What became of the exchanges, the last settled first."""
     limit = _limit()
     after = request.args.get("after") or None
-    found = await _gateway().ledger.list(
+    found = await current_gateway().ledger.list(
         limit=limit + 1, owner=_owner(), outcome=request.args.get("outcome") or None, after=after
     )
     return _json({"object": "list", "data": [_record(each) for each in found[:limit]], "has_more": len(found) > limit})

@@ -1,0 +1,181 @@
+"""Calls that carry model traffic (``POST /v1/…``): from the request to its exchange.
+
+They bypass Quart. A stream must never pass through a generator (a cancellation would land in code that does not expect
+it), and Quart's request and response objects cost as much as the whole exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from trigate.asgi.request import RequestHead
+from trigate.asgi.request_body import RequestBody, too_large
+from trigate.config.sections import Seconds
+from trigate.errors import Draining, GatewayError, MethodNotAllowed, Overloaded, UnsupportedMediaType
+from trigate.exchange.client_response import ClientResponse
+from trigate.exchange.exchange import Exchange
+from trigate.exchange.request import ExchangeRequest
+from trigate.exchange.sink import Recorder
+from trigate.gateway.gateway import Gateway
+from trigate.openai.endpoints import Endpoint
+from trigate.openai.request import Call, decode_call
+from trigate.sessions.service import SessionRecorder
+
+
+async def serve_call(
+    gateway: Gateway,
+    endpoint: Endpoint,
+    head: RequestHead,
+    request_body: RequestBody,
+    response: ClientResponse,
+    *,
+    request_id: str,
+    owner: str,
+) -> None:
+    """Serves one call: reads and decodes it, and runs its exchange in a nursery that ends when the client disconnects.
+
+    Raises:
+        GatewayError: The call was refused before its exchange began.
+    """
+    arrived_at = trio.current_time()
+    if head.method != "POST":
+        raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
+    content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if content_type != b"application/json" and not content_type.endswith(b"+json"):
+        given = content_type.decode("latin-1")[:100] or "none"
+        raise UnsupportedMediaType(f"Content-Type must be application/json; got {given}.")
+    session = head.session_key(endpoint)
+    coalesce = head.coalesce()
+    timeout_s, sdk_timeout_s = head.timeout_s(), head.sdk_timeout_s()
+    body = await read_body(
+        gateway, head, request_body, response, max_bytes=gateway.generations.config.limits.body_bytes
+    )
+    if body is None:
+        return
+    call = decode_call(endpoint, body)
+    del body
+    exchange: Exchange | None = None
+    failure: GatewayError | None = None
+    async with trio.open_nursery() as nursery:
+
+        def leave() -> None:
+            if exchange is not None:
+                exchange.client_left()
+            else:
+                response.gone = True
+                nursery.cancel_scope.cancel()
+
+        def exchange_for(call: Call, recorder: Recorder | None = None) -> Exchange:
+            nonlocal exchange
+            generation = gateway.generations.current
+            exchange = Exchange(
+                request=ExchangeRequest(
+                    id=request_id,
+                    call=call,
+                    generation=generation,
+                    headers={
+                        "content-type": "application/json",
+                        "accept": "text/event-stream" if call.stream else "application/json",
+                        "x-request-id": request_id,
+                        **head.forwarded(),
+                    },
+                    owner=owner,
+                    arrived_at=arrived_at,
+                    client_timeout_s=timeout_s,
+                    sdk_timeout_s=sdk_timeout_s,
+                ),
+                services=gateway.exchange_services,
+                client=response,
+                recorder=recorder,
+                shares=call.model in generation.coalesced if coalesce is None else coalesce,
+            )
+            return exchange
+
+        watch_client(nursery, request_body, response, leave)
+        if session is None:
+            await exchange_for(call).run(nursery)
+        else:
+            wait_s = min(timeout_s, sdk_timeout_s)
+            failure = await _take_turn(gateway, owner, session, call, exchange_for, nursery, at_most_s=wait_s)
+        if nursery.child_tasks:  # the watch, or a keep-alive that the client does not read
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def read_body(
+    gateway: Gateway, head: RequestHead, request_body: RequestBody, response: ClientResponse, *, max_bytes: int
+) -> bytes | None:
+    """Reads the body of a call that will cost something; None = the client disconnected meanwhile.
+
+    Raises:
+        Draining: No more calls are served.
+        TooLarge, BodyTimeout: As `RequestBody.read`.
+    """
+    if gateway.live.is_draining:
+        raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+    if (head.content_length or 0) > max_bytes:
+        raise too_large(max_bytes)
+    if response.client is not None and response.client.body_is_here and head.content_length is not None:
+        # nearly always: a deadline would cost more than this
+        return (await request_body.receive()).get("body", b"")  # type: ignore[no-any-return]
+    return await request_body.read(max_bytes=max_bytes, timeout_s=gateway.generations.config.limits.body_timeout_s)
+
+
+def watch_client(
+    nursery: trio.Nursery, request_body: RequestBody, response: ClientResponse, leave: Callable[[], None]
+) -> None:
+    """Has ``leave`` called when the client disconnects before its answer is out."""
+    if response.client is None or not response.client.watch(leave):
+        nursery.start_soon(_wait_disconnected, request_body, leave)
+
+
+async def _wait_disconnected(request_body: RequestBody, leave: Callable[[], None]) -> None:
+    """Waits for the disconnect, under a server that offers no cheaper way."""
+    while (await request_body.receive())["type"] != "http.disconnect":
+        pass
+    leave()
+
+
+async def _take_turn(
+    gateway: Gateway,
+    owner: str,
+    key: str,
+    call: Call,
+    exchange_for: Callable[[Call, Recorder], Exchange],
+    nursery: trio.Nursery,
+    *,
+    at_most_s: float,
+) -> GatewayError | None:
+    """Serves a call as a turn of a session.
+
+    There is no exchange before the turn has come: waiting takes no admission slot, and is limited by ``sessions.wait_s``
+    and the client's own timeout (``at_most_s``). Since each waiting call holds a connection and a body, no more may wait
+    than there may be exchanges.
+
+    Returns:
+        Why the turn could not be taken; returned, since the nursery would wrap it in a group.
+    """
+    config = gateway.generations.config
+    limit = config.limits.max_exchanges
+    if gateway.sessions.turns >= limit:
+        return Overloaded(f"{limit} turns of sessions are in progress or wait, which is the limit of this gateway.")
+    try:
+        limits = config.sessions
+        if at_most_s < (limits.wait_s or math.inf):
+            limits = attrs.evolve(limits, wait_s=Seconds(at_most_s))
+        async with gateway.sessions.open_turn(owner, key, limits=limits) as turn:
+            recorder = SessionRecorder(gateway.store, turn)
+            exchange = exchange_for(turn.compose(call), recorder)
+            turn.cut = exchange.cancel
+            try:
+                await exchange.run(nursery)
+            finally:
+                recorder.settle(exchange.usage)
+    except GatewayError as error:
+        return error
+    return None

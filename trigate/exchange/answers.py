@@ -1,0 +1,209 @@
+"""How an answer gets from an upstream's reply to a sink: a stream of events, one JSON object, or bytes.
+
+An answer that has content claims the call first (``claim``): synchronously, so that one attempt wins. Only then does
+anything go to the sink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+import httpx2
+import msgspec
+import trio
+
+from trigate.errors import GatewayError, Header, ProtocolViolation
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.outcome import Phase
+from trigate.exchange.sink import PlainSocket, Sink
+from trigate.exchange.socket_relay import RelayedStream, SocketRelay
+from trigate.exchange.translation import Reader, Translation
+from trigate.openai.request import Call
+from trigate.upstream.upstream import Reply
+
+# How long the rest of an upstream's body (the end of its HTTP framing) may take after the last event, before the
+# connection is closed instead of kept. The client has its answer by then.
+_REST_S = 0.25
+
+STREAM_HEADERS: list[Header] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+JSON_HEADERS: list[Header] = [(b"content-type", b"application/json")]
+
+Claim = Callable[[Attempt], bool]
+"""Makes an attempt the one that answers; False = another attempt was first."""
+Count = Callable[[int], None]
+"""Adds bytes that went to the sink."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class StreamAnswer:
+    """A stream of server-sent events: whole events go to the sink as they come, on the fast path where there is one.
+
+    Args:
+        socket_relay: The fast path; None = this system has none.
+        keep_bytes: How much of the answer is kept for another target to continue.
+        continues: The fields that all events of the continued stream have in common.
+    """
+
+    call: Call
+    translation: Translation
+    claim: Claim
+    count: Count
+    socket_relay: SocketRelay | None
+    max_event_bytes: int
+    keep_bytes: int
+    continues: Mapping[str, msgspec.Raw] | None
+    relayed: RelayedStream | None = None
+    """What the fast path moves now."""
+    _attempt: Attempt = attrs.field(init=False)
+    _client: PlainSocket = attrs.field(init=False)
+
+    async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
+        """Moves whole events until the stream is complete. As `Answer.relay`."""
+        name = attempt.target.upstream
+        if reply.content_type not in ("text/event-stream", ""):
+            raise ProtocolViolation(
+                f"The upstream {name} was asked for a stream and answered with {reply.content_type}."
+            )
+        attempt.phase = Phase.WAITING
+        reader = attempt.reader = self.translation.stream_reader(
+            self.call,
+            upstream=name,
+            max_event_bytes=self.max_event_bytes,
+            keep_bytes=self.keep_bytes,
+            continues=self.continues,
+        )
+        claimed = False
+        while True:
+            if claimed and await self._run_fast_path(attempt, reply, reader, sink):
+                if reader.complete:
+                    return await self._end(attempt, reply, sink, b"")
+                if reader.error is not None:
+                    raise reader.error
+            piece = await attempt.receive(reply)
+            data = reader.feed(piece) if piece is not None else reader.feed_end()
+            if reader.error is not None and not claimed:
+                raise reader.error  # nothing has been sent: the next target may answer
+            if reader.has_content and not claimed:
+                if not self.claim(attempt):
+                    return None
+                claimed = True
+                attempt.phase = Phase.STREAMING
+                await sink.start(200, STREAM_HEADERS)
+            self.count(len(data))
+            if reader.complete:
+                return await self._end(attempt, reply, sink, data)
+            if data:
+                await attempt.send(sink, data)
+            if reader.error is not None:
+                raise reader.error
+
+    async def _end(self, attempt: Attempt, reply: Reply, sink: Sink, data: bytes) -> bytes | None:
+        """Ends the answer; where more of the reply's framing is to come, the connection is kept only if it comes soon.
+
+        Returns:
+            As `Answer.relay`.
+        """
+        response = reply.plain_response
+        if response is not None and response.complete:
+            return data
+        await attempt.end(sink, data)
+        with trio.move_on_after(_REST_S), contextlib.suppress(GatewayError):
+            while await reply.receive() is not None:
+                pass
+        return None
+
+    async def _run_fast_path(self, attempt: Attempt, reply: Reply, reader: Reader, sink: Sink) -> bool:
+        """Has the socket relay move the stream, until it is complete, has an error, or its body has ended.
+
+        Returns:
+            Whether it did; False = the two ends are not both plain sockets now.
+        """
+        relay, response, client = self.socket_relay, reply.plain_response, sink.plain_socket
+        if relay is None or client is None or response is None or response.socket is None or response.complete:
+            return False
+        stream = self.relayed = relay.stream(response, response.socket, client, reader=reader)
+        self._attempt, self._client = attempt, client
+        try:
+            await stream.run(self)
+        finally:
+            self.relayed = None
+            attempt.is_sending = False
+        if stream.failure is not None and not reader.complete:
+            failure: httpx2.TransportError = stream.failure
+            raise reply.cut_error(failure) from failure
+        return True
+
+    def note_relayed(self, now: float, sent_bytes: int) -> None:
+        """As `socket_relay.Owner.note_relayed`."""
+        self._attempt.last_byte_at = now
+        if sent_bytes:
+            self.count(sent_bytes)
+            self._client.note_sent(now)
+
+    def note_blocked(self, since: float | None) -> None:
+        """As `socket_relay.Owner.note_blocked`. What the upstream sends while the client does not read is read later."""
+        self._attempt.is_sending = since is not None
+        self._client.note_blocked(since)
+        if since is None:
+            self._attempt.note_byte()
+
+
+@attrs.define(eq=False, kw_only=True)
+class JsonAnswer:
+    """One JSON object. It is read and checked whole before anything goes to the sink."""
+
+    call: Call
+    translation: Translation
+    claim: Claim
+    count: Count
+    max_bytes: int
+
+    async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
+        """Reads the whole answer. As `Answer.relay`."""
+        attempt.phase = Phase.READING
+        attempt.waiting_since = math.inf
+        body = await reply.read(self.max_bytes, on_piece=attempt.note_byte)
+        data, usage = self.translation.answer(self.call, body, upstream=attempt.target.upstream)
+        if not self.claim(attempt):
+            return None
+        attempt.usage = usage
+        self.count(len(data))
+        await sink.start(200, JSON_HEADERS)
+        return data
+
+
+@attrs.define(eq=False, kw_only=True)
+class BinaryAnswer:
+    """Bytes (audio), which go to the sink as they come. Their HTTP framing is the only proof of completeness."""
+
+    claim: Claim
+    count: Count
+
+    async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
+        """Moves the bytes. As `Answer.relay`."""
+        attempt.phase = Phase.WAITING
+        headers: list[Header] = [(b"content-type", (reply.content_type or "application/octet-stream").encode())]
+        if "content-length" in reply.headers and "content-encoding" not in reply.headers:
+            headers.append((b"content-length", reply.headers["content-length"].encode()))
+        claimed = False
+        while (piece := await attempt.receive(reply)) is not None:
+            if not claimed:
+                if not self.claim(attempt):
+                    return None
+                claimed = True
+                attempt.phase = Phase.STREAMING
+                await sink.start(200, headers)
+            self.count(len(piece))
+            await attempt.send(sink, piece)
+        if not claimed:
+            if not self.claim(attempt):
+                return None
+            await sink.start(200, headers)
+        return b""

@@ -1,0 +1,219 @@
+"""The client's end of an exchange: its answer, keep-alive comments, errors, and a client that does not read."""
+
+from __future__ import annotations
+
+import math
+import socket
+
+import trio
+
+from trigate.errors import ClientStalled, GatewayError, Header
+from trigate.exchange.answers import STREAM_HEADERS
+from trigate.exchange.client_response import ClientResponse
+from trigate.exchange.deadlines import StallDetector
+from trigate.exchange.shared_call import Subscription
+from trigate.exchange.sink import PlainSocket
+from trigate.exchange.state import ExchangeState
+from trigate.openai import sse
+
+KEEP_ALIVE = sse.comment("keep-alive")
+
+
+class ClientSink:
+    """The `Sink` of an exchange that has a client, and the `PlainSocket` behind it.
+
+    The head of a JSON answer waits for its body, and both go out in one write.
+
+    Args:
+        nursery: The request's.
+
+    Attributes:
+        is_detached: Nothing more is sent to the client (`detach`).
+    """
+
+    __slots__ = (
+        "_client",
+        "_head",
+        "_is_json",
+        "_is_stream",
+        "_keep_alive_s",
+        "_nursery",
+        "_stall",
+        "_state",
+        "is_detached",
+    )
+
+    def __init__(self, client: ClientResponse, state: ExchangeState, nursery: trio.Nursery) -> None:
+        call, limits = state.call, state.generation.config.limits
+        self._client = client
+        self._nursery = nursery
+        self._state = state
+        self._is_stream = call.stream
+        self._is_json = not call.stream and call.endpoint.answer == "json"
+        self._head: tuple[int, list[Header]] | None = None
+        self._keep_alive_s = (limits.keep_alive_s or math.inf) if call.stream else math.inf
+        self._stall = StallDetector(limits.stall_timeout_s or math.inf)
+        self.is_detached = False
+
+    @property
+    def shortest_s(self) -> float:
+        """The shortest limit of the client's."""
+        return min(self._keep_alive_s, self._stall.limit_s)
+
+    # -- the answer ---------------------------------------------------------------------------------------------------
+
+    @property
+    def plain_socket(self) -> PlainSocket | None:
+        # not while a keep-alive is being sent: it may be half out
+        client = self._client
+        if client.socket is None or client.gone or client.sending_since is not None or self.is_detached:
+            return None
+        return self
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        if self._is_json:
+            self._head = status, headers
+        else:
+            await self._commit(status, headers)
+
+    async def _commit(self, status: int, headers: list[Header]) -> None:
+        if not self._client.committed and not self.is_detached:
+            self._note_commit()
+            await self._client.start(status, headers)
+
+    def _note_commit(self) -> None:
+        state = self._state
+        self._client.headers += answer_headers(state)
+        state.first_byte_deadline = math.inf
+        if state.source is not None:
+            state.source.first_byte_deadline = math.inf
+
+    async def send(self, data: bytes) -> None:
+        if not self.is_detached:
+            await self._client.send(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        if self.is_detached:
+            return
+        if self._head is not None:
+            self._note_commit()
+            await self._client.respond(*self._head, data)
+        else:
+            await self._client.end(data)
+
+    async def tell(self, error: GatewayError) -> None:
+        """Tells the client why there is no answer, or no more of it: before COMMIT as a status, within a stream as an
+        event, and within other answers by closing the connection."""
+        client = self._client
+        if self.is_detached:
+            return
+        if not client.committed:
+            self._note_commit()
+            await client.respond(*error.to_response())
+        elif self._is_stream:
+            await client.end(error.to_frame())
+        else:
+            client.abandon()
+
+    async def detach(self) -> None:
+        """Sends nothing more, and waits for what is being sent. The client has disconnected, and the exchange goes on
+        as if it had not."""
+        self.is_detached = True
+        await self._client.wait_sent()
+
+    # -- the plain socket ---------------------------------------------------------------------------------------------
+
+    @property
+    def socket(self) -> socket.socket | None:
+        return self._client.socket
+
+    @property
+    def chunked(self) -> bool:
+        return self._client.chunked
+
+    def note_sent(self, now: float) -> None:
+        self._client.last_sent_at = now
+
+    def note_blocked(self, since: float | None) -> None:
+        self._client.sending_since = since
+
+    def queue_partial(self, rest: bytes) -> None:
+        self._client.queue_partial(rest)
+
+    # -- limits in time -----------------------------------------------------------------------------------------------
+
+    def check_limits(self, now: float) -> list[float]:
+        """Ends the exchange of a client that has stalled, and sends a keep-alive comment when one is due; returns when
+        each is due next."""
+        client, state = self._client, self._state
+        if self.is_detached:
+            return []
+        stalled_at = self._stall.due_at(
+            now, sending_since=client.sending_since, acknowledged_bytes=client.acknowledged_bytes
+        )
+        if stalled_at <= now:
+            limit_s = self._stall.limit_s
+            self._end_stalled(
+                ClientStalled(f"The client read nothing for {limit_s:g} s; its upstream stream was ended.")
+            )
+        # A queued exchange may still be refused with a status, so its keep-alive comments begin at its admission.
+        quiet_since = max(client.last_sent_at, state.started_at, state.admitted_at)
+        if client.sending_since is not None or client.gone or state.is_queued:
+            quiet_since = math.inf
+        if quiet_since + self._keep_alive_s <= now and self._may_keep_alive:
+            if self._inject(KEEP_ALIVE):
+                client.last_sent_at = now
+            else:
+                # In a task of its own: the client may not read, and the stall limit applies to this send, too.
+                self._nursery.start_soon(self._keep_alive)
+            quiet_since = now
+        return [stalled_at, quiet_since + self._keep_alive_s]
+
+    @property
+    def _may_keep_alive(self) -> bool:
+        return not self._client.ended and not self._state.is_cancelled
+
+    async def _keep_alive(self) -> None:
+        client = self._client
+        if not client.committed and self._may_keep_alive:
+            await self._commit(200, STREAM_HEADERS)
+        # Checked again: the answer may have come meanwhile. A send in progress already breaks the silence, and a
+        # keep-alive queued behind it could follow the last event.
+        if self._may_keep_alive and client.sending_since is None and not self._inject(KEEP_ALIVE):
+            await self.send(KEEP_ALIVE)
+
+    def _inject(self, data: bytes) -> bool:
+        source = self._state.source
+        return source is not None and source.inject(data)
+
+    def _end_stalled(self, error: ClientStalled) -> None:
+        """Ends the exchange of a client that does not read, also where it is the end of the answer that it does not
+        read."""
+        state = self._state
+        state.cancel(error)
+        state.cancelled_with = state.cancelled_with or error
+        self._nursery.start_soon(self._abort)
+
+    async def _abort(self) -> None:
+        if self._state.source is not None:
+            # The exchange's task may be in a send that no cancellation reaches: close the reply from here.
+            await self._state.source.close_reply()
+        await self._client.abort()
+
+
+def answer_headers(state: ExchangeState) -> list[Header]:
+    """What the head of a response says of its call: who answered, at which attempt, and how much of the time was the
+    gateway's own."""
+    source, now = state.source, trio.current_time()
+    headers: list[Header] = []
+    waited_s = 0.0
+    if source is not None:
+        if isinstance(source, Subscription):
+            headers.append((b"x-trigate-coalesced", source.role.encode()))
+        if source.target is not None and source.attempts:
+            headers.append((b"x-trigate-upstream", source.target.upstream.encode()))
+        waited_s = source.waited_s(now)
+    headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
+    overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
+    headers.append((b"x-trigate-overhead-ms", b"%.3f" % (overhead_s * 1000)))
+    return headers

@@ -1,0 +1,129 @@
+"""Which limit in time is due, and when the next one is. Pure: the time is an argument.
+
+An exchange has two groups of limits. The client's: the whole call, a client that does not read, keep-alive comments
+while nothing is sent. An attempt's: the head of the reply, its first content, silence within the answer, the whole
+attempt. `watchdog` applies both.
+
+**Units:** seconds; times are Trio time; infinite = no limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+
+from trigate.config.sections import TimeoutPhase
+
+
+@attrs.frozen
+class Due:
+    """A limit of an attempt.
+
+    Attributes:
+        at: When it is exceeded.
+        what: What the upstream did, before "… within 5 s": for the message.
+    """
+
+    at: float
+    phase: TimeoutPhase
+    what: str
+    limit_s: float
+
+
+@attrs.frozen(kw_only=True)
+class AttemptLimits:
+    """How long an attempt may take, in each of its phases."""
+
+    response_head_s: float
+    first_token_s: float
+    idle_s: float
+    total_s: float
+
+    def due(
+        self, *, head_due_from: float, waiting_since: float, last_byte_at: float, started_at: float
+    ) -> Iterator[Due]:
+        """Gives each limit with the time at which it is exceeded, in the order in which they are to be judged.
+
+        Args:
+            head_due_from: Since when the head of the reply has been awaited; infinite = it is not.
+            waiting_since: Since when the first content has been awaited. While it is, silence is not judged.
+            last_byte_at: When the last bytes came.
+            started_at: When the exchange began.
+
+        >>> limits = AttemptLimits(response_head_s=5.0, first_token_s=10.0, idle_s=2.0, total_s=60.0)
+        >>> [due.at for due in limits.due(head_due_from=1, waiting_since=1, last_byte_at=math.inf, started_at=0)]
+        [6.0, 11.0, inf, 60.0]
+        >>> [due.at for due in limits.due(head_due_from=math.inf, waiting_since=math.inf, last_byte_at=3, started_at=0)]
+        [inf, inf, 5.0, 60.0]
+        """
+        idle_since = last_byte_at if waiting_since == math.inf else math.inf
+        yield Due(
+            head_due_from + self.response_head_s,
+            "response_head",
+            "did not begin to answer within",
+            self.response_head_s,
+        )
+        yield Due(waiting_since + self.first_token_s, "first_token", "sent no content within", self.first_token_s)
+        yield Due(idle_since + self.idle_s, "idle", "fell silent for", self.idle_s)
+        yield Due(started_at + self.total_s, "total", "took longer than", self.total_s)
+
+
+class StallDetector:
+    """Since when a client has read nothing of what waits for it.
+
+    A client that reads slowly acknowledges some bytes, if not all that wait. That shows between two checks only, so a
+    send that is already waiting at its first check gets half of the limit until the second one.
+
+    Args:
+        limit_s: How long a client may read nothing.
+    """
+
+    __slots__ = ("_acknowledged_bytes", "_sending_since", "_stalled_since", "limit_s")
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._sending_since = math.inf
+        self._stalled_since = math.inf
+        self._acknowledged_bytes: int | None = None
+
+    def due_at(self, now: float, *, sending_since: float | None, acknowledged_bytes: int | None) -> float:
+        """When the client has stalled for too long, as far as can be told now.
+
+        Args:
+            sending_since: Since when a send has been waiting; None = none is.
+            acknowledged_bytes: A number that grows when the client acknowledges bytes; None = it cannot be seen.
+
+        >>> stall = StallDetector(10.0)
+        >>> stall.due_at(4.0, sending_since=3.0, acknowledged_bytes=0)
+        13.0
+        >>> stall.due_at(12.0, sending_since=3.0, acknowledged_bytes=500)
+        22.0
+        """
+        if sending_since is None:
+            return math.inf
+        if self._sending_since != sending_since:
+            self._sending_since = self._stalled_since = sending_since
+            if acknowledged_bytes is not None:
+                self._stalled_since = max(sending_since, now - self.limit_s / 2)
+        elif (
+            acknowledged_bytes is not None
+            and self._acknowledged_bytes is not None
+            and acknowledged_bytes > self._acknowledged_bytes
+        ):
+            self._stalled_since = now
+        self._acknowledged_bytes = acknowledged_bytes
+        return self._stalled_since + self.limit_s
+
+
+def next_check(now: float, shortest_s: float, due: list[float]) -> float:
+    """When to check the limits again: when the next one is due, and no later than after the shortest limit.
+
+    A limit that begins to count after this check cannot be exceeded before then. So an event of a stream costs a
+    timestamp and not a timer.
+
+    >>> next_check(10.0, 5.0, [9.0, 12.0, math.inf]), next_check(10.0, 5.0, [60.0])
+    (12.0, 15.0)
+    """
+    return min([now + shortest_s, *(at for at in due if at > now)])

@@ -1,0 +1,100 @@
+"""The exchanges in flight of this worker, and their totals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+
+from trigate.concurrency.notify import RepeatedEvent
+from trigate.errors import Draining, GatewayError
+from trigate.exchange.outcome import Outcome
+from trigate.exchange.state import ExchangeState
+from trigate.ledger.ledger import Ledger
+
+
+@attrs.define
+class Totals:
+    """Counters since the start of this worker."""
+
+    exchanges: int = 0
+    complete: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    events: int = 0
+    bytes: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class LiveExchanges:
+    """The exchanges that have begun and not been settled, in the order in which they arrived.
+
+    Attributes:
+        totals: Of those that have been settled.
+        is_draining: New exchanges are refused.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._live: dict[ExchangeState, None] = {}
+        self._none_left = RepeatedEvent()
+        self.totals = Totals()
+        self.is_draining = False
+
+    def __repr__(self) -> str:
+        return f"<LiveExchanges {len(self)} live of {self.totals.exchanges}>"
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[ExchangeState]:
+        return iter(self._live)
+
+    def begin(self, exchange: ExchangeState) -> None:
+        """Records that an exchange has begun; `settle` records how it ended.
+
+        Raises:
+            Draining: The gateway is shutting down.
+        """
+        self._ledger.begin(exchange)
+        if self.is_draining:
+            raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+        self._live[exchange] = None
+        exchange.generation.hold()
+
+    def settle(self, exchange: ExchangeState) -> None:
+        """Records how an exchange ended, once; also of one that was refused. Synchronous, so that it is done when the
+        exchange's task is cancelled, too."""
+        if exchange in self._live:
+            del self._live[exchange]
+            exchange.generation.let_go()
+            if not self._live:
+                self._none_left.set()
+        self._ledger.settle(exchange)
+        totals = self.totals
+        totals.exchanges += 1
+        totals.events += exchange.events
+        totals.bytes += exchange.bytes_sent
+        usage = exchange.usage
+        if usage is not None:
+            totals.prompt_tokens += usage.prompt_tokens
+            totals.completion_tokens += usage.completion_tokens
+        if exchange.outcome == Outcome.COMPLETE:
+            totals.complete += 1
+        elif exchange.outcome in (Outcome.CANCELLED, Outcome.FINISHED):
+            totals.cancelled += 1
+        else:
+            totals.failed += 1
+
+    def cancel_all(self, error: GatewayError) -> list[str]:
+        """Ends all exchanges; each client is told why. Returns the request ids."""
+        cancelled = list(self._live)
+        for exchange in cancelled:
+            exchange.cancel(error)
+        return [exchange.id for exchange in cancelled]
+
+    async def wait_none_left(self) -> None:
+        """Waits until no exchange is in flight."""
+        while self._live:
+            await self._none_left.wait()

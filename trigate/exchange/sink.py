@@ -1,0 +1,113 @@
+"""Where the answer of an upstream call goes. The only thing that an upstream call knows of its client."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from trigate.errors import Header
+from trigate.openai.answer import Usage
+
+
+class PlainSocket(Protocol):
+    """A client's socket to which body bytes may be written directly (`socket_relay`)."""
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """Non-blocking; nothing is encrypted on it."""
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the body is framed by ``Transfer-Encoding: chunked``."""
+
+    def note_sent(self, now: float) -> None:
+        """Bytes of the body were written to the socket."""
+
+    def note_blocked(self, since: float | None) -> None:
+        """Since when a frame has been waiting for the client to read (Trio time); None = none is waiting."""
+
+    def queue_partial(self, rest: bytes) -> None:
+        """Takes the rest of a frame that was written in part; it goes out before anything else."""
+
+
+class Sink(Protocol):
+    """Takes one answer: its head, its body, its end."""
+
+    @property
+    def plain_socket(self) -> PlainSocket | None:
+        """The socket behind the sink, where whole events may be written to it past the sink; None = not now."""
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """Takes the head of the answer. For a streamed answer this is COMMIT: the status line goes out. An answer that
+        continues another attempt's answer has no head of its own: a second ``start`` does nothing."""
+
+    async def send(self, data: bytes) -> None:
+        """Takes a piece of the body; of a stream, whole events. Waits while the sink is full."""
+
+    async def end(self, data: bytes = b"") -> None:
+        """Takes the last piece: the answer is complete.
+
+        Raises:
+            GatewayError: The answer cannot be kept (`RecordingSink`).
+        """
+
+
+class Recorder(Protocol):
+    """Keeps an answer: for a session, or as the result of a run."""
+
+    def feed(self, frames: bytes) -> None:
+        """Takes whole events of a streamed answer, as they are about to go to the client."""
+
+    def feed_answer(self, body: bytes) -> None:
+        """Takes a JSON answer, before it goes to the client."""
+
+    async def complete(self, usage: Usage | None) -> None:
+        """The answer is complete, and is about to be acknowledged.
+
+        Raises:
+            GatewayError: It cannot be kept; the client gets this error instead of the end of its answer.
+        """
+
+
+class RecordingSink:
+    """Has a recorder keep an answer before the answer goes on to another sink, if there is one.
+
+    A recorded stream is not relayed from socket to socket: the recorder reads each event.
+
+    Args:
+        is_stream: Whether the answer consists of server-sent events.
+        usage: Gives the token counts of the answer, as far as they have been reported.
+    """
+
+    plain_socket = None
+
+    def __init__(
+        self, recorder: Recorder, sink: Sink | None, *, is_stream: bool, usage: Callable[[], Usage | None]
+    ) -> None:
+        self._recorder = recorder
+        self._sink = sink
+        self._is_stream = is_stream
+        self._usage = usage
+
+    def _record(self, data: bytes) -> None:
+        if self._is_stream:
+            self._recorder.feed(data)
+        else:
+            self._recorder.feed_answer(data)
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        if self._sink is not None:
+            await self._sink.start(status, headers)
+
+    async def send(self, data: bytes) -> None:
+        self._record(data)
+        if self._sink is not None:
+            await self._sink.send(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        if data:
+            self._record(data)
+        await self._recorder.complete(self._usage())
+        if self._sink is not None:
+            await self._sink.end(data)

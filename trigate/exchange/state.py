@@ -1,0 +1,165 @@
+"""What is known of an exchange while it runs and afterwards: for the log, the ledger, ``/status``, and whoever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import attrs
+import trio
+
+from trigate.errors import GatewayError
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.client_response import ClientResponse
+from trigate.exchange.outcome import Phase
+from trigate.exchange.request import ExchangeRequest
+from trigate.exchange.shared_call import Subscription
+from trigate.exchange.upstream_call import UpstreamCall
+from trigate.openai.answer import Usage
+from trigate.openai.request import Call
+from trigate.routing.routes import Target
+from trigate.upstream.generation import Generation
+
+
+@attrs.define(eq=False, kw_only=True)
+class ExchangeState:
+    """The state of an `exchange.Exchange`, which is the only class that derives from it.
+
+    Attributes:
+        client: The response to its client; None = nobody waits for the answer but a recorder.
+        deadline_at: When the call has to be over (Trio time), in whichever phase it is.
+        first_byte_deadline: When its answer has to have begun; infinite once the status line is out.
+        source: Where the answer comes from; None = the exchange has not been admitted.
+        idle_phase: What it does while no attempt is in progress.
+        outcome: None while it runs; then an `Outcome` or an error code.
+        error: What the client was told, or would have been.
+        cancelled_with: Why it was cancelled.
+        is_finishing: The client has disconnected, and the answer is received to its end all the same.
+        admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
+        task: The task that serves it.
+    """
+
+    request: ExchangeRequest
+    client: ClientResponse | None = None
+    started_at: float = attrs.field(factory=trio.current_time)
+    deadline_at: float = math.inf
+    first_byte_deadline: float = math.inf
+    source: UpstreamCall | Subscription | None = None
+    idle_phase: Phase = Phase.ADMITTED
+    outcome: str | None = None
+    error: GatewayError | None = None
+    cancelled_with: GatewayError | None = None
+    is_finishing: bool = False
+    admitted_at: float = -math.inf
+    task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
+    _queue: trio.CancelScope | None = None
+
+    def cancel(self, error: GatewayError) -> None:
+        """Ends the upstream's half now; the client is told ``error``.
+
+        Synchronous. The first reason counts, and none once the last bytes of the answer are on their way.
+        """
+        if self.cancelled_with is None and not self.is_ended:
+            self.cancelled_with = error
+            if self.source is not None:
+                self.source.cancel(error)
+            if self._queue is not None:
+                self._queue.cancel()
+
+    @contextlib.contextmanager
+    def waiting_in_queue(self, at_most_s: float) -> Iterator[None]:
+        """A block in which the exchange waits for its admission slot; `cancel` ends it.
+
+        Raises:
+            GatewayError: It was cancelled, then or before.
+        """
+        self.idle_phase = Phase.QUEUED
+        try:
+            with trio.move_on_after(at_most_s) as self._queue:
+                if self.cancelled_with is not None:
+                    self._queue.cancel()
+                yield
+        finally:
+            self._queue = None
+            self.admitted_at = trio.current_time()
+        if self.cancelled_with is not None:
+            raise self.cancelled_with
+
+    @property
+    def is_queued(self) -> bool:
+        """It waits for its admission slot."""
+        return self._queue is not None
+
+    @property
+    def id(self) -> str:
+        """The request id."""
+        return self.request.id
+
+    @property
+    def call(self) -> Call:
+        """The client's call."""
+        return self.request.call
+
+    @property
+    def generation(self) -> Generation:
+        """The configuration that it is served by."""
+        return self.request.generation
+
+    @property
+    def owner(self) -> str:
+        """The name of the gateway key that the call was made with; empty = the gateway has no keys."""
+        return self.request.owner
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Something has ended it early: nothing more is begun for it."""
+        return self.cancelled_with is not None
+
+    @property
+    def is_ended(self) -> bool:
+        """The last bytes of the answer are on their way, or out."""
+        if self.client is not None and self.client.ended:
+            return True
+        return self.source is not None and self.source.is_delivered
+
+    @property
+    def is_client_gone(self) -> bool:
+        """The client has disconnected."""
+        return self.client is not None and self.client.gone
+
+    @property
+    def attempts(self) -> Sequence[Attempt]:
+        """In the order in which they began."""
+        return self.source.attempts if self.source is not None else ()
+
+    @property
+    def target(self) -> Target | None:
+        """The target that answers; before one does, that of the last attempt."""
+        return self.source.target if self.source is not None else None
+
+    @property
+    def usage(self) -> Usage | None:
+        """The token counts that are recorded with it, as far as they have been reported."""
+        return self.source.usage if self.source is not None else None
+
+    @property
+    def is_billed(self) -> bool:
+        """Whether the tokens of its upstream call are recorded with it, and not with another one that shared the call."""
+        return self.source.is_billed if isinstance(self.source, Subscription) else True
+
+    @property
+    def events(self) -> int:
+        """How many events of the answer have been sent."""
+        return self.source.events if self.source is not None else 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """How many bytes of the answer have been sent."""
+        return self.source.bytes_sent if self.source is not None else 0
+
+    @property
+    def first_content_after_s(self) -> float | None:
+        """From its start; None = no content has come."""
+        first_at = self.source.first_content_at if self.source is not None else None
+        return first_at - self.started_at if first_at is not None else None

@@ -1,0 +1,120 @@
+"""Between the format that a client speaks and the format that an upstream speaks.
+
+A call that arrives in one format may be sent in another one, and its answer is then translated back, event by event.
+A `Translation` is such a pair of formats. `PASS_THROUGH` is the pair of OpenAI with itself, and costs nothing: the body
+goes upstream as it came but for the model id, and events go to the client as bytes, without JSON for each event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+from trigate.errors import GatewayError
+from trigate.openai.answer import Usage, decode_answer
+from trigate.openai.request import Call
+from trigate.openai.stream import StreamReader
+
+
+class Reader(Protocol):
+    """Turns the bytes of an upstream's stream into whole events for the client. `openai.stream.StreamReader` is one.
+
+    Attributes:
+        has_content: Part of the answer has come. Before that, nothing is given out.
+        complete: The last event of the stream has come.
+        error: What is wrong with the stream; the reader is of no use afterwards.
+        usage: The last token counts that were reported.
+        events: How many events have been given out.
+    """
+
+    has_content: bool
+    complete: bool
+    error: GatewayError | None
+    usage: Usage | None
+    events: int
+
+    def feed(self, piece: bytes) -> bytes:
+        """Takes bytes of the upstream's body; returns the frames that are ready for the client."""
+
+    def feed_end(self) -> bytes:
+        """The upstream's body has ended; returns what is left for the client, and sets ``error`` if more was due."""
+
+    @property
+    def kept(self) -> list[bytes] | None:
+        """The frames given out so far, for another upstream to continue; None = they were too many."""
+
+    @property
+    def is_finished(self) -> bool:
+        """A choice has ended: nothing is left to continue."""
+
+
+class Translation(Protocol):
+    """A client's format and an upstream's format."""
+
+    def path(self, call: Call) -> str:
+        """Where the call goes, below the upstream's base URL."""
+
+    def body(self, call: Call, model: str) -> bytes:
+        """The request body, for the upstream's own model id."""
+
+    def stream_reader(
+        self,
+        call: Call,
+        *,
+        upstream: str,
+        max_event_bytes: int,
+        keep_bytes: int,
+        continues: Mapping[str, msgspec.Raw] | None,
+    ) -> Reader:
+        """Makes the reader of a streamed answer.
+
+        Args:
+            upstream: The upstream's name, for messages.
+            max_event_bytes: The bound on an event, and on what comes before the first content.
+            keep_bytes: How much of what is given out is kept for another upstream to continue.
+            continues: The fields that all events of the continued stream have in common; None = it is a new stream.
+        """
+
+    def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
+        """Translates a whole JSON answer; returns it with the token counts in it.
+
+        Raises:
+            ProtocolViolation: It is not an answer.
+        """
+
+
+class _PassThrough:
+    """OpenAI's format on both sides."""
+
+    def path(self, call: Call) -> str:
+        return call.endpoint.path
+
+    def body(self, call: Call, model: str) -> bytes:
+        return call.body_for(model)
+
+    def stream_reader(
+        self,
+        call: Call,
+        *,
+        upstream: str,
+        max_event_bytes: int,
+        keep_bytes: int,
+        continues: Mapping[str, msgspec.Raw] | None,
+    ) -> StreamReader:
+        return StreamReader(
+            call.endpoint,
+            model=call.model,
+            upstream=upstream,
+            max_event_bytes=max_event_bytes,
+            choices=call.choices,
+            keep_bytes=keep_bytes,
+            seam=continues,
+        )
+
+    def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
+        return decode_answer(body, model=call.model, upstream=upstream)
+
+
+PASS_THROUGH: Translation = _PassThrough()

@@ -1,0 +1,494 @@
+"""Everything that is done at upstreams for one call: attempts, failover, retries, hedging, continuation.
+
+An upstream call knows no client, only the `Sink` that its answer goes to. `plan` decides which target is next, when and
+why; nothing is decided here but which attempt wins: the one whose content comes first (`UpstreamCall.claim`), which is
+synchronous, so there is one winner.
+
+Until an attempt has content, any other attempt may take its place. Afterwards only a continuation may: another target
+continues a stream that has broken off, where the client cannot tell (``on_truncation = "continue"``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+import msgspec
+import structlog
+import trio
+
+from trigate.concurrency.timers import Timers
+from trigate.config.sections import TimeoutPhase
+from trigate.errors import GatewayError, Unavailable, UpstreamTimeout
+from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
+from trigate.exchange.attempt import Answer, Attempt, UpstreamClock, UpstreamRequest
+from trigate.exchange.deadlines import AttemptLimits
+from trigate.exchange.outcome import Outcome, Phase
+from trigate.exchange.request import ExchangeRequest
+from trigate.exchange.sink import Sink
+from trigate.exchange.socket_relay import SocketRelay
+from trigate.exchange.translation import PASS_THROUGH, Reader
+from trigate.openai.accumulator import AnswerAccumulator
+from trigate.openai.answer import Usage
+from trigate.openai.continuation import seam_of
+from trigate.routing.plan import Plan, Step, Targets
+from trigate.routing.routes import Target
+from trigate.upstream.generation import Route
+from trigate.upstream.upstream import Upstream
+
+log = structlog.get_logger("trigate.exchange")
+
+
+@attrs.frozen(kw_only=True)
+class UpstreamServices:
+    """What upstream calls use.
+
+    Attributes:
+        targets: What is known of each target.
+        chance: A random number between 0 and 1, for pauses and choices.
+        timers: Check the limits in time of all exchanges.
+        socket_relay: The fast path; None = this system has no epoll.
+    """
+
+    targets: Targets
+    chance: Callable[[], float]
+    timers: Timers
+    socket_relay: SocketRelay | None
+
+
+@attrs.frozen
+class Continuation:
+    """What a target needs to continue a stream that another one began.
+
+    Attributes:
+        text: What the assistant has said so far.
+        head: The fields that all events of the stream have in common.
+        events: How many events have been sent.
+    """
+
+    text: str = ""
+    head: Mapping[str, msgspec.Raw] | None = None
+    events: int = 0
+
+
+_NEW_STREAM = Continuation()
+
+
+@attrs.define(eq=False, kw_only=True)
+class UpstreamCall:
+    """The upstream's half of an exchange, or of a shared call.
+
+    Attributes:
+        deadline_at: When the call has to be over. No attempt begins after it, and each upstream is told how long is left.
+        first_byte_deadline: When the answer has to have begun; counts until something was sent to the client.
+        attempts: All of them, in the order in which they began.
+        live: Those in progress.
+        winner: The attempt that has content.
+        target: That of the winner; before there is one, that of the last attempt.
+        cancelled_with: Why the call was cancelled.
+        bytes_sent: Bytes of the answer that went to the sink.
+        first_content_at: Trio time; None = no content has come.
+    """
+
+    request: ExchangeRequest
+    services: UpstreamServices
+    route: Route
+    started_at: float
+    deadline_at: float
+    first_byte_deadline: float = math.inf
+    attempts: list[Attempt] = attrs.field(factory=list)
+    live: list[Attempt] = attrs.field(factory=list)
+    winner: Attempt | None = None
+    target: Target | None = None
+    cancelled_with: GatewayError | None = None
+    bytes_sent: int = 0
+    first_content_at: float | None = None
+    _clock: UpstreamClock = attrs.field(factory=UpstreamClock)
+    _continuation: Continuation = _NEW_STREAM
+    _stream: StreamAnswer | None = None
+    _pause: trio.CancelScope | None = None
+    _is_last_attempt: bool = False
+
+    # -- the answer ---------------------------------------------------------------------------------------------------
+
+    async def fetch(self, sink: Sink) -> None:
+        """Has attempts made until one has served the call. Returns when the sink has the whole answer.
+
+        Raises:
+            GatewayError: No attempt could serve the call, or it was cancelled (`cancel`).
+        """
+        request, chance = self.request, self.services.chance
+        plan = Plan(request.call.model, self.route.targets, self.services.targets, request.generation.config)
+        step = plan.first(trio.current_time(), chance())
+        while True:
+            hedges = self.first_content_at is None and plan.hedge_delay_s() is not None
+            error = await self._race(plan, step, sink) if hedges else await self._attempt(plan, step, sink)
+            if error is None:
+                return
+            if self.cancelled_with is not None:
+                raise self.cancelled_with
+            following = self._after(plan, error)
+            if following is None:
+                raise error
+            log.info(
+                "attempt_failed",
+                request_id=request.id,
+                target=str(step.target),
+                error=error.message,
+                next=str(following.target),
+                why=following.why,
+                after_s=round(following.after_s, 3),
+            )
+            step = following
+            if step.after_s > 0:
+                await self._wait(plan, step)
+
+    def _after(self, plan: Plan, error: GatewayError) -> Step | None:
+        """The attempt that follows one that failed; None = there is none."""
+        now = trio.current_time()
+        if self._is_last_attempt:
+            return None
+        if self.winner is not None:
+            return self._continue(plan, error, now)
+        # Also where a target that was to continue a stream sent nothing: the client's partial answer is unchanged.
+        left_s = min(self.deadline_at, self.first_byte_deadline) - now
+        return plan.next(error, now, self.services.chance(), left_s=left_s)
+
+    async def _race(self, plan: Plan, step: Step, sink: Sink) -> GatewayError | None:
+        """Makes an attempt, and a second one beside it when the first one is slow to begin. The attempt whose content
+        comes first wins; the other one is cancelled at once.
+
+        Returns:
+            None = one has served the call; else why the last one failed.
+        """
+        errors: list[GatewayError] = []
+        decided = trio.Event()
+
+        async def run(step: Step) -> None:
+            error = await self._attempt(plan, step, sink, decided)
+            if error is not None:
+                errors.append(error)
+            decided.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, step)
+            with trio.move_on_after(plan.hedge_delay_s() or 0.0):
+                await decided.wait()
+            if not decided.is_set() and self.cancelled_with is None and not self._is_last_attempt:
+                second = plan.second(trio.current_time())
+                if second is not None:
+                    nursery.start_soon(run, second)
+        return self.winner.error if self.winner is not None else errors[-1]
+
+    async def _attempt(
+        self, plan: Plan, step: Step, sink: Sink, decided: trio.Event | None = None
+    ) -> GatewayError | None:
+        """Makes one attempt, and records how it ended.
+
+        Returns:
+            Why it failed; returned, since a nursery would wrap it in a group.
+        """
+        attempt = Attempt(
+            step=step,
+            target=step.target,
+            started_at=trio.current_time(),
+            on_connecting=self._clock.start,
+            decided=decided,
+        )
+        self.attempts.append(attempt)
+        self.live.append(attempt)
+        if self.winner is None:
+            self.target = attempt.target
+        error: GatewayError | None = None
+        try:
+            await self._run(attempt, sink)
+            if not attempt.is_superseded:
+                attempt.outcome = Outcome.COMPLETE
+        except GatewayError as raised:
+            error = attempt.error = raised
+            attempt.outcome = raised.code
+        finally:
+            now = trio.current_time()
+            self.live.remove(attempt)
+            if not any(other.waiting_since < math.inf for other in self.live):
+                self._clock.stop(now)
+            attempt.note_end(now)
+            plan.end(
+                step,
+                now,
+                error=error,
+                first_token_s=attempt.first_content_after_s,
+                judged=attempt.outcome == Outcome.COMPLETE or (error is not None and error is not self.cancelled_with),
+            )
+        return error
+
+    async def _run(self, attempt: Attempt, sink: Sink) -> None:
+        upstream = self.request.generation.upstreams[attempt.target.upstream]
+        try:
+            if self.cancelled_with is not None:
+                attempt.scope.cancel()
+            await attempt.run(upstream, self._request_for(attempt), self._answer(), sink)
+            if attempt.scope.cancelled_caught and not attempt.is_superseded and not attempt.is_delivered:
+                raise self._cause_of(attempt)
+            if not attempt.is_superseded:
+                upstream.note_up()
+        except GatewayError as error:
+            if attempt.is_superseded:
+                return  # it was cancelled, whatever that looked like to the reader
+            cause = self.cancelled_with or attempt.failed_with
+            if cause is not None and error is not cause:
+                raise cause from error  # a cancelled reply looks like a broken one to its reader
+            _note_failure(upstream, error)
+            raise
+
+    def _cause_of(self, attempt: Attempt) -> GatewayError:
+        cause = self.cancelled_with or attempt.failed_with
+        assert cause is not None, "an attempt is cancelled by fail() and supersede() only"
+        return cause
+
+    def claim(self, attempt: Attempt) -> bool:
+        """Makes an attempt the one that answers, since it has content; all others are cancelled at once.
+
+        Returns:
+            False = another attempt was first.
+        """
+        if attempt.is_superseded:
+            return False
+        now = trio.current_time()
+        attempt.note_content(now)
+        for other in self.live:
+            if other is not attempt:
+                other.supersede()
+        self.winner = attempt
+        self.target = attempt.target
+        if self.first_content_at is None:
+            self.first_content_at = now
+        self._clock.stop(now)
+        return True
+
+    async def _wait(self, plan: Plan, step: Step) -> None:
+        """Waits before an attempt."""
+        waited = False
+        try:
+            with trio.CancelScope() as self._pause:
+                await trio.sleep(step.after_s)
+                waited = True
+        finally:
+            self._pause = None
+            if not waited or self.cancelled_with is not None:
+                plan.end(step, trio.current_time(), judged=False)
+        if self.cancelled_with is not None:
+            raise self.cancelled_with
+
+    # -- what is sent -------------------------------------------------------------------------------------------------
+
+    def _request_for(self, attempt: Attempt) -> UpstreamRequest:
+        """The request, with how long its answer is of use."""
+        request = self.request
+        call, text = request.call, self._continuation.text
+        if text:
+            call = call.onward_from(text)
+        headers = request.headers
+        total_s = request.generation.config.timeout_s(attempt.target.upstream, "total", call.model)
+        over_at = min(self.deadline_at, self.started_at + total_s)
+        if over_at < math.inf:
+            left_s = max(0.001, over_at - trio.current_time())
+            headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
+        body = PASS_THROUGH.body(call, attempt.target.model)
+        return UpstreamRequest(PASS_THROUGH.path(call), body, headers, request.owner)
+
+    def _answer(self) -> Answer:
+        """How the answer gets from a reply to the sink."""
+        call, limits = self.request.call, self.request.generation.config.limits
+        if call.stream:
+            self._stream = StreamAnswer(
+                call=call,
+                translation=PASS_THROUGH,
+                claim=self.claim,
+                count=self._count,
+                socket_relay=self.services.socket_relay,
+                max_event_bytes=limits.event_bytes,
+                keep_bytes=limits.buffered_bytes if self._may_continue() else 0,
+                continues=self._continuation.head,
+            )
+            return self._stream
+        if call.endpoint.answer == "json":
+            return JsonAnswer(
+                call=call,
+                translation=PASS_THROUGH,
+                claim=self.claim,
+                count=self._count,
+                max_bytes=limits.response_bytes,
+            )
+        return BinaryAnswer(claim=self.claim, count=self._count)
+
+    def _count(self, sent_bytes: int) -> None:
+        self.bytes_sent += sent_bytes
+
+    # -- continuation -------------------------------------------------------------------------------------------------
+
+    def _may_continue(self) -> bool:
+        return self.request.model.on_truncation == "continue" and self.request.call.endpoint.path == "/chat/completions"
+
+    def _continue(self, plan: Plan, error: GatewayError, now: float) -> Step | None:
+        """Has another target continue a stream that has broken off, if the client will not see where.
+
+        That is possible for plain text only: what has been sent becomes the beginning of an assistant's message, which
+        the next target continues. Half a tool call, or reasoning, cannot be continued.
+        """
+        if not error.retryable or self.request.model.on_truncation != "continue" or self.deadline_at <= now:
+            return None
+        reader: Reader | None = self.winner.reader if self.winner is not None else None
+        kept = reader.kept if reader is not None else None
+        if reader is None or kept is None or reader.is_finished or self.request.call.choices > 1:
+            return None
+        answer = AnswerAccumulator()
+        for frames in kept:
+            answer.feed(frames)
+        if not (answer.is_only_text and answer.is_exact):
+            return None
+        step = plan.onward(now)
+        if step is not None:
+            before = self._continuation
+            self._continuation = Continuation(
+                text=before.text + answer.text,
+                head=before.head or seam_of(kept),
+                events=before.events + reader.events,
+            )
+            self.winner = None
+        return step
+
+    # -- what ends it early -------------------------------------------------------------------------------------------
+
+    def cancel(self, error: GatewayError) -> None:
+        """Ends the call now; `fetch` raises ``error``. Synchronous; the first reason counts."""
+        if self.cancelled_with is None:
+            self.cancelled_with = error
+            for attempt in self.live:
+                attempt.fail(error)
+            if self._pause is not None:
+                self._pause.cancel()
+
+    def finish(self, deadline_at: float) -> None:
+        """The client has disconnected, and the answer is received to its end all the same, by the attempts that are in
+        progress. What goes to the sink from now on is discarded there."""
+        self.deadline_at = deadline_at
+        self._is_last_attempt = True
+        if self._stream is not None and self._stream.relayed is not None:
+            self._stream.relayed.detach()
+
+    def abandon(self) -> bool:
+        """Closes the upstream's connection now, from any task, where the fast path relays the stream.
+
+        Returns:
+            Whether it did. The task of the call then sleeps until it is cancelled, which is no longer urgent.
+        """
+        stream = self._stream.relayed if self._stream is not None else None
+        reply = self.winner.reply if self.winner is not None else None
+        if stream is None or reply is None or not stream.release():
+            return False
+        reply.abandon()
+        return True
+
+    async def close_reply(self) -> None:
+        """Closes the reply of a call that waits for its client in a send that no cancellation reaches."""
+        attempt = self.winner
+        if attempt is not None and attempt.reply is not None and not attempt.is_reading:
+            await attempt.reply.aclose()
+
+    def inject(self, data: bytes) -> bool:
+        """Sends bytes of the gateway's own (a keep-alive comment) between two events on the fast path. Returns whether
+        the fast path relays the stream."""
+        stream = self._stream.relayed if self._stream is not None else None
+        if stream is None:
+            return False
+        stream.inject(data)
+        return True
+
+    def check_limits(self, now: float) -> list[float]:
+        """Fails each attempt that has exceeded one of its limits; returns when each limit is due."""
+        due_at = []
+        for attempt in self.live:
+            if attempt.is_sending and attempt.last_byte_at < math.inf:
+                attempt.last_byte_at = now  # the client keeps it waiting, so the upstream is not idle
+            for due in self._limits_of(attempt.target.upstream).due(
+                head_due_from=attempt.head_due_from,
+                waiting_since=attempt.waiting_since,
+                last_byte_at=attempt.last_byte_at,
+                started_at=self.started_at,
+            ):
+                if due.at <= now:
+                    message = f"The upstream {attempt.target.upstream} {due.what} {due.limit_s:g} s."
+                    attempt.fail(UpstreamTimeout(message, phase=due.phase))
+                due_at.append(due.at)
+        return due_at
+
+    def _limits_of(self, upstream: str) -> AttemptLimits:
+        config, model = self.request.generation.config, self.request.call.model
+
+        def limit_s(phase: TimeoutPhase) -> float:
+            return config.timeout_s(upstream, phase, model)
+
+        return AttemptLimits(
+            response_head_s=limit_s("response_head"),
+            first_token_s=limit_s("first_token"),
+            idle_s=limit_s("idle"),
+            total_s=limit_s("total"),
+        )
+
+    # -- what is shown of it ------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase | None:
+        """That of the winner, else of the oldest attempt in progress; None = no attempt is."""
+        if self.winner is not None and self.winner.outcome is None:
+            return self.winner.phase
+        if self.live:
+            return self.live[0].phase
+        return Phase.PAUSING if self._pause is not None else None
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a request has been sent, or is about to be, to an upstream."""
+        return any(attempt.phase is not Phase.QUEUED for attempt in self.live)
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the sink has the whole answer."""
+        return self.winner is not None and self.winner.is_delivered
+
+    @property
+    def events(self) -> int:
+        """How many events have gone to the sink."""
+        reader = self.winner.reader if self.winner is not None else None
+        return self._continuation.events + (reader.events if reader is not None else 0)
+
+    @property
+    def usage(self) -> Usage | None:
+        """The last token counts that an attempt's upstream has reported."""
+        for attempt in reversed(self.attempts):
+            if attempt.reported_usage is not None:
+                return attempt.reported_usage
+        return None
+
+    def waited_s(self, now: float) -> float:
+        """How long upstreams have been waited for."""
+        return self._clock.waited_s(now)
+
+    def queue_position(self) -> int | None:
+        """The position of the oldest attempt in the queue of its upstream, from 1; None = it is not in one."""
+        if not self.live:
+            return None
+        attempt = self.live[0]
+        upstream = self.request.generation.upstreams[attempt.target.upstream]
+        return upstream.queue_position(self.request.owner, attempt.task)
+
+
+def _note_failure(upstream: Upstream, error: GatewayError) -> None:
+    """Has the upstream's state follow what an attempt met."""
+    is_unreachable = isinstance(error, Unavailable) and not error.reachable
+    if is_unreachable or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
+        upstream.note_down(error)
+    elif error.blame == "provider":
+        upstream.note_error(error)

@@ -1,0 +1,92 @@
+"""What ``/status`` and the log show of an exchange.
+
+Never the text of a message, nor what a provider said: it may repeat what a client wrote.
+"""
+
+from __future__ import annotations
+
+import math
+
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.outcome import Phase
+from trigate.exchange.shared_call import Subscription
+from trigate.exchange.state import ExchangeState
+
+
+def phase(state: ExchangeState) -> Phase:
+    """What an exchange is doing."""
+    if state.is_ended or state.error is not None:
+        return Phase.ENDING
+    source = state.source.phase if state.source is not None else None
+    return source or state.idle_phase
+
+
+def describe(state: ExchangeState, now: float) -> dict[str, object]:
+    """A row of ``GET /status/streams``. Times are in seconds; those of attempts count from the exchange's start."""
+    usage = state.usage
+    row: dict[str, object] = {
+        "id": state.id,
+        "model": state.call.model,
+        "endpoint": state.call.endpoint.path,
+        "stream": state.call.stream,
+        "phase": phase(state),
+        "age_s": round(now - state.started_at, 3),
+        "deadline_left_s": round(state.deadline_at - now, 3) if state.deadline_at < math.inf else None,
+        "target": str(state.target) if state.target is not None else None,
+        "events": state.events,
+        "bytes": state.bytes_sent,
+        "prompt_tokens": usage.prompt_tokens if usage is not None else None,
+        "completion_tokens": usage.completion_tokens if usage is not None else None,
+        "first_content_s": state.first_content_after_s,
+        "client_gone": state.is_client_gone,
+        "max_attempts": state.generation.config.max_attempts(state.call.model),
+        "attempts": [describe_attempt(attempt, state.started_at) for attempt in state.attempts],
+    }
+    if isinstance(state.source, Subscription):
+        shared = state.source.shared
+        row["shared_call"] = {"id": shared.id, "role": state.source.role, "subscribers": len(shared.subscribers)}
+    return row
+
+
+def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:
+    """An attempt, with times in seconds since ``since`` (Trio time)."""
+    row: dict[str, object] = {
+        "target": str(attempt.target),
+        "why": attempt.step.why,
+        "started_s": round(attempt.started_at - since, 4),
+        **({"phase": attempt.phase} if attempt.outcome is None else {"outcome": attempt.outcome}),
+    }
+    if attempt.first_content_after_s is not None:
+        row["first_content_s"] = round(attempt.first_content_after_s, 4)
+    if attempt.ended_at is not None:
+        row["duration_s"] = round(attempt.ended_at - attempt.started_at, 4)
+    if attempt.error is not None:
+        row["status"] = attempt.error.status
+    return row
+
+
+def log_line(state: ExchangeState, now: float) -> dict[str, object]:
+    """The values of the log event ``exchange``."""
+    line: dict[str, object] = {
+        "request_id": state.id,
+        "model": state.call.model,
+        "target": str(state.target) if state.target else None,
+        "stream": state.call.stream,
+        "outcome": state.outcome,
+        "duration_s": round(now - state.started_at, 4),
+        "bytes": state.bytes_sent,
+        "attempts": len(state.attempts),
+    }
+    if len(state.attempts) > 1:
+        line["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in state.attempts]
+    if state.call.stream:
+        line["events"] = state.events
+    if state.first_content_after_s is not None:
+        line["first_content_s"] = round(state.first_content_after_s, 4)
+    if state.usage is not None:
+        line["prompt_tokens"] = state.usage.prompt_tokens
+        line["completion_tokens"] = state.usage.completion_tokens
+    if isinstance(state.source, Subscription):
+        line["coalesced"] = state.source.role
+        line["shared_call"] = state.source.shared.id
+    return line
