@@ -165,7 +165,7 @@ def test_only_the_provider_s_failures_can_be_retried(error: GatewayError) -> Non
 
 
 def test_what_is_retryable() -> None:
-    """A provider's 4xx is final; after a 429, a timeout, a failure or a protocol violation the next target may be tried."""
+    """A provider's 4xx is final; after 429, timeouts, failures and protocol violations another target may be tried."""
     retryable = {type(sample[0]) for sample in SAMPLES if sample[0].retryable}
     assert retryable == {Throttled, Unavailable, UpstreamTimeout, ProtocolViolation, Truncated, StreamError}
 
