@@ -1,4 +1,4 @@
-"""The error tree: who is to blame, what the client is told, and in which form."""
+"""The error tree: who is to blame, what the client gets, and in which form."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from trigate.errors import (
     Unverified,
     UpstreamError,
     UpstreamTimeout,
-    upstream_message,
+    message_of,
 )
 
 ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
@@ -72,8 +72,8 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (TooLarge("no"), 413, "invalid_request_error", "body_too_large"),
     (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
     (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
-    (Rejected("mock", 422, b""), 422, "invalid_request_error", "upstream_rejected"),
-    (Throttled("mock", 429, b""), 429, "rate_limit_error", "upstream_throttled"),
+    (Rejected("no", status=422), 422, "invalid_request_error", "upstream_rejected"),
+    (Throttled("no", status=429), 429, "rate_limit_error", "upstream_throttled"),
     (Unavailable("down"), 502, "upstream_error", "upstream_unavailable"),
     (Unavailable("down", status=503), 503, "upstream_error", "upstream_unavailable"),
     (UpstreamTimeout("slow", phase="idle"), 504, "upstream_error", "upstream_timeout"),
@@ -104,13 +104,13 @@ def every_class() -> set[type[GatewayError]]:
 
 
 def test_every_class_has_a_sample(every_class: set[type[GatewayError]]) -> None:
-    """The samples above are the whole tree: a new class fails here until it says what the client sees."""
+    """The samples above cover the whole tree: a new class needs a sample."""
     assert {type(sample[0]) for sample in SAMPLES} == every_class - ABSTRACT
 
 
 @pytest.mark.parametrize(("error", "status", "openai_type", "code"), SAMPLES, ids=lambda value: None)
 def test_what_the_client_may_rely_on(error: GatewayError, status: int, openai_type: str, code: str) -> None:
-    """Status, type and code of each error are what is documented, and somebody is to blame."""
+    """Each error has its documented status, type and code, and one of three parties to blame."""
     assert (error.status, error.openai_type, error.code) == (status, openai_type, code)
     assert error.blame in ("client", "provider", "gateway")
 
@@ -121,13 +121,13 @@ def test_codes_are_a_closed_set(every_class: set[type[GatewayError]]) -> None:
 
 
 def test_codes_differ(every_class: set[type[GatewayError]]) -> None:
-    """No two classes share a code: it is what people search the documentation for."""
+    """No two classes share a code: users search the documentation for it."""
     codes = [cls.code for cls in every_class - ABSTRACT]
     assert sorted(codes) == sorted(set(codes))
 
 
 def test_the_drawn_tree_is_the_tree() -> None:
-    """The module's docstring draws every class of the module, with its status, and none that does not exist."""
+    """The module's docstring draws exactly the classes of the module, with their statuses."""
     drawn = set(re.findall(r"\b[A-Z][A-Za-z]+(?= \d{3}\b| \(its own 4xx|\))", inspect.getdoc(errors) or ""))
     defined = {cls.__name__ for cls in _tree() - ABSTRACT if cls.__module__ == errors.__name__}
     assert drawn == defined
@@ -135,7 +135,7 @@ def test_the_drawn_tree_is_the_tree() -> None:
 
 @each_sample
 def test_to_response(error: GatewayError) -> None:
-    """Before COMMIT an error is OpenAI's object, under its status, as JSON."""
+    """Before COMMIT an error is a response: its status, and OpenAI's error object as JSON."""
     status, headers, body = error.to_response()
     assert status == error.status
     assert dict(headers)[b"content-type"] == b"application/json"
@@ -150,7 +150,7 @@ def test_to_response(error: GatewayError) -> None:
 
 @each_sample
 def test_to_frame(error: GatewayError) -> None:
-    """After COMMIT it is the same object in one event, the ``error`` key inside ``data``."""
+    """After COMMIT an error is one event: the same object, with the ``error`` key inside ``data``."""
     frame = error.to_frame()
     assert frame.startswith(b"data: ")
     assert frame.endswith(b"\n\n")
@@ -160,19 +160,19 @@ def test_to_frame(error: GatewayError) -> None:
 
 @each_sample
 def test_only_the_provider_s_failures_can_be_retried(error: GatewayError) -> None:
-    """Another target is tried for what is the provider's fault, never for the client's or the gateway's."""
+    """Another target may be tried after a provider's failure, never after the client's or the gateway's."""
     assert not error.retryable or error.blame == "provider"
 
 
 def test_what_is_retryable() -> None:
-    """A provider's own 4xx is final; 429, silence, breakage and nonsense are worth another target."""
+    """A provider's 4xx is final; after 429, timeouts, failures and protocol violations another target may be tried."""
     retryable = {type(sample[0]) for sample in SAMPLES if sample[0].retryable}
     assert retryable == {Throttled, Unavailable, UpstreamTimeout, ProtocolViolation, Truncated, StreamError}
 
 
 @each_sample
 def test_the_sdks_do_not_retry_what_was_tried(error: GatewayError) -> None:
-    """``x-should-retry: false`` is on every error of a provider, and on what an operator has ended; on no other."""
+    """Provider errors and calls cancelled by an operator carry ``x-should-retry: false``; other errors do not."""
     headers = dict(error.to_response()[1])
     assert (headers.get(b"x-should-retry") == b"false") == (
         error.blame == "provider" or isinstance(error, CancelledByOperator)
@@ -181,12 +181,12 @@ def test_the_sdks_do_not_retry_what_was_tried(error: GatewayError) -> None:
 
 @each_sample
 def test_reprs_say_what_happened(error: GatewayError) -> None:
-    """A repr has the class, the status, the code and the message."""
+    """A repr shows the class, the status, the code and the message."""
     assert repr(error) == f"{type(error).__name__}({error.status} {error.code}: {error.message!r})"
 
 
 def test_headers_that_belong_to_an_error() -> None:
-    """401 names the scheme, 405 what is allowed, 429 and 503 when to come back: rounded up, not to be too early."""
+    """401 names the scheme, 405 the allowed methods, 429 and 503 when to retry: rounded up, so never too early."""
     assert Unauthenticated("no").headers == [(b"www-authenticate", b"Bearer")]
     assert MethodNotAllowed("GET", "/x", allowed=("POST", "OPTIONS")).headers == [(b"allow", b"POST, OPTIONS")]
     assert Overloaded("full", retry_after_s=1.2).headers == [(b"retry-after-ms", b"1200"), (b"retry-after", b"2")]
@@ -197,7 +197,7 @@ def test_headers_that_belong_to_an_error() -> None:
 
 
 def test_param_names_the_offending_input() -> None:
-    """``param`` is the path, or null."""
+    """``param`` is the path of the invalid input, or null."""
     assert (
         json.loads(BadRequest("no", param="messages[0].role").to_response()[2])["error"]["param"] == "messages[0].role"
     )
@@ -205,7 +205,7 @@ def test_param_names_the_offending_input() -> None:
 
 
 def test_unknown_model_helps() -> None:
-    """It names the model (shortened, if it is long), the reason and the closest ids."""
+    """The message names the model (shortened if it is long), the reason and the closest ids."""
     error = UnknownModel("x" * 5000, closest=("a/b", "c/d"), reason="Say which.")
     assert error.param == "model"
     assert "a/b, c/d" in error.message
@@ -214,82 +214,56 @@ def test_unknown_model_helps() -> None:
 
 
 def test_a_timeout_says_its_phase() -> None:
-    """The payload of a timeout has the phase in which it struck."""
+    """The payload of a timeout has the phase in which it expired."""
     assert UpstreamTimeout("slow", phase="first_token").payload["phase"] == "first_token"
 
 
-def test_a_provider_s_error_body_passes_through() -> None:
-    """A 4xx body in OpenAI's shape reaches the client byte for byte, its retry headers too."""
-    body = b'{ "error": {"message": "no such tool", "type": "t", "param": "tools", "code": "c", "more": [1.0]} }'
-    error = Rejected("mock", 422, body, headers=((b"retry-after", b"7"),))
-    status, headers, sent = error.to_response()
-    assert (status, sent) == (422, body)
-    assert dict(headers)[b"retry-after"] == b"7"
-    assert error.message == "no such tool"
-    assert json.loads(error.to_frame()[6:]) == json.loads(body)
-
-
-def test_a_pretty_printed_error_body_is_one_event() -> None:
-    """Line ends inside a provider's body do not break the frame apart."""
-    frame = Rejected("mock", 400, b'{\r\n  "error": {\n    "message": "no"\n  }\n}').to_frame()
-    assert frame == b'data: {"error":{"message":"no"}}\n\n'
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"<html>Not found</html>",
-        b'{"detail": "bad"}',
-        b"[1]",
-        b'{"error": ',
-        b'{"error": "\xff"}',
-        b'{"error": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    ],
-    ids=["empty", "html", "detail", "array", "cut", "not UTF-8", "deep"],
-)
-def test_other_error_bodies_become_ours(body: bytes) -> None:
-    """What is not an error object is not passed on: the status stays, the object is the gateway's."""
-    error = Rejected("mock", 404, body)
-    for document in (json.loads(error.to_response()[2]), json.loads(error.to_frame()[6:])):
-        assert document["error"]["code"] == "upstream_rejected"
-        assert document["error"]["message"] in ("The upstream mock answered 404.", "bad")
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (b'{"error": {"message": "no such model"}}', ": no such model"),
-        (b'{"error": "busy"}', ": busy"),
-        (b'{"message": "busy"}', ": busy"),
-        (b'{"detail": "bad"}', ": bad"),
-        (b'{"error": {"message": 5}, "detail": "bad"}', ": bad"),
-        (b'{"error": {"message": "' + b"x" * 5000 + b'"}}', ": " + "x" * 500),
-        (b"<html>", ""),
-        (b"[]", ""),
-        (b"[" * 100_000, ""),
-        (b"", ""),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_what_an_upstream_said(body: bytes, said: str) -> None:
-    """The sentence is found in each of the usual shapes, bounded, and is empty where there is none."""
-    assert upstream_message(body) == said
-
-
-def test_an_upstreams_half_surrogate_can_be_told() -> None:
-    """JSON can say half a surrogate pair, UTF-8 cannot: the client gets the error all the same, in either form."""
-    for said in ({"message": "cut \ud83d", "code": ["\ud83d"]}, "cut \ud83d"):
-        error = StreamError("mock", said)
+def test_a_lone_surrogate_in_an_upstream_s_error() -> None:
+    """JSON can express a lone surrogate, UTF-8 cannot: the client gets the error with a question mark in its place."""
+    for value in ({"message": "cut \ud83d", "code": ["\ud83d"]}, "cut \ud83d"):
+        error = StreamError("mock", value)
         error.redact(("secret",))
         assert error.message == "cut ?"
         assert b'"message":"cut ?"' in error.to_frame()
         assert b'"message":"cut ?"' in error.to_response()[2]
 
 
-def test_an_upstreams_error_of_any_depth_can_be_told() -> None:
-    """Where its value cannot be put into JSON again, the client is told that there was one."""
-    said: object = 1
+def test_an_upstream_s_error_of_any_depth() -> None:
+    """If the error's value cannot be encoded again, the client gets a message that there was an error event."""
+    value: object = 1
     for _ in range(100_000):
-        said = [said]
-    assert StreamError("mock", {"message": said}).message == "The upstream mock sent an error event."
+        value = [value]
+    assert StreamError("mock", {"message": value}).message == "The upstream mock sent an error event."
+
+
+@each_sample
+def test_a_copy_shares_no_traceback(error: GatewayError) -> None:
+    """A copy renders the same; raising one of the two leaves no traceback, cause or context on the other."""
+    error.attempts = ({"target": "a/m"},)
+    try:
+        raise error from ValueError("why")
+    except GatewayError:
+        copy = error.copy()
+    error.with_traceback(None)
+    assert type(copy) is type(error)
+    assert (copy.__traceback__, copy.__cause__, copy.__context__) == (None, None, None)
+    assert (str(copy), repr(copy), copy.to_response()) == (str(error), repr(error), error.to_response())
+    assert (copy.status, copy.retryable, copy.retry_after_s) == (error.status, error.retryable, error.retry_after_s)
+    with pytest.raises(type(error)):
+        raise copy
+    assert error.__traceback__ is None
+    copy.attempts = ()
+    assert error.attempts
+    error.attempts = ()
+
+
+def test_a_bad_request_with_another_status() -> None:
+    """A malformed request head may have a more specific status; the class's own one does not change."""
+    assert BadRequest("too long", status=414).to_response()[0] == 414
+    assert BadRequest("no").status == BadRequest.status == 400
+
+
+def test_the_message_of_any_exception() -> None:
+    """A group has the message of its first leaf; an exception without a message has the name of its class."""
+    assert message_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")]), KeyError("that")])) == "this"
+    assert message_of(KeyError()) == "KeyError"

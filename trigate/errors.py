@@ -1,38 +1,40 @@
-"""What can go wrong, split by who is to blame.
+"""The errors of the gateway, split by who is to blame.
 
 The tree::
 
     GatewayError
-    ├─ CallError            the client's call           BadRequest 400 (Ambiguous) · Unauthenticated 401
+    ├─ CallError            the client and its call     BadRequest 400 (Ambiguous) · Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
     │                                                   SessionBusy 409 · RunStopped 409
     │                                                   CancelledByOperator 409 · IdempotencyConflict 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · RateLimited 429
-    │                                                   HeadersTooLarge 431
+    │                                                   HeadersTooLarge 431 · ClientStalled 503 (TooSlow)
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · ProtocolViolation 502*
     │                                                   Truncated 502* · StreamError 502*
     └─ Fault                the gateway, or its state   Overloaded 503 · StoreUnavailable 503 · Draining 503
-                                                        ClientStalled 503 (TooSlow) · Internal 500
+                                                        Internal 500
 
-``*`` = retryable: another target may be tried, as long as nothing of an answer has been sent.
+``*`` = retryable: another target may be tried, as long as no part of an answer has been sent.
 
-Two renderers, and no third: `GatewayError.to_response` before COMMIT (the moment at which the status line is sent),
-`GatewayError.to_frame` after it. Constructing
-an error never logs; whoever ends the request logs once. ``code`` comes from a closed set (`CODES`), so that it can
-be a metric label and a thing that people search the documentation for.
+There are two renderers: `GatewayError.to_response` before COMMIT (the moment at which the status line is sent), and
+`GatewayError.to_frame` after it. Constructing an error never logs; the code that ends the request logs once. ``code``
+comes from a closed set (`CODES`): it is a metric label, and users search the documentation for it.
 
-Source: the error object and its types are those of the OpenAI API reference ("Error codes"); which status makes
-which exception in the SDKs is in openai-python ``_client.py::_make_status_error``.
+Errors are values. Code that keeps an error, or raises it in several tasks, raises a `GatewayError.copy` of it: a kept
+traceback keeps its frames and their buffers alive.
+
+Source: the error object and its types are those of the OpenAI API reference ("Error codes"). The mapping from statuses
+to exceptions of the SDKs is in openai-python ``_client.py::_make_status_error``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import msgspec
 
@@ -43,28 +45,37 @@ _REDACTED = "[redacted]"
 
 
 def _retry_after(seconds: float) -> list[Header]:
-    """When to come back, for the SDKs and for everybody else: rounded up, so that it is not too early."""
+    """The headers that say when to retry: one for the SDKs, one for other clients; rounded up, never too early."""
     return [(b"retry-after-ms", b"%d" % math.ceil(seconds * 1000)), (b"retry-after", b"%d" % math.ceil(seconds))]
 
 
 class GatewayError(Exception):
-    """Something that ends a call, in a form that the client can be told.
+    """An error that ends a call, in a form that can be sent to the client.
 
     Args:
-        message: What is wrong and, where there is one, what to do. Shown to the client: never holds a secret.
-        param: The path of the offending input (``messages[0].role``), if it was one.
+        message: What is wrong and, where possible, what to do about it. The client sees it, so it never holds a secret.
+        param: The path of the invalid input (``messages[0].role``), if there is one.
     """
 
     code: ClassVar[str]
     status: int
     openai_type: ClassVar[str]
     retryable: bool = False
-    """Another attempt may go better."""
+    """Another attempt may succeed."""
     retry_after_s: float | None = None
-    """In how many seconds; None = nobody has said."""
+    """Seconds after which to retry; None = unknown."""
     attempts: tuple[dict[str, object], ...] = ()
-    """What was tried, in order: it is told with the error."""
+    """The attempts that were made, in order; they are part of the rendered error."""
     blame: ClassVar[str]
+    """``client``, ``provider`` or ``gateway``."""
+    own_headers: ClassVar[tuple[Header, ...]] = ()
+    """Headers that every error of the class has, besides those that say when to retry."""
+
+    def __init_subclass__(cls, *, status: int | None = None, code: str | None = None) -> None:
+        if status is not None:
+            cls.status = status
+        if code is not None:
+            cls.code = code
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -74,6 +85,21 @@ class GatewayError(Exception):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.status} {self.code}: {self.message!r})"
 
+    def copy(self) -> Self:
+        """Returns an equal error without a traceback, a cause or a context, to be raised somewhere else.
+
+        Every task that reports the same error raises its own copy: tasks that raise one exception object extend the
+        same traceback, and write into the same `attempts`.
+
+        >>> error = UpstreamTimeout("It was slow.", phase="idle")
+        >>> copy = error.copy()
+        >>> copy is error, copy.payload == error.payload
+        (False, True)
+        """
+        copy = type(self).__new__(type(self), *self.args)  # `__init__` of a subclass takes other arguments
+        copy.__dict__.update(self.__dict__)
+        return copy
+
     @property
     def payload(self) -> dict[str, object]:
         """The value of the ``error`` key."""
@@ -81,18 +107,19 @@ class GatewayError(Exception):
 
     @property
     def headers(self) -> list[Header]:
-        """Headers that belong to this error, beyond ``content-type``."""
-        return []
+        """The headers that belong to this error, besides ``content-type``."""
+        again = _retry_after(self.retry_after_s) if self.retry_after_s is not None else []
+        return [*again, *self.own_headers]
 
     def redact(self, secrets: tuple[str, ...]) -> None:
-        """Takes the gateway's own credentials out of what a provider said: some quote the key that they refuse."""
+        """Removes the gateway's own credentials from the provider's text: some quote the key that they refuse."""
         for secret in secrets:
             self.message = self.message.replace(secret, _REDACTED).replace(secret.lower(), _REDACTED)
         self.args = (self.message,)
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
         """Renders the error as status, headers and JSON body (before COMMIT)."""
-        body = msgspec.json.encode({"error": self._told()})
+        body = msgspec.json.encode({"error": self._payload_with_attempts()})
         return self.status, [(b"content-type", b"application/json"), *self.headers], body
 
     def to_frame(self) -> bytes:
@@ -100,102 +127,98 @@ class GatewayError(Exception):
 
         The ``error`` key is inside ``data``: the SDKs raise `openai.APIError` on that, and ignore ``event:`` names.
         """
-        return b"data: " + msgspec.json.encode({"error": self._told()}) + b"\n\n"
+        return b"data: " + msgspec.json.encode({"error": self._payload_with_attempts()}) + b"\n\n"
 
-    def _told(self) -> dict[str, object]:
+    def _payload_with_attempts(self) -> dict[str, object]:
         return {**self.payload, "attempts": self.attempts} if self.attempts else self.payload
 
 
-# -- the client's call ------------------------------------------------------------------------------------------------
+def message_of(error: BaseException) -> str:
+    """The message of any exception; for a group, that of its first leaf; for an empty message, the name of the class.
+
+    >>> message_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")])])), message_of(KeyError())
+    ('this', 'KeyError')
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+# -- the client and its call ------------------------------------------------------------------------------------------
 
 
 class CallError(GatewayError):
-    """The call cannot be served as it is; the same call again fails again."""
+    """The call cannot be served as the client makes it; the same call made in the same way fails again."""
 
     blame = "client"
     openai_type = "invalid_request_error"
 
 
-class BadRequest(CallError):
-    """The body or a header is malformed."""
+class BadRequest(CallError, status=400, code="invalid_request"):
+    """The body, a header or the request head is malformed.
 
-    status = 400
-    code = "invalid_request"
+    Args:
+        status: Another 4xx or 5xx status, where HTTP has one for the fault (414 for a request line that is too long).
+    """
 
-
-class Ambiguous(BadRequest):
-    """The head says something twice, or in two ways; what follows on the connection cannot be trusted."""
-
-    code = "ambiguous_request"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [_CLOSE]
+    def __init__(self, message: str, *, param: str | None = None, status: int | None = None) -> None:
+        if status is not None:
+            self.status = status
+        super().__init__(message, param=param)
 
 
-class HeadersTooLarge(CallError):
-    """The request's header fields are too many, or too large."""
+class Ambiguous(BadRequest, code="ambiguous_request"):
+    """The request head has a field twice or in two ways, so the rest of the connection cannot be trusted."""
 
-    status = 431
-    code = "headers_too_large"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [_CLOSE]
+    own_headers = (_CLOSE,)
 
 
-class Unauthenticated(CallError):
-    """No gateway key, or one that is not known."""
+class HeadersTooLarge(CallError, status=431, code="headers_too_large"):
+    """The request has too many header fields, or they are too large."""
 
-    status = 401
-    code = "invalid_api_key"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [(b"www-authenticate", b"Bearer")]
+    own_headers = (_CLOSE,)
 
 
-class Unverified(CallError):
-    """A webhook request that is not from who holds its secret, or not from now."""
+class Unauthenticated(CallError, status=401, code="invalid_api_key"):
+    """The request has no gateway key, or an unknown one."""
 
-    status = 401
-    code = "invalid_signature"
+    own_headers = ((b"www-authenticate", b"Bearer"),)
 
 
-class Forbidden(CallError):
-    """Not from there: a non-loopback client without a key, a foreign Host or Origin."""
+class Unverified(CallError, status=401, code="invalid_signature"):
+    """A webhook request is not signed with a secret of its hook, or its timestamp is too far away."""
 
-    status = 403
-    code = "forbidden"
+
+class Forbidden(CallError, status=403, code="forbidden"):
+    """The request's origin is not allowed: a non-loopback client without a key, a foreign Host or Origin."""
+
     openai_type = "permission_error"
 
 
-class UnknownModel(CallError):
-    """No upstream is known to serve this model id."""
+class UnknownModel(CallError, status=404, code="model_not_found"):
+    """No upstream is known to serve the model id.
 
-    status = 404
-    code = "model_not_found"
+    Args:
+        model: The id that the client asked for.
+        closest: Similar ids that exist.
+        reason: A sentence that says why the id is not known, if there is more to say.
+    """
 
     def __init__(self, model: str, *, closest: tuple[str, ...] = (), reason: str = "") -> None:
         hint = f" Closest: {', '.join(closest)}." if closest else ""
         why = f" {reason}" if reason else ""
         super().__init__(
-            f"The model {model[:200]!r} does not exist here.{why}{hint} GET /v1/models lists what does.", param="model"
+            f"The model {model[:200]!r} does not exist here.{why}{hint} GET /v1/models lists all ids.",
+            param="model",
         )
 
 
-class NotFound(CallError):
-    """No such path."""
-
-    status = 404
-    code = "not_found"
+class NotFound(CallError, status=404, code="not_found"):
+    """The path does not exist."""
 
 
-class MethodNotAllowed(CallError):
+class MethodNotAllowed(CallError, status=405, code="method_not_allowed"):
     """The path exists, but not for this method."""
-
-    status = 405
-    code = "method_not_allowed"
 
     def __init__(self, method: str, path: str, *, allowed: tuple[str, ...]) -> None:
         super().__init__(f"{method} is not allowed on {path}; allowed: {', '.join(allowed)}.")
@@ -206,121 +229,108 @@ class MethodNotAllowed(CallError):
         return [(b"allow", ", ".join(self.allowed).encode())]
 
 
-class BodyTimeout(CallError):
+class BodyTimeout(CallError, status=408, code="body_timeout"):
     """The request body did not arrive in time."""
 
-    status = 408
-    code = "body_timeout"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [_CLOSE]
+    own_headers = (_CLOSE,)
 
 
-class SessionBusy(CallError):
+class SessionBusy(CallError, status=409, code="session_busy"):
     """Another turn of the session is in progress, and did not end in time."""
 
-    status = 409
-    code = "session_busy"
 
-
-class RunStopped(CallError):
+class RunStopped(CallError, status=409, code="stopped"):
     """The run was stopped by a later message of its session."""
 
-    status = 409
-    code = "stopped"
+
+class CancelledByOperator(CallError, status=409, code="stream_cancelled"):
+    """The call was cancelled through ``/status/streams``."""
+
+    own_headers = (_NO_RETRY,)
 
 
-class CancelledByOperator(CallError):
-    """Somebody has ended the call through ``/status/streams``."""
-
-    status = 409
-    code = "stream_cancelled"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [_NO_RETRY]
+class IdempotencyConflict(CallError, status=409, code="idempotency_conflict"):
+    """The idempotency key was already used for a message with another body."""
 
 
-class IdempotencyConflict(CallError):
-    """An idempotency key stands for a message with another body."""
+class TooLarge(CallError, status=413, code="body_too_large"):
+    """The request body is larger than ``limits.body_bytes``, or than the limit of its hook."""
 
-    status = 409
-    code = "idempotency_conflict"
-
-
-class TooLarge(CallError):
-    """The request body is larger than ``limits.body_bytes``, or than its hook takes."""
-
-    status = 413
-    code = "body_too_large"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [_CLOSE]
+    own_headers = (_CLOSE,)
 
 
-class UnsupportedMediaType(CallError):
+class UnsupportedMediaType(CallError, status=415, code="unsupported_media_type"):
     """The body is not declared as JSON."""
 
-    status = 415
-    code = "unsupported_media_type"
 
-
-class RateLimited(CallError):
-    """The client asks more often than its limit allows.
+class RateLimited(CallError, status=429, code="rate_limited"):
+    """The client exceeds its rate limit.
 
     Args:
-        retry_after_s: Seconds after which it may ask again.
+        retry_after_s: Seconds after which the next request is allowed.
     """
 
-    status = 429
-    code = "rate_limited"
     openai_type = "rate_limit_error"
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
 
-    @property
-    def headers(self) -> list[Header]:
-        return _retry_after(self.retry_after_s or 0.0)
+
+class ClientStalled(CallError, status=503, code="client_stalled"):
+    """The client stopped reading, so its upstream stream was ended. The client is unlikely to see this error."""
+
+    openai_type = "server_error"
+
+
+class TooSlow(ClientStalled, code="client_too_slow"):
+    """The client fell too far behind the other clients of its shared call."""
 
 
 # -- the provider -----------------------------------------------------------------------------------------------------
 
 
 class UpstreamError(GatewayError):
-    """The provider failed, or answered something that cannot be passed on as a success."""
+    """The provider failed, or its answer cannot be passed on as a success."""
 
     blame = "provider"
     openai_type = "upstream_error"
     retryable = True
-
-    @property
-    def headers(self) -> list[Header]:
-        # The SDKs retry 408/409/429/5xx twice by themselves. This gateway has already tried what there is to try, and
-        # multiplied retries are how an outage becomes a storm (`_should_retry` in both SDKs reads this header).
-        return [_NO_RETRY]
+    # The SDKs retry 408/409/429/5xx twice by themselves (`_should_retry` in both SDKs reads this header). The gateway
+    # has already made every possible attempt, and multiplied retries turn an outage into a storm.
+    own_headers = (_NO_RETRY,)
 
 
-class Rejected(UpstreamError):
-    """The provider answered 4xx: its status and, where it is JSON, its body are the client's.
+class Rejected(UpstreamError, code="upstream_rejected"):
+    """The provider answered 4xx: its status and, if it is an error object, its body are passed on to the client.
 
     Args:
-        body: The provider's body.
+        message: What the provider says, or that it answered with this status.
+        status: The provider's status.
+        body: The provider's body, if it is a JSON object with an ``error`` key; None = the body is rendered from
+            ``message``. `trigate.upstream.error_body` decides which.
+        headers: The provider's headers that are passed on.
+        retry_after_s: Seconds after which the provider allows a retry; None = unknown.
     """
 
-    code = "upstream_rejected"
     openai_type = "invalid_request_error"
     retryable = False
 
-    def __init__(self, upstream: str, status: int, body: bytes, *, headers: tuple[Header, ...] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        body: bytes | None = None,
+        headers: tuple[Header, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
         self.status = status
         self.retryable = status in (408, 409, 429)
-        self.body = body if _is_error_object(body) else None
+        self.retry_after_s = retry_after_s
+        self.body = body
         self._headers = headers
-        super().__init__(_message_of(body) or f"The upstream {upstream} answered {status}.")
+        super().__init__(message)
 
     def redact(self, secrets: tuple[str, ...]) -> None:
         super().redact(secrets)
@@ -330,7 +340,7 @@ class Rejected(UpstreamError):
 
     @property
     def headers(self) -> list[Header]:
-        return [*self._headers, *super().headers]
+        return [*self._headers, *self.own_headers]  # `retry-after` is among the provider's
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
         status, headers, body = super().to_response()
@@ -342,28 +352,30 @@ class Rejected(UpstreamError):
         return b"data: " + msgspec.json.encode(msgspec.json.decode(self.body)) + b"\n\n"
 
 
-class Throttled(Rejected):
-    """The provider answered 429; its ``retry-after`` goes along."""
+class Throttled(Rejected, code="upstream_throttled"):
+    """The provider answered 429; its ``retry-after`` is passed on."""
 
-    code = "upstream_throttled"
     openai_type = "rate_limit_error"
     retryable = True
 
-    def again(self, retry_after_s: float) -> Throttled:
-        """The same, for a call that came while the provider does not want to be asked."""
-        error = Throttled("", self.status, self.body or b"", headers=tuple(_retry_after(retry_after_s)))
-        error.message, error.retry_after_s = self.message, retry_after_s
-        return error
+    def with_retry_after(self, retry_after_s: float) -> Throttled:
+        """The same error, for a later call that was not sent because the provider is still throttling."""
+        return Throttled(
+            self.message,
+            status=self.status,
+            body=self.body,
+            headers=tuple(_retry_after(retry_after_s)),
+            retry_after_s=retry_after_s,
+        )
 
 
-class Unavailable(UpstreamError):
-    """The provider cannot be reached (502), or says that it is down (5xx: 502, or 503 where it said 503/529).
+class Unavailable(UpstreamError, code="upstream_unavailable"):
+    """The provider cannot be reached (502), or reports that it is down (5xx: 502, or 503 after a 503 or 529).
 
     Args:
-        reachable: It can be reached; only this call failed.
+        reachable: The provider can be reached; only this call failed.
+        retry_after_s: Seconds after which the provider allows a retry; None = unknown.
     """
-
-    code = "upstream_unavailable"
 
     def __init__(
         self, message: str, *, status: int = 502, reachable: bool = False, retry_after_s: float | None = None
@@ -373,21 +385,14 @@ class Unavailable(UpstreamError):
         self.retry_after_s = retry_after_s
         super().__init__(message)
 
-    @property
-    def headers(self) -> list[Header]:
-        told = _retry_after(self.retry_after_s) if self.retry_after_s is not None else []
-        return [*told, *super().headers]
 
-
-class UpstreamTimeout(UpstreamError):
+class UpstreamTimeout(UpstreamError, status=504, code="upstream_timeout"):
     """A deadline passed while the gateway waited for the provider.
 
     Args:
-        phase: What was waited for: ``queue``, ``connect``, ``response_head``, ``first_token``, ``idle`` or ``total``.
+        phase: What the gateway waited for: ``queue``, ``connect``, ``response_head``, ``first_token``, ``idle`` or
+            ``total``.
     """
-
-    status = 504
-    code = "upstream_timeout"
 
     def __init__(self, message: str, *, phase: str) -> None:
         self.phase = phase
@@ -398,25 +403,19 @@ class UpstreamTimeout(UpstreamError):
         return {**super().payload, "phase": self.phase}
 
 
-class ProtocolViolation(UpstreamError):
-    """The provider's answer is not what its protocol says it must be."""
-
-    status = 502
-    code = "upstream_garbled"
+class ProtocolViolation(UpstreamError, status=502, code="upstream_garbled"):
+    """The provider's answer violates its protocol."""
 
 
-class StreamError(UpstreamError):
-    """The provider sent an error as an event of its stream; the client gets it as it came.
+class StreamError(UpstreamError, status=502, code="upstream_error"):
+    """The provider sent an error as an event of its stream; the client gets the provider's fields.
 
     Args:
         error: The value of the event's ``error`` key.
     """
 
-    status = 502
-    code = "upstream_error"
-
     def __init__(self, upstream: str, error: object) -> None:
-        error = _sendable(error)
+        error = _encodable(error)
         message = error.get("message") if isinstance(error, dict) else error
         super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
         self._error: dict[str, object] = error if isinstance(error, dict) else {}
@@ -433,19 +432,17 @@ class StreamError(UpstreamError):
         return {**super().payload, **self._error}
 
 
-def _sendable(value: object) -> object:
-    """The value with a question mark for each half surrogate pair, which JSON can say and UTF-8 cannot."""
+def _encodable(value: object) -> object:
+    """The value with a question mark for each lone surrogate, which JSON can express and UTF-8 cannot; None for a value
+    that cannot be encoded again."""
     try:
         return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-    except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
         return None
 
 
-class Truncated(UpstreamError):
+class Truncated(UpstreamError, status=502, code="upstream_truncated"):
     """The provider's answer ended before it was complete."""
-
-    status = 502
-    code = "upstream_truncated"
 
 
 # -- the gateway ------------------------------------------------------------------------------------------------------
@@ -458,71 +455,40 @@ class Fault(GatewayError):
     openai_type = "server_error"
 
 
-class Overloaded(Fault):
-    """An admission limit is reached. Retrying later is right, so it says when.
+class Overloaded(Fault, status=503, code="overloaded"):
+    """An admission limit is reached; a later retry may succeed.
 
     Args:
         retry_after_s: Seconds after which a retry makes sense.
     """
 
-    status = 503
-    code = "overloaded"
     openai_type = "overloaded_error"
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
 
-    @property
-    def headers(self) -> list[Header]:
-        return _retry_after(self.retry_after_s or 0.0)
 
-
-class StoreUnavailable(Fault):
-    """What has to be remembered cannot be: the disk is full, or the database cannot be read. Nothing was promised.
+class StoreUnavailable(Fault, status=503, code="store_unavailable"):
+    """Data that must be stored cannot be stored: the disk is full, or the database cannot be read. None of it has been
+    acknowledged.
 
     Args:
-        message: With the reason, as the database says it.
+        message: With the reason that the database gives.
     """
 
-    status = 503
-    code = "store_unavailable"
-
-    @property
-    def headers(self) -> list[Header]:
-        return _retry_after(1.0)
+    retry_after_s = 1.0
 
 
-class Draining(Fault):
+class Draining(Fault, status=503, code="draining"):
     """The gateway is shutting down; another instance will serve the same call."""
 
-    status = 503
-    code = "draining"
-
-    @property
-    def headers(self) -> list[Header]:
-        return [*_retry_after(1.0), _CLOSE]
+    retry_after_s = 1.0
+    own_headers = (_CLOSE,)
 
 
-class ClientStalled(Fault):
-    """The client stopped reading, and its upstream stream was ended (nobody is likely to see this frame)."""
-
-    status = 503
-    code = "client_stalled"
-    blame = "client"
-
-
-class TooSlow(ClientStalled):
-    """The client has fallen too far behind those with whom it shares an upstream call."""
-
-    code = "client_too_slow"
-
-
-class Internal(Fault):
+class Internal(Fault, status=500, code="internal_error"):
     """A defect of the gateway; the log has the traceback under the request id."""
-
-    status = 500
-    code = "internal_error"
 
 
 def _all_codes(cls: type[GatewayError]) -> set[str]:
@@ -531,59 +497,4 @@ def _all_codes(cls: type[GatewayError]) -> set[str]:
 
 
 CODES: frozenset[str] = frozenset(_all_codes(GatewayError))
-"""Every ``code`` that this gateway puts in an error of its own."""
-
-
-class _ErrorObject(msgspec.Struct):
-    error: msgspec.Raw
-
-
-_error_object = msgspec.json.Decoder(_ErrorObject)
-
-
-def _is_error_object(body: bytes) -> bool:
-    try:
-        _error_object.decode(body)
-        msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _message_of(body: bytes) -> str | None:
-    """Finds the sentence in a provider's error body, whichever of the usual shapes it has.
-
-    >>> _message_of(b'{"error": {"message": "no such model"}}')
-    'no such model'
-    >>> _message_of(b'{"error": "busy"}'), _message_of(b'{"detail": "bad"}'), _message_of(b'<html>')
-    ('busy', 'bad', None)
-    """
-    try:
-        value = msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        return None
-    for key in ("error", "message", "detail"):
-        if isinstance(value, dict) and key in value:
-            inner = value[key]
-            if isinstance(inner, str):
-                return inner
-            if key == "error" and isinstance(inner, dict) and isinstance(inner.get("message"), str):
-                return str(inner["message"])
-    return None
-
-
-def words_of(error: BaseException) -> str:
-    """What an exception says; of a group, its first one.
-
-    >>> words_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")])])), words_of(KeyError())
-    ('this', 'KeyError')
-    """
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error) or type(error).__name__
-
-
-def upstream_message(body: bytes) -> str:
-    """What a provider's error body says, shortened for a message of ours; ``""`` if nothing can be read from it."""
-    found = _message_of(body)
-    return f": {found[:500]}" if found else ""
+"""Every ``code`` that the gateway puts into an error of its own."""

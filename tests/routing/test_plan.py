@@ -80,11 +80,11 @@ def test_the_same_target_again() -> None:
     ("error", "attempts"),
     [
         (DOWN, 3),
-        (Throttled("a", 429, b""), 3),
-        (Rejected("a", 408, b""), 3),
-        (Rejected("a", 409, b""), 3),
-        (Rejected("a", 400, b""), 1),
-        (Rejected("a", 401, b""), 1),
+        (Throttled("no", status=429), 3),
+        (Rejected("no", status=408), 3),
+        (Rejected("no", status=409), 3),
+        (Rejected("no", status=400), 1),
+        (Rejected("no", status=401), 1),
         (BadRequest("no"), 1),
         (UpstreamTimeout("slow", phase="first_token"), 1),
         (ProtocolViolation("nonsense"), 1),
@@ -351,7 +351,7 @@ def test_made_up_models_do_not_stay() -> None:
 @given(
     st.integers(1, 3),
     st.integers(1, 6),
-    st.lists(st.sampled_from([DOWN, Throttled("a", 429, b""), UpstreamTimeout("x", phase="idle")]), max_size=12),
+    st.lists(st.sampled_from([DOWN, Throttled("no", status=429), UpstreamTimeout("x", phase="idle")]), max_size=12),
     st.sampled_from(["failover", "balance", "hedge"]),
     st.randoms(use_true_random=False),
 )

@@ -42,7 +42,7 @@ class GatewayLifespan:
                 app.nursery = await stack.enter_async_context(trio.open_nursery())
                 await app.startup()
             except Exception as error:
-                message = errors.words_of(error)
+                message = errors.message_of(error)
                 log.error("startup_failed", error=message)
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return

@@ -23,7 +23,7 @@ import attrs
 import httpx2
 
 from trigate.config.sections import ChannelConfig
-from trigate.errors import Header, words_of
+from trigate.errors import Header, message_of
 from trigate.runs.outbox import Carrier
 from trigate.runs.request import LiveView
 
@@ -124,7 +124,7 @@ class Channel:
 
     def words_of(self, error: BaseException) -> str:
         """What is wrong, in words, without the channel's secrets."""
-        return self.redacted(words_of(error))
+        return self.redacted(message_of(error))
 
     def redacted(self, text: str) -> str:
         """A text without the channel's secrets."""

@@ -23,7 +23,7 @@ import trio
 
 from trigate.channels.adapter import Adapter, Channel, ChannelState, Refused, Trouble
 from trigate.config.sections import ChannelConfig, ConfigError, UpstreamConfig, Url
-from trigate.errors import GatewayError, words_of
+from trigate.errors import GatewayError, message_of
 from trigate.upstream.transport import SocketTransport
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class Channels:
             channel = Channel(name, config, self._gateway, transport, base_url=base_url)
             adapter = kind(channel)
         except (ConfigError, ValueError) as error:  # certificates that cannot be read, for one
-            log.error("channel_unusable", channel=name, error=words_of(error))
-            self._still[name] = _still(name, config.type, "disconnected", words_of(error))
+            log.error("channel_unusable", channel=name, error=message_of(error))
+            self._still[name] = _still(name, config.type, "disconnected", message_of(error))
             return
         each = _Supervised(config, channel, adapter)
         self._running[name] = each

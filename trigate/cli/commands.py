@@ -208,7 +208,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     import trio
 
     from trigate.asgi.application import calm_collector, create_app
-    from trigate.errors import words_of
+    from trigate.errors import message_of
     from trigate.gateway.gateway import open_gateway
     from trigate.server.server import StartupFailed, run
 
@@ -219,7 +219,7 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     try:
         finished = trio.run(partial(run, app, settings, sockets, parent_fd, **more))
     except* StartupFailed as failed:
-        _fail(words_of(failed))
+        _fail(message_of(failed))
     sys.exit(0 if finished else 1)
 
 
@@ -228,7 +228,7 @@ def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
 
     import trio
 
-    from trigate.errors import words_of
+    from trigate.errors import message_of
     from trigate.server.supervisor import WorkersFailed, supervise
 
     listening = _listen(settings)
@@ -244,7 +244,7 @@ def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
     try:
         finished = trio.run(run)
     except* WorkersFailed as failed:
-        _fail(words_of(failed))
+        _fail(message_of(failed))
     sys.exit(0 if finished else 1)
 
 

@@ -24,7 +24,7 @@ from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import Timers, open_timers
 from trigate.config import load as structure_load
 from trigate.config.sections import Config, ConfigError
-from trigate.errors import words_of
+from trigate.errors import message_of
 from trigate.exchange.admission import Admission
 from trigate.exchange.exchange import ExchangeServices
 from trigate.exchange.live import LiveExchanges, Totals
@@ -160,7 +160,7 @@ class Gateway:
                     log.error("reload_refused", source=error.source, problems=list(error.problems))
                     continue
                 except Exception as error:  # whatever is wrong with the new one, the old one goes on
-                    words = f"cannot be put to use: {words_of(error)}"
+                    words = f"cannot be put to use: {message_of(error)}"
                     self.reload_error = f"{old.config.source}: {words}"
                     log.exception("reload_refused", source=old.config.source, problems=[words])
                     continue

@@ -227,7 +227,7 @@ class Plan:
         first = min(states, key=lambda state: state.breaker.opens_in_s(now))
         after_s = max(0.001, first.breaker.opens_in_s(now))
         if isinstance(first.last_error, Throttled):
-            return first.last_error.again(after_s)
+            return first.last_error.with_retry_after(after_s)
         names = ", ".join(dict.fromkeys(str(target) for target in self._targets))
         last = f" The last error: {first.last_error.message}" if first.last_error is not None else ""
         return Unavailable(
