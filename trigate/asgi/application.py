@@ -20,7 +20,7 @@ from trigate import errors
 from trigate.asgi.dispatch import GatewayConnection, NoWebsocket
 from trigate.asgi.routes import health, hooks, models, sessions, status
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.status.snapshot import startup_lines
+from trigate.status.startup import startup_lines
 
 if TYPE_CHECKING:
     from trigate.config.sections import Config
@@ -49,7 +49,7 @@ class GatewayLifespan:
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
             self._scope["state"]["drain"] = app.gateway.drain
-            for line in startup_lines(app.gateway):
+            for line in startup_lines(app.gateway.generation, store_path=app.gateway.store.statistics().path):
                 log.info(line)
             await send({"type": "lifespan.startup.complete"})
             await receive()

@@ -15,6 +15,7 @@ from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import attrs
 import structlog
 import trio
 
@@ -30,6 +31,27 @@ log = structlog.get_logger("trigate.exchange.admission")
 
 _LOOK_S = 0.25
 _LOOKS = 4
+
+
+@attrs.frozen(kw_only=True)
+class AdmissionStatistics:
+    """Admission at one moment.
+
+    Attributes:
+        in_flight: Number of exchanges that hold a slot.
+        limit: Number of slots.
+        queued: Number of calls that wait for a slot.
+        refused: Number of calls refused since the start.
+        is_late: Whether new calls are refused because the event loop is late.
+        lag_s: How late the event loop is, in seconds.
+    """
+
+    in_flight: int
+    limit: int
+    queued: int
+    refused: int
+    is_late: bool
+    lag_s: float
 
 
 class Admission:
@@ -64,17 +86,17 @@ class Admission:
         """How late the event loop has been all the time, lately."""
         return min(self._lags) if len(self._lags) == _LOOKS else 0.0
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> AdmissionStatistics:
         """What ``/status`` shows of it."""
         places = self.places
-        return {
-            "in_flight": places.taken,
-            "limit": places.limit,
-            "queued": places.queued,
-            "refused": self.refused,
-            "late": int(self.is_late),
-            "lag_s": round(self.lag_s, 3),
-        }
+        return AdmissionStatistics(
+            in_flight=places.taken,
+            limit=places.limit,
+            queued=places.queued,
+            refused=self.refused,
+            is_late=self.is_late,
+            lag_s=round(self.lag_s, 3),
+        )
 
     def place(self, exchange: Exchange) -> _Place:
         """A place for an exchange, for as long as a block lasts: ``async with admission.place(exchange):``.

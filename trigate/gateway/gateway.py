@@ -8,7 +8,6 @@ last exchange has ended. A configuration that cannot be used changes nothing.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import random
 import resource
@@ -37,12 +36,12 @@ from trigate.routing.plan import Targets
 from trigate.runs.outbox import Outbox, open_outbox
 from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
-from trigate.status import snapshot
-from trigate.status.inflight import Streams
+from trigate.status.inflight import InflightRequests
+from trigate.status.reporter import StatusReporter
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.upstream.factory import TransportFactory, _trust, http_transport
-from trigate.upstream.generation import Generation, open_generation
+from trigate.upstream.generation import Generation, Generations, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
@@ -92,7 +91,9 @@ class Gateway:
         self.store = store
         self.workers: Workers
         self.sessions: Sessions
-        self.streams: Streams
+        self.inflight: InflightRequests
+        self.status: StatusReporter
+        self.generations: Generations
         self.flights: Flights
         self.runs: Runs
         self.callbacks: Callbacks
@@ -125,9 +126,9 @@ class Gateway:
         return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
 
     @property
-    def uptime_s(self) -> float:
-        """Seconds since the start."""
-        return trio.current_time() - self.started_at
+    def error(self) -> str | None:
+        """See `trigate.status.reporter.ReloadState`."""
+        return self.reload_error
 
     def admit(self, exchange: Exchange) -> None:
         """Takes an exchange among those that are live; `settle` takes it out again.
@@ -191,6 +192,7 @@ class Gateway:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
             self.generation = await nursery.start(self._run_generation, first, transports)
+            self.generations = Generations(self.generation)
             self._apply(first)
             self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
@@ -213,7 +215,7 @@ class Gateway:
                     log.exception("reload_refused", source=old.config.source, problems=[words])
                     continue
                 self.reload_error = None
-                old.retire()
+                self.generations.replace(self.generation)
                 self._apply(config)
                 self.callbacks.apply(config.hooks or {}, self.outbox)
                 if self.channels is not None:
@@ -287,9 +289,9 @@ async def open_gateway(
         opening.open_store(opening.location(first.store, environ)) as store,
     ):
         gateway = Gateway(load, timers, cancel_queue, Relay(poller) if poller is not None else None, store)
-        async with open_workers(store, functools.partial(snapshot.snapshot, gateway)) as gateway.workers:
+        async with open_workers(store, lambda: gateway.status.snapshot()) as gateway.workers:
             gateway.sessions = Sessions(store, gateway.workers)
-            gateway.streams = Streams(gateway)
+            gateway.inflight = InflightRequests(workers=gateway.workers, live=gateway.live)
             async with (
                 open_ledger(store) as gateway.ledger,
                 open_callbacks(trust=_trust) as gateway.callbacks,
@@ -315,6 +317,20 @@ async def _running(
                     open_runs(gateway) as gateway.runs,
                     open_channels(gateway, http_transport) as gateway.channels,
                 ):
+                    gateway.status = StatusReporter(
+                        live=gateway.live,
+                        totals=gateway.totals,
+                        generations=gateway.generations,
+                        admission=gateway.admission,
+                        targets=gateway.targets,
+                        ledger=gateway.ledger,
+                        workers=gateway.workers,
+                        store=gateway.store,
+                        channels=gateway.channels,
+                        started_at=gateway.started_at,
+                        reload=gateway,
+                        is_handing_over=gateway.aside.is_set,
+                    )
                     if path is not None:
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)
