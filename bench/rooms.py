@@ -1,7 +1,7 @@
 """Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
 
 What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, what a request costs in `trigate.openai` and
-`trigate.routing`, and what a worker's heartbeat costs in `trigate.status.snapshot`; without sockets and without Trio.
+`trigate.routing`, and what a worker's heartbeat costs in `trigate.status.reporter`; without sockets and without Trio.
 pytest-benchmark calls each many times and reports the minimum, the median and the spread.
 """
 
@@ -24,7 +24,6 @@ from trigate.openai.request import decode_call
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import StreamReader
 from trigate.routing.routes import Known, Target, plan
-from trigate.status import snapshot
 from trigate.store import opening
 
 EVENTS = 100
@@ -150,7 +149,7 @@ def test_beat(benchmark: Benchmark, live: int) -> None:
                 )
                 exchange.target = Target("mock", MODEL)
                 gateway.live[exchange] = None
-            benchmark(snapshot.snapshot, gateway)
+            benchmark(gateway.status.snapshot)
             gateway.live.clear()
 
     trio.run(measure)

@@ -1,4 +1,4 @@
-"""The command line: what each command prints, and with which code it exits."""
+"""The command line: the output and the exit code of each command."""
 
 from __future__ import annotations
 
@@ -48,10 +48,9 @@ PARROT = '[upstreams.parrot]\nkind = "echo"\n'
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in this process: in an empty directory, without this person's keys and settings."""
+    """Runs a command in this process: in an empty directory, without the user's keys and settings."""
     monkeypatch.chdir(tmp_path)
-    # None = unset, and restored after: --config sets a variable for the workers
-    clean = dict.fromkeys([*(set(os.environ) - set(environment())), "TRIGATE_CONFIG"])
+    clean = dict.fromkeys(set(os.environ) - set(environment()))  # None = unset
 
     def run(*args: str, stdin: str | None = None, **env: str) -> click.testing.Result:
         runner = click.testing.CliRunner(env={**clean, **env})
@@ -67,7 +66,7 @@ def _file(directory: Path, text: str) -> str:
 
 
 def _assert_failed(result: click.testing.Result, *messages: str) -> None:
-    # An exception other than SystemExit is a traceback for the person who typed the command.
+    # The user would see a traceback of any exception other than SystemExit.
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1, result.output
     for message in messages:
@@ -78,7 +77,7 @@ def _assert_failed(result: click.testing.Result, *messages: str) -> None:
 
 
 def test_help(run: Run) -> None:
-    """Every command is named, with a word about it."""
+    """The help lists every command, and each command has a help of its own."""
     result = run("--help")
     assert result.exit_code == 0
     for command in ("serve", "check", "models", "status", "chat"):
@@ -89,7 +88,7 @@ def test_help(run: Run) -> None:
 
 
 def test_version(run: Run) -> None:
-    """Its name and the package's version."""
+    """The output has the name and the version of the package."""
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"trigate, version {trigate.__version__}\n")
 
@@ -109,7 +108,7 @@ def test_version(run: Run) -> None:
     ],
 )
 def test_a_wrong_command_line(run: Run, args: tuple[str, ...]) -> None:
-    """Exit code 2, and how it is used."""
+    """The exit code is 2, and standard error has the usage."""
     result = run(*args)
     assert result.exit_code == 2
     assert "Usage: trigate" in result.stderr
@@ -119,7 +118,7 @@ def test_a_wrong_command_line(run: Run, args: tuple[str, ...]) -> None:
 
 
 def test_check_prints_what_the_file_makes(run: Run, tmp_path: Path) -> None:
-    """Where the store is, upstreams, models, routes; why one is off; no secret."""
+    """The output has the store, upstreams, models and routes, and why one is disabled, and no secret."""
     path = _file(tmp_path, GOOD)
     result = run("check", "--config", path)
     assert result.exit_code == 0, result.output
@@ -145,7 +144,7 @@ def test_check_prints_what_the_file_makes(run: Run, tmp_path: Path) -> None:
 
 
 def test_check_names_hooks_and_channels(run: Run, tmp_path: Path) -> None:
-    """With how they are verified, and why one is off."""
+    """Hooks have their verification; disabled ones have the reason."""
     more = '[hooks.ci]\n[hooks.old]\nenabled = false\n[channels.bot]\ntype = "telegram"\ntoken = {env = "NOT_SET"}\n'
     result = run("check", "--config", _file(tmp_path, PARROT + more))
     assert result.exit_code == 0, result.output
@@ -157,7 +156,7 @@ def test_check_names_hooks_and_channels(run: Run, tmp_path: Path) -> None:
 
 
 def test_check_finds_the_file(run: Run, tmp_path: Path) -> None:
-    """``--config`` goes before ``$TRIGATE_CONFIG``, and that before ``./trigate.toml``."""
+    """``--config`` overrides ``$TRIGATE_CONFIG``, and that overrides ``./trigate.toml``."""
     (tmp_path / "trigate.toml").write_text(PARROT)
     (tmp_path / "other.toml").write_text(PARROT)
     assert run("check").stdout.startswith("trigate.toml: ok\n")
@@ -166,8 +165,18 @@ def test_check_finds_the_file(run: Run, tmp_path: Path) -> None:
     assert run("check", "--config", given, TRIGATE_CONFIG="other.toml").stdout.startswith(f"{given}: ok\n")
 
 
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_config_leaves_the_environment_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """``--config`` is passed to the gateway, and not set as a variable of the process."""
+    monkeypatch.delenv("TRIGATE_CONFIG", raising=False)
+    run(command, "--config", _file(tmp_path, f'{PARROT}[server]\nport = 0\nhost = "192.0.2.1"\n'))
+    assert "TRIGATE_CONFIG" not in os.environ
+
+
 def test_check_names_every_problem(run: Run, tmp_path: Path) -> None:
-    """A line each on standard error, with file and path; nothing on standard output."""
+    """Standard error has one line for each problem, with file and path; standard output has nothing."""
     path = _file(tmp_path, '[server]\nport = "x"\nspeed = 1\n[upstreams.a]\n[models.m]\ntargets = ["nobody/x"]\n')
     result = run("check", "--config", path)
     _assert_failed(result, "server.port: ", "upstreams.a.base_url: ", "models.m.targets.0: ", "unknown key speed")
@@ -179,7 +188,7 @@ def test_check_names_every_problem(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["check", "serve"])
 def test_a_file_that_is_not_there(run: Run, tmp_path: Path, command: str) -> None:
-    """It is named, and the gateway does not start with something else instead."""
+    """The error names the missing file; no other configuration is used instead."""
     result = run(command, "--config", str(tmp_path / "missing.toml"))
     _assert_failed(result, "missing.toml: cannot be read: No such file or directory")
     assert len(result.stderr.splitlines()) == 1
@@ -187,7 +196,7 @@ def test_a_file_that_is_not_there(run: Run, tmp_path: Path, command: str) -> Non
 
 @pytest.mark.slow  # local model servers get 0.3 s to answer
 def test_check_without_a_file(run: Run) -> None:
-    """What can be found: a provider by its key, which is not printed, and always the echo."""
+    """Discovery finds a provider by its key, which is not printed, and always the echo."""
     result = run("check", OPENAI_API_KEY="sk-not-to-be-printed")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("discovery: ok\n")
@@ -196,12 +205,12 @@ def test_check_without_a_file(run: Run) -> None:
     assert "sk-not" not in result.output
 
 
-# -- who may be served ------------------------------------------------------------------------------------------------
+# -- listening without a key ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_an_open_door_is_refused(run: Run, tmp_path: Path, host: str) -> None:
-    """By `check` as by `serve`: with what would help, and before anything listens."""
+def test_an_open_gateway_is_refused(run: Run, tmp_path: Path, host: str) -> None:
+    """`check` and `serve` refuse it before anything listens, and say what would help."""
     path = _file(tmp_path, f'{PARROT}[server]\nport = 0\nhost = "{host}"\n')
     for command in ("check", "serve"):
         result = run(command, "--config", path)
@@ -218,15 +227,15 @@ def test_an_open_door_is_refused(run: Run, tmp_path: Path, host: str) -> None:
     ],
     ids=["environment", "file", "insecure"],
 )
-def test_a_door_with_a_key(run: Run, tmp_path: Path, more: str, env: dict[str, str]) -> None:
-    """A key, from wherever, or ``insecure`` opens it; keys are listed by their names."""
+def test_an_address_with_a_key(run: Run, tmp_path: Path, more: str, env: dict[str, str]) -> None:
+    """A key from the environment or the file, or ``insecure``, permits the address; keys are listed by name."""
     result = run("check", "--config", _file(tmp_path, f'{PARROT}[server]\nhost = "0.0.0.0"\n{more}'), **env)
     assert result.exit_code == 0, result.output
     assert KEY not in result.output
 
 
 def test_insecure_on_the_command_line(run: Run, tmp_path: Path) -> None:
-    """It gets past the refusal; what fails here is the address, which no machine has."""
+    """``--insecure`` permits the address; the command then fails because no machine has it."""
     result = run("serve", "--config", _file(tmp_path, PARROT), "--host", "192.0.2.1", "--port", "0", "--insecure")
     _assert_failed(result, "192.0.2.1:0 cannot be listened on")
 
@@ -235,16 +244,16 @@ def test_insecure_on_the_command_line(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--certfile", "--keyfile"])
-def test_half_a_certificate(run: Run, tmp_path: Path, option: str) -> None:
-    """Chain and key go together: one of them is a wrong command line."""
+def test_a_certificate_without_its_key(run: Run, tmp_path: Path, option: str) -> None:
+    """A chain without a key, or a key without a chain, is an invalid command line."""
     result = run("serve", option, _file(tmp_path, PARROT))
     assert result.exit_code == 2
-    assert "--certfile and --keyfile go together." in result.stderr
+    assert "--certfile and --keyfile must be given together." in result.stderr
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_port_that_is_taken(run: Run, tmp_path: Path, workers: str) -> None:
-    """The address is named, and what to do."""
+def test_a_port_in_use(run: Run, tmp_path: Path, workers: str) -> None:
+    """The error names the address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = run("serve", "--config", _file(tmp_path, PARROT), "--port", port, "--workers", workers)
@@ -254,8 +263,8 @@ def test_a_port_that_is_taken(run: Run, tmp_path: Path, workers: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [("check",), ("serve",), ("serve", "--workers", "2")], ids=" ".join)
-def test_a_certificate_that_is_none(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
-    """It is tried before anything is started, once, and named."""
+def test_a_certificate_that_cannot_be_used(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """It is loaded once, before anything starts, and the error names it."""
     files = f'[server]\ncertfile = "{tmp_path}/no.pem"\nkeyfile = "{tmp_path}/no.pem"\nport = 0\n'
     result = run(*command, "--config", _file(tmp_path, files + PARROT))
     _assert_failed(result, f"TLS: {tmp_path}/no.pem and {tmp_path}/no.pem cannot be used: No such file")
@@ -263,7 +272,7 @@ def test_a_certificate_that_is_none(run: Run, tmp_path: Path, command: tuple[str
 
 @pytest.mark.slow
 def test_workers_that_cannot_start(tmp_path: Path) -> None:
-    """Whatever keeps them from it, the last line says how they died."""
+    """The last line says how the workers exited."""
     config = _file(tmp_path, '[upstreams.far]\nbase_url = "https://far.invalid/v1"\n')
     command = [*SERVE, "--workers", "2", "--config", config]
     env = environment(SSL_CERT_FILE=str(tmp_path / "none.pem"))
@@ -277,15 +286,15 @@ def test_workers_that_cannot_start(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("args", [("models",), ("status",), ("chat", "x", "--model", "mock/hello")])
 def test_a_full_disk_under_its_output(gateway: Gateway, args: tuple[str, ...]) -> None:
-    """It fails with the reason, and no traceback."""
+    """The command fails with the reason, without a traceback."""
     with open("/dev/full", "wb") as full, _start(gateway, *args, stdout=full) as command:
-        _, said = command.communicate(timeout=15)
-    assert (command.returncode, said) == (1, b"trigate: No space left on device\n")
+        _, stderr = command.communicate(timeout=15)
+    assert (command.returncode, stderr) == (1, b"trigate: No space left on device\n")
 
 
 @pytest.mark.slow
 def test_without_arguments_it_serves(tmp_path: Path) -> None:
-    """``python -m trigate`` is ``python -m trigate serve``; with JSON as log format, every line of it is JSON."""
+    """``python -m trigate`` is ``python -m trigate serve``; with the log format JSON, every line is JSON."""
     env = {"TRIGATE_LOG_FORMAT": "json"}
     with run_gateway(f"{PARROT}[server]\nport = 0\n", tmp_path, command=TRIGATE, env=env) as gateway:
         code, _ = gateway.stop()
@@ -295,7 +304,7 @@ def test_without_arguments_it_serves(tmp_path: Path) -> None:
         assert any(entry["event"].startswith("Listening on http://127.0.0.1:") for entry in entries)
 
 
-# -- talking to a running gateway -------------------------------------------------------------------------------------
+# -- requests to a running gateway ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +316,7 @@ def upstream() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def gateway(upstream: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway that wants a key, with the provider as ``mock`` and the echo as ``parrot``."""
+    """A gateway that needs a key, with the provider as ``mock`` and the echo as ``parrot``."""
     more = PARROT + f'[keys]\nalice = "{KEY}"\n'
     with run_gateway(configuration(upstream, more=more), tmp_path_factory.mktemp("gateway")) as running:
         yield running
@@ -315,7 +324,7 @@ def gateway(upstream: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def ask(run: Run, gateway: Gateway) -> Run:
-    """Runs a command that talks to the gateway, with its address and its key."""
+    """Runs a command with the address and the key of the gateway."""
 
     def ask(*args: str, **more: Any) -> click.testing.Result:
         return run(*args, **{"TRIGATE_URL": gateway.url, "TRIGATE_API_KEY": KEY, **more})
@@ -325,7 +334,7 @@ def ask(run: Run, gateway: Gateway) -> Run:
 
 @pytest.mark.slow
 def test_models(ask: Run) -> None:
-    """One id a line, as ``GET /v1/models`` has them."""
+    """The output has one id per line, in the order of ``GET /v1/models``."""
     result = ask("models")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[:2] == ["default", "mock/hello"]
@@ -333,8 +342,8 @@ def test_models(ask: Run) -> None:
 
 
 @pytest.mark.slow
-def test_an_sdk_s_base_url_and_a_key_with_a_line_end_will_do(ask: Run, gateway: Gateway) -> None:
-    """They are what people have at hand: with ``/v1`` at its end the one, from a file the other."""
+def test_an_sdk_s_base_url_and_a_key_with_a_newline_are_accepted(ask: Run, gateway: Gateway) -> None:
+    """A URL may end in ``/v1``, as for the SDKs, and a key in a newline, as from a file."""
     for command in (("models",), ("status",), ("chat", "Hello")):
         result = ask(*command, "--url", f"{gateway.url}/v1/", TRIGATE_API_KEY=f"{KEY}\n")
         assert result.exit_code == 0, result.output
@@ -342,7 +351,7 @@ def test_an_sdk_s_base_url_and_a_key_with_a_line_end_will_do(ask: Run, gateway: 
 
 @pytest.mark.slow
 def test_status(ask: Run) -> None:
-    """For people, some lines with every upstream; with ``--json``, what the gateway said."""
+    """The output is text with every upstream, or the gateway's answer with ``--json``."""
     result = ask("status")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"Trigate {trigate.__version__}: ok, up 0:0")
@@ -354,7 +363,7 @@ def test_status(ask: Run) -> None:
 
 @pytest.mark.slow
 def test_chat(ask: Run) -> None:
-    """The answer and a line's end on standard output, and nothing else; ``default`` unless told otherwise."""
+    """Standard output has the answer and a newline, and nothing else; the model is ``default`` unless given."""
     result = ask("chat", "Hello")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{TEXT}\n", "")
     result = ask("chat", "Grüße,  liebe\nWelt 🌍", "--model", "parrot/echo")
@@ -363,14 +372,14 @@ def test_chat(ask: Run) -> None:
 
 @pytest.mark.slow
 def test_chat_reads_the_question_from_standard_input(ask: Run) -> None:
-    """All of it, where the question is ``-``."""
+    """The question ``-`` reads all of standard input."""
     result = ask("chat", "-", "--model", "parrot/echo", stdin="one\ntwo")
     assert (result.exit_code, result.stdout) == (0, "one\ntwo\n")
 
 
 @pytest.mark.slow
 def test_chat_with_a_system_message(ask: Run, upstream: str) -> None:
-    """It goes before the question."""
+    """The system message comes before the question."""
     assert ask("chat", "Hello", "--system", "Be brief.", "--model", "mock/hello.system").exit_code == 0
     [body] = seen(upstream, "hello.system")["bodies"]
     assert json.loads(body)["messages"] == [
@@ -381,7 +390,7 @@ def test_chat_with_a_system_message(ask: Run, upstream: str) -> None:
 
 @pytest.mark.slow
 def test_chat_with_an_unknown_model(ask: Run) -> None:
-    """The gateway's own message."""
+    """The error is the gateway's own message."""
     result = ask("chat", "Hello", "--model", "nobody/x")
     _assert_failed(result, "404: The model 'nobody/x' does not exist here.")
     assert result.stdout == ""
@@ -389,8 +398,8 @@ def test_chat_with_an_unknown_model(ask: Run) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["cut", "reset", "short"])
-def test_chat_that_is_cut(ask: Run, part: str) -> None:
-    """What came is printed, and it is a failure: a cut answer is not an answer."""
+def test_chat_that_is_truncated(ask: Run, part: str) -> None:
+    """The partial answer is printed, and the command fails."""
     result = ask("chat", "Hello", "--model", f"mock/{part}.cli")
     _assert_failed(result, "trigate: The upstream mock ")
     assert result.stdout == "Grüße, liebe\n"
@@ -398,8 +407,8 @@ def test_chat_that_is_cut(ask: Run, part: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [("models",), ("status",), ("chat", "Hello")])
-def test_a_key_that_is_wrong(ask: Run, command: tuple[str, ...]) -> None:
-    """The gateway's message, without the key."""
+def test_a_wrong_key(ask: Run, command: tuple[str, ...]) -> None:
+    """The error is the gateway's message; it does not contain the key."""
     result = ask(*command, "--key", "no-such-key")
     _assert_failed(result, "401: Incorrect API key provided.")
     assert "no-such-key" not in result.output
@@ -407,16 +416,16 @@ def test_a_key_that_is_wrong(ask: Run, command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("key", ["secret\nkey", "secret\rkey", "secretä", "secret\0key"])
-def test_a_key_that_no_header_can_carry(run: Run, key: str) -> None:
-    """It is refused here, and not quoted."""
+def test_a_key_with_invalid_characters(run: Run, key: str) -> None:
+    """The command refuses the key, and does not print it."""
     result = run("models", "--key", key)
     _assert_failed(result, "characters that an HTTP header cannot carry")
     assert "secret" not in result.output
 
 
 @pytest.mark.parametrize("command", [("models",), ("status",), ("status", "--json"), ("chat", "Hello")])
-def test_no_gateway_there(run: Run, command: tuple[str, ...]) -> None:
-    """The address, and a guess at the reason."""
+def test_no_gateway_at_the_address(run: Run, command: tuple[str, ...]) -> None:
+    """The error has the address and the likely reason."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     _assert_failed(run(*command, "--url", url), f"cannot reach {url}: ", "Is `trigate serve` running there?")
@@ -424,20 +433,20 @@ def test_no_gateway_there(run: Run, command: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:18888", "http://", "ftp://127.0.0.1", "http://[", "http://127.0.0.1:x"])
 @pytest.mark.parametrize("command", [("models",), ("chat", "Hello")])
-def test_an_address_that_is_none(run: Run, url: str, command: tuple[str, ...]) -> None:
-    """A mistyped ``--url`` is a message with the address in it, never a traceback."""
+def test_an_invalid_url(run: Run, url: str, command: tuple[str, ...]) -> None:
+    """The error has the URL, and there is no traceback."""
     _assert_failed(run(*command, "--url", url), url)
 
 
 @pytest.mark.slow
-def test_something_else_is_there(run: Run, upstream: str) -> None:
-    """A server that is no gateway: its refusal is told, never a traceback."""
+def test_another_server_at_the_address(run: Run, upstream: str) -> None:
+    """The error of a server that is no gateway is printed, without a traceback."""
     _assert_failed(run("status", "--url", upstream), "404: said the upstream")
 
 
 @pytest.mark.slow
-def test_a_refusal_moves_no_cursor(run: Run, tmp_path: Path) -> None:
-    """Whatever a server says, it is told in one line of what can be seen."""
+def test_control_characters_are_replaced(run: Run, tmp_path: Path) -> None:
+    """The message of a server is printed as one printable line."""
     script = """
 import http.server
 class Evil(http.server.BaseHTTPRequestHandler):
@@ -461,10 +470,10 @@ server.serve_forever()
 
 
 @pytest.mark.slow
-def test_a_page_is_there(run: Run, tmp_path: Path) -> None:
-    """A server that answers 200 with something other than a gateway's JSON: a message, never a traceback."""
+def test_a_web_page_at_the_address(run: Run, tmp_path: Path) -> None:
+    """A 200 with a body that is not a gateway's is an error, without a traceback."""
     (tmp_path / "status").write_text("<html>")
-    # `-u`: its first line tells the port
+    # `-u`: the first line, which has the port, is not buffered
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
@@ -475,7 +484,7 @@ def test_a_page_is_there(run: Run, tmp_path: Path) -> None:
             server.kill()
 
 
-# -- as people interrupt it -------------------------------------------------------------------------------------------
+# -- interruptions ----------------------------------------------------------------------------------------------------
 
 
 def _start(gateway: Gateway, *args: str, **pipes: Any) -> subprocess.Popen[bytes]:
@@ -484,74 +493,76 @@ def _start(gateway: Gateway, *args: str, **pipes: Any) -> subprocess.Popen[bytes
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> bytes:
-    """Presses Ctrl-C, again if nothing happens (CPython has a gap of some instructions between its last look for
-    signals and a system call that waits: what comes in it is acted on when that call returns). Returns its last words.
+    """Sends SIGINT until the process exits; returns its standard error.
+
+    One signal may not be enough: CPython checks for signals some instructions before a blocking system call, and acts
+    on a signal that arrives in between only when the call returns.
     """
     for _ in range(15):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=1)[1]
-    raise AssertionError("it does not end at Ctrl-C")
+    raise AssertionError("the command does not exit at Ctrl-C")
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_it_answers(gateway: Gateway, upstream: str) -> None:
-    """130 without a traceback, and the upstream's stream is closed."""
+def test_ctrl_c_during_an_answer(gateway: Gateway, upstream: str) -> None:
+    """The exit code is 130, without a traceback, and the upstream's stream is closed."""
     with _start(gateway, "chat", "x", "--model", "mock/endless.ctrlc", stdout=subprocess.PIPE) as chat:
         assert chat.stdout is not None
         assert chat.stdout.read(5) == b"word "
-        said = _interrupt(chat)
-    assert (chat.returncode, said) == (130, b"")
+        stderr = _interrupt(chat)
+    assert (chat.returncode, stderr) == (130, b"")
     wait_closed(upstream, "endless.ctrlc")
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_nothing_comes(gateway: Gateway, upstream: str) -> None:
-    """130 as well, before the first word."""
+def test_ctrl_c_before_an_answer(gateway: Gateway, upstream: str) -> None:
+    """The exit code is 130 before the first word too."""
     with _start(gateway, "chat", "x", "--model", "mock/silent.ctrlc", stdout=subprocess.PIPE) as chat:
         while not seen(upstream, "silent.ctrlc")["open"]:
             assert chat.poll() is None
         chat.send_signal(signal.SIGINT)
-        out, said = chat.communicate(timeout=15)
-    assert (chat.returncode, out, said) == (130, b"", b"")
+        stdout, stderr = chat.communicate(timeout=15)
+    assert (chat.returncode, stdout, stderr) == (130, b"", b"")
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_reads_the_question(gateway: Gateway) -> None:
-    """130, with no traceback."""
+    """The exit code is 130, without a traceback."""
     with _start(gateway, "chat", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as chat:
         assert chat.stdin is not None
         chat.stdin.write(b"x" * 1_000_000)  # more than a pipe holds: it returns when there is a reader
-        said = _interrupt(chat)
-    assert b"Traceback" not in said
+        stderr = _interrupt(chat)
+    assert b"Traceback" not in stderr
     assert chat.returncode == 130
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["models", "status"])
-def test_ctrl_c_while_the_gateway_is_mute(command: str) -> None:
-    """130, with no traceback."""
+def test_ctrl_c_while_the_gateway_does_not_answer(command: str) -> None:
+    """The exit code is 130, without a traceback."""
     with socket.create_server(("127.0.0.1", 0)) as mute:
         env = environment(TRIGATE_URL=f"http://127.0.0.1:{mute.getsockname()[1]}")
         with subprocess.Popen([*TRIGATE, command], env=env, stderr=subprocess.PIPE) as asking:
             connection, _ = mute.accept()
             with connection:
                 assert connection.recv(4) == b"GET "
-                said = _interrupt(asking)
-    assert b"Traceback" not in said
+                stderr = _interrupt(asking)
+    assert b"Traceback" not in stderr
     assert asking.returncode == 130
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [("models",), ("status",), ("chat", "x", "--model", "mock/endless.pipe")])
-def test_nobody_reads_its_output(gateway: Gateway, args: tuple[str, ...]) -> None:
-    """As in ``trigate models | head -1``: it ends, and says nothing."""
+def test_a_closed_pipe(gateway: Gateway, args: tuple[str, ...]) -> None:
+    """If the reader of a pipe exits, as in ``trigate models | head -1``, the command exits without a message."""
     reading, writing = os.pipe()
     os.close(reading)
     with _start(gateway, *args, stdout=writing) as command:
         os.close(writing)
-        _, said = command.communicate(timeout=15)
-    assert said == b""
+        _, stderr = command.communicate(timeout=15)
+    assert stderr == b""
 
 
 # -- the package ------------------------------------------------------------------------------------------------------
@@ -568,16 +579,16 @@ def _in_a_process(script: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["trigate", "trigate.cli.commands"])
 def test_importing_is_cheap(module: str) -> None:
-    """What is heavy is imported when it is used, so that ``--help`` is quick; no thread, no signal handler, no file."""
+    """An import loads no heavy package, so that ``--help`` is quick, and changes no thread, signal handler or file."""
     script = f"""
 import json, os, signal, sys, threading
-def moment():
+def state():
     files = os.listdir("/dev/fd")
     return threading.active_count(), len(files), [str(signal.getsignal(n)) for n in (2, 15, 1)]
-before = moment()
+before = state()
 import {module}
 loaded = [name for name in sys.modules if "." not in name]
-print(json.dumps([before == moment(), loaded]))
+print(json.dumps([before == state(), loaded]))
 """
     unchanged, loaded = _in_a_process(script)
     assert unchanged
@@ -586,7 +597,7 @@ print(json.dumps([before == moment(), loaded]))
 
 
 def test_public_names() -> None:
-    """These; anything else is an `AttributeError`, as for any module."""
+    """The package has these public names; any other name is an `AttributeError`."""
     assert sorted(trigate.__all__) == ["__version__", "app", "create_app"]
     assert callable(trigate.create_app)
     with pytest.raises(AttributeError, match=r"module 'trigate' has no attribute 'nonsense'"):
@@ -599,6 +610,6 @@ def test_public_names() -> None:
     ["from trigate import *", "from trigate import app, create_app", "from trigate import create_app, app"],
 )
 def test_the_app_is_an_app(imports: str) -> None:
-    """Whatever was imported before it: ``trigate.app`` is what a server calls, not the module of that name."""
+    """``trigate.app`` is what a server calls, whatever was imported before."""
     script = f"import json\n{imports}\nimport trigate\nprint(json.dumps([callable(app), callable(trigate.app)]))"
     assert _in_a_process(script) == [True, True]

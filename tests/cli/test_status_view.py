@@ -1,4 +1,4 @@
-"""What `trigate status` shows, from what a gateway says."""
+"""The tables and lines of `trigate status`, from the bodies of a gateway."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from trio.testing import MockClock
 
 from tests.conftest import Served, make_config
 from tests.support.provider import Provider, Say, Stall, answers, content
-from trigate.cli.status_view import Overview, Status, Table, overview, read, written
+from trigate.cli.status_view import Overview, Table, overview, plain_lines, read
+from trigate.status.schema import Status
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -24,8 +25,8 @@ STATUS: dict[str, Any] = {
     "config": "trigate.toml",
     "reload_error": None,
     "workers": [
-        {"id": "w1", "pid": 101, "status": "ok", "uptime_s": 760.2, "said_s_ago": 0.0, "live": 2},
-        {"id": "w2", "pid": 102, "status": "draining", "uptime_s": 9.0, "said_s_ago": 0.4, "live": 1},
+        {"id": "w1", "pid": 101, "status": "ok", "uptime_s": 760.2, "report_age_s": 0.0, "live": 2},
+        {"id": "w2", "pid": 102, "status": "draining", "uptime_s": 9.0, "report_age_s": 0.4, "live": 1},
     ],
     "channels": [
         {"name": "ci", "type": "webhook", "status": "connected", "since": "2026-11-01T10:00:00+00:00",
@@ -41,7 +42,7 @@ STATUS: dict[str, Any] = {
          "max_connections": 100, "models": 2, "last_error": "refused", "last_error_at": "2026-11-01T10:00:00+00:00"},
     ],
     "ledger": {"state": "ok", "begun": 12, "settled": 9, "lost": 0, "dropped": 0, "error": None},
-    "admission": {"in_flight": 2, "limit": 5000, "queued": 1, "refused": 7, "lag_s": 0.0124, "late": 0},
+    "admission": {"in_flight": 2, "limit": 5000, "queued": 1, "refused": 7, "late_workers": 0, "lag_s": 0.0124},
     "targets": [
         {"target": "a/m", "breaker": "open", "opens_in_s": 24.06, "in_flight": 0, "first_token_s": None},
         {"target": "b/m", "breaker": "closed", "opens_in_s": 0.0, "in_flight": 2, "first_token_s": 0.31},
@@ -100,35 +101,35 @@ streams: 3
 
 
 def made(status: dict[str, Any] | None = None, **streams: Any) -> Overview:
-    """The overview of what is recorded here, with these changes."""
+    """The overview of the bodies above, with these changes."""
     return overview(*read({**STATUS, **(status or {})}, {**STREAMS, **streams}))
 
 
 def rows(table: Table) -> list[dict[str, str]]:
-    """The cells of each line by their headings."""
+    """The cells of each row by their headings."""
     return [
-        {name: cell.text for name, cell in zip(table.headings, line, strict=True) if cell.text} for line in table.lines
+        {name: cell.text for name, cell in zip(table.headings, row, strict=True) if cell.text} for row in table.rows
     ]
 
 
 def test_as_text() -> None:
-    """Lines for people, and tables whose columns are aligned; numbers to the right."""
-    assert "".join(f"{line}\n" for line in written(made())) == TEXT
+    """Plain text has lines, and tables with aligned columns; numbers are aligned to the right."""
+    assert "".join(f"{line}\n" for line in plain_lines(made())) == TEXT
 
 
 def test_nothing_in_flight() -> None:
-    """No table without a line, no column without a word; one worker is not worth one."""
+    """A table without rows, a column without content, and the column of a single worker are left out."""
     quiet = made({"targets": [], "workers": STATUS["workers"][:1]}, data=[], count=0)
-    assert not any("streams" in line or "targets" in line or "workers" in line for line in written(quiet))
-    alone = made({"workers": STATUS["workers"][:1]}, data=[ROW], count=1)
-    assert "worker" not in rows(alone.streams)[0]
-    assert [alone.streams.headings[n] for n in alone.streams.columns()] == [
+    assert not any("streams" in line or "targets" in line or "workers" in line for line in plain_lines(quiet))
+    single = made({"workers": STATUS["workers"][:1]}, data=[ROW], count=1)
+    assert "worker" not in rows(single.streams)[0]
+    assert [single.streams.headings[n] for n in single.streams.columns()] == [
         "id", "model", "phase", "target", "attempt", "why", "age", "left", "events", "bytes"
     ]  # fmt: skip
 
 
-def test_what_is_not_shown_is_said() -> None:
-    """More streams than were told, and a worker that did not answer."""
+def test_missing_rows_are_counted() -> None:
+    """The title counts streams without a row; a line names a worker that did not answer."""
     assert made(count=120).streams.title == "streams: 120, of which the oldest 3 are shown"
     head = [cell.text for cell in made(missing_workers=["w2", "gone"]).head]
     assert head[-1] == "no answer from worker 102, gone: its streams are not shown"
@@ -141,11 +142,11 @@ def test_what_is_not_shown_is_said() -> None:
         ({"reload_error": "x: unknown"}, 1, "bad"),
         ({"admission": STATUS["admission"] | {"queued": 0}}, 2, "plain"),
         ({"admission": STATUS["admission"]}, 2, "warning"),
-        ({"admission": STATUS["admission"] | {"late": 1}}, 2, "bad"),
+        ({"admission": STATUS["admission"] | {"late_workers": 1}}, 2, "bad"),
     ],
 )
 def test_what_stands_out(change: dict[str, Any], line: int, tone: str) -> None:
-    """A drain, a reload that was refused, calls that wait, calls that are refused."""
+    """A drain, a refused reload, waiting calls and refused calls stand out."""
     assert made(change).head[line].tone == tone
 
 
@@ -159,28 +160,27 @@ def test_what_stands_out(change: dict[str, Any], line: int, tone: str) -> None:
         ({"dropped": 3}, "ledger: ok, 3 records dropped"),
     ],
 )
-def test_a_ledger_that_is_not_well_is_shown(change: dict[str, Any], text: str | None) -> None:
-    """Where records cannot be kept, whoever looks sees it; where they can, it is not worth a line."""
+def test_a_ledger_with_a_problem_is_shown(change: dict[str, Any], text: str | None) -> None:
+    """The ledger has a line only if it has an error, or has dropped records."""
     ledger = {"state": "ok", "begun": 5, "settled": 5, "lost": 0, "dropped": 0, "error": None, **change}
     found = [(cell.text, cell.tone) for cell in made({"ledger": ledger}).head if "ledger" in cell.text]
     assert found == ([(text, "warning")] if text else [])
 
 
 def test_breakers_and_deadlines_stand_out() -> None:
-    """An open breaker, whichever worker's; a deadline that is near; a place in a queue; an attempt that failed."""
+    """An open breaker of any worker, a near deadline, a queue position and a failed attempt stand out."""
     shown = made()
-    assert [line[1].tone for line in shown.targets.lines] == ["bad", "good"]
+    assert [row[1].tone for row in shown.targets.rows] == ["bad", "good"]
     tones = [
-        {name: cell.tone for name, cell in zip(shown.streams.headings, line, strict=True)}
-        for line in shown.streams.lines
+        {name: cell.tone for name, cell in zip(shown.streams.headings, row, strict=True)} for row in shown.streams.rows
     ]
-    assert [line["left"] for line in tones] == ["plain", "plain", "plain", "plain", "bad"]
+    assert [tone["left"] for tone in tones] == ["plain", "plain", "plain", "plain", "bad"]
     assert (tones[1]["phase"], tones[2]["phase"], tones[4]["phase"]) == ("good", "bad", "warning")
     assert tones[4]["queue"] == "warning"
 
 
-def test_a_breaker_that_nobody_knows() -> None:
-    """Of a gateway of another version: it is named."""
+def test_an_unknown_breaker_state() -> None:
+    """The state of a breaker that only another version knows is shown as it is."""
     odd = {"target": "a/m", "breaker": "ajar", "worker": "w1"}
     assert rows(made({"targets": [odd, odd | {"breaker": "open"}]}).targets)[0]["breaker"] == "open 1, ajar 1"
 
@@ -204,13 +204,13 @@ HOSTILE = "evil\x1b[2J\x1b]0;title\x07\r\n\u202e\ud800\x9b31m" + "x" * 500
     ids=str,
 )
 def test_nothing_moves_the_cursor(path: tuple[Any, ...]) -> None:
-    """Whatever was said by others, a client's model or a provider's error, is one line of what can be seen."""
-    said = copy.deepcopy({"status": STATUS, "streams": STREAMS | {"missing_workers": ["w1"]}})
-    place: Any = said
+    """Text that others chose, such as a client's model or a provider's error, is shown as one printable line."""
+    bodies = copy.deepcopy({"status": STATUS, "streams": STREAMS | {"missing_workers": ["w1"]}})
+    parent: Any = bodies
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = HOSTILE
-    lines = list(written(overview(*read(said["status"], said["streams"]))))
+        parent = parent[key]
+    parent[path[-1]] = HOSTILE
+    lines = list(plain_lines(overview(*read(bodies["status"], bodies["streams"]))))
     assert any("evil?[2J?]0;title??????31m" in line for line in lines)
     assert all(line.isprintable() for line in lines)
 
@@ -225,14 +225,14 @@ def test_nothing_moves_the_cursor(path: tuple[Any, ...]) -> None:
         (STATUS, {"data": [{"id": 1}], "count": 1}),
     ],
 )
-def test_something_else(status: dict[str, Any], streams: dict[str, Any]) -> None:
-    """What is not what a gateway says is refused, in words."""
+def test_bodies_of_something_else(status: dict[str, Any], streams: dict[str, Any]) -> None:
+    """Bodies that are not those of a gateway are refused, with the first wrong field."""
     with pytest.raises(ValueError, match=r"\$|required"):
         read(status, streams)
 
 
-async def test_what_a_gateway_really_says(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It can be read, and nothing that is shown is left at a default."""
+async def test_the_bodies_of_a_gateway(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """They can be read, and what is shown comes from them and not from defaults."""
     config = make_config({"a": {}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}})
     down = answers(b'{"error":{"message":"no"}}', status=500)
     async with open_app(config, {"a": Provider(down), "b": Provider((Say(content("a")), Stall()))}) as served:

@@ -1,4 +1,4 @@
-"""`trigate status` on a terminal: what is drawn, and `--watch` in a real terminal, beside a real gateway."""
+"""`trigate status` on a terminal: the drawing, and `--watch` in a real terminal with a real gateway."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import sys
 import termios
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,18 @@ from tests.cli.test_status_view import HOSTILE, ROW, made
 from tests.support.processes import SERVE, Gateway, configuration, environment, run_gateway
 from tests.support.scripted_upstream import open_upstream, seen, wait_closed
 from trigate.cli import status_watch
-from trigate.cli.client import AskFailed
+from trigate.cli.client import RequestFailed
 from trigate.cli.status_view import Overview
 
 KEY = "key-of-the-gateway"
 STATUS = (sys.executable, "-m", "trigate", "status")
 
 
-# -- what is drawn ----------------------------------------------------------------------------------------------------
+# -- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def lines(drawing: Any, width: int = 200) -> list[str]:
-    """What a drawing is as text, in a terminal of so many columns."""
+    """A drawing as text, on a terminal of this width."""
     console = Console(file=io.StringIO(), width=width, height=50)
     with console.capture() as captured:
         console.print(drawing)
@@ -51,31 +51,31 @@ def lines(drawing: Any, width: int = 200) -> list[str]:
 
 
 def test_everything_is_drawn() -> None:
-    """The same words as in plain text."""
-    text = "\n".join(lines(status_watch.drawn(made(), 200)))
-    for words in (
+    """The drawing has the same text as the plain lines."""
+    text = "\n".join(lines(status_watch.draw_all(made(), 200)))
+    for expected in (
         "admission: 2 of 5000 running, 1 waiting",
         "telegram bot: disconnected (401)",
         "open 1, closed 1",
         "2 of 3   hedge",
         "upstream_timeout 504",
     ):
-        assert words in text
+        assert expected in text
 
 
 @pytest.mark.parametrize("height", [1, 4, 8, 12, 16, 40])
 @pytest.mark.parametrize("width", [20, 80, 200])
-@pytest.mark.parametrize("trouble", [None, "it is gone " * 30])
-def test_it_fits(height: int, width: int, trouble: str | None) -> None:
-    """A line of it is a line of the terminal, however narrow that is. What does not fit is left out, and counted."""
+@pytest.mark.parametrize("problem", [None, "it is gone " * 30])
+def test_it_fits(height: int, width: int, problem: str | None) -> None:
+    """Each line fits on one line of the terminal, however narrow. Rows that do not fit are left out and counted."""
     rows = [ROW | {"id": f"req_{n}", "model": HOSTILE, "attempts": []} for n in range(60)]
     targets = [{"target": f"up/{n}", "breaker": "closed"} for n in range(60)]
     shown = made({"targets": targets}, data=rows, count=60)
-    drawn = lines(status_watch.fitted(shown, width, height, trouble), width)
-    least = len(shown.head) + (trouble is not None) + 6  # titles and headings
+    drawn = lines(status_watch.draw_fitted(shown, width, height, problem), width)
+    least = len(shown.head) + (problem is not None) + 6  # titles and headings
     assert len(drawn) <= max(height, least)
     assert all(len(line) <= width for line in drawn)
-    assert drawn[0].startswith("it is gone" if trouble else "Trigate 0.1.0")
+    assert drawn[0].startswith("it is gone" if problem else "Trigate 0.1.0")
     if width == 200 and height == 40:
         titles = [line for line in drawn if "more than fit" in line]
         counts = [int(re.findall(r"\((\d+) lines", title)[0]) for title in titles]
@@ -85,75 +85,79 @@ def test_it_fits(height: int, width: int, trouble: str | None) -> None:
 
 
 def test_what_fits_is_whole() -> None:
-    """Nothing is cut where there is room."""
-    drawn = lines(status_watch.fitted(made(), 200, 40))
+    """Nothing is truncated on a terminal that is large enough."""
+    drawn = lines(status_watch.draw_fitted(made(), 200, 40))
     assert not any("more than fit" in line or "…" in line for line in drawn)
     assert len(drawn) == drawn.index("streams: 3") + 2 + 5  # headings, and a line for each stream and attempt
 
 
 def test_a_narrow_terminal() -> None:
-    """It has room for who waits for what, and why; numbers are whole, or left out."""
-    drawn = lines(status_watch.fitted(made(), 80, 40), 80)
+    """It shows what each call waits for, and why; numbers are whole or left out."""
+    drawn = lines(status_watch.draw_fitted(made(), 80, 40), 80)
     headings, *rows = drawn[drawn.index("streams: 3") + 1 :]
     assert headings.split() == ["id", "model", "phase", "target", "attempt", "why", "age", "left", "queue", "tokens"]
     assert rows[0].endswith("1:15                 12/34")
     assert [row.split()[0] for row in rows if "b/m" in row and "of 3" in row] == ["req3", "req1"]
 
 
-# -- again and again --------------------------------------------------------------------------------------------------
+# -- the live view ----------------------------------------------------------------------------------------------------
 
 
 @attrs.define
-class Drawn:
-    """Takes the place of a terminal."""
+class FakeDisplay:
+    """Stands in for a terminal.
 
-    pictures: list[tuple[Overview, str | None]] = attrs.field(factory=list)
+    Attributes:
+        drawn: Each overview, with the problem above it.
+    """
 
-    def draw(self, shown: Overview, trouble: str | None = None) -> None:
-        """Notes it."""
-        self.pictures.append((shown, trouble))
+    drawn: list[tuple[Overview, str | None]] = attrs.field(factory=list)
+
+    def draw(self, shown: Overview, problem: str | None = None) -> None:
+        """Records it."""
+        self.drawn.append((shown, problem))
 
 
-async def test_a_gateway_that_is_mute_or_away(autojump_clock: MockClock) -> None:
-    """It is waited for, but not for ever; the last picture stays, and says how old it is."""
+async def test_a_gateway_that_is_unreachable(autojump_clock: MockClock) -> None:
+    """The last overview stays, with its age and the reason, until the gateway answers again."""
     first, later = made(), made(count=9)
-    answers: Iterator[Any] = iter([first, AskFailed("cannot reach it."), None, later])
-    drawn = Drawn()
+    answers: Iterator[Any] = iter([first, RequestFailed("cannot reach it."), None, later])
+    display = FakeDisplay()
 
-    async def ask() -> Overview:
+    async def fetch() -> Overview:
         await trio.lowlevel.checkpoint()
         answer = next(answers)
         if answer is None:
             await trio.sleep_forever()
-        if isinstance(answer, AskFailed):
+        if isinstance(answer, RequestFailed):
             raise answer
         assert isinstance(answer, Overview)
         return answer
 
-    with pytest.raises(RuntimeError), trio.fail_after(100):  # PEP 479: the script is at its end
-        await status_watch._look_on(ask, drawn, 2.0)  # type: ignore[arg-type]
-    assert drawn.pictures == [
+    with pytest.raises(RuntimeError), trio.fail_after(100):  # PEP 479: the iterator is exhausted
+        await status_watch._refresh(fetch, display, 2.0)  # type: ignore[arg-type]
+    assert display.drawn == [
         (first, None),
-        (first, "This is 2.0 s old, and it is asked again: cannot reach it."),
-        (first, "This is 14.0 s old, and it is asked again: no answer within 10 s."),
+        (first, "This is 2.0 s old, and the gateway is asked again: cannot reach it."),
+        (first, "This is 14.0 s old, and the gateway is asked again: no answer within 10 s."),
         (later, None),
     ]
     assert trio.current_time() == pytest.approx(autojump_clock.current_time())
 
 
 @pytest.mark.parametrize("mute", [False, True])
-async def test_the_first_look_has_to_succeed(autojump_clock: MockClock, mute: bool) -> None:
-    """A wrong address is told, and not waited for."""
+async def test_the_first_request_must_succeed(autojump_clock: MockClock, mute: bool) -> None:
+    """A wrong address is an error, and not waited for."""
 
-    async def ask() -> Overview:
+    async def fetch() -> Overview:
         if mute:
             await trio.sleep_forever()
-        raise AskFailed("cannot reach it.")
+        raise RequestFailed("cannot reach it.")
 
-    drawn = Drawn()
-    with pytest.raises(AskFailed, match=r"no answer within 10 s\." if mute else r"cannot reach it\."):
-        await status_watch._look_on(ask, drawn, 2.0)  # type: ignore[arg-type]
-    assert drawn.pictures == []
+    display = FakeDisplay()
+    with pytest.raises(RequestFailed, match=r"no answer within 10 s\." if mute else r"cannot reach it\."):
+        await status_watch._refresh(fetch, display, 2.0)  # type: ignore[arg-type]
+    assert display.drawn == []
 
 
 # -- a terminal, and a gateway ----------------------------------------------------------------------------------------
@@ -166,36 +170,38 @@ class Terminal:
     """A command that runs in a terminal.
 
     Attributes:
-        said: What it has written.
+        output: What it has written.
     """
 
     process: subprocess.Popen[bytes]
     master: int
-    said: str = ""
+    output: str = ""
 
     def read(self, timeout_s: float) -> bool:
-        """Takes what it writes next; says whether there was something."""
+        """Reads what the command has written; returns False if there is nothing."""
         if not select.select([self.master], [], [], timeout_s)[0]:
             return False
         try:
-            self.said += os.read(self.master, 65536).decode()
-        except OSError:  # its other end has been closed by all
+            self.output += os.read(self.master, 65536).decode()
+        except OSError:  # no process has its other end open
             return False
         return True
 
     def wait_for(self, text: str, *, after: int = 0) -> int:
-        """Reads until it has written this; gives the place behind it."""
+        """Reads until the command has written this text; returns the index behind it."""
         give_up_at = time.monotonic() + 20.0
-        while (found := self.said.find(text, after)) < 0:
-            assert self.read(0.05) or (time.monotonic() < give_up_at and self.process.poll() is None), self.said[-3000:]
+        while (found := self.output.find(text, after)) < 0:
+            assert self.read(0.05) or (time.monotonic() < give_up_at and self.process.poll() is None), self.output[
+                -3000:
+            ]
         return found + len(text)
 
     def end(self, number: int) -> int:
-        """Sends a signal; reads to the end, and gives the exit code."""
+        """Sends a signal, reads until the command exits, and returns the exit code."""
         self.process.send_signal(number)
         give_up_at = time.monotonic() + 15.0
         while self.process.poll() is None:
-            assert time.monotonic() < give_up_at, "it does not end"
+            assert time.monotonic() < give_up_at, "the command does not exit"
             self.read(0.05)
         while self.read(0.0):
             pass
@@ -204,13 +210,13 @@ class Terminal:
 
 @contextlib.contextmanager
 def run_in_terminal(
-    *command: str, size: tuple[int, int] = (40, 200), stderr: int | None = None, **env: str
+    *command: str, size: tuple[int, int] = (40, 200), stderr: int | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[Terminal]:
-    """Runs a command in a terminal of so many lines and columns."""
+    """Runs a command in a terminal of this size (lines, columns)."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     before = termios.tcgetattr(slave)
-    whole = environment(TERM="xterm-256color", **env)
+    whole = environment(None, TERM="xterm-256color", **(env or {}))
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=stderr or slave, env=whole, start_new_session=True
     )
@@ -234,7 +240,7 @@ def upstream() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def gateway(upstream: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway of two workers that wants a key; a model that fails over to a stream without an end."""
+    """A gateway of two workers with keys, and a model that fails over to a stream without an end."""
     more = f"""
 [upstreams.away]
 base_url = "http://127.0.0.1:1/v1"
@@ -243,11 +249,13 @@ models = ["m"]
 targets = ["away/m", "mock/endless.both"]
 [keys]
 ada = "{KEY}"
-bob = "key-of-somebody-else"
+bob = "key-of-bob"
 """
-    room = tmp_path_factory.mktemp("gateway")
-    env = {"TRIGATE_STORE": str(room / "s.db")}
-    with run_gateway(configuration(upstream, more=more), room, command=(*SERVE, "--workers", "2"), env=env) as running:
+    directory = tmp_path_factory.mktemp("gateway")
+    env = {"TRIGATE_STORE": str(directory / "s.db")}
+    with run_gateway(
+        configuration(upstream, more=more), directory, command=(*SERVE, "--workers", "2"), env=env
+    ) as running:
         yield running
 
 
@@ -262,6 +270,11 @@ def streaming(url: str, name: str, model: str = "both", key: str = KEY) -> Itera
         yield response
 
 
+def address(gateway: Gateway, **more: str) -> dict[str, str]:
+    """The environment variables with which a command finds the gateway."""
+    return {"TRIGATE_URL": gateway.url, "TRIGATE_API_KEY": KEY, **more}
+
+
 def run(gateway: Gateway, *args: str, key: str = KEY) -> subprocess.CompletedProcess[str]:
     """Runs `trigate status`, not in a terminal."""
     env = environment(TRIGATE_URL=gateway.url, TRIGATE_API_KEY=key)
@@ -270,11 +283,11 @@ def run(gateway: Gateway, *args: str, key: str = KEY) -> subprocess.CompletedPro
 
 @pytest.mark.slow
 def test_once(gateway: Gateway) -> None:
-    """The stream with its attempts, the targets, the door; in plain text where it is no terminal."""
+    """Without a terminal, plain text shows the stream with its attempts, the targets and admission."""
     give_up_at = time.monotonic() + 15.0
     with streaming(gateway.url, "once"):
         done = run(gateway)
-        while "admission: 1 of " not in done.stdout:  # what another worker says is up to a second old
+        while "admission: 1 of " not in done.stdout:  # the report of the other worker is up to a second old
             assert time.monotonic() < give_up_at, done
             done = run(gateway)
     assert (done.returncode, done.stderr) == (0, "")
@@ -290,7 +303,7 @@ def test_once(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 def test_as_json(gateway: Gateway) -> None:
-    """What both paths say, in one object."""
+    """The bodies of both paths are merged into one object."""
     with streaming(gateway.url, "json"):
         body = json.loads(run(gateway, "--json").stdout)
     assert "live" in body["streams"]
@@ -301,38 +314,38 @@ def test_as_json(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 def test_once_in_a_terminal(gateway: Gateway) -> None:
-    """With colours, and on the screen where it stays."""
+    """On a terminal it has colours, and stays on the normal screen."""
     with (
         streaming(gateway.url, "coloured"),
-        run_in_terminal(*STATUS, TRIGATE_URL=gateway.url, TRIGATE_API_KEY=KEY) as terminal,
+        run_in_terminal(*STATUS, env=address(gateway)) as terminal,
     ):
         terminal.wait_for("coloured")
         terminal.wait_for("\x1b[32mstreaming")
         assert terminal.process.wait(15) == 0
-    assert ENTER not in terminal.said
+    assert ENTER not in terminal.output
 
 
 @pytest.fixture
 def without_rich(tmp_path: Path) -> str:
-    """A ``PYTHONPATH`` with which a process does not find rich."""
+    """A ``PYTHONPATH`` with which a process cannot import rich."""
     (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["rich"] = None\n')
     return os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
 
 
 @pytest.mark.slow
 def test_once_without_rich(gateway: Gateway, without_rich: str) -> None:
-    """Plain text, in a terminal too."""
-    env = {"TRIGATE_URL": gateway.url, "TRIGATE_API_KEY": KEY, "PYTHONPATH": without_rich}
-    with streaming(gateway.url, "plain"), run_in_terminal(*STATUS, **env) as terminal:
+    """Without rich, it is plain text on a terminal too."""
+    env = address(gateway, PYTHONPATH=without_rich)
+    with streaming(gateway.url, "plain"), run_in_terminal(*STATUS, env=env) as terminal:
         terminal.wait_for("\r\n  plain ", after=terminal.wait_for("streams: "))
         assert terminal.process.wait(15) == 0
-    assert "\x1b" not in terminal.said
+    assert "\x1b" not in terminal.output
 
 
 @pytest.mark.slow
 def test_watch_without_rich(gateway: Gateway, without_rich: str) -> None:
-    """It says how to get it."""
-    with run_in_terminal(*STATUS, "--watch", PYTHONPATH=without_rich, TRIGATE_URL=gateway.url) as terminal:
+    """The error says how to install rich."""
+    with run_in_terminal(*STATUS, "--watch", env=address(gateway, PYTHONPATH=without_rich)) as terminal:
         terminal.wait_for("trigate: --watch needs the package rich: pip install 'trigate[terminal]'\r\n")
         assert terminal.process.wait(15) == 1
 
@@ -340,32 +353,32 @@ def test_watch_without_rich(gateway: Gateway, without_rich: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_watch(gateway: Gateway, number: signal.Signals) -> None:
-    """Streams come and go while it is watched; a signal ends it, and the terminal is what it was."""
+    """Streams appear and disappear; a signal ends the view and restores the terminal."""
     watch = (*STATUS, "--watch", "--interval", "0.1")
-    with run_in_terminal(*watch, TRIGATE_URL=gateway.url, TRIGATE_API_KEY=KEY) as terminal:
+    with run_in_terminal(*watch, env=address(gateway)) as terminal:
         at = terminal.wait_for("streams: 0", after=terminal.wait_for(ENTER))
         with streaming(gateway.url, "watched"):
             at = terminal.wait_for("watched", after=at)
             for words in ("2 of 3", "failover", "upstream_unavailable 502", "away/m"):
                 at = terminal.wait_for(words, after=at)
         terminal.wait_for("streams: 0", after=at)
-        assert LEAVE not in terminal.said
+        assert LEAVE not in terminal.output
         assert terminal.end(number) == 128 + number
-    assert terminal.said.rindex(SHOW_CURSOR) > terminal.said.rindex("streams: 0")
-    assert terminal.said.endswith(LEAVE)
-    assert terminal.said.count(ENTER) == terminal.said.count(LEAVE) == 1
-    assert "Traceback" not in terminal.said
+    assert terminal.output.rindex(SHOW_CURSOR) > terminal.output.rindex("streams: 0")
+    assert terminal.output.endswith(LEAVE)
+    assert terminal.output.count(ENTER) == terminal.output.count(LEAVE) == 1
+    assert "Traceback" not in terminal.output
 
 
 @pytest.mark.slow
-def test_watch_is_stopped_and_goes_on(gateway: Gateway) -> None:
-    """Ctrl-Z gives the terminal back meanwhile."""
+def test_watch_is_suspended_and_continued(gateway: Gateway) -> None:
+    """Ctrl-Z restores the terminal until the shell continues the command."""
     watch = (*STATUS, "--watch", "--interval", "0.1")
-    with run_in_terminal(*watch, TRIGATE_URL=gateway.url, TRIGATE_API_KEY=KEY) as terminal:
+    with run_in_terminal(*watch, env=address(gateway)) as terminal:
         terminal.wait_for("streams: ")
         terminal.process.send_signal(signal.SIGTSTP)
-        _, how = os.waitpid(terminal.process.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(how)
+        _, status = os.waitpid(terminal.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
         at = terminal.wait_for(LEAVE, after=terminal.wait_for(SHOW_CURSOR))
         terminal.process.send_signal(signal.SIGCONT)
         terminal.wait_for("streams: ", after=terminal.wait_for(ENTER, after=at))
@@ -374,9 +387,9 @@ def test_watch_is_stopped_and_goes_on(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 def test_watch_in_another_size(gateway: Gateway) -> None:
-    """It is drawn anew at once, and not at the next look."""
+    """It is drawn again at once, and not only after the next answer."""
     watch = (*STATUS, "--watch", "--interval", "3600")
-    with run_in_terminal(*watch, TRIGATE_URL=gateway.url, TRIGATE_API_KEY=KEY) as terminal:
+    with run_in_terminal(*watch, env=address(gateway)) as terminal:
         at = terminal.wait_for("streams: ")
         fcntl.ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 50, 0, 0))
         terminal.process.send_signal(signal.SIGWINCH)
@@ -387,55 +400,55 @@ def test_watch_in_another_size(gateway: Gateway) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [(), ("--watch",)], ids=["once", "watch"])
 def test_a_terminal_without_the_letters(gateway: Gateway, args: tuple[str, ...]) -> None:
-    """It gets question marks, and no failure."""
-    env = {"TRIGATE_URL": gateway.url, "TRIGATE_API_KEY": KEY, "PYTHONIOENCODING": "ascii"}
+    """Characters that its encoding lacks become question marks."""
+    env = address(gateway, PYTHONIOENCODING="ascii")
     with (
         streaming(gateway.url, "a-long-name-of-a-request"),
-        run_in_terminal(*STATUS, *args, size=(40, 60), **env) as terminal,
+        run_in_terminal(*STATUS, *args, size=(40, 60), env=env) as terminal,
     ):
         terminal.wait_for("streams: ")
         if args:
             assert terminal.end(signal.SIGINT) == 130
         else:
             assert terminal.process.wait(15) == 0
-    assert re.search(r"a-long?-?[a-z]*\?", terminal.said)
+    assert re.search(r"a-long?-?[a-z]*\?", terminal.output)
 
 
 @pytest.mark.slow
 def test_watch_while_the_gateway_restarts(upstream: str, tmp_path: Path) -> None:
-    """It says that there is none, how old the picture is, and goes on when there is one again."""
+    """The view shows the problem and its own age, and continues when the gateway is back."""
     config = configuration(upstream)
     with run_gateway(config, tmp_path) as first:
         watch = (*STATUS, "--watch", "--interval", "0.1")
-        with run_in_terminal(*watch, TRIGATE_URL=first.url) as terminal:
+        with run_in_terminal(*watch, env={"TRIGATE_URL": first.url}) as terminal:
             at = terminal.wait_for("streams: 0")
             first.stop()
-            at = terminal.wait_for(" old, and it is asked again: cannot reach ", after=at)
+            at = terminal.wait_for(" old, and the gateway is asked again: cannot reach ", after=at)
             port = first.url.rpartition(":")[2]
             with run_gateway(config, tmp_path, command=(*SERVE[:-1], port)) as second:
                 assert second.url == first.url
                 with streaming(second.url, "after", "mock/endless.after"):
                     at = terminal.wait_for("streams: 1", after=at)
                     at = terminal.wait_for("after", after=at)
-                last = terminal.said.rindex("Trigate 0.")
-                assert " old, and it is asked" not in terminal.said[last - 50 :]
+                last = terminal.output.rindex("Trigate 0.")
+                assert " old, and the gateway is asked" not in terminal.output[last - 50 :]
                 assert terminal.end(signal.SIGINT) == 130
 
 
 @pytest.mark.slow
 def test_the_terminal_is_closed(gateway: Gateway) -> None:
-    """It ends with a word, where somebody can read it, and without a traceback."""
+    """The command exits with the reason on standard error, and without a traceback."""
     watch = (*STATUS, "--watch", "--interval", "0.1", "--url", gateway.url, "--key", KEY)
     with contextlib.suppress(termios.error), run_in_terminal(*watch, stderr=subprocess.PIPE) as terminal:
         terminal.wait_for("streams: ")
         os.close(terminal.master)
-        _, said = terminal.process.communicate(timeout=15)
-        assert (terminal.process.returncode, said) == (1, b"trigate: Input/output error\n")
+        _, stderr = terminal.process.communicate(timeout=15)
+        assert (terminal.process.returncode, stderr) == (1, b"trigate: Input/output error\n")
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_the_gateway_is_mute() -> None:
-    """Before the first picture: 130, and the terminal was not touched."""
+    """Before the first answer, the exit code is 130 and nothing was written."""
     with (
         socket.create_server(("127.0.0.1", 0)) as mute,
         run_in_terminal(*STATUS, "--watch", "--url", f"http://127.0.0.1:{mute.getsockname()[1]}") as terminal,
@@ -444,7 +457,7 @@ def test_ctrl_c_while_the_gateway_is_mute() -> None:
         with connection:
             assert connection.recv(4) == b"GET "
             assert terminal.end(signal.SIGINT) == 130
-    assert terminal.said == ""
+    assert terminal.output == ""
 
 
 @pytest.mark.slow
@@ -458,32 +471,34 @@ def test_ctrl_c_while_the_gateway_is_mute() -> None:
     ],
 )
 def test_watch_cannot_begin(gateway: Gateway, upstream: str, args: tuple[str, ...], words: str) -> None:
-    """1, one line that says why, and the terminal was not touched."""
+    """The exit code is 1, and one line has the reason; the screen was not switched."""
     args = tuple(upstream if each == "UPSTREAM" else each for each in args)
-    env = {"TRIGATE_URL": gateway.url, "TRIGATE_API_KEY": KEY}
-    with run_in_terminal(*STATUS, "--watch", *args, **env) as terminal:
+    env = address(gateway)
+    with run_in_terminal(*STATUS, "--watch", *args, env=env) as terminal:
         terminal.wait_for("\n")
         assert terminal.process.wait(15) == 1
         while terminal.read(0.0):
             pass
-    assert terminal.said.startswith(words)
-    assert terminal.said.count("\n") == 1
-    assert "\x1b" not in terminal.said
+    assert terminal.output.startswith(words)
+    assert terminal.output.count("\n") == 1
+    assert "\x1b" not in terminal.output
 
 
 @pytest.mark.slow
 def test_watch_without_a_terminal(gateway: Gateway) -> None:
-    """Into a file or a pipe it is not drawn; nor on a terminal that cannot go back."""
+    """The live view is refused if the output is a file or a pipe."""
     done = run(gateway, "--watch")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == ("trigate: --watch needs a terminal to show it on. Without --watch, it is shown once.\n")
+    assert done.stderr == (
+        "trigate: --watch needs a terminal as its output. Without --watch, the state is shown once.\n"
+    )
 
 
 @pytest.mark.slow
 def test_cancel(gateway: Gateway, upstream: str) -> None:
-    """The client is told, and the upstream closed; what is not there, or another key's, is a failure."""
+    """The client gets an error and the upstream is closed; a stream of another key does not exist."""
     with streaming(gateway.url, "unwanted", "mock/endless.unwanted") as response:
-        foreign = run(gateway, "--cancel", "unwanted", key="key-of-somebody-else")
+        foreign = run(gateway, "--cancel", "unwanted", key="key-of-bob")
         assert (foreign.returncode, foreign.stderr) == (1, "trigate: 404: There is no such stream.\n")
         assert seen(upstream, "endless.unwanted")["open"]
         done = run(gateway, "--cancel", "unwanted")
@@ -497,7 +512,7 @@ def test_cancel(gateway: Gateway, upstream: str) -> None:
 
 @pytest.mark.slow
 def test_cancel_as_json(gateway: Gateway) -> None:
-    """What the gateway said."""
+    """The output is the gateway's answer."""
     with streaming(gateway.url, "unwanted.json"):
         done = run(gateway, "--cancel", "unwanted.json", "--json")
     assert json.loads(done.stdout) == {"id": "unwanted.json", "object": "stream.cancelled", "cancelled": 1}

@@ -271,7 +271,7 @@ def _agreed(url: str, holds: Callable[[Any], bool]) -> Any:
     with ThreadPoolExecutor(16) as threads:
         while time.monotonic() < give_up_at:
             heard = list(threads.map(_status, [url] * 16))
-            who = {row["id"] for status in heard for row in status["workers"] if row["said_s_ago"] == 0}
+            who = {row["id"] for status in heard for row in status["workers"] if row["report_age_s"] == 0}
             first = _lasting(heard[0])
             if len(who) == 2 and holds(heard[0]) and all(_lasting(status) == first for status in heard):
                 return heard[0]

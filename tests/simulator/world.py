@@ -362,8 +362,8 @@ class World:
         await trio.sleep(call.request.ended_s)
         gateway = self._gateway
         if gateway is not None and not call.over:
-            found = await gateway.streams.end(owner=call.request.key, stream=call.request.id)
-            self.trace.note("end", call.request.id, found.ended)
+            found = await gateway.inflight.cancel(owner=call.request.key, stream=call.request.id)
+            self.trace.note("end", call.request.id, found.cancelled)
 
     def judge(self, call: Call) -> None:
         """Judges a call that is over at both ends."""

@@ -1,4 +1,4 @@
-"""``/status/streams``: what is in flight, seen and ended, in this worker and the others."""
+"""``/status/streams``: the exchanges in flight, listed and cancelled, on this worker and the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -14,23 +15,33 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.conftest import Served, make_config
 from tests.support.provider import Pause, Provider, Say, Stall, answers, content, says
 from trigate.status import inflight
+from trigate.status.schema import Stream
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
-TALKING = (Say(content("a")), Stall())
+STREAMING = (Say(content("a")), Stall())
+
+
+class Mute:
+    """Workers that can be asked and do not answer."""
+
+    id = "mute"
+
+    def notify(self, topic: str, body: bytes = b"") -> None:
+        """Sends nothing."""
 
 
 async def listed(served: Served, path: str = "", **headers: str) -> Any:  # Any: JSON
-    """What ``GET /status/streams`` says."""
+    """The body of ``GET /status/streams``."""
     return (await served.client.ask("GET", f"/status/streams{path}", headers=headers)).json
 
 
-async def test_the_task_tree(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Phase, attempts with their reason, what is left of the deadline, what was sent."""
+async def test_a_row(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A row has the phase, the attempts with their reasons, the time until the deadline, and what was sent."""
     config = make_config(
         {"a": {}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}}, limits={"total_timeout_s": 100}
     )
     down = answers(b'{"error":{"message":"secret words"}}', status=500)
-    async with open_app(config, {"a": Provider(down), "b": Provider(TALKING)}) as served:
+    async with open_app(config, {"a": Provider(down), "b": Provider(STREAMING)}) as served:
         call = served.client.chat(model="both")
         await call.wait_for(b'"a"')
         await trio.sleep(10)
@@ -55,19 +66,19 @@ async def test_the_task_tree(open_app: OpenApp, autojump_clock: MockClock) -> No
         assert (await listed(served))["data"] == []
 
 
-@pytest.mark.parametrize("script", [(Stall(),), TALKING], ids=["before content", "after content"])
-async def test_ending_one(open_app: OpenApp, autojump_clock: MockClock, script: Any) -> None:
-    """Its client is told, the upstream closed at once; the others go on."""
-    async with open_app(make_config(), Provider(script, TALKING)) as served:
+@pytest.mark.parametrize("script", [(Stall(),), STREAMING], ids=["before content", "after content"])
+async def test_cancelling_one(open_app: OpenApp, autojump_clock: MockClock, script: Any) -> None:
+    """The client gets an error and the upstream is closed at once; other exchanges continue."""
+    async with open_app(make_config(), Provider(script, STREAMING)) as served:
         call = served.client.chat()
         await wait_all_tasks_blocked()
         other = served.client.chat()
         await other.wait_for(b'"a"')
         name = call.header("x-request-id") or (await listed(served))["data"][0]["id"]
-        ended = await served.client.ask("DELETE", f"/status/streams/{name}")
-        assert (ended.status, ended.json) == (200, {"id": name, "object": "stream.cancelled", "cancelled": 1})
+        cancelled = await served.client.ask("DELETE", f"/status/streams/{name}")
+        assert (cancelled.status, cancelled.json) == (200, {"id": name, "object": "stream.cancelled", "cancelled": 1})
         await call.wait()
-        assert call.status == (200 if script is TALKING else 409)
+        assert call.status == (200 if script is STREAMING else 409)
         assert call.error["code"] == "stream_cancelled"
         assert b"[DONE]" not in call.body
         assert served.settled[0].outcome == "stream_cancelled"
@@ -78,11 +89,11 @@ async def test_ending_one(open_app: OpenApp, autojump_clock: MockClock, script: 
         await other.wait()
 
 
-async def test_who_waits_has_a_position(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """For a place here, or at the upstream; each of them can be ended."""
-    here = make_config(limits={"max_exchanges": 1, "max_queued": 4})
-    there = make_config({"up": {"max_connections": 1}})
-    for config in (here, there):
+async def test_positions_in_a_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A call that waits for a slot, here or at the upstream, has a position, and can be cancelled."""
+    at_admission = make_config(limits={"max_exchanges": 1, "max_queued": 4})
+    at_upstream = make_config({"up": {"max_connections": 1}})
+    for config in (at_admission, at_upstream):
         async with open_app(config, Provider((Pause(60), *says("x")))) as served:
             calls = []
             for _ in range(3):
@@ -103,9 +114,9 @@ async def test_who_waits_has_a_position(open_app: OpenApp, autojump_clock: MockC
 
 
 async def test_a_key_sees_its_own(open_app: OpenApp) -> None:
-    """Another key's streams are not there: neither seen nor ended."""
+    """A key can neither list nor cancel the exchanges of another key."""
     config = make_config(keys={"ada": "key-of-ada", "bob": "key-of-bob"})
-    async with open_app(config, Provider(TALKING)) as served:
+    async with open_app(config, Provider(STREAMING)) as served:
         ada, bob = {"authorization": "Bearer key-of-ada"}, {"authorization": "Bearer key-of-bob"}
         body = {"model": "up/m", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
         call = served.client.start("POST", "/v1/chat/completions", body, headers={**ada, "x-request-id": "hers"})
@@ -124,23 +135,23 @@ async def test_a_key_sees_its_own(open_app: OpenApp) -> None:
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x", "-1", "", "99999999999"])
 async def test_a_bad_limit(open_app: OpenApp, limit: str) -> None:
-    """It is a number, and not too large."""
+    """A limit that is no number from 1 to 1000 is a 400."""
     async with open_app() as served:
         call = await served.client.start("GET", f"/status/streams?limit={limit}").wait()
         assert (call.status, call.error["param"]) == (400, "limit")
 
 
 async def test_two_workers(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shows and ends the streams of both; one that does not answer is named, and waited for only so long."""
+    """Each worker lists and cancels the exchanges of both. One that does not answer in time is named."""
     store = tmp_path / "s.db"
     monkeypatch.setattr(inflight, "ANSWER_TIMEOUT_S", 5.0)
     async with (
-        open_app(make_config(), Provider(TALKING), store=store) as one,
-        open_app(make_config(), Provider(TALKING), store=store) as two,
+        open_app(make_config(), Provider(STREAMING), store=store) as one,
+        open_app(make_config(), Provider(STREAMING), store=store) as two,
     ):
         await one.gateway.workers.join()
         await two.gateway.workers.join()
-        while not (one.gateway.workers.count == two.gateway.workers.count == 2):  # noqa: ASYNC110 - rings say it
+        while not (one.gateway.workers.count == two.gateway.workers.count == 2):  # noqa: ASYNC110 - nothing notifies of it
             await trio.sleep(0.005)
         calls = [one.client.chat(), two.client.chat()]
         for call in calls:
@@ -154,14 +165,27 @@ async def test_two_workers(open_app: OpenApp, tmp_path: Path, monkeypatch: pytes
         assert (await one.client.ask("DELETE", f"/status/streams/{name}")).json["cancelled"] == 1
         assert (await calls[1].wait()).error["code"] == "stream_cancelled"
         monkeypatch.setattr(inflight, "ANSWER_TIMEOUT_S", 0.05)
-        two.gateway.workers._heed[b"streams"] = []
+        two.gateway.inflight._workers = Mute()  # type: ignore[assignment]
         body = await listed(one)
         assert (body["count"], body["missing_workers"]) == (1, [two.gateway.workers.id])
         calls[0].disconnect()
         await calls[0].wait()
 
 
-def test_an_answer_fits_into_a_ring() -> None:
-    """As many rows as fit; how many there are is told beside them."""
-    rows = [{"id": "x" * 1000}] * 100
-    assert 40 < len(list(inflight._fitting(rows))) < 50
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_an_answer_fits_into_a_datagram(count: int) -> None:
+    """An answer has as many rows as fit, the oldest first."""
+    rows = [Stream(id=f"{number:04}" + "x" * 1000, model="m", phase="queued", age_s=1.0) for number in range(count)]
+    size = len(msgspec.json.encode(rows[0])) if rows else 0
+    fitting = list(inflight._fitting(rows))
+    assert fitting == rows[: len(fitting)]
+    assert len(fitting) == min(count, 48 * 1024 // size if size else 0)
+
+
+async def test_a_late_answer_is_dropped(open_app: OpenApp) -> None:
+    """An answer to a question that is no longer open changes nothing."""
+    async with open_app() as served:
+        late = inflight._Answer(question="gone", worker="w_1", count=1, cancelled=0, rows=())
+        served.gateway.inflight._on_answer(msgspec.json.encode(late))
+        found = await served.gateway.inflight.list(owner=None)
+        assert (found.count, found.rows, found.missing_workers) == (0, (), ())

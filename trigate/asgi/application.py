@@ -21,7 +21,7 @@ from trigate.asgi.quart_app import GatewayApp
 from trigate.asgi.routes import health, hooks, models, sessions, status
 from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.status.snapshot import startup_lines
+from trigate.status.startup import startup_lines
 
 log = structlog.get_logger("trigate.asgi.application")
 
@@ -47,7 +47,7 @@ class GatewayLifespan:
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
             self._scope["state"]["drain"] = app.gateway.drain
-            for line in startup_lines(app.gateway):
+            for line in startup_lines(app.gateway.generation, store_path=app.gateway.store.statistics().path):
                 log.info(line)
             await send({"type": "lifespan.startup.complete"})
             await receive()

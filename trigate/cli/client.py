@@ -1,4 +1,4 @@
-"""A running gateway, as `trigate models`, `status` and `chat` ask it."""
+"""Requests of `trigate models`, `status` and `chat` to a running gateway."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import httpx2
 from trigate.cli.status_view import printable
 
 
-class AskFailed(Exception):
-    """The gateway was not reached, or refused, or is none; its words are for people."""
+class RequestFailed(Exception):
+    """The gateway was not reached, or refused the request, or the server is no gateway. The message is for people."""
 
 
-def settings(url: str, key: str | None, *, read_timeout_s: float = 600.0) -> dict[str, Any]:
-    """What an `httpx2.Client`, or an `httpx2.AsyncClient`, of a gateway is made with.
+def client_settings(url: str, key: str | None, *, read_timeout_s: float = 600.0) -> dict[str, Any]:
+    """Returns the arguments of an `httpx2.Client`, or an `httpx2.AsyncClient`, for a gateway.
 
     Args:
-        url: With or without ``/v1``: the base URL of the SDKs will do too.
-        key: None, or empty = it wants none.
+        url: With or without ``/v1``, so that the base URL of the SDKs works too.
+        key: None or empty = the gateway needs no key.
 
     Raises:
-        AskFailed: The URL is none, or the key cannot stand in a header.
+        RequestFailed: The URL is invalid, or the key has characters that a header cannot carry.
     """
-    key = key and key.strip()  # as the gateway takes it
+    key = key and key.strip()  # the gateway strips its keys too
     if key and not (key.isascii() and key.isprintable()):
-        raise AskFailed("the key has characters that an HTTP header cannot carry.")  # and is not quoted here
+        # the message does not quote the key
+        raise RequestFailed("the key has characters that an HTTP header cannot carry.")
     try:
         if httpx2.URL(url).scheme not in ("http", "https"):
             raise httpx2.InvalidURL("it does not begin with http:// or https://")
     except httpx2.InvalidURL as error:
-        raise AskFailed(f"{url!r} is not a URL: {error}.") from error
+        raise RequestFailed(f"{url!r} is not a URL: {error}.") from error
     return {
         "base_url": url.rstrip("/").removesuffix("/v1"),
         "headers": {"authorization": f"Bearer {key}"} if key else {},
@@ -42,52 +43,56 @@ def settings(url: str, key: str | None, *, read_timeout_s: float = 600.0) -> dic
 
 
 @contextlib.contextmanager
-def translated(url: str) -> Iterator[None]:
-    """Makes an `AskFailed` of what httpx2 raises where no answer comes."""
+def translated_errors(url: str) -> Iterator[None]:
+    """Raises a `RequestFailed` where httpx2 raises an error because it gets no response."""
     try:
         yield
     except httpx2.RequestError as error:
-        words = printable(str(error)) or type(error).__name__
-        raise AskFailed(f"cannot reach {url}: {words}. Is `trigate serve` running there?") from error
+        reason = printable(str(error)) or type(error).__name__
+        raise RequestFailed(f"cannot reach {url}: {reason}. Is `trigate serve` running there?") from error
 
 
 def body_of(response: httpx2.Response, url: str) -> dict[str, Any]:
-    """The object that a gateway answers with.
+    """Returns the JSON object of a response.
 
     Raises:
-        AskFailed: It refused, or it is no gateway.
+        RequestFailed: The status is not 200, or the body is not a JSON object.
     """
     if response.status_code != 200:
-        raise AskFailed(message_of(response))
+        raise RequestFailed(message_of(response))
     try:
         body = response.json()
     except ValueError:
         body = None
     if not isinstance(body, dict):
-        raise no_gateway(url)
+        raise not_a_gateway(url)
     return body
 
 
-def no_gateway(url: str, why: str | None = None) -> AskFailed:
-    """Something answers, but not as a gateway does, or not as one of this version does."""
+def not_a_gateway(url: str, why: str | None = None) -> RequestFailed:
+    """Makes the error for a server that does not answer as a gateway does.
+
+    Args:
+        why: What is wrong with an answer that resembles that of a gateway; None = it does not resemble one.
+    """
     version = f" of this version: {why}" if why is not None else ""
-    return AskFailed(f"what answers at {url} is not a Trigate gateway{version}.")
+    return RequestFailed(f"what answers at {url} is not a Trigate gateway{version}.")
 
 
 def message_of(response: httpx2.Response) -> str:
-    """The status and the words of a refusal."""
+    """Returns the status and the message of an error response, in one line."""
     try:
-        words = str(response.json()["error"]["message"])
+        message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        words = response.text[:300].strip()
-    return f"{response.status_code}: {printable(words)}"
+        message = response.text[:300].strip()
+    return f"{response.status_code}: {printable(message)}"
 
 
-def ask(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
-    """Asks each path in turn, on one connection; gives what the gateway said.
+def request(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
+    """Requests each path in turn, on one connection, and returns the bodies.
 
     Raises:
-        AskFailed: To one of them, it did not say anything of use.
+        RequestFailed: A request failed; the paths after it are not requested.
     """
-    with httpx2.Client(**settings(url, key)) as client, translated(url):
+    with httpx2.Client(**client_settings(url, key)) as client, translated_errors(url):
         return [body_of(client.request(method, path), url) for path in paths]

@@ -1,7 +1,10 @@
-"""The command line, and the only place that exits the process.
+"""The command line: the group of commands, and all of them but `serve`, which is in `trigate.cli.serve`.
 
-Exit codes: 0 = done; 1 = it failed, and standard error says why; 2 = the command line itself is wrong; 130 = Ctrl-C;
-129, 143 = another signal ended `status --watch`.
+The modules of the command line import only click and the standard library at their top; each command imports the rest
+when it runs. So `trigate --help` is quick, and a supervisor does not hold the gateway, which it never runs, in memory.
+
+Exit codes: 0 = success; 1 = failure (`CommandFailed`), and standard error has the reason; 2 = the command line is
+invalid; 130 = Ctrl-C; 129 and 143 = SIGHUP and SIGTERM ended `status --watch`. Only `main` exits the process.
 """
 
 from __future__ import annotations
@@ -16,19 +19,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from trigate import __version__
+from trigate.cli.configuration import (
+    check_certificate,
+    config_option,
+    gateway_environment,
+    read_configuration,
+    refuse_open_gateway,
+)
+from trigate.cli.failure import CommandFailed
+from trigate.cli.serve import serve
 
 if TYPE_CHECKING:
     import httpx2
 
-    from trigate.config.sections import Config, ServerConfig
-    from trigate.server.listeners import Listening
-
-_config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(dir_okay=False),
-    help="A TOML file. Left out: $TRIGATE_CONFIG, else ./trigate.toml, else what can be found.",
-)
+    from trigate.config.sections import Config, UpstreamConfig
 
 
 class _Commands(click.Group):
@@ -36,11 +40,11 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            sys.exit(130)  # click would make it 1
+            ctx.exit(130)  # click would exit with 1
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # click ends quietly, as whoever read has
-            _fail(error.strerror or str(error))
+                raise  # click exits without a message, because the reader has
+            raise CommandFailed(error.strerror or str(error)) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,332 +53,177 @@ def cli() -> None:
     """Trigate: an OpenAI-compatible gateway in which a request is one Trio nursery."""
 
 
+cli.add_command(serve)
+
+
 def main(args: Sequence[str] | None = None, prog_name: str = "trigate") -> NoReturn:
     """Runs a command and exits the process."""
     cli.main(args=args, prog_name=prog_name)
     raise AssertionError("click exits")
 
 
-def _fail(message: str) -> NoReturn:
-    click.echo(f"trigate: {message}", err=True)
-    sys.exit(1)
-
-
-def _read(config_path: str | None) -> Config:
-    """Reads the configuration as the gateway will."""
-    import trio
-
-    from trigate.config.load import locate
-    from trigate.config.sections import ConfigError
-    from trigate.gateway.reload import read_config
-
-    if config_path is not None:
-        os.environ["TRIGATE_CONFIG"] = os.path.abspath(config_path)  # the gateway and its workers read it again
-    path = locate(os.environ)
-    try:
-        return trio.run(read_config, path, os.environ)
-    except ConfigError as error:
-        for problem in error.problems:
-            click.echo(f"trigate: {error.source}: {problem}", err=True)
-        sys.exit(1)
-
-
-# -- serve ------------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@_config_option
-@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=click.IntRange(0, 65535), help="0 = any free one.  [default: 18888]")
-@click.option("--workers", type=click.IntRange(1, 256), help="Processes that share the port.  [default: 1]")
-@click.option("--certfile", type=click.Path(exists=True, dir_okay=False), help="A PEM certificate chain: serve TLS.")
-@click.option("--keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
-@click.option("--insecure", is_flag=True, help="Serve others than this machine without a key.")
-@click.option("--fd", "fds", type=int, multiple=True, hidden=True)
-@click.option("--parent-fd", type=int, hidden=True)
-@click.option("--ready-fd", type=int, hidden=True)
-@click.option("--gate-fd", type=int, hidden=True)
-def serve(
-    config_path: str | None,
-    host: str | None,
-    port: int | None,
-    workers: int | None,
-    certfile: str | None,
-    keyfile: str | None,
-    insecure: bool,
-    fds: tuple[int, ...],
-    parent_fd: int | None,
-    ready_fd: int | None,
-    gate_fd: int | None,
-) -> None:
-    """Serve the gateway until SIGTERM or Ctrl-C (once: running streams may finish; twice: now).
-
-    Where a gateway of the same user serves the address already, it is taken over from, without a pause.
-    """
-    import attrs
-
-    from trigate import logs
-
-    if (certfile is None) != (keyfile is None):
-        raise click.UsageError("--certfile and --keyfile go together.")
-    logs.configure(os.environ)
-    said: Any = {
-        name: value
-        for name, value in (
-            ("host", host),
-            ("port", port),
-            ("workers", workers),
-            ("certfile", certfile),
-            ("keyfile", keyfile),
-            ("insecure", insecure or None),
-        )
-        if value is not None
-    }
-
-    def adjust(config: Config) -> Config:
-        return attrs.evolve(config, server=attrs.evolve(config.server, **said))
-
-    config = adjust(_read(config_path))
-    settings = config.server
-    _refuse_open_door(config)
-    if parent_fd is None:
-        _try_certificate(settings)  # here, and not in each worker at each of its restarts
-    if parent_fd is not None:
-        gate = None if ready_fd is None or gate_fd is None else (ready_fd, gate_fd)
-        _run_worker(settings, adjust, fds, parent_fd, gate)
-    elif settings.workers == 1:
-        _run_alone(settings, adjust)
-    else:
-        _supervise(settings, sys.argv[1:] or ["serve"])
-
-
-def _refuse_open_door(config: Config) -> None:
-    from trigate.asgi.auth import is_loopback
-
-    if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
-        _fail(
-            f"refusing to listen on {config.server.host} without a key: anybody who reaches it could spend your "
-            "providers' money. Set TRIGATE_API_KEY (or [keys]), or say --insecure."
-        )
-
-
-def _try_certificate(settings: ServerConfig) -> None:
-    from trigate.server.server import StartupFailed, open_tls
-
-    try:
-        open_tls(settings)
-    except StartupFailed as failed:
-        _fail(str(failed))
-
-
-def _run_alone(settings: ServerConfig, adjust: Any) -> None:
-    import trio
-
-    listening = _listen(settings)
-    predecessor = listening.predecessor
-
-    async def take_over() -> None:
-        await trio.lowlevel.checkpoint()
-        if predecessor is not None:
-            predecessor.succeed()
-
-    _run_server(settings, adjust, listening.sockets, None, doors=listening.doors, before_accepting=take_over)
-
-
-def _run_worker(
-    settings: ServerConfig, adjust: Any, fds: Sequence[int], parent_fd: int, gate: tuple[int, int] | None
-) -> None:
-    from functools import partial
-
-    from trigate.server.supervisor import sockets_from_fds, wait_gate
-
-    before_accepting = partial(wait_gate, *gate) if gate is not None else None
-    _run_server(settings, adjust, sockets_from_fds(fds), parent_fd, before_accepting=before_accepting)
-
-
-def _listen(settings: ServerConfig) -> Listening:
-    from trigate.server.listeners import ListenError, open_listening
-
-    try:
-        return open_listening(settings)
-    except ListenError as error:
-        _fail(str(error))
-
-
-def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: int | None, **more: Any) -> None:
-    import resource
-    from functools import partial
-
-    import trio
-
-    from trigate.asgi.application import calm_collector, create_app
-    from trigate.errors import message_of
-    from trigate.gateway.gateway import open_gateway
-    from trigate.server.server import StartupFailed, run
-
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream takes two file descriptors
-    app: Any = create_app(opener=lambda: open_gateway(adjust=adjust))  # Any: Quart types ASGI messages more narrowly
-    calm_collector()
-    try:
-        finished = trio.run(partial(run, app, settings, sockets, parent_fd, **more))
-    except* StartupFailed as failed:
-        _fail(message_of(failed))
-    sys.exit(0 if finished else 1)
-
-
-def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
-    from functools import partial
-
-    import trio
-
-    from trigate.errors import message_of
-    from trigate.server.supervisor import WorkersFailed, supervise
-
-    listening = _listen(settings)
-    command = [sys.executable, "-m", "trigate", *arguments]
-    run = partial(
-        supervise,
-        command,
-        listening.sockets,
-        settings,
-        doors=listening.doors,
-        predecessor=listening.predecessor,
-    )
-    try:
-        finished = trio.run(run)
-    except* WorkersFailed as failed:
-        _fail(message_of(failed))
-    sys.exit(0 if finished else 1)
-
-
 # -- check ------------------------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@_config_option
+@config_option
 def check(config_path: str | None) -> None:
-    """Validate the configuration, and print the upstreams, models and routes that it makes.
+    """Validate the configuration, and print its upstreams, models and routes.
 
-    Asks no provider anything (without a file it looks for model servers on this machine).
-    Exit code 1 if something is wrong, with every problem on a line of its own.
+    Sends no request to a provider (without a file it probes for model servers on this machine).
+    If the configuration is invalid, prints each problem on a line of its own and exits with code 1.
     """
     from trigate.store import opening
-    from trigate.upstream import echo
-    from trigate.upstream.local_model import process
 
-    config = _read(config_path)
-    _try_certificate(config.server)
+    config = read_configuration(gateway_environment(config_path))
+    check_certificate(config.server)
     click.echo(f"{config.source}: ok")
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
-    nobody = "none (anybody may come: insecure)" if config.server.insecure else "none (this machine only)"
-    click.echo(f"keys: {', '.join(config.keys) or nobody}")
+    without_keys = "none (open to everybody: insecure)" if config.server.insecure else "none (this machine only)"
+    click.echo(f"keys: {', '.join(config.keys) or without_keys}")
     click.echo(f"store: {opening.described(opening.location(config.store, os.environ))}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():
-        where = f" {upstream.base_url}" if upstream.base_url else ""
-        reason = config.disabled.get(name)
-        if upstream.kind == "local":
-            reason = process.why_unavailable(upstream.gguf)
-        click.echo(f"  {name}: {upstream.kind}{where}" + (f" -- disabled: {reason}" if reason else ""))
-        if upstream.models != "discover":
-            for model in upstream.models:
-                click.echo(f"    {name}/{model}")
-        elif upstream.kind == "local":
-            click.echo(f"    {name}/{process.model_id(upstream.gguf)}")
-        elif upstream.kind == "echo":
-            click.echo(f"    {name}/{echo.MODEL_ID}")
-        elif upstream.kind == "openai":
-            click.echo(f"    {name}/… (asked for its models while serving)")
-    click.echo("routes:")
-    for alias, model_config in config.models.items():
-        click.echo(f"  {alias} -> {', then '.join(model_config.targets)}")
+        for line in _upstream_lines(name, upstream, config.disabled.get(name)):
+            click.echo(line)
+    for line in _route_lines(config):
+        click.echo(line)
+    refuse_open_gateway(config)
+
+
+def _upstream_lines(name: str, upstream: UpstreamConfig, reason: str | None) -> Iterator[str]:
+    """Describes an upstream, and its models.
+
+    Args:
+        reason: Why the configuration disables it.
+    """
+    from trigate.upstream import echo
+    from trigate.upstream.local_model import process
+
+    if upstream.kind == "local":
+        reason = process.why_unavailable(upstream.gguf)
+    address = f" {upstream.base_url}" if upstream.base_url else ""
+    yield f"  {name}: {upstream.kind}{address}" + _disabled(reason)
+    if upstream.models != "discover":
+        for model in upstream.models:
+            yield f"    {name}/{model}"
+    elif upstream.kind == "local":
+        yield f"    {name}/{process.model_id(upstream.gguf)}"
+    elif upstream.kind == "echo":
+        yield f"    {name}/{echo.MODEL_ID}"
+    elif upstream.kind == "openai":
+        yield f"    {name}/… (asked for its models while serving)"
+
+
+def _route_lines(config: Config) -> Iterator[str]:
+    """Describes the routes, the hooks and the channels."""
+    yield "routes:"
+    for alias, model in config.models.items():
+        yield f"  {alias} -> {', then '.join(model.targets)}"
     if "default" not in config.models:
-        click.echo("  default -> the first upstream that can serve")
+        yield "  default -> the first upstream that can serve"
     for name, hook in (config.hooks or {}).items():
-        off = "" if hook.enabled else " -- disabled: switched off in the configuration"
-        click.echo(f"hook /hooks/{name}: {hook.model}, verified by {hook.verification}{off}")
+        reason = None if hook.enabled else "switched off in the configuration"
+        yield f"hook /hooks/{name}: {hook.model}, verified by {hook.verification}" + _disabled(reason)
     for name, channel in config.channels.items():
         reason = config.disabled.get(f"channels.{name}")
-        click.echo(f"channel {name}: {channel.type}, {channel.model}" + (f" -- disabled: {reason}" if reason else ""))
-    _refuse_open_door(config)
+        yield f"channel {name}: {channel.type}, {channel.model}" + _disabled(reason)
 
 
-# -- talking to a running gateway -------------------------------------------------------------------------------------
+def _disabled(reason: str | None) -> str:
+    return f" -- disabled: {reason}" if reason else ""
+
+
+# -- requests to a running gateway ------------------------------------------------------------------------------------
 
 
 def _gateway_options(command: Any) -> Any:
     command = click.option(
         "--url", envvar="TRIGATE_URL", default="http://127.0.0.1:18888", show_default=True, help="The gateway."
     )(command)
-    return click.option("--key", envvar="TRIGATE_API_KEY", help="Its key, if it wants one.  [env: TRIGATE_API_KEY]")(
+    return click.option("--key", envvar="TRIGATE_API_KEY", help="Its key, if it needs one.  [env: TRIGATE_API_KEY]")(
         command
     )
 
 
-def _ask(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
-    from trigate.cli.client import AskFailed, ask
+def _request(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
+    from trigate.cli import client
 
     try:
-        return ask(url, key, *paths, method=method)
-    except AskFailed as failed:
-        _fail(str(failed))
+        return client.request(url, key, *paths, method=method)
+    except client.RequestFailed as failed:
+        raise CommandFailed(str(failed)) from None
+
+
+def _not_a_gateway(url: str, why: str | None = None) -> CommandFailed:
+    from trigate.cli import client
+
+    return CommandFailed(str(client.not_a_gateway(url, why)))
 
 
 @cli.command()
 @_gateway_options
 def models(url: str, key: str | None) -> None:
-    """List the models of a running gateway, one id a line."""
-    from trigate.cli.client import no_gateway
-
-    [body] = _ask(url, key, "/v1/models")
+    """List the models of a running gateway, one id per line."""
+    [body] = _request(url, key, "/v1/models")
     if body.get("object") != "list":
-        _fail(str(no_gateway(url)))
-    for row in body["data"]:
-        click.echo(row["id"])
+        raise _not_a_gateway(url)
+    for model in body["data"]:
+        click.echo(model["id"])
 
 
 @cli.command()
 @_gateway_options
-@click.option("--json", "as_json", is_flag=True, help="As the gateway says it, in JSON.")
-@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C; needs `pip install 'trigate[terminal]'`.")
-@click.option("--interval", "interval_s", type=float, default=1.0, show_default=True, help="Of --watch, in seconds.")
-@click.option("--cancel", "ended", metavar="ID", help="End the stream with this id; its client is told.")
-def status(url: str, key: str | None, as_json: bool, watch: bool, interval_s: float, ended: str | None) -> None:
-    """Show what a running gateway is doing: targets, streams in flight and their attempts, of all its workers."""
-    from trigate.cli import client, status_view
+@click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer, as JSON.")
+@click.option("--watch", is_flag=True, help="Keep updating until Ctrl-C; needs `pip install 'trigate[terminal]'`.")
+@click.option(
+    "--interval", "interval_s", type=float, default=1.0, show_default=True, help="Seconds between updates of --watch."
+)
+@click.option("--cancel", "cancelled", metavar="ID", help="End the stream with this id; its client gets an error.")
+@click.pass_context
+def status(
+    context: click.Context,
+    url: str,
+    key: str | None,
+    as_json: bool,
+    watch: bool,
+    interval_s: float,
+    cancelled: str | None,
+) -> None:
+    """Show the state of a running gateway and all its workers: targets, and streams in flight with their attempts."""
+    from trigate.cli import status_view
 
-    if watch and (as_json or ended is not None):
-        raise click.UsageError("--watch goes neither with --json nor with --cancel.")
+    if watch and (as_json or cancelled is not None):
+        raise click.UsageError("--watch cannot be combined with --json or --cancel.")
     if not 0.1 <= interval_s <= 3600:
         raise click.UsageError("--interval must be from 0.1 to 3600 seconds.")
     if watch:
-        _watch(url, key, interval_s)
-    if ended is not None:
-        _end(url, key, ended, as_json)
+        context.exit(_watch(url, key, interval_s))
+    if cancelled is not None:
+        _cancel(url, key, cancelled, as_json)
         return
-    status, streams = _ask(url, key, *status_view.PATHS)
+    status, streams = _request(url, key, *status_view.PATHS)
     if "totals" not in status or not isinstance(status.get("streams"), dict):
-        _fail(str(client.no_gateway(url)))
+        raise _not_a_gateway(url)
     if as_json:
         click.echo(json.dumps({**status, "streams": {**status["streams"], **streams}}, indent=2, ensure_ascii=False))
         return
     try:
         shown = status_view.overview(*status_view.read(status, streams))
     except ValueError as error:
-        _fail(str(client.no_gateway(url, str(error))))
-    _spare_encoding()
+        raise _not_a_gateway(url, str(error)) from None
+    _replace_unencodable()
     if sys.stdout.isatty() and _has_rich():
-        from trigate.cli import status_watch as watching
+        from trigate.cli import status_watch
 
-        watching.show(shown)
+        status_watch.show(shown)
         return
-    for line in status_view.written(shown):
+    for line in status_view.plain_lines(shown):
         click.echo(line)
 
 
-def _spare_encoding() -> None:
-    """What the terminal has no letter for is a question mark there, and no failure."""
+def _replace_unencodable() -> None:
+    """Makes a character that the terminal's encoding lacks a question mark, and not an error."""
     import io
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -387,33 +236,33 @@ def _has_rich() -> bool:
     return importlib.util.find_spec("rich") is not None
 
 
-def _watch(url: str, key: str | None, interval_s: float) -> NoReturn:
+def _watch(url: str, key: str | None, interval_s: float) -> int:
+    """Shows the state until a signal; returns the exit code for that signal."""
     import trio
 
-    from trigate.cli.client import AskFailed
+    from trigate.cli.client import RequestFailed
 
     if not _has_rich():
-        _fail("--watch needs the package rich: pip install 'trigate[terminal]'")
-    from trigate.cli import status_watch as watching
+        raise CommandFailed("--watch needs the package rich: pip install 'trigate[terminal]'")
+    from trigate.cli import status_watch
 
-    if not watching.can_watch():
-        _fail("--watch needs a terminal to show it on. Without --watch, it is shown once.")
+    if not status_watch.can_watch():
+        raise CommandFailed("--watch needs a terminal as its output. Without --watch, the state is shown once.")
+    _replace_unencodable()
     try:
-        _spare_encoding()
-        number = trio.run(watching.watch, url, key, interval_s)
-    except AskFailed as failed:
-        _fail(str(failed))
-    sys.exit(128 + number)
+        return 128 + trio.run(status_watch.watch, url, key, interval_s)
+    except RequestFailed as failed:
+        raise CommandFailed(str(failed)) from None
 
 
-def _end(url: str, key: str | None, stream: str, as_json: bool) -> None:
+def _cancel(url: str, key: str | None, stream: str, as_json: bool) -> None:
     from urllib.parse import quote
 
-    [body] = _ask(url, key, f"/status/streams/{quote(stream, safe='')}", method="DELETE")
+    [body] = _request(url, key, f"/status/streams/{quote(stream, safe='')}", method="DELETE")
     if as_json:
         click.echo(json.dumps(body, indent=2, ensure_ascii=False))
     else:
-        click.echo(f"{stream}: ended" if body.get("cancelled") else f"{stream}: was ending already")
+        click.echo(f"{stream}: ended" if body.get("cancelled") else f"{stream}: was already ending")
 
 
 @cli.command()
@@ -422,39 +271,43 @@ def _end(url: str, key: str | None, stream: str, as_json: bool) -> None:
 @click.option("--model", default="default", show_default=True)
 @click.option("--system", help="A system message.")
 def chat(url: str, key: str | None, question: str, model: str, system: str | None) -> None:
-    """Ask a running gateway QUESTION (- reads standard input); the answer streams to the terminal."""
+    """Send QUESTION to a running gateway (- reads standard input), and stream the answer to the terminal."""
     import httpx2
 
-    from trigate.cli.client import AskFailed, message_of, settings, translated
+    from trigate.cli.client import RequestFailed, client_settings, message_of, translated_errors
 
     try:
         text = sys.stdin.read() if question == "-" else question
         text.encode()
     except UnicodeError:
-        _fail("the question is not UTF-8.")
+        raise CommandFailed("the question is not UTF-8.") from None
     messages = [{"role": "system", "content": system}] if system else []
     payload = {"model": model, "stream": True, "messages": [*messages, {"role": "user", "content": text}]}
     try:
         with (
-            httpx2.Client(**settings(url, key)) as client,
-            translated(url),
+            httpx2.Client(**client_settings(url, key)) as client,
+            translated_errors(url),
             client.stream("POST", "/v1/chat/completions", json=payload) as response,
         ):
             if response.status_code != 200:
                 response.read()
-                _fail(message_of(response))
-            complete = False
-            for said in _deltas(response):
-                complete = said is None
-                click.echo(said or "", nl=complete)  # which flushes
-    except AskFailed as failed:
-        _fail(str(failed))
-    if not complete:
-        _fail("the answer was cut off.")
+                raise RequestFailed(message_of(response))
+            is_complete = False
+            for delta in _deltas(response):
+                is_complete = delta is None
+                click.echo(delta or "", nl=is_complete)  # also flushes
+    except RequestFailed as failed:
+        raise CommandFailed(str(failed)) from None
+    if not is_complete:
+        raise CommandFailed("the answer was truncated.")
 
 
 def _deltas(response: httpx2.Response) -> Iterator[str | None]:
-    """Yields the pieces of the answer's text, and None at its proper end."""
+    """Yields the pieces of the answer's text, and None at the end of a complete answer.
+
+    Raises:
+        CommandFailed: The stream has an error event.
+    """
     from trigate.openai import sse
 
     splitter = sse.EventSplitter(max_event_bytes=64 * 1024 * 1024)
@@ -470,7 +323,7 @@ def _deltas(response: httpx2.Response) -> Iterator[str | None]:
             if value.get("error"):
                 click.echo()
                 error = value["error"]
-                _fail(str(error.get("message", error) if isinstance(error, dict) else error))
+                raise CommandFailed(str(error.get("message", error) if isinstance(error, dict) else error))
             for choice in value.get("choices", []):
                 if (choice.get("delta") or {}).get("content"):
                     yield choice["delta"]["content"]

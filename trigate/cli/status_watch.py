@@ -1,7 +1,7 @@
-"""`trigate status` on a terminal, by rich: once, or again and again until a signal.
+"""Draws `trigate status` on a terminal with rich: once, or again and again until a signal.
 
-The live picture is drawn on the terminal's other screen, so that what stood there before comes back when it ends. A
-signal is received, and never raised in the middle of something: so the terminal is put in order however it ends.
+The live view uses the alternate screen of the terminal, so the previous content returns when the view ends. Signals are
+received as values and never raise an exception in the middle of other code, so the terminal is restored in every case.
 """
 
 from __future__ import annotations
@@ -21,203 +21,224 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trigate.cli.client import AskFailed, body_of, no_gateway, settings, translated
+from trigate.cli.client import RequestFailed, body_of, client_settings, not_a_gateway, translated_errors
 from trigate.cli.status_view import NUMBERS, PATHS, Cell, Overview, Table, duration, overview, read
 
 ANSWER_TIMEOUT_S = 10.0
-"""How long the gateway may take to answer; then it is asked again."""
+"""How long the gateway may take to answer before it counts as unreachable."""
 
 _STYLES = {"plain": "", "good": "green", "warning": "yellow", "bad": "bold red", "faint": "dim"}
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-# -- what is drawn ----------------------------------------------------------------------------------------------------
+# -- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def drawn(shown: Overview, width: int) -> RenderableType:
-    """Draws everything, with as many lines as it takes."""
-    parts: list[RenderableType] = [_text(cell) for cell in (*shown.head, *shown.more)]
+def draw_all(shown: Overview, width: int) -> RenderableType:
+    """Draws everything, with as many lines as that takes.
+
+    Args:
+        width: Of the terminal, in columns.
+    """
+    parts: list[RenderableType] = [_text(cell) for cell in (*shown.head, *shown.details)]
     return Group(*parts, *_table(shown.targets, width), *_table(shown.streams, width))
 
 
-def fitted(shown: Overview, width: int, height: int, trouble: str | None = None) -> RenderableType:
-    """Draws what matters at each moment, in so many lines. Of a table that does not fit, it is said how much is not
-    shown; the targets get a third.
+def draw_fitted(shown: Overview, width: int, height: int, problem: str | None = None) -> RenderableType:
+    """Draws the view of `--watch`: the head and the tables, with as many rows as fit on the terminal.
+
+    The title of a table that does not fit has the number of rows that are left out. The targets get a third of the
+    height.
 
     Args:
-        trouble: What stands above it.
+        width: Of the terminal, in columns.
+        height: Of the terminal, in lines.
+        problem: A line above everything else.
     """
-    above = [Cell(trouble, "bad")] if trouble is not None else []
-    parts: list[RenderableType] = [_text(cell, cut=True) for cell in (*above, *shown.head)]
-    targets = _cut(shown.targets, height // 3)
-    streams = _cut(shown.streams, height - len(parts) - _height(targets))
+    above = [Cell(problem, "bad")] if problem is not None else []
+    parts: list[RenderableType] = [_text(cell, one_line=True) for cell in (*above, *shown.head)]
+    targets = _crop(shown.targets, height // 3)
+    streams = _crop(shown.streams, height - len(parts) - _height(targets))
     return Group(*parts, *_table(targets, width), *_table(streams, width))
 
 
-_ABOVE = 3
-"""Lines above those of a table: an empty one, its title, its headings."""
+_TABLE_HEAD = 3
+"""Lines above the rows of a table: an empty one, its title, its headings."""
 
 
 def _height(table: Table) -> int:
-    return _ABOVE + len(table.lines) if table.lines else _ABOVE - 1
+    return _TABLE_HEAD + len(table.rows) if table.rows else _TABLE_HEAD - 1
 
 
-def _cut(table: Table, height: int) -> Table:
-    space = max(0, height - _ABOVE)
-    if len(table.lines) <= space:
+def _crop(table: Table, height: int) -> Table:
+    rows = max(0, height - _TABLE_HEAD)
+    if len(table.rows) <= rows:
         return table
-    hidden = len(table.lines) - space
-    return Table(f"{table.title} ({hidden} lines more than fit)", table.headings, table.lines[:space])
+    hidden = len(table.rows) - rows
+    return Table(f"{table.title} ({hidden} lines more than fit)", table.headings, table.rows[:rows])
 
 
-def _text(cell: Cell, *, cut: bool = False) -> Text:
-    return Text(cell.text, style=_STYLES[cell.tone], no_wrap=cut, overflow="ellipsis" if cut else None)
+def _text(cell: Cell, *, one_line: bool = False) -> Text:
+    return Text(cell.text, style=_STYLES[cell.tone], no_wrap=one_line, overflow="ellipsis" if one_line else None)
 
 
 def _table(table: Table, width: int) -> list[RenderableType]:
     title = Text(f"\n{table.title}", style="bold", no_wrap=True, overflow="ellipsis")
-    if not table.lines:
+    if not table.rows:
         return [title]
-    made = RichTable(box=None, pad_edge=False, header_style="dim")
-    columns = [n for n in table.columns() if width >= _NARROW or table.headings[n] not in _SPARED]
+    drawn = RichTable(box=None, pad_edge=False, header_style="dim")
+    columns = [n for n in table.columns() if width >= _NARROW or table.headings[n] not in _WIDE_ONLY]
     for n in columns:
         name = table.headings[n]
         heading = Text(name, no_wrap=True, overflow="ellipsis")
-        # without a wrap, a column is made narrower only when nothing else helps
-        made.add_column(heading, justify="right" if name in NUMBERS else "left", no_wrap=name in _WHOLE)
-    for line in table.lines:
-        made.add_row(*(_text(line[n], cut=True) for n in columns))
-    return [title, made]
+        # rich makes a no_wrap column narrower only when it cannot make the others narrower
+        drawn.add_column(heading, justify="right" if name in NUMBERS else "left", no_wrap=name in _KEPT_WHOLE)
+    for row in table.rows:
+        drawn.add_row(*(_text(row[n], one_line=True) for n in columns))
+    return [title, drawn]
 
 
-_WHOLE = NUMBERS | {"attempt"}
+_KEPT_WHOLE = NUMBERS | {"attempt"}
+"""Columns that stay as wide as their content for as long as possible."""
 _NARROW = 100
-_SPARED = {"events", "bytes", "worker"}
+_WIDE_ONLY = {"events", "bytes", "worker"}
 """Columns that a terminal of less than `_NARROW` columns does not show."""
 
 
 def show(shown: Overview) -> None:
-    """Shows it once, on standard output."""
+    """Draws everything once, on standard output."""
     console = Console(highlight=False)
-    console.print(drawn(shown, console.width))
+    console.print(draw_all(shown, console.width))
 
 
-# -- again and again --------------------------------------------------------------------------------------------------
+# -- the live view ----------------------------------------------------------------------------------------------------
 
 
 def can_watch() -> bool:
-    """Whether standard output is a terminal on which a picture can be drawn anew."""
+    """Whether standard output is a terminal that has an alternate screen."""
     console = Console()
     return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
-async def look(client: httpx2.AsyncClient, url: str) -> Overview:
-    """Asks the gateway what it is doing.
+async def fetch(client: httpx2.AsyncClient, url: str) -> Overview:
+    """Requests the state of the gateway.
 
     Raises:
-        AskFailed: It did not answer, or it is none.
+        RequestFailed: The gateway did not answer or refused, or the server is no gateway.
     """
-    with translated(url):
-        status, streams = [body_of(await client.get(path), url) for path in PATHS]
+    status_path, streams_path = PATHS
+    with translated_errors(url):
+        status = body_of(await client.get(status_path), url)
+        streams = body_of(await client.get(streams_path), url)
     try:
-        return overview(*read(status, streams))  # noqa: ASYNC910 - it has asked
+        return overview(*read(status, streams))
     except ValueError as error:
-        raise no_gateway(url, str(error)) from error
+        raise not_a_gateway(url, str(error)) from error
 
 
-class _Picture:
-    """What is on the terminal."""
+class _Display:
+    """The terminal, and what is drawn on it. Pass each new overview to `draw`."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.live = Live(
-            console=self.console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        self._console = console
+        self._live = Live(
+            console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
         self._shown: Overview | None = None
-        self._trouble: str | None = None
+        self._problem: str | None = None
 
-    def draw(self, shown: Overview, trouble: str | None = None) -> None:
-        """Draws it; from the first time on the terminal is in use.
+    def draw(self, shown: Overview, problem: str | None = None) -> None:
+        """Draws an overview. The first call switches to the alternate screen.
 
         Raises:
-            OSError: There is no terminal any more: its window was closed.
+            OSError: The terminal is closed.
         """
-        if not self.console.file.isatty():
+        if not self._console.file.isatty():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        self._shown, self._trouble = shown, trouble
-        self.live.start()
-        self.draw_again()
+        self._shown, self._problem = shown, problem
+        self._live.start()
+        self.redraw()
 
-    def draw_again(self) -> None:
-        """The terminal has another size."""
-        if self._shown is not None and self.live.is_started:
-            width, height = self.console.size
-            self.live.update(fitted(self._shown, width, height, self._trouble), refresh=True)
+    def redraw(self) -> None:
+        """Draws the last overview again, in the size that the terminal has now."""
+        if self._shown is not None and self._live.is_started:
+            width, height = self._console.size
+            self._live.update(draw_fitted(self._shown, width, height, self._problem), refresh=True)
 
-    def pause(self) -> None:
-        """Ctrl-Z: the terminal is the shell's until this process goes on."""
-        self.live.stop()
+    def suspend(self) -> None:
+        """Restores the screen and stops this process, as Ctrl-Z does; draws again when the shell continues it."""
+        self._live.stop()
         os.kill(os.getpid(), signal.SIGSTOP)
         if self._shown is not None:
-            self.draw(self._shown, self._trouble)
+            self.draw(self._shown, self._problem)
+
+    def close(self) -> None:
+        """Restores the screen, if the terminal is still there."""
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
 
 async def watch(url: str, key: str | None, interval_s: float) -> int:
-    """Shows what the gateway is doing until a signal ends it. A gateway that goes away is waited for.
+    """Shows the state of the gateway until a signal. If the gateway becomes unreachable, waits for it to return.
 
     Args:
-        interval_s: Between two looks.
+        interval_s: Seconds between an answer and the next request.
 
     Returns:
         The number of the signal.
 
     Raises:
-        AskFailed: The first look failed.
-        OSError: The terminal is gone.
+        RequestFailed: The first request failed.
+        OSError: The terminal is closed.
     """
-    picture, ended_by, failed = _Picture(Console(highlight=False)), 0, None
+    await trio.lowlevel.checkpoint()
+    display, end_signal, failure = _Display(Console(highlight=False)), 0, None
 
-    async def heed(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-        nonlocal ended_by
+    async def receive(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        nonlocal end_signal
         async for number in signals:
             match number:
                 case signal.SIGWINCH:
-                    picture.draw_again()
+                    display.redraw()
                 case signal.SIGTSTP:
-                    picture.pause()
+                    display.suspend()
                 case _:
-                    ended_by = number
+                    end_signal = number
                     scope.cancel()
                     return
 
-    with trio.open_signal_receiver(*_ENDING, signal.SIGWINCH, signal.SIGTSTP) as signals:
+    with trio.open_signal_receiver(*_END_SIGNALS, signal.SIGWINCH, signal.SIGTSTP) as signals:
         try:
-            async with httpx2.AsyncClient(**settings(url, key)) as client, trio.open_nursery() as nursery:
-                nursery.start_soon(heed, signals, nursery.cancel_scope)
-                await _look_on(functools.partial(look, client, url), picture, interval_s)
-        except* (AskFailed, OSError) as group:
-            failed = group.exceptions[0]
+            async with httpx2.AsyncClient(**client_settings(url, key)) as client, trio.open_nursery() as nursery:
+                nursery.start_soon(receive, signals, nursery.cancel_scope)
+                await _refresh(functools.partial(fetch, client, url), display, interval_s)
+        except* (RequestFailed, OSError) as group:
+            failure = group.exceptions[0]
         finally:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                picture.live.stop()
-    if failed is not None:
-        raise failed
-    return ended_by  # noqa: ASYNC910 - it has waited for the signal
+            display.close()
+    if failure is not None:
+        raise failure
+    return end_signal
 
 
-async def _look_on(ask: Callable[[], Awaitable[Overview]], picture: _Picture, interval_s: float) -> None:
-    shown, seen_at = None, trio.current_time()
+async def _refresh(fetch: Callable[[], Awaitable[Overview]], display: _Display, interval_s: float) -> None:
+    """Fetches and draws for ever. Once it has drawn an overview, it keeps that one while the gateway is unreachable.
+
+    Raises:
+        RequestFailed: The first request failed, or was not answered within `ANSWER_TIMEOUT_S`.
+    """
+    shown, fetched_at = None, trio.current_time()
     while True:
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                shown = await ask()
-        except (AskFailed, trio.TooSlowError) as error:
-            words = str(error) or f"no answer within {ANSWER_TIMEOUT_S:g} s."
+                shown = await fetch()
+        except (RequestFailed, trio.TooSlowError) as error:
+            reason = str(error) or f"no answer within {ANSWER_TIMEOUT_S:g} s."
             if shown is None:
-                raise AskFailed(words) from error
-            ago = duration(trio.current_time() - seen_at)
-            picture.draw(shown, f"This is {ago} old, and it is asked again: {words}")
+                raise RequestFailed(reason) from error
+            age = duration(trio.current_time() - fetched_at)
+            display.draw(shown, f"This is {age} old, and the gateway is asked again: {reason}")
         else:
-            seen_at = trio.current_time()
-            picture.draw(shown)
+            fetched_at = trio.current_time()
+            display.draw(shown)
         await trio.sleep(interval_s)

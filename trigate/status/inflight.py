@@ -1,164 +1,197 @@
-"""The exchanges in flight, one by one, of all workers: seen, and ended.
+"""Lists and cancels the exchanges in flight on all workers.
 
-Each worker knows its own. Who is asked rings the others (`workers`), who answer with a ring of their own, in one
-datagram: as many rows as fit, and how many there are. Whoever does not answer in time is named, and keeps nobody
-waiting.
+Each worker knows only its own exchanges. The worker that gets the request sends a question to the other workers, and
+each of them sends its answer back, as notifications (`trigate.workers`). The rules are:
 
-Who has a key sees, and ends, what is done with that key; where the gateway has no keys, everything.
+* An answer is one datagram. It has as many rows as fit into `_MAX_ANSWER_BYTES`, the oldest first, and the full count.
+* The worker waits `ANSWER_TIMEOUT_S` for the answers. A worker that has not answered by then is named in the result.
+* An answer that arrives late is dropped.
+* A gateway with keys shows and cancels only the exchanges of the key that asks; a gateway without keys, all exchanges.
+
+Workers of two versions may meet while one replaces the other. So when the shape of `_Question` or `_Answer` changes,
+change the names of the topics too: a worker then never receives a message that it cannot decode.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import attrs
 import msgspec
 import trio
 
+from trigate.concurrency.notify import RepeatedEvent
 from trigate.errors import CancelledByOperator
-
-if TYPE_CHECKING:
-    from trigate.exchange.exchange import Exchange
-    from trigate.gateway.gateway import Gateway
+from trigate.exchange.exchange import Exchange
+from trigate.status.schema import Stream
+from trigate.workers.membership import Workers
 
 MAX_LIMIT = 1000
+"""Maximum number of rows in one result."""
 ANSWER_TIMEOUT_S = 0.5
-_MAX_ANSWER_BYTES = 48 * 1024  # of one worker, beside the frame: a ring holds 64 KiB
+"""How long the other workers have to answer."""
+_MAX_ANSWER_BYTES = 48 * 1024
+"""Size of the rows in one answer. A notification is one datagram of at most 64 KiB."""
+_QUESTION = "inflight-question"
+_ANSWER = "inflight-answer"
 
 
-@attrs.frozen(kw_only=True)
-class _Question:
-    """What is asked, of this worker or another.
+class _Question(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker asks the others.
 
     Attributes:
-        id: Of the question.
-        owner: Whose exchanges are meant; None = everybody's.
-        stream: The id of an exchange; empty = all.
-        what: ``tell`` of them, or ``end`` them.
+        owner: Whose exchanges are selected; None = everybody's.
+        stream: The request id of the selected exchanges; empty = any.
+        limit: Maximum number of rows in the answer.
     """
 
     id: str
+    action: Literal["list", "cancel"]
     owner: str | None
     stream: str
-    what: Literal["tell", "end"]
     limit: int
 
 
-@attrs.frozen(kw_only=True)
-class _Answer:
-    """What one worker says.
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker answers.
 
     Attributes:
-        count: How many exchanges are meant, of which there may be fewer rows.
-        ended: How many were ended.
+        question: The id of the question.
+        count: Number of selected exchanges; there may be fewer rows.
+        cancelled: Number of exchanges that this question has cancelled.
+        rows: The oldest first.
     """
 
     question: str
     worker: str
     count: int
-    ended: int
-    rows: list[dict[str, Any]]
+    cancelled: int
+    rows: tuple[Stream, ...]
 
 
 @attrs.frozen(kw_only=True)
 class Found:
-    """What was found, of all workers.
+    """The exchanges of all workers that were selected.
 
     Attributes:
         rows: The oldest first.
-        count: How many there are.
-        ended: How many have been ended.
-        missing_workers: Who has not answered.
+        count: Number of selected exchanges; there may be fewer rows.
+        cancelled: Number of exchanges that were cancelled.
+        missing_workers: The ids of the workers that did not answer in time.
     """
 
-    rows: list[dict[str, Any]]
+    rows: tuple[Stream, ...]
     count: int
-    ended: int
-    missing_workers: list[str]
+    cancelled: int
+    missing_workers: tuple[str, ...]
 
 
-class Streams:
-    """Made by `gateway`."""
+@attrs.define(eq=False, kw_only=True)
+class InflightRequests:
+    """Lists and cancels the exchanges in flight. Made by `gateway`; at most one for each `Workers`.
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._asked: dict[str, list[_Answer]] = {}
-        self._heard = trio.Event()
-        gateway.workers.on_notify("streams", self._heed)
-        gateway.workers.on_notify("streams-told", self._note)
+    Attributes:
+        live: The exchanges of this worker that are in flight, in the order of their arrival.
+    """
 
-    async def tell(self, *, owner: str | None, stream: str = "", limit: int = MAX_LIMIT) -> Found:
-        """Returns what is in flight, the oldest first.
+    _workers: Workers
+    _live: Iterable[Exchange]
+    _answers: dict[str, list[_Answer]] = attrs.field(init=False, factory=dict)  # by question
+    _answered: RepeatedEvent = attrs.field(init=False, factory=RepeatedEvent)
+
+    def __attrs_post_init__(self) -> None:
+        self._workers.on_notify(_QUESTION, self._on_question)
+        self._workers.on_notify(_ANSWER, self._on_answer)
+
+    async def list(self, *, owner: str | None, stream: str = "", limit: int = MAX_LIMIT) -> Found:
+        """Lists exchanges in flight, the oldest first.
 
         Args:
             owner: Whose; None = everybody's.
-            stream: Only those with this request id. Clients choose it, so there may be several.
+            stream: Only those with this request id; empty = any. Clients choose it, so several may have the same one.
+            limit: Maximum number of rows.
+
+        Raises:
+            StoreUnavailable: The other workers cannot be looked up.
         """
-        return await self._ask("tell", owner, stream, limit)
+        return await self._ask("list", owner, stream, limit)
 
-    async def end(self, *, owner: str | None, stream: str) -> Found:
-        """Ends the exchanges with this request id; their clients are told."""
-        return await self._ask("end", owner, stream, MAX_LIMIT)
+    async def cancel(self, *, owner: str | None, stream: str) -> Found:
+        """Cancels the exchanges with this request id. Their clients get `CancelledByOperator`.
 
-    async def _ask(self, what: Literal["tell", "end"], owner: str | None, stream: str, limit: int) -> Found:
-        workers = self._gateway.workers
-        question = _Question(id=secrets.token_hex(8), owner=owner, stream=stream, what=what, limit=limit)
-        others = {worker.id for worker in await workers.others()}
-        answers = self._asked[question.id] = []
+        Args:
+            owner: Whose; None = everybody's.
+
+        Raises:
+            StoreUnavailable: The other workers cannot be looked up; nothing was cancelled.
+        """
+        return await self._ask("cancel", owner, stream, MAX_LIMIT)
+
+    async def _ask(self, action: Literal["list", "cancel"], owner: str | None, stream: str, limit: int) -> Found:
+        question = _Question(id=secrets.token_hex(8), action=action, owner=owner, stream=stream, limit=limit)
+        others = {worker.id for worker in await self._workers.others()}
+        answers = self._answers[question.id] = []
         try:
             if others:
-                workers.notify("streams", msgspec.json.encode(attrs.asdict(question)))
+                self._workers.notify(_QUESTION, msgspec.json.encode(question))
             answers.append(self._answer(question))
             with trio.move_on_after(ANSWER_TIMEOUT_S):
                 while not others <= {answer.worker for answer in answers}:
-                    self._heard = trio.Event()
-                    await self._heard.wait()
+                    await self._answered.wait()
         finally:
-            del self._asked[question.id]
-        rows = sorted((row for answer in answers for row in answer.rows), key=lambda row: -row["age_s"])
+            del self._answers[question.id]
+        rows = sorted((row for answer in answers for row in answer.rows), key=lambda row: -row.age_s)
         return Found(
-            rows=rows[:limit],
+            rows=tuple(rows[:limit]),
             count=sum(answer.count for answer in answers),
-            ended=sum(answer.ended for answer in answers),
-            missing_workers=sorted(others - {answer.worker for answer in answers}),
+            cancelled=sum(answer.cancelled for answer in answers),
+            missing_workers=tuple(sorted(others - {answer.worker for answer in answers})),
         )
 
-    def _meant(self, question: _Question) -> list[Exchange]:
-        return [
+    def _answer(self, question: _Question) -> _Answer:
+        """Answers a question for this worker."""
+        selected = [
             exchange
-            for exchange in self._gateway.live
+            for exchange in self._live
             if (question.owner is None or exchange.owner == question.owner)
             and (not question.stream or exchange.id == question.stream)
         ]
-
-    def _answer(self, question: _Question) -> _Answer:
-        meant = self._meant(question)
-        worker, now, ended = self._gateway.workers.id, trio.current_time(), 0
-        if question.what == "end":
-            for exchange in meant:
-                ended += not exchange.is_cut
+        cancelled = 0
+        if question.action == "cancel":
+            for exchange in selected:
+                cancelled += not exchange.is_cut
                 exchange.cut(CancelledByOperator("The call was ended by a request to DELETE /status/streams."))
-        rows = [{**exchange.describe(now), "worker": worker} for exchange in meant[: question.limit]]
-        return _Answer(question=question.id, worker=worker, count=len(meant), ended=ended, rows=rows)
+        now = trio.current_time()
+        return _Answer(
+            question=question.id,
+            worker=self._workers.id,
+            count=len(selected),
+            cancelled=cancelled,
+            rows=tuple(self._row(exchange, now) for exchange in selected[: question.limit]),
+        )
 
-    def _heed(self, ring: bytes) -> None:
-        """Another worker asks."""
-        question = _Question(**msgspec.json.decode(ring))
+    def _row(self, exchange: Exchange, now: float) -> Stream:
+        return msgspec.convert({**exchange.describe(now), "worker": self._workers.id}, Stream)
+
+    def _on_question(self, body: bytes) -> None:
+        """Answers another worker. All workers get the answer; those that did not ask ignore it."""
+        question = msgspec.json.decode(body, type=_Question)
         answer = self._answer(question)
-        fitting = attrs.evolve(answer, rows=list(_fitting(answer.rows)))
-        self._gateway.workers.notify("streams-told", msgspec.json.encode(attrs.asdict(fitting)))
+        fitting = msgspec.structs.replace(answer, rows=tuple(_fitting(answer.rows)))
+        self._workers.notify(_ANSWER, msgspec.json.encode(fitting))
 
-    def _note(self, ring: bytes) -> None:
-        """Another worker answers: somebody."""
-        answer = _Answer(**msgspec.json.decode(ring))
-        if answer.question in self._asked:
-            self._asked[answer.question].append(answer)
-            self._heard.set()
+    def _on_answer(self, body: bytes) -> None:
+        """Takes the answer of another worker, if it is to a question that this worker still waits for."""
+        answer = msgspec.json.decode(body, type=_Answer)
+        if answer.question in self._answers:
+            self._answers[answer.question].append(answer)
+            self._answered.set()
 
 
-def _fitting(rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def _fitting(rows: Iterable[Stream]) -> Iterable[Stream]:
+    """Yields the first rows, as many as fit into one answer."""
     size = 0
     for row in rows:
         size += len(msgspec.json.encode(row))

@@ -9,8 +9,9 @@ from quart import Blueprint, Response, request
 
 from trigate.asgi.quart_app import current_gateway
 from trigate.errors import BadRequest, NotFound
-from trigate.status import snapshot
 from trigate.status.inflight import MAX_LIMIT
+from trigate.status.merge import iso_time
+from trigate.status.schema import StreamList
 from trigate.store.records import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)
@@ -33,7 +34,7 @@ def _json(body: object) -> Response:
 @blueprint.get("/status")
 async def status() -> Response:
     """Version, uptime, workers, channels, sessions, store, upstreams, live streams and totals; of all workers."""
-    return _json(await snapshot.status(current_gateway()))
+    return _json(await current_gateway().status.status())
 
 
 def _limit() -> int:
@@ -46,14 +47,14 @@ def _limit() -> int:
 @blueprint.get("/status/streams")
 async def list_streams() -> Response:
     """The exchanges in flight, the oldest first."""
-    found = await current_gateway().streams.tell(owner=_owner(), limit=_limit())
-    return _json({"object": "list", "data": found.rows, "count": found.count, "missing_workers": found.missing_workers})
+    found = await current_gateway().inflight.list(owner=_owner(), limit=_limit())
+    return _json(StreamList(data=found.rows, count=found.count, missing_workers=found.missing_workers))
 
 
 @blueprint.get("/status/streams/<stream>")
 async def retrieve_stream(stream: str) -> Response:
     """One exchange; several, where clients have given several the same id."""
-    found = await current_gateway().streams.tell(owner=_owner(), stream=stream)
+    found = await current_gateway().inflight.list(owner=_owner(), stream=stream)
     if not found.rows:
         raise NotFound("There is no such stream.")
     return _json(found.rows[0] if len(found.rows) == 1 else {"object": "list", "data": found.rows})
@@ -62,10 +63,10 @@ async def retrieve_stream(stream: str) -> Response:
 @blueprint.delete("/status/streams/<stream>")
 async def delete_stream(stream: str) -> Response:
     """Ends it; its client gets an error that says so."""
-    found = await current_gateway().streams.end(owner=_owner(), stream=stream)
+    found = await current_gateway().inflight.cancel(owner=_owner(), stream=stream)
     if not found.count:
         raise NotFound("There is no such stream.")
-    return _json({"id": stream, "object": "stream.cancelled", "cancelled": found.ended})
+    return _json({"id": stream, "object": "stream.cancelled", "cancelled": found.cancelled})
 
 
 @blueprint.get("/status/ledger")
@@ -82,8 +83,8 @@ async def list_records() -> Response:
 def _record(record: ExchangeRecord) -> dict[str, Any]:
     return {
         **msgspec.structs.asdict(record),
-        "started_at": snapshot.moment(record.started_at, timespec="milliseconds"),
-        "ended_at": snapshot.moment(record.ended_at, timespec="milliseconds"),
+        "started_at": iso_time(record.started_at, timespec="milliseconds"),
+        "ended_at": iso_time(record.ended_at, timespec="milliseconds"),
         "duration_s": _rounded(record.ended_at - record.started_at if record.ended_at is not None else None),
         "first_content_s": _rounded(record.first_content_s),
         "attempts": [

@@ -1,0 +1,78 @@
+"""The configuration as `trigate serve` and `trigate check` read it, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import click
+
+from trigate.cli.failure import CommandFailed
+
+if TYPE_CHECKING:
+    from trigate.config.sections import Config, ServerConfig
+
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False),
+    help="A TOML file. Without it: $TRIGATE_CONFIG, else ./trigate.toml, else discovery.",
+)
+
+
+def gateway_environment(config_path: str | None) -> dict[str, str]:
+    """Returns the environment with which a gateway reads the file that ``--config`` names.
+
+    Args:
+        config_path: None = the gateway reads the file that the process's environment names, or finds one.
+    """
+    given = {"TRIGATE_CONFIG": os.path.abspath(config_path)} if config_path is not None else {}
+    return {**os.environ, **given}
+
+
+def read_configuration(env: Mapping[str, str]) -> Config:
+    """Reads the configuration as a gateway with this environment does.
+
+    Raises:
+        CommandFailed: The configuration is invalid; each problem has a line of its own.
+    """
+    import trio
+
+    from trigate.config.load import locate
+    from trigate.config.sections import ConfigError
+    from trigate.gateway.reload import read_config
+
+    try:
+        return trio.run(read_config, locate(env), env)
+    except ConfigError as error:
+        raise CommandFailed(*(f"{error.source}: {problem}" for problem in error.problems)) from None
+
+
+def refuse_open_gateway(config: Config) -> None:
+    """Refuses a configuration with which other machines could use the gateway without a key.
+
+    Raises:
+        CommandFailed: The gateway would listen on an address that is not loopback, has no key, and is not ``insecure``.
+    """
+    from trigate.asgi.auth import is_loopback
+
+    if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
+        raise CommandFailed(
+            f"refusing to listen on {config.server.host} without a key: anybody who reaches it could spend your "
+            "providers' money. Set TRIGATE_API_KEY (or [keys]), or pass --insecure."
+        )
+
+
+def check_certificate(server: ServerConfig) -> None:
+    """Loads the certificate, if there is one.
+
+    Raises:
+        CommandFailed: The certificate or its key cannot be used.
+    """
+    from trigate.server.server import StartupFailed, open_tls
+
+    try:
+        open_tls(server)
+    except StartupFailed as failed:
+        raise CommandFailed(str(failed)) from None

@@ -1,0 +1,62 @@
+"""The lines that a gateway logs when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trigate import __version__
+from trigate.config.sections import Config
+from trigate.errors import GatewayError
+from trigate.store import opening
+from trigate.upstream.generation import Generation
+
+
+def startup_lines(generation: Generation, *, store_path: str) -> list[str]:
+    """Describes what the gateway has found: three sentences, and a fourth one if there are hooks or channels.
+
+    Args:
+        store_path: The path of the store's file, or `opening.MEMORY`.
+    """
+    config = generation.config
+    lines = [
+        f"Trigate {__version__}, configured by {config.source}; {_keys(config)}; store {opening.described(store_path)}",
+        "Upstreams: " + ("; ".join(_upstreams(generation)) or "none"),
+        f"Models: {len(generation.public_ids())} listed; {_default(generation)}",
+    ]
+    callers = list(_hooks_and_channels(config))
+    if callers:
+        lines.append("Hooks and channels: " + "; ".join(callers))
+    return lines
+
+
+def _keys(config: Config) -> str:
+    if config.keys:
+        return f"{len(config.keys)} keys ({', '.join(config.keys)})"
+    if config.server.insecure:
+        return "NO KEY and --insecure: anybody who reaches it can use it"
+    return "no key: this machine only"
+
+
+def _upstreams(generation: Generation) -> Iterable[str]:
+    for name, upstream in generation.upstreams.items():
+        statistics = upstream.statistics()
+        match statistics.state:
+            case "disabled" | "down" as state:
+                yield f"{name}: {state} ({statistics.reason})"
+            case _:
+                yield f"{name}: {statistics.models} models"
+
+
+def _default(generation: Generation) -> str:
+    try:
+        return f"default is {generation.route('default').targets[0]}"
+    except GatewayError as error:
+        return f"default cannot serve: {error}"
+
+
+def _hooks_and_channels(config: Config) -> Iterable[str]:
+    for name, hook in (config.hooks or {}).items():
+        yield name if hook.enabled else f"{name}: disabled"
+    for name in config.channels:
+        reason = config.disabled.get(f"channels.{name}")
+        yield f"{name}: disabled ({reason})" if reason else name
