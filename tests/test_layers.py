@@ -114,12 +114,9 @@ UP = {
     "exchange.exchange": {"gateway.gateway"},
     "exchange.shared_call": {"gateway.gateway"},
     "ledger.ledger": {"exchange.attempt", "exchange.exchange", "sessions.compose"},
-    "runs.request": {"webhooks.callbacks"},
-    "runs.service": {"gateway.gateway"},
     "status.inflight": {"gateway.gateway"},
     "status.snapshot": {"gateway.gateway"},
     "store.opening": {"workers.membership"},
-    "webhooks.endpoint": {"gateway.gateway"},
 }
 CYCLE = set(MODULES)
 

@@ -38,7 +38,7 @@ from trigate.exchange.shared_call import CoalescedExchange
 from trigate.openai.endpoints import ENDPOINTS, Endpoint
 from trigate.openai.request import Call, decode_call
 from trigate.sessions.service import SessionRecorder
-from trigate.webhooks import endpoint as hooks
+from trigate.webhooks.calls import HookHead
 
 if TYPE_CHECKING:
     from trigate.asgi.application import GatewayApp
@@ -80,8 +80,8 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 await self._hook(hook, head, inbound, down)
                 return
             if hook:
-                scope["trigate.readers"] = hooks.readers(
-                    hook, config, head.headers, functools.partial(authorize, head, config)
+                scope["trigate.readers"] = gateway.hooks.readers(
+                    hook, head.headers, functools.partial(authorize, head, config)
                 )
             elif head.path != "/health":
                 scope["trigate.owner"] = authorize(head, config) or ""
@@ -176,8 +176,8 @@ class GatewayConnection(TrioASGIHTTPConnection):
 
     async def _hook(self, name: str, head: Head, inbound: RequestBody, down: Downstream) -> None:
         config = self.app.gateway.generation.config
-        visit = self.app.gateway.hooks.visit(
-            hooks.Request(
+        visit = self.app.gateway.hooks.check_head(
+            HookHead(
                 name=name,
                 method=head.method,
                 headers=head.headers,

@@ -42,7 +42,7 @@ from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.upstream.factory import TransportFactory, _trust, http_transport
-from trigate.upstream.generation import Generation, open_generation
+from trigate.upstream.generation import Generation, Generations, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
@@ -97,14 +97,14 @@ class Gateway:
         self.runs: Runs
         self.callbacks: Callbacks
         self.outbox: Outbox
-        self.hooks = Hooks(self)
+        self.hooks: Hooks
         self.channels: Channels | None = None
         self.targets = Targets()
         self.admission = Admission(_exchanges_by_descriptors())
         self.ledger: Ledger
         self.chance = random.random
         """Chance, between 0 and 1: for pauses and choices."""
-        self.generation: Generation
+        self.generations: Generations
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.quiet = trio.Event()
         """Set when none is live; another one once there is one again."""
@@ -123,6 +123,11 @@ class Gateway:
 
     def __repr__(self) -> str:
         return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
+
+    @property
+    def generation(self) -> Generation:
+        """The generation in use."""
+        return self.generations.current
 
     @property
     def uptime_s(self) -> float:
@@ -190,7 +195,7 @@ class Gateway:
     ) -> None:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
-            self.generation = await nursery.start(self._run_generation, first, transports)
+            self.generations = Generations(await nursery.start(self._run_generation, first, transports))
             self._apply(first)
             self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
@@ -202,7 +207,7 @@ class Gateway:
                     config = await self._load()
                     if not config.upstreams:  # many a program empties a file before it writes it
                         raise ConfigError(config.source, ("upstreams: there are none",))
-                    self.generation = await nursery.start(self._run_generation, config, transports)
+                    new = await nursery.start(self._run_generation, config, transports)
                 except ConfigError as error:
                     self.reload_error = str(error)
                     log.error("reload_refused", source=error.source, problems=list(error.problems))
@@ -213,11 +218,12 @@ class Gateway:
                     log.exception("reload_refused", source=old.config.source, problems=[words])
                     continue
                 self.reload_error = None
-                old.retire()
+                self.generations.replace(new)
                 self._apply(config)
                 self.callbacks.apply(config.hooks or {}, self.outbox)
                 if self.channels is not None:
                     self.channels.apply()
+                    self.hooks.apply()
                 self._reloaded.set()
                 log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
@@ -312,9 +318,19 @@ async def _running(
                 # before anybody joins the other workers.
                 async with (
                     open_flights(gateway) as gateway.flights,
-                    open_runs(gateway) as gateway.runs,
+                    open_runs(
+                        store=gateway.store,
+                        workers=gateway.workers,
+                        sessions=gateway.sessions,
+                        outbox=gateway.outbox,
+                        generations=gateway.generations,
+                        exchange_services=gateway,
+                    ) as gateway.runs,
                     open_channels(gateway, http_transport) as gateway.channels,
                 ):
+                    gateway.hooks = Hooks(
+                        runs=gateway.runs, generations=gateway.generations, channel_adapter=gateway.channels.adapter
+                    )
                     if path is not None:
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)
