@@ -111,13 +111,7 @@ GRAPH = {module: _modules_imported(module) for module in MODULES}
 UP = {
     "channels.adapter": {"gateway.gateway"},
     "channels.service": {"gateway.gateway"},
-    "exchange.exchange": {"gateway.gateway"},
-    "exchange.shared_call": {"gateway.gateway"},
-    "ledger.ledger": {"exchange.attempt", "exchange.exchange", "sessions.compose"},
-    "runs.request": {"webhooks.callbacks"},
-    "runs.service": {"gateway.gateway"},
     "store.opening": {"workers.membership"},
-    "webhooks.endpoint": {"gateway.gateway"},
 }
 CYCLE = set(MODULES)
 

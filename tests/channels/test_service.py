@@ -76,7 +76,7 @@ async def open_service(config: Config) -> AsyncIterator[tuple[Channels, Any, Cal
     gateway: Any = SimpleNamespace(
         generation=SimpleNamespace(config=config),
         runs=SimpleNamespace(live_views={}),
-        outbox=SimpleNamespace(carriers={}, look=lambda: None),
+        outbox=SimpleNamespace(carriers={}, wake=lambda: None),
     )
 
     def reload(config: Config) -> None:
@@ -219,7 +219,7 @@ async def test_unusable(autojump_clock: trio.testing.MockClock, logs: Logs) -> N
     gateway: Any = SimpleNamespace(
         generation=SimpleNamespace(config=config_of("a", "b")),
         runs=SimpleNamespace(live_views={}),
-        outbox=SimpleNamespace(carriers={}, look=lambda: None),
+        outbox=SimpleNamespace(carriers={}, wake=lambda: None),
     )
     failures = [ConfigError("SSL_CERT_FILE", ("cannot be used",))]
 
@@ -261,7 +261,7 @@ async def test_transports(autojump_clock: trio.testing.MockClock) -> None:
     gateway: Any = SimpleNamespace(
         generation=SimpleNamespace(config=config_of("a")),
         runs=SimpleNamespace(live_views={}),
-        outbox=SimpleNamespace(carriers={}, look=lambda: None),
+        outbox=SimpleNamespace(carriers={}, wake=lambda: None),
     )
     async with open_channels(gateway, make):
         await trio.sleep(1)

@@ -15,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.conftest import Logs
 from trigate.runs import outbox as rooms
-from trigate.runs.outbox import AT_ONCE, ATTEMPT_S, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
+from trigate.runs.outbox import ATTEMPT_S, CONCURRENCY, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
 from trigate.store.interface import Store
 from trigate.store.memory import MemoryStore, open_memory_store
 from trigate.store.records import Delivery, Worker
@@ -104,7 +104,7 @@ class Opened:
         """Keeps something to deliver, and says so."""
         for each in deliveries:
             await self.store.deliveries.add(each)
-        self.outbox.look()
+        self.outbox.wake()
 
     async def row(self, number: int = 1) -> Delivery:
         """What the store says of a delivery."""
@@ -200,7 +200,7 @@ async def test_a_failure_is_tried_again_until_the_schedule_is_over(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten attempts over three days; then it has failed, with the last status."""
-    monkeypatch.setattr(rooms, "LOOK_S", 3600.0)  # three days have many minutes
+    monkeypatch.setattr(rooms, "POLL_S", 3600.0)  # three days have many minutes
     async with opened(FAILED) as it:
         await it.add(delivery())
         row = await it.settled()
@@ -282,7 +282,7 @@ async def test_a_channel_without_a_carrier_waits(autojump_clock: MockClock) -> N
         assert (row.state, row.attempts) == ("pending", 0)
         assert await it.store.deliveries.depth() == {"h": 1}
         it.outbox.carriers["h"] = it.carrier
-        it.outbox.look()
+        it.outbox.wake()
         assert (await it.settled()).state == "delivered"
 
 
@@ -314,7 +314,7 @@ async def test_so_many_go_on_at_once(autojump_clock: MockClock) -> None:
         await it.add(*(delivery(number, target=f"https://{number}.example/") for number in range(40)))
         for number in range(40):
             await it.settled(number)
-    assert it.carrier.most == AT_ONCE
+    assert it.carrier.most == CONCURRENCY
     assert it.carrier.times() == [0.0] * 16 + [10.0] * 16 + [20.0] * 8
 
 
@@ -323,18 +323,18 @@ async def test_two_workers_share_the_work(autojump_clock: MockClock) -> None:
     async with opened(partial(after, 1.0)) as it, opened(store=it.store, carrier=it.carrier) as other:
         for number in range(60):
             await it.store.deliveries.add(delivery(number, target=f"https://{number % 20}.example/"))
-        it.outbox.look()
-        other.outbox.look()
+        it.outbox.wake()
+        other.outbox.wake()
         for number in range(60):
             assert (await it.settled(number)).state == "delivered"
     assert sorted(id_ for _, id_ in it.carrier.begun) == sorted(f"msg_{number}" for number in range(60))
     assert it.carrier.most_to_one == 1
-    assert it.carrier.most > AT_ONCE
+    assert it.carrier.most > CONCURRENCY
 
 
 async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose places are all taken rings the others. On a disk, over real sockets."""
-    monkeypatch.setattr(rooms, "AT_ONCE", 1)
+    monkeypatch.setattr(rooms, "CONCURRENCY", 1)
     monkeypatch.setattr(rooms, "GRACE_S", 0.0)
     busy, idle = Scripted([partial(after, 1e6)]), Scripted()
     async with (
@@ -350,7 +350,7 @@ async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch:
         outbox.carriers["h"] = busy
         for number in (1, 2):
             await store.deliveries.add(delivery(number, target=f"https://{number}.example/"))
-        outbox.look()
+        outbox.wake()
         with trio.fail_after(30.0):
             while True:
                 if busy.begun and idle.begun:
@@ -498,7 +498,7 @@ async def test_a_store_that_fails_and_comes_back(autojump_clock: MockClock, logs
         await it.settled()
         await it.store.deliveries.add(delivery(2))
         it.store.failure = "disk full"
-        it.outbox.look()
+        it.outbox.wake()
         await trio.sleep(1000.0)
         assert len(it.carrier.begun) == 1
         it.store.failure = None

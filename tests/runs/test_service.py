@@ -92,13 +92,13 @@ async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, 
         [first, second] = [
             (await service.accept(order(text=text), acknowledged=True)).run for text in ("first", "second")
         ]
-        service.perform_soon(first)
+        service.execute_soon(first)
         await served.client.ask("GET", "/status")
         with trio.fail_after(30):
             while not served.gateway.live:  # noqa: ASYNC110 - there is no event
                 await trio.lowlevel.checkpoint()
         served.gateway.drain.begin()
-        service.perform_soon(second)  # accepted before, begun after
+        service.execute_soon(second)  # accepted before, begun after
         served.gateway.drain.cut()
         with trio.fail_after(30):
             while served.gateway.live:  # noqa: ASYNC110 - there is no event
@@ -131,7 +131,7 @@ async def test_a_run_that_takes_its_process_with_it(open_app: OpenApp) -> None:
     """It is not begun for ever."""
     async with open_app(config(), Provider(REPLY)) as served:
         run = (await served.gateway.runs.accept(order(), acknowledged=True)).run
-        found = await served.gateway.runs.perform(attrs.evolve(run, starts=execution.MAX_STARTS))
+        found = await served.gateway.runs.execute(attrs.evolve(run, starts=execution.MAX_STARTS))
         assert (found.state, found.status) == ("failed", 500)
         assert not served.providers["up"].calls
 
@@ -142,10 +142,10 @@ async def test_a_request_that_cannot_be_read(open_app: OpenApp, logs: Logs) -> N
     async with open_app(config(), Provider(REPLY)) as served:
         service = served.gateway.runs
         bad = (await service.accept(order(), acknowledged=True)).run
-        service.perform_soon(attrs.evolve(bad, request=b'{"future":1}'))
+        service.execute_soon(attrs.evolve(bad, request=b'{"future":1}'))
         assert (await ended(service, bad)).state == "failed"
         good = (await service.accept(order(), acknowledged=True)).run
-        service.perform_soon(good)
+        service.execute_soon(good)
         assert (await ended(service, good)).state == "completed"
 
 
@@ -155,7 +155,7 @@ async def test_a_gateway_that_is_full_makes_a_promised_run_wait(open_app: OpenAp
     async with open_app(full, Provider((Pause(5), *REPLY))) as served:
         service = served.gateway.runs
         both = [(await service.accept(order(), acknowledged=True)).run for _ in range(2)]
-        doing = [service.perform_soon(run) for run in both]
+        doing = [service.execute_soon(run) for run in both]
         for each in doing:
             await each.done.wait()
         assert [each.run.state for each in doing] == ["completed", "completed"]
@@ -172,7 +172,7 @@ async def test_a_run_that_is_tried_again_keeps_its_place(open_app: OpenApp, auto
             (await service.accept(order(text=text, session=session), acknowledged=True)).run for text, session in given
         ]
         for run in accepted:
-            service.perform_soon(run)
+            service.execute_soon(run)
             await wait_all_tasks_blocked()
         assert [(await ended(service, run)).state for run in accepted] == ["completed"] * 3
         sent = [call.json["messages"][-1]["content"] for call in served.providers["up"].calls]
@@ -208,7 +208,7 @@ async def test_a_promised_run_whose_result_cannot_be_kept(open_app: OpenApp, aut
         service = served.gateway.runs
         Ill(served, 2)
         run = (await service.accept(order(), acknowledged=True)).run
-        doing = service.perform_soon(run)
+        doing = service.execute_soon(run)
         await doing.done.wait()
         assert doing.run.state == "completed"
         served.assert_clean()
@@ -234,7 +234,7 @@ async def test_nothing_is_accepted_without_a_store(open_app: OpenApp, tmp_path: 
             call = await served.client.ask("POST", "/hooks/h", {"text": "Hi", "from": "a"}, headers={"prefer": prefer})
             assert (call.status, call.error["code"]) == (503, "store_unavailable")
         assert not served.providers["up"].calls
-        assert not served.gateway.runs._places
+        assert len(served.gateway.runs._queue) == 0
 
 
 async def test_what_the_store_refused_is_not_tried_again(open_app: OpenApp) -> None:
@@ -246,7 +246,7 @@ async def test_what_the_store_refused_is_not_tried_again(open_app: OpenApp) -> N
             await trio.lowlevel.checkpoint()
             raise StoreUnavailable("The disk is full.")
 
-        served.gateway.store.runs.add = lambda run: refuse()  # type: ignore[method-assign,assignment,return-value]
+        served.gateway.store.runs.add = lambda run: refuse()  # type: ignore[method-assign]
         call = await served.client.ask("POST", "/hooks/h", {"text": "Hi"})
         assert (call.status, call.error["code"]) == (503, "store_unavailable")
         assert not served.gateway.runs._nursery.child_tasks
@@ -261,14 +261,14 @@ async def test_a_callback_is_written_with_the_result(open_app: OpenApp, script: 
     async with open_app(config(), Provider(script)) as served:
         service = served.gateway.runs
         run = (await service.accept(order(reply_to="https://a.example/x"), acknowledged=True)).run
-        found = await service.perform(run)
+        found = await service.execute(run)
         [told] = await deliveries(served, run)
         assert (told.channel, told.target, told.repeatable) == ("h", "https://a.example/x", True)
         body = msgspec.json.decode(told.body)
         assert body["type"] == f"run.{state}"
         assert body["data"]["id"] == run.id
         assert body["data"]["result"] == msgspec.json.decode(found.result)
-        again = await service.perform(run)  # it has ended
+        again = await service.execute(run)  # it has ended
         assert again == await service.get(run.id)
         assert len(await deliveries(served, run)) == 1
         assert len(served.providers["up"].calls) == 1
@@ -306,7 +306,7 @@ async def test_a_channel_shows_a_run_and_is_told_its_end(open_app: OpenApp) -> N
     async with open_app(config(), Provider(REPLY)) as served:
         shown = served.gateway.runs.live_views["h"] = Shown()
         run = (await served.gateway.runs.accept(order(reply_to={"target": "c1", "to": 5}), acknowledged=True)).run
-        await served.gateway.runs.perform(run)
+        await served.gateway.runs.execute(run)
         assert shown.texts[0] == "Hel"
         assert shown.texts[-1] == "Hello"
         assert shown.open == 0
@@ -328,7 +328,7 @@ async def test_a_channel_that_crashes_fails_its_run_alone(open_app: OpenApp, log
     async with open_app(config(), Provider(REPLY)) as served:
         served.gateway.runs.live_views["h"] = Broken()
         run = (await served.gateway.runs.accept(order(reply_to={"target": "c"}), acknowledged=True)).run
-        assert (await served.gateway.runs.perform(run)).state == "failed"
+        assert (await served.gateway.runs.execute(run)).state == "failed"
         served.assert_clean()
 
 
@@ -368,16 +368,16 @@ async def test_a_run_that_is_cancelled_at_any_step(
             with armed(bomb), scope:
                 claim = await service.accept(order(), acknowledged=promised, idempotency=key)
                 known.append(claim.run)
-                await service.perform(claim.run)
+                await service.execute(claim.run)
             with trio.fail_after(100):
                 if known:
                     assert (await ended(service, known[0])).state in ENDED
-                while service._places or served.gateway.live:  # noqa: ASYNC110 - virtual time
+                while len(service._queue) or served.gateway.live:  # noqa: ASYNC110 - virtual time
                     await trio.sleep(0.1)
             # Whatever came of it, the sender may ask again, and gets an answer.
             again = await service.accept(order(), acknowledged=False, idempotency=key)
             if again.is_new:
-                await service.perform(again.run)
+                await service.execute(again.run)
             else:
                 assert again.run.state in ENDED
             assert await store.runs.unfinished("h") == 0
@@ -514,7 +514,7 @@ async def test_the_order_is_that_of_acceptance(open_app: OpenApp, tmp_path: Path
             (await service.accept(order(text=number, session="k"), acknowledged=True)).run for number in ("6", "7")
         ]
         for run in reversed(accepted):
-            service.perform_soon(run)
+            service.execute_soon(run)
         await ended(service, accepted[-1])
         found = await served.gateway.store.sessions.history("", "k", last=99)
         assert found is not None

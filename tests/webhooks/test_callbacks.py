@@ -31,15 +31,17 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.conftest import make_config
 from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Config, HookConfig
+from trigate.errors import Unverified
 from trigate.runs.outbox import Receipt, open_outbox
-from trigate.signatures import Unverified, Verifier
+from trigate.runs.request import callback_body
+from trigate.signatures import Verifier
 from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
 from trigate.store.records import Delivery
 from trigate.upstream import connect as dialing
 from trigate.upstream.connect import Origin, Refused, dial
 from trigate.upstream.public_addresses import why_not_public
-from trigate.webhooks.callbacks import Callbacks, callback_body, open_callbacks, seconds_of
+from trigate.webhooks.callbacks import Callbacks, open_callbacks, seconds_of
 from trigate.workers.membership import open_workers
 
 NOW = 1_700_000_000.5
@@ -120,10 +122,9 @@ def config(**settings: object) -> Config:
     return make_config({"up": {"kind": "echo"}}, hooks={"h": own}, store={"path": ":memory:"})
 
 
-def delivery(target: str, **changes: object) -> Delivery:
+def delivery(target: str) -> Delivery:
     """A result to deliver."""
-    made = Delivery(id="msg_1", run_id="run_1", channel="h", target=target, body=BODY, created_at=NOW, due_at=NOW)
-    return attrs.evolve(made, **changes)
+    return Delivery(id="msg_1", run_id="run_1", channel="h", target=target, body=BODY, created_at=NOW, due_at=NOW)
 
 
 @contextlib.asynccontextmanager
@@ -581,7 +582,7 @@ async def test_a_gateway_delivers_what_its_hooks_have_to_tell(
     async with receiving() as receiver, open_server(config()) as (_, app):
         await app.gateway.workers.join()
         await app.gateway.store.deliveries.add(delivery(receiver.url))
-        app.gateway.outbox.look()
+        app.gateway.outbox.wake()
         assert (await delivered(app.gateway.store)).last_status == 200
     assert receiver.bodies == [BODY]
 
@@ -624,7 +625,7 @@ async def test_a_hook_that_is_removed_keeps_what_it_had_to_tell() -> None:
         assert set(outbox.carriers) == {"channel"}
         await workers.join()
         await store.deliveries.add(delivery(receiver.url))
-        outbox.look()
+        outbox.wake()
         await wait_all_tasks_blocked()
         assert (await store.deliveries.of_run("run_1"))[0] == delivery(receiver.url)
         callbacks.apply({"h": hook(callback_secret=other)}, outbox)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import hmac
 import json
@@ -14,7 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -26,8 +28,12 @@ from tests.conftest import Served, make_config
 from tests.support.asgi_client import ClientCall
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
-from trigate.errors import Unauthenticated
-from trigate.webhooks.endpoint import readers
+from trigate.errors import Unauthenticated, Unverified
+from trigate.runs.service import Runs
+from trigate.signatures import Verifier
+from trigate.upstream.generation import Generations
+from trigate.webhooks.calls import HookHead
+from trigate.webhooks.endpoint import Hooks
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -441,7 +447,8 @@ async def test_expressions_and_a_template(open_app: OpenApp) -> None:
 async def test_a_filter_that_is_false(open_app: OpenApp) -> None:
     """204, and nothing happens, also where it cannot be applied."""
     async with open_app(hooks(h={"filter": "contains(action, 'opened')", "expressions": {"text": "@"}})) as served:
-        for payload in ({"action": "closed"}, {}, [], 5):
+        payloads: list[object] = [{"action": "closed"}, {}, [], 5]
+        for payload in payloads:
             call = await post(served, payload)
             assert (call.status, call.body) == (204, b"")
         assert not served.providers["up"].calls
@@ -511,24 +518,66 @@ async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
         assert await seen("b", mine, SECRET) == 404
 
 
-def test_runs_of_a_removed_hook_are_there() -> None:
-    """Whoever was promised an answer can fetch it, whatever has become of the hook."""
+def hooks_of(*configs: Any) -> tuple[Hooks, Callable[[], None]]:  # Any: each a Config
+    """The hooks of the first configuration, without runs or channels; and a reload, which switches to the next one."""
+    generations = SimpleNamespace(config=configs[0])
+    rest = iter(configs[1:])
+    made = Hooks(runs=cast("Runs", None), generations=cast("Generations", generations), channel_adapter=lambda _: None)
+
+    def reload() -> None:
+        generations.config = next(rest)
+        made.apply()
+
+    return made, reload
+
+
+def test_runs_of_a_removed_hook_are_readable() -> None:
+    """A client with a key still reads its runs, and those that the hook let in, after the hook is gone."""
     config = hooks({"ada": "key-of-ada"}, other={})
-    assert {"ada", "hook:h"} <= readers("h", config, {}, lambda: "ada")
+    assert {"ada", "hook:h"} <= hooks_of(config)[0].readers("h", {}, lambda: "ada")
 
 
 def test_who_reads_runs_of_a_channel() -> None:
-    """Whoever has a key, whichever it is, also of one that has been removed: the channel's own secret is the
-    platform's."""
+    """Any key of the gateway opens them, also after the channel has been removed; the channel's own secret, which the
+    platform has, does not."""
     config = make_config(channels={"bot": {"type": "telegram", "token": "123:ABC"}})
 
     def refuse() -> str | None:
         raise Unauthenticated("No key.")
 
-    assert "channel:bot" in readers("bot", config, {}, lambda: "ada")
-    assert "channel:bot" in readers("bot", make_config(), {}, lambda: "ada")
+    for each in (config, make_config()):
+        assert "channel:bot" in hooks_of(each)[0].readers("bot", {}, lambda: "ada")
     with pytest.raises(Unauthenticated):
-        readers("bot", config, {}, refuse)
+        hooks_of(config)[0].readers("bot", {}, refuse)
+
+
+def test_secrets_live_as_long_as_their_configuration() -> None:
+    """One verifier is made for a hook of a configuration. A reload drops it: the new secret is accepted, the old one is
+    refused, and no verifier with the old secret is left."""
+
+    def head(secret: str) -> HookHead:
+        headers = {b"authorization": b"Bearer " + secret.encode()}
+        return HookHead(name="h", method="POST", headers=headers, query=b"", client=None, authorize=lambda: None)
+
+    def verifiers() -> list[Verifier]:
+        gc.collect()
+        return [each for each in gc.get_objects() if isinstance(each, Verifier)]
+
+    def bearer(secret: str) -> Any:  # Any: a Config
+        return hooks(h={"verification": "bearer", "secrets": [secret], "rate_per_s": 0})
+
+    others = verifiers()
+    old, new = f"old-{SECRET}", f"new-{SECRET}"
+    served, reload = hooks_of(bearer(old), bearer(new))
+    for _ in range(2):
+        served.check_head(head(old))
+        assert served.readers("h", head(old).headers, lambda: None) == {"hook:h"}
+    assert len(verifiers()) == len(others) + 1
+    reload()
+    assert len(verifiers()) == len(others)
+    served.check_head(head(new))
+    with pytest.raises(Unverified):
+        served.check_head(head(old))
 
 
 async def test_more_than_may_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -574,6 +623,7 @@ async def test_a_client_that_leaves_what_goes_on(open_app: OpenApp, autojump_clo
         await call.wait()
         assert call.returned_at == trio.current_time()
         kept = await served.gateway.store.runs.get(live.id)
+        assert kept is not None
         assert kept.acknowledged
         run = await settled(served, live.id)
         assert (run["state"], run["result"]["reply"]) == ("completed", "Hello")

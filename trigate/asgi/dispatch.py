@@ -27,7 +27,7 @@ from trigate.config.sections import Config
 from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.openai.endpoints import ENDPOINTS
-from trigate.webhooks import endpoint as hooks
+from trigate.webhooks.calls import HookHead
 
 log = structlog.get_logger("trigate.asgi")
 
@@ -64,8 +64,8 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 await self._webhook(hook, head, body, response)
                 return
             if hook:
-                scope["trigate.readers"] = hooks.readers(
-                    hook, config, head.headers, functools.partial(authorize, head, config)
+                scope["trigate.readers"] = gateway.hooks.readers(
+                    hook, head.headers, functools.partial(authorize, head, config)
                 )
             elif head.path != "/health":
                 scope["trigate.owner"] = authorize(head, config) or ""
@@ -95,8 +95,8 @@ class GatewayConnection(TrioASGIHTTPConnection):
     async def _webhook(self, name: str, head: RequestHead, body: RequestBody, response: ClientResponse) -> None:
         gateway = self.app.gateway
         config = gateway.generations.config
-        visit = gateway.hooks.visit(
-            hooks.Request(
+        call = gateway.hooks.check_head(
+            HookHead(
                 name=name,
                 method=head.method,
                 headers=head.headers,
@@ -105,7 +105,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 authorize=functools.partial(authorize, head, config),
             )
         )
-        data = await read_body(gateway, head, body, response, max_bytes=visit.body_bytes)
+        data = await read_body(gateway, head, body, response, max_bytes=call.body_bytes)
         if data is None:
             return
         error: GatewayError | None = None
@@ -118,7 +118,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
 
             watch_client(nursery, body, response, leave)
             try:
-                await visit.serve(data, response)
+                await call.serve(data, response)
             except GatewayError as raised:  # not through the nursery, which would wrap it in a group
                 error = raised
             nursery.cancel_scope.cancel()

@@ -135,7 +135,7 @@ class Channels:
         self._running[name] = each
         self._gateway.runs.live_views[name] = each.adapter
         self._gateway.outbox.carriers[name] = each.adapter
-        self._gateway.outbox.look()
+        self._gateway.outbox.wake()
         self._nursery.start_soon(self._supervise, each, transport, self._ending.pop(name, None))
 
     def _stop(self, name: str) -> None:

@@ -10,6 +10,7 @@ overloaded.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from types import TracebackType
@@ -158,7 +159,7 @@ class Admission:
             raise self._refuse(_refusal(message, is_own=is_own, retry_after_s=retry_after_s))
         has_slot = False
         try:
-            with exchange.waiting_in_queue(allowed_s):
+            with exchange.waiting_in_queue(allowed_s, functools.partial(slots.position, key, exchange.task)):
                 await slots.acquire(key)
                 has_slot = True
         except Evicted:

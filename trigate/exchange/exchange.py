@@ -197,7 +197,8 @@ class Exchange(ExchangeState):
             self.source.finish(self.deadline_at)
 
     async def detach_client(self) -> None:
-        """Sends nothing more to the client, and goes on as if it were there: for a run that finishes without it."""
+        """Goes on without the client, and waits for a send in progress: for a run that its client does not end."""
+        self.client = None
         if self._client_sink is not None:
             await self._client_sink.detach()
 

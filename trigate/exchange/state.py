@@ -1,10 +1,10 @@
-"""What is known of an exchange while it runs and afterwards: for the log, the ledger, ``/status``, and whoever ends it."""
+"""What is known of an exchange, while it runs and afterwards: for the log, the ledger and ``/status``."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 import trio
@@ -54,6 +54,7 @@ class ExchangeState:
     admitted_at: float = -math.inf
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
     _queue: trio.CancelScope | None = None
+    _position: Callable[[], int | None] | None = None
 
     def cancel(self, error: GatewayError) -> None:
         """Ends the upstream's half now; the client is told ``error``.
@@ -68,13 +69,17 @@ class ExchangeState:
                 self._queue.cancel()
 
     @contextlib.contextmanager
-    def waiting_in_queue(self, at_most_s: float) -> Iterator[None]:
+    def waiting_in_queue(self, at_most_s: float, position: Callable[[], int | None]) -> Iterator[None]:
         """A block in which the exchange waits for its admission slot; `cancel` ends it.
+
+        Args:
+            position: Gives its position in the queue.
 
         Raises:
             GatewayError: It was cancelled, then or before.
         """
         self.idle_phase = Phase.QUEUED
+        self._position = position
         try:
             with trio.move_on_after(at_most_s) as self._queue:
                 if self.cancelled_with is not None:
@@ -90,6 +95,13 @@ class ExchangeState:
     def is_queued(self) -> bool:
         """It waits for its admission slot."""
         return self._queue is not None
+
+    def queue_position(self) -> int | None:
+        """Its position in the queue for admission or for an upstream, among those of its owner, from 1; None = it is
+        not queued."""
+        if self._queue is not None and self._position is not None:
+            return self._position()
+        return self.source.queue_position() if self.source is not None else None
 
     @property
     def id(self) -> str:

@@ -1,46 +1,51 @@
-"""How the server ends the gateway's work."""
+"""How the server ends the gateway's work: handing over, draining, the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import trio
 
 from trigate.errors import Draining
-
-if TYPE_CHECKING:
-    from trigate.gateway.gateway import Gateway
-
-if TYPE_CHECKING:
-    pass
+from trigate.exchange.live import LiveExchanges
+from trigate.runs.outbox import Outbox
 
 
 class Drain:
-    """How the server ends the gateway's work; found in the lifespan state under ``drain``."""
+    """The server's handle on the gateway's shutdown; the lifespan state has it under ``drain``.
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    Attributes:
+        handing_over: Set once this process leaves to other processes what they can do as well.
+        is_announced: ``GET /ready`` answers 503.
+    """
+
+    def __init__(self, live: LiveExchanges, outbox: Outbox) -> None:
+        self._live = live
+        self._outbox = outbox
+        self.handing_over = trio.Event()
+        self.is_announced = False
 
     def step_aside(self) -> None:
-        """From now on nothing is fetched that another process can fetch; what comes is still done."""
-        self._gateway.aside.set()
+        """Stops reading messages that another process can read. Requests are served as before."""
+        self.handing_over.set()
 
     def announce(self) -> None:
-        """The same, and ``GET /ready`` says 503."""
+        """Steps aside, and has ``GET /ready`` answer 503."""
         self.step_aside()
-        self._gateway.ends = True
+        self.is_announced = True
 
     def begin(self) -> None:
-        """From now on ``GET /ready`` says 503 and new calls are refused; running ones go on."""
+        """Announces the end, and refuses new calls; running ones continue."""
         self.announce()
-        self._gateway.live.is_draining = True
+        self._live.is_draining = True
 
     async def wait_quiet(self) -> None:
-        """Waits until the runs that have begun have ended, and what can be told of them has been told."""
-        await self._gateway.live.wait_none_left()
-        await self._gateway.outbox.wait_idle()
+        """Waits until no exchange is in flight, and what the ended runs have to deliver has been delivered."""
+        await self._live.wait_none_left()
+        await self._outbox.wait_idle()
 
     def cut(self) -> Sequence[str]:
-        """Ends what is still running: each stream gets an error event and its proper end. Returns the ids."""
-        return self._gateway.live.cancel_all(
+        """Ends the exchanges that are still in flight: each stream gets an error event. Returns their request ids."""
+        return self._live.cancel_all(
             Draining("The gateway is shutting down; the answer up to here is incomplete. Try again.")
         )

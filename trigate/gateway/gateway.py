@@ -1,8 +1,6 @@
-"""The composition root: every service, opened in the order of its lifetime.
+"""The composition root: opens every service, in the order of its lifetime, and gives each what it uses.
 
-A *generation* is what one configuration makes: its upstreams, their connections and lists of models. An exchange keeps
-the generation that it started with; a reload makes the next one, swaps a reference, and lets the old one end when its
-last exchange has ended. A configuration that cannot be used changes nothing.
+No service knows the gateway. `Gateway` is what the ASGI application needs of it.
 """
 
 from __future__ import annotations
@@ -12,196 +10,80 @@ import functools
 import os
 import random
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Mapping
 
-import structlog
+import attrs
 import trio
 
 from trigate.channels.service import Channels, open_channels
-from trigate.concurrency.cancel_queue import CancelQueue, open_cancel_queue
+from trigate.concurrency.cancel_queue import open_cancel_queue
+from trigate.concurrency.notify import open_service
 from trigate.concurrency.poller import open_poller
-from trigate.concurrency.timers import Timers, open_timers
-from trigate.config import load as structure_load
-from trigate.config.sections import Config, ConfigError
-from trigate.errors import message_of
+from trigate.concurrency.timers import open_timers
+from trigate.config import load
+from trigate.config.sections import Config
 from trigate.exchange.admission import Admission
 from trigate.exchange.exchange import ExchangeServices
-from trigate.exchange.live import LiveExchanges, Totals
-from trigate.exchange.shared_call import SharedCalls, open_shared_calls
+from trigate.exchange.live import LiveExchanges
+from trigate.exchange.shared_call import open_shared_calls
 from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
-from trigate.gateway.reload import _WATCH_FILE_S, _fingerprint, _reload_on_sighup, read_config
+from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
 from trigate.ledger.ledger import Ledger, open_ledger
-from trigate.routing.plan import Targets
-from trigate.runs.outbox import Outbox, open_outbox
+from trigate.routing.target_state import Targets
+from trigate.runs.outbox import open_outbox
 from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
-from trigate.status import snapshot
-from trigate.status.inflight import Streams
+from trigate.status.inflight import InflightRequests
+from trigate.status.reporter import StatusReporter
 from trigate.store import opening
 from trigate.store.interface import Store
-from trigate.upstream.factory import TransportFactory, _trust, http_transport
+from trigate.store.retention import keep_pruned
+from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.generation import Generation, Generations, open_generation
-from trigate.webhooks.callbacks import Callbacks, open_callbacks
+from trigate.webhooks.callbacks import open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
 
-log = structlog.get_logger("trigate.gateway.gateway")
 
-
-def _exchanges_by_descriptors() -> int:
-    """How many exchanges the process has file descriptors for: two each, and some for everything else."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (soft - 64) // 2) if soft != resource.RLIM_INFINITY else 10**9
-
-
+@attrs.frozen(eq=False, kw_only=True)
 class Gateway:
-    """Everything that outlives a request. Made by `open_gateway`."""
+    """Everything that outlives a request, as the ASGI application uses it. Made by `open_gateway`."""
 
-    def __init__(
-        self,
-        load: Callable[[], Awaitable[Config]],
-        timers: Timers,
-        cancel_queue: CancelQueue,
-        relay: SocketRelay | None,
-        store: Store,
-    ) -> None:
-        self._load = load
-        self.timers = timers
-        self.cancel_queue = cancel_queue
-        self.relay = relay
-        """Carries streams between plain sockets; None where there is no epoll."""
-        self.store = store
-        self.workers: Workers
-        self.sessions: Sessions
-        self.streams: Streams
-        self.shared_calls: SharedCalls
-        self.exchange_services: ExchangeServices
-        self.live: LiveExchanges
-        self.generations: Generations
-        self.runs: Runs
-        self.callbacks: Callbacks
-        self.outbox: Outbox
-        self.hooks = Hooks(self)
-        self.channels: Channels | None = None
-        self.targets = Targets()
-        self.admission = Admission(_exchanges_by_descriptors())
-        self.ledger: Ledger
-        self.chance = random.random
-        """Chance, between 0 and 1: for pauses and choices."""
-        self.ends = False
-        """Whether the readiness check says that no calls should be sent here."""
-        self.aside = trio.Event()
-        """Set when the gateway begins to leave: others fetch what is to be fetched."""
-        self.drain = Drain(self)
-        self.started_at = trio.current_time()
-        self.reload_error: str | None = None
-        self._reload_asked = trio.Event()
-        self._reloaded = trio.Event()
+    generations: Generations
+    exchange_services: ExchangeServices
+    live: LiveExchanges
+    store: Store
+    ledger: Ledger
+    workers: Workers
+    sessions: Sessions
+    runs: Runs
+    hooks: Hooks
+    channels: Channels
+    inflight: InflightRequests
+    status: StatusReporter
+    reloader: Reloader
+    drain: Drain
 
     def __repr__(self) -> str:
         return f"<Gateway, {self.live!r}>"
 
-    @property
-    def uptime_s(self) -> float:
-        """Seconds since the start."""
-        return trio.current_time() - self.started_at
-
-    @property
-    def generation(self) -> Generation:
-        return self.generations.current
-
-    @property
-    def totals(self) -> Totals:
-        return self.live.totals
-
     def not_ready(self) -> list[str]:
         """Why new calls should not be sent here; empty = they should."""
-        if self.ends:
+        if self.drain.is_announced:
             return ["draining"]
-        known = self.generation.known().values()
-        if not known:
+        upstreams = self.generations.current.known().values()
+        if not upstreams:
             return ["no upstream is configured"]
-        reasons = [each.unusable or each.down for each in known]
+        reasons = [upstream.unusable or upstream.down for upstream in upstreams]
         return [] if None in reasons else [str(reason) for reason in reasons]
 
-    # -- reload -------------------------------------------------------------------------------------------------------
 
-    def reload_soon(self) -> None:
-        """Asks for a reload. Synchronous; from the Trio thread."""
-        self._reload_asked.set()
-
-    async def run_generations(
-        self,
-        first: Config,
-        transports: TransportFactory,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Opens the first generation, and the next one at each reload."""
-        async with trio.open_nursery() as nursery:
-            self.generations = Generations(await nursery.start(self._run_generation, first, transports))
-            self._apply(first)
-            self.callbacks.apply(first.hooks or {}, self.outbox)
-            task_status.started()
-            while True:
-                await self._reload_asked.wait()
-                self._reload_asked = trio.Event()
-                old = self.generation
-                try:
-                    config = await self._load()
-                    if not config.upstreams:  # many a program empties a file before it writes it
-                        raise ConfigError(config.source, ("upstreams: there are none",))
-                    following = await nursery.start(self._run_generation, config, transports)
-                except ConfigError as error:
-                    self.reload_error = str(error)
-                    log.error("reload_refused", source=error.source, problems=list(error.problems))
-                    continue
-                except Exception as error:  # whatever is wrong with the new one, the old one goes on
-                    words = f"cannot be put to use: {message_of(error)}"
-                    self.reload_error = f"{old.config.source}: {words}"
-                    log.exception("reload_refused", source=old.config.source, problems=[words])
-                    continue
-                self.reload_error = None
-                self.generations.replace(following)
-                self._apply(config)
-                self.callbacks.apply(config.hooks or {}, self.outbox)
-                if self.channels is not None:
-                    self.channels.apply()
-                self._reloaded.set()
-                log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
-
-    def _apply(self, config: Config) -> None:
-        """Has the services that outlive a generation follow the next one's configuration."""
-        self.targets.apply(config)
-        self.admission.apply(config.limits)
-        self.ledger.apply(config.ledger)
-
-    async def _run_generation(
-        self, config: Config, transports: TransportFactory, *, task_status: trio.TaskStatus[Generation]
-    ) -> None:
-        async with open_generation(config, transports) as generation:
-            task_status.started(generation)
-            await generation.wait_unused()
-
-    async def use_store(self) -> None:
-        """Opens the store as soon as the configuration needs it; whoever else does, opens it himself."""
-        while not opening.is_needed(self.generation.config, self.store.statistics().path):
-            await self._reloaded.wait()
-            self._reloaded = trio.Event()
-        await self.workers.join_at_last()
-
-    async def watch_file(self, path: Path) -> None:
-        """Asks for a reload when the configuration file changes."""
-        seen = await _fingerprint(path)
-        while True:
-            await trio.sleep(_WATCH_FILE_S)
-            now = await _fingerprint(path)
-            if now != seen:
-                seen = now
-                self.reload_soon()
+def _max_exchanges() -> int:
+    """How many exchanges the process has file descriptors for: two for each, and some for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (soft - 64) // 2) if soft != resource.RLIM_INFINITY else 10**9
 
 
 @contextlib.asynccontextmanager
@@ -211,85 +93,152 @@ async def open_gateway(
     env: Mapping[str, str] | None = None,
     transports: TransportFactory = http_transport,
     adjust: Callable[[Config], Config] = lambda config: config,
+    chance: Callable[[], float] = random.random,
 ) -> AsyncIterator[Gateway]:
     """Opens the gateway.
 
     Args:
-        config: What to serve. Left out: the file of ``TRIGATE_CONFIG``, else ``./trigate.toml``, else discovery; then
-            it follows SIGHUP and changes of the file.
+        config: What to serve. None: the file of ``TRIGATE_CONFIG``, else ``./trigate.toml``, else what is discovered; the
+            gateway then follows SIGHUP and changes of the file.
         env: Where secrets are looked up; the process's environment by default.
-        transports: How upstreams other than the echo are reached.
-        adjust: Applied to each configuration that is read (what the command line says goes first).
+        transports: How upstreams are reached, other than the embedded models.
+        adjust: Applied to each configuration that is read: what the command line says takes precedence.
+        chance: A random number between 0 and 1, for pauses and choices.
 
     Raises:
         ConfigError: The configuration cannot be used.
     """
     environ = os.environ if env is None else env
-    path = structure_load.locate(environ) if config is None else None
+    path = load.locate(environ) if config is None else None
 
-    async def load() -> Config:
+    async def read() -> Config:
         await trio.lowlevel.checkpoint()
         return adjust(config if config is not None else await read_config(path, environ))
 
-    first = await load()
+    first = await read()
+    started_at = trio.current_time()
+    targets, admission = Targets(), Admission(_max_exchanges())
     async with (
         open_timers() as timers,
         open_cancel_queue() as cancel_queue,
         open_poller() as poller,
         opening.open_store(opening.location(first.store, environ)) as store,
+        open_workers(store) as workers,
+        open_ledger(store) as ledger,
+        open_callbacks() as callbacks,
+        open_outbox(store, workers) as outbox,
+        open_service(admission.run) as background,
     ):
-        gateway = Gateway(load, timers, cancel_queue, SocketRelay(poller) if poller is not None else None, store)
-        async with open_workers(store, functools.partial(snapshot.snapshot, gateway)) as gateway.workers:
-            gateway.sessions = Sessions(store, gateway.workers)
-            gateway.streams = Streams(gateway)
+        open_next = functools.partial(_open_generation, background, transports)
+        generations = Generations(await open_next(first))
+        upstream_services = UpstreamServices(
+            targets=targets,
+            chance=chance,
+            timers=timers,
+            socket_relay=SocketRelay(poller) if poller is not None else None,
+        )
+        sessions = Sessions(store, workers)
+        live = LiveExchanges(ledger)
+        drain = Drain(live, outbox)
+
+        def apply_config(config: Config) -> None:
+            """Has the services that outlive generations follow a configuration."""
+            targets.apply(config)
+            admission.apply(config.limits)
+            ledger.apply(config.ledger)
+            callbacks.apply(config.hooks or {}, outbox)
+
+        # Shared calls, runs and channels have exchanges, so they close before the generations do. Runs adopt those of
+        # exited workers, so they open before this worker joins the others (`_use_store`).
+        async with open_shared_calls(upstream_services) as shared_calls:
+            exchange_services = ExchangeServices(
+                admission=admission,
+                live=live,
+                upstream=upstream_services,
+                shared_calls=shared_calls,
+                cancel_queue=cancel_queue,
+            )
+            apply_config(first)
             async with (
-                open_ledger(store) as gateway.ledger,
-                open_callbacks(trust=_trust) as gateway.callbacks,
-                open_outbox(store, gateway.workers) as gateway.outbox,
-                _with_live(gateway),
-                _running(gateway, first, transports, path),
+                open_runs(
+                    store=store,
+                    workers=workers,
+                    sessions=sessions,
+                    outbox=outbox,
+                    generations=generations,
+                    exchange_services=exchange_services,
+                ) as runs,
+                open_channels(
+                    store=store,
+                    workers=workers,
+                    runs=runs,
+                    outbox=outbox,
+                    generations=generations,
+                    handing_over=drain.handing_over,
+                    transports=http_transport,
+                ) as channels,
             ):
-                yield gateway
+                hooks = Hooks(runs=runs, generations=generations, channel_adapter=channels.adapter)
 
+                def apply_next(config: Config) -> None:
+                    apply_config(config)
+                    channels.apply()
+                    hooks.apply()
 
-@contextlib.asynccontextmanager
-async def _with_live(gateway: Gateway) -> AsyncIterator[None]:
-    gateway.live = LiveExchanges(gateway.ledger)
-    yield
-
-
-@contextlib.asynccontextmanager
-async def _running(
-    gateway: Gateway, first: Config, transports: TransportFactory, path: Path | None
-) -> AsyncIterator[None]:
-    with _reload_on_sighup(gateway):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(gateway.run_generations, first, transports)
-            nursery.start_soon(gateway.admission.run)
-            try:
-                # Flights and runs have exchanges, so they end before the generations; and runs adopt, so they are there
-                # before anybody joins the other workers.
-                upstream = UpstreamServices(
-                    targets=gateway.targets, chance=gateway.chance, timers=gateway.timers, socket_relay=gateway.relay
+                reloader = Reloader(generations, read=read, open_generation=open_next, apply=apply_next)
+                status = StatusReporter(
+                    live=live,
+                    generations=generations,
+                    admission=admission,
+                    targets=targets,
+                    ledger=ledger,
+                    workers=workers,
+                    store=store,
+                    channels=channels,
+                    started_at=started_at,
+                    reload=reloader,
+                    is_handing_over=drain.handing_over.is_set,
                 )
-                async with open_shared_calls(upstream) as gateway.shared_calls:
-                    gateway.exchange_services = ExchangeServices(
-                        admission=gateway.admission,
-                        live=gateway.live,
-                        upstream=upstream,
-                        shared_calls=gateway.shared_calls,
-                        cancel_queue=gateway.cancel_queue,
-                    )
-                    async with (
-                        open_runs(gateway) as gateway.runs,
-                        open_channels(gateway, http_transport) as gateway.channels,
-                    ):
-                        if path is not None:
-                            nursery.start_soon(gateway.watch_file, path)
-                        nursery.start_soon(gateway.use_store)
-                        nursery.start_soon(
-                            opening.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
-                        )
-                        yield
-            finally:
-                nursery.cancel_scope.cancel()
+                workers.report_with(status.snapshot)
+                gateway = Gateway(
+                    generations=generations,
+                    exchange_services=exchange_services,
+                    live=live,
+                    store=store,
+                    ledger=ledger,
+                    workers=workers,
+                    sessions=sessions,
+                    runs=runs,
+                    hooks=hooks,
+                    channels=channels,
+                    inflight=InflightRequests(workers=workers, live=live),
+                    status=status,
+                    reloader=reloader,
+                    drain=drain,
+                )
+                with reload_on_sighup(reloader):
+                    background.start_soon(reloader.run)
+                    if path is not None:
+                        background.start_soon(reloader.watch_file, path)
+                    background.start_soon(_use_store, gateway)
+                    background.start_soon(keep_pruned, store, workers.wait_joined, lambda: generations.config)
+                    yield gateway
+
+
+async def _open_generation(nursery: trio.Nursery, transports: TransportFactory, config: Config) -> Generation:
+    """Opens a generation in a task of its own, which closes it after its last exchange."""
+
+    async def run(*, task_status: trio.TaskStatus[Generation]) -> None:
+        async with open_generation(config, transports) as generation:
+            task_status.started(generation)
+            await generation.wait_unused()
+
+    generation: Generation = await nursery.start(run)
+    return generation
+
+
+async def _use_store(gateway: Gateway) -> None:
+    """Opens the store as soon as the configuration needs it. Other services open it when they use it first."""
+    while not opening.is_needed(gateway.generations.config, gateway.store.statistics().path):
+        await gateway.reloader.wait_reloaded()
+    await gateway.workers.join_eventually()

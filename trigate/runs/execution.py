@@ -1,18 +1,30 @@
-"""One run while it is done: in its session's turn, by an exchange like any other, to one end that counts."""
+"""The execution of one run: it waits for its session turn and a slot, runs an exchange, and stores one result.
+
+The order in which an execution waits is fixed: first the session's turn, then the channel's execution slot. A run that
+waits for its session must not hold a slot that runs of other sessions could use.
+
+How an execution ends:
+
+* With a result, stored by `RunExecution._finish`. The store keeps the first one: where another worker has taken the run
+  over and finished it, that result counts.
+* Without a result and with `RunExecution.should_retry` set: the run was acknowledged, and this gateway had no capacity
+  or no store. The service executes it again after a pause.
+* Without a result, because the gateway is shutting down: an acknowledged run stays in the store for the next start.
+* Cancelled: a run that was not acknowledged is stored as ``cancelled`` with the partial answer, by a queued write.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from typing import TYPE_CHECKING, assert_never
+from collections.abc import Mapping
+from typing import assert_never
 
 import attrs
 import msgspec
 import structlog
 import trio
 
-from trigate import errors
 from trigate.config.sections import Seconds
 from trigate.errors import (
     Draining,
@@ -23,116 +35,98 @@ from trigate.errors import (
     SessionBusy,
     StoreUnavailable,
 )
-from trigate.exchange.exchange import Exchange
+from trigate.exchange.exchange import Exchange, ExchangeServices
+from trigate.exchange.request import ExchangeRequest
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
-from trigate.runs.request import CLIENT_LEFT, Live, RunRequest, RunResult, as_ended, body_of, is_final, is_work
-from trigate.store.interface import Write
+from trigate.openai.request import Call
+from trigate.runs.client import RunClient
+from trigate.runs.queue import RunQueue
+from trigate.runs.records import RunRecords
+from trigate.runs.request import (
+    CLIENT_LEFT,
+    Live,
+    LiveView,
+    RunRequest,
+    RunResult,
+    is_final,
+    result_body,
+    waits_for_turn,
+    with_result,
+)
+from trigate.sessions.service import Sessions, SessionTurn
+from trigate.store.interface import Store
 from trigate.store.records import Run, Turn
-
-if TYPE_CHECKING:
-    from trigate.exchange.exchange import Downstream
-    from trigate.runs.service import Runs
-    from trigate.sessions.service import SessionTurn
+from trigate.upstream.generation import Generations
 
 log = structlog.get_logger("trigate.runs.execution")
 
 MAX_STARTS = 50
-"""How often a run is begun: one that takes its process with it each time is not begun again."""
+"""How often a run is started. A run that crashes its process each time is not started again after that."""
+_STOP_S = 5.0
+"""How long ``stop`` waits for a stopped run to end, in seconds."""
 
 
-class Unwatched:
-    """The client of an exchange that nobody watches (`exchange.Downstream`)."""
+@attrs.frozen(kw_only=True, eq=False)
+class RunServices:
+    """What the executions of a worker share.
 
-    socket = None
-    chunked = False
-    taken_bytes = None
+    Attributes:
+        live_views: The channels that display runs, by name; the channels change it at any time.
+    """
 
-    def __init__(self) -> None:
-        self.committed = False
-        self.sending_since: float | None = None
-        self.last_sent_at = trio.current_time()
-        self.gone = False
-        self.headers: list[errors.Header] = []
-        self.patience_s = math.inf
-        self.ended = False
-
-    def owe(self, rest: bytes) -> None:
-        """There is no socket."""
-
-    async def respond(self, status: int, headers: list[errors.Header], body: bytes) -> None:
-        """As `Downstream.respond`."""
-        self.ended = True
-        await self.start(status, headers)
-
-    async def start(self, status: int, headers: list[errors.Header]) -> None:
-        """As `Downstream.start`."""
-        self.committed = True
-        await trio.lowlevel.checkpoint()
-
-    async def send(self, data: bytes) -> None:
-        """As `Downstream.send`."""
-        self.last_sent_at = trio.current_time()
-        await trio.lowlevel.checkpoint()
-
-    async def end(self, data: bytes = b"") -> None:
-        """As `Downstream.end`."""
-        self.ended = True
-        await trio.lowlevel.checkpoint()
-
-    def abandon(self) -> None:
-        """As `Downstream.abandon`."""
-
-    async def abort(self) -> None:
-        """As `Downstream.abort`."""
-        await trio.lowlevel.checkpoint()
+    store: Store
+    sessions: Sessions
+    generations: Generations
+    records: RunRecords
+    queue: RunQueue
+    live_views: Mapping[str, LiveView]
+    exchange_services: ExchangeServices
 
 
 class RunExecution:
-    """One run while it is done. An `exchange.Recorder`.
+    """One execution of a run. An `exchange.Recorder`: it reads the answer of its exchange.
 
     Attributes:
-        ended: The run as it is in the store, once it has ended.
-        again: It is worth another try of this worker.
+        ended: The run as stored, once it has ended.
+        should_retry: Whether the run has no result and this worker should execute it again.
     """
 
-    def __init__(self, runs: Runs, run: Run, down: Downstream | None) -> None:
-        self._runs = runs
-        self._gateway = runs.gateway
-        self._store = runs.gateway.store
+    def __init__(self, services: RunServices, run: Run, client: RunClient | None) -> None:
+        self._services = services
+        self._records = services.records
         self._run = run
-        self._order = RunRequest.decode(run.request)
-        self._down = down
+        self._request = RunRequest.decode(run.request)
+        self._client = client
         self._answer = AnswerAccumulator()
         self._turn: SessionTurn | None = None
         self._live: Live | None = None
         self._exchange: Exchange | None = None
-        self._released = False
+        self._is_settled = False
         self.ended: Run | None = None
-        self.again = False
+        self.should_retry = False
 
     @property
-    def _kept(self) -> bool:
-        """It was promised."""
-        return self._run.acknowledged or self._run.id in self._runs.promised
+    def _is_acknowledged(self) -> bool:
+        return self._records.is_acknowledged(self._run)
 
     @property
-    def is_owed(self) -> bool:
-        """It was promised, and has not ended."""
-        return self._kept and self.ended is None
+    def must_finish(self) -> bool:
+        """Whether the run was acknowledged and has no result yet."""
+        return self._is_acknowledged and self.ended is None
 
-    async def perform(self) -> None:
-        """Does the run. Whatever it raises besides `Cancelled` has become its result."""
+    async def execute(self) -> None:
+        """Executes the run. Every exception but `Cancelled` becomes the result of the run."""
         try:
             async with contextlib.AsyncExitStack() as stack:
-                if is_work(self._order.action):
-                    await self._wait_for_its_turn(stack)
-                if not await self._store.runs.start(self._run.id, worker=self._gateway.workers.id):
-                    self.ended = await self._runs.get(self._run.id)
+                if waits_for_turn(self._request.action):
+                    await self._enter_turn(stack)
+                if not await self._records.start(self._run):
+                    self.ended = await self._records.get(self._run.id)
                     return
                 if self._run.starts >= MAX_STARTS:
-                    raise Internal(f"The run was begun {self._run.starts} times and never ended.")
-                match self._order.action:
+                    raise Internal(f"The run was started {self._run.starts} times and never ended.")
+                match self._request.action:
                     case "chat":
                         await self._chat()
                     case "note":
@@ -151,155 +145,182 @@ class RunExecution:
             log.exception("run_crashed", run=self._run.id, channel=self._run.channel)
             await self._fail(Internal(f"The gateway failed ({type(error).__name__}). Run: {self._run.id}."))
         finally:
-            self.release()
+            self.settle_cancelled()
 
-    async def _wait_for_its_turn(self, stack: contextlib.AsyncExitStack) -> None:
-        """Enters what it holds while it is done. One of the hook's places comes last: who waits for a session must not
-        stand in the way of other sessions."""
-        order, run = self._order, self._run
-        audience = self._runs.live_views.get(run.channel)
-        if audience is not None and order.action == "chat" and order.reply_to is not None:
-            self._live = await stack.enter_async_context(audience.watch(run, order))
-        if order.session is not None:
-            limits = self._gateway.generation.config.sessions
-            if self._kept:  # nobody waits, and it was promised
+    async def _enter_turn(self, stack: contextlib.AsyncExitStack) -> None:
+        """Starts the display, then waits for the session's turn, then for an execution slot of the channel. The stack
+        holds all three.
+
+        Raises:
+            RunStopped: A later message stopped the run while it waited for a slot.
+        """
+        services, request, run = self._services, self._request, self._run
+        live_view = services.live_views.get(run.channel)
+        if live_view is not None and request.action == "chat" and request.reply_to is not None:
+            self._live = await stack.enter_async_context(live_view.watch(run, request))
+        if request.session is not None:
+            limits = services.generations.config.sessions
+            if self._is_acknowledged:  # no client waits, and the run must not fail: wait without a limit
                 limits = attrs.evolve(limits, wait_s=Seconds(0.0))
             self._turn = await stack.enter_async_context(
-                self._gateway.sessions.open_turn(
-                    order.owner, order.session, limits=limits, run=run.id, place=self._runs.turns.get(run.id)
+                services.sessions.open_turn(
+                    request.owner, request.session, limits=limits, run=run.id, place=services.queue.turn_of(run)
                 )
             )
         stopped: list[GatewayError] = []
         with trio.CancelScope() as waiting:
 
-            def cut(error: GatewayError) -> None:
+            def stop(error: GatewayError) -> None:
                 stopped.append(error)
                 waiting.cancel()
 
             if self._turn is not None:
-                self._turn.cut = cut
-            await stack.enter_async_context(self._runs.limiter(run.channel))
+                self._turn.cut = stop
+            await stack.enter_async_context(services.queue.execution_slot(run.channel))
         if stopped:
             raise stopped[0]
 
     # -- actions ------------------------------------------------------------------------------------------------------
 
     async def _chat(self) -> None:
-        run, gateway, call = self._run, self._gateway, self._order.call()
+        call = self._request.call()
         if self._turn is not None:
             call = self._turn.compose(call)
-        exchange = self._exchange = Exchange(
-            id=run.id,
-            call=call,
-            gateway=gateway,
-            generation=gateway.generation,
-            down=self._down if self._down is not None else Unwatched(),
-            headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
-            owner=self._order.owner,
-            recorder=self,
-        )
+        exchange = self._exchange = self._make_exchange(call)
         if self._turn is not None:
-            self._turn.cut = exchange.cut
+            self._turn.cut = exchange.cancel
         try:
             async with trio.open_nursery() as nursery:
                 await exchange.run(nursery)
                 nursery.cancel_scope.cancel()
+            if self._client is not None:
+                self._client.note_answered(exchange)
             if self.ended is None:
-                await self._fail(exchange.error or Internal("The answer was not kept."))
+                await self._fail(exchange.error or Internal("The answer was not recorded."))
         finally:
-            self.release()  # before its place in the session's queue is given back
+            self.settle_cancelled()  # before the session's ticket is released
+
+    def _make_exchange(self, call: Call) -> Exchange:
+        services, run = self._services, self._run
+        exchange = Exchange(
+            request=ExchangeRequest(
+                id=run.id,
+                call=call,
+                generation=services.generations.current,
+                headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
+                owner=self._request.owner,
+            ),
+            services=services.exchange_services,
+            client=self._client.streamed_to if self._client is not None else None,
+            recorder=self,
+        )
+        if self._client is not None:
+            self._client.note_exchange(exchange)
+        return exchange
 
     async def _note(self) -> None:
-        order = self._order
         turn = None
         if self._turn is not None:
-            self._turn.compose(order.call())
+            self._turn.compose(self._request.call())
             turn = self._turn.result(AnswerAccumulator(), None, at=time.time(), partial=False)
-        await self._end(
-            RunResult(state="completed", status=200, result=body_of(self._run, order, reply=None), turn=turn)
-        )
+        await self._complete(result_body(self._run, self._request, reply=None), turn)
 
     async def _reset(self) -> None:
-        order = self._order
-        await self._store.sessions.reset(order.owner, order.session or "", at=time.time())
-        await self._end(RunResult(state="completed", status=200, result=body_of(self._run, order, reply=None)))
+        request = self._request
+        await self._services.store.sessions.reset(request.owner, request.session or "", at=time.time())
+        await self._complete(result_body(self._run, request, reply=None))
 
     async def _history(self) -> None:
-        order = self._order
-        last = self._gateway.generation.config.sessions.history_messages
-        found = await self._store.sessions.history(order.owner, order.session or "", last=last)
-        messages = [msgspec.Raw(each.body) for each in found[1]] if found is not None else []
-        result = body_of(self._run, order, reply=None, messages=messages)
-        await self._end(RunResult(state="completed", status=200, result=result))
+        services, request = self._services, self._request
+        last = services.generations.config.sessions.history_messages
+        found = await services.store.sessions.history(request.owner, request.session or "", last=last)
+        messages = [msgspec.Raw(message.body) for message in found[1]] if found is not None else []
+        await self._complete(result_body(self._run, request, reply=None, messages=messages))
 
     async def _stop(self) -> None:
-        order = self._order
+        """Stops the running turn of the session. The result lists the run that was stopped, with its partial answer."""
+        request = self._request
+        tickets = await self._services.sessions.stop(request.owner, request.session or "")
         stopped: list[dict[str, object]] = []
-        for run in await self._runs.stop(order.owner, order.session or ""):
-            said = msgspec.json.decode(run.result) if run.result else {}
-            stopped.append({"id": run.id, "state": run.state, "reply": said.get("reply")})
-        result = body_of(self._run, order, reply=None, stopped=stopped)
-        await self._end(RunResult(state="completed", status=200, result=result))
+        for run_id in [ticket.run for ticket in tickets if ticket.run is not None]:
+            with trio.move_on_after(_STOP_S):
+                run = await self._records.wait_ended(run_id)
+                if run.state == "cancelled":
+                    body = msgspec.json.decode(run.result) if run.result else {}
+                    stopped.append({"id": run.id, "state": run.state, "reply": body.get("reply")})
+        await self._complete(result_body(self._run, request, reply=None, stopped=stopped))
 
     # -- the recorder -------------------------------------------------------------------------------------------------
 
     def feed(self, frames: bytes) -> None:
-        """As `Recorder.feed`."""
+        """Takes events of the streamed answer, and updates the display."""
         self._answer.feed(frames)
         if self._live is not None:
             self._live.show(self._answer.text)
 
     def feed_answer(self, body: bytes) -> None:
-        """As `Recorder.feed_answer`."""
+        """Takes a JSON answer."""
         self._answer.feed_answer(body)
 
     async def complete(self, usage: Usage | None) -> None:
-        """As `Recorder.complete`."""
+        """Stores the complete answer as the result, before the client receives its end.
+
+        Raises:
+            StoreUnavailable: The result cannot be stored; the client gets this error instead.
+        """
         answer = self._answer
-        result = body_of(self._run, self._order, reply=answer.text, finish_reason=answer.finish_reason, usage=usage)
+        body = result_body(self._run, self._request, reply=answer.text, finish_reason=answer.finish_reason, usage=usage)
         turn = None
         if self._turn is not None:
             turn = self._turn.result(answer, usage, at=time.time(), partial=False)
-        await self._end(RunResult(state="completed", status=200, result=result, turn=turn))
+        await self._complete(body, turn)
 
-    # -- the end ------------------------------------------------------------------------------------------------------
+    # -- the result ---------------------------------------------------------------------------------------------------
 
-    async def _fail(self, error: GatewayError) -> None:  # noqa: ASYNC910 - the store is waited for, or nothing is
-        """Ends the run with an error, and tells the client if nobody has. One that was promised ends only where the
-        error is not the gateway's own and passing."""
-        if self.ended is not None:  # what came afterwards is not its end
-            log.warning("run_ended_badly", run=self._run.id, error=error.message)
+    async def _complete(self, body: bytes, turn: Turn | None = None) -> None:
+        await self._finish(RunResult(state="completed", status=200, result=body, turn=turn))
+
+    async def _fail(self, error: GatewayError) -> None:
+        """Ends the run with an error, and sends it to the client unless the answer has begun. An acknowledged run does
+        not end with a transient error of this gateway."""
+        if self.ended is not None:  # an error after the end does not change the result
+            log.warning("run_failed_after_end", run=self._run.id, error=error.message)
             await trio.lowlevel.checkpoint()
             return
-        if self._kept and isinstance(error, Draining | Overloaded | SessionBusy | StoreUnavailable):
-            self.again = not isinstance(error, Draining)
+        if self._is_acknowledged and isinstance(error, Draining | Overloaded | SessionBusy | StoreUnavailable):
+            self.should_retry = not isinstance(error, Draining)
             await trio.lowlevel.checkpoint()
             return
-        status, headers, body = error.to_response()
-        end = (
-            self._cut(status)
-            if isinstance(error, RunStopped)
-            else RunResult(
-                state="failed", status=status, result=body, turn=self._partial(), frees_key=not is_final(status)
+        status, _, body = error.to_response()
+        if isinstance(error, RunStopped):
+            result = self._cancelled(status)
+        else:
+            result = RunResult(
+                state="failed", status=status, result=body, turn=self._partial_turn(), frees_key=not is_final(status)
             )
-        )
         try:
-            await self._end(end)
+            await self._finish(result)
         except StoreUnavailable:
-            self._settle_soon(end)
-            self._released = True
-            self.ended = as_ended(self._run, end)
-        if self._down is not None and not self._down.committed:
-            await self._down.respond(status, headers, body)
+            self._finish_later(result)
+            self._is_settled = True
+            self.ended = with_result(self._run, result)
+            await trio.lowlevel.checkpoint()
+        if self._client is not None:
+            await self._client.tell(error)
 
-    def _cut(self, status: int) -> RunResult:
-        """How it ends when it is cut: what there was of the answer is kept."""
-        reply = self._answer.text if self._order.action == "chat" else None
-        result = body_of(self._run, self._order, reply=reply, usage=self._usage())
-        left = status == CLIENT_LEFT
-        return RunResult(state="cancelled", status=status, result=result, turn=self._partial(), frees_key=left)
+    def _cancelled(self, status: int) -> RunResult:
+        """The result of a cancelled run: the partial answer."""
+        reply = self._answer.text if self._request.action == "chat" else None
+        body = result_body(self._run, self._request, reply=reply, usage=self._usage())
+        return RunResult(
+            state="cancelled",
+            status=status,
+            result=body,
+            turn=self._partial_turn(),
+            frees_key=status == CLIENT_LEFT,
+        )
 
-    def _partial(self) -> Turn | None:
+    def _partial_turn(self) -> Turn | None:
         if self._turn is None or self._exchange is None or not self._answer.has_content:
             return None
         return self._turn.result(self._answer, self._usage(), at=time.time(), partial=True)
@@ -307,33 +328,31 @@ class RunExecution:
     def _usage(self) -> Usage | None:
         return self._exchange.usage if self._exchange is not None else None
 
-    async def _end(self, end: RunResult) -> None:
-        """Ends the run, durably.
+    async def _finish(self, result: RunResult) -> None:
+        """Ends the display, and stores the result.
 
         Raises:
-            StoreUnavailable: It could not be kept.
+            StoreUnavailable: The result could not be stored.
         """
         if self._live is not None:
             live, self._live = self._live, None
-            end = attrs.evolve(end, extra=await live.end())
-        if await self._write(end):
-            self.ended = as_ended(self._run, end)
-        else:  # another worker took this one for dead, and has done it
-            self.ended = await self._runs.get(self._run.id)
+            result = attrs.evolve(result, live=await live.end())
+        if await self._records.finish(self._run, result, request=self._request, turn=self._turn):
+            self.ended = with_result(self._run, result)
+        else:  # another worker took this one for dead, adopted the run and ended it
+            self.ended = await self._records.get(self._run.id)
         if self._turn is not None:
             self._turn.note_left()
-        self._runs.note_ended(self.ended, self._order)
+        self._records.note_ended(self.ended, self._request)
 
-    def release(self) -> None:
-        """Ends a run whose task is being cancelled. Synchronous; one that was promised is left for the next start."""
-        if self.ended is None and not self._kept and not self._released:
-            self._released = True
-            self._settle_soon(self._cut(CLIENT_LEFT))
+    def _finish_later(self, result: RunResult) -> None:
+        self._records.finish_later(self._run, result, request=self._request, turn=self._turn)
+
+    def settle_cancelled(self) -> None:
+        """Queues the result ``cancelled`` for a run that has none, because its task is being cancelled. Synchronous;
+        does nothing where the run has ended. An acknowledged run stays as it is, for the next start."""
+        if self.ended is None and not self._is_acknowledged and not self._is_settled:
+            self._is_settled = True
+            self._finish_later(self._cancelled(CLIENT_LEFT))
             if self._turn is not None:
                 self._turn.note_left()
-
-    def _write(self, end: RunResult) -> Write[bool]:
-        return self._runs.write_end(self._run, end, order=self._order, turn=self._turn)
-
-    def _settle_soon(self, end: RunResult) -> None:
-        self._runs.settle_soon(self._run, end, order=self._order, turn=self._turn)

@@ -1,16 +1,17 @@
-"""What has to be told to the outside, until it has been: attempts, back-off, and what became of them.
+"""The outbox: delivers stored results to receivers outside, at least once where the receiver recognises repetitions.
 
-A delivery is a row of the store (`store.Delivery`) that is written with what it tells of. An attempt is: the row
-becomes ``sending``, durably; it is sent by the carrier of its channel; what came of it is noted, durably. So at any
-moment the row says what may have happened, and a process that dies leaves nothing but rows. Those of a dead worker are
-taken over (`workers.Workers.adopt_with`): one that was being sent is sent again where the receiver can tell the
-repetition by its id, and is ``unknown`` where it cannot.
+A delivery is a row of the store (`store.records.Delivery`) that is written in the same transaction as the result that
+it delivers (a transactional outbox). For each attempt the row becomes ``sending``, durably; the carrier of its channel
+sends it; the outcome is recorded, durably. So the row always says what may have happened, and a process that crashes
+leaves nothing but rows. Another worker takes over the rows of a dead one (`Workers.adopt_with`): a delivery that was
+being sent is sent again where the receiver recognises the repetition by its id, and otherwise becomes ``unknown``.
 
-Each target of a channel gets one delivery at a time, the one that has been due for the longest. The store sees to that
-(`store.Deliveries.take`), over all workers. One that waits for its next attempt holds nobody up.
+Each target of a channel gets one delivery at a time, the one that has been due for the longest; the store ensures that
+across all workers (`store.interface.Deliveries.take`). A delivery that waits for its next attempt does not hold up
+others to the same target.
 
-An attempt is shielded from cancellation, since nobody can say how far it has come when it is cut. It is bounded by
-`ATTEMPT_S`; once the outbox closes, by `GRACE_S`.
+An attempt is shielded from cancellation, since a cancelled attempt may or may not have arrived. Each shield is bounded:
+an attempt by `ATTEMPT_S`, and everything by `GRACE_S` and a little more once the outbox closes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import attrs
 import structlog
 import trio
 
+from trigate.concurrency.notify import RepeatedEvent, Wakeup, open_service
 from trigate.errors import StoreUnavailable
 from trigate.store.interface import Store
 from trigate.store.records import Delivery, DeliveryState
@@ -33,24 +35,25 @@ from trigate.workers.membership import Workers
 log = structlog.get_logger("trigate.runs.outbox")
 
 ATTEMPT_S = 30.0
-"""How long an attempt may take."""
-AT_ONCE = 16
-"""How many attempts a worker makes at once."""
+"""How long one attempt may take, in seconds."""
+CONCURRENCY = 16
+"""How many attempts a worker makes at the same time."""
 GRACE_S = 3.0
-"""How long attempts may go on when the outbox closes."""
+"""How long attempts in progress may continue when the outbox closes, in seconds."""
 SCHEDULE_S = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
-"""How long the pause after each attempt is at most; after the last, there is no further attempt.
+"""The longest pause after each failed attempt, in seconds; after the last pause there is one more attempt.
 
-**Source:** the example of a schedule in the Standard Webhooks specification 1.0.0, "Deliverability and reliability".
+**Source:** the example schedule of the Standard Webhooks specification 1.0.0, "Deliverability and reliability".
 """
 MAX_AFTER_S = 86_400.0
-"""The longest pause that a receiver can ask for."""
-LOOK_S = 60.0
-"""How often the store is asked, whatever is known: another worker may have ended and left something for later."""
+"""The longest pause that a receiver can ask for, in seconds."""
+POLL_S = 60.0
+"""How often the store is read without a notification, in seconds: a worker that has exited may have left deliveries
+that become due later."""
 _RETRY_S = 0.25
 _MAX_RETRY_S = 5.0
 _NOTE_S = 2.0
-"""How long the store may take, beyond the grace, when the outbox closes."""
+"""How long recording an outcome may take beyond the grace period when the outbox closes, in seconds."""
 
 
 @attrs.frozen(kw_only=True)
@@ -58,12 +61,12 @@ class Receipt:
     """How an attempt ended.
 
     Attributes:
-        delivered: It arrived.
-        again: Worth another attempt; else it has failed for good.
-        after_s: The receiver said when: no further attempt is made before. None = it did not.
-        status: HTTP's; 0 = there was none.
-        error: What is wrong, without a secret in it.
-        unsure: It may have arrived although nobody said so.
+        delivered: The delivery has arrived.
+        again: Another attempt makes sense; False = the delivery has failed for good.
+        after_s: The shortest pause before the next attempt that the receiver asked for, in seconds; None = it did not.
+        status: The HTTP status; 0 = there was no response.
+        error: What went wrong, without secrets.
+        unsure: The delivery may have arrived although no response confirms it.
     """
 
     delivered: bool
@@ -74,25 +77,25 @@ class Receipt:
     unsure: bool = False
 
 
-_CUT = Receipt(delivered=False, again=True, error="the gateway was shutting down", unsure=True)
+_SHUTDOWN = Receipt(delivered=False, again=True, error="the gateway was shutting down", unsure=True)
 
 
 class Carrier(Protocol):
-    """Who can deliver on a channel. Whatever it raises is an attempt that failed."""
+    """Delivers on a channel. An exception from it counts as a failed attempt."""
 
     async def deliver(self, delivery: Delivery) -> Receipt:
-        """Makes one attempt. Bounded in time by the outbox."""
+        """Makes one attempt. The outbox bounds its time."""
 
 
 def pause_s(attempts: int, *, after_s: float | None, chance: float) -> float | None:
-    """How long to wait after so many attempts; None = there is no further one.
+    """The pause before the next attempt, in seconds; None = there is no further attempt.
 
-    Anything from nothing to what the schedule says ("full jitter"): receivers that come back should not be met by
-    everybody at once. But never less than the receiver asked for, up to `MAX_AFTER_S`.
+    The pause is random between zero and the schedule's value ("full jitter"), so that a receiver that recovers is not
+    hit by all senders at once. It is never shorter than the receiver asked for, up to `MAX_AFTER_S`.
 
     Args:
-        attempts: How many have been made, at least 1.
-        after_s: What the receiver asked for.
+        attempts: How many attempts have been made, at least 1.
+        after_s: What the receiver asked for, in seconds.
         chance: A random number from 0 to 1.
 
     >>> [pause_s(number, after_s=None, chance=0.5) for number in (1, 2, 9, 10)]
@@ -106,7 +109,7 @@ def pause_s(attempts: int, *, after_s: float | None, chance: float) -> float | N
 
 
 def state_after(delivery: Delivery, receipt: Receipt) -> DeliveryState:
-    """What a delivery is after an attempt; ``pending`` = it is worth another one, as far as the schedule goes."""
+    """The state of a delivery after an attempt; ``pending`` = another attempt makes sense, if the schedule has one."""
     if receipt.delivered:
         return "delivered"
     if receipt.unsure and not delivery.repeatable:
@@ -114,127 +117,131 @@ def state_after(delivery: Delivery, receipt: Receipt) -> DeliveryState:
     return "pending" if receipt.again else "failed"
 
 
+@attrs.define(eq=False)
 class Outbox:
-    """The deliveries that this worker makes. Made by `open_outbox`."""
+    """The deliveries that this worker makes. Made by `open_outbox`.
 
-    carriers: dict[str, Carrier]
-    """By the name of the channel; may change at any time, and then `look` has to be told. What is for a channel that
-    has none stays where it is."""
+    Attributes:
+        carriers: By the name of the channel. May change at any time; call `wake` afterwards. Deliveries for a channel
+            without a carrier stay pending.
+    """
 
-    def __init__(self, store: Store, workers: Workers, now: Callable[[], float], chance: Callable[[], float]) -> None:
-        self.carriers = {}
-        self._store = store
-        self._workers = workers
-        self._now = now
-        self._chance = chance
-        self._wanted = trio.Event()
-        self._idle = trio.Event()
-        self._under_way = 0
-        self._closes_at: float | None = None  # in Trio's time, as scopes take it
-        self._attempts: set[trio.CancelScope] = set()
-        self._shields: set[trio.CancelScope] = set()
-        self._troubled = False
+    _store: Store
+    _workers: Workers
+    _now: Callable[[], float]
+    _chance: Callable[[], float]
+    carriers: dict[str, Carrier] = attrs.field(factory=dict, init=False)
+    _wakeup: Wakeup = attrs.field(factory=Wakeup, init=False)
+    _idle: RepeatedEvent = attrs.field(factory=RepeatedEvent, init=False)
+    _in_progress: int = attrs.field(default=0, init=False)
+    _closes_at: float | None = attrs.field(default=None, init=False)  # in Trio's time
+    _attempts: set[trio.CancelScope] = attrs.field(factory=set, init=False)
+    _shields: set[trio.CancelScope] = attrs.field(factory=set, init=False)
+    _is_halted: bool = attrs.field(default=False, init=False)
 
     def __repr__(self) -> str:
-        return f"<Outbox {self._under_way} under way, for {len(self.carriers)} channels>"
+        return f"<Outbox {self._in_progress} in progress, for {len(self.carriers)} channels>"
 
-    def look(self) -> None:
-        """There is something new to deliver. Synchronous."""
-        self._wanted.set()
+    def wake(self) -> None:
+        """Reads the store for deliveries now. Synchronous."""
+        self._wakeup.set()
 
     async def wait_idle(self) -> None:
-        """Waits until nothing is under way, and nothing can be begun now: what waits for a later time may remain."""
-        if not self._workers.is_joined:  # there cannot be anything
+        """Waits until no delivery is in progress and none is due. Deliveries that are due later may remain."""
+        if not self._workers.is_joined:  # the store has not been opened, so there are no deliveries
             await trio.lowlevel.checkpoint()
             return
-        self._idle = trio.Event()
-        self.look()
+        self.wake()
         await self._idle.wait()
 
     async def adopt(self, worker: str, dead: Sequence[str]) -> None:
-        """Takes over from workers that have died."""
+        """Takes over the deliveries of dead workers."""
         for delivery in await self._store.deliveries.release(dead=dead):
-            _tell(delivery, state=delivery.state, status=0, error=delivery.last_error, next_in_s=None)
-        self.look()  # also for what waits for a time that only they knew
+            _log_attempt(delivery, state=delivery.state, status=0, error=delivery.last_error, next_in_s=None)
+        self.wake()  # also to learn when the deliveries of dead workers become due
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Delivers what is due, for ever."""
+        """Delivers what is due, until it is cancelled."""
         await self._workers.wait_joined()
         retry_s = _RETRY_S
         async with trio.open_nursery() as nursery:
             while True:
-                self._wanted = trio.Event()
-                wait_s = LOOK_S
+                wait_s = POLL_S
                 try:
-                    with self._shield(_NOTE_S):  # what is taken must not get lost between the store and here
+                    with self._shield(_NOTE_S):  # a delivery that the store has given out must be attempted
                         wait_s = await self._take(nursery)
                     retry_s = _RETRY_S
                 except StoreUnavailable as error:
-                    self._note_trouble(error)
+                    self._note_halted(error)
                     wait_s, retry_s = retry_s, min(2 * retry_s, _MAX_RETRY_S)
-                except Exception:  # a defect; what is under way goes on, and the next look may be better
+                except Exception:  # a defect; deliveries in progress continue, and the next read may succeed
                     log.exception("outbox_crashed")
-                if not self._under_way and wait_s > 0 and not self._wanted.is_set():
+                if not self._in_progress and wait_s > 0 and not self._wakeup.is_set:
                     self._idle.set()
                 with trio.move_on_after(wait_s):
-                    await self._wanted.wait()
+                    await self._wakeup.wait()
 
     async def _take(self, nursery: trio.Nursery) -> float:
-        """Begins as many attempts as may be; returns for how long nothing more can be done, unless `look` is told."""
-        places = AT_ONCE - self._under_way
+        """Starts as many attempts as possible. Returns for how long nothing more can be started, in seconds, unless
+        `wake` is called."""
+        free = CONCURRENCY - self._in_progress
         channels = tuple(self.carriers)
-        if not places or not channels:
-            return LOOK_S  # noqa: ASYNC910 - who calls it waits
+        if not free or not channels:
+            await trio.lowlevel.checkpoint()
+            return POLL_S
         at = self._now()
-        taken = await self._store.deliveries.take(self._workers.id, at=at, limit=places, channels=channels)
+        taken = await self._store.deliveries.take(self._workers.id, at=at, limit=free, channels=channels)
         for delivery in taken:
-            self._under_way += 1
+            self._in_progress += 1
             nursery.start_soon(self._deliver, delivery)
-        if len(taken) == places:
-            self._workers.notify("outbox")  # there may be more than can be done here
-            return LOOK_S
+        if len(taken) == free:
+            self._workers.notify("outbox")  # there may be more than this worker can deliver
+            return POLL_S
         due_at = await self._store.deliveries.next_due_at(channels)
-        self._note_no_trouble()
-        return LOOK_S if due_at is None else min(max(due_at - self._now(), 0.0), LOOK_S)
+        self._note_resumed()
+        return POLL_S if due_at is None else min(max(due_at - self._now(), 0.0), POLL_S)
 
     # -- an attempt ---------------------------------------------------------------------------------------------------
 
-    async def _deliver(self, delivery: Delivery) -> None:  # noqa: ASYNC910 - who takes waits
+    async def _deliver(self, delivery: Delivery) -> None:
         try:
             with self._shield(_NOTE_S):
                 receipt = await self._attempt(delivery)
-                await self._note(delivery, receipt)
-        except Exception:  # a defect; it stays as it is, until another worker takes over from this one
+                await self._record(delivery, receipt)
+        except Exception:  # a defect; the row stays as it is, until another worker adopts it from this one
             log.exception("outbox_crashed")
+            await trio.lowlevel.checkpoint()
         finally:
-            self._under_way -= 1
-            self.look()
+            self._in_progress -= 1
+            self.wake()
 
     async def _attempt(self, delivery: Delivery) -> Receipt | None:
-        """Makes an attempt; None = it was not made."""
+        """Makes an attempt; None = no attempt was made."""
         carrier = self.carriers.get(delivery.channel)
         if carrier is None or self._is_closing():
             await trio.lowlevel.checkpoint()
             return None
+        receipt: Receipt | None = None
         with trio.move_on_after(ATTEMPT_S) as bound:
             self._attempts.add(bound)
             try:
-                return await carrier.deliver(delivery)
+                receipt = await carrier.deliver(delivery)
             except Exception as error:
                 log.exception("delivery_crashed", delivery=delivery.id, channel=delivery.channel)
-                return Receipt(  # noqa: ASYNC910 - noting it waits
-                    delivered=False, again=True, error=f"internal: {type(error).__name__}", unsure=True
-                )
+                receipt = Receipt(delivered=False, again=True, error=f"internal: {type(error).__name__}", unsure=True)
             finally:
                 self._attempts.discard(bound)
+        await trio.lowlevel.checkpoint()
+        if receipt is not None:
+            return receipt
         if self._is_closing():
-            return _CUT
+            return _SHUTDOWN
         return Receipt(delivered=False, again=True, error=f"no answer within {ATTEMPT_S:g} s", unsure=True)
 
-    async def _note(self, delivery: Delivery, receipt: Receipt | None) -> None:
-        """Notes how an attempt ended, however long the store is unavailable."""
+    async def _record(self, delivery: Delivery, receipt: Receipt | None) -> None:
+        """Records how an attempt ended, however long the store is unavailable."""
         at = self._now()
         due_at: float | None = None
         if receipt is None:
@@ -243,30 +250,30 @@ class Outbox:
             receipt = Receipt(delivered=False, status=delivery.last_status, error=delivery.last_error)
         else:
             state = state_after(delivery, receipt)
-            if receipt is _CUT and state == "pending":
-                due_at = at  # the receiver is not to blame
+            if receipt is _SHUTDOWN and state == "pending":
+                due_at = at  # the receiver did not fail, so there is no pause
             elif state == "pending":
                 wait_s = pause_s(delivery.attempts, after_s=receipt.after_s, chance=self._chance())
                 state, due_at = ("failed", None) if wait_s is None else ("pending", at + wait_s)
             next_in_s = None if due_at is None else round(due_at - at, 3)
-            _tell(delivery, state=state, status=receipt.status, error=receipt.error, next_in_s=next_in_s)
+            _log_attempt(delivery, state=state, status=receipt.status, error=receipt.error, next_in_s=next_in_s)
         retry_s = _RETRY_S
         while True:
             try:
                 await self._store.deliveries.note(
                     delivery.id, state=state, at=at, due_at=due_at, status=receipt.status, error=receipt.error
                 )
-                self._note_no_trouble()
+                self._note_resumed()
                 return
             except StoreUnavailable as error:
-                self._note_trouble(error)
+                self._note_halted(error)
             await trio.sleep(retry_s)
             retry_s = min(2 * retry_s, _MAX_RETRY_S)
 
-    # -- the end ------------------------------------------------------------------------------------------------------
+    # -- closing ------------------------------------------------------------------------------------------------------
 
     def begin_to_close(self) -> None:
-        """From now on nothing is begun, and what is under way is bounded. Synchronous."""
+        """Starts no more attempts, and bounds those in progress by `GRACE_S`. Synchronous."""
         self._closes_at = trio.current_time() + GRACE_S
         for bound in self._attempts:
             bound.deadline = min(bound.deadline, self._closes_at)
@@ -278,7 +285,8 @@ class Outbox:
 
     @contextlib.contextmanager
     def _shield(self, beyond_s: float) -> Iterator[None]:
-        """Shields from cancellation; once the outbox closes, until so long after the grace."""
+        """Shields a block from cancellation; once the outbox closes, until ``beyond_s`` after the grace period."""
+        # bounded by: `begin_to_close`, which `open_outbox` calls before it cancels, sets the deadline
         with trio.CancelScope(shield=True) as scope:
             if self._closes_at is not None:
                 scope.deadline = self._closes_at + beyond_s
@@ -288,18 +296,20 @@ class Outbox:
             finally:
                 self._shields.discard(scope)
 
-    def _note_trouble(self, error: StoreUnavailable) -> None:
-        if not self._troubled:  # once, and not at each try
+    def _note_halted(self, error: StoreUnavailable) -> None:
+        if not self._is_halted:  # log once, not at each try
             log.warning("outbox_halted", error=error.message)
-        self._troubled = True
+        self._is_halted = True
 
-    def _note_no_trouble(self) -> None:
-        if self._troubled:
+    def _note_resumed(self) -> None:
+        if self._is_halted:
             log.info("outbox_resumed")
-        self._troubled = False
+        self._is_halted = False
 
 
-def _tell(delivery: Delivery, *, state: DeliveryState, status: int, error: str | None, next_in_s: float | None) -> None:
+def _log_attempt(
+    delivery: Delivery, *, state: DeliveryState, status: int, error: str | None, next_in_s: float | None
+) -> None:
     log.info(
         "delivery",
         delivery=delivery.id,
@@ -321,22 +331,21 @@ async def open_outbox(
     now: Callable[[], float] = time.time,
     chance: Callable[[], float] = random.random,
 ) -> AsyncIterator[Outbox]:
-    """Opens the outbox; what is due is delivered from now on, once `workers.join` has been called by anybody.
+    """Opens the outbox. It delivers what is due from the first `Workers.join` on, whichever service calls that.
 
     Args:
-        now: Gives the POSIX time, in seconds.
-        chance: Gives random numbers from 0 to 1.
+        now: Returns the POSIX time, in seconds.
+        chance: Returns random numbers from 0 to 1.
 
-    **Cancels:** attempts that are under way may go on for `GRACE_S`. What has not ended then is pending again where it
-    can be repeated, else unknown; the worker that adopts what this one leaves looks for it (`Outbox.adopt`).
+    **Cancels:** attempts in progress may continue for `GRACE_S`. A delivery whose attempt has not ended by then is
+    pending again where it can be repeated, otherwise ``unknown``; if that could not be recorded, the worker that adopts
+    this one's rows does it (`Outbox.adopt`).
     """
     outbox = Outbox(store, workers, now, chance)
     workers.adopt_with(outbox.adopt)
-    workers.on_notify("outbox", lambda _: outbox.look())
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(outbox.run)
+    workers.on_notify("outbox", lambda _: outbox.wake())
+    async with open_service(outbox.run):
         try:
             yield outbox
         finally:
             outbox.begin_to_close()
-            nursery.cancel_scope.cancel()

@@ -1,16 +1,20 @@
-"""What a message asks for, and what it gets: the values of a run, and their JSON.
+"""What a message asks for and what it gets: the values of a run, and their JSON.
 
-A `RunRequest` holds everything needed to execute a run, also after a restart with another configuration. A result is
-the body sent to a client that waits; a `view` is the run as its reader sees it later.
+A `RunRequest` holds everything needed to execute a run, also after a restart with another configuration. A `RunResult`
+is how the run ends: its body goes to a client that waits, and `view` shows the ended run to a client that asks later.
+`delivery_of` makes the delivery of a result that has to be sent somewhere.
+
+**Source:** the body of a callback has the shape that the Standard Webhooks specification 1.0.0 gives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import secrets
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import attrs
 import msgspec
@@ -20,30 +24,28 @@ from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import Call, decode_call
 from trigate.store.records import Delivery, Run, RunState, Turn
-from trigate.webhooks.callbacks import callback_body
-
-if TYPE_CHECKING:
-    pass
 
 CLIENT_LEFT = 499
-"""The status of a run whose client did not wait for it. (No HTTP status: nobody is sent it.)"""
+"""The status of a run whose client disconnected. Stored only: it is no HTTP status, and no client receives it."""
 
 _CHAT = ENDPOINTS["/v1/chat/completions"]
 
 
 @attrs.frozen(kw_only=True)
 class RunRequest:
-    """What a message asks for; everything that is needed to do it, also after a restart with another configuration.
-    Kept as JSON in `store.Run.request`.
+    """What a message asks for: everything needed to execute it, also after a restart with another configuration.
+    Stored as JSON in `store.records.Run.request`.
 
     Attributes:
-        channel: The hook or channel that it came by.
-        owner, session: Whose session it belongs to, and its key; session None = nothing is remembered.
+        channel: The hook or channel that received the message.
+        owner: The owner of the session.
+        session: The key of the session; None = nothing is remembered.
         text: The prompt (``chat``) or the note (``note``).
-        sender: Who sent it.
-        reply_to: Where the result goes: a callback's URL, or what the channel's adapter needs to reply, of which
-            ``target`` names the place where one reply at a time arrives (the chat); None = it is fetched.
-        finish: It goes on where the client that waits for it leaves.
+        sender: The sender's id; ``""`` = the message names none.
+        reply_to: Where the result is delivered: a callback's URL, or what the channel's adapter needs to reply, where
+            ``target`` names the chat that receives one reply at a time. None = the result is not delivered: a client
+            waits for it or fetches it.
+        finish: Whether the run continues after the client that waits for it disconnects.
     """
 
     channel: str
@@ -59,19 +61,19 @@ class RunRequest:
     finish: bool = False
 
     def encode(self) -> bytes:
-        """Writes it as JSON."""
+        """Encodes the request as JSON."""
         return msgspec.json.encode(self)
 
     @classmethod
     def decode(cls, request: bytes) -> RunRequest:
-        """Reads what `encode` has written."""
+        """Decodes what `encode` has made."""
         return cls(**msgspec.json.decode(request))
 
     def call(self) -> Call:
-        """The chat request that it stands for.
+        """Makes the chat request, always streamed and with usage.
 
         Raises:
-            BadRequest: It cannot be served.
+            BadRequest: The parameters of the hook do not make a valid chat request.
         """
         messages = [{"role": "system", "content": self.system}] if self.system else []
         body = {
@@ -85,41 +87,47 @@ class RunRequest:
 
 
 class Live(Protocol):
-    """A reply that can be watched while it grows: what a channel shows of a run that goes on."""
+    """The display of one run on a channel: a message that is edited while the answer grows."""
 
     def show(self, text: str) -> None:
-        """The text so far. Synchronous, and called often: whoever shows it takes the last one when it can."""
+        """Takes the text so far. Synchronous, and called for each event: an implementation keeps the latest text and
+        displays it at its own pace."""
 
     async def end(self) -> Mapping[str, Any]:
-        """Stops showing. Returns what the delivery of the final text has to know (the id of the message to edit), as
-        JSON; with ``repeatable`` true, it may be delivered twice without harm."""
+        """Stops the display. Returns what the delivery of the final text needs (the id of the message to edit), as
+        JSON; ``repeatable`` true in it says that a second delivery does no harm."""
 
 
 class LiveView(Protocol):
-    """A channel that shows runs while they go on; what it is told at the end is a delivery (`outbox.Carrier`)."""
+    """A channel that displays runs while they are executed. The final result is a delivery (`outbox.Carrier`)."""
 
-    def watch(self, run: Run, order: RunRequest) -> contextlib.AbstractAsyncContextManager[Live]:
-        """Shows a run for as long as the context is open."""
+    def watch(self, run: Run, request: RunRequest, /) -> contextlib.AbstractAsyncContextManager[Live]:
+        """Displays a run for as long as the context is open."""
 
 
-def is_work(action: str) -> bool:
-    """Whether it waits for its turn; what steers a session does not stand behind what it steers."""
+def waits_for_turn(action: str) -> bool:
+    """Whether a run with this action queues for a slot and a session turn. The other actions control a session, and so
+    must not queue behind the run that they control.
+
+    >>> [waits_for_turn(action) for action in ("chat", "note", "reset", "history", "stop")]
+    [True, True, False, False, False]
+    """
     return action in ("chat", "note")
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def body_of(
+def result_body(
     run: Run,
-    order: RunRequest,
+    request: RunRequest,
     *,
     reply: str | None,
     finish_reason: str | None = None,
     usage: Usage | None = None,
     **more: object,
 ) -> bytes:
-    """The body of a result: the same fields whatever was asked, and ``more``."""
+    """Encodes the body of a result: the same fields for every action, and those of ``more``."""
     counts = None
     if usage is not None:
         prompt_tokens, completion_tokens = usage.prompt_tokens, usage.completion_tokens
@@ -135,7 +143,7 @@ def body_of(
             "session": run.session,
             "action": run.action,
             "reply": reply,
-            "model": order.model if run.action == "chat" else None,
+            "model": request.model if run.action == "chat" else None,
             "finish_reason": finish_reason,
             "usage": counts,
             "created": int(run.created_at),
@@ -145,10 +153,10 @@ def body_of(
 
 
 def is_final(status: int) -> bool:
-    """Whether asking again under the same idempotency key gets this result again.
+    """Whether a retry under the same idempotency key gets this result again.
 
-    A provider that is down, a limit, or a session that is busy says nothing about the message; senders try again then,
-    and should be answered.
+    An unavailable provider, a limit and a busy session say nothing about the message, so a sender that retries gets a
+    new run.
 
     >>> [is_final(status) for status in (200, 400, 409, 429, 499, 502)]
     [True, True, False, False, False, False]
@@ -158,22 +166,31 @@ def is_final(status: int) -> bool:
 
 @attrs.frozen(kw_only=True)
 class RunResult:
-    """How a run ends: what `store.Runs.finish` takes."""
+    """How a run ends: the arguments of `store.interface.Runs.finish`.
+
+    Attributes:
+        status: The HTTP status of the result, or `CLIENT_LEFT`.
+        result: The body, as JSON: `result_body`, or that of an error.
+        turn: What the run appends to its session.
+        live: What the channel's `Live.end` returned.
+        frees_key: Whether the idempotency key becomes free, so that a retry makes a new run.
+    """
 
     state: RunState
     status: int
     result: bytes
     turn: Turn | None = None
-    extra: Mapping[str, Any] = attrs.field(factory=dict)  # Any: JSON of the channel's adapter
+    live: Mapping[str, Any] = attrs.field(factory=dict)  # Any: JSON of the channel's adapter
     frees_key: bool = False
 
 
-def as_ended(run: Run, end: RunResult) -> Run:
-    return attrs.evolve(run, state=end.state, status=end.status, result=end.result, finished_at=time.time())
+def with_result(run: Run, result: RunResult) -> Run:
+    """The run as it is once it has ended, now, with this result."""
+    return attrs.evolve(run, state=result.state, status=result.status, result=result.result, finished_at=time.time())
 
 
 def view(run: Run) -> dict[str, Any]:  # Any: JSON
-    """A run as its reader sees it: at ``GET /hooks/NAME/runs/ID``, and in what is delivered of it."""
+    """The run as clients see it: in ``GET /hooks/NAME/runs/ID``, and in the delivery of its result."""
     return {
         "id": run.id,
         "object": "run",
@@ -188,20 +205,35 @@ def view(run: Run) -> dict[str, Any]:  # Any: JSON
     }
 
 
-def delivery_of(run: Run, order: RunRequest, end: RunResult) -> Delivery | None:
-    """What is to be told to the outside of a run that ends, if somebody is to be told.
+def callback_body(*, state: RunState, at: float, data: bytes) -> bytes:
+    """Encodes the body of a callback.
 
-    A callback's body is `callbacks.callback_body` of the `view`. That of a channel's adapter has ``reply_to`` and
-    ``live`` besides, which are its own.
+    Args:
+        state: The state in which the run ended.
+        at: When it ended, in POSIX seconds.
+        data: The run as ``GET /hooks/NAME/runs/ID`` shows it, as JSON.
+
+    >>> callback_body(state="completed", at=1674087231.5, data=b'{"id":"run_1"}').decode()
+    '{"type":"run.completed","timestamp":"2023-01-19T00:13:51.500000Z","data":{"id":"run_1"}}'
     """
-    if order.reply_to is None:
+    ended_at = datetime.datetime.fromtimestamp(at, datetime.UTC).replace(tzinfo=None)
+    timestamp = ended_at.isoformat(timespec="microseconds") + "Z"
+    return msgspec.json.encode({"type": f"run.{state}", "timestamp": timestamp, "data": msgspec.Raw(data)})
+
+
+def delivery_of(run: Run, request: RunRequest, result: RunResult) -> Delivery | None:
+    """The delivery of a run's result; None where the request has no ``reply_to``.
+
+    The body is the `callback_body` of the `view`. For a channel's adapter it also has ``reply_to`` and ``live``.
+    """
+    if request.reply_to is None:
         return None
-    ended = as_ended(run, end)
+    ended = with_result(run, result)
     now = ended.finished_at or 0.0
-    body = callback_body(state=end.state, at=now, data=msgspec.json.encode(view(ended)))
-    target = order.reply_to
+    body = callback_body(state=result.state, at=now, data=msgspec.json.encode(view(ended)))
+    target = request.reply_to
     if not isinstance(target, str):
-        own = {"reply_to": order.reply_to, "live": end.extra}
+        own = {"reply_to": request.reply_to, "live": result.live}
         body = msgspec.json.encode({**msgspec.json.decode(body), **own})
         target = str(target["target"])
     return Delivery(
@@ -212,6 +244,8 @@ def delivery_of(run: Run, order: RunRequest, end: RunResult) -> Delivery | None:
         body=body,
         created_at=now,
         due_at=now,
-        # a channel knows where it has nothing left to do but edits; of a failure there is a line to write
-        repeatable=isinstance(order.reply_to, str) or (end.state != "failed" and bool(end.extra.get("repeatable"))),
+        # A callback's receiver recognises a repetition by its id. An adapter says when only edits are left to make;
+        # after a failure it sends a new message, which must not arrive twice.
+        repeatable=isinstance(request.reply_to, str)
+        or (result.state != "failed" and bool(result.live.get("repeatable"))),
     )

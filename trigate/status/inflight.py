@@ -24,7 +24,9 @@ import trio
 
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.errors import CancelledByOperator
-from trigate.exchange.exchange import Exchange
+from trigate.exchange import view
+from trigate.exchange.live import LiveExchanges
+from trigate.exchange.state import ExchangeState
 from trigate.status.schema import Stream
 from trigate.workers.membership import Workers
 
@@ -97,7 +99,7 @@ class InflightRequests:
     """
 
     _workers: Workers
-    _live: Iterable[Exchange]
+    _live: LiveExchanges
     _answers: dict[str, list[_Answer]] = attrs.field(init=False, factory=dict)  # by question
     _answered: RepeatedEvent = attrs.field(init=False, factory=RepeatedEvent)
 
@@ -161,8 +163,8 @@ class InflightRequests:
         cancelled = 0
         if question.action == "cancel":
             for exchange in selected:
-                cancelled += not exchange.is_cut
-                exchange.cut(CancelledByOperator("The call was ended by a request to DELETE /status/streams."))
+                cancelled += not exchange.is_cancelled
+                exchange.cancel(CancelledByOperator("The call was ended by a request to DELETE /status/streams."))
         now = trio.current_time()
         return _Answer(
             question=question.id,
@@ -172,8 +174,8 @@ class InflightRequests:
             rows=tuple(self._row(exchange, now) for exchange in selected[: question.limit]),
         )
 
-    def _row(self, exchange: Exchange, now: float) -> Stream:
-        return msgspec.convert({**exchange.describe(now), "worker": self._workers.id}, Stream)
+    def _row(self, exchange: ExchangeState, now: float) -> Stream:
+        return msgspec.convert({**view.describe(exchange, now), "worker": self._workers.id}, Stream)
 
     def _on_question(self, body: bytes) -> None:
         """Answers another worker. All workers get the answer; those that did not ask ignore it."""

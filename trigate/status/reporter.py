@@ -24,7 +24,7 @@ from trigate import __version__
 from trigate.channels.service import Channels, ChannelStatistics
 from trigate.errors import StoreUnavailable
 from trigate.exchange.admission import Admission
-from trigate.exchange.exchange import Exchange
+from trigate.exchange.live import LiveExchanges
 from trigate.ledger.ledger import Ledger
 from trigate.routing.plan import Targets
 from trigate.status import merge, schema, snapshot
@@ -59,15 +59,12 @@ class StatusReporter:
     It has one field for each service that it reports on.
 
     Attributes:
-        live: The exchanges in flight, in the order of their arrival.
-        totals: Counters of the exchanges that have ended, with the fields of `schema.Totals`.
         channels: None = there is no channel service; then the hooks of the configuration are reported.
         started_at: When the gateway started, on Trio's clock.
         is_handing_over: Whether the gateway has begun to shut down, or to hand over to another process.
     """
 
-    _live: Iterable[Exchange]
-    _totals: attrs.AttrsInstance
+    _live: LiveExchanges
     _generations: Generations
     _admission: Admission
     _targets: Targets
@@ -95,7 +92,7 @@ class StatusReporter:
             in_flight=snapshot.count_in_flight(self._live, worker=worker, now=now),
             upstreams=tuple(upstream.statistics() for upstream in generation.upstreams.values()),
             channels=tuple(self._channel_statistics()),
-            totals=schema.Totals(**attrs.asdict(self._totals)),
+            totals=schema.Totals(**attrs.asdict(self._live.totals)),
             admission=self._admission.statistics(),
             targets=snapshot.list_targets(self._targets, worker=worker, now=now),
             ledger=self._ledger.statistics(),

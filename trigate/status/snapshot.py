@@ -13,7 +13,8 @@ import msgspec
 
 from trigate.channels.service import ChannelStatistics
 from trigate.exchange.admission import AdmissionStatistics
-from trigate.exchange.exchange import Exchange
+from trigate.exchange import view
+from trigate.exchange.state import ExchangeState
 from trigate.ledger.ledger import LedgerStatistics
 from trigate.routing.plan import Targets
 from trigate.status.schema import OldestStream, TargetStatus, Totals
@@ -75,7 +76,7 @@ def decode(data: bytes) -> Part:
     return msgspec.json.decode(data, type=Part)
 
 
-def count_in_flight(live: Iterable[Exchange], *, worker: str, now: float) -> InFlight:
+def count_in_flight(live: Iterable[ExchangeState], *, worker: str, now: float) -> InFlight:
     """Counts the exchanges in flight.
 
     Args:
@@ -84,19 +85,19 @@ def count_in_flight(live: Iterable[Exchange], *, worker: str, now: float) -> InF
         now: Trio's clock.
     """
     return InFlight(
-        by_phase=Counter([exchange.phase for exchange in live]),
+        by_phase=Counter([view.phase(exchange) for exchange in live]),
         by_upstream=Counter([exchange.target.upstream for exchange in live if exchange.target is not None]),
         oldest=tuple(_oldest_stream(exchange, worker, now) for exchange in itertools.islice(live, MAX_STREAMS)),
     )
 
 
-def _oldest_stream(exchange: Exchange, worker: str, now: float) -> OldestStream:
+def _oldest_stream(exchange: ExchangeState, worker: str, now: float) -> OldestStream:
     return OldestStream(
         id=exchange.id,
         model=exchange.call.model,
         upstream=str(exchange.target) if exchange.target else None,
         stream=exchange.call.stream,
-        phase=exchange.phase,
+        phase=view.phase(exchange),
         age_s=now - exchange.started_at,
         events=exchange.events,
         bytes=exchange.bytes_sent,

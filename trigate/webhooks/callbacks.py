@@ -1,11 +1,12 @@
-"""Callbacks: how the result of a hook's run gets to a URL, signed by the Standard Webhooks scheme.
+"""Callbacks: POST the result of a hook's run to a URL, signed by the Standard Webhooks scheme.
 
-A callback is a POST that the gateway makes to where somebody else says. So it goes to public addresses only, unless the
-hook allows others: each address is judged when it is about to be connected to (`dialing.dial`), after the name has been
-looked up, and so no name can lead elsewhere. Redirects are not followed. No proxy is used: it would do the connecting.
+The URL of a callback may come from the sender of a message, so a callback must not reach the internal network (SSRF).
+It connects to public addresses only, unless the hook allows others. Each address is checked right before the connection
+(`upstream.connect.dial`), after the name has been resolved, so DNS rebinding does not get round the check. Redirects
+are not followed. No proxy is used, since a proxy would open the connection itself.
 
-**Source:** Standard Webhooks specification 1.0.0: the headers, the shape of the body, and that every answer but 2xx and
-410 is worth another attempt.
+**Source:** Standard Webhooks specification 1.0.0: the headers, and that every status but 2xx and 410 is worth another
+attempt.
 """
 
 from __future__ import annotations
@@ -18,44 +19,34 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 
+import attrs
 import httpx2
-import msgspec
 import trio
 
 from trigate import __version__
+from trigate.concurrency.notify import open_service
 from trigate.config.sections import HookConfig
 from trigate.runs.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
-from trigate.store.records import Delivery, RunState
+from trigate.store.records import Delivery
 from trigate.upstream.connect import Refused
 from trigate.upstream.public_addresses import why_not_public
 from trigate.upstream.transport import SocketTransport
 
 CONNECT_S = 10.0
-"""How long a connection may take, name and TLS included."""
+"""How long connecting may take, including name resolution and TLS, in seconds."""
 _READ_S = 2.0
-"""How long the body of an answer is waited for: its status has said everything."""
+"""How long the body of a response may take, in seconds. Only its status counts; the body is read to reuse the
+connection."""
 _READ_BYTES = 16_384
 
 
-def callback_body(*, state: RunState, at: float, data: bytes) -> bytes:
-    """Makes the body of a callback.
+def seconds_of(retry_after: str, *, at: float) -> float | None:
+    """The value of a ``Retry-After`` header, in seconds from ``at``; None = the header is invalid.
 
     Args:
-        state: The run's, at its end.
-        at: When that was, in POSIX seconds.
-        data: The run as ``GET /hooks/NAME/runs/ID`` gives it, as JSON.
-
-    >>> callback_body(state="completed", at=1674087231.5, data=b'{"id":"run_1"}').decode()
-    '{"type":"run.completed","timestamp":"2023-01-19T00:13:51.500000Z","data":{"id":"run_1"}}'
-    """
-    moment = datetime.datetime.fromtimestamp(at, datetime.UTC).replace(tzinfo=None)
-    timestamp = moment.isoformat(timespec="microseconds") + "Z"
-    return msgspec.json.encode({"type": f"run.{state}", "timestamp": timestamp, "data": msgspec.Raw(data)})
-
-
-def seconds_of(retry_after: str, *, at: float) -> float | None:
-    """What a ``Retry-After`` header says, in seconds from ``at``; None = nothing.
+        retry_after: The header: seconds, or a date.
+        at: The current POSIX time, in seconds.
 
     >>> seconds_of("120", at=0.0), seconds_of("Thu, 01 Jan 1970 00:02:00 GMT", at=60.0), seconds_of("soon", at=0.0)
     (120.0, 60.0, None)
@@ -64,43 +55,41 @@ def seconds_of(retry_after: str, *, at: float) -> float | None:
     """
     text = retry_after.strip()
     if text.isascii() and text.isdecimal():
-        return float(text[:10])  # longer than anybody waits
+        return float(text[:10])  # ten digits are more than any pause; more could overflow
     try:
-        moment = email.utils.parsedate_to_datetime(text)
-        if moment.tzinfo is None:  # "-0000"
-            moment = moment.replace(tzinfo=datetime.UTC)
-        return max(moment.timestamp() - at, 0.0)
-    except (ValueError, TypeError, IndexError, OverflowError):  # what that parser raises differs with its input
+        date = email.utils.parsedate_to_datetime(text)
+        if date.tzinfo is None:  # "-0000"
+            date = date.replace(tzinfo=datetime.UTC)
+        return max(date.timestamp() - at, 0.0)
+    except (ValueError, TypeError, IndexError, OverflowError):  # the parser raises any of these on invalid input
         return None
 
 
+@attrs.define(eq=False, kw_only=True)
 class Callbacks:
-    """Delivers the results of all hooks' runs (`outbox.Carrier`). Made by `open_callbacks`."""
+    """Delivers the results of the runs of all hooks (`outbox.Carrier`). Made by `open_callbacks`."""
 
-    def __init__(
-        self, *, public: httpx2.AsyncBaseTransport, anywhere: httpx2.AsyncBaseTransport, now: Callable[[], float]
-    ) -> None:
-        self._public = public
-        self._anywhere = anywhere
-        self._now = now
-        self._hooks: dict[str, HookConfig] = {}
+    _public: httpx2.AsyncBaseTransport
+    _anywhere: httpx2.AsyncBaseTransport
+    _now: Callable[[], float]
+    _hooks: dict[str, HookConfig] = attrs.field(factory=dict, init=False)
 
     def __repr__(self) -> str:
         return f"<Callbacks of {len(self._hooks)} hooks>"
 
     def apply(self, hooks: Mapping[str, HookConfig], outbox: Outbox) -> None:
-        """The configuration has changed: callbacks are made for these hooks from now on, as they say. What is for
-        another one waits until that is there again. Synchronous."""
+        """Follows a changed configuration: delivers for these hooks from now on. Deliveries for a hook that is gone
+        stay pending until it is configured again. Synchronous."""
         for name in self._hooks:
-            if outbox.carriers.get(name) is self:  # a channel may have taken the name
+            if outbox.carriers.get(name) is self:  # otherwise a channel has taken the name
                 del outbox.carriers[name]
         self._hooks = {name: hook for name, hook in hooks.items() if hook.enabled and hook.callback_secret is not None}
         for name in self._hooks:
             outbox.carriers[name] = self
-        outbox.look()
+        outbox.wake()
 
     async def deliver(self, delivery: Delivery) -> Receipt:
-        """Makes one attempt."""
+        """Makes one attempt: signs the body, sends it and waits for the status."""
         hook = self._hooks[delivery.channel]
         assert hook.callback_secret is not None
         assert hook.callback_secret.literal is not None
@@ -124,17 +113,17 @@ class Callbacks:
             response = await transport.handle_async_request(request)
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             await trio.lowlevel.checkpoint()
-            return _receipt_without_answer(error)
-        await _read_to_its_end(response)
+            return _receipt_without_response(error)
+        await _read_rest(response)
         return _receipt_of(response, at=self._now())
 
 
-def _receipt_without_answer(error: httpx2.TransportError | httpx2.InvalidURL) -> Receipt:
+def _receipt_without_response(error: httpx2.TransportError | httpx2.InvalidURL) -> Receipt:
     match error:
         case httpx2.InvalidURL() | httpx2.UnsupportedProtocol():
             return Receipt(delivered=False, error="the target is not an http:// or https:// URL")
         case Refused():
-            # Nothing has gone out, and what stands in the way (a name server, a setting) may be put right.
+            # Nothing has been sent, and the cause (a DNS record, a setting) may be corrected.
             return Receipt(delivered=False, again=True, error=f"{error} (callback_private = true would allow it)")
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
             return Receipt(delivered=False, again=True, error=f"no connection: {error}")
@@ -146,7 +135,7 @@ def _receipt_of(response: httpx2.Response, *, at: float) -> Receipt:
     if 200 <= status < 300:
         return Receipt(delivered=True, status=status)
     if status == 410:
-        return Receipt(delivered=False, status=status, error="the receiver wants no more (410)")
+        return Receipt(delivered=False, status=status, error="the receiver asked for no more deliveries (410)")
     error = f"the receiver answered {status}"
     if 300 <= status < 400:
         error += ", and redirects are not followed"
@@ -154,8 +143,9 @@ def _receipt_of(response: httpx2.Response, *, at: float) -> Receipt:
     return Receipt(delivered=False, again=True, status=status, error=error, after_s=after_s)
 
 
-async def _read_to_its_end(response: httpx2.Response) -> None:
-    """Reads what is left of an answer, in bounds, so that its connection can be used again; else it is closed."""
+async def _read_rest(response: httpx2.Response) -> None:
+    """Reads the body of a response, so that its connection can be reused. If the body is too long or too slow, the
+    connection is closed instead."""
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     try:
         with trio.move_on_after(_READ_S), contextlib.suppress(httpx2.TransportError):
@@ -165,27 +155,23 @@ async def _read_to_its_end(response: httpx2.Response) -> None:
                 if read > _READ_BYTES:
                     break
     finally:
-        await response.aclose()  # noqa: ASYNC102 - never waits
+        await response.aclose()  # noqa: ASYNC102 - does not block
 
 
 @contextlib.asynccontextmanager
 async def open_callbacks(
     *, trust: Callable[[], ssl.SSLContext], now: Callable[[], float] = time.time
 ) -> AsyncIterator[Callbacks]:
-    """Opens the service; `Callbacks.apply` says for whom. It outlives the outbox, which ends in its own time.
+    """Opens the service; `Callbacks.apply` sets its hooks. Open it before the outbox, whose attempts in progress use it
+    until the outbox has closed.
 
     Args:
-        trust: Gives the certificate authorities.
-        now: Gives the POSIX time, in seconds.
+        trust: Returns the TLS context with the certificate authorities.
+        now: Returns the POSIX time, in seconds.
     """
     async with (
         SocketTransport(trust=trust, refuse=why_not_public) as public,
         SocketTransport(trust=trust) as anywhere,
-        trio.open_nursery() as nursery,
+        open_service(public.run, anywhere.run),
     ):
-        nursery.start_soon(public.run)
-        nursery.start_soon(anywhere.run)
-        try:
-            yield Callbacks(public=public, anywhere=anywhere, now=now)
-        finally:
-            nursery.cancel_scope.cancel()
+        yield Callbacks(public=public, anywhere=anywhere, now=now)

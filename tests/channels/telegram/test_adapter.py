@@ -469,7 +469,7 @@ async def open_adapter(
             type="telegram", token=Secret(literal=TOKEN), **{"edit_interval_s": Seconds(0.01), **config}
         )
         async with open_memory_store() as store:
-            gateway: Any = SimpleNamespace(store=store, outbox=SimpleNamespace(look=lambda: None))
+            gateway: Any = SimpleNamespace(store=store, outbox=SimpleNamespace(wake=lambda: None))
             channel = Channel("bot", own, gateway, way, base_url=url)
             with trio.fail_after(PATIENCE_S):
                 yield server, TelegramAdapter(channel)

@@ -161,7 +161,7 @@ class SlackAdapter:
         runs = self._channel.gateway.runs
         claim = await runs.accept(order, acknowledged=True, idempotency=(key, key.encode()))
         if claim.is_new:
-            runs.perform_soon(claim.run)
+            runs.execute_soon(claim.run)
         return _OK
 
     async def _is_for_us(self, message: Incoming) -> bool:
@@ -276,7 +276,7 @@ class SlackAdapter:
             await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)
         except StoreUnavailable as error:
             return Receipt(delivered=False, error=error.message, unsure=True)  # noqa: ASYNC910 - the store was asked
-        gateway.outbox.look()
+        gateway.outbox.wake()
         return Receipt(delivered=True, status=200)
 
     # -- the Web API --------------------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class TelegramAdapter:
         order = self._order(message)
         claim = await gateway.runs.accept(order, acknowledged=True, idempotency=(key, _digest(message)))
         if claim.is_new:
-            gateway.runs.perform_soon(claim.run)
+            gateway.runs.execute_soon(claim.run)
         return update.update_id
 
     def _order(self, message: Incoming) -> RunRequest:
@@ -463,7 +463,7 @@ class TelegramAdapter:
             await replies.leave_rest(gateway.store, delivery, shown, after_s=after_s)
         except StoreUnavailable as error:
             return Receipt(delivered=False, error=error.message, unsure=True)  # noqa: ASYNC910 - it was asked
-        gateway.outbox.look()
+        gateway.outbox.wake()
         return Receipt(delivered=True, status=200)
 
 

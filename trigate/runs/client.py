@@ -1,0 +1,51 @@
+"""The client that waits for a run."""
+
+from __future__ import annotations
+
+import attrs
+
+from trigate.errors import GatewayError
+from trigate.exchange.client_response import ClientResponse
+from trigate.exchange.client_sink import answer_headers
+from trigate.exchange.exchange import Exchange
+
+
+@attrs.define(eq=False)
+class RunClient:
+    """A client that waits for the answer of a run.
+
+    Attributes:
+        is_streamed: The answer goes to it event by event. Otherwise the caller sends the result once it is stored, and
+            only an error goes out from here.
+        is_detached: It has disconnected, and the run continues without it.
+    """
+
+    response: ClientResponse
+    is_streamed: bool
+    is_detached: bool = False
+    _exchange: Exchange | None = None
+
+    @property
+    def streamed_to(self) -> ClientResponse | None:
+        """Where the answer goes event by event; None = nowhere."""
+        return self.response if self.is_streamed and not self.is_detached else None
+
+    def note_exchange(self, exchange: Exchange) -> None:
+        """The run's exchange is about to begin."""
+        self._exchange = exchange
+
+    def note_answered(self, exchange: Exchange) -> None:
+        """The run's exchange has ended: the response says who answered, also where it does not stream the answer."""
+        if not self.is_streamed:
+            self.response.headers += answer_headers(exchange)
+
+    async def tell(self, error: GatewayError) -> None:
+        """Sends an error, unless the response has begun."""
+        if not self.is_detached and not self.response.committed:
+            await self.response.respond(*error.to_response())
+
+    async def detach(self) -> None:
+        """Sends nothing more, and waits for a send in progress: the client has disconnected, and the run continues."""
+        self.is_detached = True
+        if self._exchange is not None:
+            await self._exchange.detach_client()
