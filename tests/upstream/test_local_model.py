@@ -309,7 +309,7 @@ async def test_child_killed(fake_child: Callable[[str], Command], tmp_path: Path
         await until(lambda: model.state == "stopped")
         statistics = model.statistics()
         assert (statistics.pid, statistics.port) == (None, None)
-        assert statistics.reason == "the local model ended (signal 9, Killed)"
+        assert statistics.reason == "the local model exited (signal 9, Killed)"
         assert count_starts(tmp_path) == 1
 
         assert await listening(model) == "http://127.0.0.1:1002/v1"
@@ -384,7 +384,7 @@ async def test_start_fails(fake_child: Callable[[str], Command], tmp_path: Path)
         assert model.state == "backoff"
         with trio.fail_after(5):
             await call()
-        expected = "the local model ended before it listened (exit status 3): loading | no such tensor: blk.7"
+        expected = "the local model exited before it listened (exit status 3): loading | no such tensor: blk.7"
         assert messages == [expected] * 3
         assert model.statistics().reason == expected
     assert count_starts(tmp_path) == 1
@@ -404,7 +404,7 @@ async def test_start_fails_once(fake_child: Callable[[str], Command]) -> None:
 async def test_start_babbles(fake_child: Callable[[str], Command]) -> None:
     """A child that says something else than its port has failed to start."""
     async with open_local_model(QUICK, command=fake_child("babbles")) as model:
-        with pytest.raises(LocalModelUnavailable, match=r"ended before .* \(exit status 0\)"):
+        with pytest.raises(LocalModelUnavailable, match=r"exited before .* \(exit status 0\)"):
             await listening(model)
 
 
@@ -547,7 +547,7 @@ async def test_child_cannot_serve(tmp_path: Path) -> None:
     async with open_local_model(LocalModelSettings(gguf=str(weights))) as model:
         with pytest.raises(LocalModelUnavailable) as caught:
             await listening(model)
-    assert str(caught.value).startswith("the local model ended before it listened (exit status 1)")
+    assert str(caught.value).startswith("the local model exited before it listened (exit status 1)")
     assert "E bad tensor | llama.cpp could not serve" in str(caught.value)
 
 
