@@ -20,12 +20,12 @@ from trigate.upstream.discovery import (
     LOCAL_SERVERS,
     PROBE_TIMEOUT_S,
     PROVIDERS,
-    decode_model_list,
     discover,
     from_environment,
     probe,
 )
 from trigate.upstream.local_model import process
+from trigate.upstream.model_list import decode_model_list
 
 MODELS = json.dumps({"object": "list", "data": [{"id": "m1", "object": "model"}, {"id": "m2"}]}).encode()
 

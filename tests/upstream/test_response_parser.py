@@ -138,7 +138,7 @@ def test_an_end_too_early(data: bytes, message: str) -> None:
     assert type(caught.value) is httpx2.RemoteProtocolError, "it is cut, and no nonsense"
     assert not framed.complete
     assert not framed.keep_alive
-    assert framed.heard == bool(data)
+    assert framed.received_any == bool(data)
 
 
 def test_an_end_after_the_end() -> None:

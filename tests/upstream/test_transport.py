@@ -19,8 +19,9 @@ import trio
 import trustme
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trigate.upstream.connect import Connection
-from trigate.upstream.transport import Origin, Response, SocketTransport
+from trigate.upstream.connect import Connection, Origin
+from trigate.upstream.pool import Response
+from trigate.upstream.transport import SocketTransport
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 STREAM = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -120,7 +121,7 @@ async def _read(response: Response) -> bytes:
 
 
 async def _ask(transport: SocketTransport, origin: Origin, request: bytes = GET, *, method: str = "GET") -> bytes:
-    async with transport.open(origin, request, method=method) as response:
+    async with transport.pool.open(origin, request, method=method) as response:
         return await _read(response)
 
 
@@ -147,7 +148,7 @@ async def test_a_connection_is_reused() -> None:
         transport,
     ):
         for _ in range(3):
-            async with transport.open(server.origin, GET) as response:
+            async with transport.pool.open(server.origin, GET) as response:
                 assert (response.status, response.headers) == (201, [(b"x-name", b"Value"), (b"content-length", b"2")])
                 assert _counts(transport) == (1, 0, 0)
                 assert await response.receive() == b"ok"
@@ -162,7 +163,7 @@ async def test_a_connection_is_reused() -> None:
 async def test_what_is_there_comes_as_one_piece() -> None:
     """Chunks that arrived together leave together."""
     said = STREAM + b"1\r\na\r\n2\r\nbc\r\n1\r\nd\r\n0\r\n\r\n"
-    async with _open(answers(said)) as (server, transport), transport.open(server.origin, GET) as response:
+    async with _open(answers(said)) as (server, transport), transport.pool.open(server.origin, GET) as response:
         assert await response.receive() == b"abcd"
         assert await response.receive() is None
 
@@ -223,7 +224,7 @@ async def test_a_body_that_ends_with_its_connection() -> None:
 async def test_a_body_that_is_cut(response: bytes) -> None:
     """What came before the cut is received; then it is an error, and the connection is closed."""
     async with _open(answers(response, close_after=1)) as (server, transport):
-        async with transport.open(server.origin, GET) as answer:
+        async with transport.pool.open(server.origin, GET) as answer:
             assert await answer.receive() == b"ok"
             with pytest.raises(httpx2.RemoteProtocolError, match="without sending complete message body"):
                 await answer.receive()
@@ -234,7 +235,7 @@ async def test_a_body_that_is_cut(response: bytes) -> None:
 async def test_a_connection_that_is_reset_in_a_body() -> None:
     """A reset is a `ReadError`."""
     async with _open(answers(STREAM, close_after=1, reset=True)) as (server, transport):
-        async with transport.open(server.origin, GET) as answer:
+        async with transport.pool.open(server.origin, GET) as answer:
             with pytest.raises(httpx2.ReadError, match="reset"):
                 await answer.receive()
         assert _counts(transport) == (0, 0, 0)
@@ -243,7 +244,7 @@ async def test_a_connection_that_is_reset_in_a_body() -> None:
 async def test_an_answer_that_is_left_unread_closes_its_connection() -> None:
     """A block that ends before the body does closes the connection at once: the server sees it."""
     async with _open(answers(STREAM + b"2\r\nok\r\n")) as (server, transport):
-        async with transport.open(server.origin, GET) as response:
+        async with transport.pool.open(server.origin, GET) as response:
             assert await response.receive() == b"ok"
         assert _counts(transport) == (0, 0, 0)
         await _until(lambda: server.closed == 1)
@@ -271,7 +272,7 @@ async def test_another_may_read_the_socket() -> None:
 
         server.play = play
         for _ in range(2):
-            async with transport.open(server.origin, GET) as response:
+            async with transport.pool.open(server.origin, GET) as response:
                 assert response.socket is not None
                 assert response.socket.gettimeout() == 0
                 await wait_all_tasks_blocked()
@@ -283,7 +284,7 @@ async def test_another_may_read_the_socket() -> None:
                 assert await response.receive() == b"hello"
                 assert await response.receive() is None
         assert server.opened == 1
-        async with transport.open(server.origin, GET) as response:
+        async with transport.pool.open(server.origin, GET) as response:
             with pytest.raises(httpx2.RemoteProtocolError, match="complete message body"):
                 response.feed_eof()
         assert _counts(transport) == (0, 0, 0)
@@ -399,7 +400,7 @@ async def test_idle_connections_expire(mock_clock: MockClock) -> None:
     """`run` closes each when its time has come, and not before."""
     async with _open(answers(OK), idle_expiry_s=30) as (server, transport), trio.open_nursery() as nursery:
         nursery.start_soon(transport.run)
-        async with transport.open(server.origin, GET) as first:
+        async with transport.pool.open(server.origin, GET) as first:
             assert await _ask(transport, server.origin) == b"ok"
             await wait_all_tasks_blocked()
             mock_clock.jump(3)
@@ -421,8 +422,8 @@ async def test_a_connection_expires_at_the_last_bit_of_its_time(mock_clock: Mock
     assert trio.current_time() + 30.0 - trio.current_time() < 30.0
     with other:
         transport = SocketTransport(idle_expiry_s=30.0)
-        transport._slots += 1
-        transport._give_back(Connection(Origin("http", "x", 80), mine, None))
+        transport.pool._slots += 1
+        transport.pool._put_back(Connection(Origin("http", "x", 80), mine, None))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(transport.run)
             await wait_all_tasks_blocked()
@@ -436,7 +437,7 @@ async def test_a_connection_expires_at_the_last_bit_of_its_time(mock_clock: Mock
 async def test_an_expired_connection_is_not_taken(mock_clock: MockClock) -> None:
     """Nor are those that have been idle for longer; whether `run` runs or not."""
     async with _open(answers(OK), idle_expiry_s=2) as (server, transport):
-        async with transport.open(server.origin, GET) as first:
+        async with transport.pool.open(server.origin, GET) as first:
             assert await _ask(transport, server.origin) == b"ok"
             await _read(first)
         mock_clock.jump(1.9)
@@ -454,8 +455,8 @@ async def test_thousands_that_expire_at_once_hold_nothing_up(mock_clock: MockClo
     origin = Origin("http", "x", 80)
     for mine, _ in pairs:
         mine.setblocking(False)
-        transport._slots += 1
-        transport._give_back(Connection(origin, mine, None))
+        transport.pool._slots += 1
+        transport.pool._put_back(Connection(origin, mine, None))
     turns: list[int] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(transport.run)
@@ -474,7 +475,7 @@ async def test_thousands_that_expire_at_once_hold_nothing_up(mock_clock: MockClo
 async def test_only_so_many_are_kept() -> None:
     """Beyond ``max_idle`` the one that has been idle for longest goes."""
     async with _open(answers(OK), max_idle=1) as (server, transport):
-        async with transport.open(server.origin, GET) as first:
+        async with transport.pool.open(server.origin, GET) as first:
             assert await _ask(transport, server.origin) == b"ok"
             await _read(first)
         assert _counts(transport) == (1, 1, 0)
@@ -491,7 +492,7 @@ async def test_the_queue_is_fair() -> None:
                 assert await _ask(transport, server.origin) == b"ok"
                 order.append(name)
 
-        async with transport.open(server.origin, GET) as first:
+        async with transport.pool.open(server.origin, GET) as first:
             given_up = trio.CancelScope()
             for name in "abcd":
                 nursery.start_soon(ask, name, given_up if name == "b" else trio.CancelScope())
@@ -512,7 +513,7 @@ async def test_a_slot_passes_from_one_origin_to_another() -> None:
         assert await _ask(transport, server.origin) == b"ok"
         assert await _ask(transport, other.origin) == b"ok"
         assert _counts(transport) == (1, 1, 0)
-        async with trio.open_nursery() as nursery, transport.open(other.origin, GET) as response:
+        async with trio.open_nursery() as nursery, transport.pool.open(other.origin, GET) as response:
             nursery.start_soon(_ask, transport, server.origin)
             await wait_all_tasks_blocked()
             assert _counts(transport) == (1, 0, 1)
@@ -541,7 +542,7 @@ async def test_a_slot_that_was_not_used_passes_on() -> None:
 async def test_after_the_end_nothing_is_kept() -> None:
     """A transport that is closed lets requests end, and then their connections go."""
     async with _open(answers(OK)) as (server, transport):
-        async with transport.open(server.origin, GET) as response:
+        async with transport.pool.open(server.origin, GET) as response:
             await transport.aclose()
             assert await _read(response) == b"ok"
         assert _counts(transport) == (0, 0, 0)
@@ -575,7 +576,7 @@ async def test_an_answer_before_the_body_was_sent(closes: bool) -> None:
             await trio.sleep_forever()
 
     async with _open(play) as (server, transport):
-        async with transport.open(server.origin, _post(20_000_000)) as response:
+        async with transport.pool.open(server.origin, _post(20_000_000)) as response:
             assert response.status == 413
             assert await _read(response) == b"no"
         assert _counts(transport) == (0, 0, 0)
@@ -638,7 +639,7 @@ async def test_a_name_is_looked_up() -> None:
     async with _open(answers(OK)) as (server, transport):
         named = attrs.evolve(server.origin, host="localhost")
         for _ in range(2):
-            async with transport.open(named, GET) as response:
+            async with transport.pool.open(named, GET) as response:
                 assert response.socket is not None
                 assert response.socket.gettimeout() == 0
                 assert response.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -655,7 +656,7 @@ async def test_a_connection_that_takes_too_long() -> None:
     async with _open(play) as (server, transport):
         silent = attrs.evolve(server.origin, scheme="https")
         with pytest.raises(httpx2.ConnectTimeout, match=r"0\.05 s"):
-            async with transport.open(silent, GET, connect_timeout_s=0.05):
+            async with transport.pool.open(silent, GET, connect_timeout_s=0.05):
                 pass
         assert _counts(transport) == (0, 0, 0)
 
@@ -704,7 +705,7 @@ async def test_tls(authority: trustme.CA) -> None:
     serving, trust = _contexts(authority, "127.0.0.1")
     async with _open_server(answers(OK), context=serving) as server, SocketTransport(trust=trust) as transport:
         for size in (0, 3_000_000, 1):
-            async with transport.open(server.origin, _post(size)) as response:
+            async with transport.pool.open(server.origin, _post(size)) as response:
                 assert response.socket is None
                 assert await _read(response) == b"ok"
         assert server.opened == 1
@@ -735,7 +736,7 @@ async def test_a_tls_connection_closes_without_waiting(authority: trustme.CA) ->
 
     async with _open_server(play, context=serving) as server, SocketTransport(trust=trust) as transport:
         with trio.fail_after(1):
-            async with transport.open(server.origin, GET) as response:
+            async with transport.pool.open(server.origin, GET) as response:
                 assert await response.receive() == b"ok"
         assert _counts(transport) == (0, 0, 0)
 

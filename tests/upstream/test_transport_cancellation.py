@@ -25,7 +25,7 @@ from tests.upstream.test_transport import (
     _post,
     answers,
 )
-from trigate.upstream import transport
+from trigate.upstream.pool import ConnectionPool, Opening
 from trigate.upstream.transport import SocketTransport
 
 Act = Callable[[SocketTransport, Server], Awaitable[None]]
@@ -107,7 +107,7 @@ async def _sweep(act: Act, server: Server, pool: SocketTransport, *, kept: bool)
         cancelled += scope.cancelled_caught
         if not kept:
             await pool.aclose()
-            pool._closed = False
+            pool.pool._closed = False
         if not bomb.fired:
             return cancelled
 
@@ -141,16 +141,16 @@ async def test_cancelled_at_any_step_of_tls(scene: str, kept: bool) -> None:
 
 
 def _lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SocketTransport, "_free_slot", lambda self: None)
+    monkeypatch.setattr(ConnectionPool, "_free_slot", lambda self: None)
 
 
 def _keep_what_was_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    def release(self: transport.Opening) -> None:
+    def release(self: Opening) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._transport._give_back(connection)
+            self._pool._put_back(connection)
 
-    monkeypatch.setattr(transport.Opening, "release", release)
+    monkeypatch.setattr(Opening, "release", release)
 
 
 @pytest.mark.parametrize("spoil", [_lose_slots, _keep_what_was_read_in_part])

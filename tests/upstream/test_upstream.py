@@ -25,8 +25,9 @@ from trigate.errors import (
 )
 from trigate.routing.routes import Known
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
+from trigate.upstream.reply import Httpx2Source, Reply
 from trigate.upstream.response_parser import NotHttp
-from trigate.upstream.upstream import Httpx2Source, Reply, Upstream
+from trigate.upstream.upstream import Upstream
 
 KEY = "sk-very-secret-0123456789"
 
@@ -388,7 +389,7 @@ async def test_the_queue_timeout(autojump_clock: MockClock) -> None:
     phases: list[str] = []
     async with upstream.open("GET", "/"):
         started = trio.current_time()
-        with pytest.raises(UpstreamTimeout, match="no place came free within 3 s") as caught:
+        with pytest.raises(UpstreamTimeout, match="no slot became free within 3 s") as caught:
             async with upstream.open("GET", "/", on_phase=phases.append):
                 pytest.fail("there is no place")
         assert trio.current_time() - started == pytest.approx(3)
@@ -580,7 +581,7 @@ async def test_down_is_not_for_ever(autojump_clock: MockClock) -> None:
     await trio.sleep(2)
     assert upstream.known().down is None
     assert upstream.statistics().state == "unknown"
-    upstream.watched = True
+    upstream.polled = True
     upstream.note_down(Unavailable("refused"))
     await trio.sleep(100)
     assert upstream.known().down == "refused"

@@ -14,7 +14,7 @@ from trigate.routing.plan import Step
 from trigate.routing.routes import Target
 
 if TYPE_CHECKING:
-    from trigate.upstream.upstream import Reply
+    from trigate.upstream.reply import Reply
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from trigate.exchange.socket_relay import Stream
     from trigate.gateway.gateway import Gateway
     from trigate.upstream.generation import Generation, Route
-    from trigate.upstream.upstream import Reply
+    from trigate.upstream.reply import Reply
 
 log = structlog.get_logger("trigate.exchange.exchange")
 
@@ -705,7 +705,7 @@ class Exchange:
         finally:
             self._carried = None
         if stream.failure is not None and not reader.complete:
-            raise reply.cut_error(stream.failure) from stream.failure
+            raise reply.truncation_error(stream.failure) from stream.failure
         return True
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:

@@ -41,7 +41,7 @@ from trigate.status import snapshot
 from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
-from trigate.upstream.factory import TransportFactory, _trust, http_transport
+from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.generation import Generation, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
 from trigate.webhooks.endpoint import Hooks
@@ -184,7 +184,7 @@ class Gateway:
     async def run_generations(
         self,
         first: Config,
-        transports: TransportFactory,
+        transports: TransportFactory | None,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -228,7 +228,7 @@ class Gateway:
         self.ledger.apply(config.ledger)
 
     async def _run_generation(
-        self, config: Config, transports: TransportFactory, *, task_status: trio.TaskStatus[Generation]
+        self, config: Config, transports: TransportFactory | None, *, task_status: trio.TaskStatus[Generation]
     ) -> None:
         async with open_generation(config, transports) as generation:
             task_status.started(generation)
@@ -257,7 +257,7 @@ async def open_gateway(
     config: Config | None = None,
     *,
     env: Mapping[str, str] | None = None,
-    transports: TransportFactory = http_transport,
+    transports: TransportFactory | None = None,
     adjust: Callable[[Config], Config] = lambda config: config,
 ) -> AsyncIterator[Gateway]:
     """Opens the gateway.
@@ -266,7 +266,7 @@ async def open_gateway(
         config: What to serve. Left out: the file of ``TRIGATE_CONFIG``, else ``./trigate.toml``, else discovery; then
             it follows SIGHUP and changes of the file.
         env: Where secrets are looked up; the process's environment by default.
-        transports: How upstreams other than the echo are reached.
+        transports: How upstreams other than the echo are reached; None = by sockets.
         adjust: Applied to each configuration that is read (what the command line says goes first).
 
     Raises:
@@ -292,7 +292,7 @@ async def open_gateway(
             gateway.streams = Streams(gateway)
             async with (
                 open_ledger(store) as gateway.ledger,
-                open_callbacks(trust=_trust) as gateway.callbacks,
+                open_callbacks(trust=lambda: gateway.generation.trust.context()) as gateway.callbacks,
                 open_outbox(store, gateway.workers) as gateway.outbox,
                 _running(gateway, first, transports, path),
             ):
@@ -301,7 +301,7 @@ async def open_gateway(
 
 @contextlib.asynccontextmanager
 async def _running(
-    gateway: Gateway, first: Config, transports: TransportFactory, path: Path | None
+    gateway: Gateway, first: Config, transports: TransportFactory | None, path: Path | None
 ) -> AsyncIterator[None]:
     with _reload_on_sighup(gateway):
         async with trio.open_nursery() as nursery:
@@ -313,7 +313,10 @@ async def _running(
                 async with (
                     open_flights(gateway) as gateway.flights,
                     open_runs(gateway) as gateway.runs,
-                    open_channels(gateway, http_transport) as gateway.channels,
+                    open_channels(
+                        gateway,
+                        lambda name, settings: http_transport(name, settings, trust=gateway.generation.trust),
+                    ) as gateway.channels,
                 ):
                     if path is not None:
                         nursery.start_soon(gateway.watch_file, path)
