@@ -233,8 +233,8 @@ async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock,
     assert await sweep(open_app, cut, trial) > 15
 
 
-async def _leaky_take_place(self: Any, owner: str) -> None:
-    self._places.take(owner)
+async def _leaky_acquire_slot(self: Any, owner: str) -> None:
+    self._slots.take(owner)
     await trio.lowlevel.checkpoint()  # the gap: cancelled here, the place is never given back
 
 
@@ -242,7 +242,7 @@ async def test_the_sweep_finds_a_leak(
     open_app: OpenApp, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A place that leaks when the client leaves at one certain step is found: the sweep can fail."""
-    monkeypatch.setattr("trigate.upstream.upstream.Upstream._take_place", _leaky_take_place)
+    monkeypatch.setattr("trigate.upstream.upstream.Upstream._acquire_slot", _leaky_acquire_slot)
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:
         return await _asgi_trial(served, scene, steps, "cancel")

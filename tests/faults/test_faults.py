@@ -315,9 +315,7 @@ async def test_a_fault(open_server: OpenServer, logs: Logs, name: str) -> None:
 async def test_the_suite_finds_a_leak(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is kept open is found: the suite can fail."""
     kept: list[Connection] = []
-    monkeypatch.setattr(
-        "trigate.upstream.transport.SocketTransport._discard", lambda _, connection: kept.append(connection)
-    )
+    monkeypatch.setattr("trigate.upstream.pool.ConnectionPool._discard", lambda _, connection: kept.append(connection))
     async with open_scene(FAULTS["It falls silent between two events"], open_server, logs) as scene:
         before = trio.lowlevel.current_statistics().tasks_living, descriptors()
         await call(scene, "one-stream", {})

@@ -189,7 +189,6 @@ async def test_certificate_authorities_that_are_not_there(
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
     monkeypatch.setattr(files, "make", http_transport)
-    factory._trust.cache_clear()
     logs.expect_error("reload_refused")
     await files.reload('[upstreams.b]\nbase_url = "https://127.0.0.1:9/v1"\nmodels = ["m"]')
     assert files.gateway.reload_error == "SSL_CERT_FILE: cannot be used: No such file or directory"

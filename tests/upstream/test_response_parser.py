@@ -1,4 +1,4 @@
-"""Responses from bytes: every kind of body, every bound, whole and cut anywhere."""
+"""Responses from bytes: every kind of body and every bound, whole and split anywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _cut(data: bytes, *at: int) -> list[bytes]:
 
 
 def _ways(data: bytes) -> list[list[bytes]]:
-    """Whole, byte by byte, and in two at every byte."""
+    """The data whole, byte by byte, and split in two at every byte."""
     return [[data], [data[at : at + 1] for at in range(len(data))], *(_cut(data, at) for at in range(1, len(data)))]
 
 
@@ -58,7 +58,7 @@ def _ways(data: bytes) -> list[list[bytes]]:
     ],
 )  # fmt: skip
 def test_a_message_however_it_is_cut(method: str, data: bytes, body: bytes, keep_alive: bool) -> None:
-    """Whole, byte by byte, and in two at each byte: the same head, the same body, and the same end."""
+    """Whole, byte by byte, and split in two at each byte, a message has the same head, body and end."""
     seen = set()
     for pieces in _ways(data):
         framed = Framing(method)
@@ -86,7 +86,7 @@ def test_a_message_however_it_is_cut(method: str, data: bytes, body: bytes, keep
 )
 @pytest.mark.parametrize("extra", [b"x", b"H", OK + b"content-length: 6\r\n\r\nstolen"])
 def test_what_follows_the_end(data: bytes, extra: bytes) -> None:
-    """Bytes behind the end, at once or later, are no part of the answer, and the connection carries no other."""
+    """Bytes behind the end of a message are not part of it, and its connection is not reused."""
     for pieces in ([data + extra], [data, extra]):
         framed = Framing()
         _feed(framed, pieces)
@@ -97,7 +97,7 @@ def test_what_follows_the_end(data: bytes, extra: bytes) -> None:
 
 @pytest.mark.parametrize("head", [OK + b"content-length: 5\r\n\r\n", CHUNKED])
 def test_a_body_for_head(head: bytes) -> None:
-    """A body that must not be there is dropped, and the connection with it."""
+    """A body in answer to HEAD is dropped, and its connection is not reused."""
     body = b"5\r\nhello\r\n" if head is CHUNKED else b"hello"
     for pieces in ([head + body], [head, body]):
         framed = Framing("HEAD")
@@ -106,13 +106,14 @@ def test_a_body_for_head(head: bytes) -> None:
 
 
 def test_a_body_that_ends_with_its_connection() -> None:
-    """Without a length, the end of the connection is the end."""
+    """Without a length, the end of the connection is the end of the body."""
     framed = Framing()
     framed.feed(OK + b"content-type: text/plain\r\n\r\nab")
     framed.feed(b"c")
-    assert not framed.complete
+    states = [framed.complete]
     framed.feed_eof()
-    assert framed.complete
+    states.append(framed.complete)
+    assert states == [False, True]
     assert not framed.keep_alive
     assert framed.pieces == [b"ab", b"c"]
 
@@ -129,20 +130,20 @@ def test_a_body_that_ends_with_its_connection() -> None:
     ],
 )
 def test_an_end_too_early(data: bytes, message: str) -> None:
-    """An end before the message's own is an error, whatever is there already."""
+    """An end of the connection before the end of the message is an error, whatever has been received."""
     framed = Framing()
     if data:
         framed.feed(data)
     with pytest.raises(httpx2.RemoteProtocolError, match=message) as caught:
         framed.feed_eof()
-    assert type(caught.value) is httpx2.RemoteProtocolError, "it is cut, and no nonsense"
+    assert type(caught.value) is httpx2.RemoteProtocolError, "a truncated response is not invalid HTTP"
     assert not framed.complete
     assert not framed.keep_alive
-    assert framed.heard == bool(data)
+    assert framed.received_any == bool(data)
 
 
 def test_an_end_after_the_end() -> None:
-    """The peer may close once it is done."""
+    """The peer may close the connection after the message."""
     framed = Framing()
     framed.feed(OK + b"content-length: 2\r\n\r\nok")
     framed.feed_eof()
@@ -182,7 +183,7 @@ def test_an_end_after_the_end() -> None:
     ],
 )
 def test_what_is_refused(data: bytes, message: str) -> None:
-    """What is not HTTP, or says two things, or was not asked for, is refused: whole and byte by byte."""
+    """Bytes that are not HTTP, contradict themselves or were not asked for are refused, whole and byte by byte."""
     for pieces in ([data], [data[at : at + 1] for at in range(len(data))]):
         framed = Framing()
         with pytest.raises(NotHttp, match=message):
@@ -191,7 +192,7 @@ def test_what_is_refused(data: bytes, message: str) -> None:
 
 
 def test_interim_responses_are_counted() -> None:
-    """As many as are allowed pass, one more does not."""
+    """The allowed number of interim responses passes, and one more does not."""
     interim = b"HTTP/1.1 102 Processing\r\n\r\n"
     framed = Framing()
     framed.feed(interim * MAX_INTERIM + OK + b"content-length: 0\r\n\r\n")
@@ -208,7 +209,7 @@ def _in(data: bytes, size: int) -> list[bytes]:
 @pytest.mark.parametrize("segment_bytes", [1000, MAX_HEAD_BYTES - 1, MAX_HEAD_BYTES, MAX_HEAD_BYTES + 7, 10**6])
 @pytest.mark.parametrize("field", [b"a: b\r\n", b"x: " + b"y" * 90_000 + b"\r\n"], ids=["many fields", "one field"])
 def test_the_head_is_bounded(segment_bytes: int, field: bytes) -> None:
-    """The bound is on the head's bytes, however they are cut; a body behind it in the same segment does not count."""
+    """The bound counts the bytes of the head, however they are split; a body in the same segment does not count."""
     tail = b"content-length: 100000\r\n\r\n"
     room = MAX_HEAD_BYTES - len(OK) - len(tail)
     fitting = b"x: " + b"y" * (room - len(b"x: \r\n") - 1) + b"\r\n"
@@ -226,7 +227,7 @@ def test_the_head_is_bounded(segment_bytes: int, field: bytes) -> None:
     "endless", [b"5;" + b"x" * 100_000, b"0\r\n" + b"a: b\r\n" * 20_000, b"0\r\na: " + b"b" * 100_000]
 )
 def test_what_is_no_body_is_bounded(endless: bytes) -> None:
-    """Chunk extensions and trailers without end are refused, even though they are no head."""
+    """Endless chunk extensions and trailers are refused."""
     framed = Framing()
     framed.feed(CHUNKED)
     with pytest.raises(NotHttp, match="between two pieces"):
@@ -234,7 +235,7 @@ def test_what_is_no_body_is_bounded(endless: bytes) -> None:
 
 
 def test_a_long_stream_in_small_segments_is_no_flood() -> None:
-    """Framing that arrives apart from its body counts only up to the next piece of it."""
+    """Framing that arrives without a body counts only up to the next piece of the body."""
     framed = Framing()
     framed.feed(CHUNKED)
     for _ in range(MAX_HEAD_BYTES // 2):
@@ -246,7 +247,7 @@ def test_a_long_stream_in_small_segments_is_no_flood() -> None:
 
 
 def test_a_closed_one_is_no_garbage() -> None:
-    """`close` breaks the cycle with the parser: the collector has nothing to find. What was parsed stays."""
+    """`close` breaks the reference cycle with the parser, and what was parsed stays."""
     gc.collect()
     gc.disable()
     try:
@@ -263,7 +264,7 @@ def test_a_closed_one_is_no_garbage() -> None:
 
 
 def test_pieces_stay_one_list() -> None:
-    """Who holds ``pieces`` goes on seeing what comes."""
+    """``pieces`` stays the same list."""
     framed = Framing()
     pieces = framed.pieces
     framed.feed(CHUNKED + b"1\r\na\r\n")

@@ -1,4 +1,4 @@
-"""One upstream: its queue, its replies, and what becomes of everything that goes wrong with them."""
+"""One upstream: its queue, its replies, and the errors that can happen to them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.upstream.socket_server import answers, open_pool
 from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.errors import (
@@ -25,8 +26,9 @@ from trigate.errors import (
 )
 from trigate.routing.routes import Known
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
+from trigate.upstream.reply import Httpx2Source, Reply
 from trigate.upstream.response_parser import NotHttp
-from trigate.upstream.upstream import Httpx2Source, Reply, Upstream
+from trigate.upstream.upstream import Upstream
 
 KEY = "sk-very-secret-0123456789"
 
@@ -35,7 +37,7 @@ Act = Callable[[httpx2.Request], Awaitable[httpx2.Response]]
 
 
 class Body(httpx2.AsyncByteStream):
-    """A body in steps: bytes are said, exceptions raised, None is silence for ever."""
+    """A body in steps: bytes are received, exceptions are raised, and None never ends."""
 
     def __init__(self, *steps: Step, close_takes_s: float = 0.0) -> None:
         self.steps = list(steps)
@@ -64,7 +66,7 @@ class Body(httpx2.AsyncByteStream):
 
 
 class Script(httpx2.AsyncBaseTransport):
-    """A transport that does what it is told, and keeps what it was asked."""
+    """A transport that runs a script, and keeps the requests."""
 
     def __init__(self, act: Act) -> None:
         self.act = act
@@ -122,7 +124,7 @@ async def _error_of(
 
 
 async def test_a_request_and_its_reply() -> None:
-    """The request goes to the base URL with the secrets and asks for identity; the reply comes piece by piece."""
+    """The request goes to the base URL with the secrets, and asks for identity; the reply comes piece by piece."""
     script, body = _answering(b"a", b"", b"bc", headers={"Content-Type": "Text/Event-Stream; charset=utf-8", "x": "y"})
     upstream = _upstream(script, api_key=KEY, headers={"X-Team": "blue"})
     phases: list[str] = []
@@ -145,15 +147,29 @@ async def test_a_request_and_its_reply() -> None:
     assert upstream.in_flight == 0
 
 
+@pytest.mark.parametrize(
+    ("base", "path"), [("", "/v1/messages"), ("/", "/v1/messages"), ("/api/v1", "/messages?beta=1")]
+)
+async def test_no_path_is_assumed(base: str, path: str) -> None:
+    """Any path is sent below the path of the base URL, as it is given."""
+    async with open_pool(answers(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")) as (server, transport):
+        upstream = _upstream(transport, base_url=f"http://{server.origin}{base}", api_key=KEY)
+        async with upstream.open("POST", path, b"{}", headers={"x-version": "1"}) as reply:
+            assert await reply.read(10) == b"ok"
+    head = server.requests[0].decode().split("\r\n")
+    assert head[0] == f"POST {base.rstrip('/')}{path} HTTP/1.1"
+    assert {f"host: {server.origin}", f"authorization: Bearer {KEY}", "x-version: 1", "content-length: 2"} <= {*head}
+
+
 async def test_a_reply_without_a_content_type() -> None:
-    """No content type is the empty one."""
+    """The content type of a reply without one is empty."""
     async with _upstream(_answering(b"x")[0]).open("GET", "/models") as reply:
         assert reply.content_type == ""
 
 
 @pytest.mark.parametrize(("timeout_s", "connect"), [(2, 2.0), (0, None)])
 async def test_the_transport_is_told_the_connect_timeout_only(timeout_s: float, connect: float | None) -> None:
-    """All other deadlines are scopes of the caller's; 0 is no deadline."""
+    """The connect timeout is the only limit that the transport gets; 0 means none."""
     script, _ = _answering()
     async with _upstream(script, connect_timeout_s=timeout_s).open("GET", "/models"):
         pass
@@ -161,7 +177,7 @@ async def test_the_transport_is_told_the_connect_timeout_only(timeout_s: float, 
 
 
 async def test_a_compressed_reply_is_decoded() -> None:
-    """A provider that compresses unasked is read all the same; damage in it is the provider's failure."""
+    """A reply that is compressed unasked is decoded; a damaged one is an error of the provider."""
     packed = gzip.compress(b"hello" * 100)
     headers = {"content-encoding": "gzip"}
     async with _upstream(_answering(packed[:20], packed[20:], headers=headers)[0]).open("GET", "/") as reply:
@@ -177,7 +193,7 @@ async def test_a_compressed_reply_is_decoded() -> None:
 
 
 async def test_a_compressed_flood_is_bounded() -> None:
-    """A small body that inflates to a large one is refused at the bound, as any other."""
+    """A small body that inflates to a large one is refused at the bound."""
     packed = gzip.compress(bytes(20_000_000), compresslevel=1)
     async with _upstream(_answering(packed, headers={"content-encoding": "gzip"})[0]).open("GET", "/") as reply:
         with pytest.raises(ProtocolViolation, match="more than 100000 bytes"):
@@ -219,7 +235,7 @@ async def test_read_is_bounded() -> None:
     ids=repr,
 )
 async def test_failures_before_the_reply(raised: Exception, translated: type[GatewayError]) -> None:
-    """Each exception of the transport before a reply is one of ours, names the upstream, and keeps its cause."""
+    """Each exception of a transport before a reply becomes a gateway error that names the upstream and has a cause."""
     upstream = _upstream(_raising(raised))
     with pytest.raises(translated, match="mock") as caught:
         async with upstream.open("POST", "/chat/completions"):
@@ -243,8 +259,8 @@ async def test_failures_before_the_reply(raised: Exception, translated: type[Gat
     ids=repr,
 )
 async def test_failures_in_the_reply(raised: Exception, translated: type[GatewayError]) -> None:
-    """Once a reply has begun, a break is a truncated answer, and nonsense a garbled one; what came before it was
-    received."""
+    """After the head of a reply, a broken connection is a truncated answer, and other bytes than HTTP are a violation;
+    what came before was received."""
     script, body = _answering(b"a", raised)
     upstream = _upstream(script)
     async with upstream.open("POST", "/chat/completions") as reply:
@@ -258,7 +274,7 @@ async def test_failures_in_the_reply(raised: Exception, translated: type[Gateway
 
 
 async def test_a_defect_is_not_the_provider_s() -> None:
-    """An exception that is not the transport's is not translated: it is a defect, and shall be seen as one."""
+    """Any other exception than a transport's is a defect, and is not translated."""
     with pytest.raises(ZeroDivisionError):
         async with _upstream(_raising(ZeroDivisionError())).open("GET", "/"):
             pytest.fail("there is no reply")
@@ -294,8 +310,8 @@ OPENAI_ERROR = (
     ],
 )
 async def test_error_replies(status: int, body: bytes, kind: type[GatewayError], answered: int, says: str) -> None:
-    """What a reply that is no success means: its kind, the status for the client, and the provider's own words;
-    a 4xx body in OpenAI's shape is the client's as it came."""
+    """An error reply becomes an error of its kind, with the status for the client and the provider's message; a 4xx
+    body in OpenAI's shape goes to the client unchanged."""
     error = await _error_of(body, status=status)
     assert type(error) is kind
     assert error.status == answered
@@ -304,7 +320,7 @@ async def test_error_replies(status: int, body: bytes, kind: type[GatewayError],
 
 
 async def test_retry_headers_go_along() -> None:
-    """When to come back is the provider's to say; its other headers stay with us."""
+    """The provider's retry headers are passed on; its other headers are not."""
     headers = {"retry-after": "7", "retry-after-ms": "6500", "x-ratelimit-reset-tokens": "6s", "set-cookie": "a=b"}
     for status in (429, 408):
         sent = dict((await _error_of(b"", status=status, headers=headers)).headers)
@@ -317,7 +333,7 @@ async def test_retry_headers_go_along() -> None:
 
 
 async def test_a_time_to_come_back_that_is_none_stays_here() -> None:
-    """What a client could not understand either is not passed on."""
+    """A retry header that cannot be parsed is not passed on."""
     headers = {"retry-after": "soon", "x-ratelimit-reset-tokens": "6s"}
     sent = dict((await _error_of(b"", status=429, headers=headers)).headers)
     assert sent == {b"x-ratelimit-reset-tokens": b"6s", b"x-should-retry": b"false"}
@@ -325,7 +341,7 @@ async def test_a_time_to_come_back_that_is_none_stays_here() -> None:
 
 @pytest.mark.parametrize("status", [401, 429, 500, 503])
 async def test_secrets_are_redacted(status: int) -> None:
-    """Some providers quote the key that they refuse: the client sees neither it nor a secret header's value."""
+    """If a provider quotes a secret, the client gets it redacted."""
     body = json.dumps({"error": {"message": f"Incorrect key: {KEY} and {KEY}-2"}}).encode()
     error = await _error_of(body, status=status, api_key=KEY, headers={"x-org": f"{KEY}-2"})
     for shown in (error.message, repr(error), error.to_response()[2].decode(), error.to_frame().decode()):
@@ -335,7 +351,7 @@ async def test_secrets_are_redacted(status: int) -> None:
 
 @pytest.mark.parametrize("key", ["e", "error", "none"])
 async def test_a_short_key_redacts_nothing(key: str) -> None:
-    """Keys such as people make up for local servers are words of the language: replacing them would garble the body."""
+    """A short key, as is common for local servers, is not redacted: it may be an ordinary word of the message."""
     body = b'{"error": {"message": "error: none of these"}}'
     error = await _error_of(body, status=400, api_key=key)
     assert error.to_response()[2] == body
@@ -345,7 +361,7 @@ async def test_a_short_key_redacts_nothing(key: str) -> None:
     "steps", [(b'{"error"', httpx2.ReadError("")), (b"x" * 600_000, b"x" * 600_000)], ids=["cut", "too long"]
 )
 async def test_an_error_reply_that_cannot_be_read(steps: tuple[Step, ...]) -> None:
-    """A body that breaks off, or is larger than a MiB, is as good as none: the status counts."""
+    """If the body of an error reply is truncated or larger than 1 MiB, the status alone decides."""
     upstream = _upstream(_answering(*steps, status=404)[0])
     async with upstream.open("GET", "/") as reply:
         error = await upstream.error_of(reply)
@@ -356,7 +372,7 @@ async def test_an_error_reply_that_cannot_be_read(steps: tuple[Step, ...]) -> No
 
 
 async def test_the_queue_is_first_come_first_served() -> None:
-    """Beyond ``max_connections`` calls wait; each place that comes free goes to the one that waited longest."""
+    """Beyond ``max_connections`` calls wait, and each free slot goes to the call that has waited longest."""
     upstream = _upstream(_answering()[0], max_connections=2)
     order: list[int] = []
     leave = [trio.Event() for _ in range(5)]
@@ -382,15 +398,15 @@ async def test_the_queue_is_first_come_first_served() -> None:
 
 
 async def test_the_queue_timeout(autojump_clock: MockClock) -> None:
-    """Who gets no place in time is told so, in the phase ``queue``; the one who left does not get the next place."""
+    """A call without a slot in time fails in the phase ``queue``, and does not get the next slot."""
     script, _ = _answering()
     upstream = _upstream(script, max_connections=1, queue_timeout_s=3)
     phases: list[str] = []
     async with upstream.open("GET", "/"):
         started = trio.current_time()
-        with pytest.raises(UpstreamTimeout, match="no place came free within 3 s") as caught:
+        with pytest.raises(UpstreamTimeout, match="no slot became free within 3 s") as caught:
             async with upstream.open("GET", "/", on_phase=phases.append):
-                pytest.fail("there is no place")
+                pytest.fail("there is no slot")
         assert trio.current_time() - started == pytest.approx(3)
     assert caught.value.phase == "queue"
     assert phases == ["queued"]
@@ -400,7 +416,7 @@ async def test_the_queue_timeout(autojump_clock: MockClock) -> None:
 
 
 async def test_no_queue_timeout(autojump_clock: MockClock) -> None:
-    """0 waits for as long as it takes."""
+    """A queue timeout of 0 is none."""
     upstream = _upstream(_answering()[0], max_connections=1, queue_timeout_s=0)
 
     async def hold() -> None:
@@ -423,7 +439,7 @@ def _is_free(upstream: Upstream) -> bool:
 
 @pytest.mark.parametrize("phase", ["queued", "connecting", "reading"])
 async def test_cancelled_in_each_phase(phase: str) -> None:
-    """Cancelled while it waits for a place, for the head or for the body: place and stream are given back at once."""
+    """A call that is cancelled in the queue, before the head or in the body releases slot and stream at once."""
     script, body = _answering(b"a", None)
     if phase == "connecting":
         script.act = _hang
@@ -454,7 +470,7 @@ async def test_cancelled_in_each_phase(phase: str) -> None:
 
 
 class CancelAtStep(trio.abc.Instrument):
-    """Cancels a scope just before the task step that comes as number ``steps``."""
+    """Cancels a scope just before task step number ``steps``."""
 
     def __init__(self, scope: trio.CancelScope, steps: int) -> None:
         self.scope = scope
@@ -467,7 +483,7 @@ class CancelAtStep(trio.abc.Instrument):
 
 
 async def test_cancelled_at_every_checkpoint() -> None:
-    """Whichever checkpoint a cancellation strikes at, the place is free and the stream closed afterwards."""
+    """Whichever checkpoint a cancellation hits, the slot is free and the stream closed afterwards."""
     for step in range(1, 50):
         script, body = _answering(b"a", b"b")
         upstream = _upstream(script, max_connections=1)
@@ -486,11 +502,11 @@ async def test_cancelled_at_every_checkpoint() -> None:
                 pass
         if not scope.cancel_called:
             break
-    assert 5 < step < 49  # it struck everywhere, and got through in the end
+    assert 5 < step < 49  # it hit every checkpoint, and the last call completed
 
 
 async def test_a_close_that_hangs_is_bounded(autojump_clock: MockClock) -> None:
-    """A stream that will not close costs a second, also when the call was cancelled, and the place is free after it."""
+    """A stream that hangs while it is closed costs one second, also in a cancelled call; then the slot is free."""
     script, _ = _answering(b"a", None, close_takes_s=1e6)
     upstream = _upstream(script)
     started = trio.current_time()
@@ -503,7 +519,7 @@ async def test_a_close_that_hangs_is_bounded(autojump_clock: MockClock) -> None:
 
 
 async def test_closing_twice_is_harmless() -> None:
-    """The watcher of a request may close a reply that its own block closes again."""
+    """A reply can be closed twice."""
     script, body = _answering(b"a")
     async with _upstream(script).open("GET", "/") as reply:
         await reply.aclose()
@@ -512,7 +528,7 @@ async def test_closing_twice_is_harmless() -> None:
 
 
 async def test_a_close_that_fails_is_not_the_answer_s_failure() -> None:
-    """What the socket says while it is closed is of no interest any more."""
+    """An error of the transport while a reply is closed is ignored."""
 
     class Broken(Body):
         async def aclose(self) -> None:
@@ -528,7 +544,7 @@ async def test_a_close_that_fails_is_not_the_answer_s_failure() -> None:
 
 
 async def test_the_local_model_is_waited_for() -> None:
-    """Kind ``local`` goes to where its process listens; while it cannot start, the call is told why: 503."""
+    """Kind ``local`` calls the port of its process; if the process cannot start, the call fails with 503."""
 
     class Process:
         async def wait_listening(self) -> str:
@@ -551,11 +567,11 @@ async def test_the_local_model_is_waited_for() -> None:
     assert _is_free(upstream)
 
 
-# -- what is known of it ----------------------------------------------------------------------------------------------
+# -- its state --------------------------------------------------------------------------------------------------------
 
 
 async def test_states() -> None:  # noqa: ASYNC124 - it needs a clock
-    """Unknown at first, down with a reason after a failure, up again after a success; its last error stays."""
+    """The state is unknown at first, down after a failure, and up after a success; the last error stays."""
     upstream = _upstream(_answering()[0], models=["m", "n"])
     assert upstream.known() == Known(models=("m", "n"), default_model="m")
     assert (upstream.statistics().state, upstream.statistics().models) == ("unknown", 2)
@@ -572,7 +588,7 @@ async def test_states() -> None:  # noqa: ASYNC124 - it needs a clock
 
 
 async def test_down_is_not_for_ever(autojump_clock: MockClock) -> None:
-    """A failure is forgotten after a while, unless somebody asks the upstream regularly and so knows better."""
+    """A failure is forgotten after 10 s, unless the upstream is polled."""
     upstream = _upstream(_answering()[0], models=["m"])
     upstream.note_down(Unavailable("refused"))
     await trio.sleep(9)
@@ -580,14 +596,14 @@ async def test_down_is_not_for_ever(autojump_clock: MockClock) -> None:
     await trio.sleep(2)
     assert upstream.known().down is None
     assert upstream.statistics().state == "unknown"
-    upstream.watched = True
+    upstream.polled = True
     upstream.note_down(Unavailable("refused"))
     await trio.sleep(100)
     assert upstream.known().down == "refused"
 
 
 def test_an_upstream_without_its_secret_is_disabled() -> None:
-    """The configuration's reason is routing's reason, and the state says so."""
+    """An upstream without its secret is disabled, for the reason that the configuration gives."""
     upstream = _upstream(_answering()[0], api_key={"env": "NO_SUCH"}, default_model="d")
     assert upstream.known().default_model == "d"
     assert "NO_SUCH is not set" in (upstream.known().unusable or "")

@@ -22,7 +22,7 @@ from trigate.exchange.sink import PlainSocket, Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.exchange.translation import Reader, Translation
 from trigate.openai.request import Call
-from trigate.upstream.upstream import Reply
+from trigate.upstream.reply import Reply
 
 # How long the rest of an upstream's body (the end of its HTTP framing) may take after the last event, before the
 # connection is closed instead of kept. The client has its answer by then.
@@ -137,7 +137,7 @@ class StreamAnswer:
             attempt.is_sending = False
         if stream.failure is not None and not reader.complete:
             failure: httpx2.TransportError = stream.failure
-            raise reply.cut_error(failure) from failure
+            raise reply.truncation_error(failure) from failure
         return True
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:

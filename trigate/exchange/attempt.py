@@ -16,7 +16,8 @@ from trigate.exchange.translation import Reader
 from trigate.openai.answer import Usage
 from trigate.routing.plan import Step
 from trigate.routing.routes import Target
-from trigate.upstream.upstream import Reply, Upstream
+from trigate.upstream.reply import Reply
+from trigate.upstream.upstream import Upstream
 
 
 class Answer(Protocol):

@@ -91,7 +91,7 @@ async def open_gateway(
     config: Config | None = None,
     *,
     env: Mapping[str, str] | None = None,
-    transports: TransportFactory = http_transport,
+    transports: TransportFactory | None = None,
     adjust: Callable[[Config], Config] = lambda config: config,
     chance: Callable[[], float] = random.random,
 ) -> AsyncIterator[Gateway]:
@@ -101,7 +101,7 @@ async def open_gateway(
         config: What to serve. None: the file of ``TRIGATE_CONFIG``, else ``./trigate.toml``, else what is discovered; the
             gateway then follows SIGHUP and changes of the file.
         env: Where secrets are looked up; the process's environment by default.
-        transports: How upstreams are reached, other than the embedded models.
+        transports: How upstreams are reached, other than the embedded models; None = by sockets.
         adjust: Applied to each configuration that is read: what the command line says takes precedence.
         chance: A random number between 0 and 1, for pauses and choices.
 
@@ -125,8 +125,6 @@ async def open_gateway(
         opening.open_store(opening.location(first.store, environ)) as store,
         open_workers(store) as workers,
         open_ledger(store) as ledger,
-        open_callbacks() as callbacks,
-        open_outbox(store, workers) as outbox,
         open_service(admission.run) as background,
     ):
         open_next = functools.partial(_open_generation, background, transports)
@@ -139,18 +137,22 @@ async def open_gateway(
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger)
-        drain = Drain(live, outbox)
-
-        def apply_config(config: Config) -> None:
-            """Has the services that outlive generations follow a configuration."""
-            targets.apply(config)
-            admission.apply(config.limits)
-            ledger.apply(config.ledger)
-            callbacks.apply(config.hooks or {}, outbox)
-
         # Shared calls, runs and channels have exchanges, so they close before the generations do. Runs adopt those of
         # exited workers, so they open before this worker joins the others (`_use_store`).
-        async with open_shared_calls(upstream_services) as shared_calls:
+        async with (
+            open_callbacks(trust=lambda: generations.current.trust.context()) as callbacks,
+            open_outbox(store, workers) as outbox,
+            open_shared_calls(upstream_services) as shared_calls,
+        ):
+            drain = Drain(live, outbox)
+
+            def apply_config(config: Config) -> None:
+                """Has the services that outlive generations follow a configuration."""
+                targets.apply(config)
+                admission.apply(config.limits)
+                ledger.apply(config.ledger)
+                callbacks.apply(config.hooks or {}, outbox)
+
             exchange_services = ExchangeServices(
                 admission=admission,
                 live=live,
@@ -175,7 +177,7 @@ async def open_gateway(
                     outbox=outbox,
                     generations=generations,
                     handing_over=drain.handing_over,
-                    transports=http_transport,
+                    transports=lambda name, config: http_transport(name, config, trust=generations.current.trust),
                 ) as channels,
             ):
                 hooks = Hooks(runs=runs, generations=generations, channel_adapter=channels.adapter)
@@ -225,7 +227,7 @@ async def open_gateway(
                     yield gateway
 
 
-async def _open_generation(nursery: trio.Nursery, transports: TransportFactory, config: Config) -> Generation:
+async def _open_generation(nursery: trio.Nursery, transports: TransportFactory | None, config: Config) -> Generation:
     """Opens a generation in a task of its own, which closes it after its last exchange."""
 
     async def run(*, task_status: trio.TaskStatus[Generation]) -> None:

@@ -1,13 +1,13 @@
-"""Connections to an origin: how one is made, looked at, and closed.
+"""Connections to an origin: opens, checks, reads, writes and closes one.
 
-A plain connection is a non-blocking socket of the standard library, so that `transport` and a relay can read it
-without a layer between. With TLS, Trio's `SSLStream` stands on it.
+A plain connection is a non-blocking socket of the standard library, so that `pool` and a relay can read it directly.
+With TLS, Trio's `SSLStream` wraps the socket.
 
-A name is looked up and tried with happy eyeballs (`trio.open_tcp_stream`). An address needs neither: it is connected
-to directly.
+A host name is resolved and connected to with happy eyeballs (`trio.open_tcp_stream`). An IP address is connected to
+directly.
 
-Where not every address is allowed (`Refuse`), a name is looked up here, once, and only what has been looked at is
-connected to: a second look-up could give another answer.
+Where some addresses are refused (`AddressCheck`), this module resolves the name itself, once, and connects only to
+addresses that passed the check: a second resolution could return other addresses (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ import attrs
 import httpx2
 import trio
 
-# A buffer of 4 to 64 KiB costs the same for what usually comes: a send and a recv of 300 bytes take 7.5 µs whatever the
-# size (4 000 bytes: 7.7), and recv_into a shared buffer, from which the bytes are then copied, 0.2 to 0.3 more.
+# Buffers of 4 to 64 KiB cost the same for usual messages: a send and a recv of 300 bytes take 7.5 µs with each size
+# (4 000 bytes: 7.7 µs). recv_into a shared buffer, from which the bytes are then copied, takes 0.2 to 0.3 µs more.
 RECEIVE_BYTES = 65536
 
 _NEXT_ADDRESS_S = 0.25
-"""How long an address is tried alone, before the next one is tried beside it (RFC 8305)."""
+"""How long to wait for one address before the next one is tried in parallel (RFC 8305)."""
 _PORTS = {"http": 80, "https": 443}
 _BREAKS = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
-Refuse = Callable[[str], str | None]
-"""Says of an address why nobody may connect to it; None = it is allowed."""
+AddressCheck = Callable[[str], str | None]
+"""Returns why an IP address is refused; None = it is allowed."""
 
 
 class Refused(httpx2.ConnectError):
-    """No address of the host is one that may be connected to. None was."""
+    """Every address of the host is refused. No connection was attempted."""
 
 
 @attrs.frozen(cache_hash=True)
 class Origin:
-    """Where a connection goes: what requests must have in common to share one."""
+    """The destination of a connection. Requests with an equal origin can share a connection."""
 
     scheme: str
     host: str
@@ -52,14 +52,14 @@ class Origin:
 
     @classmethod
     def of(cls, url: str | httpx2.URL) -> Origin:
-        """The origin of a URL.
+        """Returns the origin of a URL, with the scheme's default port where the URL names none.
 
         >>> Origin.of("https://api.example/v1"), str(Origin.of("http://[::1]:8000"))
         (Origin(scheme='https', host='api.example', port=443), '[::1]:8000')
 
         Raises:
-            httpx2.InvalidURL: It is none.
-            httpx2.UnsupportedProtocol: It is not one of HTTP.
+            httpx2.InvalidURL: The text is not a URL.
+            httpx2.UnsupportedProtocol: The scheme is neither ``http`` nor ``https``, or there is no host.
         """
         parsed = httpx2.URL(url)
         if parsed.scheme not in _PORTS or not parsed.host:
@@ -69,16 +69,16 @@ class Origin:
 
 
 class Connection:
-    """One connection.
+    """One connection, owned by a request or by the pool.
 
     Attributes:
-        socket: Of the standard library, and non-blocking.
-        stream: What stands on it, if it is not plain.
-        reused: It has carried a request to its end.
-        idle_since: When it was given back, in Trio's time.
+        socket: The non-blocking socket of the standard library.
+        stream: The TLS stream over the socket; None if the connection is plain.
+        reused: Whether the connection has carried a request to its end.
+        idle_since: When the connection was returned to the pool, in Trio's time.
     """
 
-    __slots__ = ("_fd", "_look", "idle_since", "origin", "reused", "socket", "stream")
+    __slots__ = ("_fd", "_poll", "idle_since", "origin", "reused", "socket", "stream")
 
     def __init__(self, origin: Origin, sock: socket.socket, stream: trio.SSLStream[trio.SocketStream] | None) -> None:
         self.origin = origin
@@ -87,21 +87,21 @@ class Connection:
         self.reused = False
         self.idle_since = -math.inf
         self._fd = sock.fileno()
-        # A poll object asks one socket without an exception or a list to build: 0.46 µs, against 1.3 µs for a
-        # MSG_PEEK that ends in BlockingIOError and 1.0 µs for select.select.
-        self._look = select.poll()
-        self._look.register(self._fd, select.POLLIN)
+        # A poll object checks one socket without raising an exception or building a list: 0.46 µs. A MSG_PEEK that
+        # ends in BlockingIOError takes 1.3 µs, select.select takes 1.0 µs.
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
 
     def __repr__(self) -> str:
         return f"<Connection to {self.origin}>"
 
     def is_quiet(self) -> bool:
-        """Whether nothing has come, neither bytes nor the end. An idle connection of which that is not true is of no
-        use: nobody has asked for what it would say."""
-        return not self._look.poll(0)
+        """Whether neither bytes nor the end of the connection have arrived. An idle connection that is not quiet cannot
+        be reused: no request is waiting for those bytes."""
+        return not self._poll.poll(0)
 
     async def receive(self) -> bytes:
-        """Returns what comes next; empty at its end.
+        """Returns the next bytes; empty at the end of the connection.
 
         Raises:
             httpx2.ReadError: The connection broke.
@@ -114,12 +114,12 @@ class Connection:
                 try:
                     return self.socket.recv(RECEIVE_BYTES)
                 except BlockingIOError:
-                    continue  # another one was told of the same bytes
+                    continue  # another reader of the socket (a relay) took the bytes first
         except _BREAKS as error:
             raise httpx2.ReadError(_reason(error)) from error
 
-    async def send(self, data: memoryview) -> None:  # noqa: ASYNC910 - of nothing, nothing is sent
-        """Sends all of it.
+    async def send(self, data: memoryview) -> None:
+        """Sends all of the data.
 
         Raises:
             httpx2.WriteError: The connection broke.
@@ -138,7 +138,8 @@ class Connection:
             raise httpx2.WriteError(_reason(error)) from error
 
     def close(self) -> None:
-        """Closes it at once: nothing is said to the peer, and nothing waited for. Who waits for it is told."""
+        """Closes the socket at once, without a TLS close and without waiting. Tasks that wait for the socket get an
+        error. Closing twice does nothing."""
         if self.socket.fileno() != -1:
             trio.lowlevel.notify_closing(self.socket)
             self.socket.close()
@@ -149,21 +150,21 @@ async def dial(
     trust: Callable[[], ssl.SSLContext],
     *,
     timeout_s: float = math.inf,
-    refuse: Refuse | None = None,
+    refuse: AddressCheck | None = None,
 ) -> Connection:
-    """Makes a connection.
+    """Opens a connection.
 
     Args:
-        trust: Gives the certificate authorities; asked only where they are needed.
-        timeout_s: For all of it: name, connection, TLS.
-        refuse: Judges each address before it is connected to; None = all are allowed.
+        trust: Returns the TLS context with the certificate authorities; called for ``https`` only.
+        timeout_s: The limit for name resolution, connection and TLS handshake together.
+        refuse: Checks each address before a connection to it is attempted; None = all are allowed.
 
     Raises:
-        Refused: All its addresses are refused.
-        httpx2.ConnectTimeout: It took longer.
-        httpx2.ConnectError: It was refused, or cannot be.
+        Refused: All addresses of the host are refused.
+        httpx2.ConnectTimeout: The connection was not ready within ``timeout_s``.
+        httpx2.ConnectError: The name does not resolve, the peer refused, or the TLS handshake failed.
 
-    **Cancels:** nothing is left open.
+    **Cancels:** at any point; no socket stays open.
     """
     with trio.move_on_after(timeout_s) as deadline:
         try:
@@ -177,19 +178,19 @@ async def dial(
                 trio.lowlevel.notify_closing(sock)
                 sock.close()
                 raise
-        except (*_BREAKS, UnicodeError) as error:  # the latter: a name that cannot be one
+        except (*_BREAKS, UnicodeError) as error:  # UnicodeError: the host cannot be encoded as a DNS name
             raise httpx2.ConnectError(_reason(error)) from error
     assert deadline.cancelled_caught
     raise httpx2.ConnectTimeout(f"{origin} did not accept a connection within {timeout_s:g} s")
 
 
-async def _connect(origin: Origin, refuse: Refuse | None) -> socket.socket:
+async def _connect(origin: Origin, refuse: AddressCheck | None) -> socket.socket:
     family = _family_of(origin.host)
     if refuse is not None:
         sock = await _connect_to_first(await _allowed(origin, refuse))
     elif family is None:
         stream = await trio.open_tcp_stream(origin.host, origin.port)
-        # Trio lends nobody its socket: the descriptor is taken out of it.
+        # Trio does not expose the stdlib socket inside its own, so the descriptor is detached from it.
         sock = socket.socket(fileno=stream.socket.detach())
     else:
         sock = await _connect_to(family, (origin.host, origin.port))
@@ -212,30 +213,33 @@ async def _connect_to(family: socket.AddressFamily, address: _SocketAddress) -> 
     return socket.socket(fileno=opening.detach())
 
 
-async def _allowed(origin: Origin, refuse: Refuse) -> list[_Address]:
-    """The addresses of an origin that may be connected to, in the order in which they are to be tried."""
+async def _allowed(origin: Origin, refuse: AddressCheck) -> list[_Address]:
+    """Resolves an origin, and returns its allowed addresses in the order in which to try them.
+
+    Raises:
+        Refused: All addresses are refused.
+    """
     allowed: list[_Address] = []
     refused: list[str] = []
     found = await trio.socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found:
-        why = refuse(str(address[0]))
-        if why is None:
+        reason = refuse(str(address[0]))
+        if reason is None:
             allowed.append((family, address))
         else:
-            refused.append(f"{address[0]} is {why}")
+            refused.append(f"{address[0]} is {reason}")
     if not allowed:
         raise Refused(f"{origin} must not be connected to: {', '.join(refused)}")
     return allowed
 
 
 async def _connect_to_first(addresses: list[_Address]) -> socket.socket:
-    """Connects to the first of these addresses that accepts; the later ones begin later."""
+    """Returns a socket connected to the first address that accepts. Each further address is tried as soon as the one
+    before it has failed, or has not accepted within `_NEXT_ADDRESS_S`."""
     accepted: list[socket.socket] = []
     errors: list[OSError] = []
 
-    async def attempt(  # noqa: ASYNC910 - connecting waits
-        family: socket.AddressFamily, address: _SocketAddress, failed: trio.Event
-    ) -> None:
+    async def attempt(family: socket.AddressFamily, address: _SocketAddress, failed: trio.Event) -> None:
         try:
             accepted.append(await _connect_to(family, address))
         except OSError as error:
@@ -258,12 +262,12 @@ async def _connect_to_first(addresses: list[_Address]) -> socket.socket:
             sock.close()
         raise
     for sock in accepted[1:]:
-        sock.close()  # it has accepted in the same moment
+        sock.close()  # accepted in the same event-loop iteration
     return accepted[0]
 
 
 def _family_of(host: str) -> socket.AddressFamily | None:
-    """The family of an address; None for a name.
+    """Returns the address family of an IP address; None for a host name.
 
     >>> _family_of("127.0.0.1").name, _family_of("::1").name, _family_of("localhost")
     ('AF_INET', 'AF_INET6', None)
@@ -278,14 +282,16 @@ def _family_of(host: str) -> socket.AddressFamily | None:
 
 
 async def _secure(sock: socket.socket, host: str, context: ssl.SSLContext) -> trio.SSLStream[trio.SocketStream]:
-    # The context may be shared with a client that speaks HTTP/2, and is read when the stream is made: no await between.
+    # The context may be shared with an HTTP/2 client, which sets other protocols. SSLStream reads the setting when it
+    # is constructed, so there must be no await between these two statements.
     context.set_alpn_protocols(["http/1.1"])
     stream = trio.SSLStream(
         trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
         context,
         server_hostname=host.rstrip("."),
-        # Many servers close without a word of TLS. A body whose only end that is may have been cut; but so it may
-        # without TLS, and whether an answer is complete is not left to its framing.
+        # Many servers close the connection without a TLS close_notify. A body that ends only with the connection may
+        # then have been truncated; but that holds without TLS as well, and completeness of an answer is judged by its
+        # content, not by its framing.
         https_compatible=True,
     )
     await stream.do_handshake()
@@ -293,7 +299,7 @@ async def _secure(sock: socket.socket, host: str, context: ssl.SSLContext) -> tr
 
 
 def _reason(error: BaseException) -> str:
-    """What people need to read of an error: the cause under Trio's and attempts' wrappers."""
+    """Returns the readable reason of a failure: its root cause, without the wrappers of Trio and parallel attempts."""
     while error.__cause__ is not None and isinstance(error, trio.BrokenResourceError | OSError):
         error = error.__cause__
     while isinstance(error, BaseExceptionGroup):

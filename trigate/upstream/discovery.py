@@ -1,7 +1,7 @@
-"""What can be found without a configuration file: provider keys in the environment, servers on loopback, a model in a
-wheel, and the echo.
+"""Makes a configuration where there is no file: from API keys in the environment, servers on loopback, the embedded
+language model, and the echo.
 
-Source: the OpenAI-compatible base URL that each provider documents; the usual ports are those in the documentation of
+**Source:** the OpenAI-compatible base URL that each provider documents; the default ports in the documentation of
 Ollama, LM Studio, llama.cpp and vLLM.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import attrs
 import httpx2
-import msgspec
 import trio
 
 from trigate.config import structure as configuration
@@ -20,19 +19,22 @@ from trigate.config.sections import Config, UpstreamConfig, Url
 from trigate.errors import GatewayError
 from trigate.upstream import echo
 from trigate.upstream.local_model import process
-from trigate.upstream.upstream import Httpx2Source, Reply
+from trigate.upstream.model_list import MAX_MODEL_LIST_BYTES, decode_model_list
+from trigate.upstream.reply import Httpx2Source, Reply
 
 PROBE_TIMEOUT_S = 0.3
-MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
+"""How long all local servers together may take to answer."""
 
 
 @attrs.frozen
 class Provider:
-    """A provider that speaks OpenAI's dialect.
+    """A provider with an OpenAI-compatible API.
 
     Attributes:
         env: The environment variable with its API key.
-        default_model: What ``default`` means while this is the first upstream.
+        name: The name of the upstream.
+        default_model: The model that ``default`` selects while this is the first upstream; empty = the first model that
+            the provider lists.
     """
 
     env: str
@@ -59,34 +61,11 @@ PROVIDERS = (
 )
 
 LOCAL_SERVERS: Mapping[str, int] = {"ollama": 11434, "lmstudio": 1234, "llamacpp": 8080, "vllm": 8000}
-"""Servers that people run beside the gateway, and the port on 127.0.0.1 where each usually listens."""
-
-
-class _ModelItem(msgspec.Struct):
-    id: str
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_ModelItem]
-
-
-_model_list = msgspec.json.Decoder(_ModelList)
-
-
-def decode_model_list(body: bytes) -> tuple[str, ...]:
-    """Reads the answer to ``GET /models``.
-
-    Raises:
-        ValueError: It is not a model list.
-    """
-    try:
-        return tuple(dict.fromkeys(item.id for item in _model_list.decode(body).data))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+"""Model servers that run on the same machine, each with its default port on 127.0.0.1."""
 
 
 def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
-    """The providers whose key is set, in the table's order."""
+    """Returns an upstream for each provider whose key is set and not empty, in the order of `PROVIDERS`."""
     return {
         provider.name: UpstreamConfig(
             base_url=Url(provider.base_url),
@@ -99,10 +78,10 @@ def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
 
 
 async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]) -> dict[str, UpstreamConfig]:
-    """Asks the local servers for their models, all at once, and returns those that answered with at least one.
+    """Asks all local servers for their models at the same time, and returns those that listed at least one.
 
-    Takes at most `PROBE_TIMEOUT_S` seconds. Only a well-formed model list counts: whatever else listens on such a port
-    is left alone.
+    Takes at most `PROBE_TIMEOUT_S` seconds. Any other answer than a well-formed model list is ignored, since another
+    program may listen on the port.
     """
     found: dict[str, UpstreamConfig] = {}
 
@@ -116,7 +95,7 @@ async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]
             finally:
                 await reply.aclose()
         except (httpx2.HTTPError, GatewayError, ValueError):
-            return  # noqa: ASYNC910 - it was refused, by a socket
+            return
         if models:
             found[name] = UpstreamConfig(base_url=Url(base_url))
 
@@ -133,7 +112,11 @@ async def discover(
     transport: httpx2.AsyncBaseTransport,
     servers: Mapping[str, int] = LOCAL_SERVERS,
 ) -> Config:
-    """Makes the configuration of a gateway that was not given one.
+    """Makes the configuration of a gateway that has no configuration file.
+
+    Args:
+        transport: How the local servers are asked.
+        servers: The local servers to ask, by name, each with its port.
 
     Raises:
         ConfigError: ``TRIGATE_API_KEY`` is set, but unusable.

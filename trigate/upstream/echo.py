@@ -1,10 +1,10 @@
-"""The embedded ``echo`` upstream: says the last user message back, word by word.
+"""The embedded ``echo`` upstream: answers with the last user message, word by word.
 
-Deterministic, and a real member of the family: it is an `httpx2.AsyncBaseTransport` that speaks OpenAI's dialect, so
-everything above it is the same code as for any provider. It serves demonstrations and tests, as ``trigate/echo``.
+The echo is deterministic. It is an `httpx2.AsyncBaseTransport` that speaks OpenAI's dialect, so a call to it runs
+through the same code as a call to any provider. It serves demonstrations and tests, as ``trigate/echo``.
 
-It knows ``n``, ``stop``, ``max_tokens`` / ``max_completion_tokens``, ``stream`` and ``stream_options.include_usage``.
-Its usage counts *words*, and says so in ``system_fingerprint``. It has no tools.
+It supports ``n``, ``stop``, ``max_tokens`` / ``max_completion_tokens``, ``stream`` and
+``stream_options.include_usage``. Its usage counts *words*, and ``system_fingerprint`` says so. It has no tools.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ _WORD = re.compile(r"\s*\S+")
 
 @attrs.frozen(kw_only=True)
 class _Answer:
-    """One choice's text, cut into words that join to it exactly."""
+    """The text of one choice.
+
+    Attributes:
+        words: The words with the white space before each; joined, they are the text.
+    """
 
     words: tuple[str, ...]
     finish_reason: str
@@ -36,7 +40,7 @@ class _Answer:
 
 
 def _text_of(content: object) -> str:
-    """The text of a message's content, which is a string or a list of parts.
+    """Returns the text of a message's content, which is a string or a list of parts; empty if it has no text.
 
     >>> _text_of([{"type": "text", "text": "a "}, {"type": "image_url"}, {"type": "text", "text": "b"}]), _text_of(None)
     ('a b', '')
@@ -49,15 +53,15 @@ def _text_of(content: object) -> str:
 
 
 def answer(payload: dict[str, Any]) -> _Answer:
-    """What the echo says to a chat request.
+    """Returns the echo's answer to a chat request: the last user message, limited by ``stop`` and the token limit.
 
     >>> answer({"messages": [{"role": "user", "content": "Hello,  dear world"}], "max_tokens": 2})
     _Answer(words=('Hello,', '  dear'), finish_reason='length')
     >>> answer({"messages": [{"role": "user", "content": "one two three"}], "stop": ["two"]}).text
     'one '
     """
-    said = [message.get("content") for message in payload.get("messages", []) if message.get("role") == "user"]
-    text = _text_of(said[-1]) if said else ""
+    contents = [message.get("content") for message in payload.get("messages", []) if message.get("role") == "user"]
+    text = _text_of(contents[-1]) if contents else ""
     stop_option = payload.get("stop")
     for stop in stop_option if isinstance(stop_option, list) else [stop_option]:
         if isinstance(stop, str) and stop:
@@ -73,29 +77,31 @@ def answer(payload: dict[str, Any]) -> _Answer:
     return _Answer(words=tuple(words), finish_reason="stop")
 
 
-def _usage(payload: dict[str, Any], said: _Answer, n: int) -> dict[str, int]:
+def _usage(payload: dict[str, Any], answered: _Answer, n: int) -> dict[str, int]:
     prompt = sum(len(_text_of(message.get("content")).split()) for message in payload.get("messages", []))
-    completion = len(said.words) * n
+    completion = len(answered.words) * n
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class _Events(httpx2.AsyncByteStream):
+    """The body of a streamed answer: SSE events, with a pause before each."""
+
     def __init__(self, events: list[bytes], pause_s: float) -> None:
         self._events = events
         self._pause_s = pause_s
 
     async def __aiter__(self) -> AsyncIterator[bytes]:  # noqa: ASYNC900
-        # A generator without a scope or nursery around its yields: safe to leave anywhere.
+        # This generator holds no scope, nursery or resource across its yields, so it can be abandoned at any of them.
         for event in self._events:
             await trio.sleep(self._pause_s)
             yield event
 
 
 class EchoTransport(httpx2.AsyncBaseTransport):
-    """Answers as a provider would, without a socket.
+    """Answers chat completions like a provider, without a socket.
 
     Args:
-        words_per_s: The pace of a streamed answer in words a second; 0 = as fast as it is read.
+        words_per_s: The pace of a streamed answer in words per second; 0 = as fast as it is read.
     """
 
     def __init__(self, *, words_per_s: float = 0.0) -> None:
@@ -105,16 +111,17 @@ class EchoTransport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         body = await request.aread()
         if not request.url.path.endswith("/chat/completions"):
-            return _refusal(404, f"The echo model serves chat/completions only, not {request.url.path}.", None)
+            return _error(404, f"The echo model serves chat/completions only, not {request.url.path}.", None)
         try:
             payload = msgspec.json.decode(body)
-        except (ValueError, RecursionError) as error:  # what the gateway passed on unread: 1e400, half a surrogate pair
-            return _refusal(400, f"The echo model cannot read this body: {error}.", None)
+        except (ValueError, RecursionError) as error:
+            # the gateway forwards fields that it does not decode: 1e400, half a surrogate pair
+            return _error(400, f"The echo model cannot read this body: {error}.", None)
         n = 1 if payload.get("n") is None else payload["n"]
         if type(n) is not int or not 1 <= n <= 128:
-            return _refusal(400, "n must be an integer from 1 to 128.", "n")
+            return _error(400, "n must be an integer from 1 to 128.", "n")
         self._count += 1
-        said = answer(payload)
+        answered = answer(payload)
         head = {
             "id": f"chatcmpl-echo{self._count}",
             "object": "chat.completion.chunk" if payload.get("stream") else "chat.completion",
@@ -123,31 +130,31 @@ class EchoTransport(httpx2.AsyncBaseTransport):
             "system_fingerprint": _FINGERPRINT,
         }
         if not payload.get("stream"):
-            message = {"role": "assistant", "content": said.text, "refusal": None}
+            message = {"role": "assistant", "content": answered.text, "refusal": None}
             choices = [
-                {"index": i, "message": message, "logprobs": None, "finish_reason": said.finish_reason}
+                {"index": i, "message": message, "logprobs": None, "finish_reason": answered.finish_reason}
                 for i in range(n)
             ]
             await trio.lowlevel.checkpoint()
-            return httpx2.Response(200, json={**head, "choices": choices, "usage": _usage(payload, said, n)})
+            return httpx2.Response(200, json={**head, "choices": choices, "usage": _usage(payload, answered, n)})
 
         def chunk(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
             return {**head, "choices": [choice]}
 
         chunks = [chunk(i, {"role": "assistant", "content": ""}) for i in range(n)]
-        chunks += [chunk(i, {"content": word}) for word in said.words for i in range(n)]
-        chunks += [chunk(i, {}, said.finish_reason) for i in range(n)]
+        chunks += [chunk(i, {"content": word}) for word in answered.words for i in range(n)]
+        chunks += [chunk(i, {}, answered.finish_reason) for i in range(n)]
         options = payload.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
-            chunks.append({**head, "choices": [], "usage": _usage(payload, said, n)})
-        events = [b"data: " + msgspec.json.encode(each) + b"\n\n" for each in chunks]
+            chunks.append({**head, "choices": [], "usage": _usage(payload, answered, n)})
+        events = [b"data: " + msgspec.json.encode(event) + b"\n\n" for event in chunks]
         events.append(b"data: [DONE]\n\n")
         return httpx2.Response(
             200, headers={"content-type": "text/event-stream"}, stream=_Events(events, self._pause_s)
         )
 
 
-def _refusal(status: int, message: str, param: str | None) -> httpx2.Response:
+def _error(status: int, message: str, param: str | None) -> httpx2.Response:
     error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
     return httpx2.Response(status, json={"error": error})

@@ -1,41 +1,34 @@
-"""What one configuration makes: upstreams and routes."""
+"""A generation: the upstreams that one configuration makes, and the routes to them.
+
+An exchange holds the generation that it started with. A reload opens the next generation and retires the current one,
+which closes when its last exchange has ended.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING
+from functools import partial
 
 import attrs
-import structlog
+import httpx2
 import trio
 
-from trigate.config.sections import Config, TimeoutPhase
-from trigate.errors import GatewayError, ProtocolViolation, Rejected
+from trigate.concurrency.notify import open_service
+from trigate.config.sections import Config, TimeoutPhase, UpstreamConfig
 from trigate.routing import routes
 from trigate.routing.routes import Known, Target
-from trigate.upstream import discovery, echo
-from trigate.upstream.factory import TransportFactory
+from trigate.upstream import echo
+from trigate.upstream.factory import TransportFactory, TrustStore, http_transport
 from trigate.upstream.local_model import process as local_model
+from trigate.upstream.local_model.process import LocalModel, LocalModelSettings
+from trigate.upstream.model_list import ModelPoll
 from trigate.upstream.transport import SocketTransport
 from trigate.upstream.upstream import Upstream
 
-if TYPE_CHECKING:
-    pass
-
-log = structlog.get_logger("trigate.gateway")
-
-REFRESH_S = 60.0
-"""How often an upstream is asked for its models."""
-
-
-RETRY_S = 5.0
-"""How soon it is asked again after it did not answer; doubles up to `REFRESH_S`."""
-
-
-_FIRST_LOOK_S = 0.3
-
+_FIRST_LISTS_S = 0.3
+"""How long the opening of a generation waits for the first lists of models."""
 
 _MAX_ROUTES = 1024
 
@@ -45,8 +38,8 @@ class Route:
     """Where the calls for a model id go.
 
     Attributes:
-        targets: In the order in which they are tried; at least one.
-        shortest_limit_s: The shortest of their limits in time; ``math.inf`` = there is none.
+        targets: The targets in the order in which they are tried; at least one.
+        shortest_limit_s: The shortest time limit of all targets; ``math.inf`` = no limit.
         total_timeout_s: How long a call may take in all.
     """
 
@@ -56,11 +49,20 @@ class Route:
 
 
 class Generation:
-    """The upstreams of one configuration, and the routes to them."""
+    """The upstreams of one configuration, and the routes to them. Made by `open_generation`.
 
-    def __init__(self, config: Config, upstreams: Mapping[str, Upstream]) -> None:
+    Attributes:
+        aliases: The targets of each configured alias.
+        coalesced: The aliases whose calls share identical upstream calls by default.
+        trust: The certificate authorities, as they were when this generation first needed them.
+        exchanges: The number of holds: exchanges that use this generation.
+        created: When it was opened, in seconds since the epoch.
+    """
+
+    def __init__(self, config: Config, upstreams: Mapping[str, Upstream], trust: TrustStore) -> None:
         self.config = config
         self.upstreams = upstreams
+        self.trust = trust
         self.aliases = {
             alias: tuple(Target.parse(target) for target in model.targets) for alias, model in config.models.items()
         }
@@ -71,15 +73,19 @@ class Generation:
         self._retired = False
         self._unused = trio.Event()
 
+    def __repr__(self) -> str:
+        state = ", retired" if self._retired else ""
+        return f"<Generation from {self.config.source}, {self.exchanges} exchanges{state}>"
+
     def known(self) -> dict[str, Known]:
-        """The state of the upstreams, as routing takes it."""
+        """Returns the state of each upstream, as routing takes it."""
         return {name: upstream.known() for name, upstream in self.upstreams.items()}
 
     def route(self, model: str) -> Route:
-        """Returns the way to a public model id. Raises as `routing.plan`.
+        """Returns the route of a public model id. Raises as `routing.routes.plan`.
 
-        It is kept until an upstream lists other models. Only that of ``default``, unless it is an alias, is not: it
-        depends on who is up.
+        A route is kept until an upstream lists other models. That of ``default`` is not kept unless it is an alias,
+        since it depends on which upstreams are up.
         """
         found = self._routes.get(model)
         if found is not None:
@@ -87,41 +93,41 @@ class Generation:
         targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
         phases: tuple[TimeoutPhase, ...] = ("response_head", "first_token", "idle", "total")
         limits_s = [self.config.timeout_s(target.upstream, phase, model) for target in targets for phase in phases]
-        # one deadline for all attempts: the longest that one of the targets is given
+        # All attempts share one deadline: the longest total timeout of the targets.
         total_s = max(self.config.timeout_s(target.upstream, "total", model) for target in targets)
         found = Route(targets, min(limits_s), total_s)
         if model != "default" or model in self.aliases:
             if len(self._routes) >= _MAX_ROUTES:
-                self._routes.clear()  # ids are whatever clients ask for
+                self._routes.clear()  # clients choose the ids, so their number has no other bound
             self._routes[model] = found
         return found
 
     def forget_routes(self) -> None:
-        """Finds them anew: an upstream lists other models."""
+        """Drops the kept routes, because an upstream lists other models."""
         self._routes.clear()
 
     def public_ids(self) -> dict[str, str]:
-        """Every listed model id with its owner."""
+        """Returns every listed model id with its owner."""
         return routes.public_ids(aliases=self.aliases, upstreams=self.known())
 
     def hold(self) -> None:
-        """Keeps the generation alive until `let_go`, once for each call."""
+        """Keeps the generation open for one exchange, until `let_go`."""
         self.exchanges += 1
 
     def let_go(self) -> None:
-        """An exchange that held it has ended."""
+        """Ends one hold."""
         self.exchanges -= 1
         if self._retired and not self.exchanges:
             self._unused.set()
 
     def retire(self) -> None:
-        """Says that no further exchange will start with it."""
+        """Declares that no further exchange will start with this generation."""
         self._retired = True
         if not self.exchanges:
             self._unused.set()
 
     async def wait_unused(self) -> None:
-        """Waits until it is retired, and its last exchange has ended."""
+        """Waits until the generation is retired and its last exchange has ended."""
         await self._unused.wait()
 
 
@@ -129,7 +135,7 @@ class Generations:
     """The generation in use. A reload replaces it; an exchange keeps the one that it started with.
 
     Attributes:
-        current: What new requests use.
+        current: The generation that new requests use.
     """
 
     def __init__(self, first: Generation) -> None:
@@ -144,93 +150,76 @@ class Generations:
         return self.current.config
 
     def replace(self, generation: Generation) -> None:
-        """Makes a generation the current one, and retires the one before; it closes after its last exchange."""
+        """Makes a generation the current one and retires the previous one, which closes after its last exchange."""
         retired, self.current = self.current, generation
         retired.retire()
 
 
 @contextlib.asynccontextmanager
-async def open_generation(config: Config, transports: TransportFactory) -> AsyncIterator[Generation]:
-    """Opens the upstreams of a configuration and keeps their lists of models fresh."""
+async def open_generation(config: Config, transports: TransportFactory | None = None) -> AsyncIterator[Generation]:
+    """Opens the upstreams of a configuration and keeps their lists of models fresh.
+
+    Waits for the first lists, but not longer than 0.3 s.
+
+    Args:
+        transports: Makes the transports of all upstreams but the echo; None = sockets (`factory.http_transport`).
+
+    Raises:
+        ConfigError: The configuration names files that cannot be used.
+    """
+    trust = TrustStore()
+    if transports is None:
+        transports = partial(http_transport, trust=trust)
     async with contextlib.AsyncExitStack() as stack:
-        upstreams: dict[str, Upstream] = {}
-        for name, settings in config.upstreams.items():
-            unusable = None
-            process = None
-            if settings.kind == "local":
-                unusable = local_model.why_unavailable(settings.gguf)
-                if unusable is None:
-                    process = await stack.enter_async_context(
-                        local_model.open_local_model(
-                            local_model.LocalModelSettings(
-                                gguf=settings.gguf,
-                                start=settings.start,
-                                context_tokens=settings.context_tokens,
-                                parallel=settings.parallel,
-                                threads=settings.threads,
-                            )
-                        )
-                    )
-            transport = (
-                echo.EchoTransport(words_per_s=settings.words_per_s)
-                if settings.kind == "echo"
-                else transports(name, settings)
-            )
+        upstreams = {name: await _open_upstream(name, config, transports, stack) for name in config.upstreams}
+        generation = Generation(config, upstreams, trust)
+        pools = [each.transport for each in upstreams.values() if isinstance(each.transport, SocketTransport)]
+        polls = [
+            ModelPoll(upstream, generation.forget_routes)
+            for upstream in upstreams.values()
+            if upstream.config.kind == "openai" and upstream.config.models == "discover" and upstream.unusable is None
+        ]
+        async with open_service(*(each.run for each in pools), *(each.run for each in polls)):
+            with trio.move_on_after(_FIRST_LISTS_S):
+                for poll in polls:
+                    await poll.tried.wait()
+            yield generation
+
+
+async def _open_upstream(
+    name: str, config: Config, transports: TransportFactory, stack: contextlib.AsyncExitStack
+) -> Upstream:
+    settings = config.upstreams[name]
+    transport: httpx2.AsyncBaseTransport
+    match settings.kind:
+        case "echo":
+            transport = echo.EchoTransport(words_per_s=settings.words_per_s)
             await stack.enter_async_context(transport)
-            upstream = Upstream(name, config, transport, local_model=process, unusable=unusable)
-            if settings.kind != "openai" and not upstream.models:
-                upstream.models = (echo.MODEL_ID if settings.kind == "echo" else local_model.model_id(settings.gguf),)
-            upstreams[name] = upstream
-        generation = Generation(config, upstreams)
-        async with trio.open_nursery() as nursery:
-            for upstream in upstreams.values():
-                if isinstance(upstream.transport, SocketTransport):
-                    nursery.start_soon(upstream.transport.run)
-            looked = []
-            for upstream in upstreams.values():
-                settings = upstream.config
-                if settings.kind == "openai" and settings.models == "discover" and upstream.unusable is None:
-                    first_look = trio.Event()
-                    looked.append(first_look)
-                    nursery.start_soon(_refresh_models, generation, upstream, first_look)
-            with trio.move_on_after(_FIRST_LOOK_S):
-                for event in looked:
-                    await event.wait()
-            try:
-                yield generation
-            finally:
-                nursery.cancel_scope.cancel()
+            return Upstream(name, config, transport, default_models=(echo.MODEL_ID,))
+        case "local":
+            unusable = local_model.why_unavailable(settings.gguf)
+            model = await stack.enter_async_context(_open_local(settings)) if unusable is None else None
+            transport = await stack.enter_async_context(transports(name, settings))
+            return Upstream(
+                name,
+                config,
+                transport,
+                local_model=model,
+                unusable=unusable,
+                default_models=(local_model.model_id(settings.gguf),),
+            )
+        case "openai":
+            transport = await stack.enter_async_context(transports(name, settings))
+            return Upstream(name, config, transport)
 
 
-async def _refresh_models(generation: Generation, upstream: Upstream, first_look: trio.Event) -> None:
-    """Asks an upstream for its models, for ever. While it does not answer, the last list stands."""
-    pause_s = RETRY_S
-    upstream.watched = True
-    while True:
-        try:
-            with trio.move_on_after(10.0) as scope:
-                async with upstream.open("GET", "/models") as reply:
-                    if reply.status != 200:
-                        raise await upstream.error_of(reply)
-                    body = await reply.read(discovery.MAX_MODEL_LIST_BYTES)
-                try:
-                    upstream.models = discovery.decode_model_list(body)
-                    generation.forget_routes()
-                except ValueError as error:
-                    raise ProtocolViolation(f"GET /models of {upstream.name} gave no model list: {error}.") from None
-                upstream.note_up()
-                pause_s = REFRESH_S
-            if scope.cancelled_caught:
-                raise ProtocolViolation(f"GET /models of {upstream.name} was not answered within 10 s.")
-        except GatewayError as error:
-            if isinstance(error, Rejected) and error.status not in (401, 403):
-                upstream.note_up()  # it answers; it has no list, or none for us
-            elif upstream.state != "down" or upstream.reason != error.message:
-                log.warning("models_not_listed", upstream=upstream.name, error=error.message)
-                upstream.note_down(error)
-            pause_s = min(pause_s * 2, REFRESH_S)
-        except Exception:  # whatever is wrong with one upstream, the others go on
-            log.exception("models_refresh_crashed", upstream=upstream.name)
-            pause_s = REFRESH_S
-        first_look.set()
-        await trio.sleep(pause_s)
+def _open_local(settings: UpstreamConfig) -> contextlib.AbstractAsyncContextManager[LocalModel]:
+    return local_model.open_local_model(
+        LocalModelSettings(
+            gguf=settings.gguf,
+            start=settings.start,
+            context_tokens=settings.context_tokens,
+            parallel=settings.parallel,
+            threads=settings.threads,
+        )
+    )

@@ -1,10 +1,10 @@
-"""Which addresses of the internet protocol are public, and what the others are. Pure.
+"""Classifies IP addresses: which ones are public, and what the others are. Pure.
 
-What is not public is a list of its own here, and not `ipaddress`'s properties: those have changed from one release of
-Python to the next.
+The list of non-public networks is kept here. The properties of `ipaddress` are not used, since they have changed from
+one release of Python to the next.
 
-**Source:** IANA's registries of special-purpose addresses for IPv4 and IPv6 (RFC 6890 and what it was amended by), and
-of IPv6 address space. Addresses in which another one is written: RFC 4291 (IPv4-mapped), RFC 3056 (6to4), RFC 6052
+**Source:** IANA's registries of special-purpose addresses for IPv4 and IPv6 (RFC 6890 and its amendments), and of the
+IPv6 address space. IPv6 addresses that embed an IPv4 address: RFC 4291 (IPv4-mapped), RFC 3056 (6to4), RFC 6052
 (NAT64).
 """
 
@@ -30,7 +30,7 @@ _NOT_PUBLIC_4 = {
         "203.0.113.0/24": "for documentation",
         "224.0.0.0/4": "multicast",
         "240.0.0.0/4": "reserved",
-        # Azure: of a public range, and yet the host's own, from every virtual machine
+        # Azure: in a public range, but each virtual machine reaches its own host there
         "168.63.129.16/32": "of a cloud's host",
     }.items()
 }
@@ -43,34 +43,34 @@ _NOT_PUBLIC_6 = {
         "fe80::/10": "link-local",
         "fec0::/10": "private",
         "ff00::/8": "multicast",
-        # within what is public
-        "2001::/23": "reserved",  # also Teredo
+        # within the public range
+        "2001::/23": "reserved",  # includes Teredo
         "2001:db8::/32": "for documentation",
         "3fff::/20": "for documentation",
     }.items()
 }
 _PUBLIC_6 = ipaddress.IPv6Network("2000::/3")
-"""All that is given to networks so far."""
+"""The only range from which IANA has assigned unicast networks so far."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def why_not_public(address: str) -> str | None:
-    """What an address is that is not public; None if it is.
+    """Returns the kind of a non-public address; None for a public one.
 
-    An IPv6 address in which an IPv4 address is written is what that one is.
+    An IPv6 address that embeds an IPv4 address is classified by the embedded address.
 
     >>> [why_not_public(address) for address in ("127.0.0.1", "::ffff:169.254.169.254", "fd00:ec2::254", "1.1.1.1")]
     ['loopback', 'link-local', 'private', None]
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not an IP address.
     """
-    parsed = ipaddress.ip_address(address.partition("%")[0])  # behind it, the interface of a link-local one
+    parsed = ipaddress.ip_address(address.partition("%")[0])  # the interface of a link-local address follows "%"
     if isinstance(parsed, ipaddress.IPv4Address):
         return _kind_4(parsed)
-    inner = _written_in(parsed)
-    if inner is not None:
-        return _kind_4(inner)
+    embedded = _embedded_ipv4(parsed)
+    if embedded is not None:
+        return _kind_4(embedded)
     for network, kind in _NOT_PUBLIC_6.items():
         if parsed in network:
             return kind
@@ -81,7 +81,7 @@ def _kind_4(address: ipaddress.IPv4Address) -> str | None:
     return next((kind for network, kind in _NOT_PUBLIC_4.items() if address in network), None)
 
 
-def _written_in(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.ipv4_mapped or address.sixtofour

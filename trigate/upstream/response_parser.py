@@ -1,19 +1,20 @@
-"""The framing of one HTTP/1.1 response, from bytes: llhttp (`httptools`), and what it lets through.
+"""Parses one HTTP/1.1 response from bytes: llhttp (`httptools`), and the checks that llhttp leaves out.
 
-No sockets here, so whoever has the bytes may feed them: `transport`, or a relay that reads the socket itself.
+The parser does no I/O, so anything that has the bytes can feed it: `pool`, or a relay that reads the socket itself.
 
-What llhttp does: the grammar, chunks and lengths, conflicting or repeated lengths, bodies that cannot be (1xx, 204,
-304). What stands here:
+llhttp checks the grammar, chunks and lengths, rejects conflicting or repeated lengths, and knows the responses that
+have no body (1xx, 204, 304). This module adds:
 
-- bounds: on the bytes of all heads together, on interim responses, on what a peer may send that is no body (endless
-  chunk extensions and trailers), however it is cut into segments;
-- a status of 200 to 599, of HTTP/1.0 or 1.1, and no transfer coding but ``chunked``, since none was asked for;
-- ``HEAD``, of which the parser knows nothing;
-- the end of the connection, which is a proper end only for a body without a length;
-- whether the connection may carry another request.
+- bounds: on the bytes of all heads together, on the number of interim responses, and on bytes that carry no body
+  (endless chunk extensions and trailers), however the bytes are split into segments;
+- a status of 200 to 599, HTTP/1.0 or 1.1, and no transfer coding but ``chunked``, since the request asked for none;
+- ``HEAD``, which the parser does not know about;
+- the end of the connection, which completes only a body without a length;
+- whether the connection can carry another request.
 
-It is made once for each response, and fed for each piece: callbacks are as few and as small as they can be. The parser
-keeps bound methods of this object, which makes a cycle; `close` breaks it, so that no garbage waits for the collector.
+Rules for editing: one object is made for each response and fed with each segment, so the callbacks are as few and as
+small as possible. The parser keeps bound methods of this object, which makes a reference cycle. `Framing.close` breaks
+the cycle, so that the garbage collector has nothing to find.
 """
 
 from __future__ import annotations
@@ -26,43 +27,45 @@ import httpx2
 MAX_HEAD_BYTES = 64 * 1024
 MAX_INTERIM = 16
 
-_DISCONNECTED = "Server disconnected without sending a response."  # as httpcore says it; `upstream` looks for it
-_CUT = "peer closed connection without sending complete message body"
+DISCONNECTED = "Server disconnected without sending a response."
+"""The message of the `httpx2.RemoteProtocolError` for a connection that ends before the head; httpcore's wording, which
+`reply.translated` recognises, since httpx2 has no exception of its own for it."""
+_TRUNCATED = "peer closed connection without sending complete message body"
 
 
 class NotHttp(httpx2.RemoteProtocolError):
-    """What came is not HTTP, or beyond a bound; in the head, or in the framing of the body."""
+    """The bytes are not HTTP, or exceed a bound; in the head or in the framing of the body."""
 
 
 class Framing:
-    """A response that is fed bytes.
+    """The framing of one response: is fed bytes, gives the head and the pieces of the body.
 
     Args:
-        method: Of the request.
+        method: The method of the request.
 
     Attributes:
-        status: 0 until the head is there.
-        headers: Names in lower case, in the order in which they came. Without trailers, which are dropped.
-        begun: The final head is there.
-        complete: The message is complete.
-        heard: Anything at all has come.
-        keep_alive: The connection may carry another request, once this is complete.
-        pieces: Decoded pieces of the body that nobody has taken yet. It stays the same list.
+        status: The HTTP status; 0 until the final head is complete.
+        headers: The fields of the final head in the order of arrival, with names in lower case. Trailers are dropped.
+        begun: Whether the final head is complete.
+        complete: Whether the message is complete.
+        received_any: Whether any byte has been received.
+        keep_alive: Whether the connection can carry another request once this message is complete.
+        pieces: Decoded pieces of the body that the reader has not taken yet. It stays the same list object.
     """
 
     __slots__ = (
-        "_barren_bytes",
-        "_fault",
+        "_bytes_since_body",
         "_interim",
         "_method",
         "_parser",
+        "_violation",
         "begun",
         "complete",
         "headers",
-        "heard",
         "keep_alive",
         "on_body",
         "pieces",
+        "received_any",
         "status",
     )
 
@@ -70,12 +73,12 @@ class Framing:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.pieces: list[bytes] = []
-        self.begun = self.complete = self.heard = self.keep_alive = False
-        self.on_body = self.pieces.append  # the one callback of the hot path: C from end to end
+        self.begun = self.complete = self.received_any = self.keep_alive = False
+        self.on_body = self.pieces.append  # the only callback on the hot path runs in C from end to end
         self._method = method
         self._interim = 0
-        self._barren_bytes = 0  # since the last piece of a body
-        self._fault: str | None = None
+        self._bytes_since_body = 0
+        self._violation: str | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     def __repr__(self) -> str:
@@ -83,18 +86,19 @@ class Framing:
         return f"<{type(self).__name__} {self.status or '-'} {state}, {len(self.pieces)} pieces>"
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Parses what came from the peer; pieces of the body are appended to ``pieces``.
+        """Parses bytes of the peer and appends the pieces of the body to ``pieces``.
 
         Raises:
-            NotHttp: It is not HTTP, or beyond a bound.
+            NotHttp: The bytes are not HTTP, or exceed a bound.
+            httpx2.ReadError: The response was closed.
         """
         begun = self.begun
         if not begun:
-            self.heard = True
-            room = MAX_HEAD_BYTES - self._barren_bytes
-            if len(data) > room > 0:  # the bound is on bytes, not on how they came
-                self.feed(data[:room])
-                data = data[room:]
+            self.received_any = True
+            allowed = MAX_HEAD_BYTES - self._bytes_since_body
+            if len(data) > allowed > 0:  # the bound counts bytes, however they are split into segments
+                self.feed(data[:allowed])
+                data = data[allowed:]
                 begun = self.begun
         if self._parser is None:
             raise httpx2.ReadError("The response was closed.")
@@ -102,65 +106,65 @@ class Framing:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self.complete:
-                self._refuse(error)
-            self.keep_alive = False  # something follows its end
+                self._raise_not_http(error)
+            self.keep_alive = False  # bytes follow the end of the message
         if self.complete:
             if self._method == "HEAD" and self.pieces:
                 self.pieces.clear()
                 self.keep_alive = False
         elif self.pieces:
-            self._barren_bytes = 0
+            self._bytes_since_body = 0
         elif begun is self.begun:
-            self._barren_bytes += len(data)
-            if self._barren_bytes >= MAX_HEAD_BYTES:
+            self._bytes_since_body += len(data)
+            if self._bytes_since_body >= MAX_HEAD_BYTES:
                 what = "framing between two pieces of its body" if begun else "response head"
                 raise NotHttp(f"the server sent more than {MAX_HEAD_BYTES} bytes of {what}")
         else:
-            self._barren_bytes = 0
+            self._bytes_since_body = 0
 
     def feed_eof(self) -> None:
-        """Says that the peer has closed the connection.
+        """Reports that the peer has closed the connection.
 
         Raises:
-            httpx2.RemoteProtocolError: There was more to come.
+            httpx2.RemoteProtocolError: The message is incomplete.
         """
         self.keep_alive = False
         if self.complete:
             return
         if not self.begun:
-            # A connection that closes in the head has not answered either.
-            raise httpx2.RemoteProtocolError(_DISCONNECTED)
+            # A connection that ends within the head has not answered either.
+            raise httpx2.RemoteProtocolError(DISCONNECTED)
         for name, _ in self.headers:
             if name == b"transfer-encoding":
-                raise httpx2.RemoteProtocolError(f"{_CUT} (incomplete chunked read)")
+                raise httpx2.RemoteProtocolError(f"{_TRUNCATED} (incomplete chunked read)")
             if name == b"content-length":
-                raise httpx2.RemoteProtocolError(f"{_CUT} (less than its content-length)")
+                raise httpx2.RemoteProtocolError(f"{_TRUNCATED} (less than its content-length)")
         self.complete = True
 
     def close(self) -> None:
-        """Lets go of the parser. What was parsed stays."""
+        """Releases the parser. The head and the pieces that were parsed stay."""
         self._parser = None
 
-    def _refuse(self, error: Exception) -> NoReturn:
-        if self._fault is not None:
-            raise NotHttp(self._fault) from None
+    def _raise_not_http(self, error: Exception) -> NoReturn:
+        if self._violation is not None:
+            raise NotHttp(self._violation) from None
         message = "it switched protocols" if isinstance(error, httptools.HttpParserUpgrade) else str(error)
         raise NotHttp(message or type(error).__name__) from error
 
-    # -- what llhttp calls
+    # -- callbacks of llhttp
 
     def on_message_begin(self) -> None:
-        """Another message behind the end: what is not asked for is not parsed."""
+        """Rejects a second message behind the first: no request asked for it."""
         if self.complete:
             raise ValueError("a message without a request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of a head, or of the trailers."""
+        """Keeps a field of a head; drops a field of the trailers."""
         if not self.begun:
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        """The end of a head, interim or final."""
+        """Checks a complete head, interim or final."""
         parser = self._parser
         assert parser is not None
         status = parser.get_status_code()
@@ -168,15 +172,15 @@ class Framing:
             self.headers.clear()
             self._interim += 1
             if self._interim > MAX_INTERIM:
-                self._stop(f"the server sent more than {MAX_INTERIM} interim responses")
+                self._reject(f"the server sent more than {MAX_INTERIM} interim responses")
             return
         if not 200 <= status < 600:
-            self._stop(f"status {status} is no answer")
+            self._reject(f"status {status} is not a valid answer")
         if parser.get_http_version() not in ("1.1", "1.0"):
-            self._stop(f"HTTP/{parser.get_http_version()} was not asked for")
+            self._reject(f"HTTP/{parser.get_http_version()} was not asked for")
         for name, value in self.headers:
             if name == b"transfer-encoding" and value.lower() != b"chunked":
-                self._stop(f"the transfer coding {value[:50]!r} was not asked for")
+                self._reject(f"the transfer coding {value[:50]!r} was not asked for")
         self.keep_alive = parser.should_keep_alive()
         self.status = status
         self.begun = True
@@ -184,10 +188,10 @@ class Framing:
             self.complete = True
 
     def on_message_complete(self) -> None:
-        """The end of a message: of an interim one, there is more to come."""
+        """Marks the message as complete, unless it was an interim response: the final one follows it."""
         self.complete = self.begun
 
-    def _stop(self, fault: str) -> NoReturn:
-        # The parser hides what a callback raises behind an error of its own.
-        self._fault = fault
-        raise ValueError(fault)
+    def _reject(self, violation: str) -> NoReturn:
+        # llhttp replaces an exception of a callback by an error of its own, so the reason is kept here.
+        self._violation = violation
+        raise ValueError(violation)

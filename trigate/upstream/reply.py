@@ -1,0 +1,232 @@
+"""An upstream's reply: where its bytes come from, how they are decoded, and what a failure in it means.
+
+A reply has one of two sources: a response of our own `pool`, or the response of any transport that speaks `httpx2`.
+`translated` is the only place that maps exceptions of a transport to errors of the gateway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import httpx2
+import trio
+
+from trigate.errors import GatewayError, ProtocolViolation, Truncated, Unavailable, UpstreamTimeout
+from trigate.upstream.pool import Opening, Response
+from trigate.upstream.response_parser import NotHttp
+
+_CLOSE_GRACE_S = 1.0
+_INFLATED_BYTES = 1024 * 1024
+
+
+def translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, answered: bool) -> GatewayError:
+    """Returns the gateway's error for an exception of a transport.
+
+    Args:
+        name: The upstream.
+        answered: Whether the head of the reply had been received.
+    """
+    match error:
+        case httpx2.ConnectTimeout():
+            return UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect")
+        case httpx2.InvalidURL():
+            return Unavailable(f"The upstream {name} has an address that cannot be used: {error}.")
+        case httpx2.ConnectError():
+            return Unavailable(f"The upstream {name} cannot be reached: {str(error) or type(error).__name__}.")
+        case NotHttp() if answered:
+            return ProtocolViolation(f"The upstream {name} sent an answer that is not HTTP: {error}.")
+        case httpx2.RemoteProtocolError() if answered:
+            return Truncated(f"The answer of the upstream {name} was truncated: {error}.")
+        case httpx2.RemoteProtocolError() if "disconnected" in str(error):  # `response_parser.DISCONNECTED`
+            return Unavailable(f"The upstream {name} closed the connection before it answered.", reachable=True)
+        case httpx2.RemoteProtocolError():
+            return ProtocolViolation(f"The upstream {name} did not answer with HTTP: {error}.")
+        case _ if answered:
+            return Truncated(f"The connection to the upstream {name} broke during its answer.")
+        case _:
+            return Unavailable(f"The connection to the upstream {name} broke before it answered.", reachable=True)
+
+
+class Source(Protocol):
+    """A response of any transport, as `Reply` reads it."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The header fields by their names in lower case."""
+
+    @property
+    def response(self) -> Response | None:
+        """The response of our own pool; None for another transport."""
+
+    async def receive(self) -> bytes | None:
+        """Returns the next piece of the body; None at its end."""
+
+    async def aclose(self) -> None:
+        """Releases the connection, or closes it."""
+
+
+class SocketSource:
+    """A response of the pool. Its connection is owned by the ``async with`` of `pool.Opening`."""
+
+    __slots__ = ("headers", "receive", "release", "response", "status")
+
+    def __init__(self, opening: Opening, response: Response) -> None:
+        self.release = opening.release
+        self.response = response
+        self.receive = response.receive
+        self.status = response.status
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
+
+    async def aclose(self) -> None:
+        self.release()
+
+
+class Httpx2Source:
+    """A response of any transport that speaks `httpx2`: the echo, a proxy, HTTP/2, a script in a test."""
+
+    response: Response | None = None
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self._response = response
+        self.status = response.status_code
+        self.headers = response.headers
+        self._pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's is an async stream
+
+    async def receive(self) -> bytes | None:
+        async for piece in self._pieces:
+            if piece:
+                return bytes(piece)
+        return None
+
+    async def aclose(self) -> None:
+        with trio.move_on_after(_CLOSE_GRACE_S, shield=True):
+            close_pieces = getattr(self._pieces, "aclose", None)
+            if close_pieces is not None:
+                await close_pieces()
+            await self._response.aclose()
+
+
+class Reply:
+    """An upstream's answer: its head, and its body piece by piece.
+
+    The gateway asks for identity encoding. The body of a provider that compresses anyway (gzip, deflate) is decoded, in
+    bounded pieces.
+
+    Args:
+        name: The upstream, for error messages.
+
+    Attributes:
+        status: The HTTP status.
+        headers: The header fields by their names in lower case.
+        content_type: In lower case, without parameters; empty if the reply has none.
+    """
+
+    def __init__(self, name: str, source: Source) -> None:
+        self._name = name
+        self._source = source
+        self.status = source.status
+        self.headers = source.headers
+        self.content_type = source.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self._encoding = source.headers.get("content-encoding", "identity").strip().lower()
+        self._inflate = zlib.decompressobj(wbits=47) if self._encoding in ("gzip", "x-gzip", "deflate") else None
+        self._deflated = b""
+
+    @property
+    def plain_response(self) -> Response | None:
+        """The response whose socket a relay may read itself; None where TLS or compression lies between."""
+        response = self._source.response
+        return response if response is not None and response.socket is not None and self._inflate is None else None
+
+    def abandon(self) -> None:
+        """Closes the connection at once, from any task. Does nothing for a transport that is not our own."""
+        if self._source.response is not None:
+            self._source.response.abandon()
+
+    def truncation_error(self, failure: httpx2.TransportError) -> GatewayError:
+        """Returns the gateway's error for a failure of the transport during the body."""
+        return translated(failure, self._name, answered=True)
+
+    async def receive(self) -> bytes | None:
+        """Returns the next piece of the body; None at its end.
+
+        Raises:
+            Truncated: The connection broke, or the body ended before its framing or its compression did.
+            ProtocolViolation: The body is not HTTP, has an unknown encoding, or cannot be decoded.
+        """
+        if self._inflate is None:
+            return await self._receive_raw()
+        while True:
+            deflated = self._deflated or await self._receive_raw()
+            if deflated is None:
+                if not self._inflate.eof:
+                    raise Truncated(f"The compressed answer of the upstream {self._name} was truncated.")
+                return None
+            try:
+                piece = self._inflate.decompress(deflated, _INFLATED_BYTES)
+            except zlib.error as error:
+                raise ProtocolViolation(
+                    f"The upstream {self._name} sent a body that cannot be decoded: {error}."
+                ) from None
+            self._deflated = self._inflate.unconsumed_tail
+            if piece:
+                return piece
+
+    async def _receive_raw(self) -> bytes | None:
+        if self._encoding != "identity" and self._inflate is None:
+            raise ProtocolViolation(f"The upstream {self._name} sent a body encoded as {self._encoding[:50]!r}.")
+        try:
+            return await self._source.receive()
+        except httpx2.TransportError as error:
+            raise self.truncation_error(error) from error
+
+    async def read(self, max_bytes: int, *, on_piece: Callable[[], None] = lambda: None) -> bytes:
+        """Returns the whole body.
+
+        Args:
+            on_piece: Called for each piece when it has been received.
+
+        Raises:
+            ProtocolViolation: The body is larger than ``max_bytes``; or as `receive`.
+            Truncated: As `receive`.
+        """
+        response = self._source.response
+        if response is not None and response.complete and self._inflate is None and self._encoding == "identity":
+            # The body was received together with its head, like that of most short answers.
+            on_piece()
+            body = b"".join(response.pieces)
+            response.pieces.clear()
+            if len(body) <= max_bytes:
+                return body
+            raise self._too_large(max_bytes)
+        pieces = []
+        size = 0
+        while (piece := await self.receive()) is not None:
+            on_piece()
+            size += len(piece)
+            if size > max_bytes:
+                raise self._too_large(max_bytes)
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _too_large(self, max_bytes: int) -> ProtocolViolation:
+        return ProtocolViolation(f"The upstream {self._name} answered with more than {max_bytes} bytes.")
+
+    async def aclose(self) -> None:
+        """Closes the reply, and its connection unless the body was read to its end. A second call does nothing.
+
+        Another task than the reader may call this, as long as the reader is not inside `receive`.
+
+        **Cancels:** never hangs: a transport that is not our own gets one second.
+        """
+        if isinstance(self._source, SocketSource):
+            self._source.release()
+            return
+        with contextlib.suppress(httpx2.TransportError, OSError):
+            await self._source.aclose()
