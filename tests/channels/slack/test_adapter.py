@@ -279,7 +279,7 @@ async def test_a_revoked_token_disconnects_the_channel_alone(
 async def test_a_message_that_may_have_arrived_is_not_sent_again(open_office: OpenOffice) -> None:
     """If the answer to it is lost, its delivery is unknown."""
     async with open_office(says("Hello!"), session="none") as office:
-        office.slack.lose("chat.postMessage")
+        office.slack.lose_answer("chat.postMessage")
         await office.say("hi", channel="D1", channel_type="im")
         await office.slack.wait_texts("Hello!", channel="D1")
         await _wait_delivered(office, "unknown")
