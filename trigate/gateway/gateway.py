@@ -42,7 +42,7 @@ from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.upstream.factory import TransportFactory, _trust, http_transport
-from trigate.upstream.generation import Generation, open_generation
+from trigate.upstream.generation import Generation, Generations, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
@@ -104,7 +104,7 @@ class Gateway:
         self.ledger: Ledger
         self.chance = random.random
         """Chance, between 0 and 1: for pauses and choices."""
-        self.generation: Generation
+        self.generations: Generations
         self.live: dict[Exchange, None] = {}  # in the order of their arrival
         self.quiet = trio.Event()
         """Set when none is live; another one once there is one again."""
@@ -123,6 +123,11 @@ class Gateway:
 
     def __repr__(self) -> str:
         return f"<Gateway {len(self.live)} live of {self.totals.exchanges} exchanges>"
+
+    @property
+    def generation(self) -> Generation:
+        """The generation in use."""
+        return self.generations.current
 
     @property
     def uptime_s(self) -> float:
@@ -190,7 +195,7 @@ class Gateway:
     ) -> None:
         """Opens the first generation, and the next one at each reload."""
         async with trio.open_nursery() as nursery:
-            self.generation = await nursery.start(self._run_generation, first, transports)
+            self.generations = Generations(await nursery.start(self._run_generation, first, transports))
             self._apply(first)
             self.callbacks.apply(first.hooks or {}, self.outbox)
             task_status.started()
@@ -202,7 +207,7 @@ class Gateway:
                     config = await self._load()
                     if not config.upstreams:  # many a program empties a file before it writes it
                         raise ConfigError(config.source, ("upstreams: there are none",))
-                    self.generation = await nursery.start(self._run_generation, config, transports)
+                    self.generations.replace(await nursery.start(self._run_generation, config, transports))
                 except ConfigError as error:
                     self.reload_error = str(error)
                     log.error("reload_refused", source=error.source, problems=list(error.problems))
@@ -213,7 +218,6 @@ class Gateway:
                     log.exception("reload_refused", source=old.config.source, problems=[words])
                     continue
                 self.reload_error = None
-                old.retire()
                 self._apply(config)
                 self.callbacks.apply(config.hooks or {}, self.outbox)
                 if self.channels is not None:
@@ -313,7 +317,15 @@ async def _running(
                 async with (
                     open_flights(gateway) as gateway.flights,
                     open_runs(gateway) as gateway.runs,
-                    open_channels(gateway, http_transport) as gateway.channels,
+                    open_channels(
+                        store=gateway.store,
+                        workers=gateway.workers,
+                        runs=gateway.runs,
+                        outbox=gateway.outbox,
+                        generations=gateway.generations,
+                        handing_over=gateway.aside,
+                        transports=http_transport,
+                    ) as gateway.channels,
                 ):
                     if path is not None:
                         nursery.start_soon(gateway.watch_file, path)
