@@ -6,7 +6,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.channels.live_message import Display, NotShown, Shown, dump, load
+from trigate.channels.adapter import PlatformError, RequestRejected, TokenRejected
+from trigate.channels.live_message import RETRY_S, Display, LimitedScreen, NotShown, Shown, dump, load
 from trigate.channels.message_split import split
 
 
@@ -121,3 +122,77 @@ async def test_end_without_text(autojump_clock: object) -> None:
         nursery.start_soon(display.run)
         assert await display.end() == {**dump([]), "repeatable": False}
     assert load({}) == []
+
+
+class FailingScreen:
+    """A `Screen` that raises an error of the platform, if there is one."""
+
+    def __init__(self, error: PlatformError | None = None) -> None:
+        self.error = error
+        self.edits = 0
+
+    async def write(self, text: str) -> str:
+        """Writes a message."""
+        await trio.lowlevel.checkpoint()
+        if self.error is not None:
+            raise self.error
+        return "1"
+
+    async def edit(self, message_id: str, text: str) -> None:
+        """Edits a message."""
+        self.edits += 1
+        await self.write(text)
+
+
+def limited(screen: FailingScreen, allowed_in_s: float | None = 0.0) -> tuple[LimitedScreen, list[str]]:
+    """A screen with a limit, and the ids that it has recorded."""
+    recorded: list[str] = []
+
+    async def record(message_id: str) -> None:
+        await trio.lowlevel.checkpoint()
+        recorded.append(message_id)
+
+    return LimitedScreen(screen, lambda message_id: allowed_in_s, record), recorded
+
+
+async def test_limited_screen_records_messages() -> None:
+    """The id of a new message is recorded; an edit is passed on."""
+    inner = FailingScreen()
+    screen, recorded = limited(inner)
+    assert await screen.write("a") == "1"
+    await screen.edit("1", "ab")
+    assert (recorded, inner.edits) == (["1"], 1)
+
+
+@pytest.mark.parametrize("allowed_in_s", [3.0, None])
+async def test_limited_screen_keeps_to_the_limit(allowed_in_s: float | None) -> None:
+    """Above the limit nothing is sent, and the error says when the next edit is allowed."""
+    inner = FailingScreen()
+    screen, _ = limited(inner, allowed_in_s)
+    with pytest.raises(NotShown) as raised:
+        await screen.edit("1", "a")
+    assert (raised.value.after_s, inner.edits) == (allowed_in_s, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "written_after_s", "edited_after_s"),
+    [
+        (PlatformError("too often", after_s=7.0), 7.0, 7.0),
+        (PlatformError("connection refused"), RETRY_S, RETRY_S),
+        (PlatformError("no response", unsure=True), None, RETRY_S),
+        (TokenRejected("not this token"), None, None),
+        (RequestRejected("blocked", code="blocked", status=403), None, None),
+    ],
+)
+async def test_limited_screen_translates_errors(
+    error: PlatformError, written_after_s: float | None, edited_after_s: float | None
+) -> None:
+    """An error never leaves the screen but as `NotShown`. A message that may have arrived is not written again."""
+    screen, recorded = limited(FailingScreen(error))
+    with pytest.raises(NotShown) as raised:
+        await screen.write("a")
+    assert raised.value.after_s == written_after_s
+    with pytest.raises(NotShown) as raised:
+        await screen.edit("1", "a")
+    assert raised.value.after_s == edited_after_s
+    assert recorded == []
