@@ -1,4 +1,4 @@
-"""A text that grows, in messages of a platform."""
+"""A growing text is shown in messages of a platform."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.channels.live_message import Display, NotShown, Shown, dump, load
+from trigate.channels.adapter import PlatformError, RequestRejected, TokenRejected
+from trigate.channels.live_message import RETRY_S, Display, LimitedScreen, NotShown, Shown, dump, load
 from trigate.channels.message_split import split
 
 
-class Wall:
-    """A screen in memory."""
+class MemoryScreen:
+    """A `Screen` in memory.
+
+    Attributes:
+        calls: The time, the id of the edited message (or "write"), and the text of each request.
+        refuse: The ``after_s`` of `NotShown` for the next requests.
+        slow_s: How long a request takes.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, str, str]] = []
@@ -26,24 +33,24 @@ class Wall:
             raise NotShown(self.refuse.pop(0))
 
     async def write(self, text: str) -> str:
-        """A `Screen`'s."""
+        """Writes a message."""
         await self._called("write", text)
         self._written += 1
         return str(self._written)
 
     async def edit(self, message_id: str, text: str) -> None:
-        """A `Screen`'s."""
+        """Edits a message."""
         await self._called(message_id, text)
 
 
-def _display(wall: Wall) -> Display:
-    return Display(wall, split=lambda text: split(text, limit=10), interval_s=1.0)
+def _display(screen: MemoryScreen) -> Display:
+    return Display(screen, split=lambda text: split(text, limit=10), interval_s=1.0)
 
 
-async def test_the_newest_text_is_shown_at_intervals(autojump_clock: object) -> None:
-    """The first text at once; then the newest, and nothing in between, once an interval; a second message when full."""
-    wall = Wall()
-    display = _display(wall)
+async def test_newest_text_at_intervals(autojump_clock: object) -> None:
+    """The first text is shown at once, then the newest text once per interval; a second message when one is full."""
+    screen = MemoryScreen()
+    display = _display(screen)
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(display.run)
@@ -52,7 +59,7 @@ async def test_the_newest_text_is_shown_at_intervals(autojump_clock: object) -> 
             await trio.sleep(0.1)
         await trio.sleep(5)
         assert await display.end() == {"shown": [["1", 7], ["2", 7]], "repeatable": True}
-    calls = [(round(at - began, 1), what, text) for at, what, text in wall.calls]
+    calls = [(round(at - began, 1), what, text) for at, what, text in screen.calls]
     assert calls == [
         (0.0, "write", "ab"),
         (1.0, "1", "abc def"),
@@ -61,11 +68,11 @@ async def test_the_newest_text_is_shown_at_intervals(autojump_clock: object) -> 
     ]
 
 
-async def test_what_is_refused_is_dropped(autojump_clock: object) -> None:
-    """Nothing is sent for as long as the platform says, and then the newest text only."""
-    wall = Wall()
-    wall.refuse = [7.0]
-    display = _display(wall)
+async def test_refused_edit_is_dropped(autojump_clock: object) -> None:
+    """Nothing is sent during the pause that the platform asked for, and only the newest text after it."""
+    screen = MemoryScreen()
+    screen.refuse = [7.0]
+    display = _display(screen)
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(display.run)
@@ -74,14 +81,14 @@ async def test_what_is_refused_is_dropped(autojump_clock: object) -> None:
             await trio.sleep(2)
         await trio.sleep(2)
         await display.end()
-    assert [(at - began, text) for at, _, text in wall.calls] == [(0.0, "a"), (7.0, "abc")]
+    assert [(at - began, text) for at, _, text in screen.calls] == [(0.0, "a"), (7.0, "abc")]
 
 
-async def test_after_a_last_refusal_nothing_is_sent(autojump_clock: object) -> None:
-    """Where nothing more can be shown, the run goes on all the same."""
-    wall = Wall()
-    wall.refuse = [None]
-    display = _display(wall)
+async def test_final_refusal(autojump_clock: object) -> None:
+    """After an error without a retry time, nothing more is sent, and `end` returns at once."""
+    screen = MemoryScreen()
+    screen.refuse = [None]
+    display = _display(screen)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(display.run)
         display.show("a")
@@ -89,14 +96,14 @@ async def test_after_a_last_refusal_nothing_is_sent(autojump_clock: object) -> N
         display.show("ab")
         await trio.sleep(3)
         assert await display.end() == {"shown": [], "repeatable": False}
-    assert len(wall.calls) == 1
+    assert len(screen.calls) == 1
 
 
-async def test_the_end_waits_for_what_is_under_way(autojump_clock: object) -> None:
-    """A message that is being written is known to the delivery, which would write it a second time."""
-    wall = Wall()
-    wall.slow_s = 4.0
-    display = _display(wall)
+async def test_end_waits_for_a_request(autojump_clock: object) -> None:
+    """`end` waits for a message that is being written: the delivery must know it, or it would write it again."""
+    screen = MemoryScreen()
+    screen.slow_s = 4.0
+    display = _display(screen)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(display.run)
         display.show("a")
@@ -105,13 +112,87 @@ async def test_the_end_waits_for_what_is_under_way(autojump_clock: object) -> No
         display.show("ab")
         assert load(await display.end()) == [Shown("1", 1)]
         assert trio.current_time() - began == pytest.approx(4.0)
-    assert len(wall.calls) == 1
+    assert len(screen.calls) == 1
 
 
-async def test_the_end_of_what_was_never_shown(autojump_clock: object) -> None:
-    """It does not wait."""
-    display = _display(Wall())
+async def test_end_without_text(autojump_clock: object) -> None:
+    """Without any text, `end` returns at once."""
+    display = _display(MemoryScreen())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(display.run)
         assert await display.end() == {**dump([]), "repeatable": False}
     assert load({}) == []
+
+
+class FailingScreen:
+    """A `Screen` that raises an error of the platform, if there is one."""
+
+    def __init__(self, error: PlatformError | None = None) -> None:
+        self.error = error
+        self.edits = 0
+
+    async def write(self, text: str) -> str:
+        """Writes a message."""
+        await trio.lowlevel.checkpoint()
+        if self.error is not None:
+            raise self.error
+        return "1"
+
+    async def edit(self, message_id: str, text: str) -> None:
+        """Edits a message."""
+        self.edits += 1
+        await self.write(text)
+
+
+def limited(screen: FailingScreen, allowed_in_s: float | None = 0.0) -> tuple[LimitedScreen, list[str]]:
+    """A screen with a limit, and the ids that it has recorded."""
+    recorded: list[str] = []
+
+    async def record(message_id: str) -> None:
+        await trio.lowlevel.checkpoint()
+        recorded.append(message_id)
+
+    return LimitedScreen(screen, lambda message_id: allowed_in_s, record), recorded
+
+
+async def test_limited_screen_records_messages() -> None:
+    """The id of a new message is recorded; an edit is passed on."""
+    inner = FailingScreen()
+    screen, recorded = limited(inner)
+    assert await screen.write("a") == "1"
+    await screen.edit("1", "ab")
+    assert (recorded, inner.edits) == (["1"], 1)
+
+
+@pytest.mark.parametrize("allowed_in_s", [3.0, None])
+async def test_limited_screen_keeps_to_the_limit(allowed_in_s: float | None) -> None:
+    """Above the limit nothing is sent, and the error says when the next edit is allowed."""
+    inner = FailingScreen()
+    screen, _ = limited(inner, allowed_in_s)
+    with pytest.raises(NotShown) as raised:
+        await screen.edit("1", "a")
+    assert (raised.value.after_s, inner.edits) == (allowed_in_s, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "written_after_s", "edited_after_s"),
+    [
+        (PlatformError("too often", after_s=7.0), 7.0, 7.0),
+        (PlatformError("connection refused"), RETRY_S, RETRY_S),
+        (PlatformError("no response", unsure=True), None, RETRY_S),
+        (TokenRejected("not this token"), None, None),
+        (RequestRejected("blocked", code="blocked", status=403), None, None),
+    ],
+)
+async def test_limited_screen_translates_errors(
+    error: PlatformError, written_after_s: float | None, edited_after_s: float | None
+) -> None:
+    """An error never leaves the screen but as `NotShown`. A message that may have arrived is not written again."""
+    screen, recorded = limited(FailingScreen(error))
+    with pytest.raises(NotShown) as raised:
+        await screen.write("a")
+    assert raised.value.after_s == written_after_s
+    with pytest.raises(NotShown) as raised:
+        await screen.edit("1", "a")
+    assert raised.value.after_s == edited_after_s
+    assert recorded == []

@@ -1,4 +1,4 @@
-"""A long text in passages that fit."""
+"""A long text is split into passages that fit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 from trigate.channels.message_split import split
 
 
-def test_nothing_but_white_space_is_lost() -> None:
-    """Every passage fits, none is empty, and together they are the text."""
+def test_only_white_space_is_removed() -> None:
+    """Every passage fits, none is empty, and joined they are the text without the white space between them."""
     dice = random.Random(7)
     for _ in range(200):
         text = "".join(dice.choice("ab. \n") for _ in range(dice.randrange(200)))
@@ -18,14 +18,14 @@ def test_nothing_but_white_space_is_lost() -> None:
         assert "".join("".join(passages).split()) == "".join(text.split())
 
 
-def test_the_size_is_as_the_platform_counts() -> None:
-    """Characters that are sent as several count as several."""
+def test_size_of_characters() -> None:
+    """A character counts as much as ``size`` says."""
     assert split("&&&&", limit=10, size=lambda character: 5) == ["&&", "&&"]
     assert split("😀😀", limit=4, size=lambda character: len(character.encode())) == ["😀", "😀"]
 
 
-def test_the_best_place_is_taken() -> None:
-    """A paragraph goes before a line, a line before a sentence, a sentence before a word."""
+def test_best_end() -> None:
+    """The end of a paragraph is preferred to that of a line, then a sentence, then a word."""
     assert split("aaaa aaaa\n\nbbb. bbb\nccc", limit=18) == ["aaaa aaaa", "bbb. bbb\nccc"]
     assert split("aaaa aaaa\nbbb. bbb ccc", limit=18) == ["aaaa aaaa", "bbb. bbb ccc"]
     assert split("aaaa aaaa. bbb ccc ddd", limit=18) == ["aaaa aaaa.", "bbb ccc ddd"]
@@ -33,8 +33,8 @@ def test_the_best_place_is_taken() -> None:
     assert split("abcdefgh", limit=3) == ["abc", "def", "gh"]
 
 
-def test_of_a_text_that_grows_only_the_last_passages_change() -> None:
-    """What was written in earlier messages has not to be edited again."""
+def test_growing_text_changes_only_the_last_passages() -> None:
+    """Earlier messages of a growing text need no further edit."""
     text = "word " * 100
     before: list[str] = []
     for end in range(len(text)):

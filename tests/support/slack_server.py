@@ -1,8 +1,8 @@
-"""A workspace of Slack that speaks its Web API as it is documented, and sends events as Slack does.
+"""A fake Slack workspace that speaks the Web API as it is documented, and sends events as Slack does.
 
 `Workspace.answer` is the API; `open_slack` serves it over real sockets, `Workspace.transport` in memory. It enforces
-what the documentation says: tokens, content types, conversations, lengths, rates, and errors under status 200. What a
-test wants to go wrong is said by `fail`, `throttle` and `lose`.
+the documented rules: tokens, content types, conversations, lengths, rates, and errors under status 200. A test makes
+calls fail by `fail`, `throttle` and `lose_answer`.
 
 Source: the references of ``auth.test``, ``chat.postMessage``, ``chat.update`` and ``chat.delete``; "Rate limits",
 "The Events API", "Verifying requests from Slack", and the changelog of 2018-04 (truncation).
@@ -23,6 +23,8 @@ import httpx2
 import msgspec
 import trio
 
+from trigate.concurrency.notify import RepeatedEvent
+
 TOKEN = "xoxb-1-2-aSlackTokenThatNobodyMaySee"
 SECRET = "8f742231b10e8888abcd99yyyzzz85a5"
 BOT = "UBOT00001"
@@ -36,7 +38,7 @@ Response = tuple[int, dict[str, str], bytes]
 
 @attrs.define
 class Message:
-    """A message in the workspace; ``texts`` are all that it ever had."""
+    """A message in the workspace; ``texts`` are its versions, the current one last."""
 
     channel: str
     ts: str
@@ -45,13 +47,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What it says now."""
+        """The current text."""
         return self.texts[-1]
 
 
 @attrs.frozen
 class Call:
-    """A call of the Web API, and what came of it: ``ok``, or an error."""
+    """A call of the Web API, and its result: ``ok``, or Slack's error."""
 
     method: str
     fields: Mapping[str, Any]
@@ -61,7 +63,7 @@ class Call:
 
 @attrs.define
 class _Bucket:
-    """So many at once, and so many a second."""
+    """A token bucket."""
 
     rate_per_s: float
     burst: float
@@ -81,9 +83,9 @@ class Workspace:
     """A workspace with one app in it.
 
     Args:
-        posts_per_s: Of ``chat.postMessage``, in each conversation; the documentation says about one.
-        updates_per_s: Of ``chat.update``: tier 3.
-        burst: How many of each at once.
+        posts_per_s: The limit of ``chat.postMessage`` in each conversation; about one, by the documentation.
+        updates_per_s: The limit of ``chat.update``: tier 3.
+        burst: How many calls of each are allowed at once.
     """
 
     def __init__(self, *, posts_per_s: float = 1.0, updates_per_s: float = 50 / 60, burst: int = 20) -> None:
@@ -99,67 +101,66 @@ class Workspace:
         self._throttled: dict[str, list[int]] = {}
         self._lost: dict[str, int] = {}
         self._last_ts = 1_700_000_000_000_000
-        self._news = trio.Event()
+        self._changed = RepeatedEvent()
 
     def __repr__(self) -> str:
         return f"<Workspace {len(self.messages)} messages, {len(self.calls)} calls>"
 
-    # -- what a test says ---------------------------------------------------------------------------------------------
+    # -- faults -------------------------------------------------------------------------------------------------------
 
     def fail(self, method: str, *errors: str) -> None:
-        """The next calls of a method fail with these errors."""
+        """Makes the next calls of a method fail with these errors."""
         self._failing.setdefault(method, []).extend(errors)
 
     def throttle(self, method: str, *after_s: int) -> None:
-        """The next calls of a method are refused with 429 and these values of ``Retry-After``."""
+        """Makes the next calls of a method fail with 429 and these values of ``Retry-After``."""
         self._throttled.setdefault(method, []).extend(after_s)
 
-    def lose(self, method: str, times: int = 1) -> None:
-        """The next calls of a method are done, and their answers are lost."""
+    def lose_answer(self, method: str, times: int = 1) -> None:
+        """Executes the next calls of a method, and closes the connection instead of answering."""
         self._lost[method] = times
 
     def delete(self, message: Message) -> None:
-        """Somebody deletes a message."""
+        """A user deletes a message."""
         self.messages.remove(message)
 
-    # -- what a test sees ---------------------------------------------------------------------------------------------
+    # -- observations -------------------------------------------------------------------------------------------------
 
     def texts(self, channel: str = "C1") -> list[str]:
-        """What can be read in a conversation."""
+        """The current texts of a conversation."""
         return [message.text for message in self.messages if message.channel == channel]
 
     def called(self, method: str) -> list[str]:
-        """What came of all calls of a method."""
+        """The results of all calls of a method."""
         return [call.result for call in self.calls if call.method == method]
 
     async def wait_until(self, holds: Callable[[Workspace], bool]) -> None:
-        """Waits until something is true of it."""
+        """Waits until a condition holds, for at most 20 s."""
         with trio.fail_after(20):
             while not holds(self):
-                await self._news.wait()
+                await self._changed.wait()
 
     async def wait_texts(self, *texts: str, channel: str = "C1") -> None:
-        """Waits until these, and no others, can be read in a conversation."""
+        """Waits until a conversation has exactly these texts."""
         await self.wait_until(lambda each: each.texts(channel) == list(texts))
 
     # -- the Web API --------------------------------------------------------------------------------------------------
 
     def answer(self, method: str, headers: Mapping[str, str], body: bytes) -> Response | None:
-        """Answers one call; None = the answer is lost."""
+        """Answers one call; None = the connection is closed instead."""
         try:
             fields = msgspec.json.decode(body) if body else {}
         except ValueError:
             fields = {}
-        status, result, value, more = self._judge(method, headers, fields)
+        status, result, value, more = self._evaluate(method, headers, fields)
         self.calls.append(Call(method, fields, result, trio.current_time()))
-        self._news.set()
-        self._news = trio.Event()
+        self._changed.set()
         if self._lost.get(method, 0) and result == "ok":
             self._lost[method] -= 1
             return None
         return status, {"content-type": "application/json; charset=utf-8", **more}, msgspec.json.encode(value)
 
-    def _judge(
+    def _evaluate(
         self, method: str, headers: Mapping[str, str], fields: Any
     ) -> tuple[int, str, dict[str, Any], dict[str, str]]:
         def error(code: str) -> tuple[int, str, dict[str, Any], dict[str, str]]:
@@ -206,7 +207,7 @@ class Workspace:
         bucket = self._buckets.setdefault(key, _Bucket(rate, self._burst, self._burst, now))
         return bucket.take(now)
 
-    def _place(self, fields: Any) -> str | None:
+    def _problem(self, fields: Any) -> str | None:
         if fields.get("channel") not in self.conversations:
             return "channel_not_found"
         if fields["channel"] in self.archived:
@@ -214,7 +215,7 @@ class Workspace:
         return None if fields.get("text") else "no_text"
 
     def _post(self, fields: Any) -> dict[str, Any] | str:
-        problem = self._place(fields)
+        problem = self._problem(fields)
         if problem is not None:
             return problem
         warnings: dict[str, Any] = {}
@@ -227,7 +228,7 @@ class Workspace:
         return {"channel": message.channel, "ts": message.ts, "message": {"text": text, "bot_id": "B1"}, **warnings}
 
     def _update(self, fields: Any) -> dict[str, Any] | str:
-        problem = self._place(fields)
+        problem = self._problem(fields)
         if problem is not None:
             return problem
         if len(fields["text"].encode()) > EDIT_BYTES:
@@ -239,7 +240,7 @@ class Workspace:
         return "message_not_found"
 
     def new_ts(self) -> str:
-        """The time of the next message, which is its id."""
+        """A new timestamp, which is the id of a message."""
         self._last_ts += 1_000_000
         return f"{self._last_ts // 1_000_000}.{self._last_ts % 1_000_000:06d}"
 
@@ -247,11 +248,11 @@ class Workspace:
 
     @property
     def open_now(self) -> int:
-        """As `provider.Provider.open_now`."""
+        """Always 0: no answer is a stream."""
         return 0
 
     def transport(self) -> httpx2.AsyncBaseTransport:
-        """Makes the memory twin."""
+        """A transport that calls `answer` in memory."""
         return _MemoryTransport(self)
 
 
@@ -288,7 +289,7 @@ class _Body(httpx2.AsyncByteStream):
 
 @contextlib.asynccontextmanager
 async def open_slack(workspace: Workspace) -> AsyncIterator[str]:
-    """Serves a workspace on loopback; gives the base URL of its API."""
+    """Serves a workspace on loopback; yields the base URL of its API."""
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, partial(_serve, workspace), 0, host="127.0.0.1"))
         try:
@@ -331,7 +332,7 @@ async def _serve(workspace: Workspace, stream: trio.SocketStream) -> None:
 
 @attrs.frozen
 class Attempt:
-    """One attempt to send an event: the status (0 = there was none in time), and what was answered."""
+    """One attempt to send an event: the response; status 0 = there was none in time."""
 
     status: int
     body: bytes
@@ -339,12 +340,12 @@ class Attempt:
 
 
 class EventSender:
-    """Slack, as it sends events to an app's request URL.
+    """Sends events to an app's request URL, as Slack does.
 
     Args:
-        client: What reaches the app.
-        path: Of the request URL.
-        pauses_s: Before each further attempt. Slack makes three: at once, after a minute, after five.
+        client: Sends requests to the app.
+        path: The path of the request URL.
+        pauses_s: The pauses before further attempts. Slack makes three: at once, after a minute, after five.
     """
 
     def __init__(
@@ -357,7 +358,7 @@ class EventSender:
         self._events = 0
 
     async def message(self, workspace: Workspace, text: str, *, kind: str = "message", **event: Any) -> str:
-        """A person writes something; returns its ``ts``. It must be acknowledged."""
+        """A user writes a message; returns its ``ts``. Fails unless the event is acknowledged."""
         fields = {
             "type": kind,
             "channel": "C1",
@@ -374,7 +375,7 @@ class EventSender:
         return str(fields["ts"])
 
     async def event(self, event: Mapping[str, Any]) -> list[Attempt]:
-        """Sends an event until it is acknowledged, or for as often as Slack does."""
+        """Sends an event until it is acknowledged, but no more often than Slack."""
         self._events += 1
         envelope = {
             "token": "deprecated",
@@ -402,7 +403,7 @@ class EventSender:
         return attempts
 
     async def post(self, body: bytes, headers: Mapping[str, str] | None = None) -> Attempt:
-        """Signs and sends one request, and waits for 3 s at most."""
+        """Signs and sends one request, and waits at most `EVENT_TIMEOUT_S` for the response."""
         timestamp = str(int(time.time()))
         signed = f"v0:{timestamp}:".encode() + body
         signature = "v0=" + hmac.new(self._secret.encode(), signed, hashlib.sha256).hexdigest()

@@ -1,7 +1,7 @@
-"""Telegram's Bot API, as far as bots that write texts see it, on a real socket. With its limits and its errors.
+"""A fake of Telegram's Bot API on a real socket, as far as bots that write texts use it, with its limits and errors.
 
-What is checked is what the real one refuses; the words are those of the official server
-(https://github.com/tdlib/telegram-bot-api). A test plays the people: `say` is what they write, `texts` what they read.
+It rejects what the real API rejects; the error messages are those of the official server
+(https://github.com/tdlib/telegram-bot-api). A test plays the users: `say` writes a message, `texts` reads the chat.
 
 **Source:** Telegram Bot API, "Making requests", "getUpdates", "sendMessage", "editMessageText", "sendChatAction",
 "getMe", "setWebhook", "ResponseParameters".
@@ -21,13 +21,14 @@ import msgspec
 import trio
 
 from tests.support.provider import _read_request
+from trigate.concurrency.notify import RepeatedEvent
 
 TOKEN = "123456:AAF-telegram-token-of-a-test-000000"
 ME = {"id": 123456, "is_bot": True, "first_name": "Trigate", "username": "trigate_bot"}
 
 
 class Refusal(Exception):
-    """An error reply."""
+    """An error response."""
 
     def __init__(self, code: int, description: str, **parameters: object) -> None:
         self.code = code
@@ -48,12 +49,15 @@ class TelegramServer:
     """The server, with one bot.
 
     Attributes:
-        token: What the bot has to show; another one is refused from now on.
-        calls: Everything that was asked with the right token, in order.
-        messages: By chat and id: what stands there now, of the bot's own.
-        blocked, moved: Chats whose person has blocked the bot; groups that have become supergroups, and which.
-        refused: What was refused, in order.
-        edits_per_s: How many messages and edits a second there may be in a chat; None = any number.
+        token: The bot's token. A test may replace it; calls with another one are rejected.
+        calls: The calls with the right token, in order.
+        messages: The current texts of the bot's messages, by chat and id.
+        blocked: Chats whose user has blocked the bot.
+        moved: From the ids of groups to the ids of the supergroups that they have become.
+        webhook: Overrides fields of ``WebhookInfo``.
+        polling: How many ``getUpdates`` are waiting.
+        refused: The error responses, in order.
+        edits_per_s: The limit of messages and edits a second in a chat; None = no limit.
     """
 
     def __init__(self) -> None:
@@ -71,7 +75,7 @@ class TelegramServer:
         self._update_ids = itertools.count(700_000_001)
         self._message_ids = itertools.count(1)
         self._sent_at: dict[int, float] = {}
-        self._news = trio.Event()
+        self._changed = RepeatedEvent()
         self._poller: trio.CancelScope | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +93,7 @@ class TelegramServer:
         entities: tuple[Mapping[str, Any], ...] = (),
         **more: Any,
     ) -> dict[str, Any]:
-        """Somebody writes to the bot, in a private chat or (a negative id) in a group. Returns the update."""
+        """A user writes a message, in a private chat or (a negative id) in a group. Returns the update."""
         message = {
             "message_id": next(self._message_ids),
             "date": 1_700_000_000,
@@ -107,19 +111,19 @@ class TelegramServer:
         return self.update(message=message)
 
     def update(self, **content: Any) -> dict[str, Any]:
-        """Something happens that the bot is told."""
+        """Adds an update for the bot."""
         update = {"update_id": next(self._update_ids), **content}
         self._updates.append(update)
-        self.tell()
+        self._changed.set()
         return update
 
     def refuse(self, method: str, *refusals: Refusal | None) -> None:
-        """Has the next calls of a method refused, one each (None = this one is not)."""
+        """Makes the next calls of a method fail, one for each argument (None = this call succeeds)."""
         self._refusals.setdefault(method, deque()).extend(refusals)
 
     def texts(self, chat: int = 1) -> list[str]:
-        """What the bot's messages in a chat say now."""
-        return [text for (where, _), text in sorted(self.messages.items()) if where == chat]
+        """The current texts of the bot's messages in a chat."""
+        return [text for (in_chat, _), text in sorted(self.messages.items()) if in_chat == chat]
 
     def called(self, method: str) -> list[Mapping[str, Any]]:
         """The parameters of the calls of a method."""
@@ -127,23 +131,18 @@ class TelegramServer:
 
     @property
     def waiting(self) -> int:
-        """How many updates nobody has confirmed."""
+        """How many updates are unconfirmed."""
         return len(self._updates)
 
-    def tell(self) -> None:
-        """Something has changed."""
-        self._news.set()
-        self._news = trio.Event()
-
     async def wait_until(self, holds: Callable[[TelegramServer], bool]) -> None:
-        """Waits until something is true of it."""
+        """Waits until a condition holds."""
         while not holds(self):
-            await self._news.wait()
+            await self._changed.wait()
 
     # -- methods ------------------------------------------------------------------------------------------------------
 
     async def answer(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Answers a request."""
+        """Answers one request: the status and the JSON of the response."""
         try:
             result = await self._answer(path, body)
         except Refusal as error:
@@ -153,7 +152,7 @@ class TelegramServer:
                 reply["parameters"] = error.parameters
             return error.code, msgspec.json.encode(reply)
         finally:
-            self.tell()
+            self._changed.set()
         return 200, msgspec.json.encode({"ok": True, "result": result})
 
     async def _answer(self, path: str, body: bytes) -> Any:
@@ -164,7 +163,7 @@ class TelegramServer:
             raise Refusal(401, "Unauthorized")
         parameters = msgspec.json.decode(body) if body else {}
         self.calls.append(Called(method=method, parameters=parameters, at=trio.current_time()))
-        self.tell()
+        self._changed.set()
         refusals = self._refusals.get(method)
         refusal = refusals.popleft() if refusals else None
         if refusal is not None:
@@ -200,7 +199,7 @@ class TelegramServer:
         self,
         offset: int = 0,
         limit: int = 100,
-        timeout: float = 0,  # noqa: ASYNC109 - its name in the protocol
+        timeout: float = 0,  # noqa: ASYNC109 - the name of the API
         allowed_updates: tuple[str, ...] = (),
     ) -> Any:
         if self.webhook.get("url"):
@@ -211,7 +210,7 @@ class TelegramServer:
             )
         while self._updates and self._updates[0]["update_id"] < offset:
             self._updates.popleft()
-        self.tell()
+        self._changed.set()
         if self._poller is not None:
             self._poller.cancel()
         self.polling += 1
@@ -220,7 +219,7 @@ class TelegramServer:
                 self._poller = mine
                 with trio.move_on_after(timeout):
                     while not self._updates:
-                        await self._news.wait()
+                        await self._changed.wait()
                 await trio.lowlevel.checkpoint()
         finally:
             self.polling -= 1
@@ -297,7 +296,7 @@ class TelegramServer:
 
 @contextlib.asynccontextmanager
 async def open_telegram(server: TelegramServer | None = None) -> AsyncIterator[tuple[TelegramServer, str]]:
-    """Serves it on loopback; gives it and its base URL."""
+    """Serves the fake on loopback; yields it and its base URL."""
     server = server or TelegramServer()
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, partial(_serve, server), 0, host="127.0.0.1"))
@@ -313,17 +312,15 @@ async def _serve(server: TelegramServer, stream: trio.SocketStream) -> None:
         while (request := await _read_request(stream, received)) is not None:
             _, path, _, body = request
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_leave, stream, received, nursery.cancel_scope)
+                nursery.start_soon(_end_at_disconnect, stream, received, nursery.cancel_scope)
                 status, reply = await server.answer(path, body)
-                head = (
-                    f"HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\ncontent-length: {len(reply)}\r\n\r\n"
-                )
+                head = f"HTTP/1.1 {status} OK\r\ncontent-type: application/json\r\ncontent-length: {len(reply)}\r\n\r\n"
                 await stream.send_all(head.encode() + reply)
                 nursery.cancel_scope.cancel()
 
 
-async def _leave(stream: trio.SocketStream, received: bytearray, scope: trio.CancelScope) -> None:
-    """Ends a poll whose poller has left."""
+async def _end_at_disconnect(stream: trio.SocketStream, received: bytearray, scope: trio.CancelScope) -> None:
+    """Ends a call whose client disconnects."""
     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         while data := await stream.receive_some():
             received.extend(data)

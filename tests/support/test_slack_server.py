@@ -1,4 +1,4 @@
-"""The fake workspace does what Slack's documentation says."""
+"""The fake workspace behaves as Slack's documentation says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _call(workspace: Workspace, method: str, **fields: Any) -> Any:
 
 
 async def test_messages_are_written_and_edited() -> None:
-    """Over a socket, a message is there, and says what it was made to say last."""
+    """Over a socket, a message can be written and edited, and keeps its last text."""
     workspace = Workspace()
     async with open_slack(workspace) as url, httpx2.AsyncClient(base_url=url, headers=HEADERS) as client:
         me = (await client.post("/auth.test", json={})).json()
@@ -33,14 +33,14 @@ async def test_messages_are_written_and_edited() -> None:
         assert edited["text"] == "b"
         assert workspace.texts() == ["b"]
         assert workspace.messages[0].thread_ts == "1.0"
-        workspace.lose("chat.postMessage")
+        workspace.lose_answer("chat.postMessage")
         with pytest.raises(httpx2.TransportError):
             await client.post("/chat.postMessage", json={"channel": "C1", "text": "c"})
         assert workspace.texts() == ["b", "c"]
 
 
-async def test_errors_come_with_status_200() -> None:  # noqa: ASYNC124 - it needs a clock
-    """Each error by its name, as in the methods' references."""
+async def test_errors_come_with_status_200() -> None:  # noqa: ASYNC124 - the workspace reads the clock
+    """An error is named as in the methods' references, under status 200."""
     workspace = Workspace()
     assert _call(workspace, "chat.postMessage", channel="C9", text="a")["error"] == "channel_not_found"
     assert _call(workspace, "chat.postMessage", channel="C1", text="")["error"] == "no_text"
@@ -63,7 +63,7 @@ async def test_errors_come_with_status_200() -> None:  # noqa: ASYNC124 - it nee
 
 
 async def test_rates(autojump_clock: object) -> None:
-    """What is called too often is refused with 429 and a whole number of seconds, for each conversation alone."""
+    """Above the limit of one conversation, a call fails with 429 and a whole number of seconds; others succeed."""
     workspace = Workspace(burst=1)
     assert _call(workspace, "chat.postMessage", channel="C1", text="a")["ok"]
     answer = workspace.answer("chat.postMessage", HEADERS, b'{"channel":"C1","text":"b"}')
@@ -76,8 +76,8 @@ async def test_rates(autojump_clock: object) -> None:
 
 
 async def test_events_are_sent_again(autojump_clock: object) -> None:
-    """Three times more, with the number and the reason, and the same id; not once they are acknowledged, nor where the
-    app says that they should not be."""
+    """A failed event is repeated up to three times, with the number and the reason, and the same id. It is not repeated
+    once it is acknowledged, or if the app asks for no retry."""
     seen: list[tuple[str | None, str | None, str]] = []
 
     def app(*statuses: int, headers: dict[str, str] | None = None) -> EventSender:

@@ -1,4 +1,4 @@
-"""The Bot API that tests talk to refuses what the real one refuses."""
+"""The fake Bot API rejects what the real one rejects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.telegram_server import TOKEN, Refusal, TelegramServer, open_t
 
 
 async def ask(server: TelegramServer, method: str, token: str = TOKEN, **parameters: Any) -> tuple[int, Any]:
-    """The status, and the result or the description of what went wrong."""
+    """Calls a method; returns the status, and the result or the description of the error."""
     status, body = await server.answer(f"/bot{token}/{method}", msgspec.json.encode(parameters))
     reply = msgspec.json.decode(body)
     assert reply["ok"] == (status == 200)
@@ -22,7 +22,7 @@ async def ask(server: TelegramServer, method: str, token: str = TOKEN, **paramet
 
 
 async def test_socket() -> None:
-    """It speaks HTTP, one call after another on a connection."""
+    """It speaks HTTP, and serves several calls on one connection."""
     async with open_telegram() as (server, url), httpx2.AsyncClient(base_url=url, trust_env=False) as client:
         for _ in range(2):
             reply = await client.post(f"/bot{TOKEN}/getMe")
@@ -32,12 +32,12 @@ async def test_socket() -> None:
 
 @pytest.mark.parametrize(("token", "status"), [("123:wrong", 401), ("none", 404), (TOKEN, 200)])
 async def test_token(token: str, status: int) -> None:
-    """A wrong token is 401; what cannot be one is 404."""
+    """A wrong token is a 401, a malformed one a 404."""
     assert (await ask(TelegramServer(), "getMe", token))[0] == status
 
 
 async def test_offset() -> None:
-    """Updates come again until an offset behind them confirms them."""
+    """Updates are repeated until a higher offset confirms them."""
     server = TelegramServer()
     first, second = server.say("1"), server.say("2")
     for offset, found in ((0, [first, second]), (0, [first, second]), (second["update_id"], [second])):
@@ -62,7 +62,7 @@ async def test_two_pollers() -> None:
 
 
 async def test_webhook_and_poller() -> None:
-    """Who has a webhook cannot poll."""
+    """Polling fails while a webhook is set."""
     server = TelegramServer()
     server.webhook = {"url": "https://gateway.example/hooks/bot"}
     assert (await ask(server, "getUpdates"))[0] == 409
@@ -71,7 +71,7 @@ async def test_webhook_and_poller() -> None:
 
 
 async def test_messages() -> None:
-    """Messages have lengths in UTF-16; an edit has to change something that is there."""
+    """The length of a message is counted in UTF-16; an edit must change an existing message."""
     server = TelegramServer()
     status, message = await ask(server, "sendMessage", chat_id=1, text="😀" * 2048)
     assert status == 200
@@ -85,13 +85,13 @@ async def test_messages() -> None:
 
 
 async def test_refusals() -> None:
-    """Limits, people who do not want it, groups that have moved, and what a test asks for."""
+    """Calls are rejected above the limits, in blocked chats, in moved groups, and where a test asks for it."""
     server = TelegramServer()
     server.edits_per_s = 0.001
     server.blocked.add(2)
     server.moved[-3] = -1003
-    said = {"chat_id": 1, "text": "Hello"}
-    assert [(await ask(server, "sendMessage", **said))[0] for _ in range(2)] == [200, 429]
+    message: dict[str, Any] = {"chat_id": 1, "text": "Hello"}
+    assert [(await ask(server, "sendMessage", **message))[0] for _ in range(2)] == [200, 429]
     assert (await ask(server, "sendMessage", chat_id=2, text="Hello"))[0] == 403
     assert (await ask(server, "sendMessage", chat_id=-3, text="Hello"))[0] == 400
     server.refuse("getMe", None, Refusal(500, "Internal Server Error"))

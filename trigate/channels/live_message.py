@@ -1,24 +1,30 @@
-"""Shows a text that grows in messages of a platform: written once, then edited, and never faster than allowed.
+"""Shows a growing text in messages of a platform: written once, then edited, never faster than the platform allows.
 
-What is shown is the newest text at the moment at which something may be sent. What came in between is never sent: an
-edit that is refused or late is dropped, and not queued. What has to arrive is the text at the end, and that is a
-delivery of the outbox, which goes on from what the display has shown (`Shown`).
+Each edit shows the newest text at the moment when a request is allowed. Versions in between are never sent: an edit
+that is rejected or late is dropped, not queued. Only the final text must arrive. That is a delivery of the outbox,
+which continues from the messages that are shown already (`Shown`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
 import trio
 
+from trigate.channels.adapter import PlatformError, RequestRejected, TokenRejected
+from trigate.concurrency.notify import Wakeup
+
+RETRY_S = 5.0
+"""The pause after an error for which the platform did not ask for a certain pause."""
+
 
 class NotShown(Exception):
-    """A message was not written or edited, which does not matter much: more text follows.
+    """A message was not written or not edited. More text follows, so the text of this one is dropped.
 
     Args:
-        after_s: How long the platform wants to be left alone; None = nothing more can be shown.
+        after_s: Seconds until the next attempt; None = nothing more can be shown.
     """
 
     def __init__(self, after_s: float | None = None) -> None:
@@ -27,13 +33,58 @@ class NotShown(Exception):
 
 
 class Screen(Protocol):
-    """Where in a platform one text is shown."""
+    """The chat of a platform in which one text is shown. For a `Display`, its methods raise `NotShown` only."""
 
     async def write(self, text: str) -> str:
-        """Writes a new message, and returns its id. May raise `NotShown`."""
+        """Writes a new message, and returns its id."""
 
     async def edit(self, message_id: str, text: str) -> None:
-        """Changes one. May raise `NotShown`."""
+        """Replaces the text of a message."""
+
+
+@attrs.frozen
+class LimitedScreen:
+    """A `Screen` that keeps to the limits of a platform and whose errors do not end the run.
+
+    Attributes:
+        screen: Writes and edits without a limit; raises `PlatformError`.
+        allowed_in_s: Seconds until a message may be edited (its id) or written (None); 0.0 = now, and this one is
+            counted. None = never.
+        record: Stores the id of a message that was written.
+    """
+
+    screen: Screen
+    allowed_in_s: Callable[[str | None], float | None]
+    record: Callable[[str], Awaitable[None]]
+
+    async def write(self, text: str) -> str:
+        """Writes a message, and stores its id. Raises `NotShown`."""
+        await self._check_allowed(None)
+        try:
+            message_id = await self.screen.write(text)
+        except PlatformError as error:
+            # a message that may have arrived is not written again while the text grows
+            raise NotShown(None if error.unsure else _pause_s(error)) from error
+        await self.record(message_id)
+        return message_id
+
+    async def edit(self, message_id: str, text: str) -> None:
+        """Edits a message. Raises `NotShown`."""
+        await self._check_allowed(message_id)
+        try:
+            await self.screen.edit(message_id, text)
+        except PlatformError as error:
+            raise NotShown(_pause_s(error)) from error
+
+    async def _check_allowed(self, message_id: str | None) -> None:
+        await trio.lowlevel.checkpoint()
+        wait_s = self.allowed_in_s(message_id)
+        if wait_s is None or wait_s > 0:
+            raise NotShown(wait_s)
+
+
+def _pause_s(error: PlatformError) -> float | None:
+    return None if isinstance(error, RequestRejected | TokenRejected) else error.after_s or RETRY_S
 
 
 @attrs.frozen
@@ -41,7 +92,7 @@ class Shown:
     """A message that was written.
 
     Attributes:
-        length: Of its text, in characters. A text that grows is the same where it is as long; -1 = it is not known.
+        length: Of its text, in characters. The text only grows, so an equal length means an equal text; -1 = unknown.
     """
 
     id: str
@@ -49,8 +100,10 @@ class Shown:
 
 
 def next_step(shown: Sequence[Shown], passages: Sequence[str]) -> tuple[str | None, str] | None:
-    """What is to be done next so that the passages are shown: the id of the message to edit (None = write a new one),
-    and its text; None = there is nothing left to do.
+    """The next request that brings the messages closer to the passages.
+
+    Returns:
+        The id of the message to edit (None = write a new one), and its text. None = the passages are shown.
 
     >>> next_step([Shown("1", 5), Shown("2", 3)], ["Hello", "you there"])
     ('2', 'you there')
@@ -64,16 +117,16 @@ def next_step(shown: Sequence[Shown], passages: Sequence[str]) -> tuple[str | No
 
 
 class Display:
-    """Shows one text. A `orders.Live`; it works while `run` does.
+    """Shows one text. A `runs.request.Live`; it shows while `run` runs.
 
     Attributes:
         shown: The messages so far, in their order.
 
     Args:
-        screen: Where.
-        split: Makes passages of the text.
-        interval_s: The time between two messages or edits, at least.
-        shown: What was shown of it before.
+        screen: Where the text is shown.
+        split: Splits the text into passages, one for each message.
+        interval_s: The minimum time between two requests.
+        shown: The messages that show the text already.
     """
 
     def __init__(
@@ -84,30 +137,34 @@ class Display:
         self._split = split
         self._interval_s = interval_s
         self._text = ""
-        self._news = trio.Event()
+        self._changed = Wakeup()
         self._ending = trio.Event()
         self._ended = trio.Event()
 
     def show(self, text: str) -> None:
-        """The text so far. Synchronous, and may be called as often as there is more."""
+        """Takes the text so far. Synchronous; may be called any number of times."""
         self._text = text
-        self._news.set()
+        self._changed.set()
 
     async def end(self) -> Mapping[str, Any]:
-        """Stops showing, but waits for what is being sent: whether it arrived must be known. Returns what the delivery
-        of the whole text goes on from: `dump` of what was shown, and whether nothing but edits are left to do, which
-        may be done again (``repeatable``)."""
+        """Stops showing. Waits for a request in progress, since the delivery must know whether it arrived.
+
+        Returns:
+            What the delivery of the whole text continues from: the messages shown (`dump`), and ``repeatable``: whether
+            only edits are left to do, which may be done twice.
+        """
         self._ending.set()
-        self._news.set()
+        self._changed.set()
         await self._ended.wait()
         return {**dump(self.shown), "repeatable": 0 < len(self._split(self._text)) <= len(self.shown)}
 
-    async def run(self) -> None:  # noqa: ASYNC910 - only where it has ended before it began
+    async def run(self) -> None:
         """Shows the text until `end`, or until nothing more can be shown."""
         try:
-            while not self._ending.is_set():
-                await self._news.wait()
-                self._news = trio.Event()
+            while True:
+                await self._changed.wait()
+                if self._ending.is_set():
+                    return
                 pause_s = await self._step()
                 if pause_s is None:
                     return
@@ -117,39 +174,43 @@ class Display:
             self._ended.set()
 
     async def _step(self) -> float | None:
-        """Sends one thing at most; returns for how long to rest, None = for ever."""
+        """Sends at most one request; returns the seconds to pause after it, None = nothing more can be shown."""
+        await trio.lowlevel.checkpoint()
         step = next_step(self.shown, self._split(self._text))
         if step is None or self._ending.is_set():
-            await trio.lowlevel.checkpoint()
             return 0.0
         try:
             await take_step(self._screen, self.shown, step)
         except NotShown as error:
             if error.after_s is None:
-                return None  # noqa: ASYNC910 - the platform was asked
-            self._news.set()  # what was not shown is tried again, unless there is more by then
-            return max(self._interval_s, error.after_s)  # noqa: ASYNC910 - as above
+                return None
+            self._changed.set()  # try again, with the newest text of that time
+            return max(self._interval_s, error.after_s)
         if next_step(self.shown, self._split(self._text)) is not None:
-            self._news.set()
+            self._changed.set()
         return self._interval_s
 
 
 async def take_step(screen: Screen, shown: list[Shown], step: tuple[str | None, str]) -> None:
-    """Does what `next_step` says, and notes it."""
+    """Sends the request that `next_step` returned, and updates ``shown``."""
     message_id, text = step
     if message_id is None:
         shown.append(Shown(await screen.write(text), len(text)))
         return
     await screen.edit(message_id, text)
-    index = next(index for index, one in enumerate(shown) if one.id == message_id)
-    shown[index] = Shown(message_id, len(text))
+    shown[index_of(shown, message_id)] = Shown(message_id, len(text))
+
+
+def index_of(shown: Sequence[Shown], message_id: str) -> int:
+    """The index of a message that is shown."""
+    return next(index for index, message in enumerate(shown) if message.id == message_id)
 
 
 def dump(shown: Sequence[Shown]) -> dict[str, Any]:  # Any: JSON
-    """What was shown, as JSON."""
-    return {"shown": [[one.id, one.length] for one in shown]}
+    """The messages shown, as JSON."""
+    return {"shown": [[message.id, message.length] for message in shown]}
 
 
 def load(value: Mapping[str, Any]) -> list[Shown]:
-    """The inverse of `dump`; of what has no such key, nothing."""
+    """The inverse of `dump`; without that key, an empty list."""
     return [Shown(str(message_id), int(length)) for message_id, length in value.get("shown", ())]

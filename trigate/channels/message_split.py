@@ -1,4 +1,4 @@
-"""A long text in passages, each of which fits into one message of a platform. Pure."""
+"""Splits a long text into passages, each of which fits into one message of a platform. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ _ENDS = ("\n\n", "\n", ". ", " ")
 
 
 def split(text: str, *, limit: int, size: Callable[[str], int] = len) -> list[str]:
-    """Splits a text where it reads best: after a paragraph, else a line, a sentence, a word; and a word that is longer
-    than a message anywhere.
+    """Splits a text at the best place: after a paragraph, else a line, a sentence, or a word. A word that is longer
+    than a message is split anywhere.
 
-    A passage depends on nothing behind the one that follows it. So of a text that grows, all passages but the last two
-    stay as they are.
+    A passage depends on no text beyond the passage after it. Therefore all passages of a growing text stay as they are,
+    except the last two.
 
     Args:
-        text: White space at its ends, and at the ends of the passages, is left out: platforms do the same.
+        text: White space at its ends, and at the ends of passages, is removed, as platforms do.
         limit: How much fits into one message.
-        size: How much of that a character takes, as the platform counts it.
+        size: How much of the limit a character takes, as the platform counts it.
 
     >>> split("One two three. Four five.", limit=16)
     ['One two three.', 'Four five.']
@@ -29,15 +29,15 @@ def split(text: str, *, limit: int, size: Callable[[str], int] = len) -> list[st
     passages = []
     rest = text.strip()
     while rest:
-        fits = _fitting(rest, limit, size)
-        cut = fits if fits == len(rest) else _cut(rest, fits)
-        passages.append(rest[:cut].rstrip())
-        rest = rest[cut:].lstrip()
+        fitting = _fitting(rest, limit, size)
+        end = fitting if fitting == len(rest) else _best_end(rest, fitting)
+        passages.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
     return passages
 
 
 def _fitting(text: str, limit: int, size: Callable[[str], int]) -> int:
-    """How many characters fit; at least one."""
+    """How many characters fit into a message; at least one."""
     used = 0
     for index, character in enumerate(text):
         used += size(character)
@@ -46,11 +46,11 @@ def _fitting(text: str, limit: int, size: Callable[[str], int]) -> int:
     return len(text)
 
 
-def _cut(text: str, fits: int) -> int:
-    """Where to end a passage of at most so many characters: as late as may be, but rather half empty than in a line."""
+def _best_end(text: str, fitting: int) -> int:
+    """The index at which a passage of at most ``fitting`` characters ends: the last good one in the second half."""
     for end in _ENDS:
-        # what is cut off at the end is white space, so it may stand where nothing fits any more
-        found = text.rfind(end, fits // 2, fits + len(end.lstrip(".")))
+        # The white space of the separator is stripped, so it may lie beyond the limit.
+        found = text.rfind(end, fitting // 2, fitting + len(end.lstrip(".")))
         if found > 0:
             return found + len(end)
-    return fits
+    return fitting

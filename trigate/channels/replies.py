@@ -1,7 +1,8 @@
-"""What a channel says of a run that has ended, and what it remembers of that: the same for all platforms.
+"""The text that a channel sends when a run has ended, and the rows of the store that belong to it. The same for all
+platforms.
 
-A reply is a delivery (`store.Delivery`). Messages that show a run while it goes on are kept too, as deliveries that
-have arrived, which they are: if the process ends meanwhile, the next one goes on with them.
+A reply is a delivery (`store.records.Delivery`). The messages that show a run while it goes on are stored as deliveries
+that have arrived. If the process exits meanwhile, the process that continues the run edits these messages.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import trio
 
 from trigate.channels import live_message
 from trigate.channels.live_message import Shown
@@ -20,12 +22,13 @@ from trigate.store.interface import Store
 from trigate.store.records import Delivery, Run
 
 
-class Told(msgspec.Struct, kw_only=True):
-    """The body of a delivery, as `runs` makes it.
+class Reply(msgspec.Struct, kw_only=True):
+    """The body of a delivery, as `runs.request.delivery_of` makes it.
 
     Attributes:
-        data: A `orders.view`.
-        live: What the adapter has shown (`orders.Live.end`).
+        data: A `runs.request.view`.
+        reply_to: The chat that the reply goes to, in the adapter's own form.
+        live: The messages that the adapter has shown (`runs.request.Live.end`).
     """
 
     type: str
@@ -35,17 +38,17 @@ class Told(msgspec.Struct, kw_only=True):
 
     @property
     def has_failed(self) -> bool:
-        """There is no answer, or half of one, and a line that says so. What was shown stays."""
+        """Whether the run failed: the messages that show a part of the answer stay, and a further one reports it."""
         return self.type == "run.failed"
 
-    def words(self) -> str:
-        """What the user is told; ``""`` = nothing. Of an error, only what to do: its words are for who runs the
-        gateway, and are with the run.
+    def text(self) -> str:
+        """The text for the user; ``""`` = none. Of an error, it contains only what the user can do: the details are for
+        the operator, and are stored with the run.
 
         >>> data = {"id": "run_1", "action": "chat", "status": 502}
-        >>> Told(type="run.failed", data=data, reply_to={}).words()
+        >>> Reply(type="run.failed", data=data, reply_to={}).text()
         'No answer: the model could not be reached. Please try again later. (run_1)'
-        >>> Told(type="run.completed", data={**data, "result": {"reply": "Hello"}}, reply_to={}).words()
+        >>> Reply(type="run.completed", data={**data, "result": {"reply": "Hello"}}, reply_to={}).text()
         'Hello'
         """
         data, result = self.data, self.data.get("result") or {}
@@ -58,15 +61,15 @@ class Told(msgspec.Struct, kw_only=True):
             return "Stopped." if result.get("stopped") else "There was nothing to stop."
         reply = str(result.get("reply") or "")
         if self.type == "run.cancelled":
-            return reply  # whoever has stopped it knows
+            return reply  # the user who stopped the run needs no explanation
         return reply if reply.strip() else "The model answered with nothing."
 
 
-_decoder = msgspec.json.Decoder(Told)
+_decoder = msgspec.json.Decoder(Reply)
 
 
-def told(delivery: Delivery) -> Told:
-    """What a delivery says."""
+def decode(delivery: Delivery) -> Reply:
+    """Reads the body of a delivery."""
     return _decoder.decode(delivery.body)
 
 
@@ -80,10 +83,9 @@ def _reason(status: int) -> str:
     return "the model does not take this message."
 
 
-async def note_shown(  # noqa: ASYNC910 - the store is asked
-    store: Store, run: Run, message_id: str
-) -> None:
-    """Keeps the id of a message that shows a run: if this process ends, the next one edits it."""
+async def record_shown(store: Store, run: Run, message_id: str) -> None:
+    """Stores the id of a message that shows a run, so that the process that continues the run edits it. If the store is
+    unavailable, nothing is stored."""
     now = time.time()
     shown = Delivery(
         id=f"{run.id}.{message_id}",
@@ -98,20 +100,25 @@ async def note_shown(  # noqa: ASYNC910 - the store is asked
     )
     with contextlib.suppress(StoreUnavailable):
         await store.deliveries.add(shown)
+    await trio.lowlevel.checkpoint()
 
 
-async def shown_before(store: Store, run: Run) -> list[Shown]:
-    """The messages that showed a run when it was begun before."""
+async def recorded_shown(store: Store, run: Run) -> list[Shown]:
+    """The messages that show a run since an earlier start of it (`record_shown`).
+
+    Raises:
+        StoreUnavailable: They cannot be read.
+    """
     deliveries = await store.deliveries.of_run(run.id)
     return [Shown(each.target, -1) for each in deliveries if each.id == f"{run.id}.{each.target}"]
 
 
-async def leave_rest(store: Store, delivery: Delivery, shown: Sequence[Shown], *, after_s: float) -> None:
-    """Makes another delivery of what was not written yet: whoever makes it knows what is there, in whichever process,
-    and so writes nothing twice.
+async def add_remainder(store: Store, delivery: Delivery, shown: Sequence[Shown], *, after_s: float) -> None:
+    """Stores the unwritten rest of a delivery as a delivery of its own. It holds the messages that were written, so no
+    process writes them twice.
 
     Raises:
-        StoreUnavailable: It is not known there.
+        StoreUnavailable: It could not be stored.
     """
     now = time.time()
     rest = Delivery(
@@ -119,7 +126,7 @@ async def leave_rest(store: Store, delivery: Delivery, shown: Sequence[Shown], *
         run_id=delivery.run_id,
         channel=delivery.channel,
         target=delivery.target,
-        body=msgspec.json.encode(msgspec.structs.replace(told(delivery), live=live_message.dump(shown))),
+        body=msgspec.json.encode(msgspec.structs.replace(decode(delivery), live=live_message.dump(shown))),
         created_at=now,
         due_at=now + after_s,
         repeatable=delivery.repeatable,

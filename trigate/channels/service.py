@@ -1,11 +1,14 @@
-"""Channels: where messages come in and replies go out. Supervised: what is wrong with one is that one's alone.
+"""Runs the channels: one supervised task for each, so that an error of one channel affects no other.
 
-Each channel of a platform has a nursery of its own inside the service's. When its adapter fails, it is tried again
-after a pause that doubles each time, from `PAUSE_S` to `MAX_PAUSE_S`, with jitter, so that many do not come back at
-once; one that has gone well for `GOOD_S` begins again at the short end. A token that is refused waits at the long end:
-it takes a person, and platforms do not like to be asked with it.
+When an adapter fails, it is started again after a pause that doubles each time, from `PAUSE_S` to `MAX_PAUSE_S`. The
+pause has jitter, so that many channels do not reconnect at the same moment. After `GOOD_S` without an error, the pauses
+start again at the short end. A rejected token waits for `MAX_PAUSE_S`: an operator has to replace it, and platforms
+penalise repeated attempts.
 
-A webhook is a channel too, but there is nothing to supervise: it is ready, or it is switched off.
+On a reload, a channel whose configuration is unchanged keeps running. Any other is stopped, and its successor starts
+only after the old task has ended, since a platform allows one reader at a time.
+
+Webhooks are listed as channels too, but need no task: one is ready, or it is disabled.
 """
 
 from __future__ import annotations
@@ -14,32 +17,40 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import attrs
 import httpx2
 import structlog
 import trio
 
-from trigate.channels.adapter import Adapter, Channel, ChannelState, Refused, Trouble
+from trigate.channels.adapter import Adapter, Channel, ChannelServices, ChannelState, PlatformError, TokenRejected
+from trigate.concurrency.notify import open_service
 from trigate.config.sections import ChannelConfig, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError, message_of
+from trigate.runs.outbox import Outbox
+from trigate.runs.service import Runs
+from trigate.store.interface import Store
+from trigate.upstream.generation import Generations
 from trigate.upstream.transport import SocketTransport
-
-if TYPE_CHECKING:
-    from trigate.gateway.gateway import Gateway
+from trigate.workers.membership import Workers
 
 log = structlog.get_logger("trigate.channels.service")
 
 PAUSE_S = 1.0
 MAX_PAUSE_S = 300.0
 GOOD_S = 60.0
-"""After how long without a failure the pauses begin again at the short end."""
+"""Seconds without an error after which the pauses start again at the short end."""
+
+ChannelType = Literal["webhook", "telegram", "slack"]
+
+Transports = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
+"""Makes the transport to a platform from the channel's name and its base URL."""
 
 
-def _adapter_of(kind: Literal["telegram", "slack"]) -> type[Adapter]:
-    # Loaded when there is such a channel: most gateways have none, and each process would hold them.
-    if kind == "telegram":
+def _adapter_class(platform: Literal["telegram", "slack"]) -> type[Adapter]:
+    # Imported on demand: most gateways have no such channel, and the modules take memory in every worker.
+    if platform == "telegram":
         from trigate.channels.telegram.adapter import TelegramAdapter
 
         return TelegramAdapter
@@ -48,21 +59,18 @@ def _adapter_of(kind: Literal["telegram", "slack"]) -> type[Adapter]:
     return SlackAdapter
 
 
-Transports = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
-
-
 @attrs.frozen(kw_only=True)
 class ChannelStatistics:
-    """How a channel is, as this worker sees it.
+    """The state of a channel in this worker.
 
     Attributes:
-        state: ``connected`` = the last exchange with its platform succeeded (a webhook: it is ready to be called).
+        state: ``connected`` = the last request to its platform succeeded (a webhook: it can be called).
         since: POSIX seconds of the last change of the state.
-        last_error: The last one, also when it has passed; for one that is disabled, why.
+        last_error: The most recent error, also after it has passed; of a disabled channel, the reason.
     """
 
     name: str
-    type: Literal["webhook", "telegram", "slack"]
+    type: ChannelType
     state: ChannelState
     since: float
     last_error: str | None = None
@@ -70,7 +78,11 @@ class ChannelStatistics:
 
 @attrs.define(eq=False)
 class _Supervised:
-    """A channel of a platform that runs; ``ended`` once nothing of it is left."""
+    """A running channel.
+
+    Attributes:
+        ended: Set when its task has ended.
+    """
 
     config: ChannelConfig
     channel: Channel
@@ -79,152 +91,153 @@ class _Supervised:
     ended: trio.Event = attrs.field(factory=trio.Event)
 
 
+@attrs.define(eq=False, repr=False)
 class Channels:
     """The channels of the current configuration. Made by `open_channels`."""
 
-    def __init__(self, gateway: Gateway, transports: Transports, nursery: trio.Nursery) -> None:
-        self._gateway = gateway
-        self._transports = transports
-        self._nursery = nursery
-        self._running: dict[str, _Supervised] = {}
-        self._ending: dict[str, trio.Event] = {}  # the last of each name that was stopped
-        self._still: dict[str, ChannelStatistics] = {}  # webhooks, and what is switched off
+    _services: ChannelServices
+    _generations: Generations
+    _transports: Transports
+    _nursery: trio.Nursery
+    _running: dict[str, _Supervised] = attrs.field(factory=dict, init=False)
+    _ending: dict[str, trio.Event] = attrs.field(factory=dict, init=False)
+    """By name: set when the last stopped task of this name has ended."""
+    _without_task: dict[str, ChannelStatistics] = attrs.field(factory=dict, init=False)
+    """Webhooks, and channels that are disabled or cannot start."""
 
     def __repr__(self) -> str:
-        return f"<Channels {', '.join(f'{name} {each.channel.state}' for name, each in self._running.items())}>"
+        states = (f"{name} {running.channel.state}" for name, running in self._running.items())
+        return f"<Channels {', '.join(states)}>"
 
     def adapter(self, name: str) -> Adapter | None:
-        """The adapter that takes the calls of ``/hooks/NAME``; None = there is no such channel, or it is off."""
-        found = self._running.get(name)
-        return found.adapter if found is not None else None
+        """The adapter that takes the calls of ``/hooks/NAME``; None = there is no such channel, or it is disabled."""
+        running = self._running.get(name)
+        return running.adapter if running is not None else None
 
     def apply(self) -> None:
-        """The configuration has changed: starts, stops and changes what has to be. Synchronous."""
-        config = self._gateway.generation.config
+        """Starts, stops and restarts channels after a change of the configuration. Synchronous."""
+        config = self._generations.config
         wanted = {name: own for name, own in config.channels.items() if f"channels.{name}" not in config.disabled}
-        for name in [name for name, each in self._running.items() if wanted.get(name) != each.config]:
+        for name in [name for name, running in self._running.items() if wanted.get(name) != running.config]:
             self._stop(name)
-        still = [
-            _still(name, "webhook", "connected" if hook.enabled else "disabled")
+        without_task = [
+            _without_task(name, "webhook", "connected" if hook.enabled else "disabled")
             for name, hook in (config.hooks or {}).items()
         ]
         for name, own in config.channels.items():
-            why = config.disabled.get(f"channels.{name}")
-            if why is not None:
-                still.append(_still(name, own.type, "disabled", why))
-        # One that is as it was has been so since it was.
-        self._still = {
-            each.name: self._still[each.name] if _is_as(each, self._still.get(each.name)) else each for each in still
+            reason = config.disabled.get(f"channels.{name}")
+            if reason is not None:
+                without_task.append(_without_task(name, own.type, "disabled", reason))
+        # An unchanged state keeps the time since which it has held.
+        self._without_task = {
+            new.name: self._without_task[new.name] if _is_unchanged(new, self._without_task.get(new.name)) else new
+            for new in without_task
         }
         for name, own in wanted.items():
             if name not in self._running:
                 self._start(name, own)
 
     def _start(self, name: str, config: ChannelConfig) -> None:
-        kind = _adapter_of(config.type)
-        base_url = str(config.base_url or kind.default_base_url)
+        adapter_class = _adapter_class(config.type)
+        base_url = str(config.base_url or adapter_class.default_base_url)
         try:
             transport = self._transports(f"channels.{name}", UpstreamConfig(base_url=Url(base_url)))
-            channel = Channel(name, config, self._gateway, transport, base_url=base_url)
-            adapter = kind(channel)
-        except (ConfigError, ValueError) as error:  # certificates that cannot be read, for one
+            channel = Channel(name, config, self._services, transport, base_url=base_url)
+            adapter = adapter_class(channel)
+        except (ConfigError, ValueError) as error:  # for example, certificates that cannot be read
             log.error("channel_unusable", channel=name, error=message_of(error))
-            self._still[name] = _still(name, config.type, "disconnected", message_of(error))
+            self._without_task[name] = _without_task(name, config.type, "disconnected", message_of(error))
             return
-        each = _Supervised(config, channel, adapter)
-        self._running[name] = each
-        self._gateway.runs.live_views[name] = each.adapter
-        self._gateway.outbox.carriers[name] = each.adapter
-        self._gateway.outbox.wake()
-        self._nursery.start_soon(self._supervise, each, transport, self._ending.pop(name, None))
+        running = _Supervised(config, channel, adapter)
+        self._running[name] = running
+        self._services.runs.live_views[name] = adapter
+        self._services.outbox.carriers[name] = adapter
+        self._services.outbox.wake()
+        self._nursery.start_soon(self._supervise, running, transport, self._ending.pop(name, None))
 
     def _stop(self, name: str) -> None:
-        each = self._running.pop(name)
-        self._ending[name] = each.ended
-        each.scope.cancel()
-        del self._gateway.runs.live_views[name]
-        del self._gateway.outbox.carriers[name]
+        running = self._running.pop(name)
+        self._ending[name] = running.ended
+        running.scope.cancel()
+        del self._services.runs.live_views[name]
+        del self._services.outbox.carriers[name]
 
     def statistics(self) -> Sequence[ChannelStatistics]:
-        """All channels, hooks included, in the order of the configuration."""
-        config = self._gateway.generation.config
+        """All channels, webhooks included, in the order of the configuration."""
+        config = self._generations.config
         return [
-            self._still[name] if name in self._still else _moment(self._running[name].channel)
+            self._without_task[name] if name in self._without_task else _statistics_of(self._running[name].channel)
             for name in (*(config.hooks or {}), *config.channels)
-            if name in self._still or name in self._running
+            if name in self._without_task or name in self._running
         ]
 
     # -- supervision --------------------------------------------------------------------------------------------------
 
     async def _supervise(
-        self, each: _Supervised, transport: httpx2.AsyncBaseTransport, after: trio.Event | None
+        self, running: _Supervised, transport: httpx2.AsyncBaseTransport, predecessor: trio.Event | None
     ) -> None:
+        tasks = (transport.run,) if isinstance(transport, SocketTransport) else ()
         try:
-            async with transport, trio.open_nursery() as nursery:
-                if isinstance(transport, SocketTransport):
-                    nursery.start_soon(transport.run)
-                if after is not None:  # a platform is read by one at a time: also if this one is stopped meanwhile
-                    await after.wait()
-                with each.scope:
-                    await self._keep_running(each)
-                nursery.cancel_scope.cancel()
+            async with transport, open_service(*tasks):
+                if predecessor is not None:  # also if this one is stopped meanwhile, so that its successor waits too
+                    await predecessor.wait()
+                with running.scope:
+                    await self._keep_running(running)
         finally:
-            each.ended.set()
+            running.ended.set()
 
-    async def _keep_running(self, each: _Supervised) -> None:
-        channel = each.channel
+    async def _keep_running(self, running: _Supervised) -> None:
+        channel = running.channel
         pause_s = PAUSE_S
-        complained: str | None = None
+        logged: str | None = None
         while True:
-            begun_at = trio.current_time()
+            began_at = trio.current_time()
             wait_s = 0.0
             try:
-                await each.adapter.run()
+                await running.adapter.run()
                 raise AssertionError("an adapter runs until it is cancelled")
             except Exception as error:
-                if trio.current_time() - begun_at >= GOOD_S:
-                    pause_s, complained = PAUSE_S, None
-                trouble = _trouble_in(error)
-                words = channel.redacted(trouble.message) if trouble is not None else channel.words_of(error)
-                channel.note_trouble(words)
-                if trouble is None:
-                    log.error("channel_crashed", channel=channel.name, error=words, exc_info=error)
-                elif words != complained:  # an outage is one line, not one at each attempt
-                    log.warning("channel_disconnected", channel=channel.name, error=words)
-                complained = words
-                if isinstance(trouble, Refused):
+                if trio.current_time() - began_at >= GOOD_S:
+                    pause_s, logged = PAUSE_S, None
+                expected = _platform_error_of(error)
+                text = channel.redacted(expected.message) if expected is not None else channel.describe(error)
+                channel.note_disconnected(text)
+                if expected is None:
+                    log.error("channel_crashed", channel=channel.name, error=text, exc_info=error)
+                elif text != logged:  # one line for an outage, not one for each attempt
+                    log.warning("channel_disconnected", channel=channel.name, error=text)
+                logged = text
+                if isinstance(expected, TokenRejected):
                     pause_s = MAX_PAUSE_S
-                elif trouble is not None and trouble.after_s is not None:
-                    wait_s = trouble.after_s
+                elif expected is not None and expected.after_s is not None:
+                    wait_s = expected.after_s
             await trio.sleep(max(wait_s, pause_s * random.uniform(0.5, 1.0)))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
-def _trouble_in(error: Exception) -> Trouble | None:
-    """The trouble that an adapter raised, alone or out of its nursery; None = something else was raised too."""
-    if isinstance(error, Trouble):
+def _platform_error_of(error: Exception) -> PlatformError | None:
+    """The expected error that an adapter raised, alone or in a group; None = a defect, alone or among others."""
+    if isinstance(error, PlatformError):
         return error
-    if isinstance(error, GatewayError):  # the store, for one
-        return Trouble(error.message)
+    if isinstance(error, GatewayError):  # for example, of the store
+        return PlatformError(error.message)
     if not isinstance(error, ExceptionGroup):
         return None
-    found = [_trouble_in(each) for each in error.exceptions]
+    found = [_platform_error_of(inner) for inner in error.exceptions]
     if None in found:
         return None
-    return next((each for each in found if isinstance(each, Refused)), found[0])
+    return next((inner for inner in found if isinstance(inner, TokenRejected)), found[0])
 
 
-def _still(
-    name: str, kind: Literal["webhook", "telegram", "slack"], state: ChannelState, why: str | None = None
-) -> ChannelStatistics:
-    return ChannelStatistics(name=name, type=kind, state=state, since=time.time(), last_error=why)
+def _without_task(name: str, kind: ChannelType, state: ChannelState, reason: str | None = None) -> ChannelStatistics:
+    return ChannelStatistics(name=name, type=kind, state=state, since=time.time(), last_error=reason)
 
 
-def _is_as(one: ChannelStatistics, other: ChannelStatistics | None) -> bool:
-    return other is not None and attrs.evolve(one, since=other.since) == other
+def _is_unchanged(new: ChannelStatistics, old: ChannelStatistics | None) -> bool:
+    return old is not None and attrs.evolve(new, since=old.since) == old
 
 
-def _moment(channel: Channel) -> ChannelStatistics:
+def _statistics_of(channel: Channel) -> ChannelStatistics:
     return ChannelStatistics(
         name=channel.name,
         type=channel.config.type,
@@ -235,16 +248,27 @@ def _moment(channel: Channel) -> ChannelStatistics:
 
 
 @contextlib.asynccontextmanager
-async def open_channels(gateway: Gateway, transports: Transports) -> AsyncIterator[Channels]:
-    """Opens the channels, each in a nursery of its own.
+async def open_channels(
+    *,
+    store: Store,
+    workers: Workers,
+    runs: Runs,
+    outbox: Outbox,
+    generations: Generations,
+    handing_over: trio.Event,
+    transports: Transports,
+) -> AsyncIterator[Channels]:
+    """Opens the channels of the current configuration.
 
     Args:
-        transports: How platforms are reached.
+        generations: Its ``config`` is the configuration in use; after a change, `Channels.apply` has to be called.
+        handing_over: Set when this process begins to shut down: from then on, other processes read the platforms.
+        transports: Makes the transports to the platforms.
+
+    **Cancels:** all channels stop when the block ends. Messages that were taken are durable.
     """
-    async with trio.open_nursery() as nursery:
-        channels = Channels(gateway, transports, nursery)
+    services = ChannelServices(store=store, workers=workers, runs=runs, outbox=outbox, handing_over=handing_over)
+    async with open_service() as nursery:
+        channels = Channels(services, generations, transports, nursery)
         channels.apply()
-        try:
-            yield channels
-        finally:
-            nursery.cancel_scope.cancel()
+        yield channels

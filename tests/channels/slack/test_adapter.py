@@ -1,4 +1,4 @@
-"""A channel of Slack, from the signed event to the message, through a gateway that serves it over real sockets."""
+"""A Slack channel, from the signed event to the message, through a gateway on real sockets; and the adapter alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import httpx2
 import pytest
 import trio
 
+from tests.channels.services import open_services
 from tests.conftest import Logs, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import (
@@ -35,10 +36,12 @@ from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.live_message import Display
 from trigate.channels.slack import adapter as slack
+from trigate.channels.slack import api
 from trigate.channels.slack.messages import split, to_text
 from trigate.errors import StoreUnavailable
 from trigate.gateway.gateway import Gateway
 from trigate.runs import outbox
+from trigate.workers.membership import Workers
 
 CHAT = {"model": "up/m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -47,7 +50,7 @@ OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient,
 
 @attrs.frozen
 class Office:
-    """A workspace, a gateway with the channel ``work`` in it, and the model behind it."""
+    """A workspace, a gateway with the channel ``work``, and its model provider."""
 
     slack: Workspace
     sender: EventSender
@@ -56,23 +59,23 @@ class Office:
     gateway: Gateway
 
     async def status(self) -> Any:
-        """The channel in ``/status``."""
+        """The channel's row in ``/status``."""
         found = (await self.client.get("/status")).json()["channels"]
         return next(each for each in found if each["name"] == "work")
 
     async def wait_status(self, state: str) -> Any:
         """Waits until the channel has a state."""
         with trio.fail_after(20):
-            while (found := await self.status())["status"] != state:  # noqa: ASYNC110 - it is asked for
+            while (found := await self.status())["status"] != state:  # noqa: ASYNC110 - an HTTP client has no event
                 await trio.sleep(0.01)
         return found
 
     async def say(self, text: str, **event: Any) -> str:
-        """A person writes something."""
+        """A user writes a message; returns its ``ts``."""
         return await self.sender.message(self.slack, text, **event)
 
     def prompts(self) -> list[str]:
-        """What the model was asked, without what was remembered."""
+        """The last message of each request to the model."""
         return [call.json["messages"][-1]["content"] for call in self.provider.calls]
 
 
@@ -82,12 +85,12 @@ def open_office(
 ) -> Callable[..., AbstractAsyncContextManager[Office]]:
     """``async with open_office(*scripts, edit_interval_s=…) as office``: options are those of the channel.
 
-    A message a second is too slow for tests of other things.
+    The limit of one message a second is lifted, so that tests do not wait for it.
     """
-    monkeypatch.setattr(slack, "WRITES_PER_S", 1000.0)
+    monkeypatch.setattr(api, "WRITES_PER_S", 1000.0)
 
     @contextlib.asynccontextmanager
-    async def open_one(
+    async def open_configured(
         *scripts: Script, slack: Workspace | None = None, path: str | Path = ":memory:", **options: Any
     ) -> AsyncIterator[Office]:
         workspace = slack or Workspace()
@@ -106,14 +109,14 @@ def open_office(
                 sender = EventSender(client, "/hooks/work")
                 yield Office(workspace, sender, client, provider, app.gateway)
 
-    return open_one
+    return open_configured
 
 
 OpenOffice = Callable[..., AbstractAsyncContextManager[Office]]
 
 
 async def test_a_direct_message_is_answered(open_office: OpenOffice) -> None:
-    """Plainly, with what the model said, escaped; the model got what the person wrote, unescaped."""
+    """The reply is the model's text, escaped; the model gets the user's text, unescaped."""
     async with open_office(says("1 < 2 ", "& so on"), session="none", system="Be brief.") as office:
         await office.say("Is 1 &lt; 2?", channel="D1", channel_type="im")
         await office.slack.wait_texts("1 &lt; 2 &amp; so on", channel="D1")
@@ -131,7 +134,7 @@ async def test_a_direct_message_is_answered(open_office: OpenOffice) -> None:
 
 
 async def test_a_mention_is_answered_in_its_thread(open_office: OpenOffice) -> None:
-    """Once, though it comes as two events; what mentions nobody is not answered, nor what is no message of a person."""
+    """A mention is answered once, though it comes as two events. Other messages are not, nor those of no person."""
     async with open_office(says("Hello!"), session="none") as office:
         await office.say("good morning, all")
         ts = await office.say(f"<@{BOT}> good morning", kind="app_mention")
@@ -152,8 +155,8 @@ async def test_a_mention_is_answered_in_its_thread(open_office: OpenOffice) -> N
         assert (await office.status())["received"] == 2
 
 
-async def test_what_slack_sends_again_is_one_message(open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it could not be kept, Slack is told so, and sends it again; what was kept is not kept twice."""
+async def test_repeated_event_is_one_message(open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a message cannot be stored, Slack gets a 503 and repeats it; a stored message is not stored twice."""
     async with open_office(says("Hello!"), session="none") as office:
         accept = office.gateway.runs.accept
         refusals = [StoreUnavailable("The disk is full.")]
@@ -171,8 +174,8 @@ async def test_what_slack_sends_again_is_one_message(open_office: OpenOffice, mo
         assert len(office.provider.calls) == 1
 
 
-async def test_who_and_where(open_office: OpenOffice) -> None:
-    """Only those who are allowed are answered, and with groups off, in direct messages alone."""
+async def test_allow_and_groups(open_office: OpenOffice) -> None:
+    """Only allowed users are answered; with ``groups = "none"``, only in direct messages."""
     async with open_office(says("Hello!"), session="none", groups="none", allow=["U7"]) as office:
         await office.say(f"<@{BOT}> a", user="U7")
         await office.say("b", channel="D1", channel_type="im", user="U8")
@@ -184,8 +187,8 @@ async def test_who_and_where(open_office: OpenOffice) -> None:
         await office.slack.wait_texts("Hello!", channel="G1")
 
 
-async def test_only_slack_is_heard(open_office: OpenOffice) -> None:
-    """What is not signed with the secret is refused; the request URL is verified as Slack does it."""
+async def test_signature(open_office: OpenOffice) -> None:
+    """A request that is not signed with the secret is rejected; the request URL is verified as Slack does it."""
     async with open_office(session="none") as office:
         stranger = EventSender(office.client, "/hooks/work", secret="x" * 32)
         challenge = b'{"token":"x","challenge":"3eZbrw1aBm2rZgRNFdxV2595E9CY3gmd","type":"url_verification"}'
@@ -195,8 +198,8 @@ async def test_only_slack_is_heard(open_office: OpenOffice) -> None:
         assert (await office.client.post("/hooks/work", json={"text": "hi", "from": "me"})).status_code == 401
 
 
-async def test_a_reply_grows(open_office: OpenOffice) -> None:
-    """One message is written at the first text, edited, and complete in the end."""
+async def test_reply_grows(open_office: OpenOffice) -> None:
+    """A reply is written at its first text, edited as it grows, and complete in the end, in one message."""
     script = (Say(role()), Say(content("Hel")), Pause(0.1), Say(content("lo ")), *says("there")[1:])
     async with open_office(script, session="none", edit_interval_s=0.02) as office:
         await office.say("hi", channel="D1", channel_type="im")
@@ -207,16 +210,16 @@ async def test_a_reply_grows(open_office: OpenOffice) -> None:
         assert office.slack.called("chat.postMessage") == ["ok"]
 
 
-async def test_an_event_is_acknowledged_before_the_model_answers(open_office: OpenOffice) -> None:
-    """The model may take as long as it wants."""
+async def test_acknowledged_before_the_model_answers(open_office: OpenOffice) -> None:
+    """An event is acknowledged while the model has not answered."""
     async with open_office((Stall(),), session="none") as office:
         event = {"type": "message", "channel": "D1", "channel_type": "im", "user": "U1", "text": "hi", "ts": "1.0"}
         assert [each.status for each in await office.sender.event(event)] == [200]
         await office.provider.wait_until(lambda provider: provider.opened == 1)
 
 
-async def test_a_long_reply_is_split(open_office: OpenOffice) -> None:
-    """Into messages that Slack does not cut, in order, in one thread."""
+async def test_long_reply_is_split(open_office: OpenOffice) -> None:
+    """A long reply is split into messages that Slack does not truncate, in order, in one thread."""
     text = " ".join(f"word{number}<" for number in range(1500))
     async with open_office(says(text), session="none") as office:
         ts = await office.say(f"<@{BOT}> hi")
@@ -227,12 +230,12 @@ async def test_a_long_reply_is_split(open_office: OpenOffice) -> None:
         assert {each.thread_ts for each in office.slack.messages} == {ts}
 
 
-async def test_an_attempt_is_bounded(open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What there is no time for is another delivery, and nothing is written twice."""
+async def test_attempt_is_bounded(open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages that an attempt has no time for become another delivery, and none is written twice."""
     text = " ".join(f"word{number}" for number in range(1000))
     async with open_office(says(text), session="none") as office:
-        monkeypatch.setattr(slack, "WRITES_PER_S", 20.0)
-        monkeypatch.setattr(slack, "_ATTEMPT_S", 0.0)
+        monkeypatch.setattr(api, "WRITES_PER_S", 20.0)
+        monkeypatch.setattr(slack, "ATTEMPT_S", 0.0)
         await office.say("hi", channel="D1", channel_type="im")
         await office.slack.wait_until(lambda each: len(each.messages) == len(split(text)))
         assert " ".join(office.slack.texts("D1")) == text
@@ -241,8 +244,8 @@ async def test_an_attempt_is_bounded(open_office: OpenOffice, monkeypatch: pytes
 
 
 @pytest.mark.slow
-async def test_what_slack_refuses_for_now_comes_later(open_office: OpenOffice) -> None:
-    """After 429 nothing is sent for as long as Slack says; edits in between are dropped, the whole text is not."""
+async def test_throttled_edit(open_office: OpenOffice) -> None:
+    """After a 429, edits are dropped during the pause that Slack asks for; the final text is not."""
     script = (Say(role()), Say(content("a")), Pause(0.1), Say(content("b")), Pause(0.05), *says("c")[1:])
     async with open_office(script, session="none", edit_interval_s=0.01) as office:
         office.slack.throttle("chat.update", 1)
@@ -254,11 +257,9 @@ async def test_what_slack_refuses_for_now_comes_later(open_office: OpenOffice) -
         assert office.slack.messages[0].texts == ["a", "abc"]
 
 
-async def test_a_revoked_token_disconnects_the_channel_alone(
-    open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch, logs: Logs
-) -> None:
-    """The status says what Slack says, without the token; the rest of the gateway goes on; a token that is taken again
-    connects it, and what was to be said is said."""
+async def test_revoked_token(open_office: OpenOffice, monkeypatch: pytest.MonkeyPatch, logs: Logs) -> None:
+    """A revoked token disconnects only the channel. The status has Slack's error without the token. Once the token is
+    accepted again, the channel is connected, and the reply is delivered."""
     monkeypatch.setattr(service, "MAX_PAUSE_S", 0.05)
     monkeypatch.setattr(outbox, "SCHEDULE_S", (0.05,) * 9)
     async with open_office(says("Hello!"), session="none") as office:
@@ -276,18 +277,18 @@ async def test_a_revoked_token_disconnects_the_channel_alone(
     assert TOKEN not in repr(logs.entries)
 
 
-async def test_a_message_that_may_have_arrived_is_not_sent_again(open_office: OpenOffice) -> None:
-    """If the answer to it is lost, its delivery is unknown."""
+async def test_message_may_have_arrived(open_office: OpenOffice) -> None:
+    """If the response to a new message is lost, it is not sent again, and its delivery is unknown."""
     async with open_office(says("Hello!"), session="none") as office:
-        office.slack.lose("chat.postMessage")
+        office.slack.lose_answer("chat.postMessage")
         await office.say("hi", channel="D1", channel_type="im")
         await office.slack.wait_texts("Hello!", channel="D1")
         await _wait_delivered(office, "unknown")
         assert office.slack.called("chat.postMessage") == ["ok"]
 
 
-async def test_a_message_that_was_deleted_is_written_anew(open_office: OpenOffice) -> None:
-    """While it grew, somebody deleted it: the answer is there in the end."""
+async def test_message_was_deleted(open_office: OpenOffice) -> None:
+    """If a user deletes the message while it grows, the reply is written anew."""
     script = (Say(role()), Say(content("Hel")), Pause(0.1), *says("lo")[1:])
     async with open_office(script, session="none", edit_interval_s=5.0) as office:
         await office.say("hi", channel="D1", channel_type="im")
@@ -297,8 +298,8 @@ async def test_a_message_that_was_deleted_is_written_anew(open_office: OpenOffic
         assert office.slack.called("chat.update") == ["message_not_found"]
 
 
-async def test_what_slack_declines_has_failed(open_office: OpenOffice) -> None:
-    """A conversation that is not there any more is no fault of the channel."""
+async def test_rejected_message_fails(open_office: OpenOffice) -> None:
+    """An archived conversation fails the delivery, and is no error of the channel."""
     async with open_office(says("Hello!"), session="none") as office:
         office.slack.archived.add("D1")
         await office.say("hi", channel="D1", channel_type="im")
@@ -307,8 +308,8 @@ async def test_what_slack_declines_has_failed(open_office: OpenOffice) -> None:
         assert (await office.status())["status"] == "connected"
 
 
-async def test_a_failure_is_one_line(open_office: OpenOffice) -> None:
-    """Whoever asked is told that there is no answer, and which kind it is of; or that there is more."""
+async def test_failure_is_one_line(open_office: OpenOffice) -> None:
+    """One line says that there is no answer, and of which kind the error is, or that the answer is incomplete."""
     refused = answers(b'{"error":{"message":"the secret words of a provider"}}', status=400)
     broken = (Say(role()), Say(content("Hel")), Pause(0.1), Break())
     async with open_office(refused, broken, session="none", edit_interval_s=0.02) as office:
@@ -324,8 +325,8 @@ async def test_a_failure_is_one_line(open_office: OpenOffice) -> None:
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_thread_is_a_conversation(open_office: OpenOffice) -> None:
-    """What was said in it is remembered, and nobody has to mention the bot again; in other threads they do."""
+async def test_thread_is_a_conversation(open_office: OpenOffice) -> None:
+    """A thread is remembered, and messages in it need no mention; in other threads they do."""
     async with open_office(says("Hello!")) as office:
         ts = await office.say(f"<@{BOT}> I am Ada.")
         await office.slack.wait_texts("Hello!")
@@ -343,25 +344,25 @@ async def test_a_thread_is_a_conversation(open_office: OpenOffice) -> None:
         assert {each.thread_ts for each in office.slack.messages} == {ts}
 
 
-async def test_a_sender_has_a_memory_of_their_own(open_office: OpenOffice) -> None:
-    """If it is configured so; and it is forgotten when they say so."""
+async def test_memory_of_a_sender(open_office: OpenOffice) -> None:
+    """With ``session = "sender"``, each user has a separate memory, and resets only this one."""
     async with open_office(says("Hello!"), session="sender", groups="all") as office:
-        place = {"thread_ts": "1500000000.000000"}
-        await office.say("I am Ada.", **place, user="U1")
+        thread = {"thread_ts": "1500000000.000000"}
+        await office.say("I am Ada.", **thread, user="U1")
         await office.slack.wait_texts("Hello!")
-        await office.say("I am Bob.", **place, user="U2")
+        await office.say("I am Bob.", **thread, user="U2")
         await office.slack.wait_texts("Hello!", "Hello!")
-        await office.say("reset", **place, user="U1")
+        await office.say("reset", **thread, user="U1")
         await office.slack.wait_texts("Hello!", "Hello!", "This conversation begins anew.")
-        await office.say("Who am I?", **place, user="U1")
+        await office.say("Who am I?", **thread, user="U1")
         await office.slack.wait_texts("Hello!", "Hello!", "This conversation begins anew.", "Hello!")
-        await office.say("Who am I?", **place, user="U2")
+        await office.say("Who am I?", **thread, user="U2")
         await office.provider.wait_until(lambda provider: provider.opened == 4)
         assert [len(call.json["messages"]) for call in office.provider.calls] == [1, 1, 1, 3]
 
 
-async def test_stop_ends_the_answer(open_office: OpenOffice) -> None:
-    """What there was of it stays; the provider's stream is closed."""
+async def test_stop(open_office: OpenOffice) -> None:
+    """The text so far stays, and the provider's stream is closed."""
     async with open_office((Say(role()), Say(content("Hel")), Stall()), edit_interval_s=0.02) as office:
         await office.say("Count to a million.", channel="D1", channel_type="im")
         await office.slack.wait_texts("Hel", channel="D1")
@@ -377,8 +378,8 @@ async def test_stop_ends_the_answer(open_office: OpenOffice) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True])
-async def test_an_answer_survives_a_crash(tmp_path: Path, begun: bool) -> None:
-    """What was acknowledged is answered by the next process, once; a message that grew goes on growing."""
+async def test_crash(tmp_path: Path, begun: bool) -> None:
+    """An acknowledged message is answered once by the next process, in the message that had shown the answer."""
     workspace = Workspace()
     slow = (Say(role()), Say(content("Hel")), *(Pause(0.05), Say(content("."))) * 400, Stall())
     first = slow if begun else (Stall(),)
@@ -402,7 +403,7 @@ edit_interval_s = 0.01
                 event["ts"] = workspace.new_ts()
                 sender = EventSender(client, "/hooks/work")
                 assert [each.status for each in await sender.event(event)] == [200]
-                if begun:  # it has been edited, and so what was written is known to the store
+                if begun:  # it was edited, so the id of the message is stored
                     await workspace.wait_until(lambda each: any(len(one.texts) > 1 for one in each.messages))
                 else:
                     await provider.wait_until(lambda each: each.opened == 1)
@@ -412,7 +413,7 @@ edit_interval_s = 0.01
         with run_gateway(config, tmp_path) as gateway:
             await workspace.wait_texts("Hello there", channel="D1")
             async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as client:
-                # Slack may not have heard of it, and sends it again.
+                # The acknowledgement may not have reached Slack, which repeats the event.
                 assert [each.status for each in await EventSender(client, "/hooks/work").event(event)] == [200]
                 with trio.fail_after(20):
                     while (await client.get("/status")).json()["channels"][0]["replied"] != 1:  # noqa: ASYNC110
@@ -425,38 +426,37 @@ edit_interval_s = 0.01
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-async def test_texts_that_grow_stay_within_the_limits(workers: int, autojump_clock: object) -> None:
-    """Three at once share the edits that Slack allows, in one worker or in several, and each is whole in the end: no
-    call is refused."""
+async def test_growing_texts_stay_within_the_limits(workers: int, autojump_clock: object) -> None:
+    """Three growing texts share the edits that Slack allows, in one worker or in several, and each is complete in the
+    end: no call is rejected."""
     workspace = Workspace(burst=6)
     config = make_config(channels={"work": {"type": "slack", "token": TOKEN, "secrets": [SECRET]}}).channels["work"]
-    gateway: Any = SimpleNamespace(workers=SimpleNamespace(count=workers))  # nothing else of it is used
-    adapters = [
-        slack.SlackAdapter(
-            Channel("work", config, gateway, workspace.transport(), base_url="https://slack.example/api")
-        )
-        for _ in range(workers)
-    ]
+    counted = cast("Workers", SimpleNamespace(count=workers))  # the API reads only the number of workers
     text = " ".join(f"word{number}" for number in range(500))
 
-    async def note(message_id: str) -> None:
+    async def record(message_id: str) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def grow(conversation: str, adapter: slack.SlackAdapter) -> None:
-        place = slack._ReplyTo(channel=conversation)
-        shown = Display(slack._LiveScreen(adapter, place, note), split=split, interval_s=1.0)
+    async def grow(channel: str, web_api: api.WebApi) -> None:
+        screen = slack.live_screen(web_api, api.Conversation(channel=channel), record)
+        display = Display(screen, split=split, interval_s=1.0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(shown.run)
+            nursery.start_soon(display.run)
             for end in range(0, len(text), 10):
-                shown.show(text[:end])
+                display.show(text[:end])
                 await trio.sleep(0.1)
-            shown.show(text)
+            display.show(text)
             await trio.sleep(30)
-            await shown.end()
+            await display.end()
 
-    async with trio.open_nursery() as nursery:
+    async with open_services() as opened, trio.open_nursery() as nursery:
+        services = attrs.evolve(opened, workers=counted)
+        apis = [
+            api.WebApi(Channel("work", config, services, workspace.transport(), base_url="https://slack.example/api"))
+            for _ in range(workers)
+        ]
         for number, conversation in enumerate(("C1", "C2", "D1")):
-            nursery.start_soon(grow, conversation, adapters[number % workers])
+            nursery.start_soon(grow, conversation, apis[number % workers])
     assert {each.result for each in workspace.calls} == {"ok"}
     assert len(workspace.called("chat.update")) > 30
     for conversation in ("C1", "C2", "D1"):
@@ -464,12 +464,12 @@ async def test_texts_that_grow_stay_within_the_limits(workers: int, autojump_clo
 
 
 def _runs_delivered(office: Office) -> list[str]:
-    """The runs of the channel; there is no list of them."""
+    """The ids of the runs, from the requests to the model."""
     return [str(call.headers["x-request-id"]) for call in office.provider.calls]
 
 
 async def _wait_delivered(office: Office, state: str) -> list[Any]:
-    """Waits until all deliveries of the only run have a state."""
+    """Waits until all deliveries of a run have a state; returns them."""
     with trio.fail_after(20):
         while True:
             for run in _runs_delivered(office):

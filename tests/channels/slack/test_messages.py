@@ -1,4 +1,4 @@
-"""What Slack sends as an event, and what it takes as text."""
+"""Slack's events are read, and texts are written as Slack shows them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def _read(*, bot: str | None = "UBOT", authorizations: Any = None, **event: Any)
     return read(msgspec.json.encode(envelope), bot=bot)
 
 
-def test_a_message_of_a_person() -> None:
-    """It is read with its place and its text."""
+def test_message_of_a_person() -> None:
+    """It is read with its conversation, its thread and its text."""
     message = _read(text="Is 1 &lt; 2?", thread_ts="0.5", ts="1.0")
     assert message == Incoming(
         channel="C1", ts="1.0", thread_ts="0.5", user="U1", text="Is 1 < 2?", is_direct=False, is_mention=False
@@ -28,7 +28,7 @@ def test_a_message_of_a_person() -> None:
 
 
 def test_both_events_of_a_mention_are_one_message() -> None:
-    """They have one key, and each says by itself that it is a mention; the mention is no part of the text."""
+    """They have the same key, each is recognised as a mention, and the mention is not part of the text."""
     first = _read(type="app_mention", channel_type=None, text="<@UBOT> hi")
     second = _read(text="<@UBOT> hi")
     assert first == second
@@ -36,8 +36,8 @@ def test_both_events_of_a_mention_are_one_message() -> None:
     assert (first.is_mention, first.text, first.key) == (True, "hi", "C1:1.0")
 
 
-def test_the_bot_is_known_from_the_event() -> None:
-    """Before anything was asked, the event says who the bot is."""
+def test_event_names_the_bot() -> None:
+    """While the bot's id is not known yet, it is taken from the event."""
     own = [{"team_id": "T1", "user_id": "UBOT", "is_bot": True}]
     found = _read(text="hey <@UBOT|bot>, hi", bot=None, authorizations=own)
     assert found is not None
@@ -66,20 +66,20 @@ def test_the_bot_is_known_from_the_event() -> None:
         {"text": 7},
     ],
 )
-def test_what_is_no_message_of_a_person(event: dict[str, Any]) -> None:
-    """Edits, deletions, joins, bots, the bot itself, and what says nothing are not answered."""
+def test_not_a_message_of_a_person(event: dict[str, Any]) -> None:
+    """Edits, deletions, joins, bots, the bot itself, and empty messages are ignored."""
     assert _read(**event) is None
 
 
-def test_what_is_no_event() -> None:
-    """Neither is what is no event at all."""
+def test_not_an_event() -> None:
+    """A body that is no event is ignored."""
     for body in (b"", b"{", b"[]", b'{"type":"app_rate_limited"}', b'{"type":"event_callback"}', b"[" * 100_000):
         assert read(body, bot=None) is None
 
 
 @pytest.mark.parametrize("subtype", ["file_share", "thread_broadcast", "me_message"])
 def test_subtypes_that_are_messages(subtype: str) -> None:
-    """A person's message is one with a file too, and one that is shown outside its thread."""
+    """A message with a file, one that is also shown outside its thread, and ``/me`` are messages of a person."""
     assert _read(subtype=subtype) is not None
 
 
@@ -88,14 +88,14 @@ def test_subtypes_that_are_messages(subtype: str) -> None:
     [("stop", "stop"), (" Reset ", "reset"), ("<@UBOT> stop", "stop"), ("stop it", "chat"), ("reset!", "chat")],
 )
 def test_commands(text: str, action: str) -> None:
-    """A command is a message of its own."""
+    """A command is a message without other text."""
     message = _read(text=text)
     assert message is not None
     assert message.action == action
 
 
 def test_replies_and_sessions() -> None:
-    """In channels a reply, and with it the session, is in a thread; in a direct message where the message is in one."""
+    """In channels a reply, and with it the session, is in a thread; in direct messages only if the message is."""
     in_channel = _read()
     in_thread = _read(thread_ts="0.5")
     direct = _read(channel="D1", channel_type="im")
@@ -117,8 +117,8 @@ def test_replies_and_sessions() -> None:
     assert session_key("w", direct, "none") is None
 
 
-def test_text_there_and_back() -> None:
-    """What is escaped is read as it was, and what looks like markup is none."""
+def test_text_round_trip() -> None:
+    """An escaped text is read back unchanged; a lone ``<`` is not markup."""
     for text in ("a & b", "<@U1>", "<!channel>", "&lt;", "x < y > z", "<https://a.example|b>"):
         assert to_text(escape(text)) == text
     assert to_text("<mailto:a@b.example|a@b.example> <https://c.example>") == "a@b.example https://c.example"
@@ -127,7 +127,7 @@ def test_text_there_and_back() -> None:
 
 
 def test_messages_can_be_edited() -> None:
-    """What is split has at most as many bytes as can be edited, escaped."""
+    """Each message that a text is split into has, escaped, at most the size that can be edited."""
     for text in ("x" * 9000, "&" * 2000, "ü< " * 3000, "😀" * 1500):
         messages = split(text)
         assert all(len(escape(message).encode()) <= MESSAGE_BYTES for message in messages)

@@ -1,4 +1,4 @@
-"""A bot of Telegram, against a server that speaks the Bot API, over sockets; and a whole gateway behind it."""
+"""A Telegram bot against a fake Bot API over sockets: with a whole gateway, and the adapter alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -19,6 +18,7 @@ import msgspec
 import pytest
 import trio
 
+from tests.channels.services import open_services
 from tests.conftest import Logs, Served, _open_app, make_config
 from tests.support.processes import SERVE, Gateway, run_gateway
 from tests.support.provider import Pause, Provider, Script, Stall, answers, says
@@ -26,12 +26,12 @@ from tests.support.telegram_server import TOKEN, Refusal, TelegramServer, open_t
 from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.telegram import adapter as telegram
+from trigate.channels.telegram import api, polling
 from trigate.channels.telegram.adapter import TelegramAdapter
 from trigate.config.secrets import Secret
 from trigate.config.sections import ChannelConfig, Config, Seconds
 from trigate.errors import StoreUnavailable
 from trigate.runs.request import RunRequest
-from trigate.store.memory import open_memory_store
 from trigate.store.records import Delivery, Run
 from trigate.store.sqlite import open_sqlite_store
 from trigate.upstream.transport import SocketTransport
@@ -43,13 +43,13 @@ THROTTLED = Refusal(429, "Too Many Requests: retry after 0.1", retry_after=0.1) 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A channel that failed is tried again at once: what is waited for here is not the clock."""
+    """A channel that failed is started again at once, so that tests do not wait for the clock."""
     monkeypatch.setattr(service, "PAUSE_S", 0.001)
-    monkeypatch.setattr(telegram, "HOLD_S", 0.01)
+    monkeypatch.setattr(polling, "HOLD_S", 0.01)
 
 
 def settings(url: str, **more: Any) -> dict[str, Any]:
-    """A channel as the configuration says it, without a memory."""
+    """The configuration of a channel without sessions."""
     return {"type": "telegram", "token": TOKEN, "base_url": url, "model": "up/m", "session": "none", **more}
 
 
@@ -61,7 +61,7 @@ async def open_bot(
     config: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[tuple[TelegramServer, Served]]:
-    """A gateway with one bot, ``bot``, and the server that it talks to."""
+    """Opens a gateway with one bot, ``bot``, and the fake Bot API."""
     async with open_telegram(server) as (telegram_server, url):
         own = make_config(channels={"bot": settings(url, **(config or {}))}, store={"path": store}, **(more or {}))
         async with _open_app(own, Provider(*scripts)) as served:
@@ -76,7 +76,7 @@ async def row_of(served: Served, name: str = "bot") -> dict[str, Any]:
 
 
 async def wait_for_row(served: Served, **wanted: object) -> dict[str, Any]:
-    """Waits until a channel is as wanted."""
+    """Waits until a channel's row has these values."""
     while True:
         row = await row_of(served)
         if all(row[name] == value for name, value in wanted.items()):
@@ -84,11 +84,11 @@ async def wait_for_row(served: Served, **wanted: object) -> dict[str, Any]:
         await trio.sleep(0.01)
 
 
-# -- the whole way ----------------------------------------------------------------------------------------------------
+# -- with a gateway ---------------------------------------------------------------------------------------------------
 
 
 async def test_answer() -> None:
-    """A message is answered; the update is confirmed; the bot is seen to type; and it is counted."""
+    """A message is answered and counted, its update is confirmed, and the bot is shown to be typing."""
     async with open_bot(says("Good ", "day")) as (server, served):
         update = server.say("Hello")
         await server.wait_until(lambda server: server.texts() == ["Good day"])
@@ -107,7 +107,7 @@ def command(text: str) -> tuple[dict[str, Any], ...]:
 
 
 async def test_conversation() -> None:
-    """A chat remembers, until it is reset; another chat remembers something else."""
+    """A chat is remembered until it is reset; another chat has a memory of its own."""
     async with open_bot(says("First"), says("Second"), says("Third"), config={"session": "chat"}) as (server, served):
         calls = served.providers["up"].calls
 
@@ -125,7 +125,7 @@ async def test_conversation() -> None:
 
 
 async def test_stop() -> None:
-    """A run that is stopped ends at once, its upstream too, and what it had said stays."""
+    """A stopped run ends at once, with its upstream request, and the text so far stays."""
     half = (*says("Half")[:-1], Stall())
     async with open_bot(half, config={"session": "chat"}) as (server, served):
         server.say("Hello")
@@ -138,7 +138,7 @@ async def test_stop() -> None:
 
 
 async def test_failure() -> None:
-    """Where there is no answer, there is one line that says so, with the run that has the error."""
+    """If there is no answer, one line says so, with the id of the run that has the error."""
     async with open_bot(answers(b'{"error": {"message": "secret words"}}', status=500)) as (server, served):
         server.say("Hello")
         await server.wait_until(lambda server: len(server.texts()) == 1)
@@ -154,8 +154,8 @@ async def test_failure() -> None:
         assert (await served.client.ask("GET", path.replace("bot", "other"))).status == 404
 
 
-async def test_unwanted() -> None:
-    """Whoever is not on the list gets no answer, and is counted; who is, is answered."""
+async def test_not_allowed() -> None:
+    """Users who are not allowed get no answer, but their messages are counted; allowed users are answered."""
     async with open_bot(config={"allow": ["@ann", "77"]}) as (server, served):
         server.say("Hello", chat=5, name="bob")
         server.say("Hello", chat=6, name="Ann")
@@ -167,7 +167,7 @@ async def test_unwanted() -> None:
 
 
 async def test_group() -> None:
-    """In a group, who calls the bot is answered, as a reply to the message."""
+    """In a group, a message that mentions the bot is answered, as a reply to it."""
     async with open_bot() as (server, _):
         server.say("Hello all", chat=-5)
         update = server.say("@trigate_bot hello", chat=-5, entities=({"type": "mention", "offset": 0, "length": 12},))
@@ -177,7 +177,7 @@ async def test_group() -> None:
 
 
 async def test_unreadable_update(logs: Logs) -> None:
-    """An update of a shape that nobody knows is left out, and holds nobody up."""
+    """An update that does not match the Bot API is skipped, and the next one is answered."""
     async with open_bot() as (server, _):
         server.update(message={"message_id": "one"})
         server.say("Hello")
@@ -185,11 +185,11 @@ async def test_unreadable_update(logs: Logs) -> None:
     assert len(logs.named("telegram_update_unreadable")) == 1
 
 
-# -- nothing lost, nothing twice --------------------------------------------------------------------------------------
+# -- exactly one answer -----------------------------------------------------------------------------------------------
 
 
 async def test_between_run_and_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it ends between the run and the offset, the update comes again, and is not answered again."""
+    """If storing the offset fails after the run was stored, the update comes again, and is not answered again."""
     async with open_bot(says("Once")) as (server, served):
         store = served.gateway.store
         advance = store.channels.advance
@@ -209,7 +209,7 @@ async def test_between_run_and_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_restart(tmp_path: Path) -> None:
-    """After a restart it goes on where it was: what came meanwhile is answered, and what came before is not."""
+    """After a restart, messages that came meanwhile are answered, and earlier ones are not answered again."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
     async with open_bot(says("1"), server=server, store=store) as (_, served):
         first = server.say("Hello")
@@ -223,8 +223,8 @@ async def test_restart(tmp_path: Path) -> None:
         assert len(served.providers["up"].calls) == 1
 
 
-async def test_begun_before(tmp_path: Path) -> None:
-    """A run that was cut with its process is done again after that, in the message in which it had been shown."""
+async def test_run_started_again(tmp_path: Path) -> None:
+    """A run that ended with its process is executed again after the restart, in the message that showed it."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
     async with open_bot((*says("Half")[:-1], Stall()), server=server, store=store) as (_, served):
         server.say("Hello")
@@ -241,7 +241,7 @@ async def test_begun_before(tmp_path: Path) -> None:
 
 
 async def test_other_bot(tmp_path: Path) -> None:
-    """The offset of another bot is none of this one's."""
+    """The stored offset of another bot is ignored."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
     async with open_bot(says("1"), server=server, store=store) as (_, served):
         await served.gateway.store.channels.advance("bot", "999:900000000")
@@ -251,7 +251,7 @@ async def test_other_bot(tmp_path: Path) -> None:
 
 
 async def test_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two workers one polls; the other one takes over when that one has died without a word."""
+    """Of two workers one polls; the other takes over when that one has exited without letting go of the channel."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
     async with open_bot(says("2"), server=server, store=store) as (_, second):
         async with open_bot(says("1"), server=server, store=store) as (_, first):
@@ -271,8 +271,8 @@ async def test_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-async def test_a_worker_that_steps_aside(tmp_path: Path) -> None:
-    """It polls no more, at once, and the other one does, while it goes on with the answers that it has begun."""
+async def test_handover(tmp_path: Path) -> None:
+    """A worker that hands over stops polling at once, and another one polls, while it finishes its answers."""
     server, store = TelegramServer(), str(tmp_path / "trigate.db")
     begun, *rest = says("fir", "st")[1:]
     async with open_bot((begun, Pause(1.0), *rest), server=server, store=store) as (_, first):
@@ -290,13 +290,13 @@ async def test_a_worker_that_steps_aside(tmp_path: Path) -> None:
         assert all(error.code != 409 for error in server.refused)
 
 
-# -- when Telegram does not want to -----------------------------------------------------------------------------------
+# -- errors of Telegram -----------------------------------------------------------------------------------------------
 
 
 async def test_revoked_token(logs: Logs) -> None:
-    """A token that is revoked disconnects its channel alone, is said once, and is nowhere to be read."""
+    """A revoked token disconnects only its channel, is logged once, and appears neither in logs nor in the status."""
     async with open_telegram() as (other, other_url):
-        more = {"hooks": {}}
+        more: dict[str, Any] = {"hooks": {}}
         async with open_telegram() as (server, url):
             own = make_config(
                 channels={"bot": settings(url), "other": settings(other_url)}, store={"path": ":memory:"}, **more
@@ -317,8 +317,8 @@ async def test_revoked_token(logs: Logs) -> None:
     assert TOKEN not in repr(logs.entries)
 
 
-async def test_back_again() -> None:
-    """An outage passes: the channel is connected again, and its last error stays to be read."""
+async def test_outage() -> None:
+    """After an outage the channel is connected again, and its last error stays in the status."""
     async with open_bot() as (server, served):
         server.refuse("getUpdates", *[Refusal(502, "Bad Gateway")] * 3)
         await server.wait_until(lambda server: len(server.called("getUpdates")) == 4)
@@ -327,8 +327,8 @@ async def test_back_again() -> None:
 
 
 async def test_answer_fails() -> None:
-    """It is as the last exchange with Telegram was, also where that was no poll; a chat that is closed to the bot is no
-    trouble of the channel's."""
+    """The state of the channel follows the last call, also if that was no poll. A chat that has blocked the bot is no
+    error of the channel."""
     async with open_bot(says("Hello"), says("Hello"), config={"edit_interval_s": 0}) as (server, served):
         await server.wait_until(lambda server: server.polling == 1)
         server.blocked.add(2)
@@ -343,7 +343,7 @@ async def test_answer_fails() -> None:
 
 
 async def test_throttled_poll() -> None:
-    """Told to wait, it waits."""
+    """After a 429, the next poll waits for the pause that Telegram asked for."""
     async with open_bot() as (server, _served):
         server.refuse("getUpdates", THROTTLED)
         await server.wait_until(lambda server: len(server.called("getUpdates")) == 2)
@@ -351,8 +351,8 @@ async def test_throttled_poll() -> None:
         assert second - first >= 0.1
 
 
-async def test_webhook_is_in_the_way(logs: Logs) -> None:
-    """A webhook that was set for the bot is removed where it shall poll, and that is said."""
+async def test_webhook_is_removed(logs: Logs) -> None:
+    """A webhook that is set for a bot that polls is removed, and that is logged."""
     server = TelegramServer()
     server.webhook = {"url": "https://elsewhere.example/"}
     server.say("Hello")
@@ -363,7 +363,7 @@ async def test_webhook_is_in_the_way(logs: Logs) -> None:
 
 
 async def test_reload() -> None:
-    """A reload that adds a bot begins it; one that takes it out again ends it."""
+    """A reload that adds a bot starts it; one that removes it stops it."""
     async with open_telegram() as (server, url), _open_app(make_config(), Provider(says("Hello"))) as served:
         gateway = served.gateway
 
@@ -386,7 +386,7 @@ async def test_reload() -> None:
 
 
 async def test_drain() -> None:
-    """A drain waits for an answer that has begun, and for its delivery; what comes meanwhile is left for the next
+    """A drain waits for an answer in progress and its delivery; messages that come meanwhile are left for the next
     start."""
     first, *rest = says("Hel", "lo")[1:]
     async with open_bot((first, Pause(0.05), *rest), config={"edit_interval_s": 0.001}) as (server, served):
@@ -399,11 +399,11 @@ async def test_drain() -> None:
         assert (server.waiting, len(served.providers["up"].calls)) == (1, 1)
 
 
-# -- as a webhook -----------------------------------------------------------------------------------------------------
+# -- webhook mode -----------------------------------------------------------------------------------------------------
 
 
 async def test_webhook() -> None:
-    """With the right secret an update is taken once, however often it comes; with a wrong one, or none, it is not."""
+    """With the right secret an update is taken once, however often it comes; with another, or none, it is rejected."""
     server = TelegramServer()
     server.webhook = {"url": "https://gateway.example/hooks/bot"}
     async with open_bot(server=server, config={"mode": "webhook", "secrets": [SECRET]}) as (_, served):
@@ -429,7 +429,7 @@ async def test_webhook() -> None:
 
 
 async def test_webhook_unset() -> None:
-    """Where Telegram knows no webhook, nobody will call: that is no connection."""
+    """If no webhook is set, Telegram cannot call, and the channel is disconnected."""
     async with open_bot(config={"mode": "webhook", "secrets": [SECRET]}) as (server, served):
         row = await wait_for_row(served, status="disconnected")
         assert "setWebhook" in row["last_error"]
@@ -437,8 +437,8 @@ async def test_webhook_unset() -> None:
         await wait_for_row(served, status="connected")
 
 
-async def test_webhook_in_doubt() -> None:
-    """An answer that cannot be sent disconnects it, and Telegram is asked at once whether it is well again."""
+async def test_webhook_checked_after_an_error() -> None:
+    """A reply that cannot be sent disconnects the channel, and the webhook is checked again at once."""
     server = TelegramServer()
     server.webhook = {"url": "https://gateway.example/hooks/bot"}
     server.refuse("getWebhookInfo", None, Refusal(502, "Bad Gateway"))
@@ -449,28 +449,27 @@ async def test_webhook_in_doubt() -> None:
         body = json.dumps(server.say("Hello")).encode()
         headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": SECRET}
         assert (await served.client.ask("POST", "/hooks/bot", body, headers=headers)).status == 200
-        await server.wait_until(lambda server: len(server.refused) == 2)  # the message, and the question after it
+        await server.wait_until(lambda server: len(server.refused) == 2)  # the message, and the check after it
         row = await wait_for_row(served, status="connected")
         assert row["last_error"] == "getWebhookInfo: 502 Bad Gateway"
 
 
-# -- what is shown, and what is said ----------------------------------------------------------------------------------
+# -- the adapter alone ------------------------------------------------------------------------------------------------
 
-PLACE = {"chat": 1, "thread": None, "message": 7, "is_group": False, "target": "1"}
+CHAT = {"chat": 1, "thread": None, "message": 7, "is_group": False, "target": "1"}
 
 
 @contextlib.asynccontextmanager
 async def open_adapter(
     *, transport: type[httpx2.AsyncBaseTransport] = SocketTransport, **config: Any
 ) -> AsyncIterator[tuple[TelegramServer, TelegramAdapter]]:
-    """An adapter without a gateway: what it shows and says."""
-    async with open_telegram() as (server, url), transport() as way:
+    """Opens an adapter without a gateway."""
+    async with open_telegram() as (server, url), transport() as connection:
         own = ChannelConfig(
             type="telegram", token=Secret(literal=TOKEN), **{"edit_interval_s": Seconds(0.01), **config}
         )
-        async with open_memory_store() as store:
-            gateway: Any = SimpleNamespace(store=store, outbox=SimpleNamespace(wake=lambda: None))
-            channel = Channel("bot", own, gateway, way, base_url=url)
+        async with open_services() as services:
+            channel = Channel("bot", own, services, connection, base_url=url)
             with trio.fail_after(PATIENCE_S):
                 yield server, TelegramAdapter(channel)
 
@@ -484,11 +483,11 @@ def delivery(
     status: int = 200,
     **result: Any,
 ) -> Delivery:
-    """What the outbox is given of a run that has ended."""
+    """The delivery of a run that has ended."""
     body = {
         "type": f"run.{kind}",
         "data": {"id": "run_1", "action": action, "status": status, "result": {"reply": reply, **result}},
-        "reply_to": PLACE,
+        "reply_to": CHAT,
         "live": live or {},
     }
     return Delivery(
@@ -503,9 +502,9 @@ def delivery(
     )
 
 
-def order(**place: Any) -> tuple[Run, RunRequest]:
-    """A run that goes on."""
-    own = RunRequest(
+def running(**chat: Any) -> tuple[Run, RunRequest]:
+    """A run in progress, and its request."""
+    request = RunRequest(
         channel="bot",
         owner="channel:bot",
         session=None,
@@ -513,7 +512,7 @@ def order(**place: Any) -> tuple[Run, RunRequest]:
         text="Hello",
         sender="1",
         model="m",
-        reply_to={**PLACE, **place},
+        reply_to={**CHAT, **chat},
     )
     run = Run(
         id="run_1",
@@ -527,13 +526,13 @@ def order(**place: Any) -> tuple[Run, RunRequest]:
         worker="w",
         created_at=0.0,
     )
-    return run, own
+    return run, request
 
 
 async def test_grows() -> None:
-    """A reply is written at its first text, edited as it grows, and complete at the end: one message all the time."""
+    """A reply is written at its first text, edited as it grows, and complete at the end, in one message."""
     async with open_adapter() as (server, adapter):
-        async with adapter.watch(*order()) as live:
+        async with adapter.watch(*running()) as live:
             live.show("Good")
             await server.wait_until(lambda server: server.texts() == ["Good"])
             live.show("Good day")
@@ -545,10 +544,10 @@ async def test_grows() -> None:
 
 
 async def test_grows_beyond_a_message() -> None:
-    """A reply that is too long for a message goes on in the next one."""
+    """A reply that is too long for a message continues in the next one."""
     text = "word " * 1500
     async with open_adapter() as (server, adapter):
-        async with adapter.watch(*order()) as live:
+        async with adapter.watch(*running()) as live:
             live.show(text[:4000])
             await server.wait_until(lambda server: len(server.texts()) == 1)
             live.show(text)
@@ -560,9 +559,9 @@ async def test_grows_beyond_a_message() -> None:
 
 
 async def test_not_shown() -> None:
-    """With an interval of 0, nothing is seen but that the bot types, until the reply is complete."""
+    """With an interval of 0, only typing is shown until the reply is complete."""
     async with open_adapter(edit_interval_s=Seconds(0.0)) as (server, adapter):
-        async with adapter.watch(*order()) as live:
+        async with adapter.watch(*running()) as live:
             live.show("Good")
             await server.wait_until(lambda server: bool(server.called("sendChatAction")))
             shown = await live.end()
@@ -572,10 +571,10 @@ async def test_not_shown() -> None:
 
 
 async def test_throttled_edits() -> None:
-    """Told that it is too fast, it drops what it would have shown, and shows the text of then."""
+    """After a 429, edits are dropped during the pause; the next edit shows the newest text."""
     async with open_adapter() as (server, adapter):
         server.refuse("editMessageText", THROTTLED)
-        async with adapter.watch(*order()) as live:
+        async with adapter.watch(*running()) as live:
             live.show("1")
             await server.wait_until(lambda server: server.texts() == ["1"])
             live.show("12")
@@ -588,11 +587,11 @@ async def test_throttled_edits() -> None:
 
 
 async def test_pace_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a group, edits are further apart; and all runs of a chat share its limit."""
+    """In a group, edits are at least `GROUP_INTERVAL_S` apart, and all runs of a chat share the limit."""
     monkeypatch.setattr(telegram, "GROUP_INTERVAL_S", 1000.0)
     async with open_adapter() as (server, adapter):
-        run, own = order(chat=-5, is_group=True)
-        async with adapter.watch(run, own) as one, adapter.watch(run, own) as other:
+        run, request = running(chat=-5, is_group=True)
+        async with adapter.watch(run, request) as one, adapter.watch(run, request) as other:
             one.show("1")
             await server.wait_until(lambda server: server.texts(-5) == ["1"])
             one.show("12")
@@ -604,8 +603,8 @@ async def test_pace_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_delivery_is_throttled() -> None:
-    """A reply waits as long as Telegram says. Where that is long, what is left to say is another delivery, so that
-    nothing is said twice, in whichever process."""
+    """A reply waits for the pause that Telegram asks for. If that is long, the rest of the reply becomes another
+    delivery, so that no process sends anything twice."""
     text = "word " * 1500
     long = Refusal(429, "Too Many Requests: retry after 90", retry_after=90)
     async with open_adapter() as (server, adapter):
@@ -615,7 +614,7 @@ async def test_delivery_is_throttled() -> None:
         server.refuse("sendMessage", None, long)
         assert (await adapter.deliver(delivery(text))).delivered
         assert len(server.texts()) == 1
-        [rest] = await adapter._channel.gateway.store.deliveries.of_run("run_1")
+        [rest] = await adapter._channel.services.store.deliveries.of_run("run_1")
         assert 80 < rest.due_at - time.time() <= 90
         server.refuse("sendMessage", THROTTLED)
         assert (await adapter.deliver(rest)).delivered
@@ -624,14 +623,14 @@ async def test_delivery_is_throttled() -> None:
 
 @pytest.mark.parametrize("live", [{}, {"shown": [["999", 4]]}, {"shown": [["999", 8]]}])
 async def test_message_is_gone(live: dict[str, Any]) -> None:
-    """A message that somebody has removed is written anew."""
+    """A message that a user has deleted is written anew."""
     async with open_adapter() as (server, adapter):
         assert (await adapter.deliver(delivery("Good day.", live=live))).delivered
         assert server.texts() == ["Good day."]
 
 
 async def test_not_modified() -> None:
-    """An edit that changes nothing is one that succeeded."""
+    """An edit that changes nothing succeeds."""
     async with open_adapter() as (server, adapter):
         assert (await adapter.deliver(delivery("Good day"))).delivered
         [(_, message_id)] = server.messages
@@ -640,7 +639,7 @@ async def test_not_modified() -> None:
 
 
 async def test_blocked() -> None:
-    """Who has blocked the bot gets nothing, and is not asked again."""
+    """A delivery to a user who has blocked the bot fails for good."""
     async with open_adapter() as (server, adapter):
         server.blocked.add(1)
         receipt = await adapter.deliver(delivery("Good day"))
@@ -655,8 +654,8 @@ async def test_moved() -> None:
         assert server.texts(-1001) == ["Good day"]
 
 
-async def test_nobody_there() -> None:
-    """Where Telegram cannot be reached, a reply is tried again; where it may have arrived, nobody can say."""
+async def test_unreachable() -> None:
+    """If Telegram cannot be reached, the delivery is tried again: the message cannot have arrived."""
     async with open_adapter() as (_server, adapter):
         adapter._channel.base_url = "http://127.0.0.1:1"
         receipt = await adapter.deliver(delivery("Good day"))
@@ -668,7 +667,7 @@ async def test_nobody_there() -> None:
 async def test_token_is_not_logged(
     transport: type[httpx2.AsyncBaseTransport], caplog: pytest.LogCaptureFixture, logs: Logs
 ) -> None:
-    """The token stands in the path, and no library logs that, however much it logs."""
+    """The token is in the path of requests, and no library logs it, even at debug level."""
     caplog.set_level(logging.DEBUG)
     async with open_adapter(transport=transport) as (server, adapter):
         assert (await adapter.deliver(delivery("Good day"))).delivered
@@ -678,9 +677,9 @@ async def test_token_is_not_logged(
     assert TOKEN not in caplog.text + repr(logs.entries) + repr(receipt)
 
 
-async def test_no_answer_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was sent and not answered may have arrived."""
-    monkeypatch.setattr(telegram, "ANSWER_S", 0.02)
+async def test_no_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that was sent and not answered may have arrived."""
+    monkeypatch.setattr(api, "ANSWER_S", 0.02)
     async with open_adapter() as (server, adapter):
 
         async def sleep(path: str, body: bytes) -> tuple[int, bytes]:
@@ -703,17 +702,17 @@ async def test_no_answer_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
         (delivery(None, kind="failed", status=400), ["No answer: the model does not take this message. (run_1)"]),
     ],
 )
-async def test_words(ended: Delivery, texts: list[str]) -> None:
-    """Each end of a run has its words."""
+async def test_texts(ended: Delivery, texts: list[str]) -> None:
+    """Each result of a run has its text."""
     async with open_adapter() as (server, adapter):
         assert (await adapter.deliver(ended)).delivered
         assert server.texts() == texts
 
 
 async def test_failure_after_text() -> None:
-    """What was shown of an answer that was cut stays, and a line says that it is incomplete."""
+    """The shown part of an answer that failed stays, and a further message says that it is incomplete."""
     async with open_adapter() as (server, adapter):
-        async with adapter.watch(*order()) as live:
+        async with adapter.watch(*running()) as live:
             live.show("Good")
             await server.wait_until(lambda server: server.texts() == ["Good"])
             shown = await live.end()
@@ -727,7 +726,7 @@ async def test_failure_after_text() -> None:
 
 @pytest.mark.slow
 async def test_killed_worker(tmp_path: Path) -> None:
-    """Of two worker processes one polls; when it is killed, the other one, or the one in its place, takes over."""
+    """Of two worker processes one polls; when it is killed, the other one, or its replacement, takes over."""
     async with open_telegram() as (server, url):
         config = f"""
             store.path = "{tmp_path / "trigate.db"}"
@@ -751,8 +750,8 @@ async def test_killed_worker(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_takeover(tmp_path: Path) -> None:
-    """While one gateway after another takes over, each message gets one answer, and one of them polls."""
+async def test_hot_restart(tmp_path: Path) -> None:
+    """During hot restarts in a row, each message gets one answer, and one gateway polls in the end."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     async with open_telegram() as (server, url):
@@ -772,15 +771,15 @@ async def test_takeover(tmp_path: Path) -> None:
         with contextlib.ExitStack() as stack:
             gateways: list[Gateway] = []
             for number in range(4):
-                room = tmp_path / str(number)
-                room.mkdir()
-                running = run_gateway(config, room, command=(*SERVE[:-1], str(port)))
+                directory = tmp_path / str(number)
+                directory.mkdir()
+                running = run_gateway(config, directory, command=(*SERVE[:-1], str(port)))
                 gateways.append(await trio.to_thread.run_sync(stack.enter_context, running))
                 for chat in range(1, 4):
                     wanted.append(f"To number {number} in chat {chat}")
                     server.say(wanted[-1], chat=chat)
                 count = len(wanted)
-                with trio.fail_after(60):  # the next takeover then finds answers that are under way
+                with trio.fail_after(60):  # so the next hot restart finds answers in progress
                     await server.wait_until(lambda server, count=count: len(server.messages) > count - 3)  # type: ignore[misc]
             with trio.fail_after(60):
                 await server.wait_until(lambda server: set(wanted) <= set(server.messages.values()))
@@ -793,8 +792,8 @@ async def test_takeover(tmp_path: Path) -> None:
 
 
 async def holder_when_done(store: Path) -> int:
-    """The process that polls, once nothing is left to be done. (What is killed between a message and the note of it
-    leaves half an answer behind.)"""
+    """The process that polls, once no work is left. (A process that is killed between writing a message and storing its
+    id leaves a part of an answer behind.)"""
     async with open_sqlite_store(str(store)) as opened:
         while True:
             [record] = await opened.channels.all()

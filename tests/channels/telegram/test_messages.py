@@ -1,4 +1,4 @@
-"""What Telegram says, and what of it is meant for a bot."""
+"""Telegram's updates are read, and it is decided which are meant for the bot."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.telegram_server import ME, TelegramServer
-from trigate.channels.telegram.messages import MAX_UNITS, Incoming, Update, User, incoming, split
+from trigate.channels.telegram.messages import MAX_UNITS, Chat, Incoming, Update, User, incoming, split
 
 BOT = msgspec.convert(ME, User)
 
 
 def take(groups: Literal["mention", "all", "none"] = "mention", /, *text: str, **message: Any) -> Incoming | None:
-    """What a message asks for, as it comes out of JSON."""
+    """Reads a message from JSON."""
     update = TelegramServer().say(*text, **message)
     return incoming(msgspec.json.decode(msgspec.json.encode(update), type=Update), me=BOT, groups=groups)
 
@@ -27,16 +27,16 @@ def entity(kind: str, offset: int, length: int, **more: Any) -> dict[str, Any]:
 
 
 def text_of(message: Incoming | None) -> str | None:
-    """Its text; None = there is no message."""
+    """The text of a message; None = there is no message."""
     return message.text if message is not None else None
 
 
 def test_private() -> None:
-    """In a private chat, every text is for the bot, and it is known who wrote it where."""
+    """In a private chat, every text is for the bot; its sender and its chat are read."""
     message = take("none", "Hello", chat=5, name="Ann")
     assert message is not None
     assert (message.text, message.action, message.sender, message.username) == ("Hello", "chat", 5, "Ann")
-    assert (message.place.chat, message.place.thread, message.place.is_group) == (5, None, False)
+    assert message.chat == Chat(id=5, thread_id=None, message_id=1, is_group=False)
 
 
 @pytest.mark.parametrize(
@@ -46,26 +46,26 @@ def test_private() -> None:
         pytest.param({"new_chat_members": []}, id="a service message"),
         pytest.param({"text": "Hi", "from": {"id": 9, "is_bot": True}}, id="another bot"),
         pytest.param({"text": "Hi", "from": ME}, id="itself"),
-        pytest.param({"text": "Hi", "from": None}, id="nobody"),
+        pytest.param({"text": "Hi", "from": None}, id="no sender"),
         pytest.param({"text": " "}, id="white space"),
     ],
 )
 def test_ignored(content: dict[str, Any]) -> None:
-    """What has no text, or is from a bot, asks for nothing."""
+    """A message without a text, or from a bot, is ignored."""
     assert take("all", **content) is None
 
 
 @pytest.mark.parametrize("kind", ["edited_message", "channel_post", "callback_query", "my_chat_member"])
 def test_no_message(kind: str) -> None:
-    """An edit of a message is no further message; nor is anything else."""
+    """Edits and all other kinds of updates are ignored."""
     update = msgspec.json.decode(msgspec.json.encode({"update_id": 1, kind: {"id": 7}}), type=Update)
     assert incoming(update, me=BOT, groups="all") is None
 
 
 def test_caption() -> None:
-    """A caption is a text, and its mentions count."""
+    """A caption is read as the text, with its mentions."""
     entities = [entity("mention", 0, 12)]
-    assert text_of(take(caption="@Trigate_Bot what is that?", caption_entities=entities, chat=-5)) == "what is that?"
+    assert text_of(take(caption="@Trigate_Bot what is this?", caption_entities=entities, chat=-5)) == "what is this?"
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_caption() -> None:
         pytest.param("@trigate_bot, hello", (entity("mention", 0, 12),), "hello", id="first"),
         pytest.param("😀 hello @trigate_bot!", (entity("mention", 9, 12),), "😀 hello @trigate_bot!", id="UTF-16"),
         pytest.param("@trigate_bots hello", (entity("mention", 0, 13),), None, id="a longer name"),
-        pytest.param("@trigate_bot hello", (), None, id="in code, say"),
+        pytest.param("@trigate_bot hello", (), None, id="without an entity, as in code"),
         pytest.param("Bot, hello", (entity("text_mention", 0, 3, user=ME),), "hello", id="by its id"),
         pytest.param("Bob, hello", (entity("text_mention", 0, 3, user={"id": 2}),), None, id="by another id"),
     ],
 )
 def test_mention(text: str, entities: tuple[Any, ...], found: str | None) -> None:
-    """In a group, the bot heeds who calls it by its name."""
+    """In a group, a message that mentions the bot is meant for it."""
     assert text_of(take("mention", text, chat=-5, entities=entities)) == found
 
 
@@ -92,7 +92,7 @@ def test_reply_in_group() -> None:
 
 
 def test_groups() -> None:
-    """Groups are heeded as a whole, or not at all, where the configuration says so."""
+    """By configuration, all messages of groups are meant for the bot, or none."""
     mention = (entity("mention", 0, 12),)
     assert text_of(take("all", "Hello", chat=-5)) == "Hello"
     assert take("none", "@trigate_bot hello", chat=-5, entities=mention) is None
@@ -114,14 +114,14 @@ def test_groups() -> None:
     ],
 )
 def test_commands(text: str, chat: int, action: str | None) -> None:
-    """The commands that are known are actions; one for another bot is nothing; others are texts."""
+    """A known command is an action, a command for another bot is ignored, and any other is a text."""
     command = text.split(" ", 1)[0]
     message = take("mention", text, chat=chat, entities=(entity("bot_command", 0, len(command)),))
     assert (message.action if message is not None else None) == action
 
 
 def test_topics() -> None:
-    """A topic of a forum is a place of its own; a thread of replies in a plain group is not."""
+    """A topic of a forum has its own session; a thread of replies in a plain group has not."""
     topic = take("all", "Hello", chat=-5, message_thread_id=8, is_topic_message=True)
     thread = take("all", "Hello", chat=-5, message_thread_id=8)
     assert topic is not None
@@ -136,7 +136,7 @@ def test_topics() -> None:
 @pytest.mark.parametrize("offset", [-5, 0, 3, 10**9])
 @pytest.mark.parametrize("length", [-1, 0, 1, 10**9])
 def test_odd_entities(offset: int, length: int) -> None:
-    """Entities that lie outside of the text do no harm."""
+    """Entities outside of the text raise no error."""
     assert text_of(take("all", "😀", chat=-5, entities=(entity("text_mention", offset, length, user=ME),))) in (
         "😀",
         "�",
@@ -145,13 +145,13 @@ def test_odd_entities(offset: int, length: int) -> None:
 
 
 def units(text: str) -> int:
-    """How long Telegram says it is."""
+    """The length of a text as Telegram counts it."""
     return len(text.encode("utf-16-le")) // 2
 
 
 @given(st.text(st.sampled_from("ab \n.😀é\u0301"), max_size=300).map(lambda text: text * 60))
 def test_split(text: str) -> None:
-    """The pieces are the text, but for the white space between them; each fits; none is empty."""
+    """Joined, the pieces are the text without the white space between them; each fits, and none is empty."""
     pieces = split(text)
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(0 < units(piece) <= MAX_UNITS for piece in pieces)
@@ -159,6 +159,14 @@ def test_split(text: str) -> None:
 
 
 def test_split_where() -> None:
-    """A text is split behind a word; a word that is too long, between characters that are two code units."""
+    """A text is split after a word, and a word that is too long between two characters, never within one."""
     assert [units(piece) for piece in split("word " * 1000)] == [4094, 904]
     assert [units(piece) for piece in split("a" + "😀" * 3000)] == [4095, 1906]
+
+
+def test_chat_as_json() -> None:
+    """The JSON of a chat has the names that are stored with runs, also by earlier versions."""
+    chat = Chat(id=-5, thread_id=7, message_id=1, is_group=True)
+    stored = {"chat": -5, "thread": 7, "message": 1, "is_group": True}
+    assert msgspec.to_builtins(chat) == stored
+    assert msgspec.convert({**stored, "target": "-5"}, Chat) == chat

@@ -1,19 +1,19 @@
-"""What Slack sends as an event and what it takes as text, as far as a channel acts on it. Pure.
+"""The types and rules of Slack's events and texts, as far as a channel uses them. Pure.
 
-Rules that are not obvious, and where they stand in Slack's documentation:
+Rules that are not obvious, and their source in Slack's documentation:
 
 * A message that mentions the app comes as two events, ``app_mention`` and ``message``, in any order, each with an
-  ``event_id`` of its own. They have the same ``channel`` and ``ts``, and these are what identifies a message
-  ("message event"). The key of a message is made of them, and so also recognises an event that Slack sends again.
+  ``event_id`` of its own. They have the same ``channel`` and ``ts``, which identify a message ("message event").
+  Therefore the key of a message is made of these two, and also recognises an event that Slack sends again.
 * An event names one installation that it is for in ``authorizations``; with ``is_bot``, its ``user_id`` is the bot's
   own ("The Events API", and the changelog of 2020-09-15).
-* Of the subtypes of ``message``, most are no message of a person (edits, deletions, joins, bots). Three are:
-  ``file_share``, ``thread_broadcast``, ``me_message`` ("message event", its list of subtypes).
-* In text, ``&``, ``<`` and ``>`` are control characters, and escaped where they stand for themselves; no other
-  character is. What is between ``<`` and ``>`` is a link or a mention ("Formatting message text").
-* ``chat.postMessage`` asks for 4,000 characters and truncates above 40,000. ``chat.update`` refuses what is longer than
-  4,000 (``msg_too_long``, its reference); what it counts has been seen to be bytes of UTF-8. So a message has 4,000
-  bytes, escaped.
+* Most subtypes of ``message`` are not messages of a person (edits, deletions, joins, bots). Three are: ``file_share``,
+  ``thread_broadcast``, ``me_message`` ("message event", its list of subtypes).
+* In text, ``&``, ``<`` and ``>`` are control characters, and are escaped where they stand for themselves; no other
+  character is. The text between ``<`` and ``>`` is a link or a mention ("Formatting message text").
+* ``chat.postMessage`` asks for 4,000 characters and truncates above 40,000. ``chat.update`` rejects a text longer than
+  4,000 (``msg_too_long``, its reference), which was observed to be counted in bytes of UTF-8. Therefore a message has
+  at most 4,000 bytes, escaped.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import msgspec
 from trigate.channels import message_split
 
 MESSAGE_BYTES = 4000
-"""The most that one message may have and still be edited."""
+"""The maximum size of a message that can still be edited, escaped."""
 
-_OF_PEOPLE = (None, "file_share", "thread_broadcast", "me_message")
+_SUBTYPES_OF_PEOPLE = (None, "file_share", "thread_broadcast", "me_message")
 _ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKUP = re.compile(r"<([@#!]?)([^<>|]*)(?:\|([^<>]*))?>")
 _COMMANDS: tuple[Literal["reset", "stop"], ...] = ("reset", "stop")
@@ -66,11 +66,11 @@ class Incoming:
     """A message of a person.
 
     Attributes:
-        channel: The conversation's id.
-        ts: The message's, unique in the conversation.
-        thread_ts: That of the message at the head of the thread that it is in; None = it is in none.
-        text: As it was written: without escapes, links as text, and without mentions of the bot.
-        is_direct: Nobody else reads the conversation.
+        channel: The id of the conversation.
+        ts: The timestamp of the message, unique in the conversation.
+        thread_ts: The timestamp of the first message of its thread; None = it is not in a thread.
+        text: Without escapes, with links as text, and without mentions of the bot.
+        is_direct: The conversation has no other members.
         is_mention: It mentions the bot.
     """
 
@@ -84,17 +84,17 @@ class Incoming:
 
     @property
     def key(self) -> str:
-        """What identifies the message, in whichever event it comes."""
+        """Identifies the message; the same in every event that it comes in."""
         return f"{self.channel}:{self.ts}"
 
     @property
     def reply_thread(self) -> str | None:
-        """The thread that a reply goes to; None = none. In a direct message it does only where it is in one."""
+        """The thread that a reply goes to; None = no thread. In a direct conversation, a reply starts no thread."""
         return self.thread_ts if self.is_direct else self.thread_ts or self.ts
 
     @property
     def action(self) -> Literal["chat", "reset", "stop"]:
-        """What it asks for: a word that stands alone is a command."""
+        """The action that the message asks for: a command is the whole text."""
         word = self.text.lower()
         return next((command for command in _COMMANDS if word == command), "chat")
 
@@ -103,8 +103,8 @@ def read(body: bytes, *, bot: str | None) -> Incoming | None:
     """Reads a request of the Events API; None = there is nothing to answer.
 
     Args:
-        body: Of a request whose signature holds.
-        bot: The bot's user id, where it is known; else what the event says is taken.
+        body: Of a request whose signature was verified.
+        bot: The bot's user id; None = not known yet, so only the event names it.
     """
     try:
         envelope = _envelope.decode(body)
@@ -113,8 +113,8 @@ def read(body: bytes, *, bot: str | None) -> Incoming | None:
     event = envelope.event
     if envelope.type != "event_callback" or event is None or event.type not in ("message", "app_mention"):
         return None
-    own = {one.user_id for one in envelope.authorizations or () if one.is_bot} | {bot}
-    if event.subtype not in _OF_PEOPLE or event.bot_id or not event.user or event.user in own:
+    own = {each.user_id for each in envelope.authorizations or () if each.is_bot} | {bot}
+    if event.subtype not in _SUBTYPES_OF_PEOPLE or event.bot_id or not event.user or event.user in own:
         return None
     raw = event.text or ""
     mentioned = [user for user in own if user and re.search(rf"<@{re.escape(user)}[|>]", raw)]
@@ -133,7 +133,8 @@ def read(body: bytes, *, bot: str | None) -> Incoming | None:
 
 
 def session_key(name: str, message: Incoming, scope: Literal["sender", "chat", "none"]) -> str | None:
-    """The session that a message belongs to: of its thread, where replies are in one, else of the conversation.
+    """The key of the session that a message belongs to: that of its thread if replies go to one, else that of the
+    conversation. None = it is not remembered.
 
     >>> message = Incoming(channel="C1", ts="2.0", thread_ts=None, user="U1", text="", is_direct=False, is_mention=True)
     >>> session_key("work", message, "chat")
@@ -152,11 +153,11 @@ def session_key(name: str, message: Incoming, scope: Literal["sender", "chat", "
 
 
 def to_text(text: str, *, leave_out: tuple[str, ...] = ()) -> str:
-    """Reads Slack's markup as plain text.
+    """Converts Slack's markup to plain text.
 
     Args:
-        text: As it is in an event.
-        leave_out: Users whose mentions are left out.
+        text: The text of an event.
+        leave_out: Users whose mentions are removed.
 
     >>> to_text("<@U1> is 1 &lt; 2 in <#C7|general>? See <https://a.example/?b&amp;c|here> <!here>", leave_out=("U1",))
     'is 1 < 2 in #general? See here (https://a.example/?b&c) @here'
@@ -177,13 +178,13 @@ def to_text(text: str, *, leave_out: tuple[str, ...] = ()) -> str:
         return f"{label} ({target})"
 
     found = _MARKUP.sub(plain, text)
-    for character, escaped in reversed(_ESCAPED.items()):  # the ampersand last: it is what the others are made of
+    for character, escaped in reversed(_ESCAPED.items()):  # the ampersand last: the other escapes begin with it
         found = found.replace(escaped, character)
     return found.strip()
 
 
 def escape(text: str) -> str:
-    """Makes a plain text that Slack shows as it is: nobody is called by it, and nothing is a link but a bare URL.
+    """Escapes a plain text, so that Slack shows it as it is: it mentions no user, and only a bare URL is a link.
 
     >>> escape("if a < b && c: <!channel>")
     'if a &lt; b &amp;&amp; c: &lt;!channel&gt;'

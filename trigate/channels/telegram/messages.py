@@ -1,4 +1,4 @@
-"""What Telegram's Bot API says, as far as a channel acts on it. Pure.
+"""The types and rules of Telegram's messages, as far as a channel uses them. Pure.
 
 Offsets, lengths and limits of texts are in UTF-16 code units, as everywhere in Telegram.
 
@@ -18,7 +18,7 @@ from trigate.channels import message_split
 from trigate.config.sections import Action
 
 MAX_UNITS = 4096
-"""The most that one message holds."""
+"""The maximum length of a message, in UTF-16 code units."""
 
 _COMMANDS: dict[str, Action] = {"start": "reset", "reset": "reset", "stop": "stop"}
 
@@ -31,7 +31,7 @@ class User(msgspec.Struct, kw_only=True):
     username: str | None = None
 
 
-class _Chat(msgspec.Struct, kw_only=True):
+class _MessageChat(msgspec.Struct, kw_only=True):
     id: int
     type: str
 
@@ -49,7 +49,7 @@ class _RepliedTo(msgspec.Struct, kw_only=True):
 
 class _Message(msgspec.Struct, kw_only=True):
     message_id: int
-    chat: _Chat
+    chat: _MessageChat
     sender: User | None = msgspec.field(default=None, name="from")
     text: str | None = None
     caption: str | None = None
@@ -61,7 +61,7 @@ class _Message(msgspec.Struct, kw_only=True):
 
 
 class Update(msgspec.Struct, kw_only=True):
-    """``Update``: only messages are looked at, no edits, no posts of channels, no buttons."""
+    """``Update``. Only messages are used: no edits, no channel posts, no buttons."""
 
     update_id: int
     message: _Message | None = None
@@ -81,7 +81,7 @@ class _Parameters(msgspec.Struct, kw_only=True):
 
 
 class Envelope(msgspec.Struct, kw_only=True):
-    """What every method answers with."""
+    """The response of every method."""
 
     ok: bool
     result: msgspec.Raw = msgspec.Raw(b"null")
@@ -90,52 +90,52 @@ class Envelope(msgspec.Struct, kw_only=True):
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
 
-@attrs.frozen(kw_only=True)
-class Place:
-    """Where a message came from, and where the answer goes.
+class Chat(msgspec.Struct, frozen=True, kw_only=True):
+    """The chat that a message came from, and that the reply goes to. As JSON (with the short names) it is stored with
+    the run.
 
     Attributes:
-        thread: The topic of a forum; None = there are none.
-        message: The message that is answered.
-        is_group: Others listen.
+        thread_id: The topic of a forum; None = the chat has no topics.
+        message_id: The message that is answered.
+        is_group: The chat has other members.
     """
 
-    chat: int
-    thread: int | None
-    message: int
+    id: int = msgspec.field(name="chat")
+    thread_id: int | None = msgspec.field(name="thread")
+    message_id: int = msgspec.field(name="message")
     is_group: bool
 
 
 @attrs.frozen(kw_only=True)
 class Incoming:
-    """A message that asks for something."""
+    """A message that the bot has to act on."""
 
     update_id: int
-    place: Place
+    chat: Chat
     sender: int
     username: str | None
     action: Action
     text: str = attrs.field(repr=False)
 
     def session_key(self, channel: str, scope: Literal["sender", "chat", "none"]) -> str | None:
-        """Whose memory it belongs to; None = nobody's.
+        """The key of the session that the message belongs to; None = it is not remembered.
 
-        >>> place = Place(chat=-5, thread=7, message=1, is_group=True)
-        >>> message = Incoming(update_id=1, place=place, sender=9, username=None, action="chat", text="Hello")
+        >>> chat = Chat(id=-5, thread_id=7, message_id=1, is_group=True)
+        >>> message = Incoming(update_id=1, chat=chat, sender=9, username=None, action="chat", text="Hello")
         >>> [message.session_key("bot", scope) for scope in ("chat", "sender", "none")]
         ['channel:bot:-5/7', 'channel:bot:-5/7:9', None]
         """
         if scope == "none":
             return None
-        thread = f"/{self.place.thread}" if self.place.thread is not None else ""
+        thread = f"/{self.chat.thread_id}" if self.chat.thread_id is not None else ""
         sender = f":{self.sender}" if scope == "sender" else ""
-        return f"channel:{channel}:{self.place.chat}{thread}{sender}"
+        return f"channel:{channel}:{self.chat.id}{thread}{sender}"
 
     def is_allowed(self, allow: Iterable[str]) -> bool:
-        """Whether its sender is among these ids and user names; among none, everybody is.
+        """Whether its sender is among these ids and user names. An empty list allows every sender.
 
-        >>> place = Place(chat=1, thread=None, message=1, is_group=False)
-        >>> message = Incoming(update_id=1, place=place, sender=9, username="Ann", action="chat", text="Hello")
+        >>> chat = Chat(id=1, thread_id=None, message_id=1, is_group=False)
+        >>> message = Incoming(update_id=1, chat=chat, sender=9, username="Ann", action="chat", text="Hello")
         >>> [message.is_allowed(allow) for allow in ((), ("9",), ("@ann",), ("ANN",), ("99", "an"))]
         [True, True, True, True, False]
         """
@@ -144,7 +144,13 @@ class Incoming:
 
 
 def incoming(update: Update, *, me: User, groups: Literal["mention", "all", "none"]) -> Incoming | None:
-    """What an update asks the bot for; None = nothing: it is from a bot, it has no text, or it is not meant for it."""
+    """Reads what an update asks the bot for; None = nothing: it is from a bot, it has no text, or it is not meant for
+    the bot.
+
+    Args:
+        me: The bot.
+        groups: Which messages in groups are meant for the bot: those that mention it, all, or none.
+    """
     message = update.message
     if message is None or message.sender is None or message.sender.is_bot or message.sender.id == me.id:
         return None
@@ -161,15 +167,15 @@ def incoming(update: Update, *, me: User, groups: Literal["mention", "all", "non
     units = text.encode("utf-16-le")
     mention_units: tuple[int, int] | None = None
     for entity in entities:
-        said = _slice(units, entity).lower()
+        marked = _slice(units, entity).lower()
         if entity.type == "bot_command" and entity.offset == 0:
-            command, at, whose = said.removeprefix("/").partition("@")
-            if at and whose != name:
+            command, at, bot = marked.removeprefix("/").partition("@")
+            if at and bot != name:
                 return None  # another bot's
             if command in _COMMANDS:
                 action = _COMMANDS[command]
             is_meant = is_meant or bool(at) or command in _COMMANDS
-        elif (entity.type == "mention" and said == f"@{name}") or (
+        elif (entity.type == "mention" and marked == f"@{name}") or (
             entity.type == "text_mention" and _is(entity.user, me)
         ):
             is_meant = True
@@ -177,16 +183,16 @@ def incoming(update: Update, *, me: User, groups: Literal["mention", "all", "non
                 mention_units = (entity.offset, entity.length)
     if is_group and groups == "mention" and not is_meant:
         return None
-    if mention_units is not None:  # "@bot, hello": it is how the bot was called, and not what it was told
+    if mention_units is not None:  # "@bot, hello": the mention addresses the bot, and is not part of the prompt
         text = units[2 * mention_units[1] :].decode("utf-16-le", "replace").lstrip(" ,:")
     if action == "chat" and not text.strip():
         return None
     return Incoming(
         update_id=update.update_id,
-        place=Place(
-            chat=message.chat.id,
-            thread=message.message_thread_id if message.is_topic_message else None,
-            message=message.message_id,
+        chat=Chat(
+            id=message.chat.id,
+            thread_id=message.message_thread_id if message.is_topic_message else None,
+            message_id=message.message_id,
             is_group=is_group,
         ),
         sender=message.sender.id,
@@ -206,7 +212,7 @@ def _slice(units: bytes, entity: _Entity) -> str:
 
 
 def units_of(character: str) -> int:
-    """How many UTF-16 code units a character is.
+    """The number of UTF-16 code units of a character.
 
     >>> [units_of(character) for character in "a😀"]
     [1, 2]
@@ -215,5 +221,5 @@ def units_of(character: str) -> int:
 
 
 def split(text: str) -> list[str]:
-    """A text in messages."""
+    """Splits a text into messages."""
     return message_split.split(text, limit=MAX_UNITS, size=units_of)
