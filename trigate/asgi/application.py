@@ -47,7 +47,7 @@ class GatewayLifespan:
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
             self._scope["state"]["drain"] = app.gateway.drain
-            for line in startup_lines(app.gateway.generation, store_path=app.gateway.store.statistics().path):
+            for line in startup_lines(app.gateway.generations.current, store_path=app.gateway.store.statistics().path):
                 log.info(line)
             await send({"type": "lifespan.startup.complete"})
             await receive()
@@ -60,8 +60,8 @@ class GatewayLifespan:
 def calm_collector() -> None:
     """Runs Python's garbage collector less often, in a process that does nothing but serve.
 
-    Imported modules are not garbage, and a call leaves no cycles behind. At its default pace the collector took an eighth
-    of the time of a short call to find that out again and again.
+    Imported modules are not garbage, and a call leaves no cycles behind. At its default pace the collector took an
+    eighth of the time of a short call to find that out again and again.
     """
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

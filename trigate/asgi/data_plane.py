@@ -153,9 +153,9 @@ async def _take_turn(
 ) -> GatewayError | None:
     """Serves a call as a turn of a session.
 
-    There is no exchange before the turn has come: waiting takes no admission slot, and is limited by ``sessions.wait_s``
-    and the client's own timeout (``at_most_s``). Since each waiting call holds a connection and a body, no more may wait
-    than there may be exchanges.
+    There is no exchange before the turn has come: waiting takes no admission slot, and is limited by
+    ``sessions.wait_s`` and the client's own timeout (``at_most_s``). Since each waiting call holds a connection and a
+    body, no more may wait than there may be exchanges.
 
     Returns:
         Why the turn could not be taken; returned, since the nursery would wrap it in a group.

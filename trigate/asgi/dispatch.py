@@ -1,9 +1,9 @@
 """One ASGI HTTP request: access control, and the way to the data plane, a webhook or the control plane.
 
 Quart-Trio makes a `GatewayConnection` for each request (``asgi_http_class``). Calls that carry model traffic
-(`openai.endpoints.ENDPOINTS`) go to `data_plane` and webhooks to `webhooks.endpoint`; both drive the response themselves.
-Everything else is ordinary Quart. Access control (`auth`), CORS, request ids and error bodies are the same for all three,
-and are done here.
+(`openai.endpoints.ENDPOINTS`) go to `data_plane` and webhooks to `webhooks.endpoint`; both drive the response
+themselves. Everything else is ordinary Quart. Access control (`auth`), CORS, request ids and error bodies are the same
+for all three, and are done here.
 """
 
 from __future__ import annotations

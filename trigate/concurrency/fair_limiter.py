@@ -4,7 +4,8 @@ Who finds no place free waits, and places that come free go round the keys that 
 calls in the queue keeps another one's single call waiting for one place, not for a thousand. Within a key it is first
 come, first served.
 
-Who waits may be sent away for somebody else (`FairLimiter.evict_longest`), so that one key does not fill the whole queue.
+Who waits may be sent away for somebody else (`FairLimiter.evict_longest`), so that one key does not fill the whole
+queue.
 
 A place is handed over: it never looks free to a third one in between, and who is cancelled while it waits has never had
 one. Nobody waits while there is a place that it may have.

@@ -2,7 +2,8 @@
 
 `Admission.slot` is a context manager: the slot is released where its block ends, whatever ended it. An exchange that
 finds no slot free waits in a fair queue (`concurrency.fair_limiter`), or is refused at once: the queue is full, or the
-expected wait is longer than the exchange may wait. A call that is bound to fail later costs more than one that fails now.
+expected wait is longer than the exchange may wait. A call that is bound to fail later costs more than one that fails
+now.
 
 A refusal says when to try again. It is a 429 where the key exceeds a limit of its own, and a 503 where the gateway is
 overloaded.

@@ -141,14 +141,14 @@ class StreamAnswer:
         return True
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:
-        """As `socket_relay.Owner.note_relayed`."""
+        """Bytes came from the upstream, and went to the client."""
         self._attempt.last_byte_at = now
         if sent_bytes:
             self.count(sent_bytes)
             self._client.note_sent(now)
 
     def note_blocked(self, since: float | None) -> None:
-        """As `socket_relay.Owner.note_blocked`. What the upstream sends while the client does not read is read later."""
+        """The client does not read; what the upstream sends meanwhile is read later."""
         self._attempt.is_sending = since is not None
         self._client.note_blocked(since)
         if since is None:

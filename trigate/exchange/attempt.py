@@ -52,8 +52,8 @@ class UpstreamRequest:
 
 @attrs.define(eq=False, kw_only=True)
 class Attempt:
-    """A try at a target. It has more fields than most classes: each is read by the log, the ledger or ``/status``, or is
-    a time from which one of its limits counts.
+    """A try at a target. It has more fields than most classes: each is read by the log, the ledger or ``/status``, or
+    is a time from which one of its limits counts.
 
     Its ``scope`` is a cancel scope of its own: a limit in time, or another attempt with content, ends what is done at
     this upstream at once, and nothing else.

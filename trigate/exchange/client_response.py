@@ -3,8 +3,8 @@
 What the servers below do, and how this module deals with it:
 
 * Hypercorn recycles a keep-alive connection inside the application's *last* ``send``, and reports ``http.disconnect``
-  meanwhile. An application that cancels itself then leaves the connection's idle timer unarmed for ever. So every send is
-  shielded, and the disconnect watch ignores what comes once the answer is out.
+  meanwhile. An application that cancels itself then leaves the connection's idle timer unarmed for ever. So every send
+  is shielded, and the disconnect watch ignores what comes once the answer is out.
 * Hypercorn raises out of the connection when the application is cancelled inside ``http.response.start``. The same
   shield prevents that.
 * When a response is sent while the client still sends its body, closing the socket causes a reset that erases the

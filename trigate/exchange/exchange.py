@@ -4,14 +4,14 @@ The request's nursery (opened by `asgi.dispatch`, or by a run) is cancelled when
 is done for the request happens inside it, so when the nursery ends, nothing of the request is left anywhere.
 
 An exchange has two halves. The *client's half* is here and in `client_sink`: admission, the deadline of the whole call,
-keep-alive comments, a client that does not read, and what the client is told. The *upstream's half* is an `UpstreamCall`
-(attempts, failover, hedging), or a `Subscription` to a call that several exchanges share. The two are joined by a
-`Sink`; the upstream's half knows no client.
+keep-alive comments, a client that does not read, and what the client is told. The *upstream's half* is an
+`UpstreamCall` (attempts, failover, hedging), or a `Subscription` to a call that several exchanges share. The two are
+joined by a `Sink`; the upstream's half knows no client.
 
 The rules:
 
-* Before COMMIT (the status line goes out) every failure is an exception and becomes a status. After COMMIT every failure
-  is an error event, and there is no ``[DONE]``. There is no third case.
+* Before COMMIT (the status line goes out) every failure is an exception and becomes a status. After COMMIT every
+  failure is an error event, and there is no ``[DONE]``. There is no third case.
 * Each attempt has a cancel scope of its own. A deadline, a drain, a stalled client or another attempt that was first
   ends the upstream's part at once (that is the costly one), and the client can still be told why.
 * One deadline spans the call, from the arrival of the request: queue, pauses, attempts, the stream.

@@ -8,8 +8,8 @@ makes an upstream call. The first subscriber has no privilege over the others.
 The rules:
 
 * A shared call runs as a task of this service. It is cancelled when its last subscriber leaves, and by nothing else.
-* The answer is kept from its beginning, within ``limits.buffered_bytes``: a subscriber that joins gets all of it. Once a
-  part has been dropped, no subscriber can join: the next equal call begins another shared call.
+* The answer is kept from its beginning, within ``limits.buffered_bytes``: a subscriber that joins gets all of it. Once
+  a part has been dropped, no subscriber can join: the next equal call begins another shared call.
 * The upstream is read as fast as the fastest client reads. A client that falls behind by more than the bound is
   disconnected from the shared call (`TooSlow`) and does not slow down the others. It has been sent something by then: a
   subscriber takes the first piece as soon as there is one, before anything can be dropped.
@@ -380,8 +380,8 @@ class Subscription:
         self.shared.note_reader_gone()
 
     def abandon(self) -> bool:
-        """The client has disconnected: leaves the shared call now, so that the next one to leave knows whether it is the
-        last.
+        """The client has disconnected: leaves the shared call now, so that the next one to leave knows whether it is
+        the last.
 
         Returns:
             False: the exchange is to be cancelled at once.

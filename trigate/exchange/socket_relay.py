@@ -32,8 +32,8 @@ from trigate.exchange.sink import PlainSocket
 from trigate.exchange.translation import Reader
 from trigate.upstream.response_parser import Framing
 
-# An event has some hundred bytes; what arrived together is moved together. The kernel returns what is there, and CPython
-# shrinks the buffer: the size costs nothing here.
+# An event has some hundred bytes; what arrived together is moved together. The kernel returns what is there, and
+# CPython shrinks the buffer: the size costs nothing here.
 _RECEIVE_BYTES = 64 * 1024
 
 

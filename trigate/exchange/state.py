@@ -157,7 +157,7 @@ class ExchangeState:
 
     @property
     def is_billed(self) -> bool:
-        """Whether the tokens of its upstream call are recorded with it, and not with another one that shared the call."""
+        """Whether the tokens are recorded with it, and not with another exchange that shared the upstream call."""
         return self.source.is_billed if isinstance(self.source, Subscription) else True
 
     @property

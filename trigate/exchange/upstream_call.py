@@ -80,7 +80,8 @@ class UpstreamCall:
     """The upstream's half of an exchange, or of a shared call.
 
     Attributes:
-        deadline_at: When the call has to be over. No attempt begins after it, and each upstream is told how long is left.
+        deadline_at: When the call has to be over. No attempt begins after it, and each upstream is told how long is
+            left.
         first_byte_deadline: When the answer has to have begun; counts until something was sent to the client.
         attempts: All of them, in the order in which they began.
         live: Those in progress.

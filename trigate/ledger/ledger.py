@@ -1,16 +1,16 @@
 """The ledger: one record for each exchange, however it ended.
 
 `Ledger.begin` and `Ledger.settle` are synchronous and never fail: a call is neither delayed nor refused because its
-record cannot be kept. Each writes one line to the `journal`, which survives the process. Every few seconds a task writes
-the settled records to the store, where they can be queried. Each record has an id of its own, so the store holds it at
-most once even if it is written twice.
+record cannot be kept. Each writes one line to the `journal`, which survives the process. Every few seconds a task
+writes the settled records to the store, where they can be queried. Each record has an id of its own, so the store holds
+it at most once even if it is written twice.
 
 When a process is killed, its journal is left behind. The next process that starts, or one that is running, writes those
 records to the store: a settled exchange as it ended, any other one as ``lost``.
 
 Records wait for the store in memory, at most `MAX_WAITING` of them. The others are read from the journal once the store
-is available again. Only where there is no journal either (a full or read-only disk, a store in memory) they are dropped,
-which is counted and logged.
+is available again. Only where there is no journal either (a full or read-only disk, a store in memory) they are
+dropped, which is counted and logged.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class LedgerEntry(Protocol):
 
     @property
     def is_billed(self) -> bool:
-        """Whether the tokens are recorded with this exchange, and not with another one that shared its upstream call."""
+        """Whether the tokens are recorded with it, and not with another exchange that shared the upstream call."""
 
     @property
     def events(self) -> int:

@@ -25,7 +25,6 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 import attrs
 import structlog

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import msgspec
 
 from trigate.channels.service import ChannelStatistics
-from trigate.exchange.admission import AdmissionStatistics
 from trigate.exchange import view
+from trigate.exchange.admission import AdmissionStatistics
 from trigate.exchange.state import ExchangeState
 from trigate.ledger.ledger import LedgerStatistics
 from trigate.routing.plan import Targets

@@ -32,16 +32,14 @@ from trigate.errors import (
     GatewayError,
     Header,
     ProtocolViolation,
-    Rejected,
-    Throttled,
     Truncated,
     Unavailable,
     UpstreamTimeout,
-    upstream_message,
 )
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
 from trigate.upstream.connect import Origin
+from trigate.upstream.error_body import message_suffix, rejection
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.pool import ConnectionPool
 from trigate.upstream.reply import Httpx2Source, Reply, SocketSource, Source, translated
@@ -288,21 +286,15 @@ class Upstream:
         return error
 
     def _error_for(self, reply: Reply, body: bytes) -> GatewayError:
-        status, message = reply.status, upstream_message(body)
+        status, message = reply.status, message_suffix(body)
         after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
         passed: tuple[Header, ...] = tuple(
             (name.encode(), reply.headers[name].encode())
             for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
             if _TIME.fullmatch(reply.headers.get(name, ""))
         )
-        if status == 429:
-            throttled = Throttled(self.name, status, body, headers=passed)
-            throttled.retry_after_s = after_s
-            return throttled
         if 400 <= status < 500:
-            rejected = Rejected(self.name, status, body, headers=passed)
-            rejected.retry_after_s = after_s
-            return rejected
+            return rejection(self.name, status, body, headers=passed, retry_after_s=after_s)
         if status in (503, 529):
             return Unavailable(
                 f"The upstream {self.name} is overloaded or down ({status}){message}",

@@ -3,8 +3,8 @@
 `PlatformCall` passes it to the adapter of a channel. `MessageCall` checks the signature, decodes the message, accepts a
 run and answers: with the result, as a stream, or with 202. The steps and their order are described in `endpoint`.
 
-A call drives the client's `ClientResponse` itself: the answer of a model must not pass through a web framework's response
-objects, for the reasons that `trigate.asgi.dispatch` gives.
+A call drives the client's `ClientResponse` itself: the answer of a model must not pass through a web framework's
+response objects, for the reasons that `trigate.asgi.dispatch` gives.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ class MessageCall:
             finish=hook.on_disconnect == "finish",
         )
 
-    async def _answer(self, request: RunRequest, idempotency: tuple[str, bytes] | None, response: ClientResponse) -> None:
+    async def _answer(
+        self, request: RunRequest, idempotency: tuple[str, bytes] | None, response: ClientResponse
+    ) -> None:
         """Accepts a run, or finds the one that its idempotency key stands for, and answers with 202 or its result."""
         while True:
             claim = await self._runs.accept(request, acknowledged=self._is_async, idempotency=idempotency)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from quart import Blueprint, Response, jsonify
 
+from trigate.asgi.quart_app import current_gateway
+
 blueprint = Blueprint("health", __name__)
 
 

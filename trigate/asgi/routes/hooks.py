@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 from quart import Blueprint, Response, request
 
+from trigate.asgi.quart_app import current_gateway
 from trigate.errors import NotFound
 from trigate.runs.request import view
 from trigate.store.records import Delivery

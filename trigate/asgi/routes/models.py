@@ -6,6 +6,7 @@ from typing import Any
 
 from quart import Blueprint, Response, jsonify
 
+from trigate.asgi.quart_app import current_gateway
 from trigate.errors import Unavailable, UnknownModel
 from trigate.routing import routes
 from trigate.upstream.generation import Generation
@@ -14,7 +15,7 @@ blueprint = Blueprint("models", __name__)
 
 
 def _generation() -> Generation:
-    return current_gateway().generation
+    return current_gateway().generations.current
 
 
 def _model(model: str, owner: str, created: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ blueprint = Blueprint("status", __name__)
 def _owner() -> str | None:
     """Whose streams may be seen: those of the key; None = all, where there are no keys."""
     scope: Any = request.scope  # Any: hypercorn's type does not know our entry
-    return str(scope["trigate.owner"]) if current_gateway().generation.config.keys else None
+    return str(scope["trigate.owner"]) if current_gateway().generations.current.config.keys else None
 
 
 def _rounded(seconds: float | None) -> float | None:
