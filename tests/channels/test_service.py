@@ -13,7 +13,8 @@ import httpx2
 import pytest
 import trio
 
-from tests.conftest import Logs, make_config
+from tests.support.gateway import make_config
+from tests.support.logs import Logs
 from trigate.channels import service as channels
 from trigate.channels.adapter import Channel, Refused, Trouble
 from trigate.channels.service import GOOD_S, MAX_PAUSE_S, PAUSE_S, Channels, ChannelStatistics, open_channels

@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
+from tests.support.gateway import Served, make_config
 from tests.support.provider import Provider, Refuse, Say, Stall, answers, content
 from trigate import __version__
 from trigate.channels.service import ChannelStatistics

@@ -19,7 +19,9 @@ import msgspec
 import pytest
 import trio
 
-from tests.conftest import Logs, Served, _open_app, make_config
+from tests.support.gateway import Served, make_config
+from tests.support.gateway import open_app as _open_app
+from tests.support.logs import Logs
 from tests.support.processes import SERVE, Gateway, run_gateway
 from tests.support.provider import Pause, Provider, Script, Stall, answers, says
 from tests.support.telegram_server import TOKEN, Refusal, TelegramServer, open_telegram
