@@ -29,27 +29,23 @@ MICRO = Path(__file__).parent / "micro.py"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--quick", is_flag=True, help="About two minutes for each gateway: fewer and shorter rounds.")
-@click.option(
-    "--only", multiple=True, metavar="NAME", help="Only scenarios whose names begin with NAME; may be repeated."
-)
+@click.option("--only", multiple=True, metavar="NAME", help="Only scenarios whose names begin with NAME; repeatable.")
 @click.option("--against", multiple=True, metavar="PEERS", help="Other gateways, separated by commas; `all`.")
 @click.option(
     "--gateway",
     default="trigate",
     show_default=True,
     metavar="PEER",
-    help="The gateway that the others are compared to.",
+    help="The gateway to compare the others to.",
 )
 @click.option("--url", metavar="URL", help="Measure a gateway that already runs on this machine, instead of --gateway.")
 @click.option("--model", default="mock-model", show_default=True, help="The model id of the calls; with --url.")
 @click.option(
-    "--path", default="/chat/completions", show_default=True, help="The path of the calls, below /v1; with --url."
+    "--path", default="/chat/completions", show_default=True, help="Path of the calls, below /v1; with --url."
 )
 @click.option("--header", multiple=True, metavar="NAME:VALUE", help="Sent with each call; with --url.")
 @click.option("--pid", type=int, help="The gateway's process id, for its CPU time and memory; with --url.")
-@click.option(
-    "--upstream-port", type=int, default=0, help="The port of the mock upstream, which the gateway of --url must call."
-)
+@click.option("--upstream-port", type=int, default=0, help="Port of the mock upstream, which --url must call.")
 @click.option("--rounds", type=click.IntRange(1, 100), help="How many times each gateway is measured, in turn.")
 @click.option("--window", type=click.FloatRange(0.2, 120), metavar="SECONDS", help="The length of one measurement.")
 @click.option("--rate", type=click.FloatRange(1, 100_000), help="Calls per second of the loads with Poisson arrivals.")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.support import gateway
+from tests.support import gateway, slow
 from tests.support.gateway import OpenApp, OpenServer
 from tests.support.gateway import Served as Served  # re-exported until no test imports them from here
 from tests.support.gateway import make_config as make_config
@@ -27,6 +27,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # For processes as well that are not started through tests/support/processes.py.
 os.environ["TRIGATE_STORE"] = opening.MEMORY
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fails a test that takes too long for one that is not marked slow; see `tests.support.slow`."""
+    stopwatch = slow.Stopwatch()
+    try:
+        result = yield
+    finally:
+        elapsed_s = stopwatch.stop()
+    slow.check(item, elapsed_s)
+    return result
 
 
 @pytest.fixture(autouse=True)
