@@ -24,48 +24,54 @@ from bench.process import HAS_PROC
 from bench.readiness import raise_descriptor_limit
 from bench.scenarios import FULL, QUICK, Scale
 
-ROOMS = Path(__file__).parent / "rooms.py"
+MICRO = Path(__file__).parent / "micro.py"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--quick", is_flag=True, help="About two minutes for each gateway: fewer and shorter rounds.")
-@click.option("--only", multiple=True, metavar="NAME", help="Only scenarios whose names begin so; may be repeated.")
-@click.option("--against", multiple=True, metavar="PEERS", help="Others to take turns with, by commas; `all`.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only scenarios whose names begin with NAME; repeatable.")
+@click.option("--against", multiple=True, metavar="PEERS", help="Other gateways, separated by commas; `all`.")
 @click.option(
-    "--gateway", default="trigate", show_default=True, metavar="PEER", help="What the others are compared to."
+    "--gateway",
+    default="trigate",
+    show_default=True,
+    metavar="PEER",
+    help="The gateway to compare the others to.",
 )
-@click.option("--url", metavar="URL", help="Measure a gateway that runs on this machine, in place of --gateway.")
-@click.option("--model", default="mock-model", show_default=True, help="The model id to call it by; with --url.")
-@click.option("--path", default="/chat/completions", show_default=True, help="Below /v1; with --url.")
+@click.option("--url", metavar="URL", help="Measure a gateway that already runs on this machine, instead of --gateway.")
+@click.option("--model", default="mock-model", show_default=True, help="The model id of the calls; with --url.")
+@click.option(
+    "--path", default="/chat/completions", show_default=True, help="Path of the calls, below /v1; with --url."
+)
 @click.option("--header", multiple=True, metavar="NAME:VALUE", help="Sent with each call; with --url.")
-@click.option("--pid", type=int, help="Its process, for CPU time and memory; with --url.")
-@click.option("--upstream-port", type=int, default=0, help="The mock upstream's; with --url the gateway must know it.")
-@click.option("--rounds", type=click.IntRange(1, 100), help="How many times the gateways take turns.")
-@click.option("--window", type=click.FloatRange(0.2, 120), metavar="SECONDS", help="How long one measurement lasts.")
-@click.option("--rate", type=click.FloatRange(1, 100_000), help="Calls per second of the open loads.")
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Where the result goes.")
-@click.option("--no-plots", is_flag=True, help="JSON only.")
+@click.option("--pid", type=int, help="The gateway's process id, for its CPU time and memory; with --url.")
+@click.option("--upstream-port", type=int, default=0, help="Port of the mock upstream, which --url must call.")
+@click.option("--rounds", type=click.IntRange(1, 100), help="How many times each gateway is measured, in turn.")
+@click.option("--window", type=click.FloatRange(0.2, 120), metavar="SECONDS", help="The length of one measurement.")
+@click.option("--rate", type=click.FloatRange(1, 100_000), help="Calls per second of the loads with Poisson arrivals.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="The directory of the result.")
+@click.option("--no-plots", is_flag=True, help="Write only JSON.")
 @click.option("--compare", nargs=2, type=click.Path(exists=True, path_type=Path), metavar="A.json B.json")
 @click.option(
     "--markdown", type=click.Path(exists=True, path_type=Path), metavar="RESULT.json", help="Print its tables."
 )
 @click.option("--plots", type=click.Path(exists=True, path_type=Path), metavar="RESULT.json", help="Draw its figures.")
-@click.option("--rooms", is_flag=True, help="Micro-benchmarks of the pure rooms instead (pytest-benchmark).")
-@click.option("--hooks", is_flag=True, help="Durable acknowledgements of webhooks, beside what the disk can do.")
-@click.option("--overload", is_flag=True, help="Three times as many calls as there are places for.")
-@click.option("--list", "list_peers", is_flag=True, help="Say which gateways are known, and which are installed.")
-def main(**options: Any) -> None:  # Any: as the decorators say, one by one
-    """Measures Trigate, and other gateways in turn with it, before a mock upstream on this machine."""
-    # Ended from outside, it ends what it has started, as at Ctrl-C.
+@click.option("--micro", is_flag=True, help="Micro-benchmarks of pure modules (pytest-benchmark).")
+@click.option("--hooks", is_flag=True, help="Durable acknowledgements of webhooks, compared with what the disk can do.")
+@click.option("--overload", is_flag=True, help="Three times as many calls as there are slots.")
+@click.option("--list", "list_peers", is_flag=True, help="List the known gateways, and whether each is installed.")
+def main(**options: Any) -> None:  # Any: the decorators give each option its type
+    """Measures Trigate, and other gateways in turn, with a mock upstream on this machine."""
+    # SIGTERM ends the child processes as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     console = Console()
     if options["list_peers"]:
         for peer in gateways.peers().values():
             state = "installed" if peer.is_installed() else f"not installed: {peer.install}"
             console.print(f"{peer.name:<28}{peer.title} – {state}", markup=False, highlight=False)
-    elif options["rooms"]:
+    elif options["micro"]:
         # its own settings, not those of the tests; -s shows what an event costs
-        command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", "-q", "-s", str(ROOMS)]
+        command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", "-q", "-s", str(MICRO)]
         columns = "--benchmark-columns=min,median,iqr,ops"
         sys.exit(subprocess.run([*command, columns, "--benchmark-disable-gc"], check=False).returncode)
     elif options["hooks"]:

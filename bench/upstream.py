@@ -34,10 +34,12 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import attrs
 import httptools
 
+from bench import events
 from bench.readiness import READ, WRITE, Poller, raise_descriptor_limit
 
 MODEL = "mock-model"
@@ -108,12 +110,12 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def _event(delta: str, finish: str = "null") -> bytes:
-    return (
-        'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1750000000,'
-        f'"model":"{MODEL}","system_fingerprint":"fp_bench","choices":[{{"index":0,"delta":{delta},'
-        f'"logprobs":null,"finish_reason":{finish}}}]}}\n\n'
-    ).encode()
+_IDS: Mapping[str, Any] = {"model": MODEL, "id": "chatcmpl-bench", "created": 1750000000}
+_FINGERPRINT = {"system_fingerprint": "fp_bench"}
+
+
+def _event(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
+    return _chunk(events.event(events.chunk(delta, finish_reason, **_IDS, **_FINGERPRINT)))
 
 
 def _text(size: int) -> bytes:
@@ -124,24 +126,22 @@ _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
 )
-_ROLE = _chunk(_event('{"role":"assistant","content":""}'))
-_FINISH = _chunk(_event("{}", '"stop"'))
-_DONE = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+_ROLE = _event({"role": "assistant", "content": ""})
+_FINISH = _event({}, "stop")
+_DONE = _chunk(events.DONE) + b"0\r\n\r\n"
 
 
 @cache
 def _content(size: int) -> tuple[bytes, bytes]:
     """The bytes of a content event before and after its timestamp."""
-    whole = _chunk(_event('{"content":"@' + "0" * 16 + _text(size - 17).decode() + '"}'))
+    whole = _event({"content": "@" + "0" * 16 + _text(size - 17).decode()})
     before, after = whole.split(b"0" * 16)
     return before, after
 
 
 @cache
 def _usage_event(tokens: int) -> bytes:
-    usage = f'{{"prompt_tokens":9,"completion_tokens":{tokens},"total_tokens":{9 + tokens}}}'
-    event = f'data: {{"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1750000000,"model":"{MODEL}",'
-    return _chunk(f'{event}"choices":[],"usage":{usage}}}\n\n'.encode())
+    return _chunk(events.event(events.usage_chunk(events.tokens(9, tokens), **_IDS)))
 
 
 def _reply(body: bytes, status: str = "200 OK") -> bytes:
@@ -154,14 +154,9 @@ def _reply(body: bytes, status: str = "200 OK") -> bytes:
 
 @cache
 def _answer(size: int) -> bytes:
-    message = f'{{"role":"assistant","content":"{_text(size).decode()}","refusal":null}}'
-    return _reply(
-        (
-            f'{{"id":"chatcmpl-bench","object":"chat.completion","created":1750000000,"model":"{MODEL}",'
-            f'"choices":[{{"index":0,"message":{message},"logprobs":null,"finish_reason":"stop"}}],'
-            '"usage":{"prompt_tokens":9,"completion_tokens":17,"total_tokens":26},"system_fingerprint":"fp_bench"}'
-        ).encode()
-    )
+    message = {"role": "assistant", "content": _text(size).decode(), "refusal": None}
+    choice = events.choice(message=message, logprobs=None, finish_reason="stop")
+    return _reply(events.encode(events.completion(choice, events.tokens(9, 17), **_IDS, **_FINGERPRINT)))
 
 
 _MODELS = _reply(

@@ -13,8 +13,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trigate
-from tests.conftest import Served, make_config
 from tests.support.asgi_client import Piece, chat
+from tests.support.gateway import Served, make_config
 from tests.support.provider import Head, Pause, Provider, Refuse, Say, Stall, answers, content, event, says
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]

@@ -15,7 +15,8 @@ import pytest
 import trio
 
 from tests.channels.services import open_services
-from tests.conftest import Logs, make_config
+from tests.support.gateway import make_config
+from tests.support.logs import Logs
 from trigate.channels import service
 from trigate.channels.adapter import Channel, ChannelServices, PlatformError, TokenRejected
 from trigate.channels.service import (

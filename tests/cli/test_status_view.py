@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
+from tests.support.gateway import Served, make_config
 from tests.support.provider import Provider, Say, Stall, answers, content
 from trigate.cli.status_view import Overview, Table, overview, plain_lines, read
 from trigate.status.schema import Status

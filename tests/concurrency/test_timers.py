@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Logs
+from tests.support.logs import Logs
 from trigate.concurrency.timers import Check, Timer, open_timers
 
 

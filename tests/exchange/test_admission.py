@@ -11,7 +11,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Logs, Served, make_config
+from tests.support.gateway import Served, make_config
+from tests.support.logs import Logs
 from tests.support.provider import DONE, Pause, Provider, Say, Stall, content, says
 from trigate.exchange import admission
 

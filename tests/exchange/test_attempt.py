@@ -10,7 +10,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Logs, Served, make_config
+from tests.support.gateway import Served, make_config
+from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
     FINISH,

@@ -18,9 +18,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Served, make_config
 from tests.support.asgi_client import chat
 from tests.support.bomb import Bomb, armed
+from tests.support.gateway import Served, make_config
 from tests.support.provider import (
     DONE,
     Break,

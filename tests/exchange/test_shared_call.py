@@ -14,8 +14,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Logs, Served, make_config
 from tests.support.asgi_client import ClientCall, chat
+from tests.support.gateway import Served, make_config
+from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
     Break,

@@ -21,13 +21,14 @@ import msgspec
 import pytest
 import trio
 
-from tests.conftest import Logs, make_config
 from tests.faults.catalogue import CATALOGUE, LIMITS
 from tests.faults.hostile import Hostile, open_hostile, trust
 from tests.faults.making import GOOD
 from tests.faults.page import page
 from tests.faults.steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
 from tests.support.asgi_client import chat
+from tests.support.gateway import make_config
+from tests.support.logs import Logs
 from trigate.config.sections import UpstreamConfig
 from trigate.gateway.gateway import Gateway
 from trigate.store.records import ExchangeRecord

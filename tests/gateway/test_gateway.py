@@ -12,8 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Logs
 from tests.support.asgi_client import AsgiClient
+from tests.support.logs import Logs
 from tests.support.provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
 from trigate.asgi.application import create_app
 from trigate.config.sections import ConfigError, UpstreamConfig

@@ -20,9 +20,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Logs, make_config
 from tests.support.asgi_client import chat
 from tests.support.bomb import Bomb, armed
+from tests.support.gateway import make_config
+from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
     FINISH,

@@ -17,8 +17,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
 from tests.support.asgi_client import chat
+from tests.support.gateway import Served, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Pause, Provider, Say, Stall, answers, content, says
 from trigate.ledger import ledger

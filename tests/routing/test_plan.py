@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import make_config
+from tests.support.gateway import make_config
 from trigate.errors import (
     BadRequest,
     GatewayError,

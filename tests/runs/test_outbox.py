@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Logs
+from tests.support.logs import Logs
 from trigate.runs import outbox as rooms
 from trigate.runs.outbox import ATTEMPT_S, CONCURRENCY, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
 from trigate.store.interface import Store

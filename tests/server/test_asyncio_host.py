@@ -29,7 +29,7 @@ import sniffio
 import trio
 import trio.testing
 
-from tests.conftest import Logs
+from tests.support.logs import Logs
 from tests.support.processes import run_gateway
 from trigate.server import asyncio_host
 from trigate.server.asyncio_host import AsyncioHost

@@ -19,9 +19,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Served, make_config
 from tests.support.asgi_client import ClientCall, chat
 from tests.support.bomb import Bomb, armed
+from tests.support.gateway import Served, make_config
 from tests.support.processes import configuration, run_gateway
 from tests.support.provider import (
     DONE,

@@ -10,7 +10,7 @@ import attrs
 import httptools
 import trio
 
-from tests.simulator import lots
+from tests.simulator import draws
 from tests.simulator.pipes import End, SocketEnd
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Call:
         replies: What providers did with it, in the order in which it reached them.
     """
 
-    request: lots.Request
+    request: draws.Request
     fresh: bool = True
     answer: Answer = attrs.field(factory=Answer)
     begun_at: float = attrs.field(factory=trio.current_time)
@@ -114,7 +114,7 @@ class Call:
     total_s: float = math.inf
     keep_alive_s: float = math.inf
     quiet_s: float = 0.0
-    replies: list[tuple[str, lots.Reply]] = attrs.field(factory=list)
+    replies: list[tuple[str, draws.Reply]] = attrs.field(factory=list)
 
 
 async def run_client(world: World) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from tests.simulator import lots
+from bench.events import DONE
+from tests.simulator import draws
 from tests.simulator.clients import Call
 from trigate.errors import CODES
 from trigate.exchange.exchange import _REST_S, Exchange
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 KEEP_ALIVE = b": keep-alive\n"
-DONE = b"data: [DONE]\n\n"
 _ERROR = b'data: {"error"'
 _EPSILON_S = 0.001
 GRACE_S = 0.5
@@ -247,7 +247,7 @@ def _may_lack_its_end(world: World, call: Call) -> bool:
         return True
     if not call.entered:
         idle_since = call.before.returned_at if call.before is not None else math.inf
-        return world.stopping or call.begun_at + _EPSILON_S > idle_since + lots.KEEP_ALIVE_TIMEOUT_S
+        return world.stopping or call.begun_at + _EPSILON_S > idle_since + draws.KEEP_ALIVE_TIMEOUT_S
     # Sound has no words for an error: that it breaks off is how the client is told.
     return call.request.kind == "speech" and call.answer.status == 200 and call.outcome in CODES
 

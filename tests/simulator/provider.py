@@ -12,7 +12,7 @@ import httpx2
 import msgspec
 import trio
 
-from tests.simulator import lots
+from tests.simulator import draws
 from tests.simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.upstream.connect import Connection, Origin
 from trigate.upstream.transport import SocketTransport
@@ -96,7 +96,7 @@ class Line:
     ) -> Connection:
         """As `trigate.upstream.connect.dial`."""
         world = self.world
-        takes_s, accepts = lots.connecting(world.seed, self.upstream, next(world.dials), trio.current_time())
+        takes_s, accepts = draws.connecting(world.seed, self.upstream, next(world.dials), trio.current_time())
         self.dialling += 1
         try:
             with trio.move_on_after(timeout_s):
@@ -185,7 +185,7 @@ async def _answer(world: World, upstream: str, end: End | SocketEnd, headers: di
     if said["model"] != f"m-{upstream}" or said["request"] != asked.number:
         world.violate(f"{asked.id} reached {upstream} as {said['model']} {said['request']}")
     number = len(call.replies)
-    reply = lots.reply(world.seed, upstream, asked, number, prefix, trio.current_time())
+    reply = draws.reply(world.seed, upstream, asked, number, prefix, trio.current_time())
     call.replies.append((upstream, reply))
     world.trace.note("asked", asked.id, upstream, number, len(prefix))
     taken = Open(asked.id, upstream, end)
@@ -201,19 +201,19 @@ async def _answer(world: World, upstream: str, end: End | SocketEnd, headers: di
     return goes_on
 
 
-async def _play(end: End | SocketEnd, reply: lots.Reply) -> bool:
+async def _play(end: End | SocketEnd, reply: draws.Reply) -> bool:
     for step in reply.steps:
         match step:
-            case lots.Say(data):
+            case draws.Say(data):
                 await end.send_all(data)
-            case lots.Pause(seconds):
+            case draws.Pause(seconds):
                 await _sleep(end, seconds)
                 if end.left.is_set():
                     return False
-            case lots.End("rst"):
+            case draws.End("rst"):
                 end.reset()
                 return False
-            case lots.End():
+            case draws.End():
                 return False
     return True
 
@@ -228,7 +228,7 @@ def lines(world: World) -> Callable[[str, object], SocketTransport]:
     """Makes the transports of a generation, as `trigate.gateway.gateway.open_gateway` asks for them."""
 
     def make(name: str, _: object) -> SocketTransport:
-        line = Line(world, name, plain=lots.is_plain(world.seed, "line", len(world.lines)))
+        line = Line(world, name, plain=draws.is_plain(world.seed, "line", len(world.lines)))
         world.lines.append(line)
         return line.transport
 

@@ -19,7 +19,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.simulator import Violation, invariants, lots, simulate
+from tests.simulator import Violation, draws, invariants, simulate
 from tests.simulator.__main__ import main
 from tests.simulator.pipes import pair
 from trigate.asgi.client import Downstream
@@ -424,10 +424,10 @@ def test_a_reply_goes_on_where_it_is_told_to() -> None:
     """What one provider has not said of a text, the next one says: together, the text."""
     wholes = 0
     for number in range(40):
-        asked = attrs.evolve(lots.request(1, number), kind="stream")
+        asked = attrs.evolve(draws.request(1, number), kind="stream")
         for at in (0, len(asked.text) // 2, len(asked.text)):
-            reply = lots.reply(1, "alpha", asked, 0, asked.text[:at], 0.0)
-            if reply.whole and lots.NONSENSE not in reply.body:
+            reply = draws.reply(1, "alpha", asked, 0, asked.text[:at], 0.0)
+            if reply.whole and draws.NONSENSE not in reply.body:
                 wholes += 1
                 events, rest = invariants.events_of(reply.body)
                 assert (events[-1], rest) == (invariants.DONE, b"")

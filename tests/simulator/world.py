@@ -22,7 +22,7 @@ import trio
 import trio._core._run as scheduler
 from trio.testing import MockClock
 
-from tests.simulator import invariants, lots, provider
+from tests.simulator import draws, invariants, provider
 from tests.simulator.clients import Call, run_client
 from tests.simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.asgi.application import create_app
@@ -302,7 +302,7 @@ class World:
         """What goes on may be cut short: that, or its clients have had the time to move."""
         return self.is_stopped or (self._gateway is not None and self._gateway.draining)
 
-    def next_request(self, *, kept: bool) -> lots.Request | None:
+    def next_request(self, *, kept: bool) -> draws.Request | None:
         """What a client asks next; None = nothing more, in this life.
 
         Args:
@@ -325,14 +325,14 @@ class World:
                 self._end.succeed(1)
             else:
                 self._end.stop_now()
-        return lots.request(self.seed, number)
+        return draws.request(self.seed, number)
 
     def connect(self) -> End | SocketEnd | None:
         """Connects to the gateway; None = nobody listens."""
         if self._accept is None:
             return None
         port = next(self._ports)
-        if lots.is_plain(self.seed, "client", port):
+        if draws.is_plain(self.seed, "client", port):
             one, other = socket_pair(capacity=_CLIENT_BYTES)
             accepted = trio.SocketStream(trio.socket.from_stdlib_socket(one))
             self.accepted.append(lambda: accepted.socket.fileno() != -1)
@@ -343,7 +343,7 @@ class World:
         self._accept(far)
         return near
 
-    def note_turned_away(self, request: lots.Request) -> None:
+    def note_turned_away(self, request: draws.Request) -> None:
         """Nobody listened."""
         self._asked -= 1
         self._turned_away += 1
@@ -432,7 +432,7 @@ class World:
     # -- its life -----------------------------------------------------------------------------------------------------
 
     def _configuration(self) -> Config:
-        tables = lots.configuration(self.seed, self._configurations)
+        tables = draws.configuration(self.seed, self._configurations)
         return configuration.structure(tables, env={}, source="simulator")
 
     async def run(self) -> None:
@@ -443,7 +443,7 @@ class World:
         self._ended_s = trio.current_time()
 
     async def _live(self) -> None:
-        rng = lots.lot(self.seed, "life", self._lives)
+        rng = draws.lot(self.seed, "life", self._lives)
         self._lives += 1
         self._configurations += 1
         self._config = self._configuration()
@@ -473,7 +473,7 @@ class World:
         async with trio.open_nursery() as self.nursery:
             async with server.open_lifespan(asgi) as state:
                 gateway = app.gateway
-                gateway.chance = lots.lot(self.seed, "chance", self._lives).random
+                gateway.chance = draws.lot(self.seed, "chance", self._lives).random
                 self._watch(gateway)
                 self.generations = [gateway.generation]
                 self._gateway = gateway

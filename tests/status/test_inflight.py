@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import Served, make_config
+from tests.support.gateway import Served, make_config
 from tests.support.provider import Pause, Provider, Say, Stall, answers, content, says
 from trigate.status import inflight
 from trigate.status.schema import Stream

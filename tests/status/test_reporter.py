@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
+from tests.support.gateway import Served, make_config
 from tests.support.provider import Provider, Say, Stall, answers, content
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway

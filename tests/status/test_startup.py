@@ -10,7 +10,7 @@ import attrs
 import pytest
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
+from tests.support.gateway import Served, make_config
 from tests.support.provider import Provider, Refuse
 from trigate import __version__
 from trigate.config.sections import Config

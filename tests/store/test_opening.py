@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
+from tests.support.gateway import Served, make_config
 from tests.support.processes import environment
 from trigate.config.sections import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
 from trigate.gateway.gateway import Gateway, open_gateway

@@ -24,8 +24,8 @@ import pytest
 import trio
 import trio.testing
 
-from tests.conftest import Logs
 from tests.store.test_operations import ALL, delivery, run, texts, turn
+from tests.support.logs import Logs
 from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite, sqlite_file

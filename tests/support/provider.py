@@ -23,63 +23,40 @@ import httpx2
 import msgspec
 import trio
 
+from bench import events
+from bench.events import event as event
+
 FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-"""How a choice says that it has ended, in an event with nothing to rename in it."""
-DONE = FINISH + b"data: [DONE]\n\n"
+"""The event that finishes a choice. It has no model id in it that the gateway would have to replace."""
+DONE = FINISH + events.DONE
 """The end of a complete stream."""
 
 
-def event(value: object) -> bytes:
-    """Encodes a value as one server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
 def chunk(delta: Mapping[str, Any], *, finish_reason: str | None = None, model: str = "m") -> bytes:
-    """One event of a streamed chat completion, as the OpenAI API reference has it."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-    return event(
-        {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": [choice]}
-    )
+    """Makes one event of a streamed chat completion."""
+    return event(events.chunk(delta, finish_reason, model=model))
 
 
 def role() -> bytes:
-    """The event that opens a stream and says nothing yet."""
+    """Makes the event that opens a stream; it has no content yet."""
     return chunk({"role": "assistant", "content": ""})
 
 
 def content(text: str) -> bytes:
-    """An event with some of the answer in it."""
+    """Makes an event with a part of the answer."""
     return chunk({"content": text})
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> bytes:
-    """The event before ``[DONE]`` that ``stream_options.include_usage`` asks for."""
-    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    return event(
-        {
-            "id": "chatcmpl-1",
-            "object": "chat.completion.chunk",
-            "created": 1,
-            "model": "m",
-            "choices": [],
-            "usage": {**counts, "total_tokens": prompt_tokens + completion_tokens},
-        }
-    )
+    """Makes the event before ``[DONE]`` that ``stream_options.include_usage`` asks for."""
+    return event(events.usage_chunk(events.tokens(prompt_tokens, completion_tokens)))
 
 
 def completion(text: str, *, model: str = "m") -> bytes:
-    """A whole chat completion."""
-    return msgspec.json.encode(
-        {
-            "id": "chatcmpl-1",
-            "object": "chat.completion",
-            "created": 1,
-            "model": model,
-            "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"},
-            ],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
-        }
+    """Makes a whole chat completion."""
+    message = {"role": "assistant", "content": text}
+    return events.encode(
+        events.completion(events.choice(message=message, finish_reason="stop"), events.tokens(3, 2), model=model)
     )
 
 

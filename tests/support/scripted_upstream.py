@@ -34,15 +34,18 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from bench import events
 
 MODELS = ("hello", "org/deep/model", "tools", "endless")
 # U+2028 and U+0085 end a line for careless readers of server-sent events, and may stand raw in JSON.
 WORDS = ("Grüße,", " liebe", "\u2028Welt", " 🌍\u0085!")
 TEXT = "".join(WORDS)
 REFUSAL = {"error": {"message": "said the upstream", "type": "some_type", "param": "p", "code": "some_code"}}
-USAGE = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+USAGE = events.tokens(7, 4)
 SPEECH = bytes(range(256)) * 300
 IMAGE = base64.b64encode(b"not really a picture").decode()
 EMBEDDING = (0.25, -1.5, 3.0)
@@ -110,28 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif call.get("stream"):
             self._chat_stream(call, part)
         else:
-            self._json(
-                {
-                    "id": "chatcmpl-1",
-                    "object": "chat.completion",
-                    "created": 1,
-                    "model": call["model"],
-                    "choices": [_answer(_message(call, part))],
-                    "usage": USAGE,
-                    "x_unknown": {"kept": [1.0, 1e2]},
-                }
-            )
+            answer = _answer(_message(call, part))
+            self._json(events.completion(answer, USAGE, model=call["model"], x_unknown={"kept": [1.0, 1e2]}))
 
     def _chat_stream(self, call: dict[str, Any], part: str) -> None:
-        def chunk(**more: Any) -> dict[str, Any]:
-            head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": call["model"]}
-            return {**head, "choices": [], **more}
-
+        chunk = partial(events.chunk, model=call["model"])
         self._start_stream()
-        self._event(chunk(choices=[_choice(delta={"role": "assistant", "content": ""})]))
+        self._event(chunk({"role": "assistant", "content": ""}))
         if part == "endless":
             while True:
-                self._event(chunk(choices=[_choice(delta={"content": "word "})]))
+                self._event(chunk({"content": "word "}))
                 self._wait_gone(0.005)
         message = _message(call, part)
         if message.get("tool_calls"):
@@ -150,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             finish = "stop"
         if part in ("cut", "reset", "short"):
             for delta in deltas[:2]:
-                self._event(chunk(choices=[_choice(delta=delta)]))
+                self._event(chunk(delta))
             time.sleep(0.05)  # a reset must not overtake the words
             if part == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -160,10 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = part != "short"
             return
         for delta in deltas:
-            self._event(chunk(choices=[_choice(delta=delta)]))
-        self._event(chunk(choices=[_choice(delta={}, finish_reason=finish)]))
+            self._event(chunk(delta))
+        self._event(chunk({}, finish))
         if (call.get("stream_options") or {}).get("include_usage"):
-            self._event(chunk(usage=USAGE))
+            self._event(events.usage_chunk(USAGE, model=call["model"]))
         self._event("[DONE]")
         self._end_stream()
 
@@ -256,12 +247,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Gone  # nobody pipelines here: what can be read is the end
 
 
-def _choice(**what: Any) -> dict[str, Any]:
-    return {"index": 0, "logprobs": None, "finish_reason": None, **what}
-
-
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
-    return _choice(message=message, finish_reason="tool_calls" if "tool_calls" in message else "stop")
+    return events.choice(
+        logprobs=None, message=message, finish_reason="tool_calls" if "tool_calls" in message else "stop"
+    )
 
 
 def _message(call: dict[str, Any], part: str) -> dict[str, Any]:

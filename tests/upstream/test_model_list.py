@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.conftest import Logs
+from tests.support.logs import Logs
 from trigate.concurrency.notify import open_service
 from trigate.config import structure as configuration
 from trigate.upstream.model_list import REFRESH_S, ModelPoll

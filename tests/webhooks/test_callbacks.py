@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.conftest import make_config
+from tests.support.gateway import make_config
 from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Config, HookConfig
 from trigate.errors import Unverified

@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from tests.conftest import Served, make_config
 from tests.support.asgi_client import ClientCall
+from tests.support.gateway import Served, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
 from trigate.errors import Unauthenticated, Unverified

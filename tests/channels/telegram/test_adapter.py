@@ -19,7 +19,8 @@ import pytest
 import trio
 
 from tests.channels.services import open_services
-from tests.conftest import Logs, Served, _open_app, make_config
+from tests.support.gateway import Served, open_app as _open_app, make_config
+from tests.support.logs import Logs
 from tests.support.processes import SERVE, Gateway, run_gateway
 from tests.support.provider import Pause, Provider, Script, Stall, answers, says
 from tests.support.telegram_server import TOKEN, Refusal, TelegramServer, open_telegram

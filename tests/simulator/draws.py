@@ -14,6 +14,8 @@ from typing import Any, Literal
 import attrs
 import msgspec
 
+from bench import events
+
 UPSTREAMS = ("alpha", "beta", "gamma")
 MODELS = ("one", "both", "spread", "race", "kept", "alpha/m-alpha")
 KEYS = {name: f"key-of-{name}-0123456789" for name in ("ada", "bob", "cyd")}
@@ -417,35 +419,31 @@ class _Script:
     # -- a stream
 
     def _chunk(self, delta: object, finish: str | None = None) -> bytes:
-        return b'data: {"id":"%b","object":"chat.completion.chunk","created":1,"model":"%b","choices":[%b]}\n\n' % (
-            self._name.encode(),
-            self._model.encode(),
-            msgspec.json.encode({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}),
-        )
+        return events.event(events.chunk(delta, finish, model=self._model, id=self._name))
 
     def _events(self) -> list[bytes]:
         """All of a good stream but its last event."""
-        events = [self._chunk({"role": "assistant", "content": ""})]
+        stream = [self._chunk({"role": "assistant", "content": ""})]
         left = self._left
         longest = self._rng.choice((40, 40, 700))  # so that one of them may be more than what a socket takes at once
         while left:
             size = self._rng.randint(1, longest)
-            events.append(self._chunk({"content": left[:size]}))
+            stream.append(self._chunk({"content": left[:size]}))
             left = left[size:]
-        events.append(self._chunk({}, "stop"))
+        stream.append(self._chunk({}, "stop"))
         if self._rng.random() < 0.3:
             usage = b'data: {"id":"%b","model":"%b","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
-            events.append(usage % (self._name.encode(), self._model.encode()))
-        return events
+            stream.append(usage % (self._name.encode(), self._model.encode()))
+        return stream
 
     def _stream(self) -> None:
         rng, fault = self._rng, self._fault
-        events = self._events()
-        breaks_at = rng.randrange(len(events)) if fault in _WITHIN else len(events)
+        stream = self._events()
+        breaks_at = rng.randrange(len(stream)) if fault in _WITHIN else len(stream)
         if fault == "no end":
-            breaks_at = len(events)
+            breaks_at = len(stream)
         self._head(200, "text/event-stream")
-        for position, event in enumerate(events):
+        for position, event in enumerate(stream):
             self._pause()
             if position == breaks_at and self._break(event):
                 return
@@ -458,18 +456,17 @@ class _Script:
         if fault == "no end":
             self._close()
             return
-        done = b"data: [DONE]\n\n"
         if fault == "no finish":
-            self._body(done)
+            self._body(events.DONE)
             self._close()
             return
-        self.told.append(done)
+        self.told.append(events.DONE)
         self.whole = True
         after = rng.random()
         if after < 0.05:
-            self._body(done + b'data: {"late":true}\n\n')
+            self._body(events.DONE + b'data: {"late":true}\n\n')
         else:
-            self._body(done)
+            self._body(events.DONE)
         if after > 0.95:
             self.steps += [Pause(rng.choice((0.1, 2.0))), End("fin")]
         else:
@@ -505,14 +502,8 @@ class _Script:
 
     def _json(self) -> None:
         rng, fault = self._rng, self._fault
-        body = (
-            b'{"id":"%b","object":"chat.completion","created":1,"model":"%b","choices":[{"index":0,"message":%b,'
-            b'"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":5,"total_tokens":8}}'
-        ) % (
-            self._name.encode(),
-            self._model.encode(),
-            msgspec.json.encode({"role": "assistant", "content": self._left}),
-        )
+        choice = events.choice(message={"role": "assistant", "content": self._left}, finish_reason="stop")
+        body = events.encode(events.completion(choice, events.tokens(3, 5), model=self._model, id=self._name))
         if fault == "large":
             body = body[:-1] + b',"padding":"%b"}' % (b"x" * 30_000)
         elif fault in ("nonsense", "bad chunk"):

@@ -1,8 +1,8 @@
-"""Micro-benchmarks of the pure rooms: ``./scripts/bench --rooms``.
+"""Micro-benchmarks of pure modules: ``./scripts/bench --micro``.
 
-What an event costs in `trigate.openai.sse` and `trigate.openai.stream`, what a request costs in `trigate.openai` and
-`trigate.routing`, and what a worker's heartbeat costs in `trigate.status.reporter`; without sockets and without Trio.
-pytest-benchmark calls each many times and reports the minimum, the median and the spread.
+They measure the cost of an event in `trigate.openai.sse` and `trigate.openai.stream`, of a request in `trigate.openai`
+and `trigate.routing`, and of a worker's heartbeat in `trigate.status.reporter`, without sockets. pytest-benchmark calls
+each function many times and reports the minimum, the median and the spread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from bench import events
 from bench.upstream import MODEL
 from trigate.config import structure
 from trigate.exchange.exchange import Exchange
@@ -24,6 +25,7 @@ from trigate.openai.request import decode_call
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import StreamReader
 from trigate.routing.routes import Known, Target, plan
+from trigate.status import snapshot
 from trigate.store import opening
 
 EVENTS = 100
@@ -32,14 +34,7 @@ Benchmark = Any  # pytest-benchmark's fixture, which has no types
 
 
 def _event(content: str) -> bytes:
-    chunk = {
-        "id": "chatcmpl-bench",
-        "object": "chat.completion.chunk",
-        "created": 1750000000,
-        "model": MODEL,
-        "choices": [{"index": 0, "delta": {"content": content}, "logprobs": None, "finish_reason": None}],
-    }
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+    return events.event(events.chunk({"content": content}, model=MODEL, id="chatcmpl-bench", created=1750000000))
 
 
 STREAM = [_event(f" word{number}") for number in range(EVENTS)]
@@ -68,7 +63,7 @@ ANSWER = json.dumps(
 
 @pytest.fixture
 def per_event(benchmark: Benchmark) -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Benchmarks something that handles `EVENTS` events."""
+    """Benchmarks a function that handles `EVENTS` events."""
 
     def run(function: Callable[[], object]) -> None:
         benchmark(function)
@@ -80,7 +75,7 @@ def per_event(benchmark: Benchmark) -> Iterator[Callable[[Callable[[], object]],
 
 
 def test_split_events_one_by_one(per_event: Callable[[Callable[[], object]], None]) -> None:
-    """sse: each event arrives by itself."""
+    """sse: events that arrive one by one."""
 
     def split() -> None:
         splitter = EventSplitter(max_event_bytes=1 << 20)
@@ -91,7 +86,7 @@ def test_split_events_one_by_one(per_event: Callable[[Callable[[], object]], Non
 
 
 def test_split_events_together(per_event: Callable[[Callable[[], object]], None]) -> None:
-    """sse: ten events arrive in one piece."""
+    """sse: events that arrive in pieces of ten."""
     pieces = [b"".join(STREAM[start : start + 10]) for start in range(0, EVENTS, 10)]
 
     def split() -> None:
@@ -103,7 +98,7 @@ def test_split_events_together(per_event: Callable[[Callable[[], object]], None]
 
 
 def test_read_events(per_event: Callable[[Callable[[], object]], None]) -> None:
-    """wire: content, end, usage and the model's name, event by event."""
+    """stream: content, finish reason, usage and model id of each event."""
 
     def read() -> None:
         reader = StreamReader(CHAT, model="default", upstream="mock")
@@ -114,27 +109,27 @@ def test_read_events(per_event: Callable[[Callable[[], object]], None]) -> None:
 
 
 def test_decode_call(benchmark: Benchmark) -> None:
-    """wire: a request's body, and the body for the upstream."""
+    """request: decodes a body and encodes the body for the upstream."""
     benchmark(lambda: decode_call(CHAT, BODY).body_for(MODEL))
 
 
 def test_decode_answer(benchmark: Benchmark) -> None:
-    """wire: a plain answer, with the public model id put in."""
+    """answer: decodes a whole answer and replaces its model id."""
     benchmark(lambda: decode_answer(ANSWER, model="default", upstream="mock"))
 
 
 @pytest.mark.parametrize("model", ["default", "mock/mock-model", MODEL])
 def test_plan(benchmark: Benchmark, model: str) -> None:
-    """routing: an alias, an upstream's model, a bare id."""
+    """routes: an alias, an upstream and its model, a bare model id."""
     upstreams = {"other": Known(models=("a", "b")), "mock": Known(models=(MODEL,), default_model=MODEL)}
     aliases = {"default": (Target("mock", MODEL),)}
     benchmark(lambda: plan(model, aliases=aliases, upstreams=upstreams))
 
 
 @pytest.mark.parametrize("live", [0, 10_000])
-def test_beat(benchmark: Benchmark, live: int) -> None:
-    """report: what a worker says of itself each second, and for ``/status``, beside so many exchanges."""
-    nobody: Any = None  # Any: nothing is sent to it
+def test_heartbeat(benchmark: Benchmark, live: int) -> None:
+    """snapshot: a worker's report, made each second and for ``/status``, with this many exchanges in flight."""
+    no_client: Any = None  # Any: nothing is sent to it
     settings = structure.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench")
 
     async def measure() -> None:
@@ -145,11 +140,11 @@ def test_beat(benchmark: Benchmark, live: int) -> None:
                     call=decode_call(CHAT, BODY),
                     gateway=gateway,
                     generation=gateway.generation,
-                    down=nobody,
+                    down=no_client,
                 )
                 exchange.target = Target("mock", MODEL)
                 gateway.live[exchange] = None
-            benchmark(gateway.status.snapshot)
+            benchmark(snapshot.snapshot, gateway)
             gateway.live.clear()
 
     trio.run(measure)
