@@ -5,7 +5,7 @@ many (a run that was started again may have a shorter answer). Three rules keep 
 
 * A new message that may have arrived is never written again: platforms have no key by which they would recognise it.
   The attempt then ends as ``unsure``. An edit may be repeated.
-* Once a message was written, an attempt that has to stop stores the rest as a delivery of its own
+* Once a message was written, an attempt that has to stop stores the rest as another delivery
   (`replies.add_remainder`), which lists the messages written so far. Repeating this delivery would write them twice.
 * A message that can no longer be edited (deleted, too old) is written anew, with all that follow it.
 

@@ -114,8 +114,8 @@ async def recorded_shown(store: Store, run: Run) -> list[Shown]:
 
 
 async def add_remainder(store: Store, delivery: Delivery, shown: Sequence[Shown], *, after_s: float) -> None:
-    """Stores the unwritten rest of a delivery as a delivery of its own. It holds the messages that were written, so no
-    process writes them twice.
+    """Stores the unwritten rest of a delivery as another delivery, which lists the messages that were written, so that
+    no process writes them twice.
 
     Raises:
         StoreUnavailable: It could not be stored.

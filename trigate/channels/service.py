@@ -216,7 +216,7 @@ class Channels:
 
 
 def _platform_error_of(error: Exception) -> PlatformError | None:
-    """The expected error that an adapter raised, alone or in a group; None = a defect, alone or among others."""
+    """The expected error that an adapter raised, alone or in a group; None = at least one of the errors is a defect."""
     if isinstance(error, PlatformError):
         return error
     if isinstance(error, GatewayError):  # for example, of the store

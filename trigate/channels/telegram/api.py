@@ -20,7 +20,7 @@ from trigate.concurrency.notify import Wakeup
 from trigate.concurrency.rate_limiter import RateLimiter
 
 ANSWER_S = 15.0
-"""The timeout of a method; for one that waits by itself, beyond the time that it waits."""
+"""The timeout of a method. A long poll may take this much longer than the time for which Telegram waits."""
 EDITS_PER_S = 25.0
 """Edits a second in all chats together. The rest of the 30 requests that Telegram allows is for final replies."""
 _NO_PREVIEW = {"is_disabled": True}

@@ -1,8 +1,8 @@
 """Polls Telegram for updates, in one worker at a time.
 
-An update is taken in this order: its run is made durable, then Telegram is told, by the offset of the next
-``getUpdates``. If the process exits in between, Telegram sends the update again, and the idempotency key of its run
-shows that it was taken.
+An update is taken in this order: its run is made durable, then the update is confirmed to Telegram, by the offset of
+the next ``getUpdates``. If the process exits in between, Telegram sends the update again, and the idempotency key of
+its run shows that it was taken.
 
 The worker that holds the channel in the store polls (`store.Channels.hold`). Another worker takes over when the holder
 has exited, or when its process shuts down and lets go of the channel.
@@ -68,7 +68,7 @@ class UpdatePoller:
                     await trio.sleep(HOLD_S)
         finally:
             if held:
-                services.store.channels.let_go(name, worker=worker)  # noqa: ASYNC102 - queued, and not waited for
+                services.store.channels.let_go(name, worker=worker)  # queued, and not waited for
         await trio.sleep_forever()  # other workers poll now; this one still answers the updates that it has taken
 
     async def _poll(self) -> None:
