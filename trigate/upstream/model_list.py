@@ -19,7 +19,7 @@ REFRESH_S = 60.0
 """How often an upstream is asked for its models."""
 
 RETRY_S = 5.0
-"""The pause doubles from this value with each failure at the start, the first included, up to `REFRESH_S`."""
+"""Half the pause after a failure at the start. The pause doubles with each further failure, up to `REFRESH_S`."""
 
 _TIMEOUT_S = 10.0
 

@@ -262,6 +262,7 @@ class LocalModel:
         return start.base_url
 
     async def _supervise(self) -> None:
+        """Runs one child after another, as the essay of this module says, until it is cancelled."""
         pause_s = self._settings.backoff_min_s
         try:
             while True:
@@ -313,6 +314,7 @@ class LocalModel:
                 await _end(process, self._settings.stop_timeout_s)
 
     async def _watch(self, process: trio.Process, start: _Start) -> str:
+        """Waits until a child listens, which completes the start, and until it exits; returns why it exited."""
         assert process.stdout is not None
         assert process.stderr is not None
         stderr = _StderrTail()
