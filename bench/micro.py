@@ -139,7 +139,7 @@ def test_heartbeat(benchmark: Benchmark, live: int) -> None:
                     id=f"req_{number}",
                     call=decode_call(CHAT, BODY),
                     gateway=gateway,
-                    generation=gateway.generation,
+                    generation=gateway.generations.current,
                     down=no_client,
                 )
                 exchange.target = Target("mock", MODEL)

@@ -451,7 +451,7 @@ async def test_a_defect_before_the_exchange_is_a_500(
     """Whatever breaks, the client gets an OpenAI error, and the log the traceback."""
     logs.expect_error("request_crashed")
     async with open_app() as served:
-        monkeypatch.setattr("trigate.asgi.dispatch.decode_call", None)
+        monkeypatch.setattr("trigate.asgi.data_plane.decode_call", None)
         call = await served.client.ask("POST", CHAT, chat())
         assert_refused(served, call, 500, "internal_error")
         assert call.header("x-request-id") in call.error["message"]
@@ -508,7 +508,7 @@ async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: Ope
         assert provider.calls[0].ended == "closed"
         await wait_all_tasks_blocked(0.01)
         assert not app.gateway.live
-        assert app.gateway.totals.cancelled == 1
+        assert app.gateway.live.totals.cancelled == 1
 
 
 @pytest.mark.slow
@@ -585,7 +585,7 @@ async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
             with trio.fail_after(2):
                 while app.gateway.live:  # noqa: ASYNC110 - nothing tells
                     await trio.sleep(0.01)
-            assert app.gateway.generation.upstreams["up"].in_flight == 0
+            assert app.gateway.generations.current.upstreams["up"].in_flight == 0
             connection.socket.close()
 
 

@@ -10,9 +10,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests.support.plain_socket import PlainClient
 from trigate.concurrency.cancel_queue import SLICE, open_cancel_queue
 from trigate.concurrency.poller import open_poller
-from trigate.exchange.socket_relay import Relay, Stream
+from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.stream import StreamReader
 from trigate.upstream.response_parser import Framing
@@ -58,17 +59,13 @@ async def test_one_that_has_ended_may_be_cancelled() -> None:
 
 class _Owner:
     def __init__(self) -> None:
-        self.owed = b""
-        self.parked: list[bool] = []
+        self.blocked: list[bool] = []
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:
         pass
 
-    def note_parked(self, since: float | None) -> None:
-        self.parked.append(since is not None)
-
-    def owe(self, rest: bytes) -> None:
-        self.owed += rest
+    def note_blocked(self, since: float | None) -> None:
+        self.blocked.append(since is not None)
 
 
 @pytest.fixture
@@ -86,11 +83,11 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 EVENT = b'data: {"model":"m","choices":[{"delta":{"content":"x"}}]}\n\n'
 
 
-def _stream(relay: Relay, ends: list[socket.socket]) -> Stream:
+def _stream(relay: SocketRelay, ends: list[socket.socket]) -> RelayedStream:
     framing = Framing()
     framing.feed(HEAD)
     reader = StreamReader(ENDPOINTS["/v1/chat/completions"], model="up/m", upstream="up")
-    return relay.stream(framing, ends[1], ends[2], chunked=False, reader=reader)
+    return relay.stream(framing, ends[1], PlainClient(ends[2]), reader=reader)
 
 
 @needs_epoll
@@ -98,13 +95,13 @@ async def test_a_dropped_stream_is_left_alone(ends: list[socket.socket]) -> None
     """Once its ends are let go, nothing is sent or read for it; its owner sleeps until it is cancelled."""
     async with open_poller() as poller, trio.open_nursery() as nursery:
         assert poller is not None
-        relay, owner = Relay(poller), _Owner()
+        relay, owner = SocketRelay(poller), _Owner()
         stream = _stream(relay, ends)
-        nursery.start_soon(stream.carry, owner)
+        nursery.start_soon(stream.run, owner)
         await wait_all_tasks_blocked()
         assert (relay.streams, len(poller)) == (1, 1)
-        assert stream.drop()
-        assert not stream.drop()
+        assert stream.release()
+        assert not stream.release()
         assert (relay.streams, len(poller)) == (0, 0)
         stream.inject(b": keep-alive\n")
         ends[0].send(EVENT)
@@ -121,24 +118,24 @@ async def test_a_slow_reader_is_told_from_one_that_does_not_read(ends: list[sock
     ends[2].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     async with open_poller() as poller, trio.open_nursery() as nursery:
         assert poller is not None
-        owner = _Owner()
-        nursery.start_soon(_stream(Relay(poller), ends).carry, owner)
+        owner, stream = _Owner(), _stream(SocketRelay(poller), ends)
+        nursery.start_soon(stream.run, owner)
         await wait_all_tasks_blocked()
         sent = EVENT * 500
         ends[0].send(sent)
         await wait_all_tasks_blocked(0.01)
         received = b""
-        while len(owner.parked) < 4:
+        while len(owner.blocked) < 4:
             received += ends[3].recv(1024)
             await wait_all_tasks_blocked(0.001)
-        assert owner.parked[:3] == [True, True, True]
-        while owner.parked[-1]:
+        assert owner.blocked[:3] == [True, True, True]
+        while owner.blocked[-1]:
             received += ends[3].recv(1024)
             await wait_all_tasks_blocked(0.001)
         nursery.cancel_scope.cancel()
     received += ends[3].recv(2**20)
     assert received == sent.replace(b'"m"', b'"up/m"')
-    assert owner.owed == b""
+    assert stream._client.partial == b""  # type: ignore[attr-defined]
 
 
 @needs_epoll
@@ -151,8 +148,8 @@ async def test_a_crash_ends_that_stream_only(ends: list[socket.socket], monkeypa
     monkeypatch.setattr(StreamReader, "feed", feed)
     async with open_poller() as poller:
         assert poller is not None
-        relay = Relay(poller)
+        relay = SocketRelay(poller)
         ends[0].send(EVENT)
         with pytest.raises(RuntimeError, match="a defect"):
-            await _stream(relay, ends).carry(_Owner())
+            await _stream(relay, ends).run(_Owner())
         assert (relay.streams, len(poller)) == (0, 0)

@@ -14,29 +14,29 @@ from trigate.concurrency.fair_limiter import FairLimiter
 
 
 async def _enter(places: FairLimiter, key: str, came: list[str]) -> None:
-    await places.wait(key)
+    await places.acquire(key)
     came.append(key)
 
 
 async def test_first_come_first_served() -> None:
     """Within a key."""
     places, came = FairLimiter(1), []
-    assert places.take("a")
-    assert not places.take("a")
+    assert places.acquire_nowait("a")
+    assert not places.acquire_nowait("a")
     async with trio.open_nursery() as nursery:
         for number in range(3):
 
             async def enter(number: int = number) -> None:
-                await places.wait("a")
+                await places.acquire("a")
                 came.append(number)
 
             nursery.start_soon(enter)
             await wait_all_tasks_blocked()
         for _ in range(3):
-            places.give("a")
+            places.release("a")
             await wait_all_tasks_blocked()
         assert came == [0, 1, 2]
-    places.give("a")
+    places.release("a")
     assert (places.taken, places.taken_by, places.queued) == (0, {}, 0)
 
 
@@ -44,16 +44,16 @@ async def test_keys_take_turns() -> None:
     """A thousand calls of one key keep another one waiting for one place."""
     places = FairLimiter(1)
     came: list[str] = []
-    places.take("busy")
+    places.acquire_nowait("busy")
     async with trio.open_nursery() as nursery:
         for _ in range(1000):
             nursery.start_soon(_enter, places, "busy", came)
         await wait_all_tasks_blocked()
         nursery.start_soon(_enter, places, "quiet", came)
         await wait_all_tasks_blocked()
-        places.give("busy")
+        places.release("busy")
         await wait_all_tasks_blocked()
-        places.give(came[-1])
+        places.release(came[-1])
         await wait_all_tasks_blocked()
         assert came == ["busy", "quiet"]
         nursery.cancel_scope.cancel()
@@ -63,15 +63,15 @@ async def test_keys_take_turns() -> None:
 async def test_a_key_has_a_limit_of_its_own() -> None:
     """It waits for its own places, and nobody waits behind it."""
     places, came = FairLimiter(3, key_limit=1), []
-    assert places.take("a")
-    assert not places.take("a")
+    assert places.acquire_nowait("a")
+    assert not places.acquire_nowait("a")
     assert places.is_keys_own_limit("a")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_enter, places, "a", came)
         await wait_all_tasks_blocked()
-        assert places.take("b")
+        assert places.acquire_nowait("b")
         assert came == []
-        places.give("a")
+        places.release("a")
         await wait_all_tasks_blocked()
         assert came == ["a"]
 
@@ -79,14 +79,14 @@ async def test_a_key_has_a_limit_of_its_own() -> None:
 async def test_who_leaves_has_no_place() -> None:
     """And the next one has it."""
     places, came = FairLimiter(1), []
-    places.take("a")
+    places.acquire_nowait("a")
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(0.01) as leaving:
-            await places.wait("a")
+            await places.acquire("a")
         assert leaving.cancelled_caught
         nursery.start_soon(_enter, places, "a", came)
         await wait_all_tasks_blocked()
-        places.give("a")
+        places.release("a")
     assert came == ["a"]
     assert places.taken == 1
 
@@ -94,7 +94,7 @@ async def test_who_leaves_has_no_place() -> None:
 async def test_more_places() -> None:
     """Who waits is let in when the limit rises; when it falls, nobody loses a place."""
     places, came = FairLimiter(1), []
-    places.take("a")
+    places.acquire_nowait("a")
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(_enter, places, "a", came)
@@ -103,11 +103,11 @@ async def test_more_places() -> None:
         await wait_all_tasks_blocked()
         assert (len(came), places.queued) == (2, 1)
         places.change(1)
-        places.give("a")
-        places.give("a")
+        places.release("a")
+        places.release("a")
         await wait_all_tasks_blocked()
         assert places.queued == 1
-        places.give("a")
+        places.release("a")
     assert places.taken == 1
 
 
@@ -116,9 +116,9 @@ async def test_how_long_one_would_wait(key: str, expected: float) -> None:
     """Its turn comes sooner for a key of which nobody waits yet."""
     places, came = FairLimiter(4), []
     for _ in range(4):
-        places.take("a")
-    places.give("a", held_s=1.0)
-    places.take("a")
+        places.acquire_nowait("a")
+    places.release("a", held_s=1.0)
+    places.acquire_nowait("a")
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(_enter, places, "a", came)
@@ -144,14 +144,14 @@ def test_whatever_happens(steps: list[tuple[str, int, str]], key_limit: int) -> 
         waiting: list[tuple[str, trio.CancelScope]] = []
 
         async def come(key: str) -> None:
-            if places.take(key):
+            if places.acquire_nowait(key):
                 inside.append(key)
                 return
             with trio.CancelScope() as scope:
                 entry = (key, scope)
                 waiting.append(entry)
                 try:
-                    await places.wait(key)
+                    await places.acquire(key)
                     inside.append(key)
                 finally:
                     waiting.remove(entry)
@@ -162,7 +162,7 @@ def test_whatever_happens(steps: list[tuple[str, int, str]], key_limit: int) -> 
                     case "come":
                         nursery.start_soon(come, key)
                     case "give" if inside:
-                        places.give(inside.pop(number % len(inside)))
+                        places.release(inside.pop(number % len(inside)))
                     case "leave" if waiting:
                         waiting[number % len(waiting)][1].cancel()
                     case "change":

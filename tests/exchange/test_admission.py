@@ -45,7 +45,7 @@ async def test_a_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
             assert (await call.wait()).body.endswith(DONE)
         assert trio.current_time() - begun == pytest.approx(20)
         served.assert_clean()
-        assert served.gateway.admission.places.taken == 0
+        assert served.gateway.exchange_services.admission.slots.taken == 0
 
 
 async def test_a_hopeless_wait_is_not_begun(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -97,7 +97,7 @@ async def test_a_deadline_bounds_the_wait(open_app: OpenApp, autojump_clock: Moc
         call = await ask(served, **{"x-request-timeout": "3"}).wait()
         assert call.status in (503, 504)
         assert trio.current_time() - begun == pytest.approx(3)
-        assert served.gateway.admission.places.queued == 0
+        assert served.gateway.exchange_services.admission.slots.queued == 0
 
 
 @pytest.mark.parametrize("leave", [True, False], ids=["the client leaves", "it is ended"])
@@ -170,7 +170,7 @@ async def test_a_busy_key_does_not_fill_the_queue(open_app: OpenApp, autojump_cl
         for call in (*busy[:3], *others):
             assert (await call.wait()).status == 200
         served.assert_clean()
-        assert served.gateway.admission.refused == 2
+        assert served.gateway.exchange_services.admission.refused == 2
 
 
 async def test_the_rate_of_a_key(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -194,7 +194,7 @@ async def test_limits_follow_a_reload(open_app: OpenApp, autojump_clock: MockClo
         await wait_all_tasks_blocked()
         second = ask(served)
         await wait_all_tasks_blocked()
-        served.gateway.admission.apply(make_config().limits)
+        served.gateway.exchange_services.admission.apply(make_config().limits)
         await first.wait()
         await second.wait()
         assert trio.current_time() - begun == pytest.approx(10)
@@ -207,7 +207,7 @@ async def test_an_event_loop_that_is_late(
     async with open_app(
         make_config(limits={"loop_lag_s": 0.3}), Provider((Say(content("x")), Pause(60), Say(DONE)))
     ) as (served):
-        door = served.gateway.admission
+        door = served.gateway.exchange_services.admission
         first = ask(served)
         await first.wait_for(b'"x"')
         real = trio.sleep_until

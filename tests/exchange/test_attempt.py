@@ -165,15 +165,18 @@ async def test_a_client_that_leaves_in_a_pause(open_app: OpenApp, autojump_clock
         await trio.sleep(1)
         assert served.settled == []
         [live] = served.gateway.live
-        assert live.phase == "pausing"
+        assert view.phase(live) == "pausing"
         call.disconnect()
         await call.wait()
         assert len(served.providers["up"].calls) == 1
         assert served.settled[0].outcome == "cancelled"
-        assert [state.in_flight for _, state in served.gateway.targets.items()] == [0]
+        assert [state.in_flight for _, state in served.gateway.exchange_services.upstream.targets.items()] == [0]
         served.assert_clean()
         await trio.sleep(2)
-        assert [state.breaker.enter(trio.current_time()) for _, state in served.gateway.targets.items()] == ["probe"]
+        assert [
+            state.breaker.enter(trio.current_time())
+            for _, state in served.gateway.exchange_services.upstream.targets.items()
+        ] == ["probe"]
 
 
 # -- one deadline -----------------------------------------------------------------------------------------------------
@@ -286,7 +289,7 @@ async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClo
         assert text_of(call.body) == "quick"
         [lost] = served.providers["a"].calls
         assert (lost.ended, lost.ended_at - begun) == ("closed", pytest.approx(2))
-        assert whys(served) == [("a/m", "first", "lost"), ("b/m", "hedge", "complete")]
+        assert whys(served) == [("a/m", "first", "superseded"), ("b/m", "hedge", "complete")]
         assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
         [line] = logs.named("exchange")
         assert line["tried"] == ["a/m lost", "b/m complete"]
@@ -337,7 +340,10 @@ async def test_who_leaves_ends_both(open_app: OpenApp, autojump_clock: MockClock
         await call.wait()
         assert served.settled[0].outcome == "cancelled"
         served.assert_clean()
-        assert [state.in_flight for _, state in served.gateway.targets.items()] in ([0], [0, 0])
+        assert [state.in_flight for _, state in served.gateway.exchange_services.upstream.targets.items()] in (
+            [0],
+            [0, 0],
+        )
 
 
 async def test_json_answers_race_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -347,7 +353,7 @@ async def test_json_answers_race_too(open_app: OpenApp, autojump_clock: MockCloc
     async with open_app(two(**HEDGE), providers) as served:
         call = await served.client.chat(model="both", stream=False).wait()
         assert call.json["choices"][0]["message"]["content"] == "quick"
-        assert whys(served)[0] == ("a/m", "first", "lost")
+        assert whys(served)[0] == ("a/m", "first", "superseded")
         served.assert_clean()
 
 
@@ -534,7 +540,7 @@ async def test_the_answer_is_taken_to_its_end(open_app: OpenApp, autojump_clock:
         assert b'"b"' not in call.body
         [exchange] = served.settled
         assert (exchange.outcome, exchange.usage.completion_tokens) == ("finished", 4)
-        totals = served.gateway.totals
+        totals = served.gateway.live.totals
         assert (totals.exchanges, totals.cancelled, totals.failed) == (1, 1, 0), "it is the client who left"
         assert served.providers["a"].calls[0].ended == "complete"
         served.assert_clean()

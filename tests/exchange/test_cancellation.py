@@ -177,7 +177,7 @@ async def sweep(open_app: OpenApp, scene: Scene, trial: Trial) -> int:
             assert len(new) <= 1, moment
             assert len(new) == 1 or sum(provider.opened for provider in providers.values()) == asked, moment
             assert all(exchange.outcome in scene.outcomes for exchange in new), (moment, new)
-            totals = served.gateway.totals
+            totals = served.gateway.live.totals
             assert totals.exchanges == totals.complete + totals.cancelled + totals.failed == len(served.settled), moment
             if not fired:
                 assert [exchange.outcome for exchange in new] == [scene.outcomes[-1]]
@@ -234,7 +234,7 @@ async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock,
 
 
 async def _leaky_acquire_slot(self: Any, owner: str) -> None:
-    self._slots.take(owner)
+    self._slots.acquire_nowait(owner)
     await trio.lowlevel.checkpoint()  # the gap: cancelled here, the place is never given back
 
 

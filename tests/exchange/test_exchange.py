@@ -97,7 +97,7 @@ async def test_a_json_answer_has_the_public_model_id_and_usage(open_app: OpenApp
         assert call.json["model"] == "up/m"
         assert call.json["choices"][0]["message"]["content"] == "Hi"
         assert call.json["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-        assert served.gateway.totals.prompt_tokens == 3
+        assert served.gateway.live.totals.prompt_tokens == 3
         served.assert_clean()
 
 
@@ -107,7 +107,7 @@ async def test_usage_comes_in_the_last_chunk_and_is_counted(open_app: OpenApp) -
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat(stream_options={"include_usage": True}).wait()
         assert call.body.endswith(usage(7, 11).replace(b'"m"', b'"up/m"') + DONE)
-        totals = served.gateway.totals
+        totals = served.gateway.live.totals
         assert (totals.prompt_tokens, totals.completion_tokens, totals.complete) == (7, 11, 1)
 
 
@@ -265,7 +265,7 @@ async def test_a_queued_client_goes_and_its_place_is_not_taken(open_app: OpenApp
         await wait_all_tasks_blocked()
         queued = [served.client.chat(), served.client.chat()]
         await wait_all_tasks_blocked()
-        assert [exchange.phase for exchange in served.gateway.live].count("queued") == 2
+        assert [view.phase(exchange) for exchange in served.gateway.live].count("queued") == 2
         queued[0].disconnect()
         await queued[0].wait()
         assert (queued[0].status, queued[0].body) == (0, b"")
@@ -908,10 +908,10 @@ async def test_who_does_not_read_the_end_is_ended_too(
         await trio.sleep(0.5)
         call.stall()
         await trio.sleep(29)
-        assert served.gateway.admission.places.taken == 1
+        assert served.gateway.exchange_services.admission.slots.taken == 1
         await trio.sleep(20)
         assert served.providers["up"].open_now == 0
-        assert served.gateway.admission.places.taken == 0
+        assert served.gateway.exchange_services.admission.slots.taken == 0
         assert [settled.outcome for settled in served.settled] == ["client_stalled"]
         await call.wait()
         assert not call.ended
@@ -1012,7 +1012,7 @@ async def test_a_defect_of_the_gateway_is_a_500_with_its_request_id(
     """The client gets an OpenAI error, the log the traceback; the exchange is settled and nothing stays open."""
     logs.expect_error("exchange_crashed")
     async with open_app() as served:
-        monkeypatch.setattr("trigate.exchange.exchange.StreamReader", None)
+        monkeypatch.setattr("trigate.exchange.translation.StreamReader", None)
         monkeypatch.setattr("trigate.exchange.exchange.decode_answer", None)
         served.providers["up"].play(says("x") if stream else answers(b"{}"))
         call = await served.client.chat(stream=stream).wait()

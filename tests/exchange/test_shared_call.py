@@ -77,7 +77,7 @@ async def is_quiet(served: Served) -> None:
     """Waits for the ends of flights, and looks that nothing is left."""
     await wait_all_tasks_blocked()
     served.assert_clean()
-    assert repr(served.gateway.flights) == "<Flights 0 open>"
+    assert repr(served.gateway.exchange_services.shared_calls) == "<SharedCalls 0 open>"
 
 
 # -- one call for all -------------------------------------------------------------------------------------------------
@@ -114,13 +114,13 @@ async def test_tokens_are_accounted_once(open_app: OpenApp, autojump_clock: Mock
         calls = [ask(served) for _ in range(3)]
         for call in calls:
             await call.wait()
-        totals = served.gateway.totals
+        totals = served.gateway.live.totals
         assert (totals.exchanges, totals.prompt_tokens, totals.completion_tokens) == (3, 3, 5)
         lines = logs.named("exchange")
         assert [line.get("completion_tokens") for line in lines].count(5) == 1
         assert sorted(line["coalesced"] for line in lines) == ["joined", "joined", "leader"]
         [leader] = [line for line in lines if line["coalesced"] == "leader"]
-        assert {line["flight"] for line in lines} == {leader["request_id"]}
+        assert {line["shared_call"] for line in lines} == {leader["request_id"]}
 
 
 @pytest.mark.parametrize("is_reported", [True, False])
@@ -265,9 +265,9 @@ async def test_a_reload_begins_another_flight(open_app: OpenApp, autojump_clock:
     async with open_app(config(), Provider(SLOWLY)) as served:
         first = ask(served)
         await trio.sleep(1.5)
-        old = served.gateway.generation
-        served.gateway.reload_soon()
-        while served.gateway.generation is old:  # noqa: ASYNC110 - nobody tells
+        old = served.gateway.generations.current
+        served.gateway.reloader.request()
+        while served.gateway.generations.current is old:  # noqa: ASYNC110 - nobody tells
             await trio.sleep(0.01)
         second = ask(served)
         await first.wait()
@@ -297,7 +297,7 @@ async def test_the_first_leaves_and_the_others_stay(open_app: OpenApp, autojump_
         assert second.body == third.body == said(SLOWLY)
         assert said(SLOWLY).startswith(first.body)
         assert served.providers["up"].opened == 1
-        assert served.gateway.totals.completion_tokens == 5
+        assert served.gateway.live.totals.completion_tokens == 5
         await is_quiet(served)
 
 
@@ -370,7 +370,7 @@ async def test_finish_holds_for_the_last(open_app: OpenApp, autojump_clock: Mock
         await last.wait()
         assert outcomes(served) == ["cancelled", "complete", "finished"]
         assert served.providers["up"].calls[0].ended == "complete"
-        assert served.gateway.totals.completion_tokens == 5
+        assert served.gateway.live.totals.completion_tokens == 5
         await is_quiet(served)
 
 
@@ -506,12 +506,12 @@ async def test_a_defect_is_told_to_all(
     async with open_app(config(), Provider(SLOWLY)) as served:
         calls = [ask(served) for _ in range(3)]
         await trio.sleep(0.5)
-        [exchange] = {waiter._flight.exchange for waiter in served.gateway.live}  # type: ignore[attr-defined]
+        [exchange] = {waiter.source.shared.upstream for waiter in served.gateway.live}  # type: ignore[attr-defined]
 
         def crash(*_: object) -> bool:
             raise RuntimeError("a defect")
 
-        monkeypatch.setattr(type(exchange), "_claim", crash)
+        monkeypatch.setattr(type(exchange), "claim", crash)
         for call in calls:
             await call.wait()
         assert {(call.status, call.error["code"]) for call in calls} == {(500, "internal_error")}
@@ -658,10 +658,10 @@ async def test_status_shows_the_flight(open_app: OpenApp, autojump_clock: MockCl
             calls.append(ask(served, **{"x-request-id": name}))
             await trio.sleep(1)
         rows = (await served.client.ask("GET", "/status/streams")).json["data"]
-        assert [(row["id"], row["phase"], row["queue_position"], row["flight"]) for row in rows] == [
-            ("other", "streaming", None, {"id": "other", "role": "leader", "waiters": 1}),
-            ("one", "queued", 1, {"id": "one", "role": "leader", "waiters": 2}),
-            ("two", "queued", 1, {"id": "one", "role": "joined", "waiters": 2}),
+        assert [(row["id"], row["phase"], row["queue_position"], row["shared_call"]) for row in rows] == [
+            ("other", "streaming", None, {"id": "other", "role": "leader", "subscribers": 1}),
+            ("one", "queued", 1, {"id": "one", "role": "leader", "subscribers": 2}),
+            ("two", "queued", 1, {"id": "one", "role": "joined", "subscribers": 2}),
         ]
         other.disconnect()
         await trio.sleep(1)
@@ -677,7 +677,7 @@ async def test_status_shows_the_flight(open_app: OpenApp, autojump_clock: MockCl
         assert (await served.client.ask("DELETE", "/status/streams/one")).json["cancelled"] == 1
         assert (await calls[0].wait()).error["code"] == "stream_cancelled"
         rows = (await served.client.ask("GET", "/status/streams")).json["data"]
-        assert [(row["id"], row["flight"]["waiters"]) for row in rows] == [("two", 1)]
+        assert [(row["id"], row["shared_call"]["subscribers"]) for row in rows] == [("two", 1)]
         assert served.providers["up"].open_now == 1
         calls[1].disconnect()
         await calls[1].wait()

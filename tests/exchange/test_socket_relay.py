@@ -15,10 +15,11 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests.support.plain_socket import PlainClient
 from tests.support.provider import DONE, content, event, usage
 from trigate.concurrency.poller import Poller, open_poller
 from trigate.errors import ProtocolViolation, StreamError
-from trigate.exchange.socket_relay import Relay, Stream
+from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.stream import StreamReader
@@ -47,17 +48,12 @@ class Owner:
 
     relayed: list[tuple[float, int]] = attrs.field(factory=list)
     parked: list[float | None] = attrs.field(factory=list)
-    owed: bytes = b""
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:
         self.relayed.append((now, sent_bytes))
 
-    def note_parked(self, since: float | None) -> None:
+    def note_blocked(self, since: float | None) -> None:
         self.parked.append(since)
-
-    def owe(self, rest: bytes) -> None:
-        assert not self.owed
-        self.owed = rest
 
     @property
     def is_parked(self) -> bool:
@@ -73,11 +69,11 @@ class Scene:
         provider: The far end of the upstream.
         client: The far end of the client.
         near: The ends that the engine has.
-        ended: Set when `Stream.carry` has returned or raised.
+        ended: Set when `RelayedStream.run` has returned or raised.
     """
 
     poller: Poller
-    relay: Relay
+    relay: SocketRelay
     framing: Framing
     reader: StreamReader
     provider: socket.socket
@@ -85,7 +81,8 @@ class Scene:
     near: tuple[socket.socket, socket.socket]
     encoding: str
     chunked: bool
-    stream: Stream
+    plain: PlainClient
+    stream: RelayedStream
     nursery: trio.Nursery
     owner: Owner = attrs.field(factory=Owner)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
@@ -93,11 +90,11 @@ class Scene:
     error: Exception | None = None
     received: bytearray = attrs.field(factory=bytearray)
 
-    async def carry(self) -> None:
+    async def run(self) -> None:
         """Is the exchange's task."""
         try:
             with self.scope:
-                await self.stream.carry(self.owner)
+                await self.stream.run(self.owner)
         except Exception as error:
             self.error = error
         finally:
@@ -210,16 +207,28 @@ async def open_scene(
         framing.feed(HEADS[encoding])
         reader = StreamReader(CHAT, model="pub", upstream="up")
         assert reader.feed(FIRST) == public(FIRST)
-        relay = Relay(poller)
-        stream = relay.stream(framing, upstream, downstream, chunked=chunked, reader=reader)
+        relay = SocketRelay(poller)
+        plain = PlainClient(downstream, chunked)
+        stream = relay.stream(framing, upstream, plain, reader=reader)
         scene = Scene(
-            poller, relay, framing, reader, provider, client, (upstream, downstream), encoding, chunked, stream, nursery
+            poller,
+            relay,
+            framing,
+            reader,
+            provider,
+            client,
+            (upstream, downstream),
+            encoding,
+            chunked,
+            plain,
+            stream,
+            nursery,
         )
         with trio.fail_after(10), contextlib.ExitStack() as sockets:
             for each in (upstream, provider, downstream, client):
                 sockets.enter_context(each)
             if start:
-                nursery.start_soon(scene.carry)
+                nursery.start_soon(scene.run)
                 await scene.until(lambda: relay.streams)
             try:
                 yield scene
@@ -258,7 +267,7 @@ async def test_a_whole_stream(encoding: str, chunked: bool, step: int | None) ->
         assert scene.reader.events == 7
         assert scene.stream.failure is None
         assert scene.error is None
-        assert scene.owner.owed == b""
+        assert scene.plain.partial == b""
         assert scene.owner.parked == []
         assert sum(sent for _, sent in scene.owner.relayed) == len(whole(EVENTS))
 
@@ -437,7 +446,7 @@ async def test_a_slow_client_has_every_byte() -> None:
             with contextlib.suppress(BlockingIOError):
                 scene.received += scene.client.recv(1500)
             await trio.sleep(0)  # noqa: ASYNC115 - as in `say`
-        assert scene.body(await scene.take_all() + scene.owner.owed) == public(*events, DONE)
+        assert scene.body(await scene.take_all() + scene.plain.partial) == public(*events, DONE)
         assert scene.reader.complete
 
 
@@ -447,12 +456,12 @@ async def test_the_last_frame_may_not_fit(chunked: bool) -> None:
     async with open_scene(chunked=chunked, buffer_bytes=8192, start=False) as scene:
         last = content("z" * 50_000) + DONE
         await scene.say(last)
-        await scene.carry()
+        await scene.run()
         assert scene.reader.complete
-        assert scene.owner.owed
+        assert scene.plain.partial
         assert scene.owner.parked == []
         assert scene.near[1].fileno() >= 0
-        assert scene.body(await scene.take_all() + scene.owner.owed) == public(last)
+        assert scene.body(await scene.take_all() + scene.plain.partial) == public(last)
 
 
 @pytest.mark.parametrize("sipped", [0, 1, 5, 3000, 20_000])
@@ -469,8 +478,8 @@ async def test_a_cancellation_while_parked_owes_the_rest(sipped: int) -> None:
         scene.scope.cancel()
         scene.assert_empty()  # in the same moment
         await scene.ended.wait()
-        assert scene.owner.owed
-        body = scene.body(await scene.take_all() + scene.owner.owed)
+        assert scene.plain.partial
+        body = scene.body(await scene.take_all() + scene.plain.partial)
         assert body == public(*said)[: len(body)]
         assert body.endswith(b"\n\n")
 
@@ -495,7 +504,7 @@ async def test_a_cancellation_between_two_pieces(pieces: int) -> None:
         assert len(scene.owner.relayed) == pieces
         body = scene.body(await scene.take_all())
         assert body in [public(*(content("a"), content("b"))[:n]) for n in range(3)]
-        assert scene.owner.owed == b""
+        assert scene.plain.partial == b""
         assert scene.near[0].recv(2**16) == wire[pieces * step :], "it is still to be read"
 
 
@@ -504,7 +513,7 @@ async def test_a_cancellation_before_it_begins() -> None:
     async with open_scene(start=False) as scene:
         await scene.say(content("a"))
         scene.scope.cancel()
-        await scene.carry()
+        await scene.run()
         assert scene.owner.relayed == []
         scene.assert_empty()
 
@@ -531,7 +540,7 @@ async def test_a_client_that_is_gone_raises_nothing(how: str, parked: bool) -> N
         scene.scope.cancel()
         await scene.ended.wait()
         assert scene.error is None
-        assert scene.owner.owed == b""
+        assert scene.plain.partial == b""
 
 
 # -- what the gateway says in between ---------------------------------------------------------------------------------
@@ -577,7 +586,7 @@ async def test_a_comment_that_goes_out_partly_parks_the_stream() -> None:
         assert len(scene.poller) == 1
         await scene.say(content("a") + DONE)
         await scene.take_until(scene.ended.is_set)
-        assert scene.body(await scene.take_all() + scene.owner.owed) == comment * count + public(content("a"), DONE)
+        assert scene.body(await scene.take_all() + scene.plain.partial) == comment * count + public(content("a"), DONE)
         assert scene.owner.parked == [scene.owner.parked[0], None]
 
 
@@ -591,11 +600,11 @@ async def test_a_cancellation_owes_the_rest_of_a_comment() -> None:
             count += 1
         scene.scope.cancel()
         scene.assert_empty()
-        assert scene.owner.owed
-        assert scene.body(await scene.take_all() + scene.owner.owed) == comment * count
+        assert scene.plain.partial
+        assert scene.body(await scene.take_all() + scene.plain.partial) == comment * count
 
 
 def test_a_relay_says_how_many_streams_it_has() -> None:
     """Its repr shows the count that assertions and people look for."""
     poller: Any = None
-    assert repr(Relay(poller)) == "<Relay of 0 streams>"
+    assert repr(SocketRelay(poller)) == "<SocketRelay of 0 streams>"

@@ -182,7 +182,7 @@ async def settled(scene: Scene, got: Mapping[Case, Got]) -> dict[Case, ExchangeR
     records = await scene.gateway.ledger.list(limit=100)
     assert sorted(record.request_id for record in records) == ids
     assert sorted(line["request_id"] for line in scene.logs.named("exchange")) == ids
-    assert scene.gateway.totals.exchanges == len(got)
+    assert scene.gateway.live.totals.exchanges == len(got)
     return {case: record for case, each in got.items() for record in records if record.request_id == each.request_id}
 
 
@@ -222,17 +222,19 @@ def descriptors() -> int:
 
 async def check_left(scene: Scene, before: tuple[int, int], *, steps: int = 200) -> None:
     """Soon nothing is left of any call but idle connections, each with its two ends and one task at the provider's."""
-    upstreams = list(scene.gateway.generation.upstreams.values())
+    upstreams = list(scene.gateway.generations.current.upstreams.values())
 
     def left() -> dict[str, object]:
         pools = [each.transport.statistics() for each in upstreams if isinstance(each.transport, SocketTransport)]
         assert len(pools) == len(upstreams)
         idle = sum(pool.idle for pool in pools)
         return {
-            "exchanges": len(scene.gateway.live) + scene.gateway.generation.exchanges,
+            "exchanges": len(scene.gateway.live) + scene.gateway.generations.current.exchanges,
             "places": sum(each.in_flight + each.statistics().queued for each in upstreams),
-            "admitted": scene.gateway.admission.places.taken,
-            "carried": scene.gateway.relay.streams if scene.gateway.relay is not None else 0,
+            "admitted": scene.gateway.exchange_services.admission.slots.taken,
+            "carried": scene.gateway.exchange_services.upstream.socket_relay.streams
+            if scene.gateway.exchange_services.upstream.socket_relay is not None
+            else 0,
             "pooled": sum(pool.open - pool.idle + pool.waiting for pool in pools),
             "providers": scene.hostile.open_now + scene.good.open_now - idle,
             "tasks": trio.lowlevel.current_statistics().tasks_living - idle - before[0],

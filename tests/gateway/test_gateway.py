@@ -66,7 +66,7 @@ class Files:
     async def reload(self, text: str) -> None:
         """Changes the file, and waits until the change has been dealt with."""
         self.write(text)
-        self.gateway.reload_soon()
+        self.gateway.reloader.request()
         await trio.sleep(0.5)
 
     async def wait_watched(self) -> None:
@@ -145,9 +145,9 @@ async def test_a_bad_file_changes_nothing(
 ) -> None:
     """The old configuration goes on, ``/status`` says why, and a good file makes it forgotten."""
     logs.expect_error("reload_refused")
-    generation = files.gateway.generation
+    generation = files.gateway.generations.current
     await files.reload(text)
-    assert files.gateway.generation is generation
+    assert files.gateway.generations.current is generation
     assert await files.models() == ["default", "a/m"]
     assert (await files.client.chat(model="a/m").wait()).body.endswith(DONE)
     status = (await files.client.ask("GET", "/status")).json
@@ -174,11 +174,11 @@ async def test_upstreams_that_cannot_be_opened_change_nothing(
     monkeypatch.setattr(files, "make", transport)
     logs.expect_error("reload_refused")
     await files.reload(toml("c", "b"))
-    assert "no luck" in str(files.gateway.reload_error)
+    assert "no luck" in str(files.gateway.reloader.error)
     assert files.open_transports == ["a"]
     assert (await files.client.chat(model="a/m").wait()).body.endswith(DONE)
     await files.reload(toml("c"))
-    assert files.gateway.reload_error is None
+    assert files.gateway.reloader.error is None
     assert files.open_transports == ["c"]
 
 
@@ -191,7 +191,7 @@ async def test_certificate_authorities_that_are_not_there(
     monkeypatch.setattr(files, "make", http_transport)
     logs.expect_error("reload_refused")
     await files.reload('[upstreams.b]\nbase_url = "https://127.0.0.1:9/v1"\nmodels = ["m"]')
-    assert files.gateway.reload_error == "SSL_CERT_FILE: cannot be used: No such file or directory"
+    assert files.gateway.reloader.error == "SSL_CERT_FILE: cannot be used: No such file or directory"
     assert await files.models() == ["default", "a/m"]
 
 
@@ -200,11 +200,11 @@ async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs, aut
     logs.expect_error("reload_refused")
     await files.wait_watched()
     files.path.unlink()
-    await _until(lambda: files.gateway.reload_error is not None)
-    assert "cannot be read" in str(files.gateway.reload_error)
+    await _until(lambda: files.gateway.reloader.error is not None)
+    assert "cannot be read" in str(files.gateway.reloader.error)
     assert (await files.client.chat(model="a/m").wait()).status == 200
     files.write(toml("a", "b"))
-    await _until(lambda: files.gateway.reload_error is None)
+    await _until(lambda: files.gateway.reloader.error is None)
     assert await files.models() == ["default", "a/m", "b/m"]
 
 
@@ -212,11 +212,11 @@ async def test_a_running_exchange_keeps_its_generation(files: Files, autojump_cl
     """Its upstream, limits and connections stay until its end; then they are closed. New calls have the new ones."""
     files.providers["a"] = files.providers["a"]
     files.providers["a"].play((Say(content("one")), Pause(10), *says("two")))
-    old = files.gateway.generation
+    old = files.gateway.generations.current
     running = files.client.chat(model="a/m")
     await running.wait_for(b"one")
     await files.reload(toml("b", idle_timeout_s=1))
-    assert files.gateway.generation is not old
+    assert files.gateway.generations.current is not old
     assert (await files.client.chat(model="b/m").wait()).body.endswith(DONE)
     assert files.open_transports == ["a", "b"]
     [exchange] = files.gateway.live
@@ -260,8 +260,8 @@ async def test_many_reloads_leave_one_generation(files: Files, autojump_clock: M
     """Whether each was waited for or not, the last file is the one that is served."""
     for round_ in range(10):
         files.write(toml(f"u{round_}"))
-        files.gateway.reload_soon()
-        files.gateway.reload_soon()
+        files.gateway.reloader.request()
+        files.gateway.reloader.request()
         await trio.sleep(0.01 * round_)
     await trio.sleep(1)
     assert await files.models() == ["default", "u9/m"]
@@ -273,8 +273,8 @@ async def test_a_changed_file_is_noticed(files: Files, autojump_clock: MockClock
     await files.wait_watched()
     assert len(files.transports) == 1
     files.write(toml("a", "b"))
-    old = files.gateway.generation
-    await _until(lambda: files.gateway.generation is not old)
+    old = files.gateway.generations.current
+    await _until(lambda: files.gateway.generations.current is not old)
     assert await files.models() == ["default", "a/m", "b/m"]
     await files.wait_watched()
     assert len(files.transports) == 3

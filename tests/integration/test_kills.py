@@ -154,7 +154,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
         port = httpx2.URL(base).port
         assert port is not None
         gateway = app.gateway
-        transport = gateway.generation.upstreams["up"].transport
+        transport = gateway.generations.current.upstreams["up"].transport
 
         async def many(count: int, first: int) -> None:
             limit = trio.CapacityLimiter(AT_ONCE)
@@ -185,11 +185,11 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
             return seen[-1]
 
         await many(20, -20)  # what is made once, is made now: the store, threads
-        await gateway.ledger.fold()
+        await gateway.ledger.flush()
         before = await settled()
         await many(CLIENTS, 0)
         assert await settled() == before
-        upstream = gateway.generation.upstreams["up"].statistics()
+        upstream = gateway.generations.current.upstreams["up"].statistics()
         assert (upstream.in_flight, upstream.queued, gateway.live) == (0, 0, {})
         assert min(outcomes.values()) > CLIENTS / 3
         async with httpx2.AsyncClient(base_url=base, trust_env=False) as client:

@@ -39,8 +39,8 @@ from tests.support.provider import (
     open_socket_provider,
     usage,
 )
-from trigate.asgi.client import Downstream
-from trigate.exchange.socket_relay import Stream
+from trigate.exchange.client_response import ClientResponse
+from trigate.exchange.socket_relay import RelayedStream
 from trigate.gateway.gateway import Gateway
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Any]]
@@ -147,27 +147,31 @@ class House:
     @property
     def poller_size(self) -> int:
         """How many sockets the engine has."""
-        return len(self.gateway.relay._poller) if self.gateway.relay is not None else 0
+        return (
+            len(self.gateway.exchange_services.upstream.socket_relay._poller)
+            if self.gateway.exchange_services.upstream.socket_relay is not None
+            else 0
+        )
 
     def assert_carried(self, streams: int = 1) -> None:
         """It goes the way that is tested."""
         if self.way == "engine":
-            assert self.gateway.relay is not None
-            assert self.gateway.relay.streams == streams
+            assert self.gateway.exchange_services.upstream.socket_relay is not None
+            assert self.gateway.exchange_services.upstream.socket_relay.streams == streams
         else:
             assert self.carried == 0
 
     def assert_clean(self) -> None:
         """Nothing is left of any call, and each exchange was settled once."""
         assert not self.gateway.live
-        assert self.gateway.generation.exchanges == 0
-        [upstream] = self.gateway.generation.upstreams.values()
+        assert self.gateway.generations.current.exchanges == 0
+        [upstream] = self.gateway.generations.current.upstreams.values()
         assert upstream.in_flight == 0
         assert upstream.statistics().queued == 0
         assert self.poller_size == 0
-        if self.gateway.relay is not None:
-            assert self.gateway.relay.streams == 0
-        totals = self.gateway.totals
+        if self.gateway.exchange_services.upstream.socket_relay is not None:
+            assert self.gateway.exchange_services.upstream.socket_relay.streams == 0
+        totals = self.gateway.live.totals
         assert totals.exchanges == totals.complete + totals.cancelled + totals.failed == len(self.outcomes)
         assert self.provider.open_now == 0
 
@@ -187,15 +191,15 @@ def open_house(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPa
             config = make_config({"up": {"base_url": url, "models": ["m"]}}, limits=limits)
             async with open_server(config) as (client, app):
                 house = House(app.gateway, provider, client.base_url.port, way, logs)
-                carry = Stream.carry
+                carry = RelayedStream.run
 
-                async def counted(self: Stream, owner: Any) -> None:
+                async def counted(self: RelayedStream, owner: Any) -> None:
                     house.carried += 1
                     await carry(self, owner)
 
-                monkeypatch.setattr(Stream, "carry", counted)
+                monkeypatch.setattr(RelayedStream, "run", counted)
                 if way == "loop":
-                    house.gateway.relay = None
+                    house.gateway.exchange_services.upstream.socket_relay = None
                 try:
                     yield house
                 finally:
@@ -308,7 +312,7 @@ async def test_the_client_gets_the_same(open_house: Any, clock: MockClock, scene
         assert body == public(A, expected.body)
     assert house.outcomes == [expected.outcome]
     if scene == "usage":
-        assert (house.gateway.totals.prompt_tokens, house.gateway.totals.completion_tokens) == (7, 11)
+        assert (house.gateway.live.totals.prompt_tokens, house.gateway.live.totals.completion_tokens) == (7, 11)
 
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
@@ -421,7 +425,10 @@ async def test_a_stalled_reader_and_the_end(open_house: Any, clock: MockClock, w
         if how == "cut":
             house.gateway.drain.cut()
             await trio.sleep(1)
-            assert house.gateway.relay is None or house.gateway.relay.streams == 0
+            assert (
+                house.gateway.exchange_services.upstream.socket_relay is None
+                or house.gateway.exchange_services.upstream.socket_relay.streams == 0
+            )
             await client.read_all()
             body, ended = client.body
             assert ended
@@ -444,9 +451,9 @@ async def test_a_late_keep_alive_goes_the_way_of_the_stream(
     """One that was begun before its stream was carried comes as a frame of its own, by the engine and not past it, and
     returns at once; where the client does not read, it is not said at all."""
     sends = 0
-    send = Downstream.send
+    send = ClientResponse.send
 
-    async def counted(self: Downstream, data: bytes) -> None:
+    async def counted(self: ClientResponse, data: bytes) -> None:
         nonlocal sends
         sends += 1
         await send(self, data)
@@ -458,7 +465,7 @@ async def test_a_late_keep_alive_goes_the_way_of_the_stream(
         house.assert_carried()
         [exchange] = house.gateway.live
         sent_at = trio.current_time()
-        monkeypatch.setattr(Downstream, "send", counted)
+        monkeypatch.setattr(ClientResponse, "send", counted)
         await exchange._keep_alive()
         assert sends == (way == "loop")
         await client.read_until(KEEP_ALIVE)
@@ -502,7 +509,11 @@ async def test_the_end_at_any_step(
             client = await house.call()
 
             def end(client: Client = client) -> None:
-                met.add(house.gateway.relay.streams if house.gateway.relay is not None else 0)
+                met.add(
+                    house.gateway.exchange_services.upstream.socket_relay.streams
+                    if house.gateway.exchange_services.upstream.socket_relay is not None
+                    else 0
+                )
                 if how == "cut":
                     house.gateway.drain.cut()
                 else:

@@ -19,7 +19,10 @@ from bench.events import DONE
 from tests.simulator import draws
 from tests.simulator.clients import Call
 from trigate.errors import CODES
-from trigate.exchange.exchange import _REST_S, Exchange
+from trigate.exchange.answers import _REST_S
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.exchange import Exchange
+from trigate.exchange.upstream_call import UpstreamCall
 from trigate.gateway.gateway import Gateway
 from trigate.store.records import ExchangeRecord
 from trigate.upstream.generation import Generation
@@ -47,13 +50,16 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
         call = world.calls.get(exchange.id)
         if call is None or call.returned or not call.entered:
             yield f"{exchange.id} is live, and its call is not"
-        elif call.left_at + (_REST_S if exchange._ending else 0.0) < now and not exchange.finishes:
+        elif call.left_at + (_REST_S if exchange.is_ended else 0.0) < now and not _finishes(exchange):
             yield f"{exchange.id} is live, and its client has left {now - call.left_at:.6f} s ago"
         yield from _of_limits(exchange, now)
     yield from _of_admission(gateway, live)
     yield from _of_upstreams(world, gateway, live)
     wanted = Counter(
-        (exchange.id, attempt.target.upstream) for exchange in live for attempt in exchange._live if not attempt.lost
+        (exchange.id, attempt.target.upstream)
+        for exchange in live
+        for attempt in _attempts(exchange)
+        if not attempt.is_superseded
     )
     for taken in world.open:
         if taken.is_wanted:
@@ -63,43 +69,54 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
     probes = Counter(
         attempt.target
         for exchange in live
-        for attempt in exchange._live
-        if attempt.step.entry == "probe" and exchange.generation is gateway.generation  # a reload may begin anew
+        for attempt in _attempts(exchange)
+        if attempt.step.entry == "probe"
+        and exchange.generation is gateway.generations.current  # a reload may begin anew
     )
-    for target, state in gateway.targets.items():
+    for target, state in gateway.exchange_services.upstream.targets.items():
         if state.breaker._probing and not state.in_flight:
             yield f"the breaker of {target} waits for its probe, and there is none"
         if probes[target] > state.breaker._probing:
             yield f"{probes[target]} probes are at {target}, and its breaker knows of {int(state.breaker._probing)}"
-    too_early = gateway.draining and not world.is_stopped and now + _EPSILON_S < world.moved_by
+    too_early = gateway.live.is_draining and not world.is_stopped and now + _EPSILON_S < world.moved_by
     if too_early and any(is_open() for is_open in world.accepted):
         yield f"calls are refused, and clients have {world.moved_by - now:.3f} s left to move"
-    if len(gateway.timers) > len(live):
-        yield f"{len(gateway.timers)} timers run for {len(live)} exchanges"
+    if len(gateway.exchange_services.upstream.timers) > len(live):
+        yield f"{len(gateway.exchange_services.upstream.timers)} timers run for {len(live)} exchanges"
     if not world.in_app:
         yield from _of_idle(world, gateway)
+
+
+def _attempts(exchange: Exchange) -> list[Attempt]:
+    """Its attempts in progress. (The simulation has no shared calls.)"""
+    return exchange.source.live if isinstance(exchange.source, UpstreamCall) else []
+
+
+def _finishes(exchange: Exchange) -> bool:
+    """Its answer is received to its end although its client has disconnected."""
+    return exchange.request.model.on_disconnect == "finish" and exchange._may_finish()
 
 
 def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
     """What is over its time has been ended, unless the client keeps it waiting, or has its answer already."""
     stall_s = exchange.generation.config.limits.stall_timeout_s
-    if exchange.down.sending_since is not None and exchange.down.sending_since + 1.5 * stall_s + _EPSILON_S < now:
+    if exchange.client.sending_since is not None and exchange.client.sending_since + 1.5 * stall_s + _EPSILON_S < now:
         yield f"{exchange.id} is live, and its client reads nothing; stall_timeout_s is {stall_s:g}"
-    if exchange.down.sending_since is not None or exchange._ending:
+    if exchange.client.sending_since is not None or exchange.is_ended:
         return
     if exchange.deadline_at + _EPSILON_S < now:
         yield f"{exchange.id} is live {now - exchange.deadline_at:.3f} s after its time"
-    for attempt in exchange._live:
-        for phase, since in (("first_token", attempt.sent_at), ("idle", attempt.heard_at)):
+    for attempt in _attempts(exchange):
+        for phase, since in (("first_token", attempt.waiting_since), ("idle", attempt.last_byte_at)):
             limit_s = exchange.generation.config.timeout_s(attempt.target.upstream, phase, exchange.call.model)
-            silent = phase == "first_token" or attempt.sent_at == math.inf  # one after the other
+            silent = phase == "first_token" or attempt.waiting_since == math.inf  # one after the other
             if silent and since + limit_s + _EPSILON_S < now:
                 yield f"{exchange.id} waits for {attempt.target} for {now - since:.3f} s; {phase} is {limit_s:g} s"
 
 
 def _of_admission(gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
-    places = gateway.admission.places
-    at_work = sum(1 for exchange in live if exchange._live)
+    places = gateway.exchange_services.admission.slots
+    at_work = sum(1 for exchange in live if _attempts(exchange))
     if not at_work <= places.taken <= len(live) - places.queued:
         yield f"{places}, and {len(live)} exchanges are live, of which {at_work} make attempts"
     if sum(places.taken_by.values()) != places.taken:
@@ -116,11 +133,11 @@ def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Itera
     users: Counter[int] = Counter()
     for exchange in live:
         users[id(exchange.generation)] += 1
-        for attempt in exchange._live:
+        for attempt in _attempts(exchange):
             upstream = exchange.generation.upstreams[attempt.target.upstream]
             if attempt.phase != "ended":  # its answer waits for the client
                 (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
-            if attempt.reply is not None and exchange.down.sending_since is not None and _is_let_go(attempt.reply):
+            if attempt.reply is not None and exchange.client.sending_since is not None and _is_let_go(attempt.reply):
                 let_go[id(upstream)] += 1
     for generation in world.generations:
         if generation.exchanges != users[id(generation)]:
@@ -152,16 +169,19 @@ def _is_let_go(reply: Any) -> bool:
 
 def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     """What must hold whenever no call is in flight."""
-    if gateway.live or (gateway.totals.exchanges and not gateway.quiet.is_set()):
+    if len(gateway.live):
         yield f"idle, and {gateway!r}"
-    if len(gateway.timers):
-        yield f"idle, and {gateway.timers!r}"
-    if gateway.cancel_queue._scopes or (gateway.relay is not None and gateway.relay.streams):
-        yield f"idle, and {gateway.cancel_queue!r}, {gateway.relay!r}"
-    places = gateway.admission.places
+    if len(gateway.exchange_services.upstream.timers):
+        yield f"idle, and {gateway.exchange_services.upstream.timers!r}"
+    if gateway.exchange_services.cancel_queue._scopes or (
+        gateway.exchange_services.upstream.socket_relay is not None
+        and gateway.exchange_services.upstream.socket_relay.streams
+    ):
+        yield f"idle, and {gateway.exchange_services.cancel_queue!r}, {gateway.exchange_services.upstream.socket_relay!r}"
+    places = gateway.exchange_services.admission.slots
     if places.taken or places.queued or places.taken_by:
         yield f"idle, and {places}"
-    for target, state in gateway.targets.items():
+    for target, state in gateway.exchange_services.upstream.targets.items():
         if state.in_flight:
             yield f"idle, and {state.in_flight} attempts at {target} have not ended"
     for taken in world.open:
@@ -170,9 +190,9 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     if gateway.sessions.turns:
         yield f"idle, and {gateway.sessions.turns} turns of sessions go on"
     for generation in world.generations:
-        if generation is not gateway.generation and not is_closed(generation):
+        if generation is not gateway.generations.current and not is_closed(generation):
             yield "idle, and a generation that was replaced is open"
-    totals = gateway.totals
+    totals = gateway.live.totals
     if not totals.exchanges == totals.complete + totals.cancelled + totals.failed == world.settled.total():
         yield f"{world.settled.total()} exchanges were settled, and {totals}"
 

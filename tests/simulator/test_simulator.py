@@ -22,14 +22,16 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.simulator import Violation, draws, invariants, simulate
 from tests.simulator.__main__ import main
 from tests.simulator.pipes import pair
-from trigate.asgi.client import Downstream
 from trigate.concurrency.fair_limiter import FairLimiter
 from trigate.concurrency.timers import Timer
 from trigate.errors import CODES
-from trigate.exchange.admission import _Place
+from trigate.exchange.admission import _Slot
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.client_response import ClientResponse
+from trigate.exchange.client_sink import ClientSink
+from trigate.exchange.deadlines import StallDetector
 from trigate.exchange.exchange import Exchange
-from trigate.exchange.socket_relay import Stream
+from trigate.exchange.socket_relay import RelayedStream
 from trigate.gateway.drain import Drain
 from trigate.ledger.ledger import Ledger
 from trigate.openai.request import Call
@@ -178,7 +180,7 @@ def sent_twice(feed: Any) -> Any:
     """Now and then a piece of a stream is sent twice."""
     sometimes = Sometimes(20)
 
-    def replacement(self: StreamReader, piece: bytes) -> bytes:
+    def replacement(self: RelayedStreamReader, piece: bytes) -> bytes:
         out: bytes = feed(self, piece)
         return out + out if out and not self.complete and sometimes else out
 
@@ -188,7 +190,7 @@ def sent_twice(feed: Any) -> Any:
 def more_after_the_end(end: Any) -> Any:
     """Something is sent behind ``[DONE]``."""
 
-    async def replacement(self: Downstream, data: bytes = b"") -> None:
+    async def replacement(self: ClientResponse, data: bytes = b"") -> None:
         await end(self, data + b"data: {}\n\n" if data.endswith(b"data: [DONE]\n\n") else data)
 
     return replacement
@@ -198,7 +200,7 @@ def dropped(feed: Any) -> Any:
     """Now and then what an upstream sent does not arrive."""
     sometimes = Sometimes(100)
 
-    def replacement(self: StreamReader, piece: bytes) -> bytes:
+    def replacement(self: RelayedStreamReader, piece: bytes) -> bytes:
         out: bytes = feed(self, piece)
         return b"" if out and not self.complete and sometimes else out
 
@@ -208,7 +210,7 @@ def dropped(feed: Any) -> Any:
 def cut_is_complete(feed_end: Any) -> Any:
     """A stream that ends is complete."""
 
-    def replacement(self: StreamReader) -> bytes:
+    def replacement(self: RelayedStreamReader) -> bytes:
         self.complete = True
         return b""
 
@@ -224,7 +226,7 @@ def loser_goes_on(lose: Any) -> Any:
     """An attempt that has lost is not ended."""
 
     def replacement(self: Attempt) -> None:
-        self.lost = self.cause is None
+        self.is_superseded = self.failed_with is None
 
     return replacement
 
@@ -243,7 +245,7 @@ def given_back(release: Any) -> Any:
 def forgotten_rest(let_go: Any) -> Any:
     """The engine forgets what is left of a frame that it has begun."""
 
-    def replacement(self: Stream) -> None:
+    def replacement(self: RelayedStream) -> None:
         self._rest = b""
         let_go(self)
 
@@ -266,13 +268,13 @@ def in_a_hurry(wait_gone: Any) -> Any:
 
 def no_limits(look: Any) -> Any:
     """No limit in time is kept."""
-    return lambda self, now: now + 1.0
+    return lambda self, now: [now + 1.0]
 
 
 PLANTED: dict[str, tuple[Patch, str]] = {
-    "a place is kept": (replace(_Place, "__aexit__", place_is_kept), "<FairLimiter"),
+    "a place is kept": (replace(_Slot, "__aexit__", place_is_kept), "<FairLimiter"),
     "a place at an upstream is kept": (
-        left_out(FairLimiter, "give", lambda self, key, held_s=None: held_s is None and bool(kept)),
+        left_out(FairLimiter, "release", lambda self, key, held_s=None: held_s is None and bool(kept)),
         "places taken",
     ),
     "an exchange is not settled": (
@@ -286,24 +288,27 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     ),
     "an event is sent twice": (replace(StreamReader, "feed", sent_twice), "its answer is|it says"),
     "an event is lost": (replace(StreamReader, "feed", dropped), "its answer is|it says|not HTTP|counts"),
-    "something follows [DONE]": (replace(Downstream, "end", more_after_the_end), "something follows the last event"),
+    "something follows [DONE]": (
+        replace(ClientResponse, "end", more_after_the_end),
+        "something follows the last event",
+    ),
     "a reply is not closed": (
         left_out(Opening, "release", lambda self: self._response is not None and not self._response.complete),
         "an orphan|calls use it",
     ),
     "it is not noticed that a client leaves": (left_out(Peer, "leave", lambda self: True), "its client has left"),
-    "who has lost goes on": (replace(Attempt, "lose", loser_goes_on), "an orphan"),
+    "who has lost goes on": (replace(Attempt, "supersede", loser_goes_on), "an orphan"),
     "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
     "a seam has a character twice": (replace(Call, "onward_from", shifted_seam), "it says"),
     "a connection is given back too early": (replace(Opening, "release", given_back), ""),
     "the rest of a frame is forgotten": (
-        replace(Stream, "_let_go", forgotten_rest),
+        replace(RelayedStream, "_let_go", forgotten_rest),
         "not HTTP|no proper end|its answer|ends with neither|before the error",
     ),
-    "silences are not broken": (left_out(Exchange, "_may_keep_alive", lambda self: True), "it was quiet for"),
-    "limits are not kept": (replace(Exchange, "_on_time", no_limits), "after its time| waits for "),
+    "silences are not broken": (left_out(ClientSink, "_may_keep_alive", lambda self: True), "it was quiet for"),
+    "limits are not kept": (replace(Exchange, "_check_limits", no_limits), "after its time| waits for "),
     "who reads nothing is kept": (
-        replace(Exchange, "_stall", lambda stall: lambda self, now: (math.inf, math.inf)),
+        replace(StallDetector, "due_at", lambda due_at: lambda self, now, **send: math.inf),
         "its client reads nothing",
     ),
     "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),

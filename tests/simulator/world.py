@@ -240,11 +240,13 @@ class World:
         if gateway is None or self.violation is not None:
             return
         self._steps += 1
-        if self.generations[-1:] != [gateway.generation]:
-            self.generations.append(gateway.generation)
+        if self.generations[-1:] != [gateway.generations.current]:
+            self.generations.append(gateway.generations.current)
         if len(self.generations) > 1:
             self.generations = [
-                each for each in self.generations if each is gateway.generation or not invariants.is_closed(each)
+                each
+                for each in self.generations
+                if each is gateway.generations.current or not invariants.is_closed(each)
             ]
         self._note_queue(gateway)
         for what in invariants.of_step(self, gateway):
@@ -253,13 +255,9 @@ class World:
     def _note_queue(self, gateway: Gateway) -> None:
         """Silence counts from when a call has its place."""
         queued = self._queued
-        if not queued and not gateway.admission.places.queued:
+        if not queued and not gateway.exchange_services.admission.slots.queued:
             return
-        waiting = {
-            exchange.id: self.calls[exchange.id]
-            for exchange in gateway.live
-            if exchange.phase == "queued" and not exchange._live and exchange._pause is not None
-        }
+        waiting = {exchange.id: self.calls[exchange.id] for exchange in gateway.live if exchange.is_queued}
         for call in waiting.values():
             call.silent_from = math.inf
         for name in queued.keys() - waiting.keys():
@@ -300,7 +298,7 @@ class World:
     @property
     def stopping(self) -> bool:
         """What goes on may be cut short: that, or its clients have had the time to move."""
-        return self.is_stopped or (self._gateway is not None and self._gateway.draining)
+        return self.is_stopped or (self._gateway is not None and self._gateway.live.is_draining)
 
     def next_request(self, *, kept: bool) -> draws.Request | None:
         """What a client asks next; None = nothing more, in this life.
@@ -319,7 +317,7 @@ class World:
             self._reloads += 1
             self._config = self._configuration()
             self.trace.note("reload", self._configurations)
-            self._gateway.reload_soon()
+            self._gateway.reloader.request()
         if number + 1 >= self._stop_at and not self._end.begun.is_set():
             if self._succeeds:
                 self._end.succeed(1)
@@ -404,7 +402,7 @@ class World:
 
     def _watch(self, gateway: Gateway) -> None:
         """Sees each exchange come and go."""
-        admit, settle = gateway.admit, gateway.settle
+        admit, settle = gateway.live.begin, gateway.live.settle
 
         def admitted(exchange: Exchange) -> None:
             call = self.calls[exchange.id]
@@ -427,7 +425,7 @@ class World:
             self._whys.update(attempt.step.why for attempt in exchange.attempts)
             self.trace.note("settled", exchange.id, exchange.outcome, len(exchange.attempts), exchange.bytes_sent)
 
-        gateway.admit, gateway.settle = admitted, settled  # type: ignore[method-assign]
+        gateway.live.begin, gateway.live.settle = admitted, settled  # type: ignore[method-assign]
 
     # -- its life -----------------------------------------------------------------------------------------------------
 
@@ -466,6 +464,7 @@ class World:
                 env={"TRIGATE_STORE": opening.MEMORY},
                 transports=provider.lines(self),
                 adjust=lambda _: self._config,
+                chance=draws.lot(self.seed, "chance", self._lives).random,
             )
         )
         self.trace.note("opens", self._lives, calls)
@@ -473,9 +472,8 @@ class World:
         async with trio.open_nursery() as self.nursery:
             async with server.open_lifespan(asgi) as state:
                 gateway = app.gateway
-                gateway.chance = draws.lot(self.seed, "chance", self._lives).random
                 self._watch(gateway)
-                self.generations = [gateway.generation]
+                self.generations = [gateway.generations.current]
                 self._gateway = gateway
                 await self._serve(self._app(asgi), state, rng)
                 await trio.sleep(_SETTLES_S)

@@ -118,7 +118,7 @@ async def test_no_secret_is_shown(open_app: OpenApp, status: int) -> None:
         call = await served.client.ask("POST", "/v1/chat/completions", body, headers=headers)
         assert call.status >= 400
         assert served.providers["up"].calls[0].headers["authorization"] == f"Bearer {PROVIDER_KEY}"
-        lines = startup_lines(served.gateway.generation, store_path=served.gateway.store.statistics().path)
+        lines = startup_lines(served.gateway.generations.current, store_path=served.gateway.store.statistics().path)
         shown = json.dumps(await status_of(served)) + "\n".join(lines)
         for secret in (GATEWAY_KEY, PROVIDER_KEY, HEADER):
             assert secret not in shown
@@ -321,7 +321,7 @@ async def test_ten_thousand_streams(open_app: OpenApp, monkeypatch: pytest.Monke
         nobody: Any = None
         for number in range(10_000):
             exchange = Exchange(
-                id=f"req_{number}", call=call, gateway=gateway, generation=gateway.generation, down=nobody
+                id=f"req_{number}", call=call, gateway=gateway, generation=gateway.generations.current, down=nobody
             )
             exchange._state = "streaming" if number % 4 else "queued"
             exchange.target = Target("up", "m") if number % 4 else None

@@ -22,7 +22,7 @@ OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 def lines(served: Served) -> list[str]:
     """The lines of this gateway."""
     gateway = served.gateway
-    return startup_lines(gateway.generation, store_path=gateway.store.statistics().path)
+    return startup_lines(gateway.generations.current, store_path=gateway.store.statistics().path)
 
 
 def _insecure(config: Config) -> Config:
@@ -94,4 +94,4 @@ async def test_upstreams_and_the_default_model(
         _, second, third = lines(served)
         assert second.startswith("Upstreams: ")
         assert found in second
-        assert f"{len(served.gateway.generation.public_ids())} listed; {default}" in third
+        assert f"{len(served.gateway.generations.current.public_ids())} listed; {default}" in third

@@ -169,7 +169,7 @@ async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert not gateway.workers.is_joined
         path.write_text('[upstreams.a]\nkind = "echo"\n[hooks.ci]\n')
-        gateway.reload_soon()
+        gateway.reloader.request()
         await _until(lambda: gateway.workers.is_joined)
 
 

@@ -21,7 +21,7 @@ from trigate.config.sections import Config, Port
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.server import server
 from trigate.store import opening
-from trigate.upstream.factory import TransportFactory, http_transport
+from trigate.upstream.factory import TransportFactory
 
 
 def make_config(
@@ -63,13 +63,13 @@ class Served:
     settled: list[Any] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
-        settle = self.gateway.settle
+        settle = self.gateway.live.settle
 
         def count(exchange: Any) -> None:
             self.settled.append(exchange)
             settle(exchange)
 
-        self.gateway.settle = count  # type: ignore[method-assign]
+        self.gateway.live.settle = count  # type: ignore[method-assign]
 
     @property
     def gateway(self) -> Gateway:
@@ -78,15 +78,15 @@ class Served:
 
     def assert_clean(self) -> None:
         """Asserts that no exchange, slot or connection is left, and that each exchange was settled once."""
-        assert not self.gateway.live
-        for upstream in self.gateway.generation.upstreams.values():
+        assert not len(self.gateway.live)
+        for upstream in self.gateway.generations.current.upstreams.values():
             assert upstream.in_flight == 0, upstream
             assert upstream.statistics().queued == 0, upstream
         for provider in self.providers.values():
             assert provider.open_now == 0, provider
         assert len({id(exchange) for exchange in self.settled}) == len(self.settled)
         assert all(exchange.outcome is not None for exchange in self.settled)
-        assert self.gateway.generation.exchanges == 0
+        assert self.gateway.generations.current.exchanges == 0
 
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
@@ -128,7 +128,7 @@ async def open_app(
 
 @contextlib.asynccontextmanager
 async def open_server(
-    config: Config, *, transports: TransportFactory = http_transport
+    config: Config, *, transports: TransportFactory | None = None
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, GatewayApp]]:
     """Serves a gateway on a loopback port, with upstreams on real sockets; yields a client with its base URL."""
     app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=transports))

@@ -160,7 +160,7 @@ class ClientSink:
         quiet_since = max(client.last_sent_at, state.started_at, state.admitted_at)
         if client.sending_since is not None or client.gone or state.is_queued:
             quiet_since = math.inf
-        if quiet_since + self._keep_alive_s <= now and self._may_keep_alive:
+        if quiet_since + self._keep_alive_s <= now and self._may_keep_alive():
             if self._inject(KEEP_ALIVE):
                 client.last_sent_at = now
             else:
@@ -169,17 +169,16 @@ class ClientSink:
             quiet_since = now
         return [stalled_at, quiet_since + self._keep_alive_s]
 
-    @property
     def _may_keep_alive(self) -> bool:
         return not self._client.ended and not self._state.is_cancelled
 
     async def _keep_alive(self) -> None:
         client = self._client
-        if not client.committed and self._may_keep_alive:
+        if not client.committed and self._may_keep_alive():
             await self._commit(200, STREAM_HEADERS)
         # Checked again: the answer may have come meanwhile. A send in progress already breaks the silence, and a
         # keep-alive queued behind it could follow the last event.
-        if self._may_keep_alive and client.sending_since is None and not self._inject(KEEP_ALIVE):
+        if self._may_keep_alive() and client.sending_since is None and not self._inject(KEEP_ALIVE):
             await self.send(KEEP_ALIVE)
 
     def _inject(self, data: bytes) -> bool:

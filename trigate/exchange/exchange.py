@@ -104,8 +104,7 @@ class Exchange(ExchangeState):
             finally:
                 if watchdog is not None:
                     watchdog.stop()
-                self.services.live.settle(self)
-                log.info("exchange", **view.log_line(self, trio.current_time()))
+                self._settle()
 
     # -- the two halves -----------------------------------------------------------------------------------------------
 
@@ -153,6 +152,11 @@ class Exchange(ExchangeState):
             error.attempts = tuple(view.describe_attempt(attempt, self.started_at) for attempt in self.attempts)
         if self._client_sink is not None:
             await self._client_sink.tell(error)
+
+    def _settle(self) -> None:
+        """Records how the exchange ended: in the ledger, in the totals, and with one log line."""
+        self.services.live.settle(self)
+        log.info("exchange", **view.log_line(self, trio.current_time()))
 
     async def _note_cancelled(self) -> None:
         """Finds out why the request's nursery was cancelled. A client whose server stops is told so."""

@@ -374,7 +374,7 @@ async def test_reload() -> None:
                 return make_config(**sections)
 
             gateway._load = load
-            gateway.reload_soon()
+            gateway.reloader.request()
 
         with trio.fail_after(PATIENCE_S):
             reload(channels={"bot": settings(url)})
