@@ -601,9 +601,7 @@ async def test_a_full_hook(open_app: OpenApp, autojump_clock: MockClock) -> None
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-async def test_a_disconnect_cancels_the_run(
-    open_app: OpenApp, autojump_clock: MockClock, accept: str
-) -> None:
+async def test_a_disconnect_cancels_the_run(open_app: OpenApp, autojump_clock: MockClock, accept: str) -> None:
     """It cancels the upstream call too; the partial answer is stored."""
     async with open_app(hooks(h={}), Provider((Say(content("Hel")), Stall()))) as served:
         call = start(served, accept=accept)
