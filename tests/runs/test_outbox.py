@@ -1,4 +1,4 @@
-"""Deliveries: attempts, pauses, order, and what is left when a worker ends. Time is virtual, the store is in memory."""
+"""Deliveries: attempts, pauses, order, and what a worker leaves when it exits. Time is virtual, the store in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.logs import Logs
-from trigate.runs import outbox as rooms
+from trigate.runs import outbox as outbox_module
 from trigate.runs.outbox import ATTEMPT_S, CONCURRENCY, GRACE_S, SCHEDULE_S, Outbox, Receipt, open_outbox, pause_s
 from trigate.store.interface import Store
 from trigate.store.memory import MemoryStore, open_memory_store
@@ -30,7 +30,7 @@ Step = Receipt | Exception | Callable[[], Awaitable[Receipt]]
 
 
 def now() -> float:
-    """The time of day, by the virtual clock."""
+    """The POSIX time, by the virtual clock."""
     return START + trio.current_time()
 
 
@@ -50,11 +50,13 @@ def delivery(number: int = 1, *, target: str = "https://a.example/", repeatable:
 
 @attrs.define(eq=False)
 class Scripted:
-    """A carrier whose attempts end as they are told, the last step again and again.
+    """A carrier whose attempts play scripted steps; the last step repeats.
 
     Attributes:
-        begun: When each attempt began, and what was delivered.
-        most: How many attempts were under way at once; most_to_one: and to one target.
+        begun: When each attempt began, and the id of its delivery.
+        under_way: The targets of the attempts in progress.
+        most: The highest number of attempts at the same time.
+        most_to_one: The highest number of attempts to one target at the same time.
     """
 
     steps: list[Step] = attrs.field(factory=lambda: [ARRIVED])
@@ -86,14 +88,14 @@ class Scripted:
 
 
 async def after(seconds: float, receipt: Receipt = ARRIVED) -> Receipt:
-    """An attempt that takes some time."""
+    """An attempt that takes this long."""
     await trio.sleep(seconds)
     return receipt
 
 
 @attrs.define(eq=False)
 class Opened:
-    """An outbox that is open."""
+    """An open outbox, and what it uses."""
 
     store: MemoryStore
     workers: Workers
@@ -101,18 +103,18 @@ class Opened:
     carrier: Scripted
 
     async def add(self, *deliveries: Delivery) -> None:
-        """Keeps something to deliver, and says so."""
+        """Stores deliveries, and wakes the outbox."""
         for each in deliveries:
             await self.store.deliveries.add(each)
         self.outbox.wake()
 
     async def row(self, number: int = 1) -> Delivery:
-        """What the store says of a delivery."""
+        """The stored row of a delivery."""
         [found] = await self.store.deliveries.of_run(f"run_{number}")
         return found
 
     async def settled(self, number: int = 1) -> Delivery:
-        """Waits until a delivery is done."""
+        """Waits until a delivery has a final state."""
         while True:
             found = await self.row(number)
             if found.state not in ("pending", "sending"):
@@ -124,7 +126,7 @@ class Opened:
 async def opened(
     *steps: Step, store: MemoryStore | None = None, carrier: Scripted | None = None, joined: bool = True
 ) -> AsyncIterator[Opened]:
-    """Opens an outbox with one carrier, for the channel ``h``; it always waits as long as the schedule says."""
+    """Opens an outbox with one carrier, for the channel ``h``. Its pauses are the longest of the schedule."""
     async with (
         contextlib.nullcontext(store) if store is not None else open_memory_store() as kept,
         open_workers(kept, lambda: b"{}") as workers,
@@ -141,7 +143,7 @@ async def opened(
 
 
 def test_the_schedule_is_that_of_standard_webhooks() -> None:
-    """Ten attempts, at the times that the specification's example has."""
+    """There are ten attempts, at the times of the specification's example."""
     times = list(itertools.accumulate(SCHEDULE_S, initial=0.0))
     seconds = [(0, 0, 0), (0, 0, 5), (0, 5, 5), (0, 35, 5), (2, 35, 5), (7, 35, 5), (17, 35, 5), (31, 35, 5)]
     seconds += [(51, 35, 5), (75, 35, 5)]
@@ -149,8 +151,8 @@ def test_the_schedule_is_that_of_standard_webhooks() -> None:
 
 
 @pytest.mark.parametrize("attempts", range(1, 10))
-def test_a_pause_is_anything_up_to_what_the_schedule_says(attempts: int) -> None:
-    """Full jitter: from nothing to the whole."""
+def test_a_pause_is_random_up_to_the_schedule(attempts: int) -> None:
+    """Full jitter: the pause is between zero and the schedule's value."""
     assert pause_s(attempts, after_s=None, chance=0.0) == 0.0
     assert pause_s(attempts, after_s=None, chance=1.0) == SCHEDULE_S[attempts - 1]
 
@@ -160,12 +162,12 @@ def test_a_pause_is_anything_up_to_what_the_schedule_says(attempts: int) -> None
     [(0.0, 0.5, 2.5), (2.0, 0.5, 2.5), (3.0, 0.5, 3.0), (86_400.0, 0.5, 86_400.0), (86_401.0, 0.5, 86_400.0)],
 )
 def test_a_pause_is_no_shorter_than_the_receiver_asked_for(after_s: float, chance: float, expected: float) -> None:
-    """And no longer than a day because of that; the schedule's own pause stays the least."""
+    """The receiver can lengthen a pause up to a day, and cannot shorten the schedule's."""
     assert pause_s(1, after_s=after_s, chance=chance) == expected
 
 
-def test_after_the_schedule_there_is_no_pause() -> None:
-    """Whatever the receiver asked for."""
+def test_after_the_schedule_there_is_no_attempt() -> None:
+    """Also where the receiver asked for one."""
     assert pause_s(10, after_s=None, chance=0.5) is None
     assert pause_s(10, after_s=60.0, chance=0.5) is None
 
@@ -173,8 +175,8 @@ def test_after_the_schedule_there_is_no_pause() -> None:
 # -- attempts ---------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_due_is_delivered(autojump_clock: MockClock) -> None:
-    """Once, at once, and the store says so."""
+async def test_a_due_delivery_is_made(autojump_clock: MockClock) -> None:
+    """It is made once and immediately, and the store has the outcome."""
     async with opened() as it:
         await it.add(delivery())
         row = await it.settled()
@@ -183,8 +185,8 @@ async def test_what_is_due_is_delivered(autojump_clock: MockClock) -> None:
     assert it.carrier.times() == [0.0]
 
 
-async def test_nothing_is_done_before_somebody_has_joined(autojump_clock: MockClock) -> None:
-    """The store is not even asked; afterwards, what had been left is delivered without being told of."""
+async def test_the_outbox_waits_for_the_worker_to_join(autojump_clock: MockClock) -> None:
+    """Until then the store is not read. Afterwards deliveries left by others are made without a notification."""
     async with opened(joined=False) as it:
         it.store.failure = "the store is closed"
         await trio.sleep(1000.0)
@@ -196,11 +198,11 @@ async def test_nothing_is_done_before_somebody_has_joined(autojump_clock: MockCl
         assert (await it.settled()).state == "delivered"
 
 
-async def test_a_failure_is_tried_again_until_the_schedule_is_over(
+async def test_a_failure_is_retried_until_the_schedule_is_over(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten attempts over three days; then it has failed, with the last status."""
-    monkeypatch.setattr(rooms, "POLL_S", 3600.0)  # three days have many minutes
+    """There are ten attempts over three days; then the delivery has failed, with the last status."""
+    monkeypatch.setattr(outbox_module, "POLL_S", 3600.0)  # polling each minute of three days is slow
     async with opened(FAILED) as it:
         await it.add(delivery())
         row = await it.settled()
@@ -211,8 +213,8 @@ async def test_a_failure_is_tried_again_until_the_schedule_is_over(
     )
 
 
-async def test_an_attempt_that_succeeds_ends_it(autojump_clock: MockClock, logs: Logs) -> None:
-    """Each attempt has its line in the log, with what comes next."""
+async def test_a_successful_attempt_is_the_last(autojump_clock: MockClock, logs: Logs) -> None:
+    """Each attempt has a log line, with the pause before the next attempt."""
     async with opened(FAILED, FAILED, ARRIVED) as it:
         await it.add(delivery())
         row = await it.settled()
@@ -225,8 +227,8 @@ async def test_an_attempt_that_succeeds_ends_it(autojump_clock: MockClock, logs:
     ]
 
 
-async def test_the_receiver_says_when(autojump_clock: MockClock) -> None:
-    """What it asks for is waited for, up to a day."""
+async def test_a_receiver_sets_the_pause(autojump_clock: MockClock) -> None:
+    """The outbox waits as long as it asks for, up to a day."""
     asks = [attrs.evolve(FAILED, after_s=seconds) for seconds in (60.0, 1e6)]
     async with opened(*asks, ARRIVED) as it:
         await it.add(delivery())
@@ -234,16 +236,16 @@ async def test_the_receiver_says_when(autojump_clock: MockClock) -> None:
     assert it.carrier.times() == pytest.approx([0.0, 60.0, 86_460.0])
 
 
-async def test_a_failure_for_good(autojump_clock: MockClock) -> None:
-    """What is not worth another attempt gets none."""
+async def test_a_permanent_failure(autojump_clock: MockClock) -> None:
+    """There is no further attempt."""
     async with opened(attrs.evolve(FAILED, again=False, status=410)) as it:
         await it.add(delivery())
         row = await it.settled()
     assert (row.state, row.attempts, row.last_status) == ("failed", 1, 410)
 
 
-async def test_what_may_have_arrived_is_repeated_only_where_that_can_be_told(autojump_clock: MockClock) -> None:
-    """Else it is unknown, and stays so."""
+async def test_a_delivery_that_may_have_arrived_is_repeated_only_if_repeatable(autojump_clock: MockClock) -> None:
+    """Otherwise it becomes ``unknown``, and stays so."""
     async with opened(attrs.evolve(FAILED, unsure=True), ARRIVED) as it:
         await it.add(delivery(1, repeatable=False))
         assert (await it.settled(1)).state == "unknown"
@@ -254,7 +256,7 @@ async def test_what_may_have_arrived_is_repeated_only_where_that_can_be_told(aut
 
 
 async def test_a_carrier_that_raises(autojump_clock: MockClock, logs: Logs) -> None:
-    """It is an attempt that failed, and a defect that is logged; others go on."""
+    """The attempt has failed, and the defect is logged; the outbox continues."""
     logs.expect_error("delivery_crashed")
     async with opened(KeyError("x"), ARRIVED) as it:
         await it.add(delivery())
@@ -263,7 +265,7 @@ async def test_a_carrier_that_raises(autojump_clock: MockClock, logs: Logs) -> N
 
 
 async def test_an_attempt_is_bounded_in_time(autojump_clock: MockClock) -> None:
-    """A receiver that never answers holds its place for so long, and no longer."""
+    """A receiver that never answers holds its attempt for `ATTEMPT_S`, and no longer."""
     async with opened(partial(after, 1e6), ARRIVED) as it:
         await it.add(delivery())
         await trio.sleep(ATTEMPT_S + 1.0)
@@ -273,7 +275,7 @@ async def test_an_attempt_is_bounded_in_time(autojump_clock: MockClock) -> None:
 
 
 async def test_a_channel_without_a_carrier_waits(autojump_clock: MockClock) -> None:
-    """What is for it stays pending, with no attempt spent, until there is one again."""
+    """Its deliveries stay pending, with no attempt counted, until it has a carrier again."""
     async with opened() as it:
         del it.outbox.carriers["h"]
         await it.add(delivery())
@@ -290,7 +292,7 @@ async def test_a_channel_without_a_carrier_waits(autojump_clock: MockClock) -> N
 
 
 async def test_each_target_gets_one_at_a_time_in_order(autojump_clock: MockClock) -> None:
-    """While one is being sent the next one waits, as pending; other targets do not."""
+    """While a delivery is being sent, the next one to the same target stays pending; other targets do not wait."""
     async with opened(partial(after, 10.0)) as it:
         await it.add(*(delivery(number) for number in range(1, 4)), delivery(4, target="https://b.example/"))
         await trio.sleep(5.0)
@@ -300,16 +302,16 @@ async def test_each_target_gets_one_at_a_time_in_order(autojump_clock: MockClock
     assert it.carrier.most_to_one == 1
 
 
-async def test_one_that_waits_for_its_next_attempt_holds_nobody_up(autojump_clock: MockClock) -> None:
-    """The next one to the same target goes first then."""
+async def test_a_retry_does_not_delay_other_deliveries(autojump_clock: MockClock) -> None:
+    """While a delivery waits for its next attempt, the next one to the same target is made."""
     async with opened(FAILED, ARRIVED) as it:
         await it.add(delivery(1), delivery(2))
         await it.settled(1)
     assert [id_ for _, id_ in it.carrier.begun] == ["msg_1", "msg_2", "msg_1"]
 
 
-async def test_so_many_go_on_at_once(autojump_clock: MockClock) -> None:
-    """The rest follows as places come free."""
+async def test_concurrency_is_limited(autojump_clock: MockClock) -> None:
+    """Further attempts start as earlier ones end."""
     async with opened(partial(after, 10.0)) as it:
         await it.add(*(delivery(number, target=f"https://{number}.example/") for number in range(40)))
         for number in range(40):
@@ -319,7 +321,7 @@ async def test_so_many_go_on_at_once(autojump_clock: MockClock) -> None:
 
 
 async def test_two_workers_share_the_work(autojump_clock: MockClock) -> None:
-    """Each delivery is made by one of them, and each target still gets one at a time."""
+    """Each delivery is made by one worker, and each target still gets one at a time."""
     async with opened(partial(after, 1.0)) as it, opened(store=it.store, carrier=it.carrier) as other:
         for number in range(60):
             await it.store.deliveries.add(delivery(number, target=f"https://{number % 20}.example/"))
@@ -333,9 +335,9 @@ async def test_two_workers_share_the_work(autojump_clock: MockClock) -> None:
 
 
 async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose places are all taken rings the others. On a disk, over real sockets."""
-    monkeypatch.setattr(rooms, "CONCURRENCY", 1)
-    monkeypatch.setattr(rooms, "GRACE_S", 0.0)
+    """A worker whose attempts are all in progress notifies the others. On a disk, over real sockets."""
+    monkeypatch.setattr(outbox_module, "CONCURRENCY", 1)
+    monkeypatch.setattr(outbox_module, "GRACE_S", 0.0)
     busy, idle = Scripted([partial(after, 1e6)]), Scripted()
     async with (
         open_sqlite_store(tmp_path / "store.db") as store,
@@ -345,7 +347,7 @@ async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch:
         open_outbox(store, first) as outbox,
     ):
         await second.join()
-        helping.carriers["h"] = idle  # it does not look before somebody rings
+        helping.carriers["h"] = idle  # it does not read the store before it is notified
         await first.join()
         outbox.carriers["h"] = busy
         for number in (1, 2):
@@ -356,14 +358,15 @@ async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch:
                 if busy.begun and idle.begun:
                     break
                 await trio.sleep(0.01)
-    assert [id_ for _, id_ in busy.begun + idle.begun] == ["msg_1", "msg_2"]
+        # Before the first outbox closes: it then releases its delivery, which the other one may take.
+        assert [id_ for _, id_ in busy.begun + idle.begun] == ["msg_1", "msg_2"]
 
 
-# -- the end, and what comes after it ---------------------------------------------------------------------------------
+# -- closing, and taking over ----------------------------------------------------------------------------------------
 
 
-async def test_what_is_under_way_may_end(autojump_clock: MockClock) -> None:
-    """For a short time, also where the whole program is cancelled; nothing new is begun."""
+async def test_an_attempt_in_progress_may_end(autojump_clock: MockClock) -> None:
+    """It has a grace period, also when the whole program is cancelled; no new attempt starts."""
     with trio.CancelScope() as program:
         async with opened(partial(after, GRACE_S / 2)) as it:
             await it.add(delivery(1), delivery(2))
@@ -375,8 +378,8 @@ async def test_what_is_under_way_may_end(autojump_clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "pending"), (False, "unknown")])
-async def test_what_does_not_end_in_time_is_released(repeatable: bool, state: str, autojump_clock: MockClock) -> None:
-    """It is due again at once where it can be repeated, and else unknown."""
+async def test_an_attempt_beyond_the_grace_period(repeatable: bool, state: str, autojump_clock: MockClock) -> None:
+    """A repeatable delivery is due again at once; another one is unknown."""
     async with opened(partial(after, 1e6)) as it:
         await it.add(delivery(repeatable=repeatable))
         await wait_all_tasks_blocked()
@@ -385,8 +388,8 @@ async def test_what_does_not_end_in_time_is_released(repeatable: bool, state: st
     assert (row.state, row.due_at if repeatable else row.done_at) == (state, START + GRACE_S)
 
 
-async def test_the_end_does_not_wait_for_a_store_that_has_gone(autojump_clock: MockClock) -> None:
-    """What cannot be noted stays as it is, for whoever takes over."""
+async def test_closing_does_not_wait_for_a_store_that_fails(autojump_clock: MockClock) -> None:
+    """An outcome that cannot be recorded leaves the row as it is, for the worker that adopts it."""
     async with opened(partial(after, 1.0)) as it:
         await it.add(delivery())
         await wait_all_tasks_blocked()
@@ -398,7 +401,7 @@ async def test_the_end_does_not_wait_for_a_store_that_has_gone(autojump_clock: M
 
 @pytest.mark.parametrize("step", range(40))
 async def test_a_cancellation_at_any_point(step: int, autojump_clock: MockClock) -> None:
-    """Nothing is left as if it were being sent, and what was not sent is pending."""
+    """No row is left as ``sending``, and deliveries that were not sent are pending."""
     store = MemoryStore()
     carrier = Scripted()
     with trio.CancelScope() as program:
@@ -417,26 +420,25 @@ async def test_a_cancellation_at_any_point(step: int, autojump_clock: MockClock)
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "delivered"), (False, "unknown")])
-async def test_what_a_dead_worker_was_sending(
-    repeatable: bool, state: str, autojump_clock: MockClock, logs: Logs
-) -> None:
-    """It is sent again, under the same id, where that can be told; else nobody knows, and it is not sent again. The log
-    says what became of it."""
+async def test_a_delivery_of_a_dead_worker(repeatable: bool, state: str, autojump_clock: MockClock, logs: Logs) -> None:
+    """A repeatable delivery is sent again under the same id; another one becomes unknown, and is not sent again. The
+    log has its state."""
     async with opened(joined=False) as it:
         await it.store.deliveries.add(delivery(repeatable=repeatable))
         await it.store.deliveries.take("w_dead", at=START, limit=1, channels=["h"])
         await it.workers.join()
         await trio.sleep(1000.0)
-        assert it.carrier.begun == []  # it may be alive
+        assert it.carrier.begun == []  # the worker may still be alive
         await it.outbox.adopt(it.workers.id, ["w_dead"])
         assert (await it.settled()).state == state
     assert [id_ for _, id_ in it.carrier.begun] == ["msg_1"] * repeatable
-    said = [line["state"] for line in logs.named("delivery")]
-    assert said == (["pending", "delivered"] if repeatable else ["unknown"])
+    states = [line["state"] for line in logs.named("delivery")]
+    assert states == (["pending", "delivered"] if repeatable else ["unknown"])
 
 
-async def test_idle(autojump_clock: MockClock) -> None:
-    """It is when nothing is under way or due; what waits for a later time is not waited for."""
+async def test_wait_idle(autojump_clock: MockClock) -> None:
+    """Idle means that no delivery is in progress or due; deliveries that are due later do not count. Every task that
+    waits is woken."""
 
     async def arrive_late() -> Receipt:
         await trio.sleep(7.0)
@@ -454,11 +456,14 @@ async def test_idle(autojump_clock: MockClock) -> None:
         await it.outbox.wait_idle()
         [second] = await it.store.deliveries.of_run("run_2")
         assert (second.state, second.attempts) == ("pending", 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.outbox.wait_idle)
+            nursery.start_soon(it.outbox.wait_idle)
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "delivered"), (False, "unknown")])
-async def test_the_next_start_takes_over(repeatable: bool, state: str, tmp_path: Path) -> None:
-    """On a disk: who joins finds that nobody listens at the address of the one that was sending."""
+async def test_the_next_start_adopts_deliveries(repeatable: bool, state: str, tmp_path: Path) -> None:
+    """On a disk: a worker that joins finds that no process listens at the address of the worker that was sending."""
     carrier = Scripted()
     async with open_sqlite_store(tmp_path / "store.db") as store:
         await _leave_sending(store, delivery(repeatable=repeatable), str(tmp_path / "nobody"))
@@ -480,8 +485,8 @@ async def _leave_sending(store: Store, left: Delivery, address: str) -> None:
     await store.deliveries.take("w_dead", at=START, limit=1, channels=["h"])
 
 
-async def test_what_a_worker_left_for_later_is_found(autojump_clock: MockClock) -> None:
-    """Nobody has to tell of it: the store is looked at once a minute."""
+async def test_a_delivery_left_for_later_is_found(autojump_clock: MockClock) -> None:
+    """No notification is needed: the store is read once a minute."""
     async with opened() as it:
         await it.store.deliveries.add(attrs.evolve(delivery(), due_at=START + 200.0))
         await it.settled()
@@ -492,7 +497,7 @@ async def test_what_a_worker_left_for_later_is_found(autojump_clock: MockClock) 
 
 
 async def test_a_store_that_fails_and_comes_back(autojump_clock: MockClock, logs: Logs) -> None:
-    """While nothing can be noted as begun, nothing is sent; then everything is. It is said once each way."""
+    """While no attempt can be recorded, none is made; afterwards all are. Each change is logged once."""
     async with opened() as it:
         await it.add(delivery())
         await it.settled()
@@ -503,12 +508,12 @@ async def test_a_store_that_fails_and_comes_back(autojump_clock: MockClock, logs
         assert len(it.carrier.begun) == 1
         it.store.failure = None
         assert (await it.settled(2)).state == "delivered"
-    said = [entry["event"] for entry in logs.entries if entry["event"].startswith("outbox")]
-    assert said == ["outbox_halted", "outbox_resumed"]
+    events = [entry["event"] for entry in logs.entries if entry["event"].startswith("outbox")]
+    assert events == ["outbox_halted", "outbox_resumed"]
 
 
-async def test_a_result_is_noted_when_the_store_is_back(autojump_clock: MockClock) -> None:
-    """What was sent while it failed is not sent again."""
+async def test_an_outcome_is_recorded_when_the_store_is_back(autojump_clock: MockClock) -> None:
+    """A delivery that was sent while the store failed is not sent again."""
     async with opened(partial(after, 10.0)) as it:
         await it.add(delivery())
         await trio.sleep(5.0)
@@ -522,11 +527,11 @@ async def test_a_result_is_noted_when_the_store_is_back(autojump_clock: MockCloc
 async def test_a_defect_does_not_end_the_outbox(
     autojump_clock: MockClock, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is logged, and the next look is made."""
+    """It is logged, and the outbox continues."""
     logs.expect_error("outbox_crashed")
     async with opened(FAILED, ARRIVED) as it:
         with monkeypatch.context() as patch:
-            patch.setattr(rooms, "state_after", lambda *_: 1 / 0)
+            patch.setattr(outbox_module, "state_after", lambda *_: 1 / 0)
             await it.add(delivery(1))
             await wait_all_tasks_blocked()
         await it.add(delivery(2, target="https://b.example/"))

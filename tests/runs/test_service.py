@@ -1,4 +1,4 @@
-"""Runs: an order becomes a result once, whatever happens in between."""
+"""Runs: each accepted request gets one result, whatever fails in between."""
 
 from __future__ import annotations
 
@@ -51,47 +51,38 @@ REPLY: Script = (
 DOWN = answers(b'{"error":{"message":"down"}}', status=500)
 
 
-def order(**own: Any) -> RunRequest:  # Any: its fields
-    """An order that remembers nothing."""
+def request(**own: Any) -> RunRequest:  # Any: its fields
+    """A request without a session."""
     default = {"channel": "h", "owner": "", "session": None, "action": "chat", "text": "Hi", "sender": "ada"}
     return RunRequest(**{**default, "model": "up/m", **own})
 
 
 def config(path: object = ":memory:", **hook: Any) -> Any:  # Any: a Config
-    """One with a hook ``h``."""
+    """A configuration with a hook ``h``."""
     return make_config(store={"path": str(path)}, hooks={"h": {"model": "up/m", **hook}})
 
 
 async def ended(service: Runs, run: Run) -> Run:
-    """The run, once it has ended."""
+    """Waits until the run has ended, and returns it."""
     with trio.fail_after(100):
         return await service.wait_ended(run.id)
 
 
 async def deliveries(served: Served, run: Run) -> list[Delivery]:
-    """What is told of a run."""
+    """The deliveries of a run's result."""
     return list(await served.gateway.store.deliveries.of_run(run.id))
 
 
-def test_an_order_is_kept_as_json() -> None:
-    """All of it comes back."""
-    every = order(
-        session="s", system="x", parameters={"stop": ["a"]}, reply_to={"target": "c", "message": 5}, finish=True
-    )
-    assert RunRequest.decode(every.encode()) == every
-    assert RunRequest.decode(order(reply_to="https://a.example/").encode()) == order(reply_to="https://a.example/")
+# -- acknowledgement --------------------------------------------------------------------------------------------------
 
 
-# -- promises ---------------------------------------------------------------------------------------------------------
-
-
-async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, tmp_path: Path) -> None:
-    """It does not end, not even as failed; the next start does it, and the result is there once."""
-    where = tmp_path / "t.db"
-    async with open_app(config(where), Provider((Say(content("a")), Stall()))) as served:
+async def test_an_acknowledged_run_is_left_when_the_gateway_stops(open_app: OpenApp, tmp_path: Path) -> None:
+    """It does not end, not even as failed; the next start executes it, and it has one result."""
+    path = tmp_path / "t.db"
+    async with open_app(config(path), Provider((Say(content("a")), Stall()))) as served:
         service = served.gateway.runs
         [first, second] = [
-            (await service.accept(order(text=text), acknowledged=True)).run for text in ("first", "second")
+            (await service.accept(request(text=text), acknowledged=True)).run for text in ("first", "second")
         ]
         service.execute_soon(first)
         await served.client.ask("GET", "/status")
@@ -99,7 +90,7 @@ async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, 
             while not served.gateway.live:  # noqa: ASYNC110 - there is no event
                 await trio.lowlevel.checkpoint()
         served.gateway.drain.begin()
-        service.execute_soon(second)  # accepted before, begun after
+        service.execute_soon(second)  # accepted before the drain, started during it
         served.gateway.drain.cut()
         with trio.fail_after(30):
             while served.gateway.live:  # noqa: ASYNC110 - there is no event
@@ -107,7 +98,7 @@ async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, 
         await wait_all_tasks_blocked(0.01)
         for run in (first, second):
             assert (await service.get(run.id)).state in ("queued", "running")
-    async with open_app(config(where), Provider(REPLY)) as served:
+    async with open_app(config(path), Provider(REPLY)) as served:
         await served.gateway.workers.join()
         for run in (first, second):
             found = await ended(served.gateway.runs, run)
@@ -115,62 +106,63 @@ async def test_a_promised_run_is_left_when_the_gateway_stops(open_app: OpenApp, 
         assert len(served.providers["up"].calls) == 2
 
 
-async def test_what_was_not_promised_fails_with_its_worker(open_app: OpenApp, tmp_path: Path) -> None:
-    """Nobody was told that it would be done, and its idempotency key is free again."""
-    where = tmp_path / "t.db"
-    async with open_app(config(where)) as served:
-        lost = (await served.gateway.runs.accept(order(), acknowledged=False, idempotency=("k", b"1"))).run
-    async with open_app(config(where), Provider(REPLY)) as served:
+async def test_a_run_without_acknowledgement_fails_with_its_worker(open_app: OpenApp, tmp_path: Path) -> None:
+    """No client was told that it would be finished; its idempotency key is free again."""
+    path = tmp_path / "t.db"
+    async with open_app(config(path)) as served:
+        abandoned = (await served.gateway.runs.accept(request(), acknowledged=False, idempotency=("k", b"1"))).run
+    async with open_app(config(path), Provider(REPLY)) as served:
         await served.gateway.workers.join()
-        found = await ended(served.gateway.runs, lost)
+        found = await ended(served.gateway.runs, abandoned)
         assert (found.state, found.status) == ("failed", 503)
-        again = await served.gateway.runs.accept(order(), acknowledged=False, idempotency=("k", b"1"))
+        again = await served.gateway.runs.accept(request(), acknowledged=False, idempotency=("k", b"1"))
         assert again.is_new
 
 
-async def test_a_run_that_takes_its_process_with_it(open_app: OpenApp) -> None:
-    """It is not begun for ever."""
+async def test_a_run_that_crashes_its_process_each_time(open_app: OpenApp) -> None:
+    """It is started a limited number of times, then fails."""
     async with open_app(config(), Provider(REPLY)) as served:
-        run = (await served.gateway.runs.accept(order(), acknowledged=True)).run
+        run = (await served.gateway.runs.accept(request(), acknowledged=True)).run
         found = await served.gateway.runs.execute(attrs.evolve(run, starts=execution.MAX_STARTS))
         assert (found.state, found.status) == ("failed", 500)
         assert not served.providers["up"].calls
 
 
-async def test_a_request_that_cannot_be_read(open_app: OpenApp, logs: Logs) -> None:
-    """One row that another version wrote, say, does not stop the others."""
+async def test_a_request_that_cannot_be_decoded(open_app: OpenApp, logs: Logs) -> None:
+    """A row of another version, for example, fails alone; other runs continue."""
     logs.expect_error("run_crashed")
     async with open_app(config(), Provider(REPLY)) as served:
         service = served.gateway.runs
-        bad = (await service.accept(order(), acknowledged=True)).run
+        bad = (await service.accept(request(), acknowledged=True)).run
         service.execute_soon(attrs.evolve(bad, request=b'{"future":1}'))
         assert (await ended(service, bad)).state == "failed"
-        good = (await service.accept(order(), acknowledged=True)).run
+        good = (await service.accept(request(), acknowledged=True)).run
         service.execute_soon(good)
         assert (await ended(service, good)).state == "completed"
 
 
-async def test_a_gateway_that_is_full_makes_a_promised_run_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It is tried again until there is room."""
+async def test_an_acknowledged_run_waits_for_capacity(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A full gateway retries it until there is a free slot."""
     full = make_config(store={"path": ":memory:"}, hooks={"h": {}}, limits={"max_exchanges": 1})
     async with open_app(full, Provider((Pause(5), *REPLY))) as served:
         service = served.gateway.runs
-        both = [(await service.accept(order(), acknowledged=True)).run for _ in range(2)]
-        doing = [service.execute_soon(run) for run in both]
-        for each in doing:
-            await each.done.wait()
-        assert [each.run.state for each in doing] == ["completed", "completed"]
+        runs = [(await service.accept(request(), acknowledged=True)).run for _ in range(2)]
+        handles = [service.execute_soon(run) for run in runs]
+        for handle in handles:
+            await handle.done.wait()
+        assert [handle.run.state for handle in handles] == ["completed", "completed"]
         served.assert_clean()
 
 
-async def test_a_run_that_is_tried_again_keeps_its_place(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """What was said after it is answered after it."""
+async def test_a_retried_run_keeps_its_ticket(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A later message of the session is answered after it."""
     full = make_config(store={"path": ":memory:"}, hooks={"h": {}}, limits={"max_exchanges": 1})
     async with open_app(full, Provider((Pause(2.5), *REPLY), REPLY)) as served:
         service = served.gateway.runs
-        given = [("0", None), ("1", "k"), ("2", "k")]
+        messages = [("0", None), ("1", "k"), ("2", "k")]
         accepted = [
-            (await service.accept(order(text=text, session=session), acknowledged=True)).run for text, session in given
+            (await service.accept(request(text=text, session=session), acknowledged=True)).run
+            for text, session in messages
         ]
         for run in accepted:
             service.execute_soon(run)
@@ -183,8 +175,8 @@ async def test_a_run_that_is_tried_again_keeps_its_place(open_app: OpenApp, auto
         served.assert_clean()
 
 
-class Ill:
-    """A store whose runs cannot end, so many times."""
+class FailingStore:
+    """Makes the store of a gateway refuse results, a number of times."""
 
     def __init__(self, served: Served, times: int) -> None:
         self._finish = served.gateway.store.runs.finish
@@ -192,7 +184,7 @@ class Ill:
         served.gateway.store.runs.finish = self.finish  # type: ignore[method-assign]
 
     def finish(self, *args: Any, **kwargs: Any) -> Any:  # Any: as the store's
-        """Fails, or does it."""
+        """Fails while there are failures left."""
         if self.left <= 0:
             return self._finish(*args, **kwargs)
         self.left -= 1
@@ -203,22 +195,22 @@ class Ill:
         raise StoreUnavailable("The disk is full.")
 
 
-async def test_a_promised_run_whose_result_cannot_be_kept(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It is done again until it can be."""
+async def test_an_acknowledged_run_whose_result_cannot_be_stored(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is executed again until the result can be stored."""
     async with open_app(config(), Provider(REPLY)) as served:
         service = served.gateway.runs
-        Ill(served, 2)
-        run = (await service.accept(order(), acknowledged=True)).run
-        doing = service.execute_soon(run)
-        await doing.done.wait()
-        assert doing.run.state == "completed"
+        FailingStore(served, 2)
+        run = (await service.accept(request(), acknowledged=True)).run
+        handle = service.execute_soon(run)
+        await handle.done.wait()
+        assert handle.run.state == "completed"
         served.assert_clean()
 
 
-async def test_an_answer_that_cannot_be_kept_is_not_given(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who waits is told why; the run ends as failed once that can be kept."""
+async def test_an_answer_that_cannot_be_stored_is_not_sent(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The client gets the error; the run ends as failed once that can be stored."""
     async with open_app(config(session="none"), Provider(REPLY)) as served:
-        Ill(served, 3)
+        FailingStore(served, 3)
         call = await served.client.ask("POST", "/hooks/h", {"text": "Hi"})
         assert (call.status, call.error["code"]) == (503, "store_unavailable")
         run = await ended(served.gateway.runs, await served.gateway.runs.get(call.header("x-run-id")))
@@ -226,7 +218,7 @@ async def test_an_answer_that_cannot_be_kept_is_not_given(open_app: OpenApp, aut
 
 
 async def test_nothing_is_accepted_without_a_store(open_app: OpenApp, tmp_path: Path, logs: Logs) -> None:
-    """No 202 and no 200 without durability."""
+    """There is no 202 and no 200 for a message that is not stored."""
     logs.expect_error("store_unavailable")
     bad = tmp_path / "not a directory"
     bad.write_text("x")
@@ -238,8 +230,9 @@ async def test_nothing_is_accepted_without_a_store(open_app: OpenApp, tmp_path: 
         assert len(served.gateway.runs._queue) == 0
 
 
-async def test_what_the_store_refused_is_not_tried_again(open_app: OpenApp) -> None:
-    """Nobody was promised anything: a store that is ill for a while must not leave a task for each message."""
+async def test_a_run_that_the_store_refused_leaves_no_task(open_app: OpenApp) -> None:
+    """The client has the error, so nothing is retried: a store that fails for a while must not collect a task for each
+    message."""
     async with open_app(config(session="none"), Provider(REPLY)) as served:
         await served.gateway.workers.join()
 
@@ -253,38 +246,38 @@ async def test_what_the_store_refused_is_not_tried_again(open_app: OpenApp) -> N
         assert not served.gateway.runs._nursery.child_tasks
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- deliveries and display-------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("script", "state"), [(REPLY, "completed"), (DOWN, "failed")])
 async def test_a_callback_is_written_with_the_result(open_app: OpenApp, script: Script, state: str) -> None:
-    """One delivery, that a receiver can tell from another; it tells what the run's reader sees."""
+    """There is one repeatable delivery, with the run as a client that fetches it sees it."""
     async with open_app(config(), Provider(script)) as served:
         service = served.gateway.runs
-        run = (await service.accept(order(reply_to="https://a.example/x"), acknowledged=True)).run
+        run = (await service.accept(request(reply_to="https://a.example/x"), acknowledged=True)).run
         found = await service.execute(run)
-        [told] = await deliveries(served, run)
-        assert (told.channel, told.target, told.repeatable) == ("h", "https://a.example/x", True)
-        body = msgspec.json.decode(told.body)
+        [delivery] = await deliveries(served, run)
+        assert (delivery.channel, delivery.target, delivery.repeatable) == ("h", "https://a.example/x", True)
+        body = msgspec.json.decode(delivery.body)
         assert body["type"] == f"run.{state}"
         assert body["data"]["id"] == run.id
         assert body["data"]["result"] == msgspec.json.decode(found.result)
-        again = await service.execute(run)  # it has ended
+        again = await service.execute(run)  # the run has ended
         assert again == await service.get(run.id)
         assert len(await deliveries(served, run)) == 1
         assert len(served.providers["up"].calls) == 1
 
 
 class Shown:
-    """A channel that shows what it is told."""
+    """A live view that keeps the texts that it displays."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.open = 0
 
     @contextlib.asynccontextmanager
-    async def watch(self, run: Run, order: RunRequest) -> AsyncIterator[Shown]:
-        """As `LiveView.watch`."""
+    async def watch(self, run: Run, request: RunRequest) -> AsyncIterator[Shown]:
+        """Counts the open displays."""
         self.open += 1
         try:
             await trio.lowlevel.checkpoint()
@@ -293,33 +286,33 @@ class Shown:
             self.open -= 1
 
     def show(self, text: str) -> None:
-        """As `Live.show`."""
+        """Keeps the text."""
         self.texts.append(text)
 
     async def end(self) -> Mapping[str, Any]:
-        """As `Live.end`."""
+        """Returns the id of a message."""
         await trio.lowlevel.checkpoint()
         return {"message": 7}
 
 
-async def test_a_channel_shows_a_run_and_is_told_its_end(open_app: OpenApp) -> None:
-    """The text as it grows; then a delivery that knows what was shown."""
+async def test_a_channel_displays_a_run_and_delivers_its_result(open_app: OpenApp) -> None:
+    """The live view gets the growing text; the delivery has what the live view returned."""
     async with open_app(config(), Provider(REPLY)) as served:
         shown = served.gateway.runs.live_views["h"] = Shown()
-        run = (await served.gateway.runs.accept(order(reply_to={"target": "c1", "to": 5}), acknowledged=True)).run
+        run = (await served.gateway.runs.accept(request(reply_to={"target": "c1", "to": 5}), acknowledged=True)).run
         await served.gateway.runs.execute(run)
         assert shown.texts[0] == "Hel"
         assert shown.texts[-1] == "Hello"
         assert shown.open == 0
-        [told] = await deliveries(served, run)
-        assert (told.target, told.repeatable) == ("c1", False)
-        body = msgspec.json.decode(told.body)
+        [delivery] = await deliveries(served, run)
+        assert (delivery.target, delivery.repeatable) == ("c1", False)
+        body = msgspec.json.decode(delivery.body)
         assert (body["reply_to"], body["live"]) == ({"target": "c1", "to": 5}, {"message": 7})
         assert body["data"]["result"]["reply"] == "Hello"
 
 
 async def test_a_channel_that_crashes_fails_its_run_alone(open_app: OpenApp, logs: Logs) -> None:
-    """Whatever an adapter raises becomes the run's end."""
+    """An exception from a live view becomes the result of the run."""
     logs.expect_error("exchange_crashed")
 
     class Broken(Shown):
@@ -328,7 +321,7 @@ async def test_a_channel_that_crashes_fails_its_run_alone(open_app: OpenApp, log
 
     async with open_app(config(), Provider(REPLY)) as served:
         served.gateway.runs.live_views["h"] = Broken()
-        run = (await served.gateway.runs.accept(order(reply_to={"target": "c"}), acknowledged=True)).run
+        run = (await served.gateway.runs.accept(request(reply_to={"target": "c"}), acknowledged=True)).run
         assert (await served.gateway.runs.execute(run)).state == "failed"
         served.assert_clean()
 
@@ -342,20 +335,20 @@ SCENES: dict[str, Script] = {
 
 
 @pytest.fixture
-def steady_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes Trio's order of tasks the same in each run (see test_cancellation)."""
+def steady_task_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes Trio's task order the same in each test run (see test_cancellation)."""
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
     monkeypatch.setattr("trio._core._run._r", random.Random(2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("acknowledged", [False, True])
 @pytest.mark.parametrize("scene", SCENES)
 async def test_a_run_that_is_cancelled_at_any_step(
-    open_app: OpenApp, autojump_clock: MockClock, steady_order: None, scene: str, promised: bool
+    open_app: OpenApp, autojump_clock: MockClock, steady_task_order: None, scene: str, acknowledged: bool
 ) -> None:
-    """Acceptance and performance: afterwards the run has ended, or was never there, or is promised and goes on; no
-    place, no exchange and no waiting task is left."""
+    """During acceptance and execution. Afterwards the run has ended, was never stored, or is acknowledged and
+    continues; no slot, exchange or waiting task is left."""
     async with open_app(config(), Provider(SCENES[scene])) as served:
         service, store = served.gateway.runs, served.gateway.store
         await served.gateway.workers.join()
@@ -367,7 +360,7 @@ async def test_a_run_that_is_cancelled_at_any_step(
             key = (f"k{steps}", b"1")
             known: list[Run] = []
             with armed(bomb), scope:
-                claim = await service.accept(order(), acknowledged=promised, idempotency=key)
+                claim = await service.accept(request(), acknowledged=acknowledged, idempotency=key)
                 known.append(claim.run)
                 await service.execute(claim.run)
             with trio.fail_after(100):
@@ -375,8 +368,8 @@ async def test_a_run_that_is_cancelled_at_any_step(
                     assert (await ended(service, known[0])).state in ENDED
                 while len(service._queue) or served.gateway.live:  # noqa: ASYNC110 - virtual time
                     await trio.sleep(0.1)
-            # Whatever came of it, the sender may ask again, and gets an answer.
-            again = await service.accept(order(), acknowledged=False, idempotency=key)
+            # In every case the sender can retry, and gets an answer.
+            again = await service.accept(request(), acknowledged=False, idempotency=key)
             if again.is_new:
                 await service.execute(again.run)
             else:
@@ -393,20 +386,20 @@ async def test_a_run_that_is_cancelled_at_any_step(
 
 
 async def ask(served: Served, action: str, text: str = "", **headers: str) -> ClientCall:
-    """Sends a message of ada."""
+    """Sends a message from ada."""
     body = {"from": "ada", "action": action, **({"text": text} if text else {})}
     return await served.client.ask("POST", "/hooks/h", body, headers=headers)
 
 
-async def said(served: Served) -> list[tuple[str, str]]:
-    """What ada's session remembers."""
+async def remembered(served: Served) -> list[tuple[str, str]]:
+    """The messages of ada's session: role and content."""
     call = await ask(served, "history")
     assert call.status == 200, call.body
     return [(message["role"], message["content"]) for message in call.json["messages"]]
 
 
 async def test_a_session_remembers(open_app: OpenApp) -> None:
-    """What was said and noted goes before the next message; a reset forgets it; nothing is told to another sender."""
+    """Earlier messages and notes precede the next message; a reset clears them; other senders do not see them."""
     async with open_app(config(system="Be brief."), Provider(REPLY)) as served:
         first = await ask(served, "chat", "one")
         assert first.json["session"] == "hook:h:ada"
@@ -421,17 +414,18 @@ async def test_a_session_remembers(open_app: OpenApp) -> None:
             ("user", "two"),
             ("user", "three"),
         ]
-        assert await said(served) == [*sent[1:], ("assistant", "Hello")]
+        assert await remembered(served) == [*sent[1:], ("assistant", "Hello")]
         await served.client.ask("POST", "/hooks/h", {"from": "bob", "text": "mine"})
         assert len(served.providers["up"].calls[-1].json["messages"]) == 2
         assert (await ask(served, "reset")).status == 200
-        assert await said(served) == []
+        assert await remembered(served) == []
         counts = await served.gateway.store.sessions.count(active_since=0.0)
         assert (counts.total, counts.busy) == (2, 0)
 
 
 async def test_stop_ends_the_running_turn(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """At once, the upstream's part too; it says what was cut, and the session has it as partial."""
+    """It ends at once, and so does its upstream call. The result of ``stop`` lists it with its partial answer, and the
+    session keeps that as partial."""
     async with open_app(config(), Provider((Say(content("Hel")), Stall()), REPLY)) as served:
         call = served.client.start("POST", "/hooks/h", {"from": "ada", "text": "one"})
         await trio.sleep(1)
@@ -452,20 +446,20 @@ async def test_stop_ends_the_running_turn(open_app: OpenApp, autojump_clock: Moc
 
 
 async def test_stop_and_history_do_not_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Neither behind the turn, nor where the hook has no place left."""
+    """They wait neither for the running turn nor for a slot of a full hook."""
     async with open_app(config(concurrency=1, queue=1), Provider((Pause(5), *REPLY))) as served:
         for text in ("one", "two"):
             assert (await ask(served, "chat", text, prefer="respond-async")).status == 202
         await trio.sleep(1)
         begun = trio.current_time()
         assert (await ask(served, "chat", "three")).status == 503
-        assert await said(served) == []
+        assert await remembered(served) == []
         assert len((await ask(served, "stop")).json["stopped"]) == 1
         assert trio.current_time() - begun < 1
 
 
-async def test_stop_ends_a_turn_that_waits_for_the_hook(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Its session's turn it is, but the hook is busy with others: it never begins, and is told so at once."""
+async def test_stop_ends_a_turn_that_waits_for_a_slot(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The run has its session's turn while other runs hold the slots: it ends at once, and asks no upstream."""
     async with open_app(config(concurrency=1), Provider((Pause(5), *REPLY))) as served:
         first = served.client.start("POST", "/hooks/h", {"from": "bob", "text": "one"})
         await trio.sleep(1)
@@ -484,7 +478,7 @@ async def test_stop_ends_a_turn_that_waits_for_the_hook(open_app: OpenApp, autoj
 
 
 async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """One at a time; those that were promised wait as long as it takes, and a note waits too."""
+    """One at a time, notes included; acknowledged runs wait without a limit."""
     settings = make_config(store={"path": ":memory:"}, sessions={"wait_s": 3}, hooks={"h": {"model": "up/m"}})
     async with open_app(settings, Provider((Pause(5), *REPLY))) as served:
         accepted = [
@@ -496,35 +490,35 @@ async def test_turns_of_a_session_come_in_order(open_app: OpenApp, autojump_cloc
         for call in accepted:
             run = await served.gateway.runs.wait_ended(call.json["id"])
             assert run.state == "completed"
-        texts = [text for role, text in await said(served) if role == "user"]
+        texts = [text for role, text in await remembered(served) if role == "user"]
         assert texts == ["one", "two", "three"]
         served.assert_clean()
 
 
 async def test_the_order_is_that_of_acceptance(open_app: OpenApp, tmp_path: Path) -> None:
-    """Whenever messages are begun, and also where another process does it after the one that accepted them."""
-    where = tmp_path / "t.db"
+    """Runs are executed in the order of acceptance, whenever they are started, and also by the next process."""
+    path = tmp_path / "t.db"
     numbers = [f"{number}" for number in range(6)]
-    async with open_app(config(where), Provider((Stall(),))) as served:
+    async with open_app(config(path), Provider((Stall(),))) as served:
         service = served.gateway.runs
         for number in numbers:
-            await service.accept(order(text=number, session="k"), acknowledged=True)
-    async with open_app(config(where), Provider(REPLY)) as served:
+            await service.accept(request(text=number, session="k"), acknowledged=True)
+    async with open_app(config(path), Provider(REPLY)) as served:
         service = served.gateway.runs
         accepted = [
-            (await service.accept(order(text=number, session="k"), acknowledged=True)).run for number in ("6", "7")
+            (await service.accept(request(text=number, session="k"), acknowledged=True)).run for number in ("6", "7")
         ]
         for run in reversed(accepted):
             service.execute_soon(run)
         await ended(service, accepted[-1])
         found = await served.gateway.store.sessions.history("", "k", last=99)
         assert found is not None
-        said = [msgspec.json.decode(message.body) for message in found[1]]
-        assert [each["content"] for each in said if each["role"] == "user"] == [*numbers, "6", "7"]
+        messages = [msgspec.json.decode(message.body) for message in found[1]]
+        assert [message["content"] for message in messages if message["role"] == "user"] == [*numbers, "6", "7"]
         served.assert_clean()
 
 
-async def test_a_session_that_waits_is_in_nobodys_way(open_app: OpenApp, autojump_clock: MockClock) -> None:
+async def test_a_waiting_session_does_not_delay_others(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """However many messages of one sender wait for their turns, another sender is answered at once."""
     async with open_app(config(concurrency=2), Provider((Pause(5), *REPLY))) as served:
         for text in "abcdefgh":
@@ -535,24 +529,24 @@ async def test_a_session_that_waits_is_in_nobodys_way(open_app: OpenApp, autojum
 
 
 async def test_a_turn_that_fails_is_not_remembered(open_app: OpenApp) -> None:
-    """So the sender's next try is not there twice."""
+    """So a retry of the sender does not appear twice."""
     async with open_app(config(), Provider(DOWN, REPLY)) as served:
         assert (await ask(served, "chat", "one", **{"idempotency-key": "k"})).status == 502
         assert (await ask(served, "chat", "one", **{"idempotency-key": "k"})).status == 200
-        assert await said(served) == [("user", "one"), ("assistant", "Hello")]
+        assert await remembered(served) == [("user", "one"), ("assistant", "Hello")]
 
 
 @pytest.mark.slow
-async def test_a_turn_whose_client_leaves_at_any_step(
-    open_app: OpenApp, autojump_clock: MockClock, steady_order: None
+async def test_a_turn_whose_client_disconnects_at_any_step(
+    open_app: OpenApp, autojump_clock: MockClock, steady_task_order: None
 ) -> None:
-    """No ticket is left, and what was appended was appended once."""
+    """No ticket is left, and the turn is appended once or not at all."""
     async with open_app(config(), Provider((Head(), Pause(1), *REPLY))) as served:
         await served.gateway.workers.join()
         steps = 0
         while True:
             steps += 1
-            before = len(await said(served))
+            before = len(await remembered(served))
             call = served.client.start("POST", "/hooks/h", {"from": "ada", "text": "x"})
             bomb = Bomb(steps, call.disconnect)
             with armed(bomb):
@@ -561,7 +555,7 @@ async def test_a_turn_whose_client_leaves_at_any_step(
                 while await served.gateway.store.runs.unfinished("h"):  # noqa: ASYNC110 - virtual time
                     await trio.sleep(0.1)
             assert not await served.gateway.store.sessions.tickets("", "hook:h:ada")
-            assert len(await said(served)) - before in (0, 2)
+            assert len(await remembered(served)) - before in (0, 2)
             await ask(served, "reset")
             served.assert_clean()
             if not bomb.fired:

@@ -1,4 +1,4 @@
-"""Callbacks, to receivers on real sockets of loopback: what they get, what answers mean, and where none may go."""
+"""Callbacks to receivers on loopback sockets: the request, the meaning of responses, and the refused addresses."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ Answer = bytes | Callable[[trio.abc.Stream], Awaitable[None]]
 
 @attrs.define(eq=False)
 class Receiver:
-    """The far end: answers each request with what it is told.
+    """A receiver of callbacks that gives each request the same answer.
 
     Attributes:
-        heads: What came, in the order of its coming; the first line under ``""``.
-        opened: How many connections it has accepted.
+        answer: The bytes of a response, or a function that drives the connection.
+        heads: The header fields of each request, in order; the request line is under ``""``.
+        bodies: The body of each request.
+        opened: How many connections have been accepted.
     """
 
     answer: Answer
@@ -112,12 +114,12 @@ async def receiving(answer: Answer = OK, *, context: ssl.SSLContext | None = Non
 
 
 def hook(**settings: object) -> HookConfig:
-    """A hook that may call back to anywhere."""
+    """A hook whose callbacks may go to any address."""
     return config(**settings).hooks["h"]  # type: ignore[index]
 
 
 def config(**settings: object) -> Config:
-    """A configuration with that hook, and no file."""
+    """A configuration with that hook, and a store in memory."""
     own = {"callback_secret": SECRET, "callback_hosts": ["127.0.0.1"], "callback_private": True, **settings}
     return make_config({"up": {"kind": "echo"}}, hooks={"h": own}, store={"path": ":memory:"})
 
@@ -146,13 +148,13 @@ async def opened(
 
 
 async def attempt(answer: Answer, **settings: object) -> Receipt:
-    """What comes of an attempt whose receiver answers so."""
+    """The receipt of an attempt whose receiver gives this answer."""
     async with receiving(answer) as receiver, opened(hook(**settings)) as callbacks:
         return await callbacks.deliver(delivery(receiver.url))
 
 
 def answer(status: str, *headers: str, body: bytes = b"") -> bytes:
-    """An answer, as it goes over the wire."""
+    """The bytes of a response."""
     lines = [f"HTTP/1.1 {status}", *headers, f"content-length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body
 
@@ -160,19 +162,8 @@ def answer(status: str, *headers: str, body: bytes = b"") -> bytes:
 # -- what is sent -----------------------------------------------------------------------------------------------------
 
 
-def test_the_body_has_the_shape_of_standard_webhooks() -> None:
-    """A type, when it happened, and the result as it is, byte for byte."""
-    data = b'{"big": 12345678901234567890123, "text":"caf\xc3\xa9 \\u2028"}'
-    body = callback_body(state="failed", at=1_667_507_170.344522, data=data)
-    assert json.loads(body)["type"] == "run.failed"
-    assert json.loads(body)["timestamp"] == "2022-11-03T20:26:10.344522Z"
-    assert data in body
-    whole = json.loads(callback_body(state="cancelled", at=1.0, data=b"{}"))
-    assert whole == {"type": "run.cancelled", "timestamp": "1970-01-01T00:00:01.000000Z", "data": {}}
-
-
 async def test_a_callback_is_signed() -> None:
-    """The signature is HMAC-SHA256 over id, time and body, and those are in the headers."""
+    """The signature is HMAC-SHA256 over id, time and body; the headers carry id and time."""
     async with receiving() as receiver, opened() as callbacks:
         receipt = await callbacks.deliver(delivery(receiver.url))
     assert receipt == Receipt(delivered=True, status=200)
@@ -186,8 +177,8 @@ async def test_a_callback_is_signed() -> None:
     assert head["webhook-signature"] == "v1," + base64.b64encode(digest).decode()
 
 
-async def test_a_callback_is_what_a_hook_takes() -> None:
-    """Another gateway's hook with ``verification = "standard-webhooks"`` lets it in, and no changed one."""
+async def test_another_hook_accepts_a_callback() -> None:
+    """A hook with ``verification = "standard-webhooks"`` accepts it, and refuses a changed body."""
     async with receiving() as receiver, opened() as callbacks:
         await callbacks.deliver(delivery(receiver.url))
     headers = {name.encode(): value.encode() for name, value in receiver.heads[0].items()}
@@ -199,14 +190,14 @@ async def test_a_callback_is_what_a_hook_takes() -> None:
 
 @contextlib.asynccontextmanager
 async def received() -> AsyncIterator[tuple[dict[str, str], bytes]]:
-    """A callback of now, as its receiver gets it."""
+    """A callback with the current time, as its receiver gets it: header fields and body."""
     async with receiving() as receiver, opened(now=time.time) as callbacks:
         await callbacks.deliver(delivery(receiver.url))
     yield receiver.heads[0], receiver.bodies[0]
 
 
-async def test_the_library_for_receivers_takes_it() -> None:
-    """That of the scheme's authors."""
+async def test_the_standard_webhooks_library_accepts_a_callback() -> None:
+    """The library is that of the scheme's authors; it refuses a changed body."""
     library = pytest.importorskip("standardwebhooks")
     async with received() as (head, body):
         assert library.Webhook(SECRET).verify(body, head) == json.loads(BODY)
@@ -215,15 +206,15 @@ async def test_the_library_for_receivers_takes_it() -> None:
 
 
 def documented(language: str, first: str) -> str:
-    """The block of the manual that contains that."""
+    """The code block of the how-to page that contains this text."""
     page = Path(__file__).parents[2] / "docs" / "how-to" / "callbacks.md"
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
     [block] = [block for block in blocks if first in block]
     return str(block)
 
 
-async def test_the_documented_receiver_takes_it() -> None:
-    """And nothing that is changed, of another secret, or old."""
+async def test_the_documented_receiver_accepts_a_callback() -> None:
+    """It refuses a changed body, another secret, another id, and an old callback."""
     names: dict[str, Any] = {}
     exec(documented("python", "def is_genuine"), names)
     is_genuine = names["is_genuine"]
@@ -239,7 +230,7 @@ async def test_the_documented_receiver_takes_it() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not there")
 async def test_the_documented_command_gives_the_signature(tmp_path: Path) -> None:
-    """By openssl alone."""
+    """With openssl and the shell alone."""
     async with received() as (head, body):
         (tmp_path / "body").write_bytes(body)
         values = {"CALLBACK_SECRET": SECRET, "ID": head["webhook-id"], "TIMESTAMP": head["webhook-timestamp"]}
@@ -250,7 +241,7 @@ async def test_the_documented_command_gives_the_signature(tmp_path: Path) -> Non
 
 
 async def test_a_repetition_has_the_same_id() -> None:
-    """And the time of its own attempt; a connection is used again."""
+    """Each attempt has its own time; the connection is reused."""
     times = iter([NOW, NOW, NOW + 60, NOW + 60])
     async with receiving() as receiver, opened(now=lambda: next(times)) as callbacks:
         await callbacks.deliver(delivery(receiver.url))
@@ -260,33 +251,33 @@ async def test_a_repetition_has_the_same_id() -> None:
     assert receiver.opened == 1
 
 
-# -- what answers mean ------------------------------------------------------------------------------------------------
+# -- responses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", ["200 OK", "201 Created", "202 Accepted", "204 No Content", "299 x"])
 async def test_any_2xx_is_delivered(status: str) -> None:
-    """Whatever it says."""
+    """The body and the reason phrase do not matter."""
     data = answer(status) if not status.startswith("204") else b"HTTP/1.1 204 No Content\r\n\r\n"
     assert await attempt(data) == Receipt(delivered=True, status=int(status[:3]))
 
 
 @pytest.mark.parametrize("status", ["400 x", "401 x", "404 x", "408 x", "429 x", "500 x", "502 x", "503 x", "504 x"])
-async def test_any_other_status_is_worth_another_attempt(status: str) -> None:
-    """As the specification has it."""
+async def test_any_other_status_is_retried(status: str) -> None:
+    """As the specification asks."""
     receipt = await attempt(answer(status))
     error = f"the receiver answered {status[:3]}"
     assert receipt == Receipt(delivered=False, again=True, status=int(status[:3]), error=error)
 
 
-async def test_410_is_the_end() -> None:
-    """The receiver wants no more."""
+async def test_410_is_not_retried() -> None:
+    """The receiver asked for no more deliveries, whatever its ``Retry-After``."""
     receipt = await attempt(answer("410 Gone", "retry-after: 5"))
     assert (receipt.delivered, receipt.again, receipt.status) == (False, False, 410)
 
 
 @pytest.mark.parametrize("status", ["301 x", "302 x", "303 x", "307 x", "308 x"])
 async def test_redirects_are_not_followed(status: str) -> None:
-    """Not even to where the same callback would be welcome."""
+    """Also where the new location would accept the callback."""
     async with receiving() as elsewhere:
         receipt = await attempt(answer(status, f"location: {elsewhere.url}"))
         assert elsewhere.opened == 0
@@ -303,7 +294,7 @@ async def test_redirects_are_not_followed(status: str) -> None:
     ],
 )
 def test_what_retry_after_says(value: str, after_s: float | None) -> None:
-    """A number of seconds, or a date; what is neither says nothing."""
+    """It is a number of seconds, or a date; anything else is ignored."""
     assert datetime.datetime.fromtimestamp(NOW, datetime.UTC).strftime("%H:%M:%S") == "22:13:20"
     assert seconds_of(value, at=NOW) == after_s
 
@@ -313,20 +304,20 @@ def test_what_retry_after_says(value: str, after_s: float | None) -> None:
     st.text(max_size=60)
     | st.from_regex(r"\A[A-Z][a-z]{2}, \d{1,3} [A-Z][a-z]{2} \d{1,6} \d\d:\d\d(:\d\d)? [-+A-Z]{1,3}\d{0,9}\Z")
 )
-def test_whatever_retry_after_says(value: str) -> None:
-    """It is a time from now on, or nothing."""
+def test_any_text_in_retry_after(value: str) -> None:
+    """The pause is not negative and bounded, or there is none."""
     after_s = seconds_of(value, at=NOW)
     assert after_s is None or 0.0 <= after_s < 1e12
 
 
 @pytest.mark.parametrize("status", ["429 x", "503 x"])
-async def test_the_receiver_says_when(status: str) -> None:
-    """The outbox is told."""
+async def test_the_receiver_sets_the_pause(status: str) -> None:
+    """The receipt has the value of ``Retry-After``."""
     assert (await attempt(answer(status, "retry-after: 120"))).after_s == 120.0
 
 
 async def test_a_body_of_any_length_is_bounded() -> None:
-    """What counts is the status; the rest is read a little, and the connection closed."""
+    """Only the status counts: a small part of the body is read, then the connection is closed."""
     sent = 0
 
     async def flood(stream: trio.abc.SendStream) -> None:
@@ -338,12 +329,12 @@ async def test_a_body_of_any_length_is_bounded() -> None:
 
     with trio.fail_after(30.0):
         assert (await attempt(flood)).delivered
-    assert sent < 50_000_000  # what sockets hold
+    assert sent < 50_000_000  # what socket buffers can hold
 
 
 @pytest.mark.slow
-async def test_a_body_that_does_not_come() -> None:
-    """It is not waited for long: its status has said everything."""
+async def test_a_body_that_never_arrives() -> None:
+    """The attempt succeeds after a short wait: only the status counts."""
 
     async def hang(stream: trio.abc.SendStream) -> None:
         await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n")
@@ -353,8 +344,8 @@ async def test_a_body_that_does_not_come() -> None:
         assert (await attempt(hang)).delivered
 
 
-async def test_no_answer() -> None:
-    """It may have arrived, and is worth another attempt."""
+async def test_no_response() -> None:
+    """The callback may have arrived; it is retried."""
 
     async def leave(stream: trio.abc.AsyncResource) -> None:
         await trio.aclose_forcefully(stream)
@@ -369,9 +360,9 @@ async def test_no_answer() -> None:
 
 
 async def test_no_connection() -> None:
-    """It has certainly not arrived."""
+    """The callback has certainly not arrived; it is retried."""
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         async with opened() as callbacks:
             receipt = await callbacks.deliver(delivery(f"http://127.0.0.1:{taken.getsockname()[1]}/"))
     assert (receipt.delivered, receipt.again, receipt.unsure, receipt.status) == (False, True, False, 0)
@@ -380,15 +371,15 @@ async def test_no_connection() -> None:
 
 
 @pytest.mark.parametrize("target", ["ftp://a.example/", "https://", "nonsense", "http://0177.0.0.1/", ""])
-async def test_what_is_no_url(target: str) -> None:
-    """It never will be."""
+async def test_an_invalid_target(target: str) -> None:
+    """It is not retried: the target stays invalid."""
     async with opened() as callbacks:
         receipt = await callbacks.deliver(delivery(target))
     assert (receipt.delivered, receipt.again, receipt.status) == (False, False, 0)
 
 
 async def test_tls() -> None:
-    """The receiver's certificate is verified, as usual."""
+    """The receiver's certificate is verified."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -405,7 +396,7 @@ async def test_tls() -> None:
 
 
 async def test_no_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the environment says: a proxy would connect to wherever it likes."""
+    """Also where the environment names one: a proxy would connect without our address check."""
     async with receiving() as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
@@ -413,7 +404,7 @@ async def test_no_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert proxy.opened == 0
 
 
-# -- where none may go ------------------------------------------------------------------------------------------------
+# -- refused addresses ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -425,8 +416,8 @@ async def test_no_proxy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         *("224.0.0.1", "[ff02::1]", "240.0.0.1", "255.255.255.255", "192.0.0.192", "198.18.0.1", "168.63.129.16"),
     ],
 )
-async def test_what_is_not_public_is_refused(host: str) -> None:
-    """However it is written, and before a packet has gone there."""
+async def test_an_address_that_is_not_public_is_refused(host: str) -> None:
+    """In every notation, and before any packet is sent."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -441,7 +432,7 @@ async def test_what_is_not_public_is_refused(host: str) -> None:
 
 @attrs.define
 class Names(trio.abc.HostnameResolver):
-    """A name service that answers a name with another list of addresses each time, the last one again and again."""
+    """A name service that returns the next list of addresses at each lookup; the last list repeats."""
 
     answers: list[list[str]]
     asked: int = 0
@@ -449,20 +440,20 @@ class Names(trio.abc.HostnameResolver):
     async def getaddrinfo(  # type: ignore[override]  # its stub has the types of what it is given
         self, host: bytes | str | None, port: int, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
     ) -> list[tuple[int, int, int, str, tuple[str, int]]]:
-        """Answers with the next ones."""
+        """Returns the next list."""
         self.asked += 1
         await trio.lowlevel.checkpoint()
         addresses = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
     async def getnameinfo(self, sockaddr: object, flags: int) -> tuple[str, str]:
-        """Not asked."""
+        """Not used."""
         raise NotImplementedError
 
 
 @pytest.fixture
 def names() -> Callable[..., Names]:
-    """Sets the name service of the test's run: ``names(["1.1.1.1"], ["127.0.0.1"])``."""
+    """Sets the name service of this test: ``names(["1.1.1.1"], ["127.0.0.1"])``."""
 
     def use(*answers: list[str]) -> Names:
         made = Names(list(answers))
@@ -472,15 +463,16 @@ def names() -> Callable[..., Names]:
     return use
 
 
-async def test_a_name_that_leads_to_a_private_address(names: Callable[..., Names]) -> None:
-    """It is refused; with all of its addresses, where they are all of that kind."""
+async def test_a_name_that_resolves_to_private_addresses(names: Callable[..., Names]) -> None:
+    """It is refused; the error names each address and the reason."""
     names(["10.0.0.1", "127.0.0.1"])
     with pytest.raises(Refused, match=r"10\.0\.0\.1 is private, 127\.0\.0\.1 is loopback"):
         await dial(Origin.of("http://a.example"), ssl.create_default_context, refuse=why_not_public)
 
 
-async def test_a_name_is_looked_up_once(names: Callable[..., Names], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is connected to is what was judged: a second look-up, with another answer, does not happen."""
+async def test_a_name_is_resolved_once(names: Callable[..., Names], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection goes to the address that was checked: there is no second lookup with another result (DNS
+    rebinding)."""
     service = names(["1.1.1.1"], ["127.0.0.1"])
     connected = []
 
@@ -495,8 +487,8 @@ async def test_a_name_is_looked_up_once(names: Callable[..., Names], monkeypatch
     assert (connected, service.asked) == ([("1.1.1.1", 80)], 1)
 
 
-async def test_only_what_is_allowed_is_connected_to(names: Callable[..., Names]) -> None:
-    """Of several addresses the refused ones are left out, and the others tried until one accepts."""
+async def test_only_allowed_addresses_are_connected_to(names: Callable[..., Names]) -> None:
+    """Refused addresses are left out; the others are tried until one accepts."""
     async with receiving() as receiver:
         port = int(receiver.url.split(":")[2].partition("/")[0])
         names(["127.0.0.3", "127.0.0.2", "127.0.0.1"])
@@ -507,15 +499,16 @@ async def test_only_what_is_allowed_is_connected_to(names: Callable[..., Names])
             return "not liked" if address == "127.0.0.3" else None
 
         connection = await dial(Origin("http", "a.example", port), ssl.create_default_context, refuse=refuse)
-        assert connection.socket.getpeername() == ("127.0.0.1", port)  # nobody listens at the second one
+        assert connection.socket.getpeername() == ("127.0.0.1", port)  # no process listens at the second one
         connection.close()
     assert asked == ["127.0.0.3", "127.0.0.2", "127.0.0.1"]
 
 
-async def test_a_slow_address_does_not_hold_the_next_one_up(
+async def test_a_slow_address_does_not_delay_the_next_one(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    """It is tried beside it after a quarter of a second; of two that accept in the same moment, one is closed."""
+    """The next address is tried in parallel after a quarter of a second. If two accept at the same time, one is
+    closed."""
     pairs = {f"1.0.0.{number}": socket.socketpair() for number in (1, 2, 3)}
     begun = []
     both = trio.Event()
@@ -543,8 +536,8 @@ async def test_a_slow_address_does_not_hold_the_next_one_up(
             end.close()
 
 
-async def test_nothing_is_left_open_when_it_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where somebody has accepted in that very moment."""
+async def test_a_cancelled_connect_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an address has accepted at the moment of the cancellation."""
     one, other = socket.socketpair()
     accepted = trio.Event()
 
@@ -566,7 +559,7 @@ async def test_nothing_is_left_open_when_it_is_cancelled(monkeypatch: pytest.Mon
 
 
 async def delivered(store: Store) -> Delivery:
-    """Waits until the result of the run has been delivered."""
+    """Waits until the result of the run has been delivered, and returns the row."""
     with trio.fail_after(30.0):
         while True:
             [row] = await store.deliveries.of_run("run_1")
@@ -575,10 +568,10 @@ async def delivered(store: Store) -> Delivery:
             await trio.sleep(0.01)
 
 
-async def test_a_gateway_delivers_what_its_hooks_have_to_tell(
+async def test_a_gateway_delivers_the_results_of_its_hooks(
     open_server: Callable[..., contextlib.AbstractAsyncContextManager[tuple[httpx2.AsyncClient, GatewayApp]]],
 ) -> None:
-    """With the secret of the configuration that is in force."""
+    """A stored delivery of the hook reaches its receiver."""
     async with receiving() as receiver, open_server(config()) as (_, app):
         await app.gateway.workers.join()
         await app.gateway.store.deliveries.add(delivery(receiver.url))
@@ -590,7 +583,7 @@ async def test_a_gateway_delivers_what_its_hooks_have_to_tell(
 async def test_from_a_message_to_its_callback(
     open_server: Callable[..., contextlib.AbstractAsyncContextManager[tuple[httpx2.AsyncClient, GatewayApp]]],
 ) -> None:
-    """202 at once; then the result comes, and the run says that it has been delivered."""
+    """The answer is 202 at once; then the callback arrives, and the run shows it as delivered."""
     async with receiving() as receiver, open_server(config(reply="callback", session="none")) as (client, _):
         message = {"text": "Hello there", "from": "ada", "callback_url": receiver.url}
         accepted = await client.post("/hooks/h", json=message)
@@ -602,14 +595,14 @@ async def test_from_a_message_to_its_callback(
                     break
                 await trio.sleep(0.01)
     del run["deliveries"]
-    told = json.loads(receiver.bodies[0])
-    assert told["type"] == "run.completed"
-    assert told["data"] == run
+    body = json.loads(receiver.bodies[0])
+    assert body["type"] == "run.completed"
+    assert body["data"] == run
     assert run["result"]["reply"] == "Hello there"
 
 
-async def test_a_hook_that_is_removed_keeps_what_it_had_to_tell() -> None:
-    """It stays pending, and is delivered when the hook is there again, by its new settings."""
+async def test_a_removed_hook_keeps_its_deliveries() -> None:
+    """They stay pending, and are made with the new settings once the hook is configured again."""
     other = "whsec_" + base64.b64encode(b"f" * 32).decode()
     async with (
         receiving() as receiver,
@@ -618,7 +611,7 @@ async def test_a_hook_that_is_removed_keeps_what_it_had_to_tell() -> None:
         open_callbacks(trust=ssl.create_default_context) as callbacks,
         open_outbox(store, workers) as outbox,
     ):
-        outbox.carriers["channel"] = callbacks  # of somebody else
+        outbox.carriers["channel"] = callbacks  # not set by `apply`, which must leave it
         callbacks.apply({"h": hook(), "off": hook(enabled=False), "g": HookConfig()}, outbox)
         assert set(outbox.carriers) == {"channel", "h"}
         callbacks.apply({}, outbox)

@@ -1,4 +1,4 @@
-"""``POST /hooks/NAME`` through the app: who may come in, what is answered, and what becomes of the run."""
+"""``POST /hooks/NAME`` through the application: authentication, responses, and the run that a message makes."""
 
 from __future__ import annotations
 
@@ -50,35 +50,35 @@ HI = {"text": "Hi", "from": "ada"}
 
 
 def hooks(keys: Mapping[str, str] | None = None, **tables: Mapping[str, Any]) -> Any:  # Any: a Config
-    """A configuration with these hooks, that have the model ``up/m`` and remember nothing unless they say so."""
+    """A configuration with these hooks. A hook has the model ``up/m`` and no session, unless its table sets them."""
     own = {name: {"model": "up/m", "session": "none", **table} for name, table in tables.items()}
     return make_config(store={"path": ":memory:"}, hooks=own, keys=keys or {})
 
 
 async def post(served: Served, body: object = HI, name: str = "h", **headers: str) -> ClientCall:
-    """Sends a message and waits for the answer; ``_`` in the names of headers is ``-``."""
+    """Sends a message and waits for the response; ``_`` in the names of headers stands for ``-``."""
     return await start(served, body, name, **headers).wait()
 
 
 def start(served: Served, body: object = HI, name: str = "h", **headers: str) -> ClientCall:
-    """Sends a message."""
+    """Sends a message, and returns the call in progress."""
     fields = {key.replace("_", "-"): value for key, value in headers.items()}
     return served.client.start("POST", f"/hooks/{name}", body, headers=fields)
 
 
 async def settled(served: Served, run_id: str) -> Any:  # Any: JSON
-    """The run as ``GET`` shows it, once it has ended."""
+    """Waits until the run has ended, and returns it as ``GET`` shows it."""
     await served.gateway.runs.wait_ended(run_id)
     call = await served.client.ask("GET", f"/hooks/h/runs/{run_id}")
     assert call.status == 200, call.body
     return call.json
 
 
-# -- a good answer ----------------------------------------------------------------------------------------------------
+# -- success ---------------------------------------------------------------------------------------------------------
 
 
 async def test_the_answer_has_the_documented_fields(open_app: OpenApp) -> None:
-    """Exactly these, with what the upstream reported; the run's id stands in a header too."""
+    """Exactly these, with the usage that the upstream reported; a header has the run's id too."""
     async with open_app(hooks(h={}), Provider(REPLY)) as served:
         call = await post(served)
         assert call.status == 200, call.body
@@ -97,8 +97,8 @@ async def test_the_answer_has_the_documented_fields(open_app: OpenApp) -> None:
         served.assert_clean()
 
 
-async def test_what_goes_upstream(open_app: OpenApp) -> None:
-    """The system message, the text as the user's, the parameters; always as a stream with usage."""
+async def test_the_upstream_request(open_app: OpenApp) -> None:
+    """It has the system message, the text as the user's message and the parameters; always as a stream with usage."""
     config = hooks(h={"system": "Be brief.", "parameters": {"temperature": 0.5, "max_tokens": 9}})
     async with open_app(config, Provider(REPLY)) as served:
         await post(served)
@@ -114,7 +114,8 @@ async def test_what_goes_upstream(open_app: OpenApp) -> None:
 
 
 async def test_the_reply_streams_as_chunks(open_app: OpenApp) -> None:
-    """Who accepts an event stream gets the upstream's events under the public model id, and the id in a header."""
+    """A client that accepts an event stream gets the upstream's events with the public model id; a header has the run's
+    id."""
     async with open_app(hooks(h={}), Provider(REPLY)) as served:
         call = await post(served, accept="text/event-stream")
         assert call.status == 200
@@ -125,7 +126,7 @@ async def test_the_reply_streams_as_chunks(open_app: OpenApp) -> None:
 
 
 async def test_a_run_is_a_live_exchange(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It counts in what the gateway does, under its own id."""
+    """The gateway counts it as in flight, under the id of the run."""
     async with open_app(hooks(h={}), Provider((Say(content("a")), Pause(5), Say(DONE)))) as served:
         call = start(served)
         await trio.sleep(1)
@@ -149,10 +150,10 @@ async def test_a_run_is_a_live_exchange(open_app: OpenApp, autojump_clock: MockC
         ((Break(),), 502, "upstream_unavailable"),
     ],
 )
-async def test_a_model_that_fails_is_an_error(
+async def test_a_failed_model_call_is_an_error(
     open_app: OpenApp, script: Script, status: int, code: str | None, accept: str
 ) -> None:
-    """It has a status, and the run keeps both; never an apology under 200."""
+    """The response has an error status, and the run stores status and body."""
     async with open_app(hooks(h={}), Provider(script)) as served:
         call = await post(served, accept=accept)
         assert call.status == status
@@ -166,7 +167,7 @@ async def test_a_model_that_fails_is_an_error(
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("on_disconnect", ["cancel", "finish"])
 async def test_a_failure_says_when_to_try_again(open_app: OpenApp, accept: str, on_disconnect: str) -> None:
-    """As the provider did: it is the provider's limit."""
+    """The ``Retry-After`` of the provider is passed on, since it is the provider's limit."""
     script = answers(b'{"error":{"message":"slow down"}}', status=429, headers={"retry-after": "17"})
     async with open_app(hooks(h={"on_disconnect": on_disconnect}), Provider(script)) as served:
         call = await post(served, accept=accept)
@@ -174,15 +175,15 @@ async def test_a_failure_says_when_to_try_again(open_app: OpenApp, accept: str, 
         assert call.header("x-run-id")
 
 
-async def test_an_answer_that_is_cut_is_no_answer(open_app: OpenApp) -> None:
-    """Without its end, what came is not told as a reply."""
+async def test_a_truncated_answer_is_an_error(open_app: OpenApp) -> None:
+    """A partial answer is not returned as the reply."""
     async with open_app(hooks(h={}), Provider((Say(content("a")), Break()))) as served:
         call = await post(served)
         assert (call.status, call.error["code"]) == (502, "upstream_truncated")
 
 
-async def test_a_stream_that_is_cut_ends_with_an_error(open_app: OpenApp) -> None:
-    """As every stream of this gateway."""
+async def test_a_truncated_stream_ends_with_an_error(open_app: OpenApp) -> None:
+    """Its last event is an error, as in every stream of this gateway."""
     async with open_app(hooks(h={}), Provider((Say(content("a")), Break()))) as served:
         call = await post(served, accept="text/event-stream")
         assert (call.status, call.error["code"]) == (200, "upstream_truncated")
@@ -191,13 +192,13 @@ async def test_a_stream_that_is_cut_ends_with_an_error(open_app: OpenApp) -> Non
 
 
 async def test_an_unknown_model_is_a_404(open_app: OpenApp) -> None:
-    """A hook whose model is gone says so."""
+    """The model of the hook is not known to any upstream."""
     async with open_app(hooks(h={"model": "gone"})) as served:
         call = await post(served)
         assert (call.status, call.error["code"]) == (404, "model_not_found")
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- refused requests -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,8 +224,8 @@ async def test_an_unknown_model_is_a_404(open_app: OpenApp) -> None:
         ({"action": "reset"}, 400, "action"),
     ],
 )
-async def test_a_body_that_says_nothing_sensible(open_app: OpenApp, body: object, status: int, param: str) -> None:
-    """It is refused with the field that is wrong, and nothing is asked of the model."""
+async def test_an_invalid_body(open_app: OpenApp, body: object, status: int, param: str) -> None:
+    """The error names the invalid field, and the upstream gets no request."""
     async with open_app(hooks(h={})) as served:
         call = await post(served, body, content_type="application/json")
         assert (call.status, call.error["param"]) == (status, param), call.body
@@ -232,30 +233,30 @@ async def test_a_body_that_says_nothing_sensible(open_app: OpenApp, body: object
         assert not served.providers["up"].calls
 
 
-async def test_each_sender_has_a_session_so_it_must_be_named(open_app: OpenApp) -> None:
-    """With scope ``sender``, the one by default, a message from nobody is refused."""
+async def test_a_message_without_a_sender(open_app: OpenApp) -> None:
+    """It is refused where each sender has its own session, which is the default."""
     async with open_app(hooks(h={"session": "sender"})) as served:
         call = await post(served, {"text": "x"})
         assert (call.status, call.error["param"]) == (400, "from")
 
 
 async def test_an_action_that_is_not_allowed(open_app: OpenApp) -> None:
-    """It exists, but not here: 403."""
+    """An action that the hook's ``actions`` leave out is a 403."""
     async with open_app(hooks(h={"actions": ["chat"], "session": "hook"})) as served:
         call = await post(served, {"action": "reset"})
         assert (call.status, call.error["code"]) == (403, "forbidden")
 
 
 @pytest.mark.parametrize("name", ["other", "off", "a b", "x" * 100])
-async def test_a_hook_that_is_not_there(open_app: OpenApp, name: str) -> None:
-    """Unknown and switched off are the same 404."""
+async def test_an_unknown_hook(open_app: OpenApp, name: str) -> None:
+    """An unknown hook and a disabled one are the same 404."""
     async with open_app(hooks(h={}, off={"enabled": False})) as served:
         call = await post(served, name=name)
         assert (call.status, call.error["code"]) == (404, "not_found")
 
 
-async def test_without_hooks_any_name_takes_the_documented_body(open_app: OpenApp) -> None:
-    """On loopback, without a key; a name that is none is a 404 all the same."""
+async def test_without_hooks_any_name_accepts_the_documented_body(open_app: OpenApp) -> None:
+    """On loopback and without a key. An invalid name is a 404."""
     async with open_app(make_config(models={"default": {"targets": ["up/m"]}}), Provider(REPLY)) as served:
         call = await post(served, {"text": "Hi", "from": "ada", "action": "history"}, "whatever")
         assert call.status == 200, call.body
@@ -266,7 +267,7 @@ async def test_without_hooks_any_name_takes_the_documented_body(open_app: OpenAp
 
 
 async def test_a_token_in_the_url_is_refused(open_app: OpenApp) -> None:
-    """Even a right one: URLs are logged."""
+    """Even a valid one, because URLs are logged."""
     async with open_app(hooks(h={"verification": "bearer", "secrets": [SECRET]})) as served:
         call = await served.client.ask("POST", f"/hooks/h?token={SECRET}", HI)
         assert (call.status, call.error["param"]) == (400, "token")
@@ -274,21 +275,21 @@ async def test_a_token_in_the_url_is_refused(open_app: OpenApp) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD", "OPTIONS"])
 async def test_other_methods(open_app: OpenApp, method: str) -> None:
-    """405, with what is allowed."""
+    """They are a 405 with ``Allow``."""
     async with open_app(hooks(h={})) as served:
         call = await served.client.ask(method, "/hooks/h")
         assert (call.status, call.header("allow")) == (405, "POST")
 
 
-async def test_a_form_is_not_taken_under_a_key(open_app: OpenApp) -> None:
-    """What a page could send without asking is refused, as everywhere else."""
+async def test_a_form_is_refused_under_a_key(open_app: OpenApp) -> None:
+    """A page of another site can send such a content type without a CORS preflight."""
     async with open_app(hooks(h={})) as served:
         call = await post(served, b'{"text":"x"}', content_type="text/plain")
         assert (call.status, call.error["code"]) == (415, "unsupported_media_type")
 
 
 async def test_a_body_over_the_limit(open_app: OpenApp) -> None:
-    """413, whether it says how long it is or not."""
+    """It is a 413, with and without ``Content-Length``."""
     async with open_app(hooks(h={"body_bytes": 100})) as served:
         assert (await post(served, {"text": "x" * 200})).status == 413
         call = served.client.start(
@@ -297,8 +298,8 @@ async def test_a_body_over_the_limit(open_app: OpenApp) -> None:
         assert (await call.wait()).status == 413
 
 
-async def test_the_rate_is_counted_before_anything_else(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Per client address; 429 says when to come back, and then it is right."""
+async def test_the_rate_is_limited_before_anything_else(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Per client address. A retry after the ``Retry-After`` of the 429 is accepted."""
     config = hooks(h={"rate_per_s": 0.5, "burst": 2, "verification": "github", "secrets": [SECRET]})
     async with open_app(config) as served:
         assert [(await post(served)).status for _ in range(3)] == [401, 401, 429]
@@ -311,32 +312,32 @@ async def test_the_rate_is_counted_before_anything_else(open_app: OpenApp, autoj
         assert (await post(served)).status == 401
 
 
-async def test_no_limit_of_rate(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """0 = none."""
+async def test_no_rate_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """``rate_per_s = 0`` switches it off."""
     async with open_app(hooks(h={"rate_per_s": 0, "burst": 1})) as served:
         assert {(await post(served, {})).status for _ in range(5)} == {400}
 
 
 async def test_a_gateway_that_drains(open_app: OpenApp) -> None:
-    """Takes no more messages."""
+    """It refuses new messages."""
     async with open_app(hooks(h={})) as served:
         served.gateway.drain.begin()
         call = await post(served)
         assert (call.status, call.error["code"]) == (503, "draining")
 
 
-# -- who may come in --------------------------------------------------------------------------------------------------
+# -- authentication ---------------------------------------------------------------------------------------------------
 
 
 async def test_a_key_of_the_gateway(open_app: OpenApp) -> None:
-    """Verification ``key``: as everywhere else."""
+    """With verification ``key``, a request needs a gateway key."""
     async with open_app(hooks({"ada": "key-of-ada"}, h={}), Provider(REPLY)) as served:
         assert (await post(served)).status == 401
         assert (await post(served, authorization="Bearer key-of-ada")).status == 200
 
 
-async def test_a_bearer_of_its_own(open_app: OpenApp) -> None:
-    """It opens this hook and nothing else; a gateway key does not open it."""
+async def test_a_bearer_secret(open_app: OpenApp) -> None:
+    """It opens this hook and nothing else; a gateway key does not open the hook."""
     config = hooks({"ada": "key-of-ada"}, h={"verification": "bearer", "secrets": [SECRET]})
     async with open_app(config, Provider(REPLY)) as served:
         assert (await post(served, authorization=f"Bearer {SECRET}")).status == 200
@@ -349,7 +350,7 @@ async def test_a_bearer_of_its_own(open_app: OpenApp) -> None:
 
 
 def signed(scheme: str, body: bytes, *, at: float, event: str = "evt-1") -> dict[str, str]:
-    """The headers with which a sender signs."""
+    """The headers of a signed request."""
 
     def mac(key: bytes, data: bytes) -> bytes:
         return hmac.digest(key, data, "sha256")
@@ -373,9 +374,9 @@ def signed(scheme: str, body: bytes, *, at: float, event: str = "evt-1") -> dict
 
 
 @pytest.mark.parametrize("scheme", ["github", "standard-webhooks", "slack", "stripe"])
-async def test_a_signature_lets_in_once(open_app: OpenApp, scheme: str) -> None:
-    """The right one does, from anywhere and under any content type; sent again, its result is the same run's; another
-    body, or an old time, is a 401."""
+async def test_a_signed_request(open_app: OpenApp, scheme: str) -> None:
+    """A valid signature is accepted from any address and with any content type. A repetition gets the result of the
+    same run. Another body, or an old time, is a 401."""
     secret = WHSEC if scheme == "standard-webhooks" else SECRET
     async with open_app(hooks(h={"verification": scheme, "secrets": [secret]}), Provider(REPLY)) as served:
         served.client.client = ("192.0.2.1", 1)
@@ -385,7 +386,7 @@ async def test_a_signature_lets_in_once(open_app: OpenApp, scheme: str) -> None:
         assert [call.status for call in calls] == [200, 200]
         assert calls[0].json == calls[1].json
         assert [call.header("idempotency-replayed") for call in calls] == ["", "true"]
-        # The signed id goes before a header that anybody could have put there.
+        # The signed id takes precedence over a header that an attacker can set.
         again = await served.client.ask("POST", "/hooks/h", body, headers={**headers, "idempotency-key": "another"})
         assert again.json == calls[0].json
         assert len(served.providers["up"].calls) == 1
@@ -396,8 +397,8 @@ async def test_a_signature_lets_in_once(open_app: OpenApp, scheme: str) -> None:
             assert (await served.client.ask("POST", "/hooks/h", body, headers=old)).status == 401
 
 
-async def test_slack_asks_whether_the_url_is_ours(open_app: OpenApp) -> None:
-    """``url_verification``, signed, is answered with its challenge; unsigned it is not."""
+async def test_slack_verifies_the_url(open_app: OpenApp) -> None:
+    """A signed ``url_verification`` is answered with its challenge; an unsigned one is refused."""
     async with open_app(hooks(h={"verification": "slack", "secrets": [SECRET]})) as served:
         body = b'{"type":"url_verification","challenge":"abc123"}'
         call = await served.client.ask("POST", "/hooks/h", body, headers=signed("slack", body, at=time.time()))
@@ -405,8 +406,8 @@ async def test_slack_asks_whether_the_url_is_ours(open_app: OpenApp) -> None:
         assert (await served.client.ask("POST", "/hooks/h", body)).status == 401
 
 
-async def test_a_hub_asks_whether_the_url_is_ours(open_app: OpenApp) -> None:
-    """``GET ?hub.challenge`` with the token is answered, without it is not."""
+async def test_a_hub_verifies_the_url(open_app: OpenApp) -> None:
+    """``GET ?hub.challenge`` with the ``verify_token`` is answered; without it, it is refused."""
     token = "a-token-of-more-than-24-bytes"
     more = {"verification": "github", "secrets": [SECRET]}
     async with open_app(hooks(h={**more, "verify_token": token}, other=more)) as served:
@@ -420,13 +421,14 @@ async def test_a_hub_asks_whether_the_url_is_ours(open_app: OpenApp) -> None:
         assert (await served.client.ask("GET", "/hooks/h?hub.mode=unsubscribe")).status == 405
 
 
-# -- what a payload means ---------------------------------------------------------------------------------------------
+# -- payloads ---------------------------------------------------------------------------------------------------------
 
 ISSUE = {"action": "opened", "issue": {"title": 'Say "{from}"', "number": 7}, "sender": {"id": 5, "login": "ada"}}
 
 
 async def test_expressions_and_a_template(open_app: OpenApp) -> None:
-    """What they pick stands in the prompt as JSON, braces and quotes and all; the system message says what it is."""
+    """Picked values appear in the prompt as JSON, with their braces and quotes; the system message marks them as
+    data."""
     config = hooks(
         h={
             "system": "Triage.",
@@ -445,7 +447,7 @@ async def test_expressions_and_a_template(open_app: OpenApp) -> None:
 
 
 async def test_a_filter_that_is_false(open_app: OpenApp) -> None:
-    """204, and nothing happens, also where it cannot be applied."""
+    """The answer is 204 and no run is made, also where the filter cannot be applied."""
     async with open_app(hooks(h={"filter": "contains(action, 'opened')", "expressions": {"text": "@"}})) as served:
         payloads: list[object] = [{"action": "closed"}, {}, [], 5]
         for payload in payloads:
@@ -455,24 +457,24 @@ async def test_a_filter_that_is_false(open_app: OpenApp) -> None:
 
 
 async def test_an_expression_that_cannot_be_applied(open_app: OpenApp) -> None:
-    """400, with its name."""
+    """It is a 400 that names the expression."""
     async with open_app(hooks(h={"expressions": {"text": "join(', ', names)"}})) as served:
         call = await post(served, {"names": 5})
         assert (call.status, call.error["param"]) == (400, "text")
 
 
-async def test_a_text_that_is_no_string_is_json(open_app: OpenApp) -> None:
-    """An expression may pick the whole payload."""
+async def test_a_picked_object_becomes_json(open_app: OpenApp) -> None:
+    """An expression may pick the whole payload as the text."""
     async with open_app(hooks(h={"expressions": {"text": "@"}}), Provider(REPLY)) as served:
         await post(served, {"a": [1, None]})
         assert served.providers["up"].calls[0].json["messages"][-1]["content"] == '{"a":[1,null]}'
 
 
-# -- later ------------------------------------------------------------------------------------------------------------
+# -- asynchronous -----------------------------------------------------------------------------------------------------
 
 
 async def test_prefer_respond_async(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """202 once the run is kept, before there is an answer; it can be fetched, then and later."""
+    """The answer is 202 once the run is stored, before there is an answer; the run can be fetched at once and later."""
     async with open_app(hooks(h={}), Provider((Pause(5), *REPLY))) as served:
         begun = trio.current_time()
         call = await post(served, prefer="respond-async")
@@ -500,8 +502,9 @@ async def test_prefer_respond_async(open_app: OpenApp, autojump_clock: MockClock
         served.assert_clean()
 
 
-async def test_a_run_of_somebody_else_is_not_there(open_app: OpenApp) -> None:
-    """404 for another key, another hook, and for what never was; a bearer sees what its hook let in."""
+async def test_a_run_of_another_owner_is_not_found(open_app: OpenApp) -> None:
+    """It is a 404 for another key and another hook, as an unknown run is; a bearer secret sees the runs that its hook
+    let in."""
     config = hooks({"ada": "key-of-ada", "bob": "key-of-bob"}, h={}, b={"verification": "bearer", "secrets": [SECRET]})
     async with open_app(config, Provider(REPLY)) as served:
 
@@ -580,8 +583,8 @@ def test_secrets_live_as_long_as_their_configuration() -> None:
         served.check_head(head(old))
 
 
-async def test_more_than_may_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """So many run, so many wait, and the next one is refused before it is kept."""
+async def test_a_full_hook(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """With all slots and queue slots taken, the next message is refused before it is stored."""
     config = hooks(h={"concurrency": 1, "queue": 1, "actions": ["chat"]})
     async with open_app(config, Provider((Pause(5), *REPLY))) as served:
         first = [await post(served, prefer="respond-async") for _ in range(3)]
@@ -594,12 +597,12 @@ async def test_more_than_may_wait(open_app: OpenApp, autojump_clock: MockClock) 
         assert (await post(served)).status == 200
 
 
-# -- a client that leaves ---------------------------------------------------------------------------------------------
+# -- clients that disconnect ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-async def test_a_client_that_leaves_ends_its_run(open_app: OpenApp, autojump_clock: MockClock, accept: str) -> None:
-    """Its upstream too; what there was of the answer is kept."""
+async def test_a_disconnect_cancels_the_run(open_app: OpenApp, autojump_clock: MockClock, accept: str) -> None:
+    """It cancels the upstream call too; the partial answer is stored."""
     async with open_app(hooks(h={}), Provider((Say(content("Hel")), Stall()))) as served:
         call = start(served, accept=accept)
         await trio.sleep(1)
@@ -612,8 +615,8 @@ async def test_a_client_that_leaves_ends_its_run(open_app: OpenApp, autojump_clo
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-async def test_a_client_that_leaves_what_goes_on(open_app: OpenApp, autojump_clock: MockClock, accept: str) -> None:
-    """With ``on_disconnect = "finish"`` the run is promised, goes on, and can be fetched."""
+async def test_a_run_that_outlives_its_client(open_app: OpenApp, autojump_clock: MockClock, accept: str) -> None:
+    """With ``on_disconnect = "finish"`` the run is acknowledged, continues, and can be fetched."""
     script = (Say(content("Hel")), Pause(5), Say(content("lo")), Say(DONE))
     async with open_app(hooks(h={"on_disconnect": "finish"}), Provider(script)) as served:
         call = start(served, accept=accept)
@@ -631,8 +634,8 @@ async def test_a_client_that_leaves_what_goes_on(open_app: OpenApp, autojump_clo
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-async def test_finish_answers_who_stays(open_app: OpenApp, accept: str) -> None:
-    """Who waits is answered as ever, whether it works or not."""
+async def test_finish_answers_a_client_that_stays(open_app: OpenApp, accept: str) -> None:
+    """A client that waits gets the answer or the error, as without ``finish``."""
     good, bad = REPLY, answers(b'{"error":{"message":"down"}}', status=500)
     async with open_app(hooks(h={"on_disconnect": "finish"}), Provider(good, bad)) as served:
         call = await post(served, accept=accept)
@@ -642,11 +645,11 @@ async def test_finish_answers_who_stays(open_app: OpenApp, accept: str) -> None:
         assert (call.status, call.error["code"]) == (502, "upstream_unavailable")
 
 
-# -- the same again ---------------------------------------------------------------------------------------------------
+# -- idempotency ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_key_that_was_used_gives_the_stored_result(open_app: OpenApp) -> None:
-    """As JSON and as chunks; another body under the key is a 409."""
+async def test_a_used_key_returns_the_stored_result(open_app: OpenApp) -> None:
+    """As JSON and as a stream; another body under the key is a 409."""
     async with open_app(hooks(h={}), Provider(REPLY)) as served:
         first = await post(served, idempotency_key="k")
         again = await post(served, idempotency_key="k")
@@ -664,8 +667,8 @@ async def test_a_key_that_was_used_gives_the_stored_result(open_app: OpenApp) ->
         assert len(served.providers["up"].calls) == 1
 
 
-async def test_keys_of_different_owners_are_different(open_app: OpenApp) -> None:
-    """Nobody gets another's result by guessing a key."""
+async def test_keys_belong_to_their_owner(open_app: OpenApp) -> None:
+    """A client cannot get another owner's result by guessing a key."""
     async with open_app(hooks({"ada": "key-of-ada", "bob": "key-of-bob"}, h={}), Provider(REPLY)) as served:
         ids = {
             (await post(served, idempotency_key="k", authorization=f"Bearer {key}")).json["id"]
@@ -675,22 +678,22 @@ async def test_keys_of_different_owners_are_different(open_app: OpenApp) -> None
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 300])
-async def test_a_key_that_is_none(open_app: OpenApp, key: str) -> None:
-    """400."""
+async def test_an_invalid_key(open_app: OpenApp, key: str) -> None:
+    """It is a 400."""
     async with open_app(hooks(h={})) as served:
         call = await post(served, idempotency_key=key)
         assert (call.status, call.error["param"]) == (400, "Idempotency-Key")
 
 
 async def test_an_event_id_by_expression(open_app: OpenApp) -> None:
-    """Recognises what is sent again where the scheme does not."""
+    """It recognises a repetition where the verification scheme has no id."""
     async with open_app(hooks(h={"expressions": {"text": "t", "event_id": "id"}}), Provider(REPLY)) as served:
         calls = [await post(served, {"t": "x", "id": 5}) for _ in range(2)]
         assert calls[0].json == calls[1].json
 
 
 async def test_a_hundred_at_once_make_one_run(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Each of them gets its result."""
+    """Each request gets the result of this run."""
     async with open_app(hooks(h={}), Provider((Pause(5), *REPLY))) as served:
         calls = [start(served, idempotency_key="k") for _ in range(100)]
         for call in calls:
@@ -702,8 +705,8 @@ async def test_a_hundred_at_once_make_one_run(open_app: OpenApp, autojump_clock:
         served.assert_clean()
 
 
-async def test_who_waits_for_a_run_whose_client_left_takes_over(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """One of them does it, and the others wait for that one."""
+async def test_a_duplicate_takes_over_after_a_disconnect(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """When the first client disconnects, one of the duplicates makes a new run, and the others wait for it."""
     async with open_app(hooks(h={}), Provider((Pause(5), *REPLY))) as served:
         first = start(served, idempotency_key="k")
         await trio.sleep(1)
@@ -719,8 +722,9 @@ async def test_who_waits_for_a_run_whose_client_left_takes_over(open_app: OpenAp
         served.assert_clean()
 
 
-async def test_what_failed_may_be_tried_again(open_app: OpenApp) -> None:
-    """A provider that was down answers the sender's next try; one that refused the message does not get it again."""
+async def test_a_failed_run_may_be_retried(open_app: OpenApp) -> None:
+    """A retry under the same key makes a new run where the provider was unavailable, not where it rejected the
+    message."""
     down, refused = answers(b'{"error":{"message":"x"}}', status=500), answers(b'{"error":{"message":"x"}}', status=400)
     async with open_app(hooks(h={}), Provider(down, REPLY, refused)) as served:
         assert [(await post(served, idempotency_key="k")).status for _ in range(3)] == [502, 200, 200]
@@ -729,7 +733,8 @@ async def test_what_failed_may_be_tried_again(open_app: OpenApp) -> None:
 
 
 async def test_async_duplicates_name_the_same_run(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """While it runs and afterwards; of one that was not promised, only once it has ended."""
+    """During the run and afterwards. A duplicate of a run that is not acknowledged gets its 202 once that run has
+    ended."""
     async with open_app(hooks(h={}), Provider((Pause(5), *REPLY))) as served:
         first = await post(served, idempotency_key="k", prefer="respond-async")
         again = await post(served, idempotency_key="k", prefer="respond-async")
@@ -746,23 +751,23 @@ async def test_async_duplicates_name_the_same_run(open_app: OpenApp, autojump_cl
 
 # -- callbacks --------------------------------------------------------------------------------------------------------
 
-CALLBACK = {"callback_secret": WHSEC, "callback_hosts": ["127.0.0.1"]}  # where callbacks may not go, unless it says so
+CALLBACK = {"callback_secret": WHSEC, "callback_hosts": ["127.0.0.1"]}  # refused without ``callback_private``
 
 
-async def test_a_hook_that_calls_back(open_app: OpenApp) -> None:
-    """202, and a delivery that the run shows without the query of its URL, in which there may be a secret."""
+async def test_a_hook_with_callbacks(open_app: OpenApp) -> None:
+    """The answer is 202. The run shows the delivery without the query of its URL, which may hold a secret."""
     async with open_app(hooks(h={"reply": "callback", **CALLBACK}), Provider(REPLY)) as served:
         call = await post(served, {**HI, "callback_url": "http://127.0.0.1:9/done?secret=x"})
         assert (call.status, call.header("preference-applied")) == (202, "")
         run = await settled(served, call.json["id"])
-        [told] = run["deliveries"]
-        assert told["url"] == "http://127.0.0.1:9/done"
-        assert set(told) == {"id", "url", "state", "attempts", "last_status", "last_error"}
+        [delivery] = run["deliveries"]
+        assert delivery["url"] == "http://127.0.0.1:9/done"
+        assert set(delivery) == {"id", "url", "state", "attempts", "last_status", "last_error"}
         assert "secret" not in json.dumps(run)
 
 
-async def test_a_hook_that_calls_back_must_know_where(open_app: OpenApp) -> None:
-    """By its configuration or by the request, and then on a host that it knows."""
+async def test_a_callback_needs_a_valid_url(open_app: OpenApp) -> None:
+    """The configuration or the request has it; that of a request must be on one of the hook's hosts."""
     async with open_app(hooks(h={"reply": "callback", **CALLBACK}), Provider(REPLY)) as served:
         for url in (
             None,
@@ -777,21 +782,21 @@ async def test_a_hook_that_calls_back_must_know_where(open_app: OpenApp) -> None
         assert not served.providers["up"].calls
 
 
-async def test_who_waits_is_not_called_back(open_app: OpenApp) -> None:
-    """An answer that was given is not told once more; with ``Prefer: respond-async`` it is told."""
+async def test_a_client_that_waits_gets_no_callback(open_app: OpenApp) -> None:
+    """It already has the answer. With ``Prefer: respond-async`` there is a callback."""
     async with open_app(hooks(h={**CALLBACK, "callback_url": "http://127.0.0.1:9/own"}), Provider(REPLY)) as served:
         now = await post(served)
         assert (await settled(served, now.header("x-run-id")))["deliveries"] == []
         later = await post(served, prefer="respond-async")
-        [told] = (await settled(served, later.json["id"]))["deliveries"]
-        assert told["url"] == "http://127.0.0.1:9/own"
+        [delivery] = (await settled(served, later.json["id"]))["deliveries"]
+        assert delivery["url"] == "http://127.0.0.1:9/own"
 
 
 # -- several workers --------------------------------------------------------------------------------------------------
 
 
 async def test_a_duplicate_in_another_worker_waits_for_the_same_run(open_app: OpenApp, tmp_path: Path) -> None:
-    """And is rung when it ends."""
+    """It is notified when the run ends."""
     shared = make_config(store={"path": str(tmp_path / "t.db")}, hooks={"h": {"model": "up/m", "session": "none"}})
     async with (
         open_app(shared, Provider((Say(content("Hel")), Pause(0.1), Say(content("lo")), Say(DONE)))) as one,
@@ -810,7 +815,7 @@ async def test_a_duplicate_in_another_worker_waits_for_the_same_run(open_app: Op
         assert seen.json["state"] == "completed"
 
 
-# -- whatever comes in ------------------------------------------------------------------------------------------------
+# -- arbitrary payloads -----------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -834,8 +839,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-async def test_whatever_json_comes_in_it_is_not_our_fault(open_app: OpenApp, kind: str) -> None:
-    """No payload makes a 5xx."""
+async def test_no_payload_makes_a_server_error(open_app: OpenApp, kind: str) -> None:
+    """No JSON value makes a 5xx."""
     found: list[object] = []
 
     @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -851,7 +856,7 @@ async def test_whatever_json_comes_in_it_is_not_our_fault(open_app: OpenApp, kin
         served.assert_clean()
 
 
-# -- the page that explains it ----------------------------------------------------------------------------------------
+# -- the how-to page --------------------------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).parents[2] / "docs/how-to/webhooks.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```sh\n(.*?)^```$(?:\n\n```json\n(.*?)^```$)?", PAGE, re.M | re.S)
@@ -864,7 +869,7 @@ SECRETS = {
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("openssl")), reason="needs curl and openssl")
 def test_every_command_of_the_page(tmp_path: Path) -> None:
-    """Run as it stands there, against a real process; an answer has the fields that the page shows."""
+    """Each command runs as written, against a real process; a response has the fields that the page shows."""
     config = f'[upstreams.trigate]\nkind = "echo"\n{"".join(SETTINGS)}'
     with run_gateway(config, tmp_path, env={**SECRETS, "TRIGATE_STORE": str(tmp_path / "t.db")}) as gateway:
         for command, shown in COMMANDS:

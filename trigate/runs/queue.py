@@ -59,8 +59,8 @@ class RunQueue:
         slots.add(run.id)
 
     async def join_sessions(self, *runs: Run) -> None:
-        """Queues runs for the turns of their sessions, in this order. A run for which the store fails joins its queue
-        when it is executed."""
+        """Takes the tickets of runs for the turns of their sessions, in this order. A run for which the store fails
+        takes its ticket when it is executed."""
         limits = self._generations.config.sessions
         pending = [
             (run.id, self._sessions.take_place(run.owner, run.session, limits=limits, run=run.id))
@@ -70,15 +70,15 @@ class RunQueue:
         for run_id, turn in pending:
             with contextlib.suppress(StoreUnavailable):
                 self._turns[run_id] = await turn
-        # Shielded: a cancellation here would lose runs that have just been adopted or stored.
+        # Shielded: a cancellation here would leave adopted runs that no task executes.
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def turn_of(self, run: Run) -> SessionTurn | None:
-        """The place of a run in the queue of its session; None = it has not joined that queue."""
+        """The session turn of a run, with its ticket; None = the run has not joined the queue of its session."""
         return self._turns.get(run.id)
 
     def release(self, run: Run) -> None:
-        """Returns the queue slot of a run, and its place in the queue of its session. Synchronous."""
+        """Releases the queue slot of a run, and the ticket of its session turn. Synchronous."""
         turn = self._turns.pop(run.id, None)
         if turn is not None:
             self._sessions.give_back(turn)

@@ -30,7 +30,7 @@ RETRY_S = 1.0
 """The first pause before a retry, in seconds; doubles up to `RETRY_MAX_S`."""
 RETRY_MAX_S = 30.0
 POLL_S = 1.0
-"""How often a run that somebody waits for is read again, in seconds, in case a notification was lost."""
+"""How often a task that waits for a run reads it again, in seconds, in case a notification was lost."""
 
 
 @attrs.define(eq=False)

@@ -188,7 +188,7 @@ class Runs:
                 self._records.forget(run)
             elif interrupted and not self._nursery.cancel_scope.cancel_called:
                 self.execute_soon(run)
-            # Otherwise the run is left for the next start, and keeps its place in the queue of its session.
+            # Otherwise the run is left for the next start, and keeps the ticket of its session turn.
         return execution.ended or run
 
     def execute_soon(self, run: Run, *, client: RunClient | None = None) -> RunHandle:
