@@ -33,6 +33,7 @@ from tests.support.provider import (
     says,
     usage,
 )
+from trigate.exchange import view
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -292,7 +293,7 @@ async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClo
         assert whys(served) == [("a/m", "first", "superseded"), ("b/m", "hedge", "complete")]
         assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
         [line] = logs.named("exchange")
-        assert line["tried"] == ["a/m lost", "b/m complete"]
+        assert line["tried"] == ["a/m superseded", "b/m complete"]
         served.assert_clean()
 
 

@@ -34,6 +34,7 @@ from tests.support.provider import (
     says,
     usage,
 )
+from trigate.exchange import view
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -29,7 +29,7 @@ def test_a_field_that_is_left_out() -> None:
     attempt = AttemptStatus(target="u/m", why="first", phase="waiting")
     body = json.loads(msgspec.json.encode(Stream(id="x", model="m", phase="waiting", age_s=0.5, attempts=(attempt,))))
     assert body["attempts"] == [{"target": "u/m", "why": "first", "started_s": 0.0, "phase": "waiting"}]
-    assert "flight" not in body
+    assert "shared_call" not in body
     assert body["deadline_left_s"] is None
 
 

@@ -239,12 +239,12 @@ class SharedCallStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: The request id of the call that started it.
         role: ``leader`` or ``joined``.
-        waiters: Number of subscribers.
+        subscribers: Number of subscribers.
     """
 
     id: str
     role: str | None = None
-    waiters: int = 0
+    subscribers: int = 0
 
 
 class Stream(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,7 +255,7 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
         deadline_left_s: None = the call has no deadline.
         queue_position: From 1; None = the call does not wait for a slot.
         target: None = none has been chosen yet.
-        flight: Only if the call may share its upstream call.
+        shared_call: Only if the call may share its upstream call.
     """
 
     id: str
@@ -275,7 +275,7 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     queue_position: int | None = None
     max_attempts: int | None = None
     attempts: tuple[AttemptStatus, ...] = ()
-    flight: SharedCallStatus | UnsetType | None = UNSET
+    shared_call: SharedCallStatus | UnsetType | None = UNSET
     worker: str = ""
 
 
