@@ -8,6 +8,7 @@ each function many times and reports the minimum, the median and the spread.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from bench import events
 from bench.upstream import MODEL
 from trigate.config import structure
 from trigate.exchange.exchange import Exchange
+from trigate.exchange.request import ExchangeRequest
+from trigate.exchange.upstream_call import UpstreamCall
 from trigate.gateway.gateway import open_gateway
 from trigate.openai.answer import decode_answer
 from trigate.openai.endpoints import ENDPOINTS
@@ -25,7 +28,6 @@ from trigate.openai.request import decode_call
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import StreamReader
 from trigate.routing.routes import Known, Target, plan
-from trigate.status import snapshot
 from trigate.store import opening
 
 EVENTS = 100
@@ -129,22 +131,24 @@ def test_plan(benchmark: Benchmark, model: str) -> None:
 @pytest.mark.parametrize("live", [0, 10_000])
 def test_heartbeat(benchmark: Benchmark, live: int) -> None:
     """snapshot: a worker's report, made each second and for ``/status``, with this many exchanges in flight."""
-    no_client: Any = None  # Any: nothing is sent to it
     settings = structure.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench")
 
     async def measure() -> None:
         async with open_gateway(settings, env={"TRIGATE_STORE": opening.MEMORY}) as gateway:
             for number in range(live):
-                exchange = Exchange(
-                    id=f"req_{number}",
-                    call=decode_call(CHAT, BODY),
-                    gateway=gateway,
-                    generation=gateway.generations.current,
-                    down=no_client,
+                generation = gateway.generations.current
+                request = ExchangeRequest(id=f"req_{number}", call=decode_call(CHAT, BODY), generation=generation)
+                exchange = Exchange(request=request, services=gateway.exchange_services)
+                exchange.source = UpstreamCall(
+                    request=request,
+                    services=gateway.exchange_services.upstream,
+                    route=generation.route("mock/echo"),
+                    started_at=exchange.started_at,
+                    deadline_at=math.inf,
+                    target=Target("mock", MODEL),
                 )
-                exchange.target = Target("mock", MODEL)
-                gateway.live[exchange] = None
-            benchmark(snapshot.snapshot, gateway)
-            gateway.live.clear()
+                gateway.live._live[exchange] = None
+            benchmark(gateway.status.snapshot)
+            gateway.live._live.clear()
 
     trio.run(measure)

@@ -30,7 +30,7 @@ from trigate.channels.service import (
 )
 from trigate.config.sections import Config, ConfigError, UpstreamConfig
 from trigate.errors import StoreUnavailable
-from trigate.upstream.factory import http_transport
+from trigate.upstream.factory import TrustStore, http_transport
 from trigate.upstream.generation import Generation, Generations
 from trigate.upstream.transport import SocketTransport
 
@@ -102,14 +102,14 @@ class Opened:
 
     def reload(self, config: Config) -> None:
         """Replaces the configuration."""
-        self.generations.replace(Generation(config, {}))
+        self.generations.replace(Generation(config, {}, TrustStore()))
         self.channels.apply()
 
 
 @contextlib.asynccontextmanager
 async def open_configured(config: Config, transports: Transports = no_platform) -> AsyncIterator[Opened]:
     """Opens the channels of a configuration."""
-    generations = Generations(Generation(config, {}))
+    generations = Generations(Generation(config, {}, TrustStore()))
     async with (
         open_services() as services,
         open_channels(

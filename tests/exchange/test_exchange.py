@@ -1014,7 +1014,7 @@ async def test_a_defect_of_the_gateway_is_a_500_with_its_request_id(
     logs.expect_error("exchange_crashed")
     async with open_app() as served:
         monkeypatch.setattr("trigate.exchange.translation.StreamReader", None)
-        monkeypatch.setattr("trigate.exchange.exchange.decode_answer", None)
+        monkeypatch.setattr("trigate.exchange.translation.decode_answer", None)
         served.providers["up"].play(says("x") if stream else answers(b"{}"))
         call = await served.client.chat(stream=stream).wait()
         assert (call.status, call.error["code"]) == (500, "internal_error")

@@ -18,7 +18,6 @@ from tests.support.provider import DONE, MemoryTransport, Pause, Provider, Say, 
 from trigate.asgi.application import create_app
 from trigate.config.sections import ConfigError, UpstreamConfig
 from trigate.config.structure import structure
-from trigate.gateway import gateway
 from trigate.gateway import reload as gateway_reload
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.server import server
@@ -102,7 +101,7 @@ async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         found.looks += 1
         return seen
 
-    monkeypatch.setattr(gateway, "_fingerprint", look)
+    monkeypatch.setattr(gateway_reload, "_fingerprint", look)
     monkeypatch.setattr("trio._path.run_sync", _without_a_thread)
     found.write(toml("a"))
     app: Any = create_app(

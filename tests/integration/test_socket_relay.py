@@ -41,6 +41,7 @@ from tests.support.provider import (
 )
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.socket_relay import RelayedStream
+from trigate.gateway import gateway as gateway_module
 from trigate.gateway.gateway import Gateway
 
 OpenServer = Callable[..., AbstractAsyncContextManager[Any]]
@@ -148,7 +149,7 @@ class House:
     def poller_size(self) -> int:
         """How many sockets the engine has."""
         return (
-            len(self.gateway.exchange_services.upstream.socket_relay._poller)
+            len(self.gateway.exchange_services.upstream.socket_relay.poller)
             if self.gateway.exchange_services.upstream.socket_relay is not None
             else 0
         )
@@ -189,6 +190,8 @@ def open_house(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPa
     async def opened(way: str, *scripts: Script, **limits: Any) -> AsyncIterator[House]:
         async with open_socket_provider(*scripts) as (provider, url):
             config = make_config({"up": {"base_url": url, "models": ["m"]}}, limits=limits)
+            if way == "loop":
+                monkeypatch.setattr(gateway_module, "open_poller", contextlib.nullcontext)
             async with open_server(config) as (client, app):
                 house = House(app.gateway, provider, client.base_url.port, way, logs)
                 carry = RelayedStream.run
@@ -198,8 +201,6 @@ def open_house(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPa
                     await carry(self, owner)
 
                 monkeypatch.setattr(RelayedStream, "run", counted)
-                if way == "loop":
-                    house.gateway.exchange_services.upstream.socket_relay = None
                 try:
                     yield house
                 finally:

@@ -215,7 +215,7 @@ async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Pat
 
 async def test_long_journals_are_replaced(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is live goes on in the next one, and is settled there."""
-    monkeypatch.setattr(ledger, "TURN_BYTES", 1)
+    monkeypatch.setattr(ledger, "ROTATE_BYTES", 1)
     provider = Provider((Say(content("a")), Stall()), says("b"))
     async with open_app(make_config(), provider, store=tmp_path / "a.db") as served:
         call = served.client.chat()

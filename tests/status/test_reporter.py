@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import tempfile
 import time
@@ -20,6 +21,10 @@ from trio.testing import MockClock
 from tests.support.gateway import Served, make_config
 from tests.support.provider import Provider, Say, Stall, answers, content
 from trigate.exchange.exchange import Exchange
+from trigate.exchange.outcome import Phase
+from trigate.exchange.request import ExchangeRequest
+from trigate.exchange.upstream_call import UpstreamCall
+from trigate.gateway import gateway as gateway_module
 from trigate.gateway.gateway import Gateway
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import decode_call
@@ -269,7 +274,7 @@ async def test_before_the_store_is_open(open_app: OpenApp, database: Path, monke
     async def stay_closed(gateway: Gateway) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr(Gateway, "use_store", stay_closed)
+    monkeypatch.setattr(gateway_module, "_use_store", stay_closed)
     async with open_app(make_config(hooks={"ci": {}}), store=database) as served:
         status = await status_of(served)
         assert (status["store"]["state"], status["store"]["error"]) == ("closed", None)
@@ -318,17 +323,24 @@ async def test_ten_thousand_streams(open_app: OpenApp, monkeypatch: pytest.Monke
     async with open_app() as served:
         gateway = served.gateway
         call = decode_call(ENDPOINTS["/v1/chat/completions"], json.dumps({**CHAT, "model": "up/m"}).encode())
-        nobody: Any = None
         for number in range(10_000):
-            exchange = Exchange(
-                id=f"req_{number}", call=call, gateway=gateway, generation=gateway.generations.current, down=nobody
-            )
-            exchange._state = "streaming" if number % 4 else "queued"
-            exchange.target = Target("up", "m") if number % 4 else None
-            gateway.live[exchange] = None
+            generation = gateway.generations.current
+            request = ExchangeRequest(id=f"req_{number}", call=call, generation=generation)
+            exchange = Exchange(request=request, services=gateway.exchange_services)
+            exchange.idle_phase = Phase.STREAMING if number % 4 else Phase.QUEUED
+            if number % 4:
+                exchange.source = UpstreamCall(
+                    request=request,
+                    services=gateway.exchange_services.upstream,
+                    route=generation.route("up/m"),
+                    started_at=exchange.started_at,
+                    deadline_at=math.inf,
+                    target=Target("up", "m"),
+                )
+            gateway.live._live[exchange] = None
         answer = await served.client.ask("GET", "/status")
         heartbeat = gateway.status.snapshot()
-        gateway.live.clear()
+        gateway.live._live.clear()
         streams = answer.json["streams"]
         assert streams["live"] == answer.json["workers"][0]["live"] == 10_000
         assert streams["by_phase"] == {"queued": 2_500, "streaming": 7_500}

@@ -575,7 +575,7 @@ async def test_a_gateway_delivers_the_results_of_its_hooks(
     async with receiving() as receiver, open_server(config()) as (_, app):
         await app.gateway.workers.join()
         await app.gateway.store.deliveries.add(delivery(receiver.url))
-        app.gateway.outbox.wake()
+        app.gateway.drain._outbox.wake()
         assert (await delivered(app.gateway.store)).last_status == 200
     assert receiver.bodies == [BODY]
 

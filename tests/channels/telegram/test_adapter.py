@@ -19,7 +19,8 @@ import pytest
 import trio
 
 from tests.channels.services import open_services
-from tests.support.gateway import Served, open_app as _open_app, make_config
+from tests.support.gateway import Served, make_config
+from tests.support.gateway import open_app as _open_app
 from tests.support.logs import Logs
 from tests.support.processes import SERVE, Gateway, run_gateway
 from tests.support.provider import Pause, Provider, Script, Stall, answers, says
@@ -373,7 +374,7 @@ async def test_reload() -> None:
                 await trio.lowlevel.checkpoint()
                 return make_config(**sections)
 
-            gateway._load = load
+            gateway.reloader._read = load
             gateway.reloader.request()
 
         with trio.fail_after(PATIENCE_S):
