@@ -697,7 +697,7 @@ _streams = st.builds(
 class _SlowReader(StreamReader):
     """Takes each event apart."""
 
-    def _plain(self, piece: bytes) -> None:
+    def _feed_plain(self, piece: bytes) -> None:
         return None
 
 
@@ -799,8 +799,8 @@ def test_plain_events_take_the_short_way() -> None:
     taken = []
 
     class Reader(StreamReader):
-        def _plain(self, piece: bytes) -> bytes | None:
-            taken.append(super()._plain(piece))
+        def _feed_plain(self, piece: bytes) -> bytes | None:
+            taken.append(super()._feed_plain(piece))
             return taken[-1]
 
     reader = Reader(CHAT, model="pub/lic", upstream="mock")

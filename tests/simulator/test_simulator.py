@@ -209,15 +209,15 @@ def cut_is_complete(feed_end: Any) -> Any:
     """A stream that ends is complete."""
 
     def replacement(self: StreamReader) -> bytes:
-        self.complete = True
+        self._tracker.complete = True
         return b""
 
     return replacement
 
 
-def shifted_seam(onward_from: Any) -> Any:
+def shifted_seam(continued_from: Any) -> Any:
     """Who goes on with an answer is told one character too few."""
-    return lambda self, text: onward_from(self, text[:-1])
+    return lambda self, text: continued_from(self, text[:-1])
 
 
 def loser_goes_on(lose: Any) -> Any:
@@ -294,7 +294,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     "it is not noticed that a client leaves": (left_out(Peer, "leave", lambda self: True), "its client has left"),
     "who has lost goes on": (replace(Attempt, "lose", loser_goes_on), "an orphan"),
     "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
-    "a seam has a character twice": (replace(Call, "onward_from", shifted_seam), "it says"),
+    "a seam has a character twice": (replace(Call, "continued_from", shifted_seam), "it says"),
     "a connection is given back too early": (replace(Opening, "release", given_back), ""),
     "the rest of a frame is forgotten": (
         replace(Stream, "_let_go", forgotten_rest),

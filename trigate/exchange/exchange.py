@@ -49,7 +49,7 @@ from trigate.exchange.attempt import Attempt
 from trigate.openai import sse
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage, decode_answer
-from trigate.openai.continuation import seam_of
+from trigate.openai.continuation import continuation_head
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
 from trigate.routing.plan import Plan, Step
@@ -521,7 +521,7 @@ class Exchange:
             self._upstream_since = None
 
     def _body_for(self, attempt: Attempt) -> bytes:
-        call = self.call if not self._text else self.call.onward_from(self._text)
+        call = self.call if not self._text else self.call.continued_from(self._text)
         return call.body_for(attempt.target.model)
 
     def _headers_for(self, attempt: Attempt) -> dict[str, str]:
@@ -603,7 +603,7 @@ class Exchange:
             return None
         reader = self._winner.reader if self._winner is not None else None
         kept = reader.kept if reader is not None else None
-        if reader is None or kept is None or reader.is_finished or self.call.choices > 1:
+        if reader is None or kept is None or reader.all_finished or self.call.choices > 1:
             return None
         said = AnswerAccumulator()
         for frames in kept:
@@ -613,7 +613,7 @@ class Exchange:
         step = plan.onward(now)
         if step is not None:
             self._text += said.text
-            self._seam = self._seam or seam_of(kept)
+            self._seam = self._seam or continuation_head(kept)
             self._events_before += reader.events
             self._winner = None
         return step
@@ -638,7 +638,7 @@ class Exchange:
             max_event_bytes=limits.event_bytes,
             choices=self.call.choices,
             keep_bytes=limits.buffered_bytes if self._may_continue() else 0,
-            seam=self._seam,
+            head=self._seam,
         )
         down = self.down
         relayed = False
