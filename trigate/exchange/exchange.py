@@ -402,7 +402,7 @@ class Exchange:
             with trio.move_on_after(plan.hedge_delay_s() or 0.0):
                 await decided.wait()
             if not decided.is_set() and self._cut is None and not self._alone:
-                second = plan.second(trio.current_time())
+                second = plan.hedge(trio.current_time())
                 if second is not None:
                     nursery.start_soon(one, second)
         return self._winner.error if self._winner is not None else errors[-1]
@@ -610,7 +610,7 @@ class Exchange:
             said.feed(frames)
         if not (said.is_only_text and said.is_exact):
             return None
-        step = plan.onward(now)
+        step = plan.continuation(now)
         if step is not None:
             self._text += said.text
             self._seam = self._seam or continuation_head(kept)

@@ -33,7 +33,7 @@ from trigate.exchange.socket_relay import Relay
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import _WATCH_FILE_S, _fingerprint, _reload_on_sighup, read_config
 from trigate.ledger.ledger import Ledger, open_ledger
-from trigate.routing.plan import Targets
+from trigate.routing.target_state import Targets
 from trigate.runs.outbox import Outbox, open_outbox
 from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
