@@ -141,7 +141,7 @@ def test_every_setting_can_be_written() -> None:
         ("[hooks.h]\nfilter = 'a['", "hooks.h.filter: 'a[' is not a JMESPath"),
         ("[hooks.h]\nfilter = 1", "hooks.h.filter: expected a JMESPath, got an integer"),
         ("[hooks.h]\nexpressions = {text = '@@'}", "hooks.h.expressions.text: '@@' is not a JMESPath"),
-        ("[hooks.h]\nexpressions = {title = 'a'}", "hooks.h.expressions.text: required, where there is no template"),
+        ("[hooks.h]\nexpressions = {title = 'a'}", "hooks.h.expressions.text: required, if there is no template"),
         ("[hooks.h]\ntemplate = '{text'", "hooks.h.template: expected '}' before end of string"),
         ("[hooks.h]\ntemplate = '{text!r}'", "hooks.h.template: expected plain {name}s"),
         ("[hooks.h]\ntemplate = '{text:>9}'", "hooks.h.template: expected plain {name}s"),

@@ -149,7 +149,7 @@ def serve(
 
 
 def _refuse_open_door(config: Config) -> None:
-    from trigate.asgi.auth import is_loopback
+    from trigate.config.checks import is_loopback
 
     if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
         _fail(
