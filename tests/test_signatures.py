@@ -448,8 +448,8 @@ def test_secret_problems(scheme: Scheme) -> None:
         ("github", "é" * 12, None),
         ("telegram", "x" * 257, "is not what Telegram allows: up to 256 of A-Z, a-z, 0-9, _ and -"),
         ("telegram", "x" * 24 + "\n", "is not what Telegram allows: up to 256 of A-Z, a-z, 0-9, _ and -"),
-        ("bearer", "x" * 24 + " x", "has characters that cannot stand in a header"),
-        ("bearer", "é" * 24, "has characters that cannot stand in a header"),
+        ("bearer", "x" * 24 + " x", "has characters that a header cannot carry"),
+        ("bearer", "é" * 24, "has characters that a header cannot carry"),
         ("slack", "x" * 24 + "\udcff", "is not text in UTF-8"),
     ],
 )

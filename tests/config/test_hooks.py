@@ -211,7 +211,7 @@ def test_no_repr_and_no_problem_shows_a_secret() -> None:
         ("slack", "hunter2", "has fewer than 24 bytes"),
         ("standard-webhooks", "whsec_" + "A" * 28, "has fewer than 24 bytes"),  # 21, decoded
         ("standard-webhooks", "a-secret-of-more-than-24-bytes", "is not base64"),
-        ("bearer", "a secret of more than 24 bytes", "has characters that cannot stand in a header"),
+        ("bearer", "a secret of more than 24 bytes", "has characters that a header cannot carry"),
     ],
 )
 def test_secrets_that_verify_nothing(verification: str, secret: str, problem: str) -> None:
