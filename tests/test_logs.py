@@ -33,10 +33,10 @@ LEVELS = "for level in ('debug', 'info', 'warning', 'error'):\n    getattr(log, 
 
 
 def _logged(script: str, **env: str) -> str:
-    """Runs a script after the log's configuration; gives what it wrote to standard error."""
-    done = subprocess.run(
+    """Runs a script after the log's configuration; returns its standard error."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-c", START + script, SECRET],
-        env=environment(**env),
+        env={**environment(), **env},
         capture_output=True,
         text=True,
         timeout=30,

@@ -1,8 +1,8 @@
 """Trigate: an OpenAI-compatible gateway in which a request is one Trio nursery.
 
 ``trigate:app`` is an ASGI app for any server: ``hypercorn trigate:app``, ``hypercorn -k trio trigate:app``,
-``uvicorn trigate:app``. It is built at its first call, from ``TRIGATE_CONFIG``, else ``./trigate.toml``, else what
-can be found; importing this module opens, reads and starts nothing.
+``uvicorn trigate:app``. It is built at its first call, from ``TRIGATE_CONFIG``, else ``./trigate.toml``, else from
+discovered providers. Importing this module opens, reads and starts nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m trigate`` is ``trigate``; without arguments it serves."""
+"""``python -m trigate`` runs the command line; without arguments, ``trigate serve``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How the gateway logs: one line an event, to standard error.
+"""Logging: one line per event, to standard error.
 
-For people by default; ``TRIGATE_LOG_FORMAT=json`` for machines; ``TRIGATE_LOG_LEVEL`` = debug, info, warning or error.
-A traceback is logged without the values of local variables: they hold messages and keys.
+Readable by people by default; JSON with ``TRIGATE_LOG_FORMAT=json``; ``TRIGATE_LOG_LEVEL`` is debug, info, warning or
+error. A traceback is logged without the values of local variables: they hold messages and keys.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Mapping
 import structlog
 
 _LEVELS = {"warn": "warning", "exception": "error"}
-"""The level of a method that is not called like it."""
+"""The levels of methods with another name."""
 _COLORS = {"debug": "2", "info": "32", "warning": "33", "error": "31;1", "critical": "31;1"}
 
 
 def configure(env: Mapping[str, str]) -> None:
-    """Sets structlog up, unless somebody (an application around this one, a test) already has."""
+    """Configures structlog, unless the surrounding application or a test already has."""
     if structlog.is_configured():
         return
     level = logging.getLevelNamesMapping().get(env.get("TRIGATE_LOG_LEVEL", "info").upper(), logging.INFO)
@@ -37,14 +37,14 @@ def configure(env: Mapping[str, str]) -> None:
 
 
 class _Clock:
-    """Writes the time as ISO 8601, in UTC. Only the microseconds change from line to line, but once a second."""
+    """Writes the time as ISO 8601, in UTC. The seconds are formatted once per second."""
 
     def __init__(self) -> None:
         self._second = 0
         self._text = ""
 
     def now(self) -> str:
-        """The time now."""
+        """The current time."""
         now = time.time()
         second = int(now)
         if second != self._second:
@@ -54,7 +54,7 @@ class _Clock:
 
 
 class _JsonLine:
-    """Renders an event as an object of one line."""
+    """Renders an event as a JSON object on one line."""
 
     def __init__(self) -> None:
         self._clock = _Clock()
@@ -62,13 +62,13 @@ class _JsonLine:
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> str:
         event["level"] = _LEVELS.get(method, method)
         event["timestamp"] = self._clock.now()
-        return json.dumps(event, default=repr)  # ASCII: no tool takes U+2028 for the end of a line
+        return json.dumps(event, default=repr)  # ASCII, since some tools take U+2028 for a line end
 
 
 class _Line:
     """Renders an event for people: time, level, name, and its values in the order in which they were given.
 
-    With structlog's own renderer, a line takes 3.5 times as long; that was a quarter of what a short call cost in all.
+    structlog's own renderer takes 3.5 times as long, which was a quarter of the cost of a short call.
     """
 
     def __init__(self, *, colors: bool) -> None:
@@ -86,7 +86,7 @@ class _Line:
 
 
 def _text(value: object) -> str:
-    """A value on its line. What would end the line or steer a terminal is escaped: a path is whatever a client sent.
+    """A value as part of a line. Line ends and terminal control characters are escaped: clients choose the paths.
 
     >>> _text("qwen/qwen-turbo"), _text("two words"), _text("a\\x1b[2J"), _text(None), _text(0.25)
     ('qwen/qwen-turbo', "'two words'", "'a\\\\x1b[2J'", 'None', '0.25')

@@ -1,12 +1,11 @@
-"""Judges on its raw bytes whether a webhook request comes from who holds the secret. Pure: the time is an argument.
+"""Verifies on its raw bytes that a webhook request is signed with a secret of its hook. Pure: time is an argument.
 
-Rules for whoever edits this:
+Rules for editing this:
 
-- The bytes that were received are what is signed. Nothing is decoded, trimmed or put together anew before it is
-  compared: the *text* of a signature is compared, not what it encodes, since base64 and hex have several texts for
-  the same bytes.
-- Every signature is compared with that of every secret, whichever matches, and each in constant time.
-- Whatever is missing, doubled or malformed is `Unverified`, and nothing else is raised.
+- The signature covers the received bytes. Nothing is decoded, trimmed or serialised again before it is compared. The
+  *text* of a signature is compared, not its bytes, since base64 and hex have several texts for the same bytes.
+- Every signature is compared with that of every secret, each in constant time, even after a match.
+- A missing, repeated or malformed value raises `Unverified`, and nothing else is raised.
 
 What the schemes protect, and what they do not:
 
@@ -20,11 +19,11 @@ github             body                                             accepted for
 bearer, telegram   nothing: the secret itself is sent               the secret has leaked       none
 =================  ===============================================  ==========================  ======================
 
-Within the 300 s, a copy of a signed request is told from the original by its id alone, which whoever keeps the ids
-must do. ``X-GitHub-Delivery`` is the exception: GitHub names it for that purpose, and repeats it when it delivers an
-event again, but does not sign it. So it recognises GitHub's own repetitions. It does not recognise an attacker's, who
-sends a recorded body and signature under an id of their own: that takes a digest of the body, since the body is all
-that they cannot change. Nor can they use the id of another event for a body of their own, as the body is signed.
+Within the 300 s, only its id distinguishes a copy of a signed request from the original, so the caller must remember
+the ids. ``X-GitHub-Delivery`` is the exception: GitHub defines it for that purpose, and repeats it when it delivers an
+event again, but does not sign it. So it recognises GitHub's own repetitions. It does not recognise an attacker who
+sends a recorded body and signature with another id: that takes a digest of the body, the only part that an attacker
+cannot change. An attacker cannot use the id of another event for another body either, as the body is signed.
 
 Source: the Standard Webhooks specification 1.0.0 ("Signature scheme"); GitHub, "Validating webhook deliveries" and
 "Best practices for using webhooks"; Slack, "Verifying requests from Slack" and "url_verification event"; Stripe,
@@ -49,7 +48,7 @@ from trigate.errors import BadRequest, Header, Unverified
 Scheme = Literal["bearer", "standard-webhooks", "github", "slack", "stripe", "telegram"]
 
 MIN_SECRET_BYTES = 24
-"""What Standard Webhooks asks of a secret, and good for the others."""
+"""The minimum of Standard Webhooks, applied to all schemes."""
 MAX_CHALLENGE_BYTES = 256
 
 _PREFIX = "whsec_"
@@ -65,26 +64,26 @@ _string = msgspec.json.Decoder(str)
 
 @attrs.frozen(kw_only=True)
 class Verified:
-    """What is known of a request whose signature holds.
+    """A request with a valid signature.
 
     Attributes:
         event_id: The scheme's own id of the event, the same when the sender repeats it: 1 to 256 visible ASCII
-            characters. Taken from signed bytes, but for GitHub's: see the table above. None where there is none.
+            characters. Taken from signed bytes, except for GitHub: see the table above. None if the scheme has none.
     """
 
     event_id: str | None = None
 
 
 class Verifier:
-    """Knows the secrets of one hook.
+    """Verifies requests with the secrets of one hook.
 
     Args:
         scheme: How its requests are signed.
-        secrets: Any of them may have signed: during a rotation there are two.
-        tolerance_s: How far the time of a request may be from ours, in seconds, either way and inclusive.
+        secrets: A request may be signed with any of them: during a rotation there are two.
+        tolerance_s: The largest difference between the request's time and ours, in seconds, in either direction.
 
     Raises:
-        ValueError: There is no secret, or one that has a `secret_problem`.
+        ValueError: There is no secret, or one of them has a `secret_problem`.
     """
 
     def __init__(self, scheme: Scheme, secrets: tuple[str, ...], *, tolerance_s: float = 300.0) -> None:
@@ -101,15 +100,15 @@ class Verifier:
         return f"Verifier({self.scheme}, {len(self._keys)} secrets)"
 
     def verify(self, headers: Mapping[bytes, bytes], body: bytes, *, now: float) -> Verified:
-        """Judges a request.
+        """Verifies a request.
 
         Args:
-            headers: By lower-case name.
-            body: As it was received.
+            headers: The request headers by their lower-case names.
+            body: The body as it was received.
             now: Seconds since 1970.
 
         Raises:
-            Unverified: It is not from who holds a secret, or it is not from now.
+            Unverified: It is not signed with one of the secrets, or its time is too far away.
 
         >>> github = Verifier("github", ("It's a Secret to Everybody",))
         >>> signature = b"sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
@@ -133,14 +132,14 @@ class Verifier:
                 signature = _header(headers, b"x-hub-signature-256")
                 if not _matches([signature], [b"sha256=" + mac.hex().encode() for mac in self._macs(body)]):
                     raise Unverified(_MISMATCH)
-                # Others who sign as GitHub does (Meta) have no such header.
+                # Other senders with this scheme (Meta) have no such header.
                 return Verified(
                     event_id=_id(headers, b"x-github-delivery") if b"x-github-delivery" in headers else None
                 )
             case "standard-webhooks":
                 event_id = _id(headers, b"webhook-id")
                 if "." in event_id:
-                    # The parts are joined by dots: of "a.1.2.x" nobody can say which part is the id.
+                    # The parts are joined by dots: in "a.1.2.x" the end of the id would be ambiguous.
                     raise Unverified("The header webhook-id has a dot in it.")
                 timestamp = self._timestamp(_header(headers, b"webhook-timestamp"), now)
                 signatures = _header(headers, b"webhook-signature").split(b" ")
@@ -195,7 +194,7 @@ def _id(headers: Mapping[bytes, bytes], name: bytes) -> str:
 
 
 def _stripe(value: bytes) -> tuple[bytes, list[bytes]]:
-    """Takes ``t=TIME,v1=HEX,v1=HEX,v0=HEX`` apart; only v1 counts (v0 is a fake one, for test events)."""
+    """Parses ``t=TIME,v1=HEX,v1=HEX,v0=HEX``; only v1 counts (v0 is a fake signature for test events)."""
     fields = [item.partition(b"=") for item in value.split(b",")]
     timestamps = [text for name, _, text in fields if name == b"t"]
     signatures = [text for name, _, text in fields if name == b"v1"]
@@ -206,14 +205,14 @@ def _stripe(value: bytes) -> tuple[bytes, list[bytes]]:
 
 def _matches(given: Sequence[bytes], expected: Sequence[bytes]) -> bool:
     found = False
-    for one in expected:
-        for other in given:
-            found |= hmac.compare_digest(one, other)
+    for right in expected:
+        for signature in given:
+            found |= hmac.compare_digest(right, signature)
     return found
 
 
 def _texts(body: bytes, *names: str) -> list[str | None]:
-    """The strings under keys of a JSON object; None for what is not there, or is no string."""
+    """The strings under these keys of a JSON object; None for a key that is missing, or has no string."""
     found: list[str | None] = []
     try:
         fields = _object.decode(body)
@@ -236,7 +235,7 @@ def _id_in(body: bytes, name: str) -> str | None:
 
 
 def secret_problem(scheme: Scheme, secret: str) -> str | None:
-    """Why a secret cannot be used, as the predicate of a sentence; None if it can.
+    """Why a secret cannot be used, as the predicate of a sentence; None if it can be used.
 
     >>> secret_problem("github", "hunter2")
     'has fewer than 24 bytes'
@@ -252,37 +251,37 @@ def secret_problem(scheme: Scheme, secret: str) -> str | None:
         return "is not text in UTF-8"
     except ValueError:
         return "is not base64"
-    if scheme == "stripe":  # the prefix is a part of Stripe's keys, and no secret
+    if scheme == "stripe":  # the prefix of Stripe's keys is not secret
         key = key.removeprefix(_PREFIX.encode())
     if len(key) < MIN_SECRET_BYTES:
         return f"has fewer than {MIN_SECRET_BYTES} bytes"
     if scheme == "telegram" and not _TELEGRAM.fullmatch(secret):
         return "is not what Telegram allows: up to 256 of A-Z, a-z, 0-9, _ and -"
     if scheme == "bearer" and not re.fullmatch(r"[!-~]+", secret):
-        return "has characters that cannot stand in a header"
+        return "has characters that a header cannot carry"
     return None
 
 
 def _key(scheme: Scheme, secret: str) -> bytes:
-    """The bytes that a secret stands for.
+    """The bytes of the key that a secret encodes.
 
     Raises:
-        ValueError: It stands for none.
+        ValueError: It is not base64, or not UTF-8.
     """
     if scheme != "standard-webhooks":
         return secret.encode()
     text = secret.removeprefix(_PREFIX)
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)  # the padding is often left off
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)  # the padding is often missing
 
 
 def sign_standard(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """Makes the value of ``webhook-signature`` for a request of our own.
+    """Returns the value of ``webhook-signature`` for a request that the gateway sends.
 
     Args:
-        secret: As for the scheme ``standard-webhooks``.
+        secret: A secret of the scheme ``standard-webhooks``.
         message_id: The value of ``webhook-id``; without a dot.
-        timestamp: That of ``webhook-timestamp``, in seconds since 1970.
-        body: What is sent.
+        timestamp: The value of ``webhook-timestamp``, in seconds since 1970.
+        body: The request body.
 
     Raises:
         ValueError: The secret or the id cannot be used.
@@ -305,7 +304,7 @@ def sign_standard(secret: str, message_id: str, timestamp: int, body: bytes) -> 
 
 @attrs.frozen(kw_only=True)
 class Challenge:
-    """A question by which a platform finds out whether a URL is its owner's; it is answered with what it brought.
+    """A request with which a platform verifies the owner of a URL; the answer repeats its text.
 
     Attributes:
         text: Printable ASCII, at most `MAX_CHALLENGE_BYTES`.
@@ -314,7 +313,7 @@ class Challenge:
     text: str
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
-        """Status, headers and body. Nothing that a browser would take for a page: anybody could have put it there."""
+        """Status, headers and body. Plain text, never a page that a browser renders: anyone can choose the text."""
         headers = [(b"content-type", b"text/plain"), (b"x-content-type-options", b"nosniff")]
         return 200, headers, self.text.encode()
 
@@ -322,26 +321,26 @@ class Challenge:
 def challenge(
     scheme: Scheme | None, method: str, query: Mapping[str, str], body: bytes, *, tokens: tuple[str, ...]
 ) -> Challenge | None:
-    """Looks whether a request is a challenge.
+    """Returns the challenge in a request, if it is one.
 
-    There are two. ``GET ?hub.mode=subscribe`` (PubSubHubbub, Meta) is not signed: it brings a token, which is judged
-    here. Slack's ``url_verification`` is signed like everything that Slack sends, so a POST is verified *before* it
-    is looked at here.
+    There are two. ``GET ?hub.mode=subscribe`` (PubSubHubbub, Meta) is not signed: it has a token, which is verified
+    here. Slack's ``url_verification`` is signed like all requests of Slack, so a POST must be verified *before* this
+    function is called.
 
     Args:
-        scheme: The hook's.
-        method: The request's.
-        query: Its query, decoded.
-        body: As it was received.
-        tokens: What ``hub.verify_token`` may be. It stands in a URL, and so in logs along the way: better not a secret
-            that signs.
+        scheme: The hook's scheme.
+        method: The request method.
+        query: The decoded query.
+        body: The body as it was received.
+        tokens: The valid values of ``hub.verify_token``. The token is part of a URL, which is logged on the way, so it
+            should not be a signing secret.
 
     Returns:
-        What to answer; None if it is an ordinary request.
+        The challenge; None if it is an ordinary request.
 
     Raises:
-        Unverified: The token is none of them.
-        BadRequest: The challenge is not one that can be answered.
+        Unverified: The token is not valid.
+        BadRequest: The challenge cannot be answered.
 
     >>> query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": "meatyhamhock"}
     >>> challenge("github", "GET", query, b"", tokens=("meatyhamhock",))

@@ -141,7 +141,7 @@ def test_every_setting_can_be_written() -> None:
         ("[hooks.h]\nfilter = 'a['", "hooks.h.filter: 'a[' is not a JMESPath"),
         ("[hooks.h]\nfilter = 1", "hooks.h.filter: expected a JMESPath, got an integer"),
         ("[hooks.h]\nexpressions = {text = '@@'}", "hooks.h.expressions.text: '@@' is not a JMESPath"),
-        ("[hooks.h]\nexpressions = {title = 'a'}", "hooks.h.expressions.text: required, where there is no template"),
+        ("[hooks.h]\nexpressions = {title = 'a'}", "hooks.h.expressions.text: required, if there is no template"),
         ("[hooks.h]\ntemplate = '{text'", "hooks.h.template: expected '}' before end of string"),
         ("[hooks.h]\ntemplate = '{text!r}'", "hooks.h.template: expected plain {name}s"),
         ("[hooks.h]\ntemplate = '{text:>9}'", "hooks.h.template: expected plain {name}s"),
@@ -211,7 +211,7 @@ def test_no_repr_and_no_problem_shows_a_secret() -> None:
         ("slack", "hunter2", "has fewer than 24 bytes"),
         ("standard-webhooks", "whsec_" + "A" * 28, "has fewer than 24 bytes"),  # 21, decoded
         ("standard-webhooks", "a-secret-of-more-than-24-bytes", "is not base64"),
-        ("bearer", "a secret of more than 24 bytes", "has characters that cannot stand in a header"),
+        ("bearer", "a secret of more than 24 bytes", "has characters that a header cannot carry"),
     ],
 )
 def test_secrets_that_verify_nothing(verification: str, secret: str, problem: str) -> None:

@@ -108,8 +108,8 @@ def test_every_setting_can_be_written() -> None:
         keyfile="k.pem",
         keep_alive_timeout_s=sections.Seconds(5.0),
         insecure=True,
-        allowed_hosts=("gateway.lan",),
-        cors_origins=("https://app.example",),
+        allowed_hosts=(sections.HostName("gateway.lan"),),
+        cors_origins=(sections.Origin("https://app.example"),),
     )
     assert type(config.server.keep_alive_timeout_s) is float
     assert config.limits.body_bytes == 1000

@@ -281,7 +281,7 @@ def test_a_gateway_of_another_user(house: House) -> None:
     """It cannot be taken over from; the error says whose it is, and its log that somebody has tried."""
     script = f"""
 import encodings.idna, os  # afterwards, there may be nothing to be imported
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_listening
 os.setuid(12345)
 try:

@@ -53,7 +53,7 @@ def test_text() -> None:
     assert answer.text == "Hello"
     assert answer.finish_reason == "stop"
     assert answer.has_content
-    assert not answer.is_cut
+    assert not answer.is_truncated
     assert not answer.has_tool_calls
     assert answer.message() == b'{"role":"assistant","content":"Hello"}'
 
@@ -68,7 +68,7 @@ def test_nothing_yet() -> None:
     """Before the first content there is nothing to keep, and a message can be made nevertheless."""
     answer = heard(role(), b": keep-alive\n")
     assert not answer.has_content
-    assert answer.is_cut
+    assert answer.is_truncated
     assert answer.text == ""
     assert said(answer) == {"role": "assistant", "content": ""}
 
@@ -76,7 +76,7 @@ def test_nothing_yet() -> None:
 def test_an_error_event_adds_nothing() -> None:
     """The text before it stays, and the answer is cut."""
     answer = heard(content("a"), event({"error": {"message": "m", "type": "upstream_error"}}))
-    assert answer.is_cut
+    assert answer.is_truncated
     assert said(answer) == {"role": "assistant", "content": "a"}
 
 
@@ -198,7 +198,7 @@ def test_a_json_answer() -> None:
     """It is complete by being there."""
     answer = AnswerAccumulator()
     answer.feed_answer(completion("Hi"))
-    assert (answer.text, answer.finish_reason, answer.is_cut) == ("Hi", "stop", False)
+    assert (answer.text, answer.finish_reason, answer.is_truncated) == ("Hi", "stop", False)
     assert answer.message() == b'{"role":"assistant","content":"Hi"}'
 
 

@@ -20,8 +20,9 @@ from trigate.errors import (
     Unavailable,
     UpstreamTimeout,
 )
-from trigate.routing.plan import MAX_TARGETS, Plan, Step, Targets
+from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
+from trigate.routing.target_state import MAX_TARGETS, Targets
 
 A, B, C = Target("a", "m"), Target("b", "m"), Target("c", "m")
 DOWN = Unavailable("down", reachable=True)
@@ -158,11 +159,11 @@ def test_hedging() -> None:
         plan = plan_of(states, config)
         first = plan.first(0.0, 0.5)
         assert plan.hedge_delay_s() == 0.5
-        second = plan.second(0.0)
+        second = plan.hedge(0.0)
         if second is not None:
             hedged += 1
             assert (second.target, second.why) == (B, "hedge")
-            assert plan.second(0.0) is None
+            assert plan.hedge(0.0) is None
             assert plan.hedge_delay_s() is None
             plan.end(second, 0.0, judged=False)
         plan.end(first, 0.0)
@@ -175,7 +176,7 @@ def test_rare_calls_are_hedged_rarely() -> None:
     hedged = 0
     for number in range(100):
         plan = plan_of(states, config)
-        first, second = plan.first(10.0 * number, 0.5), plan.second(10.0 * number + 1)
+        first, second = plan.first(10.0 * number, 0.5), plan.hedge(10.0 * number + 1)
         for step in (first, second):
             if step is not None:
                 plan.end(step, 10.0 * number + 2)
@@ -210,7 +211,7 @@ def test_no_hedge_at_a_broken_target() -> None:
     states.of(B).breaker.fail(0.0, "call", retry_after_s=9)
     plan = plan_of(states, config)
     plan.first(0.0, 0.5)
-    assert plan.second(0.0) is None
+    assert plan.hedge(0.0) is None
 
 
 def test_balance_follows_the_weights() -> None:
@@ -310,10 +311,10 @@ def test_onward() -> None:
     """A stream that broke off goes on at another target, and at the same one where there is no other."""
     plan = plan_of(*known(2))
     plan.first(0.0, 0.5)
-    assert plan.onward(0.0) == Step(B, "continue")
+    assert plan.continuation(0.0) == Step(B, "continue")
     alone = plan_of(*known(1))
     alone.first(0.0, 0.5)
-    assert alone.onward(0.0) == Step(A, "continue")
+    assert alone.continuation(0.0) == Step(A, "continue")
 
 
 def test_a_client_says_nothing_of_a_target() -> None:

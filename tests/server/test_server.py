@@ -843,7 +843,7 @@ def test_a_process_ends_in_order(tmp_path: Path) -> None:
             """
             import sys, trio
             from trigate import server
-            from trigate.config.structure import ServerConfig
+            from trigate.config.sections import ServerConfig
             from trigate.server.listeners import open_sockets
 
             async def app(scope, receive, send):

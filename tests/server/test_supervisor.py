@@ -29,7 +29,7 @@ REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 WORKER = """
 import os, signal, sys, trio
 from trigate import server
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server.supervisor import sockets_from_fds
 
 async def app(scope, receive, send):
@@ -54,7 +54,7 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 
 SUPERVISOR = """
 import sys, trio
-from trigate.config.structure import Count, Port, ServerConfig
+from trigate.config.sections import Count, Port, ServerConfig
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import supervise
 

@@ -180,7 +180,7 @@ def sent_twice(feed: Any) -> Any:
     """Now and then a piece of a stream is sent twice."""
     sometimes = Sometimes(20)
 
-    def replacement(self: RelayedStreamReader, piece: bytes) -> bytes:
+    def replacement(self: StreamReader, piece: bytes) -> bytes:
         out: bytes = feed(self, piece)
         return out + out if out and not self.complete and sometimes else out
 
@@ -200,7 +200,7 @@ def dropped(feed: Any) -> Any:
     """Now and then what an upstream sent does not arrive."""
     sometimes = Sometimes(100)
 
-    def replacement(self: RelayedStreamReader, piece: bytes) -> bytes:
+    def replacement(self: StreamReader, piece: bytes) -> bytes:
         out: bytes = feed(self, piece)
         return b"" if out and not self.complete and sometimes else out
 
@@ -210,16 +210,16 @@ def dropped(feed: Any) -> Any:
 def cut_is_complete(feed_end: Any) -> Any:
     """A stream that ends is complete."""
 
-    def replacement(self: RelayedStreamReader) -> bytes:
-        self.complete = True
+    def replacement(self: StreamReader) -> bytes:
+        self._tracker.complete = True
         return b""
 
     return replacement
 
 
-def shifted_seam(onward_from: Any) -> Any:
+def shifted_seam(continued_from: Any) -> Any:
     """Who goes on with an answer is told one character too few."""
-    return lambda self, text: onward_from(self, text[:-1])
+    return lambda self, text: continued_from(self, text[:-1])
 
 
 def loser_goes_on(lose: Any) -> Any:
@@ -299,7 +299,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     "it is not noticed that a client leaves": (left_out(Peer, "leave", lambda self: True), "its client has left"),
     "who has lost goes on": (replace(Attempt, "supersede", loser_goes_on), "an orphan"),
     "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
-    "a seam has a character twice": (replace(Call, "onward_from", shifted_seam), "it says"),
+    "a seam has a character twice": (replace(Call, "continued_from", shifted_seam), "it says"),
     "a connection is given back too early": (replace(Opening, "release", given_back), ""),
     "the rest of a frame is forgotten": (
         replace(RelayedStream, "_let_go", forgotten_rest),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import hmac
-import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from trigate.asgi.request import RequestHead
+from trigate.config.checks import is_loopback
 from trigate.errors import (
     Forbidden,
     Header,
@@ -22,23 +22,6 @@ _EXPOSED = (
     b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-coalesced, "
     b"retry-after, retry-after-ms, x-should-retry"
 )
-
-
-@functools.lru_cache(maxsize=256)
-def is_loopback(host: str | None) -> bool:
-    """Whether a name or address is this machine's own. A peer without an address is a Unix socket, which is.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("::ffff:127.0.0.1"), is_loopback("10.0.0.1")
-    (True, True, True, False)
-    """
-    if not host or host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
 @functools.lru_cache(maxsize=256)

@@ -55,7 +55,7 @@ def refuse_open_gateway(config: Config) -> None:
     Raises:
         CommandFailed: The gateway would listen on an address that is not loopback, has no key, and is not ``insecure``.
     """
-    from trigate.asgi.auth import is_loopback
+    from trigate.config.checks import is_loopback
 
     if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
         raise CommandFailed(

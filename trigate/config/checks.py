@@ -1,11 +1,12 @@
-"""What a value of the configuration may be, and which values go together. Pure functions, each of one thing.
+"""Checks of single values, and of values that must go together. Pure functions.
 
-The functions that take ``(value, kind)`` are hooks of cattrs: they return the value as it is kept, or raise ValueError
-with what was expected and what was found. The others return what is wrong, a line each.
+The functions that take ``(value, kind)`` are cattrs hooks: they return the value in its final form, or raise ValueError
+with what was expected and what was found. The functions named ``…_problems`` return one line for each problem.
 """
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import string
@@ -15,10 +16,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from trigate.config.sections import ModelConfig
+
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
-"""What upstreams, hooks and channels may be called."""
+"""Valid names of upstreams, hooks and channels."""
 HOOK_VALUES = ("text", "from", "action")
-"""What a template may name without an expression."""
+"""The values that a template can use without an expression."""
 
 
 def exactly(kind: type, name: str) -> Any:
@@ -99,7 +102,7 @@ def host_name(value: Any, _: Any) -> str:
         host = None
     if host is None or host != value.lower().strip("[]"):
         raise ValueError(f"expected a host name without a port or a path, got {value!r}")
-    return host  # as a Host header is compared: lower-case
+    return host  # lower-case, as Host headers are compared
 
 
 def origin(value: Any, _: Any) -> str:
@@ -107,7 +110,7 @@ def origin(value: Any, _: Any) -> str:
         raise ValueError(f"expected an origin, got {kind_of(value)}")
     if value != "*" and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#@\s]+", value):
         raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
-    return value.lower()  # as browsers send it
+    return value.lower()  # lower-case, as browsers send it
 
 
 def proxy(value: Any, _: Any) -> str:
@@ -131,7 +134,7 @@ def proxy(value: Any, _: Any) -> str:
 def expression(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a JMESPath, got {kind_of(value)}")
-    import jmespath  # only who has webhooks needs it
+    import jmespath  # only webhooks need it
 
     try:
         jmespath.compile(value)
@@ -149,14 +152,14 @@ def parameters(value: Any, _: Any) -> dict[str, Any]:
     try:
         msgspec.json.encode(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot be said in JSON: {error}") from None
+        raise ValueError(f"cannot be encoded as JSON: {error}") from None
     return value
 
 
 def model_list(value: Any, _: Any) -> Any:
     if value == "discover":
         return value
-    if isinstance(value, list) and all(isinstance(each, str) and each for each in value):
+    if isinstance(value, list) and all(isinstance(id_, str) and id_ for id_ in value):
         return tuple(value)
     raise ValueError('expected "discover" or an array of model ids')
 
@@ -176,7 +179,7 @@ def template_problems(template: str, expressions: Mapping[str, str]) -> list[str
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        return [f"{error} (a brace that is one is written twice)"]
+        return [f"{error} (write a literal brace twice)"]
     problems = []
     for _, value, form, conversion in parts:
         if value is None:
@@ -203,10 +206,10 @@ _OF_KIND = {
 
 
 def kind_problems(table: Mapping[str, Any]) -> list[str]:
-    """What does not go together in an upstream's table; as it came, so that all of it is named at once."""
+    """Settings of an upstream that do not match its kind. Takes the raw table, so that a wrong type hides nothing."""
     kind = table.get("kind", "openai")
     if kind not in ("openai", "echo", "local"):
-        return []  # which has been said
+        return []  # reported by the conversion
     found = []
     if kind == "openai" and "base_url" not in table:
         found.append("base_url: required for kind 'openai'")
@@ -224,7 +227,7 @@ def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]
     found = [] if targets else [f"models.{alias}.targets: expected at least one target"]
     for index, target in enumerate(targets):
         if not isinstance(target, str):
-            continue  # which has been said
+            continue  # reported by the conversion
         upstream, slash, model_id = target.partition("/")
         if not slash or not model_id:
             found.append(f"models.{alias}.targets.{index}: expected 'upstream/model', got {target!r}")
@@ -232,3 +235,30 @@ def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]
             known = ", ".join(sorted(upstreams)) or "none"
             found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} (there are: {known})")
     return found
+
+
+def weight_problems(model: ModelConfig) -> list[str]:
+    """The weights of a model that do not match its strategy or its targets."""
+    problems = []
+    if model.weights and model.strategy != "balance":
+        problems.append(f"weights: not used by strategy {model.strategy!r}")
+    if model.weights and (len(model.weights) != len(model.targets) or not all(model.weights)):
+        problems.append("weights: expected one number above 0 for each target")
+    return problems
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str | None) -> bool:
+    """Whether a name or address is a loopback one. None and "" are: a peer without an address is a Unix socket.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("::ffff:127.0.0.1"), is_loopback("10.0.0.1")
+    (True, True, True, False)
+    """
+    if not host or host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

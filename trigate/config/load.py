@@ -1,4 +1,4 @@
-"""Finds and reads the configuration file."""
+"""Locates and reads the configuration file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
     """Reads a TOML file.
 
     Raises:
-        ConfigError: The file cannot be read, is not TOML, or holds something wrong.
+        ConfigError: The file cannot be read, is not TOML, or has problems.
     """
     source = os.fspath(path)
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise ConfigError(source, (f"cannot be read: {error.strerror or error}",)) from None
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Looks up the values of secrets: in the environment, and in files."""
+"""Reveals secrets: looks up their values in the environment and in files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from trigate.config.secrets import Secret
-from trigate.config.sections import (
-    UpstreamConfig,
-)
+from trigate.config.sections import UpstreamConfig
 from trigate.signatures import Scheme, secret_problem
 
-_NEEDS_NO_SECRET = ("key",)
+SCHEMES_WITHOUT_SECRET = ("key",)
+"""Verifications of a hook that use no secret of its own."""
 
 
-def _revealed(
+def reveal_secrets(
     path: str, secrets: tuple[Secret, ...], env: Mapping[str, str], scheme: Scheme
 ) -> tuple[tuple[Secret, ...], list[str]]:
-    """The secrets with their values, and what is wrong with them: one that is missing, or short, lets anybody in."""
+    """Returns secrets with their values, and their problems: a missing or short secret would let anyone in."""
     revealed = []
     problems = []
     for index, secret in enumerate(secrets):
@@ -32,13 +31,16 @@ def _revealed(
     return tuple(revealed), problems
 
 
-def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    # A key that cannot be read is an error, unlike an upstream's: starting without it would open the gateway.
+def gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the gateway's keys by name, and their problems.
+
+    A key that cannot be read is a problem, unlike an upstream's: starting without it would open the gateway.
+    """
     keys: dict[str, str] = {}
     problems: list[str] = []
     for name, value in table.items():
         try:
-            keys[name] = _secret(value, None).reveal(env)
+            keys[name] = parse_secret(value, None).reveal(env)
         except (ValueError, LookupError) as error:
             problems.append(f"keys.{name}: {error}")
     if "TRIGATE_API_KEY" in env:
@@ -52,9 +54,10 @@ def _gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dic
     return keys, problems
 
 
-def _reveal(
+def upstream_secrets(
     upstreams: Mapping[str, UpstreamConfig], env: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Returns the header values of each upstream, and why upstreams are disabled, both by the upstream's name."""
     secrets: dict[str, dict[str, str]] = {}
     disabled: dict[str, str] = {}
     for name, upstream in upstreams.items():
@@ -76,7 +79,8 @@ def _reveal(
     return secrets, disabled
 
 
-def _secret(value: Any, _: Any) -> Secret:
+def parse_secret(value: Any, _: Any) -> Secret:
+    """Parses a secret: a literal, ``{env = "NAME"}`` or ``{file = "path"}``. A cattrs hook; raises ValueError."""
     if isinstance(value, str):
         return Secret(literal=value)
     if isinstance(value, dict) and len(value) == 1:

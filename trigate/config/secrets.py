@@ -10,7 +10,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Secret:
-    """A secret as the file names it: a literal, the name of an environment variable, or the path of a file."""
+    """A secret as the configuration gives it: a literal, the name of an environment variable, or the path of a file."""
 
     literal: str | None = attrs.field(default=None, repr=False)
     env: str | None = None
@@ -20,7 +20,7 @@ class Secret:
         """Returns the value.
 
         Raises:
-            LookupError: It is missing or empty; the message says where it was looked for.
+            LookupError: The value is missing, empty or invalid; the message names its place.
         """
         if self.literal is not None:
             value, where = self.literal, "the value is empty"
@@ -30,7 +30,7 @@ class Secret:
             where = f"the file {self.file} is empty"
             try:
                 value = Path(str(self.file)).expanduser().read_text(encoding="utf-8")
-            except (OSError, ValueError, RuntimeError) as error:  # also NUL in the path, or a ~user who is nobody
+            except (OSError, ValueError, RuntimeError) as error:  # also NUL in the path, or an unknown ~user
                 raise LookupError(f"the file {self.file} cannot be read: {error}") from None
         # a key with white space around it would never match, and no header can carry it
         value = value.strip()

@@ -46,7 +46,7 @@ class Reader(Protocol):
         """The frames given out so far, for another upstream to continue; None = they were too many."""
 
     @property
-    def is_finished(self) -> bool:
+    def all_finished(self) -> bool:
         """A choice has ended: nothing is left to continue."""
 
 
@@ -110,7 +110,7 @@ class _PassThrough:
             max_event_bytes=max_event_bytes,
             choices=call.choices,
             keep_bytes=keep_bytes,
-            seam=continues,
+            head=continues,
         )
 
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:

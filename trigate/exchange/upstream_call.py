@@ -31,8 +31,9 @@ from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.translation import PASS_THROUGH, Reader
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
-from trigate.openai.continuation import seam_of
-from trigate.routing.plan import Plan, Step, Targets
+from trigate.openai.continuation import continuation_head
+from trigate.routing.plan import Plan, Step
+from trigate.routing.target_state import Targets
 from trigate.routing.routes import Target
 from trigate.upstream.generation import Route
 from trigate.upstream.upstream import Upstream
@@ -177,7 +178,7 @@ class UpstreamCall:
             with trio.move_on_after(plan.hedge_delay_s() or 0.0):
                 await decided.wait()
             if not decided.is_set() and self.cancelled_with is None and not self._is_last_attempt:
-                second = plan.second(trio.current_time())
+                second = plan.hedge(trio.current_time())
                 if second is not None:
                     nursery.start_soon(run, second)
         return self.winner.error if self.winner is not None else errors[-1]
@@ -289,7 +290,7 @@ class UpstreamCall:
         request = self.request
         call, text = request.call, self._continuation.text
         if text:
-            call = call.onward_from(text)
+            call = call.continued_from(text)
         headers = request.headers
         total_s = request.generation.config.timeout_s(attempt.target.upstream, "total", call.model)
         over_at = min(self.deadline_at, self.started_at + total_s)
@@ -342,19 +343,19 @@ class UpstreamCall:
             return None
         reader: Reader | None = self.winner.reader if self.winner is not None else None
         kept = reader.kept if reader is not None else None
-        if reader is None or kept is None or reader.is_finished or self.request.call.choices > 1:
+        if reader is None or kept is None or reader.all_finished or self.request.call.choices > 1:
             return None
         answer = AnswerAccumulator()
         for frames in kept:
             answer.feed(frames)
         if not (answer.is_only_text and answer.is_exact):
             return None
-        step = plan.onward(now)
+        step = plan.continuation(now)
         if step is not None:
             before = self._continuation
             self._continuation = Continuation(
                 text=before.text + answer.text,
-                head=before.head or seam_of(kept),
+                head=before.head or continuation_head(kept),
                 events=before.events + reader.events,
             )
             self.winner = None

@@ -31,7 +31,7 @@ from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
 from trigate.ledger.ledger import Ledger, open_ledger
-from trigate.routing.plan import Targets
+from trigate.routing.target_state import Targets
 from trigate.runs.outbox import open_outbox
 from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions

@@ -1,14 +1,14 @@
-"""An answer of a chat model, put together from its events. Pure.
+"""A chat model's answer, put together from its events. Pure.
 
-What is kept is what a later request has to repeat: the content, a refusal, and the calls for tools. Everything else is
-not: ``reasoning_content`` and its kin (providers refuse it, or want it left out, when it comes back), audio,
-annotations, log probabilities, usage.
+Kept is only what a later request has to repeat: the content, a refusal, and the tool calls. ``reasoning_content`` and
+similar fields (providers refuse them in a request, or ask to leave them out), audio, annotations, log probabilities and
+usage are dropped.
 
-An answer is *cut* until it has said that it is complete: a stream by ``[DONE]``, a JSON answer by being one. Calls for
-tools of a cut answer may lack half of their arguments, and nobody will answer them, so they are left out.
+An answer is *truncated* until it is known to be complete: a stream by ``[DONE]``, a JSON answer always. Tool calls of a
+truncated answer may lack a part of their arguments, and will never be answered, so they are left out.
 
 Source: how chunks become a message is from the OpenAI API reference ("The chat completion chunk object") and from
-openai-node ``lib/ChatCompletionStream.ts``: texts and arguments are added up, ids and names are the last that came.
+openai-node ``lib/ChatCompletionStream.ts``: texts and arguments are concatenated, the last id and name count.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class _Function:
             self.arguments.append(arguments)
 
     def value(self) -> dict[str, str]:
-        return {"name": _whole(self.name), "arguments": _whole("".join(self.arguments))}
+        return {"name": _joined_surrogates(self.name), "arguments": _joined_surrogates("".join(self.arguments))}
 
 
 @attrs.define
 class _ToolCall:
-    fields: dict[str, Any] = attrs.field(factory=dict)  # Any: JSON; what a provider adds has to come back to it
+    fields: dict[str, Any] = attrs.field(factory=dict)  # Any: JSON; fields that a provider adds are sent back to it
     function: _Function | None = None
 
     def feed(self, value: dict[str, Any]) -> None:
@@ -63,45 +63,45 @@ _TEXT = {"role", "content"}
 
 
 class AnswerAccumulator:
-    r"""The first choice of a chat answer, as it comes. What is not of the expected shape is passed over.
+    r"""The first choice of a chat answer, while it arrives. Data of an unexpected shape is ignored.
 
     >>> answer = AnswerAccumulator()
     >>> answer.feed(b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"Hel"}}]}\n\n')
     >>> answer.feed(b'data: {"choices":[{"delta":{"content":"lo"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
-    >>> answer.message(), answer.finish_reason, answer.is_cut
+    >>> answer.message(), answer.finish_reason, answer.is_truncated
     (b'{"role":"assistant","content":"Hello"}', 'stop', False)
 
     Attributes:
         finish_reason: None until it has come.
-        is_cut: It has not said that it is complete.
-        is_only_text: There has been nothing in it but its role and text.
+        is_truncated: It is not known to be complete.
+        is_only_text: So far it has had nothing but a role and text.
     """
 
     def __init__(self) -> None:
-        # What it is fed has been through a splitter with a bound; here events are only taken apart again.
+        # its input has already passed a splitter with a bound
         self._splitter = sse.EventSplitter(max_event_bytes=sys.maxsize)
         self._text: list[str] = []
         self._refusal: list[str] = []
         self._tool_calls: dict[int, _ToolCall] = {}
         self._function_call: _Function | None = None
         self.finish_reason: str | None = None
-        self.is_cut = True
+        self.is_truncated = True
         self.is_only_text = True
 
     def feed(self, frames: bytes) -> None:
-        """Takes whole server-sent events (`exchange.Recorder.feed`)."""
+        """Takes whole server-sent events."""
         for event in self._splitter.feed(frames):
             data = sse.data_of(event)
             if not data:
                 continue
             if data.strip() == b"[DONE]":
-                self.is_cut = False
+                self.is_truncated = False
             else:
                 self._feed_choice(data, "delta")
 
     def feed_answer(self, body: bytes) -> None:
-        """Takes a whole JSON answer (`exchange.Recorder.feed_answer`)."""
-        self.is_cut = False
+        """Takes a whole JSON answer."""
+        self.is_truncated = False
         self._feed_choice(body, "message")
 
     def _feed_choice(self, data: bytes, part: str) -> None:
@@ -118,7 +118,7 @@ class AnswerAccumulator:
     def _feed_part(self, part: dict[str, Any]) -> None:
         if not part.keys() <= _TEXT and any(value for name, value in part.items() if name not in _TEXT):
             self.is_only_text = False
-        if isinstance(part.get("content"), list):  # of parts, of which some may be thoughts
+        if isinstance(part.get("content"), list):  # a list of parts, some of which may be reasoning
             self.is_only_text = False
         if text := _text_of(part.get("content")):
             self._text.append(text)
@@ -134,53 +134,53 @@ class AnswerAccumulator:
 
     def _tool_call(self, delta: dict[str, Any]) -> _ToolCall:
         index = delta.get("index")
-        if type(index) is not int:  # as in JSON answers, and in streams of providers that send each call whole
+        if type(index) is not int:  # JSON answers, and streams of providers that send each call in one piece
             last = max(self._tool_calls, default=-1)
             index = last + 1 if delta.get("id") or last < 0 else last
         return self._tool_calls.setdefault(index, _ToolCall())
 
     @property
     def text(self) -> str:
-        """Its content so far."""
+        """The content so far."""
         if len(self._text) > 1:
             self._text = ["".join(self._text)]
-        return _whole(self._text[0]) if self._text else ""
+        return _joined_surrogates(self._text[0]) if self._text else ""
 
     @property
     def is_exact(self) -> bool:
-        """Its text can be said again to the character: half a surrogate pair cannot."""
+        """The text can be repeated to the character, which is not so if it has a lone surrogate."""
         return self.text.encode("utf-16") == "".join(self._text).encode("utf-16", "surrogatepass")
 
     @property
     def has_tool_calls(self) -> bool:
-        """It has asked for tools."""
+        """It has tool calls."""
         return bool(self._tool_calls) or self._function_call is not None
 
     @property
     def has_content(self) -> bool:
-        """There is something to keep: text, a refusal, or, where it is not cut, calls for tools."""
-        return bool(self._text or self._refusal or (self.has_tool_calls and not self.is_cut))
+        """There is something to keep: text, a refusal, or, if it is not truncated, tool calls."""
+        return bool(self._text or self._refusal or (self.has_tool_calls and not self.is_truncated))
 
     def message(self) -> bytes:
-        """The assistant message so far, as JSON; of one that was cut, tool calls are left out."""
-        calls = self.has_tool_calls and not self.is_cut
+        """The assistant message so far, as JSON; without the tool calls of a truncated answer."""
+        calls = self.has_tool_calls and not self.is_truncated
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if not self._text and (calls or self._refusal):
             message["content"] = None
         if self._refusal:
-            message["refusal"] = _whole("".join(self._refusal))
+            message["refusal"] = _joined_surrogates("".join(self._refusal))
         if calls and self._tool_calls:
             message["tool_calls"] = [self._tool_calls[index].value() for index in sorted(self._tool_calls)]
         if calls and self._function_call is not None:
             message["function_call"] = self._function_call.value()
         try:
             return msgspec.json.encode(message)
-        except UnicodeEncodeError:  # half a surrogate pair in what a provider added to a call
+        except UnicodeEncodeError:  # a lone surrogate in a field that a provider added to a tool call
             return json.dumps(message, ensure_ascii=False).encode(errors="replace")
 
 
 def _text_of(content: object) -> str:
-    """The text of a content, which a few providers send in parts.
+    """The text of a ``content``, which a few providers send as a list of parts.
 
     >>> _text_of([{"type": "thinking", "thinking": []}, {"type": "text", "text": "Hi"}])
     'Hi'
@@ -192,10 +192,10 @@ def _text_of(content: object) -> str:
     return "".join([text for text in texts if isinstance(text, str)])
 
 
-def _whole(text: str) -> str:
-    r"""The text with the halves of a surrogate pair put together where they came apart, and else replaced.
+def _joined_surrogates(text: str) -> str:
+    r"""The text with split surrogate pairs joined, and lone surrogates replaced.
 
-    >>> _whole("\ud83d\ude00") == "\U0001f600", _whole("a\ud83d")
+    >>> _joined_surrogates("\ud83d\ude00") == "\U0001f600", _joined_surrogates("a\ud83d")
     (True, 'a\ufffd')
     """
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import attrs
 import msgspec
 
 from trigate.errors import ProtocolViolation
 from trigate.openai import sse
-from trigate.openai.raw_json import _fields, _with_model, decode_any
+from trigate.openai.raw_json import decode_any, split_provider_fields, with_model
 
 
 @attrs.frozen(kw_only=True)
@@ -20,10 +18,10 @@ class Usage:
     completion_tokens: int
 
 
-def _usage(value: object) -> Usage | None:
-    """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts.
+def parse_usage(value: object) -> Usage | None:
+    """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts; None if there are none.
 
-    >>> _usage({"input_tokens": 3, "output_tokens": 4})
+    >>> parse_usage({"input_tokens": 3, "output_tokens": 4})
     Usage(prompt_tokens=3, completion_tokens=4)
     """
     if not isinstance(value, dict):
@@ -36,15 +34,22 @@ def _usage(value: object) -> Usage | None:
 
 
 def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usage | None]:
-    """Takes an upstream's JSON answer; returns it with the public model id, and the usage in it. A byte order mark
-    before it is dropped (RFC 8259 section 8.1).
+    """Decodes an upstream's JSON answer. A byte order mark before it is dropped (RFC 8259 section 8.1).
+
+    Args:
+        body: The answer.
+        model: The public model id, which replaces the upstream's.
+        upstream: The upstream's name, for messages.
+
+    Returns:
+        The answer with the public model id, and the usage in it.
 
     Raises:
-        ProtocolViolation: It is not a JSON object in UTF-8, or it is an error under a 200.
+        ProtocolViolation: The answer is not a JSON object in UTF-8, or it is an error with status 200.
     """
     body = body.removeprefix(sse.BOM)
     try:
-        fields = _answer_fields(body)
+        fields = split_provider_fields(body)
     except (ValueError, RecursionError) as error:
         raise ProtocolViolation(
             f"The upstream {upstream} answered with something that is not a JSON object: {error}."
@@ -54,18 +59,5 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
         raise ProtocolViolation(
             f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
         )
-    usage = _usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
-    return (_with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage
-
-
-def _answer_fields(body: bytes) -> dict[str, msgspec.Raw]:
-    """Raises ValueError or RecursionError where it is not a JSON object in UTF-8."""
-    if not body.isascii():
-        body.decode()  # a Raw is not looked into
-    try:
-        return _fields.decode(body)
-    except (ValueError, RecursionError):
-        value = decode_any(body) if b"\\ud" in body.lower() else None  # as in streams
-        if not isinstance(value, dict):
-            raise
-        return {name: msgspec.Raw(json.dumps(each).encode()) for name, each in value.items()}
+    usage = parse_usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
+    return (with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage

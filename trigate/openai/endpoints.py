@@ -1,4 +1,4 @@
-"""The paths of the data plane, and what ends a stream of each."""
+"""The paths of the data plane, and how a stream of each path ends."""
 
 from __future__ import annotations
 
@@ -9,55 +9,59 @@ import attrs
 
 from trigate.openai.raw_json import decode_any
 
+DONE = b"[DONE]"
+
 
 @attrs.frozen(kw_only=True)
 class Endpoint:
     """A path of the data plane.
 
     Attributes:
-        path: Below ``/v1``.
+        path: The path below ``/v1``.
         answer: What a call without ``stream`` gets: one JSON object, or bytes (audio).
-        required: Top-level fields, besides ``model``, without which no upstream could serve the call.
-        ends: Tells from an event's data whether it is the last one of a complete stream.
-        marks: One of these stands in each event for which ``ends`` may be true.
-        repeats: There may be several such events, one for each result; the stream is complete when it closes after one.
-        finishes: Each choice says in a ``finish_reason`` how it ended: without it, a stream is not complete.
+        required: The top-level fields, besides ``model``, without which no upstream could serve the call.
+        is_last_event: Whether an event with this data is the last one of a complete stream.
+        end_markers: Every event for which ``is_last_event`` holds contains one of these byte strings.
+        repeats_last_event: A stream may have several last events, one for each result; it is complete when it closes
+            after one of them.
+        needs_finish_reason: Each choice ends with a ``finish_reason``; without it, a stream is not complete.
     """
 
     path: str
     answer: Literal["json", "bytes"] = "json"
     required: tuple[str, ...] = ()
-    ends: Callable[[bytes], bool]
-    marks: tuple[bytes, ...]
-    repeats: bool = False
-    finishes: bool = False
+    is_last_event: Callable[[bytes], bool]
+    end_markers: tuple[bytes, ...]
+    repeats_last_event: bool = False
+    needs_finish_reason: bool = False
 
 
-def _endpoint(path: str, *types: str, **more: Any) -> Endpoint:  # Any: the other fields of Endpoint
-    """Makes an endpoint whose streams end with an event of one of these types, or, without any, with ``[DONE]``."""
+def _endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the other fields of Endpoint
+    """Makes an endpoint whose streams end with an event of one of these types; without types, with ``[DONE]``."""
 
-    def ends_with_done(data: bytes) -> bool:
-        return data.strip() == b"[DONE]"
+    def is_done(data: bytes) -> bool:
+        return data.strip() == DONE
 
-    def ends_with_type(data: bytes) -> bool:
-        if not any(mark in data for mark in marks):
+    def has_last_type(data: bytes) -> bool:
+        if not any(marker in data for marker in markers):
             return False
         value = decode_any(data)
         return isinstance(value, dict) and value.get("type") in types
 
-    marks = tuple(kind.encode() for kind in types) or (b"[DONE]",)
-    return Endpoint(path=path, ends=ends_with_type if types else ends_with_done, marks=marks, **more)
+    markers = tuple(name.encode() for name in types) or (DONE,)
+    return Endpoint(path=path, is_last_event=has_last_type if types else is_done, end_markers=markers, **fields)
 
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     f"/v1{endpoint.path}": endpoint
     for endpoint in (
-        _endpoint("/chat/completions", required=("messages",), finishes=True),
-        _endpoint("/completions", required=("prompt",), finishes=True),
+        _endpoint("/chat/completions", required=("messages",), needs_finish_reason=True),
+        _endpoint("/completions", required=("prompt",), needs_finish_reason=True),
         _endpoint("/embeddings", required=("input",)),
         _endpoint("/responses", "response.completed", "response.incomplete", "response.failed"),
         _endpoint("/moderations", required=("input",)),
         _endpoint("/audio/speech", "speech.audio.done", answer="bytes", required=("input",)),
-        _endpoint("/images/generations", "image_generation.completed", required=("prompt",), repeats=True),
+        _endpoint("/images/generations", "image_generation.completed", required=("prompt",), repeats_last_event=True),
     )
 }
+"""The endpoints of the data plane by their paths."""

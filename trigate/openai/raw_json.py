@@ -1,4 +1,8 @@
-"""JSON objects whose fields stay as the bytes that were received."""
+"""JSON objects whose fields stay as the bytes that were received.
+
+An object is split into its top-level fields, each a `msgspec.Raw` of its bytes, and joined again. Only what the gateway
+acts on is decoded, so numbers of any size, unknown fields and their order pass through untouched.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +14,50 @@ from typing import Any
 import msgspec
 
 _MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_any_decoder = msgspec.json.Decoder()
+
+split_fields = _fields_decoder.decode
+"""Splits a JSON object into its top-level fields. Raises msgspec.DecodeError or RecursionError. Text inside a field is
+not checked to be UTF-8."""
+decode_strictly = _any_decoder.decode
+"""Decodes JSON of any shape. Raises msgspec.DecodeError or RecursionError."""
 
 
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+def split_provider_fields(data: bytes) -> dict[str, msgspec.Raw]:
+    """Splits a provider's JSON object into its top-level fields.
 
+    Unlike `split_fields`, checks that all of it is UTF-8, and accepts lone surrogates, which some providers send where
+    they split an emoji.
 
-_any = msgspec.json.Decoder()
-
-
-def _with_model(data: bytes, fields: Mapping[str, msgspec.Raw], model: bytes) -> bytes:
-    """An object with another ``model``, given as JSON; every other byte stays.
-
-    Inside a JSON string every quote is escaped. So where an object has the key, the bytes ``"model"`` stand in it only
-    once, and no letter of it is written as an escape (``\\u006d``), those bytes are the key. Everywhere else the object
-    is put together again of its fields.
-
-    >>> _with_model(b'{"model" : "a", "n": 1.0}', {"model": msgspec.Raw(b'"a"'), "n": msgspec.Raw(b"1.0")}, b'"b"')
-    b'{"model" : "b", "n": 1.0}'
+    Raises:
+        ValueError, RecursionError: It is not a JSON object in UTF-8.
     """
-    if _has_plain_model_key(data):
-        key = _MODEL_KEY.search(data)
-        raw = bytes(fields["model"])
-        if key is not None and data.startswith(raw, key.end()):
-            return data[: key.end()] + model + data[key.end() + len(raw) :]
-    return _join(fields, model)
+    if not data.isascii():
+        data.decode()  # a Raw field is not validated
+    try:
+        return split_fields(data)
+    except (ValueError, RecursionError):
+        value = decode_any(data) if b"\\ud" in data.lower() else None
+        if not isinstance(value, dict):
+            raise
+        return {name: msgspec.Raw(json.dumps(field).encode()) for name, field in value.items()}
 
 
-def _has_plain_model_key(data: bytes) -> bool:
-    return data.count(b'"model"') == 1 and b"\\u006" not in data
+def decode_any(data: bytes) -> Any:  # Any: JSON of any shape
+    """Decodes JSON; None if it is not valid JSON."""
+    try:
+        return _any_decoder.decode(data)
+    except (ValueError, RecursionError):
+        pass
+    try:  # slower, but accepts the lone surrogates that some providers send where they split an emoji
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _join(fields: Mapping[str, msgspec.Raw], model: bytes | None) -> bytes:
-    """Writes an object of its fields; ``model``, as JSON, takes the place of the one in it."""
+def join_fields(fields: Mapping[str, msgspec.Raw], model: bytes | None = None) -> bytes:
+    """Joins fields to an object; ``model``, as JSON, replaces the value of the field of that name."""
     parts = [
         msgspec.json.encode(name) + b":" + (model if name == "model" and model is not None else bytes(value))
         for name, value in fields.items()
@@ -49,13 +65,29 @@ def _join(fields: Mapping[str, msgspec.Raw], model: bytes | None) -> bytes:
     return b"{" + b",".join(parts) + b"}"
 
 
-def decode_any(data: bytes) -> Any:  # Any: JSON of any shape
-    """Reads JSON; None where it is none."""
-    try:
-        return _any.decode(data)
-    except (ValueError, RecursionError):
-        pass
-    try:  # slower, and takes the half surrogate pairs that some providers send where they cut an emoji
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
+def with_model(data: bytes, fields: Mapping[str, msgspec.Raw], model: bytes) -> bytes:
+    """Returns an object with another ``model``, given as JSON; every other byte stays.
+
+    Inside a JSON string every quote is escaped. So if an object has the key, the bytes ``"model"`` occur in it only
+    once, and no letter of the key is written as an escape (``\\u006d``), then those bytes are the key. In every other
+    case the object is joined again from its fields.
+
+    Args:
+        data: The object.
+        fields: Its fields; they include ``model``.
+        model: The new value, as JSON.
+
+    >>> with_model(b'{"model" : "a", "n": 1.0}', {"model": msgspec.Raw(b'"a"'), "n": msgspec.Raw(b"1.0")}, b'"b"')
+    b'{"model" : "b", "n": 1.0}'
+    """
+    if has_plain_model_key(data):
+        key = _MODEL_KEY.search(data)
+        raw = bytes(fields["model"])
+        if key is not None and data.startswith(raw, key.end()):
+            return data[: key.end()] + model + data[key.end() + len(raw) :]
+    return join_fields(fields, model)
+
+
+def has_plain_model_key(data: bytes) -> bool:
+    """Whether the bytes ``"model"`` occur exactly once, and no letter of it can be written as an escape."""
+    return data.count(b'"model"') == 1 and b"\\u006" not in data

@@ -1,4 +1,8 @@
-"""A client's request, validated as far as the gateway acts on it."""
+"""A client's request, validated as far as the gateway acts on it.
+
+A request is forwarded as it came: its body is split into its top-level fields (`trigate.openai.raw_json`), and joined
+again with another ``model``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ import msgspec
 
 from trigate.errors import BadRequest, UnknownModel
 from trigate.openai.endpoints import Endpoint
-from trigate.openai.raw_json import _any, _fields, _join, _with_model, decode_any
+from trigate.openai.raw_json import decode_any, decode_strictly, join_fields, split_fields, with_model
 
-# It stands in the log, in /status and in every event of a stream. Some servers use a path as the id.
+# The model id is in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
 
 
@@ -20,10 +24,8 @@ class _Message(msgspec.Struct):
     role: str
 
 
-_messages = msgspec.json.Decoder(list[_Message])
-
-
-_raw_items = msgspec.json.Decoder(list[msgspec.Raw])
+_messages_decoder = msgspec.json.Decoder(list[_Message])
+_raw_messages_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 @attrs.frozen(kw_only=True)
@@ -31,10 +33,10 @@ class Call:
     """A client's request, validated as far as the gateway acts on it.
 
     Attributes:
-        model: The id that the client asked for; the answer carries the same.
-        stream: Whether it wants server-sent events.
-        body: As it came.
-        fields: Its top-level fields as they came, ``model`` included.
+        model: The id that the client asked for; the answer has the same.
+        stream: Whether the client asks for server-sent events.
+        body: The body as it was received.
+        fields: The body's top-level fields as they were received, including ``model``.
     """
 
     endpoint: Endpoint
@@ -45,36 +47,36 @@ class Call:
 
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id."""
-        return _with_model(self.body, self.fields, msgspec.json.encode(model))
+        return with_model(self.body, self.fields, msgspec.json.encode(model))
 
     @property
     def choices(self) -> int:
-        """How many answers it asks for: ``n``, for each of its prompts where it has several."""
+        """How many answers the call asks for: ``n``, times the number of its prompts."""
         n = decode_any(bytes(self.fields["n"])) if "n" in self.fields else 1
         prompts = 1
         if "prompt" in self.endpoint.required and bytes(self.fields["prompt"]).startswith(b"["):
             found = decode_any(bytes(self.fields["prompt"]))
-            if found and not isinstance(found[0], int):  # numbers are the tokens of one
+            if found and not isinstance(found[0], int):  # numbers are the tokens of a single prompt
                 prompts = len(found)
         return (n if type(n) is int and n > 1 else 1) * prompts
 
-    def onward_from(self, text: str) -> Call:
-        """The call with what an assistant has said already as its last message, to be gone on with."""
-        messages = [bytes(message) for message in _raw_items.decode(self.fields["messages"])]
+    def continued_from(self, text: str) -> Call:
+        """The call with the beginning of the answer as its last message, for an upstream that continues it."""
+        messages = [bytes(message) for message in _raw_messages_decoder.decode(self.fields["messages"])]
         return self.with_messages([*messages, msgspec.json.encode({"role": "assistant", "content": text})])
 
     def with_messages(self, messages: Iterable[bytes]) -> Call:
-        """The call with other messages, each a JSON object; every other field stays as it came."""
+        """The call with other messages, each a JSON object; every other field stays as it was received."""
         fields = {**self.fields, "messages": msgspec.Raw(b"[" + b",".join(messages) + b"]")}
-        return attrs.evolve(self, body=_join(fields, None), fields=fields)
+        return attrs.evolve(self, body=join_fields(fields), fields=fields)
 
 
 def decode_call(endpoint: Endpoint, body: bytes) -> Call:
     """Decodes a request body.
 
     Raises:
-        BadRequest: It cannot be served; ``param`` names the offending field.
-        UnknownModel: Its model id is longer than any.
+        BadRequest: The body cannot be served; ``param`` names the invalid field.
+        UnknownModel: The model id is longer than any known one.
     """
     if not body.strip():
         raise BadRequest("The body is empty; expected a JSON object.")
@@ -84,21 +86,21 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
         except UnicodeDecodeError as error:
             raise BadRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
     try:
-        fields = _fields.decode(body)
+        fields = split_fields(body)
     except msgspec.ValidationError as error:
         raise BadRequest(f"The body must be a JSON object: {error}.") from None
     except msgspec.DecodeError as error:
         raise BadRequest(f"The body is not JSON: {error}.") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
-    model = _scalar(fields, "model")
+    model = _decoded(fields, "model")
     if model is None:
         raise BadRequest("You must provide a model.", param="model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be a non-empty string.", param="model")
     if len(model) > _MAX_MODEL_CHARS:
         raise UnknownModel(model, reason=f"No model id has more than {_MAX_MODEL_CHARS} characters.")
-    stream = _scalar(fields, "stream")
+    stream = _decoded(fields, "stream")
     if stream is not None and not isinstance(stream, bool):
         raise BadRequest("stream must be true or false.", param="stream")
     for name in endpoint.required:
@@ -106,30 +108,30 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
             raise BadRequest(f"You must provide {name}.", param=name)
     if "messages" in endpoint.required:
         _check_messages(fields["messages"])
-    options = _scalar(fields, "stream_options")
+    options = _decoded(fields, "stream_options")
     if options is not None:
         if not isinstance(options, dict):
             raise BadRequest("stream_options must be an object.", param="stream_options")
         if not stream:
-            raise BadRequest("stream_options goes with stream: true only.", param="stream_options")
-    # `stream_format: "sse"` is how audio/speech asks for events
-    events = bool(stream) or (endpoint.answer == "bytes" and _scalar(fields, "stream_format") == "sse")
+            raise BadRequest("stream_options is allowed only with stream: true.", param="stream_options")
+    # audio/speech asks for events with `stream_format: "sse"`
+    events = bool(stream) or (endpoint.answer == "bytes" and _decoded(fields, "stream_format") == "sse")
     return Call(endpoint=endpoint, model=model, stream=events, body=body, fields=fields)
 
 
-def _scalar(fields: Mapping[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape, checked by the caller
+def _decoded(fields: Mapping[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape, checked by the caller
     raw = fields.get(name)
     if raw is None:
         return None
     try:
-        return _any.decode(raw)
+        return decode_strictly(raw)
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
 
 
 def _check_messages(raw: msgspec.Raw) -> None:
     try:
-        messages = _messages.decode(raw)
+        messages = _messages_decoder.decode(raw)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         param = "messages" + where.rstrip("`")

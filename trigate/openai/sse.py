@@ -1,8 +1,8 @@
 """Server-sent events, on bytes.
 
-An event ends at a blank line, and a line ends at LF, CRLF or CR: nothing else (U+2028, U+2029 and U+0085 may stand raw
-inside JSON, so a text-mode line splitter breaks events apart). A byte order mark may open the stream. Events are never
-decoded here: what arrived whole leaves whole, byte for byte.
+An event ends at a blank line, and a line ends at LF, CRLF or CR only: U+2028, U+2029 and U+0085 may occur unescaped in
+JSON, so a text-mode line splitter would break events apart. A byte order mark may precede the stream. Events are never
+decoded here: they leave as they arrived, byte for byte.
 
 Source: WHATWG HTML, "Server-sent events", 9.2.5 and 9.2.6.
 """
@@ -13,8 +13,7 @@ import re
 
 BOM = b"\xef\xbb\xbf"
 
-# One line end, taken greedily and not given back: without the atomic group, CRLF would also match as CR + LF,
-# which is a blank line.
+# One line end, without backtracking: outside an atomic group, CRLF would also match as CR + LF, which is a blank line.
 _EOL = rb"(?>\r\n|\n|\r)"
 _BLANK_LINE = re.compile(_EOL + _EOL)
 _LINE = re.compile(_EOL)
@@ -22,10 +21,10 @@ _RESUMPTION = re.compile(rb"^(?:id|retry)(?=:|\r|$)", re.M)
 
 
 class EventTooLarge(ValueError):
-    """An event grew beyond the bound.
+    """An event is larger than the bound.
 
     Attributes:
-        before: The whole events that came before it in the same piece.
+        before: The whole events before it in the same piece.
     """
 
     def __init__(self, message: str, before: list[bytes]) -> None:
@@ -34,7 +33,7 @@ class EventTooLarge(ValueError):
 
 
 class EventSplitter:
-    r"""Cuts a stream of bytes into whole events, wherever the pieces were split.
+    r"""Splits a stream of bytes into whole events, wherever its pieces were split.
 
     >>> splitter = EventSplitter(max_event_bytes=100)
     >>> splitter.feed(b"data: 1\r\n\r\nda")
@@ -43,7 +42,7 @@ class EventSplitter:
     ([], [b'data: 2\n\n', b': ping\n\n'], 0)
 
     Args:
-        max_event_bytes: An event longer than this raises `EventTooLarge`; the splitter is of no use afterwards.
+        max_event_bytes: A longer event raises `EventTooLarge`; the splitter must not be used after it.
     """
 
     def __init__(self, *, max_event_bytes: int) -> None:
@@ -54,7 +53,7 @@ class EventSplitter:
 
     @property
     def pending(self) -> bytes:
-        """What is held of an unfinished event."""
+        """The received part of an unfinished event."""
         return self._buffer
 
     @property
@@ -64,11 +63,15 @@ class EventSplitter:
 
     @property
     def pending_bytes(self) -> int:
-        """How much of an unfinished event is held."""
+        """The size of the received part of an unfinished event."""
         return len(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Takes the next piece, returns the events that it completed, each with its blank line."""
+        """Takes the next piece, and returns the events that it completed, each with its blank line.
+
+        Raises:
+            EventTooLarge: An event, finished or not, is larger than ``max_event_bytes``.
+        """
         if self._swallow_lf and data:
             # The last event ended with a CR at the very end of a piece; this LF belongs to it.
             self._swallow_lf = False
@@ -100,13 +103,13 @@ class EventSplitter:
 
 
 def data_of(event: bytes) -> bytes | None:
-    r"""Returns an event's data, its lines joined by LF; None where it has no ``data`` field (a comment, a bare id).
+    r"""Returns an event's data, its lines joined by LF; None if it has no ``data`` field (a comment, a bare id).
 
     >>> data_of(b"data: {}\n\n"), data_of(b"event: x\r\ndata:a\r\ndata: b\r\n\r\n"), data_of(b": ping\n\n")
     (b'{}', b'a\nb', None)
     """
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
-        return event[6:-2]  # one line: nearly every event of nearly every provider
+        return event[6:-2]  # one line, as nearly every event of nearly every provider
     found = []
     for line in _LINE.split(event):
         name, _, value = line.partition(b":")
@@ -116,7 +119,7 @@ def data_of(event: bytes) -> bytes | None:
 
 
 def with_data(event: bytes, data: bytes) -> bytes:
-    r"""Returns the event with other data, its other fields as they are.
+    r"""Returns the event with other data and the same other fields.
 
     >>> with_data(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n", b"c\nd")
     b'event: x\ndata: c\ndata: d\n\n'
@@ -132,7 +135,7 @@ def without_resumption(event: bytes) -> bytes:
     (b'event: x\ndata: a\n\n', b'data: id\n\n')
     """
     if not _RESUMPTION.search(event) and b"\r" not in event:
-        return event  # a search costs less than to take lines apart, but does not see that a CR ends one
+        return event  # a search costs less than splitting lines, but does not know that a CR ends one
     lines = [line for line in _LINE.split(event) if line]
     kept = [line for line in lines if not _RESUMPTION.match(line)]
     return event if len(kept) == len(lines) else b"\n".join(kept) + b"\n\n"
@@ -141,8 +144,8 @@ def without_resumption(event: bytes) -> bytes:
 def comment(text: str) -> bytes:
     r"""Makes a comment line.
 
-    It is *not* followed by a blank line: after an ``id:`` or ``retry:`` field, openai-python 3 would dispatch an empty
-    event there and fail to parse it.
+    No blank line follows it: after an ``id:`` or ``retry:`` field, openai-python 3 would dispatch an empty event there,
+    and fail to parse it.
 
     >>> comment("keep-alive")
     b': keep-alive\n'

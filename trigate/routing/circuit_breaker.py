@@ -1,10 +1,10 @@
-"""A circuit breaker: when a target gets no calls for a while. Pure: the time is an argument.
+"""A circuit breaker: decides when a target gets no calls for a while. Pure: time is an argument.
 
-*Closed*, calls go through and are counted. After ``failures`` in a row, or where the share of failures within the
-window reaches ``failure_rate`` (and there were ``min_calls``), it *opens*: no calls, until the cool-down is over. Then
-it is *half open*: one call probes; its success closes the breaker, its failure opens it for twice as long, up to
-`MAX_COOLDOWN_S`. A provider that says when to come back (``Retry-After``) is taken at its word: it opens at once, and
-for that long. How the calls end that entered before it opened says nothing of the probe, and nothing of now.
+While the breaker is *closed*, calls pass and are counted. After ``failures`` in a row, or when the share of failures
+within the window reaches ``failure_rate`` (of at least ``min_calls`` calls), it *opens*: no call passes until the
+cool-down is over. Then it is *half open*: one call passes as a probe. If the probe succeeds, the breaker closes; if it
+fails, the breaker opens for twice as long, up to `MAX_COOLDOWN_S`. If a provider says when to retry (``Retry-After``),
+the breaker opens at once, for that time. Calls that entered before the breaker opened do not decide about the probe.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_COOLDOWN_S = 60.0
 
 State = Literal["closed", "open", "half_open"]
 Entry = Literal["call", "probe"]
-"""As what a call has entered; it says so when it ends."""
+"""How a call has entered; it is passed back when the call ends."""
 
 
 class Breaker:
@@ -30,7 +30,7 @@ class Breaker:
         self.rules = rules
         self._in_a_row = 0
         self._good = self._bad = 0
-        self._since = -math.inf  # when the window began
+        self._since = -math.inf  # the start of the window
         self._open_until: float | None = None  # None = closed
         self._cooldown_s: float = rules.cooldown_s
         self._probing = False
@@ -39,18 +39,18 @@ class Breaker:
         return f"<Breaker {'closed' if self._open_until is None else f'open until {self._open_until:.3f}'}>"
 
     def state(self, now: float) -> State:
-        """What it is now."""
+        """The state at this time."""
         if self._open_until is None:
             return "closed"
         return "half_open" if self._open_until <= now else "open"
 
     def opens_in_s(self, now: float) -> float:
-        """In how many seconds it lets a call through; 0.0 = now, or as soon as its probe has ended."""
+        """Seconds until a call may pass; 0.0 = now, or as soon as the probe has ended."""
         return max(0.0, self._open_until - now) if self._open_until is not None else 0.0
 
     def enter(self, now: float) -> Entry | None:
-        """Says whether a call may go through; None = it may not. One that does has to end with exactly one of
-        `succeed`, `fail` or `abandon`: a probe holds the breaker until then."""
+        """Lets a call pass, or returns None. A call that passes must end with exactly one of `succeed`, `fail` or
+        `abandon`: a probe blocks the breaker until then."""
         if self._open_until is None:
             return "call"
         if self._open_until > now or self._probing:
@@ -59,11 +59,11 @@ class Breaker:
         return "probe"
 
     def succeed(self, now: float, entry: Entry) -> None:
-        """A call that entered went well."""
+        """Records the success of a call that entered."""
         self._leave(entry)
         self._in_a_row = 0
         if self._open_until is not None:
-            if entry != "probe" or self._open_until > now:  # the provider has said meanwhile when to come back
+            if entry != "probe" or self._open_until > now:  # meanwhile another call got a Retry-After
                 return
             self._open_until = None
             self._cooldown_s = self.rules.cooldown_s
@@ -72,7 +72,11 @@ class Breaker:
         self._good += 1
 
     def fail(self, now: float, entry: Entry, *, retry_after_s: float | None = None) -> None:
-        """A call that entered failed by the target's fault; it said perhaps when to come back."""
+        """Records a failure of the target in a call that entered.
+
+        Args:
+            retry_after_s: Seconds after which the provider allows a retry; None = unknown.
+        """
         rules = self.rules
         self._leave(entry)
         self._roll(now)
@@ -88,7 +92,7 @@ class Breaker:
             self._open(now, now + self._cooldown_s)
 
     def abandon(self, entry: Entry) -> None:
-        """A call that entered ended without a verdict: its client left, another attempt won."""
+        """Records the end of a call that says nothing about the target (client disconnected, other attempt won)."""
         self._leave(entry)
 
     def _leave(self, entry: Entry) -> None:
@@ -105,7 +109,7 @@ class Breaker:
         return rules.failure_rate > 0 and calls >= rules.min_calls and self._bad >= rules.failure_rate * calls
 
     def _roll(self, now: float) -> None:
-        """Begins the next window; the last one counts half, so that a rate is not forgotten at one stroke."""
+        """Begins the next window if it is due. The last one counts half, so that the rate does not drop to 0."""
         if now - self._since >= self.rules.window_s:
             recent = now - self._since < 2 * self.rules.window_s
             self._good = self._good // 2 if recent else 0

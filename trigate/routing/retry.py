@@ -1,8 +1,8 @@
-"""When something is tried again: pauses, what ``Retry-After`` means, and a budget. Pure: time and chance are arguments.
+"""When an attempt is retried: pauses, ``Retry-After``, and a budget. Pure: time and chance are arguments.
 
 Sources: RFC 9110 section 10.2.3 (``Retry-After``: seconds or an HTTP date); ``retry-after-ms`` as OpenAI and Azure send
 it, and as both official SDKs read it; "full jitter" from the AWS Architecture Blog, *Exponential Backoff and Jitter*;
-the budget as in Finagle and Envoy (a share of the calls, and a few a second besides).
+the budget as in Finagle and Envoy (a share of the calls, plus a few per second).
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import re
 from collections.abc import Mapping
 
 MAX_TOKENS = 10.0
+"""The most retries that can be saved up."""
 MAX_RETRY_AFTER_S = 3600.0
-"""A provider that says to come back in years is mistaken; one that says tomorrow is asked once an hour until then."""
+"""The longest ``Retry-After`` that is believed: a time in years is a mistake, and a day is retried once an hour."""
 _NUMBER = re.compile(r"[0-9]{1,40}(\.[0-9]{1,9})?", re.ASCII)
 
 
 def retry_after_s(headers: Mapping[str, str], *, now_epoch_s: float) -> float | None:
-    """When a provider says to come back: in how many seconds, from 0 to `MAX_RETRY_AFTER_S`; None where it says nothing
-    that can be understood. ``retry-after-ms`` goes before ``retry-after``.
+    """Seconds until the provider allows a retry, from 0 to `MAX_RETRY_AFTER_S`; None if no header can be parsed.
+
+    ``retry-after-ms`` takes precedence over ``retry-after``.
 
     Args:
-        headers: By their names in lower case.
+        headers: The response headers by their lower-case names.
+        now_epoch_s: The time now, in seconds since 1970.
     """
     given = headers.get("retry-after-ms")
     if given is not None and _NUMBER.fullmatch(given.strip()):
@@ -43,10 +46,10 @@ def retry_after_s(headers: Mapping[str, str], *, now_epoch_s: float) -> float | 
 
 
 def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> float:
-    """The pause before a target is tried again.
+    """The pause in seconds before a target is retried.
 
     Args:
-        tries: How often it has been tried; at least 1.
+        tries: How many attempts there have been at the target; at least 1.
         chance: Between 0 and 1.
 
     >>> [backoff_s(tries, base_s=0.1, max_s=1.0, chance=1.0) for tries in (1, 2, 3, 4, 5, 10_000)]
@@ -56,30 +59,32 @@ def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> floa
 
 
 class Budget:
-    """How many calls may be tries again: a share of all, and some a second besides, so that rare calls have some.
+    """How many retries are allowed: a share of the calls, plus some per second, so that rare calls can be retried too.
 
-    It is a bucket: each call puts ``share`` of a token in, each second ``a_second``; a try again takes one out. It
-    holds `MAX_TOKENS` at most, and ``at_first`` when it is made.
+    It is a token bucket: each call adds ``share`` tokens, each second adds ``per_second``, and a retry takes one token.
+    It holds at most `MAX_TOKENS`.
 
     Args:
-        share: Of the calls; 0 = there are no tries again.
+        share: Retries per call, 0 to 1; 0 = no retries.
+        per_second: Further retries per second.
+        initial: The tokens at the start.
     """
 
-    __slots__ = ("_a_second", "_at", "_tokens", "share")
+    __slots__ = ("_at", "_per_second", "_tokens", "share")
 
-    def __init__(self, share: float, *, a_second: float = 1.0, at_first: float = MAX_TOKENS) -> None:
+    def __init__(self, share: float, *, per_second: float = 1.0, initial: float = MAX_TOKENS) -> None:
         self.share = share
-        self._a_second = a_second
-        self._tokens = at_first
-        self._at = math.inf  # when one was taken last
+        self._per_second = per_second
+        self._tokens = initial
+        self._at = math.inf  # the time of the last `take`
 
     def note_call(self) -> None:
-        """A first try was made."""
+        """Records a first attempt."""
         self._tokens = min(MAX_TOKENS, self._tokens + self.share)
 
     def take(self, now: float) -> bool:
-        """Says whether there may be one more, and counts it."""
-        self._tokens = min(MAX_TOKENS, self._tokens + self._a_second * max(0.0, now - self._at))
+        """Takes a token for one retry; False = there is none."""
+        self._tokens = min(MAX_TOKENS, self._tokens + self._per_second * max(0.0, now - self._at))
         self._at = now
         if self._tokens < 1 or not self.share:
             return False

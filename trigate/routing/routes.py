@@ -1,11 +1,11 @@
-"""From a model id to the targets that serve it. Pure: the state of the upstreams is an argument.
+"""Finds the targets that serve a model id. Pure: the state of the upstreams is an argument.
 
-The rules, in this order, and never a silent re-route:
+The rules, in this order; a call is never rerouted silently:
 
-1. an alias (``[models.NAME]``, ``default``) is its targets;
-2. ``upstream/model``, split at the first slash, goes to that upstream, also where its list does not name the model
-   (lists are incomplete, and the upstream's own 404 says it better);
-3. a bare id that exactly one upstream lists goes there; if several list it, the client must say which;
+1. an alias (``[models.NAME]``, ``default``) stands for its targets;
+2. ``upstream/model``, split at the first slash, goes to that upstream, even if its list does not have the model (lists
+   are incomplete, and the upstream's own 404 is clearer);
+3. a bare id that exactly one upstream lists goes there; if several list it, the client must choose;
 4. anything else is a 404 that names the closest ids.
 """
 
@@ -21,7 +21,7 @@ from trigate.errors import GatewayError, Unavailable, UnknownModel
 
 
 class Target(NamedTuple):
-    """An upstream, and a model id as that upstream knows it. A tuple, since it is looked up by several times a call."""
+    """An upstream, and a model id as that upstream knows it. A tuple, as it is looked up several times per call."""
 
     upstream: str
     model: str
@@ -42,14 +42,14 @@ class Target(NamedTuple):
 
 @attrs.frozen(kw_only=True)
 class Known:
-    """What routing needs to know of an upstream.
+    """What routing needs to know about an upstream.
 
     Attributes:
-        models: The ids that it lists, in its order.
-        default_model: The one that stands for it, if it is set or its list has one.
-        unusable: Why it cannot serve at all (its secret is missing, …); None = it can.
-        down: Why it is believed not to serve right now; a call that names it is still tried.
-        stands_in: It is a model in name only (the echo): ``default`` only where there is no other at all.
+        models: The ids that the upstream lists, in its order.
+        default_model: The model that ``default`` means here: the configured one, or one of its list; None = none.
+        unusable: Why the upstream cannot serve at all (its secret is missing, …); None = it can.
+        down: Why the upstream probably cannot serve now; a call that names it is still tried.
+        stands_in: It is only a stand-in for a model (the echo), and ``default`` only if there is no other upstream.
     """
 
     models: tuple[str, ...] = ()
@@ -62,11 +62,11 @@ class Known:
 def plan(
     model: str, *, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]
 ) -> tuple[Target, ...]:
-    """Returns the targets for a model id, in the order in which they shall be tried; at least one.
+    """Returns the targets for a model id, in the order in which to try them; at least one.
 
     Raises:
-        UnknownModel: Nothing is known under that id.
-        Unavailable: It is known, but switched off; the message says why.
+        UnknownModel: The id is not known, or ambiguous.
+        Unavailable: Its upstreams are disabled; the message says why.
     """
     if model in aliases:
         return _usable(model, aliases[model], upstreams)
@@ -81,7 +81,7 @@ def plan(
         return _usable(model, (Target(owners[0], model),), upstreams)
     if owners:
         choices = ", ".join(f"{name}/{model}" for name in owners)
-        raise UnknownModel(model, reason=f"Several upstreams have it; say which: {choices}.")
+        raise UnknownModel(model, reason=f"Several upstreams have it; choose one: {choices}.")
     raise UnknownModel(model, closest=closest(model, public_ids(aliases=aliases, upstreams=upstreams)))
 
 
@@ -91,17 +91,17 @@ def _usable(model: str, targets: tuple[Target, ...], upstreams: Mapping[str, Kno
         reasons = "; ".join(
             f"{name}: {upstreams[name].unusable}" for name in dict.fromkeys(t.upstream for t in targets)
         )
-        raise Unavailable(f"The model {model!r} is configured, but switched off ({reasons}).", status=503)
+        raise Unavailable(f"The model {model!r} is configured, but its upstreams are disabled ({reasons}).", status=503)
     return usable
 
 
 def default_target(upstreams: Mapping[str, Known]) -> Target:
-    """Returns what ``default`` means where no alias says it: the first upstream that can serve, with its model.
+    """Returns the meaning of ``default`` if it is no alias: the first upstream that can serve, with its default model.
 
-    Where all are believed to be down, the first one is tried all the same: that is how it is found to be up again.
+    If all are probably down, the first one is tried nevertheless: that is how its recovery is noticed.
 
     Raises:
-        Unavailable: None has a model and is not switched off.
+        Unavailable: No enabled upstream has a model.
     """
     candidates = [
         ((known.stands_in, known.down is not None), Target(name, known.default_model))
@@ -134,14 +134,14 @@ def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[
 
 
 def closest(model: str, ids: Iterable[str]) -> tuple[str, ...]:
-    """The at most three ids that look most like a mistyped one, by their whole or by their last part.
+    """Up to three ids that are most similar to a mistyped one, as a whole or in their last part.
 
     >>> closest("gpt-4p", ["openai/gpt-4o", "qwen/qwen-turbo"])
     ('openai/gpt-4o',)
     """
     by_text: dict[str, str] = {}
-    for each in ids:
-        by_text.setdefault(each.lower(), each)
-        by_text.setdefault(each.rpartition("/")[2].lower(), each)
+    for id_ in ids:
+        by_text.setdefault(id_.lower(), id_)
+        by_text.setdefault(id_.rpartition("/")[2].lower(), id_)
     found = difflib.get_close_matches(model[:100].lower(), by_text, n=6, cutoff=0.6)
     return tuple(dict.fromkeys(by_text[text] for text in found))[:3]

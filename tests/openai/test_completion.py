@@ -1,0 +1,238 @@
+"""What a stream reports of itself: content, its end, errors and usage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.openai.wire import CHAT, RESPONSES, make_delta, make_event, make_reader
+from trigate.errors import ProtocolViolation, Rejected, StreamError
+from trigate.openai.answer import Usage
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.stream import StreamReader
+
+
+@pytest.mark.parametrize(
+    ("event", "has_content"),
+    [
+        (make_delta(role="assistant", content=""), False),
+        (make_delta(role="assistant"), False),
+        (make_delta(role="assistant", content=None, tool_calls=None), False),
+        (make_delta(), False),
+        (make_event({"choices": []}), False),
+        (make_event({"choices": [], "prompt_filter_results": [{}]}), False),
+        (make_event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}), False),
+        (make_delta(content="H"), True),
+        (make_delta(content=" "), True),
+        (make_delta(reasoning_content="hm"), True),
+        (make_delta(refusal="no"), True),
+        (make_delta(tool_calls=[{"index": 0}]), True),
+        (make_event({"choices": [{"index": 0, "text": "H"}]}), True),
+        (make_event({"choices": [{"index": 0, "text": ""}]}), False),
+        (make_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), True),
+        (make_event({"choices": [{"delta": {"content": ""}}, {"index": 1, "delta": {"content": "H"}}]}), True),
+        (make_event({"type": "response.created", "response": {}}), False),
+        (make_event({"type": "response.in_progress", "response": {}}), False),
+        (make_event({"type": "response.queued", "response": {}}), False),
+        (make_event({"type": "response.output_text.delta", "delta": "H"}), True),
+        (b": ping\n\n", False),
+        (b"id: 7\n\n", False),
+    ],
+    ids=repr,
+)
+def test_content(event: bytes, has_content: bool) -> None:
+    """The first token is the first event with something of the answer in it, or the end of it."""
+    reader = make_reader()
+    reader.read(event)
+    assert reader.has_content is has_content
+    assert reader.error is None
+
+
+def test_content_stays() -> None:
+    """Once there was content there was content."""
+    reader = make_reader()
+    reader.read(make_delta(content="H"))
+    reader.read(make_delta(content=""))
+    assert reader.has_content
+
+
+@pytest.mark.parametrize("more", [b"", b"id: 7\n"])
+def test_an_event_that_is_named_error(more: bytes) -> None:
+    """It is an error also where no key of its data says so."""
+    reader = make_reader()
+    reader.read(make_delta(content="H"))
+    assert reader.read(b"event: error\n" + more + b'data: {"message": "it broke"}\n\n') == b""
+    assert isinstance(reader.error, StreamError)
+    assert reader.error.message == "it broke"
+
+
+def test_comments_are_dropped() -> None:
+    """An upstream's comments, and events without data, are not for the client: the gateway sends its own keep-alive."""
+    reader = make_reader()
+    for event in (b": ping\n\n", b"\n\n", b"event: ping\n\n", b"retry: 5\n\n"):
+        assert reader.read(event) == b""
+    assert not reader.complete
+
+
+def test_an_event_with_empty_data_is_dropped() -> None:
+    """Data that is empty makes no event by the standard: clients that dispatch it all the same fail to parse it."""
+    reader = make_reader()
+    for event in (b"data:\n\n", b"data: \n\n", b"event: ping\ndata: \n\n"):
+        assert reader.read(event) == b""
+        assert reader.error is None
+    reader.read(make_delta(content="H"))
+    assert reader.read(b"data: \n\n") == b""
+
+
+@pytest.mark.parametrize("done", [b"data: [DONE]\n\n", b"data:[DONE]\r\n\r\n", b"data: [DONE] \n\n"], ids=repr)
+def test_done_ends_a_chat_stream(done: bytes) -> None:
+    """``[DONE]`` completes the stream, and goes to the client as it came."""
+    reader = make_reader()
+    reader.read(make_event({"choices": [{"index": 0, "delta": {"content": "H"}, "finish_reason": "stop"}]}))
+    before = reader.complete
+    assert reader.read(done) == done
+    assert (before, reader.complete) == (False, True)
+    assert reader.error is None
+
+
+def test_each_choice_has_to_end() -> None:
+    """Of two that were asked for, one that has not ended is a stream that was cut."""
+    for last, complete in (([], False), ([1], True)):
+        reader = StreamReader(CHAT, model="m", upstream="mock", choices=2)
+        said = [
+            make_event({"model": "u", "choices": [{"index": index, "delta": {"content": "H"}}]}) for index in (0, 1) * 3
+        ]
+        ends = [
+            make_event({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]}) for index in (0, *last)
+        ]
+        reader.feed(b"".join([*said, *ends, b"data: [DONE]\n\n"]))
+        assert reader.complete == complete
+        assert (reader.error is None) == complete
+
+
+def test_a_finish_reason_is_not_the_end() -> None:
+    """Usage may follow the last choice: only ``[DONE]`` completes a chat stream, and ``[DONE]`` in a text does not."""
+    reader = make_reader()
+    reader.read(make_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+    reader.read(make_delta(content="[DONE]"))
+    reader.read(make_event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
+    assert not reader.complete
+    assert reader.usage == Usage(prompt_tokens=1, completion_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/responses", "response.completed"),
+        ("/v1/responses", "response.incomplete"),
+        ("/v1/responses", "response.failed"),
+        ("/v1/audio/speech", "speech.audio.done"),
+    ],
+)
+def test_other_streams_end_with_a_type(path: str, kind: str) -> None:
+    """Streams without ``[DONE]`` end with an event of a known type; that type inside a text ends nothing."""
+    reader = make_reader(ENDPOINTS[path])
+    reader.read(make_event({"type": "response.output_text.delta", "delta": json.dumps({"type": kind})}))
+    reader.read(make_event({"type": "x", "inner": {"type": kind}}))
+    before = reader.complete
+    last = make_event({"type": kind, "usage": {"input_tokens": 3, "output_tokens": 4}, "response": {"error": None}})
+    assert reader.read(last) == last
+    assert (before, reader.complete) == (False, True)
+    assert reader.error is None
+    assert reader.usage == Usage(prompt_tokens=3, completion_tokens=4)
+
+
+def test_a_stream_of_images_may_close_after_each() -> None:
+    """Several images each have their own last event: the stream is whole if it closes after one, or it goes on."""
+    reader = make_reader(ENDPOINTS["/v1/images/generations"])
+    reader.read(make_event({"type": "image_generation.partial_image", "b64_json": "x"}))
+    assert not reader.may_end
+    for _ in range(2):
+        reader.read(make_event({"type": "image_generation.completed", "b64_json": "x"}))
+        assert (reader.may_end, reader.complete, reader.error) == (True, False, None)
+    reader.read(make_event({"error": {"message": "the third failed"}}))
+    assert isinstance(reader.error, StreamError)
+
+
+def test_usage_of_a_response_is_inside_it() -> None:
+    """The responses API reports usage in ``response.usage`` of its last event."""
+    reader = make_reader(RESPONSES)
+    reader.read(
+        make_event({"type": "response.completed", "response": {"usage": {"input_tokens": 3, "output_tokens": 4}}})
+    )
+    assert reader.usage == Usage(prompt_tokens=3, completion_tokens=4)
+
+
+def test_the_last_usage_counts() -> None:
+    """Some upstreams count along with every event, or send null until the last: the last count is the usage."""
+    reader = make_reader()
+    for usage in (
+        None,
+        {"prompt_tokens": 3, "completion_tokens": 1},
+        {"prompt_tokens": 3, "completion_tokens": 2},
+        None,
+    ):
+        reader.read(make_event({"choices": [{"delta": {"content": "H"}}], "usage": usage}))
+    assert reader.usage == Usage(prompt_tokens=3, completion_tokens=2)
+
+
+@pytest.mark.parametrize("before", [[], [make_delta(content="H")]], ids=["before content", "after content"])
+def test_an_error_event(before: list[bytes]) -> None:
+    """An error event is kept as the reader's error, its own type and code with it, and not returned."""
+    reader = make_reader()
+    for event in before:
+        reader.read(event)
+    error = {"message": "out of memory", "type": "server_error", "code": 507}
+    assert reader.read(b"event: error\n" + make_event({"error": error})) == b""
+    assert isinstance(reader.error, StreamError)
+    assert reader.error.message == "out of memory"
+    assert reader.error.payload == {"param": None, **error}
+    assert not reader.complete
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [("busy", "busy"), ({}, None), ({"message": None}, "sent an error"), (5, "5")]
+)
+def test_odd_error_events(error: object, message: str | None) -> None:
+    """An error of any shape has a message; an empty one is no error."""
+    reader = make_reader()
+    reader.read(make_event({"error": error}))
+    if message is None:
+        assert reader.error is None
+    else:
+        assert reader.error is not None
+        assert message in reader.error.message
+        assert json.loads(reader.error.to_frame()[6:])["error"]["type"] == "upstream_error"
+
+
+def test_the_word_error_in_a_text_is_no_error() -> None:
+    """Neither text that quotes an error event, nor ``error: null``, is an error."""
+    reader = make_reader()
+    reader.read(make_delta(content="H"))
+    for event in (make_delta(content='{"error": {"message": "no"}}'), make_event({"choices": [], "error": None})):
+        assert reader.read(event) == event
+    assert reader.error is None
+
+
+def test_an_error_event_of_the_responses_api() -> None:
+    """The responses API's error event has its code and message beside ``type: error``, not inside ``error``."""
+    reader = make_reader(RESPONSES)
+    reader.read(make_event({"type": "response.created", "response": {}}))
+    reader.read(
+        b"event: error\n" + make_event({"type": "error", "code": "server_error", "message": "busy", "param": None})
+    )
+    assert reader.error is not None
+    assert reader.error.message == "busy"
+    assert not reader.has_content
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello", b"[1]", b'"x"', b'{"choices": ', b"[" * 100_000], ids=lambda data: repr(data)[:20]
+)
+def test_a_first_event_that_is_not_an_object(data: bytes) -> None:
+    """Before any content, data that is not a JSON object means that the upstream speaks something else."""
+    reader = make_reader()
+    assert reader.read(b"data: " + data + b"\n\n") == b""
+    assert isinstance(reader.error, ProtocolViolation)
+    assert not isinstance(reader.error, Rejected)

@@ -1,0 +1,193 @@
+"""A client's request: invalid bodies are refused by name, everything else passes through byte for byte."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.openai.wire import CHAT, HELLO, RESPONSES, SPEECH, deep, json_values, model_ids, text
+from trigate.errors import BadRequest, UnknownModel
+from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.request import decode_call
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        (b"", None, "empty"),
+        (b" \r\n\t", None, "empty"),
+        (b"hello", None, "not JSON"),
+        (b"{", None, "not JSON"),
+        (b"\x00", None, "not JSON"),
+        (b"{'model': 'm'}", None, "not JSON"),
+        (f'{{"model":"m",{HELLO},}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO}}} x'.encode(), None, "trailing"),
+        (f'{{"model":"m",{HELLO}}}{{}}'.encode(), None, "trailing"),
+        (f'{{"model":"m",{HELLO}}}\0'.encode(), None, "trailing"),
+        (f'\ufeff{{"model":"m",{HELLO}}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"top_p":NaN}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"top_p":Infinity}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":[1,,2]}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":01}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"a\nb"}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"\\u12"}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"'.encode() + b'\xff"}', None, "not UTF-8"),
+        (f'{{"model":"m",{HELLO},"x":"'.encode() + b'\xed\xa0\x80"}', None, "not UTF-8"),
+        (f'{{"model":"m",{HELLO}}}'.encode("utf-16"), None, "not UTF-8"),
+        (deep("", ""), None, ""),
+        (b'{"a":' * 100_000, None, "nested too deeply"),
+        (deep(f'{{"model":"m",{HELLO},"x":', "}"), None, "nested too deeply"),
+        (deep('{"model":', "}"), None, "nested too deeply"),
+        (deep('{"model":"m","messages":', "}"), None, "nested too deeply"),
+        (deep('{"model":"m","messages":[{"role":"user","content":', "}]}"), None, "nested too deeply"),
+        (b"[]", None, "must be a JSON object"),
+        (b'"model"', None, "must be a JSON object"),
+        (b"null", None, "must be a JSON object"),
+        (b"1", None, "must be a JSON object"),
+        (f"{{{HELLO}}}".encode(), "model", "must provide a model"),
+        (f'{{"model":null,{HELLO}}}'.encode(), "model", "must provide a model"),
+        (f'{{"model":"",{HELLO}}}'.encode(), "model", "non-empty"),
+        (f'{{"model":5,{HELLO}}}'.encode(), "model", "string"),
+        (f'{{"model":["m"],{HELLO}}}'.encode(), "model", "string"),
+        (b'{"model":"m"}', "messages", "must provide messages"),
+        (b'{"model":"m","messages":null}', "messages", "must provide messages"),
+        (b'{"model":"m","messages": null }', "messages", "must provide messages"),
+        (b'{"model":"m","messages":[]}', "messages", "at least one"),
+        (b'{"model":"m","messages":{}}', "messages", "array"),
+        (b'{"model":"m","messages":"Hello"}', "messages", "array"),
+        (b'{"model":"m","messages":5}', "messages", "array"),
+        (b'{"model":"m","messages":["Hello"]}', "messages[0]", "object"),
+        (b'{"model":"m","messages":[{"role":"user"},null]}', "messages[1]", "object"),
+        (b'{"model":"m","messages":[{"content":"Hello"}]}', "messages[0]", "role"),
+        (b'{"model":"m","messages":[{"role":"user"},{"role":7}]}', "messages[1].role", "str"),
+        (f'{{"model":"m",{HELLO},"stream":"true"}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":1}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":[]}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":true,"stream_options":1}}'.encode(), "stream_options", "object"),
+        (f'{{"model":"m",{HELLO},"stream_options":{{}}}}'.encode(), "stream_options", "stream: true"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_bad_input(body: bytes, param: str | None, says: str) -> None:
+    """Each malformed body is a 400 that says what is wrong and where, within 100 ms."""
+    started = time.perf_counter()
+    with pytest.raises(BadRequest) as caught:
+        decode_call(CHAT, body)
+    assert time.perf_counter() - started < 0.1
+    assert caught.value.status == 400
+    assert caught.value.param == param
+    assert says in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+def test_a_model_id_is_bounded() -> None:
+    """It is logged and shown for every call, so it cannot be as large as a body."""
+    longest = "m" * 4096
+    assert decode_call(CHAT, f'{{"model":"{longest}",{HELLO}}}'.encode()).model == longest
+    with pytest.raises(UnknownModel) as caught:
+        decode_call(CHAT, f'{{"model":"{longest}m",{HELLO}}}'.encode())
+    assert (caught.value.status, caught.value.param) == (404, "model")
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=list(ENDPOINTS))
+def test_each_endpoint_names_what_it_needs(endpoint: Any) -> None:
+    """A field without which no upstream could serve the call is asked for by name; with it the call is taken."""
+    fields: dict[str, object] = {"model": "m", "messages": [{"role": "user"}], "prompt": "p", "input": "i"}
+    assert decode_call(endpoint, json.dumps(fields).encode()).endpoint is endpoint
+    for name in endpoint.required:
+        with pytest.raises(BadRequest) as caught:
+            decode_call(endpoint, json.dumps({**fields, name: None}).encode())
+        assert caught.value.param == name
+
+
+def test_messages_are_chat_s_alone() -> None:
+    """Where messages are not the input, a field of that name is anybody's and passes through."""
+    body = b'{"model":"m","input":"i","messages":5}'
+    assert decode_call(RESPONSES, body).body_for("m") == body
+
+
+@pytest.mark.parametrize(
+    ("more", "stream"),
+    [({}, False), ({"stream": False}, False), ({"stream": None}, False), ({"stream": True}, True)],
+    ids=repr,
+)
+def test_stream(more: dict[str, object], stream: bool) -> None:
+    """Only ``stream: true`` asks for events; null is as good as absent."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user"}], **more}).encode()
+    assert decode_call(CHAT, body).stream is stream
+
+
+def test_speech_streams_by_its_format() -> None:
+    """``stream_format: "sse"`` is how audio/speech asks for events, and nobody else."""
+    assert decode_call(SPEECH, b'{"model":"m","input":"i","stream_format":"sse"}').stream
+    assert not decode_call(SPEECH, b'{"model":"m","input":"i","stream_format":"audio"}').stream
+    assert not decode_call(CHAT, f'{{"model":"m",{HELLO},"stream_format":"sse"}}'.encode()).stream
+
+
+def test_values_pass_through_byte_for_byte() -> None:
+    """Numbers of any size and spelling, escapes, key order, inner spaces and inner duplicates are kept."""
+    body = (
+        '{"z":1.0,"a":1,"big":123456789012345678901234567890,"exp":1E+2,"huge":1e999,"model":"m","neg":-0.0,'
+        '"esc":"\\u00e9\\/\\ud83d\\ude00","raw":"é","inner":{ "b" : 1 , "a":2,"b":3 },' + HELLO + "}"
+    ).encode()
+    call = decode_call(CHAT, body)
+    assert call.body_for("m") == body
+    assert call.body_for('up/"x"') == body.replace(b'"model":"m"', b'"model":"up/\\"x\\""')
+
+
+def test_duplicate_keys_leave_one() -> None:
+    """Of a repeated top-level key the last value counts, for the gateway and for the upstream alike."""
+    call = decode_call(CHAT, f'{{"model":"a","stream":true,{HELLO},"model":"b","stream":false}}'.encode())
+    assert (call.model, call.stream) == ("b", False)
+    assert call.body_for("up") == f'{{"model":"up","stream":false,{HELLO}}}'.encode()
+
+
+def test_white_space_around_the_body_is_allowed() -> None:
+    """JSON may be surrounded by white space, and pretty-printed."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user"}]}, indent=2).encode()
+    assert decode_call(CHAT, b"\r\n " + body + b"\n").model == "m"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.dictionaries(text, json_values, max_size=4), model_ids, model_ids, st.booleans())
+def test_only_the_model_changes(more: dict[str, Any], asked: str, upstream_s: str, ascii_only: bool) -> None:
+    """Whatever other fields a call has, the upstream gets them, in their order, under its own model id."""
+    fields = {**more, "model": asked, "messages": [{"role": "user"}]}
+    for name in ("stream", "stream_options"):
+        fields.pop(name, None)
+    call = decode_call(CHAT, json.dumps(fields, ensure_ascii=ascii_only).encode())
+    assert call.model == asked
+    sent = json.loads(call.body_for(upstream_s))
+    assert sent == {**fields, "model": upstream_s}
+    assert list(sent) == list(fields)
+    assert [repr(value) for value in sent.values()] == [
+        repr(value) for value in {**fields, "model": upstream_s}.values()
+    ]
+
+
+def test_a_call_s_repr_has_no_content() -> None:
+    """What people said is not in a repr, and so not in a log."""
+    assert "Hello" not in repr(decode_call(CHAT, f'{{"model":"m",{HELLO}}}'.encode()))
+
+
+@pytest.mark.parametrize(
+    ("more", "choices"),
+    [
+        ('"prompt":"a"', 1),
+        ('"prompt":"a","n":2', 2),
+        ('"prompt":["a","b"]', 2),
+        ('"prompt": [ "a" , "b" ] ,"n":3', 6),
+        ('"prompt":[[1,2],[3]]', 2),
+        ('"prompt":[1,2,3]', 1),
+        ('"prompt":[],"n":"x"', 1),
+    ],
+)
+def test_how_many_choices_are_asked_for(more: str, choices: int) -> None:
+    """``n`` for each prompt, of which a completion may have several, as texts or as tokens."""
+    assert decode_call(ENDPOINTS["/v1/completions"], f'{{"model":"m",{more}}}'.encode()).choices == choices

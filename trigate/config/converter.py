@@ -1,0 +1,138 @@
+"""Converts a parsed TOML table to a section. Pure.
+
+Strictness is deliberate: an unknown key is a mistake, a string is not a number, and ``"yes"`` is not a bool. The types
+`Seconds`, `Size`, `Count`, `Port`, `Url` and so on choose the check that a value gets (`trigate.config.checks`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+from cattrs.v import format_exception
+
+from trigate.config import checks
+from trigate.config.reveal import parse_secret
+from trigate.config.secrets import Secret
+from trigate.config.sections import (
+    ChannelConfig,
+    Count,
+    Expression,
+    HookConfig,
+    HostName,
+    Limit,
+    Origin,
+    Port,
+    ProxyUrl,
+    Rate,
+    Seconds,
+    Share,
+    Size,
+    UpstreamConfig,
+    Url,
+)
+
+_Section = TypeVar("_Section")
+_SUBSCRIPT = re.compile(r"""\[['"]?([^'"\]]*)['"]?\]""")
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
+    converter.register_structure_hook(str, checks.exactly(str, "a string"))
+    converter.register_structure_hook(bool, checks.exactly(bool, "true or false"))
+    converter.register_structure_hook(Seconds, checks.not_negative)
+    converter.register_structure_hook(Rate, checks.not_negative)
+    converter.register_structure_hook(Size, checks.whole(1, 2**40))
+    converter.register_structure_hook(Count, checks.whole(1, 10**6))
+    converter.register_structure_hook(Limit, checks.whole(0, 10**6))
+    converter.register_structure_hook(Share, checks.share)
+    converter.register_structure_hook(Port, checks.whole(0, 65535))
+    converter.register_structure_hook(Url, checks.url)
+    converter.register_structure_hook(HostName, checks.host_name)
+    converter.register_structure_hook(Origin, checks.origin)
+    converter.register_structure_hook(ProxyUrl, checks.proxy)
+    converter.register_structure_hook(Secret, parse_secret)
+    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, checks.literal)
+    converter.register_structure_hook(
+        UpstreamConfig,
+        make_dict_structure_fn(
+            UpstreamConfig,
+            converter,
+            _cattrs_forbid_extra_keys=True,
+            models=cattrs.override(struct_hook=checks.model_list),
+        ),
+    )
+
+    converter.register_structure_hook(Expression, checks.expression)
+    for kind in (HookConfig, ChannelConfig):
+        converter.register_structure_hook(
+            kind,
+            make_dict_structure_fn(
+                kind,
+                converter,
+                _cattrs_forbid_extra_keys=True,
+                parameters=cattrs.override(struct_hook=checks.parameters),
+            ),
+        )
+
+    def strings(value: Any, _: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError("expected an array of strings")
+        return tuple(value)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], strings)
+
+    def items(value: Any, kind: Any) -> tuple[Any, ...]:
+        strings(value, kind)
+        return tuple(converter.structure(item, kind.__args__[0]) for item in value)
+
+    def numbers(value: Any, _: Any) -> tuple[float, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"expected an array of numbers, got {checks.kind_of(value)}")
+        return tuple(checks.not_negative(item, Rate) for item in value)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
+    converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), items)
+    return converter
+
+
+_converter = _make_converter()
+
+
+def convert(kind: type[_Section], table: dict[str, Any], path: str, problems: list[str]) -> _Section | None:
+    """Converts a table to a section; adds what is wrong to ``problems`` and returns None if it cannot be converted.
+
+    Args:
+        kind: The section's class.
+        table: The table as `tomllib` gives it.
+        path: The path of the table in messages.
+    """
+    try:
+        return _converter.structure(table, kind)
+    except (cattrs.BaseValidationError, cattrs.ForbiddenExtraKeysError) as error:
+        problems.extend(_conversion_problems(error, path))
+        return None
+
+
+def _explain(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return "unknown key " + ", ".join(sorted(error.extra_fields))
+    if isinstance(error, KeyError):
+        return "required, but missing"
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, TypeError | AttributeError):
+        return "expected a table"
+    return format_exception(error, kind)
+
+
+def _conversion_problems(error: BaseException, path: str) -> list[str]:
+    found = cattrs.transform_error(error, path=path, format_exception=_explain)
+    lines = []
+    for line in found:
+        what, _, where = line.rpartition(" @ ")
+        dotted = _SUBSCRIPT.sub(r".\1", where)
+        lines.append(f"{dotted}: {what}")
+    return lines

@@ -1,0 +1,192 @@
+"""What a stream reports of itself: its first content, its end, an error, its usage."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from trigate.errors import GatewayError, ProtocolViolation, StreamError, Truncated
+from trigate.openai.answer import Usage, parse_usage
+from trigate.openai.endpoints import DONE, Endpoint
+from trigate.openai.raw_json import decode_any
+
+_ERROR_EVENT = re.compile(rb"event: ?error[\r\n]")
+
+
+class CompletionTracker:
+    """Follows a stream event by event.
+
+    JSON is parsed until the first content; after it, only in events that carry usage or an error, or that may be the
+    last one of a choice.
+
+    Args:
+        endpoint: Decides how the stream ends.
+        upstream: The upstream's name, for messages.
+        choices: How many choices the client asked for.
+
+    Attributes:
+        has_content: An event with a part of the answer has come.
+        complete: The stream's last event has come.
+        may_end: The stream is complete if it closes now, but it may also continue.
+        usage: The usage that was reported last.
+        error: What is wrong with the stream, or the error that the upstream reported. The tracker must not be used
+            after it is set.
+        watched: Each event that may set an attribute after the first content contains one of these byte strings.
+    """
+
+    __slots__ = (
+        "_choices",
+        "_endpoint",
+        "_finished",
+        "_last_types",
+        "_needs_finish_reason",
+        "_seen",
+        "_upstream",
+        "complete",
+        "error",
+        "has_content",
+        "may_end",
+        "usage",
+        "watched",
+    )
+
+    def __init__(self, endpoint: Endpoint, *, upstream: str, choices: int) -> None:
+        self._endpoint = endpoint
+        self._upstream = upstream
+        self._choices = choices
+        self._needs_finish_reason = endpoint.needs_finish_reason
+        # `[DONE]` is an event of its own, so it cannot be a part of another event's JSON
+        self._last_types = endpoint.end_markers if endpoint.end_markers != (DONE,) else ()
+        self.watched = (b'"error"', b'"usage"', b'"finish_reason"', *endpoint.end_markers)
+        self._seen: set[int] = set()
+        self._finished: set[int] = set()
+        self.has_content = False
+        self.complete = False
+        self.may_end = False
+        self.usage: Usage | None = None
+        self.error: GatewayError | None = None
+
+    @property
+    def all_finished(self) -> bool:
+        """At least one choice has come, and every choice that came has had its ``finish_reason``."""
+        return bool(self._finished) and self._seen <= self._finished
+
+    def observe(self, event: bytes, data: bytes) -> bool:
+        """Takes the next event.
+
+        Sets `complete` at the stream's last event, `may_end` where the stream may close or continue, and `error` at an
+        error event.
+
+        Args:
+            event: The whole event.
+            data: Its data; not empty.
+
+        Returns:
+            Whether the event belongs to the answer; False if it set `error`.
+        """
+        if event.startswith(b"event") and _ERROR_EVENT.match(event) and b'"error"' not in data:
+            value = decode_any(data)  # only the event's name says that it is an error
+            self.error = StreamError(
+                self._upstream, value if isinstance(value, dict) else data.decode(errors="replace")
+            )
+            return False
+        endpoint = self._endpoint
+        if endpoint.is_last_event(data):
+            if self._needs_finish_reason and not self.all_finished:
+                self.error = Truncated(
+                    f"The upstream {self._upstream} ended its stream without saying how the answer ended "
+                    "(finish_reason)."
+                )
+                return False
+            self.complete = not endpoint.repeats_last_event
+            self.may_end = True
+            self.has_content = True
+        if (
+            not self.has_content
+            or b'"error"' in data
+            or _has_value(data, b'"usage"')
+            or (self._needs_finish_reason and (self._choices > 1 or _has_value(data, b'"finish_reason"')))
+        ):
+            self._examine(data)
+            return self.error is None
+        return True
+
+    def may_matter(self, part: bytes) -> bool:
+        """Whether an event after the first content may set an attribute, going by a part of its data.
+
+        The part must hold every field that is not in each event of the stream. Never False where `observe` would set
+        an attribute; only for streams of one choice.
+        """
+        # `count` is faster than `in`, see trigate.openai.stream
+        if part.count(b'"error"') or (part.count(b'"usage"') and _has_value(part, b'"usage"')):
+            return True
+        if self._needs_finish_reason and _has_value(part, b'"finish_reason"'):
+            return True
+        if not self._last_types:
+            return False
+        return any(part.count(marker) for marker in self._last_types)
+
+    def _examine(self, data: bytes) -> None:
+        value = decode_any(data)
+        if not isinstance(value, dict):
+            if not self.complete:
+                self.error = ProtocolViolation(
+                    f"The upstream {self._upstream} sent an event that is not a JSON object."
+                )
+            return
+        if value.get("error") and not self.complete:
+            self.error = StreamError(self._upstream, value["error"])
+            return
+        if value.get("type") == "error":  # the responses API puts the error's fields beside the type
+            self.error = StreamError(self._upstream, {k: v for k, v in value.items() if k != "type"})
+            return
+        inner = value.get("response")
+        inner_usage = inner.get("usage") if isinstance(inner, dict) else None
+        self.usage = parse_usage(value.get("usage")) or parse_usage(inner_usage) or self.usage
+        self.has_content = self.has_content or _carries_content(value)
+        choices = value.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                index = choice.get("index", 0)
+                index = index if isinstance(index, int) else 0
+                self._seen.add(index)
+                if choice.get("finish_reason"):
+                    self._finished.add(index)
+
+
+def _has_value(data: bytes, key: bytes) -> bool:
+    """Whether a key may have a value other than null: many providers send a null with each event.
+
+    >>> [_has_value(data, b'"usage"') for data in (b'{"usage":null}', b'{"usage": null}', b'{"a":1}', b'{"usage":{}}')]
+    [False, False, False, True]
+    """
+    found = data.count(key)
+    return found != 0 and found != data.count(key + b":null") and found != data.count(key + b": null")
+
+
+def _carries_content(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
+    """Whether an event has a part of the answer, or ends a choice.
+
+    A chunk that only announces the role, an empty delta, or an empty list of choices (as Azure opens a stream) has no
+    content.
+
+    >>> _carries_content({"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+    False
+    >>> _carries_content({"choices": [{"delta": {"tool_calls": [{}]}}]}), _carries_content({"choices": [{"text": "a"}]})
+    (True, True)
+    >>> _carries_content({"type": "response.created"}), _carries_content({"type": "response.output_text.delta"})
+    (False, True)
+    """
+    choices = value.get("choices")
+    if choices is None:
+        kind = value.get("type")
+        return not (isinstance(kind, str) and kind.endswith((".created", ".in_progress", ".queued")))
+    if not isinstance(choices, list):
+        return True
+    for choice in choices:
+        if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("text"):
+            return True
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and any(part for name, part in delta.items() if name != "role"):
+            return True
+    return False

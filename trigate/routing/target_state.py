@@ -1,0 +1,149 @@
+"""The state of each target: circuit breaker, retry budget, calls in flight, times to the first content. Pure.
+
+All plans share it, and it outlives them. Time is an argument.
+"""
+
+from __future__ import annotations
+
+import math
+
+from trigate.config.sections import Config
+from trigate.errors import GatewayError
+from trigate.routing.circuit_breaker import Breaker
+from trigate.routing.retry import Budget
+from trigate.routing.routes import Target
+
+MAX_TARGETS = 1024
+"""How many targets are kept."""
+_SAMPLES = 128
+_MIN_SAMPLES = 20
+_DECAY_S = 10.0
+
+
+class TargetState:
+    """The state of one target.
+
+    Attributes:
+        in_flight: How many attempts have begun and not ended.
+        last_error: The error of the last attempt that counted as a failure of the target.
+    """
+
+    __slots__ = ("_ewma_at", "_ewma_s", "_next", "_samples", "breaker", "budget", "in_flight", "last_error")
+
+    def __init__(self, config: Config) -> None:
+        self.breaker = Breaker(config.breaker)
+        self.budget = Budget(config.retries.budget)
+        self.in_flight = 0
+        self.last_error: GatewayError | None = None
+        self._samples: list[float] = []
+        self._next = 0
+        self._ewma_s = 0.0
+        self._ewma_at = 0.0
+
+    def note_first_token(self, seconds: float, now: float) -> None:
+        """Records the time to the first content of an answer."""
+        if len(self._samples) < _SAMPLES:
+            self._samples.append(seconds)
+        else:
+            self._samples[self._next] = seconds
+            self._next = (self._next + 1) % _SAMPLES
+        if seconds >= self._ewma_s:
+            self._ewma_s = seconds  # a peak takes effect at once
+        else:
+            kept = self._kept(now)
+            self._ewma_s = self._ewma_s * kept + seconds * (1 - kept)
+        self._ewma_at = now
+
+    @property
+    def first_token_s(self) -> float | None:
+        """The peak EWMA of the time to the first content, in seconds; None while there is no sample."""
+        return self._ewma_s if self._samples else None
+
+    def quantile_s(self, share: float) -> float | None:
+        """The quantile of the recent times to the first content, in seconds; None while there are too few samples."""
+        if len(self._samples) < _MIN_SAMPLES:
+            return None
+        return sorted(self._samples)[min(len(self._samples) - 1, int(share * len(self._samples)))]
+
+    def cost(self, weight: float, now: float, *, unknown_s: float) -> float:
+        """The cost of one more call: expected time to the first content × (calls in flight / weight + 1).
+
+        The time decays only while the target is idle: so a hanging target stays expensive, and a target that was slow
+        once is tried again.
+
+        Args:
+            weight: The target's share of the calls; 1 = the average of all targets.
+            unknown_s: The expected time of a target that has calls in flight, but has not answered one yet.
+        """
+        if self._samples:
+            seconds = self._ewma_s if self.in_flight else self._ewma_s * self._kept(now)
+        else:
+            seconds = unknown_s if self.in_flight else 0.0
+        return (seconds + 1e-6) * (self.in_flight / weight + 1)
+
+    def _kept(self, now: float) -> float:
+        return math.exp(-max(0.0, now - self._ewma_at) / _DECAY_S)
+
+
+class Targets:
+    """The states of all targets; outlives a reload."""
+
+    def __init__(self) -> None:
+        self._config = Config()
+        self._states: dict[Target, TargetState] = {}
+        self._hedges: dict[str, Budget] = {}
+        self._weights: dict[str, dict[Target, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Targets, {len(self._states)} known>"
+
+    def apply(self, config: Config) -> None:
+        """Applies a new configuration, and forgets the targets of upstreams that are gone or have another URL."""
+        before = self._config.upstreams
+        self._config = config
+        self._hedges = {
+            name: Budget(model.hedge_budget, per_second=0.0, initial=1.0)
+            for name, model in config.models.items()
+            if model.strategy == "hedge"
+        }
+        self._weights = {
+            name: dict(zip(map(Target.parse, model.targets), model.weights, strict=False))
+            for name, model in config.models.items()
+        }
+        for target in list(self._states):
+            own, old = config.upstreams.get(target.upstream), before.get(target.upstream)
+            if own is None or old is None or own.base_url != old.base_url:
+                del self._states[target]
+        for state in self._states.values():
+            state.breaker.rules = config.breaker
+            state.budget.share = config.retries.budget
+
+    def of(self, target: Target) -> TargetState:
+        """The state of a target. At most `MAX_TARGETS` are kept: clients may invent targets (``upstream/anything``)."""
+        state = self._states.get(target)
+        if state is None:
+            if len(self._states) >= MAX_TARGETS:
+                self._forget_idle()
+            state = self._states[target] = TargetState(self._config)
+        return state
+
+    def hedges(self, model: str) -> Budget | None:
+        """The budget of hedges of a public model; None if its strategy is not ``hedge``."""
+        return self._hedges.get(model)
+
+    def weights(self, model: str, targets: tuple[Target, ...]) -> tuple[float, ...]:
+        """The weights of a public model's targets, in their order; 1 = the average of these targets."""
+        configured = self._weights.get(model, {})
+        weights = [configured.get(target, 1.0) for target in targets]
+        mean = sum(weights) / len(weights)
+        return tuple([weight / mean for weight in weights])
+
+    def _forget_idle(self) -> None:
+        for target, state in self._states.items():
+            if not state.in_flight:
+                del self._states[target]
+                return
+
+    def items(self) -> list[tuple[Target, TargetState]]:
+        """All targets with their states, for ``/status``."""
+        return list(self._states.items())
