@@ -272,7 +272,7 @@ def no_limits(look: Any) -> Any:
 PLANTED: dict[str, tuple[Patch, str]] = {
     "a place is kept": (replace(_Place, "__aexit__", place_is_kept), "<FairLimiter"),
     "a place at an upstream is kept": (
-        left_out(FairLimiter, "give", lambda self, key, held_s=None: held_s is None and bool(kept)),
+        left_out(FairLimiter, "release", lambda self, key, held_s=None: held_s is None and bool(kept)),
         "places taken",
     ),
     "an exchange is not settled": (

@@ -122,19 +122,19 @@ class Admission:
         )
         allowed_s = min(limits.queue_timeout_s or math.inf, exchange.deadline_at - now)
         expected_s = places.expected_wait_s(key)
-        if expected_s > allowed_s or (self._is_full(key, limits, own=own) and (own or not places.make_room(key))):
+        if expected_s > allowed_s or (self._is_full(key, limits, own=own) and (own or not places.evict_longest(key))):
             after_s = max(0.05, expected_s if places.held_s else 1.0)
             raise self._refuse(_over(said, own=own, retry_after_s=after_s))
         has_place = False
         try:
             with exchange.waiting("queued", at_most_s=allowed_s):
-                await places.wait(key)
+                await places.acquire(key)
                 has_place = True
         except Evicted:
             said = f"{said} Other keys wait as well, and this one has the most calls in the queue."
         finally:
             if has_place and exchange.is_cut:
-                places.give(key)
+                places.release(key)
         if not has_place:
             raise self._refuse(_over(said, own=own, retry_after_s=1.0))
 
@@ -182,11 +182,11 @@ class _Place:
     async def __aenter__(self) -> None:  # noqa: ASYNC910 - where a place is free
         admission, exchange = self._admission, self._exchange
         admission.check(exchange)
-        if not admission.places.take(exchange.owner):
+        if not admission.places.acquire_nowait(exchange.owner):
             await admission.wait(exchange)
         self._since = trio.current_time()
 
     async def __aexit__(  # noqa: ASYNC910
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._admission.places.give(self._exchange.owner, trio.current_time() - self._since)
+        self._admission.places.release(self._exchange.owner, trio.current_time() - self._since)

@@ -221,7 +221,7 @@ class _Server:
         drain = found if isinstance(found, Drainable) else None
         is_started = has_ended = False
         async with (
-            open_poller(turn=_LEAVING_AT_ONCE) as poller,
+            open_poller(batch=_LEAVING_AT_ONCE) as poller,
             open_timers() as timers,
             trio.open_nursery() as connections,
         ):

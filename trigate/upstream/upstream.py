@@ -377,10 +377,10 @@ class Upstream:
         return self._places.position(owner, task)
 
     async def _take_place(self, owner: str) -> None:
-        if self._places.take(owner):
+        if self._places.acquire_nowait(owner):
             return  # noqa: ASYNC910 - there was one
         with trio.move_on_after(self._queue_timeout_s) as queue:
-            await self._places.wait(owner)
+            await self._places.acquire(owner)
             return
         if queue.cancelled_caught:
             raise UpstreamTimeout(
@@ -513,7 +513,7 @@ class _Request:
                 self._on_phase("connecting")
                 self._reply = Reply(upstream.name, await self._send())
             except BaseException:
-                upstream._places.give(self._owner)
+                upstream._places.release(self._owner)
                 raise
         except GatewayError as error:
             error.redact(upstream._secrets)
@@ -537,7 +537,7 @@ class _Request:
         try:
             await self._reply.aclose()
         finally:
-            self._upstream._places.give(self._owner)
+            self._upstream._places.release(self._owner)
         if isinstance(error, GatewayError):
             error.redact(self._upstream._secrets)
 
