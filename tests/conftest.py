@@ -26,7 +26,7 @@ from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.sections import Config, Port
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.server import server
+from trigate.server import lifespan, listeners, server
 from trigate.store import opening
 from trigate.upstream.factory import TransportFactory, http_transport
 
@@ -184,7 +184,7 @@ async def _open_app(
             settings, env={"TRIGATE_STORE": os.fspath(store)}, transports=lambda name, _: found[name].transport()
         )
     )
-    async with server.open_lifespan(app) as state, trio.open_nursery() as nursery:
+    async with lifespan.open_lifespan(app) as state, trio.open_nursery() as nursery:
         client = AsgiClient(app, nursery)
         try:
             yield Served(app, client, providers, state)
@@ -206,7 +206,7 @@ async def _open_server(
     """Serves a gateway on a port of loopback, with upstreams on real sockets; gives a client with its base URL."""
     app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=transports))
     async with trio.open_nursery() as nursery:
-        listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
+        listening = listeners.open_sockets(attrs.evolve(config.server, port=Port(0)))
         urls = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
         # without TLS: to load the authorities costs more than to open the gateway
         async with httpx2.AsyncClient(base_url=urls[0], timeout=10.0, trust_env=False, verify=False) as client:

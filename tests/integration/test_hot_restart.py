@@ -25,7 +25,7 @@ import trio.testing
 from tests.support.processes import Gateway, environment, run_gateway
 from trigate.config.sections import Count, Port, ServerConfig
 from trigate.server import hot_restart, listeners
-from trigate.server.hot_restart import Predecessor, TakeoverRefused, ask, attend
+from trigate.server.hot_restart import HotRestartRefused, Predecessor, request_sockets, serve_handover
 from trigate.server.listeners import ListenError, Listening, open_listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are no takeovers")
@@ -281,7 +281,7 @@ def test_a_gateway_of_another_user(house: House) -> None:
     """It cannot be taken over from; the error says whose it is, and its log that somebody has tried."""
     script = f"""
 import encodings.idna, os  # afterwards, there may be nothing to be imported
-from trigate.config.structure import ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_listening
 os.setuid(12345)
 try:
@@ -394,11 +394,11 @@ class Old:
     async def run(self) -> None:
         """Attends."""
         with self.scope:
-            await attend(self.listening.doors, self.listening.sockets, self.succeeded.append)
+            await serve_handover(self.listening.handover_sockets, self.listening.sockets, self.succeeded.append)
 
     async def ask(self) -> Predecessor | None:
         """Asks for the sockets, as another process would."""
-        return await trio.to_thread.run_sync(ask, ("127.0.0.1", self.config.port))
+        return await trio.to_thread.run_sync(request_sockets, ("127.0.0.1", self.config.port))
 
 
 @contextlib.asynccontextmanager
@@ -424,12 +424,12 @@ async def test_sockets_change_hands() -> None:
         client = socket.create_connection(("127.0.0.1", old.config.port))
         predecessor = await old.ask()
         assert predecessor is not None
-        assert (len(predecessor.listening), len(predecessor.doors)) == (100, 1)
+        assert (len(predecessor.listening), len(predecessor.handover)) == (100, 1)
         assert predecessor.pid == os.getpid()
         for sock in old.listening.sockets:
             sock.close()
         assert old.succeeded == []
-        predecessor.succeed()
+        predecessor.notify_ready()
         while not old.succeeded:  # noqa: ASYNC110 - it is a list
             await trio.sleep(0.01)
         assert old.succeeded == [os.getpid()]
@@ -454,7 +454,7 @@ async def test_it_is_known_who_serves() -> None:
         await trio.run_process([sys.executable, "-c", code], pass_fds=[door.fileno()])
         door.setblocking(False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(attend, [door], old.listening.sockets, lambda _: None)
+            nursery.start_soon(serve_handover, [door], old.listening.sockets, lambda _: None)
             await trio.testing.wait_all_tasks_blocked()
             predecessor = await old.ask()
             assert predecessor is not None
@@ -468,15 +468,15 @@ async def test_one_after_another() -> None:
     async with open_old() as old:
         first = await old.ask()
         assert first is not None
-        first.succeed()
+        first.notify_ready()
         async with trio.open_nursery() as nursery:
             pids: list[int] = []
-            nursery.start_soon(attend, first.doors, first.listening, pids.append)
+            nursery.start_soon(serve_handover, first.handover, first.listening, pids.append)
             while not old.succeeded:  # noqa: ASYNC110 - it is a list
                 await trio.sleep(0.01)
             second = await old.ask()
             assert second is not None
-            second.succeed()
+            second.notify_ready()
             second.close()
         assert pids == [os.getpid()]
         first.close()
@@ -488,13 +488,13 @@ async def test_one_that_ends_meanwhile() -> None:
     async with open_old() as old:
         predecessor = await old.ask()
         assert predecessor is not None
-        assert not any(sock.get_inheritable() for sock in (*predecessor.listening, *predecessor.doors))
+        assert not any(sock.get_inheritable() for sock in (*predecessor.listening, *predecessor.handover))
         old.scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        predecessor.succeed()
+        predecessor.notify_ready()
         assert old.succeeded == []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(attend, predecessor.doors, predecessor.listening, lambda _: None)
+            nursery.start_soon(serve_handover, predecessor.handover, predecessor.listening, lambda _: None)
             second = await old.ask()
             assert second is not None
             second.close()
@@ -507,7 +507,7 @@ async def test_two_at_once(logs: Any) -> None:
     async with open_old() as old:
         first = await old.ask()
         assert first is not None
-        with pytest.raises(TakeoverRefused, match=f"process {os.getpid()} is about to do that"):
+        with pytest.raises(HotRestartRefused, match=f"process {os.getpid()} is already replacing it"):
             await old.ask()
         first.close()
         while not logs.named("takeover_failed"):  # noqa: ASYNC110 - the log has no event
@@ -525,7 +525,7 @@ async def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
         def ask_in_another() -> None:
             line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with line:
-                line.connect(hot_restart._door_name(f"127.0.0.1:{old.config.port}"))
+                line.connect(hot_restart._handover_name(f"127.0.0.1:{old.config.port}"))
                 line.send(b'{"type":"knock","version":99}')
                 assert b"another version" in line.recv(4096)
 
@@ -535,9 +535,9 @@ async def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_who_is_not_understood_does_no_harm(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Garbage, silence, and a line that is closed at once leave the door as it was."""
-    monkeypatch.setattr(hot_restart, "SAY_S", 0.05)
+    monkeypatch.setattr(hot_restart, "REQUEST_TIMEOUT_S", 0.05)
     async with open_old() as old:
-        name = hot_restart._door_name(f"127.0.0.1:{old.config.port}")
+        name = hot_restart._handover_name(f"127.0.0.1:{old.config.port}")
         for said in (b"garbage", b"", None):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
                 line.connect(name)
@@ -554,13 +554,13 @@ async def test_who_is_not_understood_does_no_harm(logs: Any, monkeypatch: pytest
 
 async def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The newcomer does not wait for ever; and one that has stopped attending is no gateway to be asked."""
-    monkeypatch.setattr(hot_restart, "ANSWER_S", 0.05)
+    monkeypatch.setattr(hot_restart, "RESPONSE_TIMEOUT_S", 0.05)
     async with open_old() as old:
-        [door] = old.listening.doors
+        [door] = old.listening.handover_sockets
         mute = socket.socket(fileno=os.dup(door.fileno()))
         old.scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(TakeoverRefused, match="did not answer"):
+        with pytest.raises(HotRestartRefused, match="did not answer"):
             await old.ask()
         mute.close()
         assert await old.ask() is None
@@ -571,7 +571,7 @@ async def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_door_that_cannot_be_opened(logs: Any) -> None:
     """It is said in the log, and the gateway serves all the same."""
     async with open_old() as old:
-        assert hot_restart.open_doors(old.listening.sockets) == []
+        assert hot_restart.open_handover_sockets(old.listening.sockets) == []
     [line] = logs.named("takeover_unavailable")
     assert line["address"] == f"127.0.0.1:{old.config.port}"
 
@@ -585,5 +585,5 @@ async def test_the_addresses_must_be_the_same() -> None:
         listening.predecessor.close()
         other = socket.create_server(("127.0.0.2", 0))
         with pytest.raises(ListenError, match=r"also listens on 127\.0\.0\.2"):
-            listeners.open_sockets(old.config, taken=[*old.listening.sockets, other])
+            listeners.open_sockets(old.config, inherited=[*old.listening.sockets, other])
         other.close()

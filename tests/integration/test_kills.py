@@ -149,7 +149,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
             source="test",
         )
         app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=http_transport))
-        listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
+        listening = listeners.open_sockets(attrs.evolve(config.server, port=Port(0)))
         [base] = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
         port = httpx2.URL(base).port
         assert port is not None

@@ -691,7 +691,7 @@ def test_crash_of_a_cancelled_call_is_logged(logs: Logs) -> None:
 
 def test_stalled_client_cannot_hold_up_a_cancelled_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shielded send to a client that does not read fails once the last words are over."""
-    monkeypatch.setattr(asyncio_host, "_LAST_WORDS_S", 0.02)
+    monkeypatch.setattr(asyncio_host, "_FINAL_MESSAGE_S", 0.02)
     errors: list[OSError] = []
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,12 +18,12 @@ import trio.testing
 from tests.server.test_request_head import BAD
 from trigate.concurrency import poller
 from trigate.concurrency.timers import open_timers
-from trigate.config.sections import ServerConfig
+from trigate.config.sections import Seconds, ServerConfig
 from trigate.server import client_stream, http1
 from trigate.server.connection import serve_connection
 from trigate.server.http1 import Application, Message, Receive, Send
 
-CONFIG = ServerConfig(keep_alive_timeout_s=75.0)
+CONFIG = ServerConfig(keep_alive_timeout_s=Seconds(75.0))
 HELLO = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 Pair = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
@@ -637,20 +637,20 @@ async def test_what_a_slow_client_takes_shows() -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         await client.send_all(HELLO)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        taken = connection.peer.taken_bytes
+        taken = connection.client_stream.taken_bytes
         assert taken is not None
         await trio.testing.wait_all_tasks_blocked(0.02)
-        assert connection.peer.taken_bytes == taken
+        assert connection.client_stream.taken_bytes == taken
         for _ in range(3):
             received = 0
             while received < 512 * 1024:
                 received += len(await client.receive_some())
             await trio.testing.wait_all_tasks_blocked(0.01)
-            before, taken = taken, connection.peer.taken_bytes
+            before, taken = taken, connection.client_stream.taken_bytes
             assert taken is not None
             assert taken > before
         await connection.abort()
-        assert connection.peer.taken_bytes is None
+        assert connection.client_stream.taken_bytes is None
 
 
 @each_way_to_poll
@@ -847,7 +847,7 @@ async def test_a_request_that_comes_with_the_end_is_answered(draining: bool) -> 
             ours.send(before)
             await trio.testing.wait_all_tasks_blocked(0.01)
             ours.send(after)
-            service.ending = service.draining = draining
+            service.announces_close = service.draining = draining
             connection.close_if_idle()
             async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as client:
                 data = b""

@@ -27,13 +27,15 @@ from tests.server.test_connection import H2_GET, H2Client
 from tests.server.test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from tests.server.test_request_head import BAD
 from tests.support.processes import environment
-from trigate.config.sections import ServerConfig
-from trigate.server import connection, listeners, request_head, server
+from trigate.config.sections import Port, Seconds, ServerConfig
+from trigate.server import http2, listeners, request_head, server, shutdown
 from trigate.server.http1 import Application, Message, Receive, Send
+from trigate.server.lifespan import StartupFailed, open_lifespan
 from trigate.server.listeners import ListenError, open_sockets
-from trigate.server.server import Drained, End, StartupFailed, open_lifespan, serve
+from trigate.server.server import serve
+from trigate.server.shutdown import Shutdown, ShutdownReport
 
-CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
+CONFIG = ServerConfig(port=Port(0), drain_timeout_s=Seconds(5.0))
 
 
 def _set_event() -> trio.Event:
@@ -144,8 +146,8 @@ class Running:
     """
 
     url: str
-    end: End
-    outcome: Drained | None = None
+    shutdown: Shutdown
+    outcome: ShutdownReport | None = None
     _clients: list[trio.SocketStream] = attrs.field(factory=list)
     _ended: trio.Event = attrs.field(factory=trio.Event)
 
@@ -153,10 +155,10 @@ class Running:
         self, app: Application, config: ServerConfig, *, task_status: trio.TaskStatus[list[str]]
     ) -> None:
         """Serves."""
-        self.outcome = await serve(app, config, end=self.end, task_status=task_status)
+        self.outcome = await serve(app, config, shutdown=self.shutdown, task_status=task_status)
         self._ended.set()
 
-    async def wait_ended(self) -> Drained:
+    async def wait_ended(self) -> ShutdownReport:
         """Waits until `serve` has returned, and gives what."""
         await self._ended.wait()
         assert self.outcome is not None
@@ -189,7 +191,7 @@ class Running:
 @contextlib.asynccontextmanager
 async def open_server(app: Application, config: ServerConfig = CONFIG) -> AsyncIterator[Running]:
     """Serves an app for the time of the block, and then ends it at once, and its clients after it."""
-    running = Running("", End())
+    running = Running("", Shutdown())
 
     async with trio.open_nursery() as nursery:
         [running.url] = await nursery.start(partial(running.run, app, config))
@@ -313,7 +315,7 @@ async def test_many_clients_come_and_go() -> None:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             await stream.aclose()
         await running.assert_alive()
-        running.end.stop_now()
+        running.shutdown.stop_now()
         drained = await running.wait_ended()
         assert drained.forced == 0
 
@@ -328,7 +330,7 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
         idle, stream = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(stream, b"data: 1\n\n\r\n")
-        running.end.stop_now()
+        running.shutdown.stop_now()
         with trio.fail_after(1):
             assert await read_all(idle) == b""
             assert app.drain is not None
@@ -338,7 +340,7 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
         assert app.lifespan == ["lifespan.startup"]
         app.go_on.set()
         assert (await read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=2, cut=0, forced=0)
         assert not app.drain.was_cut.is_set()
     assert app.lifespan == ["lifespan.startup", "lifespan.shutdown"]
     [line] = logs.named("drained")
@@ -351,18 +353,18 @@ async def test_a_drain_waits_for_what_has_no_connection() -> None:
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
     async with open_server(app) as running:
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await app.drain.begun.wait()
         await trio.testing.wait_all_tasks_blocked()
         assert app.lifespan == ["lifespan.startup"]
         app.drain.is_quiet.set()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=0)
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
-    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
-        running.end.stop_now()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
+        running.shutdown.stop_now()
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=0)
 
 
 async def test_an_answer_in_a_drain_says_close() -> None:
@@ -378,7 +380,7 @@ async def test_an_answer_in_a_drain_says_close() -> None:
     async with open_server(app) as running:
         stream = await running.ask("/")
         await began.wait()
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await trio.testing.wait_all_tasks_blocked()
         release.set()
         response = await read_all(stream)
@@ -394,24 +396,24 @@ async def test_a_request_behind_the_last_one_does_not_hold_up_a_drain() -> None:
         await read_until(stream, b"data: 1\n\n\r\n")
         await stream.send_all(HELLO)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await trio.testing.wait_all_tasks_blocked()
         app.go_on.set()
         with trio.fail_after(1):
             assert (await read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         await stream.aclose()
         with trio.fail_after(1):
-            assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+            assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
 
 
 async def test_a_drain_cuts_what_takes_too_long() -> None:
     """After the grace the app ends its streams, and they end properly."""
-    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
         stream = await running.ask("/stream")
         await read_until(stream, b"data: 1\n\n\r\n")
-        running.end.stop_now()
+        running.shutdown.stop_now()
         assert (await read_all(stream)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=0, cut=1, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=1, forced=0)
 
 
 async def test_the_readiness_check_comes_first(logs: Any) -> None:
@@ -419,10 +421,10 @@ async def test_the_readiness_check_comes_first(logs: Any) -> None:
     that their connections end."""
     app = App()
     assert app.drain is not None
-    async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=0.2)) as running:
+    async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=Seconds(0.2))) as running:
         kept = await running.ask("/")
         await read_until(kept, b"GET /")
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await app.drain.announced.wait()
         assert b"\r\nconnection: close\r\n" in await read_all(await running.ask("/new"))
         assert not app.drain.begun.is_set()
@@ -440,9 +442,9 @@ async def test_the_report_names_what_was_cut(logs: Any) -> None:
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
-    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
-        running.end.stop_now()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
+        running.shutdown.stop_now()
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=0)
     assert logs.named("drained")[0]["cut_exchanges"] == ["r1"]
 
 
@@ -458,7 +460,7 @@ async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(streaming, b"data: 1\n\n\r\n")
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         await app.drain.aside.wait()
         with pytest.raises(OSError, match="connect"):
             await running.connect()
@@ -471,21 +473,21 @@ async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
             last = await read_all(stream)
             assert b"\r\nconnection: close\r\n" in last
             assert body_of(last) == b"GET /"
-        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=2, cut=0, forced=0)
         assert not app.drain.announced.is_set()
     assert logs.named("draining")[0]["successor"] == 42
 
 
 async def test_a_takeover_does_not_wait_for_ever() -> None:
     """What is idle is closed after the grace, and what still runs is cut."""
-    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.1)) as running:
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.1))) as running:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(streaming, b"data: 1\n\n\r\n")
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         assert await read_all(idle) == b""
         assert (await read_all(streaming)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=1, cut=1, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=1, cut=1, forced=0)
 
 
 async def test_a_takeover_becomes_a_stop() -> None:
@@ -495,27 +497,27 @@ async def test_a_takeover_becomes_a_stop() -> None:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(streaming, b"data: 1\n\n\r\n")
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        running.end.stop_now()
+        running.shutdown.stop_now()
         with trio.fail_after(1):
             assert await read_all(idle) == b""
         app.go_on.set()
         assert (await read_all(streaming)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=2, cut=0, forced=0)
 
 
 @pytest.mark.parametrize("drain", [None, Drain], ids=["without cut", "cut in vain"])
 async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that is stuck in a send to a stalled client, out of reach of cancellation, ends with the drain."""
-    monkeypatch.setattr(server, "CUT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(shutdown, "FINAL_ERROR_S", 0.05)
     app = App(drain=drain and drain())
-    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
         await running.ask("/flood")
         await app.flooding.wait()
         await trio.testing.wait_all_tasks_blocked()
-        running.end.stop_now()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=1)
+        running.shutdown.stop_now()
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=1)
 
 
 async def test_cancelled_means_now() -> None:
@@ -580,15 +582,15 @@ def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{port} is in use"):
-            open_sockets(ServerConfig(port=port))
+            open_sockets(ServerConfig(port=Port(port)))
 
 
 def test_an_address_of_elsewhere_is_named() -> None:
     """An address that the machine has not gives an error that says so; so does a name that nobody has."""
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 cannot be listened on: no interface"):
-        open_sockets(ServerConfig(host="192.0.2.1", port=0))
+        open_sockets(ServerConfig(host="192.0.2.1", port=Port(0)))
     with pytest.raises(ListenError, match=r"nobody\.invalid:0 cannot be listened on"):
-        open_sockets(ServerConfig(host="nobody.invalid", port=0))
+        open_sockets(ServerConfig(host="nobody.invalid", port=Port(0)))
 
 
 def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,7 +601,7 @@ def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(listeners, "_listen", listen)
     with pytest.raises(ListenError, match=r"127\.0\.0\.1:80 is forbidden"):
-        open_sockets(ServerConfig(port=80))
+        open_sockets(ServerConfig(port=Port(80)))
 
 
 @pytest.mark.parametrize(("host", "show"), [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")])
@@ -607,7 +609,7 @@ def test_all_addresses_of_a_host(host: str, show: str) -> None:
     """A host is listened on at each of its addresses that the machine has, on one port."""
     if host == "::1" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
-    sockets = open_sockets(ServerConfig(host=host, port=0))
+    sockets = open_sockets(ServerConfig(host=host, port=Port(0)))
     try:
         assert show in {sock.getsockname()[0] for sock in sockets}
         assert len({sock.getsockname()[1] for sock in sockets}) == 1
@@ -636,7 +638,7 @@ async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPa
         start(self, stream, connections)
 
     monkeypatch.setattr(server._Server, "_start", look)
-    async with open_server(App(), attrs.evolve(CONFIG, tcp_user_timeout_s=1.5)) as running:
+    async with open_server(App(), attrs.evolve(CONFIG, tcp_user_timeout_s=Seconds(1.5))) as running:
         await running.assert_alive()
     assert found == [1500]
 
@@ -700,7 +702,7 @@ async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | 
         else:
             await stream.send_all(HELLO)
             assert body_of(await read_until(stream, b"GET /")) == b"GET /"
-        running.end.stop_now()
+        running.shutdown.stop_now()
         assert (await running.wait_ended()).forced == 0
         await stream.aclose()
 
@@ -717,7 +719,7 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
         path = (b":path", b"/stream")
         number = await client.ask((*H2_GET[:3], path))
         await client.read(h2.events.DataReceived, number)
-        running.end.stop_now()
+        running.shutdown.stop_now()
         assert app.drain is not None
         await app.drain.begun.wait()
         app.go_on.set()
@@ -725,7 +727,7 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
         assert client.bodies[number] == b"data: 1\n\ndata: [DONE]\n\n"
         assert await client.read(h2.events.StreamReset) is None
         await stream.aclose()
-        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -733,7 +735,7 @@ async def test_an_h2_client_goes_to_the_successor(
     authority: trustme.CA, tls_config: ServerConfig, busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told when it waits for nothing; a request that it has sent meanwhile is served; then that is all."""
-    monkeypatch.setattr(connection, "LINGER_S", 0.1)
+    monkeypatch.setattr(http2, "LINGER_S", 0.1)
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     trust.set_alpn_protocols(["h2"])
@@ -743,7 +745,7 @@ async def test_an_h2_client_goes_to_the_successor(
         client = H2Client(stream)
         number = await client.ask((*H2_GET[:3], (b":path", b"/stream" if busy else b"/")))
         await client.read(h2.events.DataReceived if busy else h2.events.StreamEnded, number)
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         assert app.drain is not None
         await app.drain.aside.wait()
         if busy:
@@ -756,7 +758,7 @@ async def test_an_h2_client_goes_to_the_successor(
         # h2 takes no frame after this one, as RFC 9113 would have it; but they come
         assert late not in client.bodies
         assert b"GET /" in b"".join([bytes(piece) async for piece in stream])
-        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
         await stream.aclose()
 
 
@@ -821,7 +823,7 @@ async def open_run(app: Application, parent_fd: int | None = None) -> AsyncItera
     """Runs `run` until it ends by itself; gives a way to ask it, and what it will have returned."""
     sockets = open_sockets(CONFIG)
     outcome: list[bool] = []
-    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", End())
+    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", Shutdown())
 
     async def run() -> None:
         outcome.append(await server.run(app, CONFIG, sockets, parent_fd))
@@ -842,8 +844,8 @@ def test_a_process_ends_in_order(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import sys, trio
-            from trigate import server
-            from trigate.config.structure import ServerConfig
+            from trigate.server import server
+            from trigate.config.sections import ServerConfig
             from trigate.server.listeners import open_sockets
 
             async def app(scope, receive, send):

@@ -18,18 +18,18 @@ import pytest
 import trio
 
 from tests.support.processes import environment
-from trigate.config.sections import Count, Port, ServerConfig
+from trigate.config.sections import Count, Port, Seconds, ServerConfig
 from trigate.server import supervisor
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
 
-CONFIG = ServerConfig(port=0, workers=2, drain_timeout_s=5.0)
+CONFIG = ServerConfig(port=Port(0), workers=Count(2), drain_timeout_s=Seconds(5.0))
 REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 
 WORKER = """
 import os, signal, sys, trio
-from trigate import server
-from trigate.config.structure import ServerConfig
+from trigate.server import server
+from trigate.config.sections import ServerConfig
 from trigate.server.supervisor import sockets_from_fds
 
 async def app(scope, receive, send):
@@ -54,7 +54,7 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 
 SUPERVISOR = """
 import sys, trio
-from trigate.config.structure import Count, Port, ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import supervise
 
@@ -228,7 +228,7 @@ def test_who_shares_a_port_shares_it_with_its_own_workers_only() -> None:
     try:
         port = sockets[0].getsockname()[1]
         with pytest.raises(ListenError, match=f"{port} is in use"):
-            open_sockets(attrs.evolve(config, port=port))
+            open_sockets(attrs.evolve(config, port=Port(port)))
     finally:
         for sock in sockets:
             sock.close()
@@ -276,7 +276,7 @@ async def test_one_that_lives_keeps_the_others_trying(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervise, [sys.executable, "-c", script], open_sockets(CONFIG), CONFIG)
         with trio.fail_after(20):
-            while len(logs.named("worker_died")) <= supervisor.EARLY_DEATHS + 1:  # noqa: ASYNC110 - the log has no event
+            while len(logs.named("worker_died")) <= supervisor.EARLY_EXITS + 1:  # noqa: ASYNC110 - the log has no event
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     pids = {entry["pid"] for entry in (*logs.named("worker_started"), *logs.named("worker_replaced"))}

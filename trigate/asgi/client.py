@@ -24,7 +24,7 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from trigate.errors import BodyTimeout, Header, TooLarge
 
 if TYPE_CHECKING:
-    from trigate.server.http1 import Client
+    from trigate.server.client_capabilities import Client
 
 _CONTROL_PLANE_BYTES = 1024 * 1024
 _LINGER_BYTES = 256 * 1024 * 1024

@@ -159,7 +159,8 @@ def _refuse_open_door(config: Config) -> None:
 
 
 def _try_certificate(settings: ServerConfig) -> None:
-    from trigate.server.server import StartupFailed, open_tls
+    from trigate.server.lifespan import StartupFailed
+    from trigate.server.server import open_tls
 
     try:
         open_tls(settings)
@@ -176,9 +177,16 @@ def _run_alone(settings: ServerConfig, adjust: Any) -> None:
     async def take_over() -> None:
         await trio.lowlevel.checkpoint()
         if predecessor is not None:
-            predecessor.succeed()
+            predecessor.notify_ready()
 
-    _run_server(settings, adjust, listening.sockets, None, doors=listening.doors, before_accepting=take_over)
+    _run_server(
+        settings,
+        adjust,
+        listening.sockets,
+        None,
+        handover_sockets=listening.handover_sockets,
+        before_accepting=take_over,
+    )
 
 
 def _run_worker(
@@ -210,7 +218,8 @@ def _run_server(settings: ServerConfig, adjust: Any, sockets: Any, parent_fd: in
     from trigate.asgi.application import calm_collector, create_app
     from trigate.errors import words_of
     from trigate.gateway.gateway import open_gateway
-    from trigate.server.server import StartupFailed, run
+    from trigate.server.lifespan import StartupFailed
+    from trigate.server.server import run
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream takes two file descriptors
@@ -238,7 +247,7 @@ def _supervise(settings: ServerConfig, arguments: Sequence[str]) -> None:
         command,
         listening.sockets,
         settings,
-        doors=listening.doors,
+        handover_sockets=listening.handover_sockets,
         predecessor=listening.predecessor,
     )
     try:
