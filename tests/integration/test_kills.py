@@ -1,4 +1,4 @@
-"""A thousand clients that are killed at random moments: what is left of them, on real sockets."""
+"""A thousand clients disconnect at random moments, on real sockets: nothing is left of them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ pytestmark = pytest.mark.slow
 
 
 class Upstream:
-    """A provider that speaks an event every few milliseconds.
+    """A provider that sends an event every few milliseconds.
 
     Attributes:
-        open_now: Its connections that the gateway has not closed, and which are in a request.
+        open_now: Its connections that serve a request and that the gateway has not closed.
     """
 
     def __init__(self, chance: random.Random) -> None:
@@ -94,7 +94,7 @@ class Upstream:
 
 
 async def _killed_client(chance: random.Random, port: int, number: int, outcomes: collections.Counter[str]) -> None:
-    """Asks, and is gone at some moment: closed or reset, after a while or after some bytes."""
+    """Sends a request and disconnects at a random moment: by a close or a reset, after a time or after some bytes."""
     body = json.dumps(
         {"model": "up/m", "stream": chance.random() < 0.8, "messages": [{"role": "user", "content": "Hi"}]}
     ).encode()
@@ -124,19 +124,19 @@ def _descriptors() -> int:
 
 @attrs.frozen
 class Baseline:
-    """What a gateway has open while nothing is asked of it."""
+    """The resources of an idle gateway."""
 
     descriptors: int
     tasks: int
 
 
 def _at_rest(idle: int) -> Baseline:
-    """What there is besides connections that wait for the next call: two ends of each, and the provider's task."""
+    """Counts the resources without those of idle connections: two ends each, and the provider's task."""
     return Baseline(_descriptors() - 2 * idle, trio.lowlevel.current_statistics().tasks_living - idle)
 
 
 async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
-    """Afterwards the pool, the file descriptors and the tasks are what they were, and there are a thousand records."""
+    """Afterwards, the pool, the file descriptors and the tasks are as before, and there are a thousand records."""
     chance = random.Random(SEED)
     provider = Upstream(chance)
     outcomes: collections.Counter[str] = collections.Counter()
@@ -175,7 +175,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
                     await trio.sleep(0.01)
 
         async def settled() -> Baseline:
-            """What there is once it does not change any more."""
+            """Returns the counts when they have stopped changing."""
             await quiet()
             seen = [_at_rest(transport.statistics().idle)]
             with trio.move_on_after(10):
@@ -184,7 +184,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
                     seen.append(_at_rest(transport.statistics().idle))
             return seen[-1]
 
-        await many(20, -20)  # what is made once, is made now: the store, threads
+        await many(20, -20)  # opens what is opened once: the store, threads
         await gateway.ledger.fold()
         before = await settled()
         await many(CLIENTS, 0)
@@ -205,7 +205,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
             ended = collections.Counter(each["outcome"] for each in records)
             assert set(ended) == {"cancelled", "complete"}, ended
             assert ended["cancelled"] > CLIENTS / 2
-            assert provider.requests <= CLIENTS + 20  # nothing was asked twice
+            assert provider.requests <= CLIENTS + 20  # no call was sent twice
             totals = (await client.get("/status")).json()["totals"]
             assert totals["exchanges"] == CLIENTS + 20
         nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""`trigate.server.server`: the firewall, the drain, signals, TLS and sockets, over real sockets."""
+"""`trigate.server.server`, `shutdown` and `lifespan`: crashes, drain, signals, TLS, on real sockets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _set_event() -> trio.Event:
 
 @attrs.define(eq=False)
 class Drain:
-    """What an app takes part in a drain with."""
+    """The app's part in a shutdown: records the calls."""
 
     begun: trio.Event = attrs.field(factory=trio.Event)
     was_cut: trio.Event = attrs.field(factory=trio.Event)
@@ -57,23 +57,23 @@ class Drain:
     announced: trio.Event = attrs.field(factory=trio.Event)
 
     def step_aside(self) -> None:
-        """Notes it."""
+        """Records the call."""
         self.aside.set()
 
     def announce(self) -> None:
-        """Notes it."""
+        """Records the call."""
         self.announced.set()
 
     def begin(self) -> None:
-        """Notes it."""
+        """Records the call."""
         self.begun.set()
 
     async def wait_quiet(self) -> None:
-        """There is nothing else."""
+        """Waits for work without a connection, if there is any."""
         await self.is_quiet.wait()
 
     def cut(self) -> Sequence[str]:
-        """Notes it."""
+        """Records the call."""
         assert self.begun.is_set()
         self.was_cut.set()
         return ["r1"]
@@ -81,7 +81,7 @@ class Drain:
 
 @attrs.define(eq=False)
 class App:
-    """An app whose paths are ways to behave."""
+    """An app whose paths select its behaviour."""
 
     drain: Drain | None = attrs.field(factory=Drain)
     go_on: trio.Event = attrs.field(factory=trio.Event)
@@ -89,7 +89,7 @@ class App:
     flooding: trio.Event = attrs.field(factory=trio.Event)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """The app."""
+        """Serves a request."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -99,7 +99,7 @@ class App:
             case "/flood":
                 await send({"type": "http.response.start", "status": 200, "headers": []})
                 self.flooding.set()
-                while True:  # more than any kernel takes: the send does not end before the client reads
+                while True:  # more than any kernel buffers: the send does not end before the client reads
                     await send({"type": "http.response.body", "body": bytes(2**25), "more_body": True})
             case "/bad-name":
                 await send({"type": "http.response.start", "status": 200, "headers": [(b"bad name", b"x")]})
@@ -139,10 +139,12 @@ class App:
 
 @attrs.define(eq=False)
 class Running:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        outcome: What `serve` returned, once it has.
+        url: Its base URL.
+        shutdown: Ends it.
+        outcome: The report that `serve` has returned.
     """
 
     url: str
@@ -154,35 +156,35 @@ class Running:
     async def run(  # noqa: ASYNC128 - `serve` calls it
         self, app: Application, config: ServerConfig, *, task_status: trio.TaskStatus[list[str]]
     ) -> None:
-        """Serves."""
+        """Serves the app."""
         self.outcome = await serve(app, config, shutdown=self.shutdown, task_status=task_status)
         self._ended.set()
 
     async def wait_ended(self) -> ShutdownReport:
-        """Waits until `serve` has returned, and gives what."""
+        """Waits until `serve` has returned, and returns its report."""
         await self._ended.wait()
         assert self.outcome is not None
         return self.outcome
 
     async def connect(self) -> trio.SocketStream:
-        """A new connection, closed in the end."""
+        """Opens a connection, which `close_clients` closes."""
         stream = await trio.open_tcp_stream("127.0.0.1", int(self.url.rpartition(":")[2]))
         self._clients.append(stream)
         return stream
 
     async def close_clients(self) -> None:
-        """Closes the connections."""
+        """Closes the connections of `connect`."""
         for stream in self._clients:
             await stream.aclose()
 
     async def ask(self, path: str) -> trio.SocketStream:
-        """A new connection on which a request was sent."""
+        """Opens a connection and sends a request."""
         stream = await self.connect()
         await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         return stream
 
     async def assert_alive(self) -> None:
-        """A further client is served."""
+        """Checks that another client is served."""
         async with await self.ask("/alive") as stream:
             with trio.fail_after(1):
                 assert body_of(await read_until(stream, b"/alive")) == b"GET /alive"
@@ -190,7 +192,7 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def open_server(app: Application, config: ServerConfig = CONFIG) -> AsyncIterator[Running]:
-    """Serves an app for the time of the block, and then ends it at once, and its clients after it."""
+    """Serves an app for as long as the block lasts, and then ends the server at once, and the clients after it."""
     running = Running("", Shutdown())
 
     async with trio.open_nursery() as nursery:
@@ -222,7 +224,7 @@ POISON = {
 
 
 async def test_poison_is_answered(logs: Any) -> None:
-    """What kills or upsets other servers gets a JSON error within 100 ms, whole or in pieces; the server lives on."""
+    """Requests that crash other servers get a JSON error within 100 ms, whole or in pieces; the server continues."""
     async with open_server(App()) as running:
         for name, data in {**POISON, **{name: data for name, (_, data) in BAD.items()}}.items():
             for step in (len(data), 1 if len(data) < 1000 else 1000):
@@ -238,7 +240,7 @@ async def test_poison_is_answered(logs: Any) -> None:
 
 
 async def exchange(stream: trio.SocketStream, data: bytes, step: int) -> bytes:
-    """Sends in pieces and reads to the end, at once."""
+    """Sends in pieces, and meanwhile reads until the connection ends."""
 
     async def send() -> None:
         with contextlib.suppress(trio.BrokenResourceError):
@@ -254,7 +256,7 @@ async def exchange(stream: trio.SocketStream, data: bytes, step: int) -> bytes:
 
 
 async def test_a_refusal_is_read_before_the_reset() -> None:
-    """A client that has sent far more than was read still gets its answer, and not a reset in its place."""
+    """A client that has sent far more than was read still gets its response, and not a reset in its place."""
     for _ in range(20):
         async with open_connection_pair() as (client, _):
             response = await exchange(client, b"GET / HTTP/2.0\r\n\r\n" + b"x" * 900_000, 10**6)
@@ -263,13 +265,13 @@ async def test_a_refusal_is_read_before_the_reset() -> None:
 
 @contextlib.asynccontextmanager
 async def open_connection_pair() -> AsyncIterator[tuple[trio.SocketStream, Running]]:
-    """A connection to a server."""
+    """Yields a connection to a server."""
     async with open_server(App()) as running, await running.connect() as client:
         yield client, running
 
 
 async def test_a_crash_ends_one_connection(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A defect in a connection's own task ends that connection, with its traceback in the log, and no other."""
+    """A crash in a connection's task ends that connection and no other, and its traceback is logged."""
 
     examine = request_head.examine
 
@@ -295,7 +297,7 @@ async def test_a_crash_ends_one_connection(logs: Any, monkeypatch: pytest.Monkey
 
 
 async def test_a_malformed_answer_of_the_app(logs: Any) -> None:
-    """An app that breaks HTTP gets a 500, or, where its answer had begun, breaks its own connection only."""
+    """An app that violates HTTP causes a 500, or, if its response has begun, ends only its own connection."""
     logs.expect_error("app_crashed")
     async with open_server(App()) as running:
         async with await running.ask("/bad-name") as stream:
@@ -307,7 +309,7 @@ async def test_a_malformed_answer_of_the_app(logs: Any) -> None:
 
 
 async def test_many_clients_come_and_go() -> None:
-    """Nothing is left of connections that were reset at any moment."""
+    """Connections that are reset at random moments leave nothing behind."""
     async with open_server(App()) as running:
         for number in range(50):
             stream = await running.connect()
@@ -324,7 +326,7 @@ async def test_many_clients_come_and_go() -> None:
 
 
 async def test_a_drain_lets_streams_finish(logs: Any) -> None:
-    """Idle connections are closed at once, a running stream goes on to its end, and the lifespan ends after it."""
+    """Idle connections are closed at once, a running stream finishes, and the lifespan ends after it."""
     app = App()
     async with open_server(app) as running:
         idle, stream = await running.ask("/"), await running.ask("/stream")
@@ -348,7 +350,7 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
 
 
 async def test_a_drain_waits_for_what_has_no_connection() -> None:
-    """As long as the app says so, and as the drain may take."""
+    """The drain waits until the app is quiet, or its time is up."""
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
@@ -389,7 +391,7 @@ async def test_an_answer_in_a_drain_says_close() -> None:
 
 
 async def test_a_request_behind_the_last_one_does_not_hold_up_a_drain() -> None:
-    """A request that was sent before its predecessor was answered is not served any more, and not waited for."""
+    """A request that was pipelined behind the last one is not served, and not waited for."""
     app = App()
     async with open_server(app) as running:
         stream = await running.ask("/stream")
@@ -407,7 +409,7 @@ async def test_a_request_behind_the_last_one_does_not_hold_up_a_drain() -> None:
 
 
 async def test_a_drain_cuts_what_takes_too_long() -> None:
-    """After the grace the app ends its streams, and they end properly."""
+    """After the drain timeout, the app ends its streams, and the responses are complete."""
     async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
         stream = await running.ask("/stream")
         await read_until(stream, b"data: 1\n\n\r\n")
@@ -417,8 +419,8 @@ async def test_a_drain_cuts_what_takes_too_long() -> None:
 
 
 async def test_the_readiness_check_comes_first(logs: Any) -> None:
-    """For the time of the notice, the app says that the end comes, and everything else is as before; but answers say
-    that their connections end."""
+    """During the notice, the readiness check fails, requests are served as before, and responses announce the end of
+    their connections."""
     app = App()
     assert app.drain is not None
     async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=Seconds(0.2))) as running:
@@ -438,7 +440,7 @@ async def test_the_readiness_check_comes_first(logs: Any) -> None:
 
 
 async def test_the_report_names_what_was_cut(logs: Any) -> None:
-    """Exchanges by their ids, also those that have no connection; and who had to be closed by force, by his address."""
+    """The log has the ids of the exchanges, also without a connection, and the addresses of aborted clients."""
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
@@ -448,12 +450,12 @@ async def test_the_report_names_what_was_cut(logs: Any) -> None:
     assert logs.named("drained")[0]["cut_exchanges"] == ["r1"]
 
 
-# -- the end after a takeover -----------------------------------------------------------------------------------------
+# -- hot restart ------------------------------------------------------------------------------------------------------
 
 
 async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
-    """Nothing is refused or closed: each connection is told of its end by an answer, also one whose answer had begun
-    before, and so could not say so; then the server has ended."""
+    """Nothing is refused or closed. A response announces the end of each connection. If a response has begun before,
+    the connection serves one more request. Then the server ends."""
     app = App()
     assert app.drain is not None
     async with open_server(app) as running:
@@ -479,7 +481,7 @@ async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
 
 
 async def test_a_takeover_does_not_wait_for_ever() -> None:
-    """What is idle is closed after the grace, and what still runs is cut."""
+    """After the drain timeout, idle connections are closed, and running exchanges are ended with an error."""
     async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.1))) as running:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
@@ -491,7 +493,7 @@ async def test_a_takeover_does_not_wait_for_ever() -> None:
 
 
 async def test_a_takeover_becomes_a_stop() -> None:
-    """Idle connections are closed as soon as there is a signal, and streams may finish."""
+    """After a signal, idle connections are closed at once, and streams may finish."""
     app = App()
     async with open_server(app) as running:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
@@ -509,7 +511,7 @@ async def test_a_takeover_becomes_a_stop() -> None:
 
 @pytest.mark.parametrize("drain", [None, Drain], ids=["without cut", "cut in vain"])
 async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that is stuck in a send to a stalled client, out of reach of cancellation, ends with the drain."""
+    """A shielded send to a stalled client ends with the drain."""
     monkeypatch.setattr(shutdown, "FINAL_ERROR_S", 0.05)
     app = App(drain=drain and drain())
     async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
@@ -521,7 +523,7 @@ async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: p
 
 
 async def test_cancelled_means_now() -> None:
-    """Cancelling `serve` frees stalled tasks as well, without any grace."""
+    """Cancelling `serve` also ends stalled tasks, without a drain."""
     app = App()
     async with open_server(app) as running:
         await running.ask("/flood")
@@ -535,7 +537,7 @@ async def test_cancelled_means_now() -> None:
 
 
 async def test_a_failed_startup_is_an_error() -> None:
-    """An app that says it cannot start is not served, and its words are the error's."""
+    """An app that reports a failed start-up is not served, and the error has its message."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await receive()
@@ -546,7 +548,7 @@ async def test_a_failed_startup_is_an_error() -> None:
 
 
 async def test_an_app_without_lifespan_is_served() -> None:
-    """An app that raises on a lifespan scope, or returns, is served without one."""
+    """An app that raises on a lifespan scope, or returns, is served without a lifespan."""
 
     async def raises(scope: Message, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
@@ -562,7 +564,7 @@ async def test_an_app_without_lifespan_is_served() -> None:
 
 
 async def test_a_lifespan_that_crashes_later_ends_the_server() -> None:
-    """What an app's lifespan task raises while it serves is not swallowed."""
+    """An exception of the app's lifespan task ends the server."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await receive()
@@ -586,7 +588,7 @@ def test_a_taken_port_is_named() -> None:
 
 
 def test_an_address_of_elsewhere_is_named() -> None:
-    """An address that the machine has not gives an error that says so; so does a name that nobody has."""
+    """An address that the machine does not have, and a name that does not resolve, are named in the error."""
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 cannot be listened on: no interface"):
         open_sockets(ServerConfig(host="192.0.2.1", port=Port(0)))
     with pytest.raises(ListenError, match=r"nobody\.invalid:0 cannot be listened on"):
@@ -594,7 +596,7 @@ def test_an_address_of_elsewhere_is_named() -> None:
 
 
 def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port that the user may not have gives an error that says so."""
+    """A port that the user may not use is named in the error."""
 
     def listen(*_: object, **__: object) -> socket.socket:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -606,7 +608,7 @@ def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("host", "show"), [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")])
 def test_all_addresses_of_a_host(host: str, show: str) -> None:
-    """A host is listened on at each of its addresses that the machine has, on one port."""
+    """The server listens on each address of a host that the machine has, on one port."""
     if host == "::1" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
     sockets = open_sockets(ServerConfig(host=host, port=Port(0)))
@@ -619,7 +621,7 @@ def test_all_addresses_of_a_host(host: str, show: str) -> None:
 
 
 def has_ipv6() -> bool:
-    """Whether the loopback has IPv6."""
+    """Whether the loopback interface has IPv6."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -629,7 +631,7 @@ def has_ipv6() -> bool:
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that acknowledges nothing is bounded by the kernel, on each accepted socket."""
+    """Each accepted socket has a TCP user timeout, which bounds a client that acknowledges nothing."""
     found = []
     start = server._Server._start
 
@@ -644,7 +646,7 @@ async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPa
 
 
 async def test_too_many_files_are_survived(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the process has no descriptor to spare it goes on trying, logs one line a second, and then serves."""
+    """Without free file descriptors, the server keeps trying, logs one line a second, and then serves again."""
     accept, failures = trio.SocketListener.accept, 0
 
     async def starved(self: trio.SocketListener) -> trio.SocketStream:
@@ -668,7 +670,7 @@ async def test_too_many_files_are_survived(logs: Any, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """A certificate authority of the test's own."""
+    """A certificate authority for the tests."""
     return trustme.CA()
 
 
@@ -684,7 +686,7 @@ def tls_config(authority: trustme.CA, tmp_path: Path) -> ServerConfig:
 
 @pytest.mark.parametrize("alpn", ["h2", "http/1.1", None])
 async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | None) -> None:
-    """With a certificate it serves HTTPS, with HTTP/2 for those who ask for it; plain HTTP is turned away quietly."""
+    """With a certificate, the server speaks HTTPS, with HTTP/2 for clients that choose it; plain HTTP fails quietly."""
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     if alpn:
@@ -708,7 +710,7 @@ async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | 
 
 
 async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_config: ServerConfig) -> None:
-    """A stream within HTTP/2 goes on to its end as well, all of it arrives, and the connection ends after it."""
+    """An HTTP/2 stream finishes too, arrives completely, and the connection ends after it."""
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     trust.set_alpn_protocols(["h2"])
@@ -734,7 +736,7 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
 async def test_an_h2_client_goes_to_the_successor(
     authority: trustme.CA, tls_config: ServerConfig, busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told when it waits for nothing; a request that it has sent meanwhile is served; then that is all."""
+    """An HTTP/2 client gets GOAWAY when it waits for no response. A request that it sends meanwhile is the last one."""
     monkeypatch.setattr(http2, "LINGER_S", 0.1)
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
@@ -755,7 +757,7 @@ async def test_an_h2_client_goes_to_the_successor(
         late = await client.ask(H2_GET)
         goodbye = await client.read(h2.events.ConnectionTerminated)
         assert (goodbye.error_code, goodbye.last_stream_id) == (0, 2**31 - 1)
-        # h2 takes no frame after this one, as RFC 9113 would have it; but they come
+        # h2 accepts no frame after this one, though RFC 9113 allows them
         assert late not in client.bodies
         assert b"GET /" in b"".join([bytes(piece) async for piece in stream])
         assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
@@ -763,7 +765,7 @@ async def test_an_h2_client_goes_to_the_successor(
 
 
 async def test_a_bad_certificate_is_named(tmp_path: Path) -> None:
-    """Files that are not there, or not what they should be, are named in the error."""
+    """Missing or invalid files are named in the error."""
     config = attrs.evolve(CONFIG, certfile=str(tmp_path / "cert.pem"), keyfile=str(tmp_path / "key.pem"))
     with pytest.raises(StartupFailed, match=r"cert\.pem"):
         await serve(App(), config)
@@ -777,7 +779,7 @@ async def test_a_bad_certificate_is_named(tmp_path: Path) -> None:
 
 
 async def test_a_signal_begins_the_drain() -> None:
-    """`run` drains at the first SIGTERM, and says that it ended in order."""
+    """`run` drains at the first SIGTERM, and returns True."""
     app = App()
     async with open_run(app) as (running, outcome):
         stream = await running.ask("/stream")
@@ -791,7 +793,7 @@ async def test_a_signal_begins_the_drain() -> None:
 
 
 async def test_a_second_signal_is_now() -> None:
-    """A second signal, of whichever kind, ends everything at once, stalled clients too; `run` says so."""
+    """A second signal of either kind ends everything at once, also stalled clients; `run` returns False."""
     app = App()
     async with open_run(app) as (running, outcome):
         await running.ask("/flood")
@@ -820,7 +822,7 @@ async def test_the_end_of_the_supervisor_begins_the_drain() -> None:
 
 @contextlib.asynccontextmanager
 async def open_run(app: Application, parent_fd: int | None = None) -> AsyncIterator[tuple[Running, list[bool]]]:
-    """Runs `run` until it ends by itself; gives a way to ask it, and what it will have returned."""
+    """Runs `run` until it ends by itself; yields a client, and a list for its return value."""
     sockets = open_sockets(CONFIG)
     outcome: list[bool] = []
     running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", Shutdown())
@@ -838,7 +840,7 @@ async def open_run(app: Application, parent_fd: int | None = None) -> AsyncItera
 
 @pytest.mark.slow
 def test_a_process_ends_in_order(tmp_path: Path) -> None:
-    """A real process ends with True after SIGTERM, although a client does not read."""
+    """A process exits with 0 after SIGTERM, although a client does not read."""
     script = tmp_path / "serve.py"
     script.write_text(
         textwrap.dedent(
