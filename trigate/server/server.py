@@ -32,6 +32,7 @@ from trigate.server.http2 import Http2Service
 from trigate.server.lifespan import StartupFailed, open_lifespan
 from trigate.server.listeners import open_sockets
 from trigate.server.shutdown import (
+    ABORT_TIMEOUT_S,
     Drainable,
     OpenConnections,
     Shutdown,
@@ -124,7 +125,9 @@ class _Server:
                 report = await sequence.drain(nursery)
                 drained = True
             finally:
-                await sequence.abort(nursery, drained=drained)
+                with trio.move_on_after(ABORT_TIMEOUT_S, shield=True):
+                    await sequence.abort(nursery, drained=drained)
+                nursery.cancel_scope.cancel()
         return report
 
     async def _stop_accepting(self, sequence: ShutdownSequence, accepting: trio.CancelScope) -> None:

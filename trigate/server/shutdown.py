@@ -224,22 +224,18 @@ class ShutdownSequence:
         return report
 
     async def abort(self, nursery: trio.Nursery, *, drained: bool) -> None:
-        """Closes what is still open, at once.
+        """Closes what is still open, at once. The caller shields it, for at most `ABORT_TIMEOUT_S`.
 
         Args:
-            nursery: The nursery of the connections. Cancelled.
+            nursery: The nursery of the connections.
             drained: Whether `drain` has returned. If not, the apps are cancelled, and get `FINAL_MESSAGE_S` to send a
                 final message before their connections are closed.
-
-        **Cancels:** not at all; it takes at most `ABORT_TIMEOUT_S`.
         """
-        with trio.move_on_after(ABORT_TIMEOUT_S, shield=True):
-            if not drained:
-                nursery.cancel_scope.cancel()
-                await self._wait_closed(FINAL_MESSAGE_S)
-            for connection in list(self._connections.live):
-                await connection.abort()
-        nursery.cancel_scope.cancel()
+        if not drained:
+            nursery.cancel_scope.cancel()
+            await self._wait_closed(FINAL_MESSAGE_S)
+        for connection in list(self._connections.live):
+            await connection.abort()
 
     async def _wait_moved(self, timeout_s: float) -> None:
         """Waits until all clients have moved to the successor, or the time is up, or the server is to stop."""
