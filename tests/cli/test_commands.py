@@ -279,7 +279,7 @@ def test_workers_that_cannot_start(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
     assert done.returncode == 1
     assert "cannot be used: No such file" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("trigate: no worker stays alive: each of 2 died 3 times")
+    assert done.stderr.splitlines()[-1].startswith("trigate: no worker keeps running: each of 2 exited 3 times")
 
 
 @pytest.mark.slow

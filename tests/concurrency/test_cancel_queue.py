@@ -1,4 +1,4 @@
-"""The end of requests whose clients have left, and what is done at once for it."""
+"""`trigate.concurrency.cancel_queue`, and the relayed streams of clients that disconnect."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from trigate.upstream.response_parser import Framing
 needs_epoll = pytest.mark.skipif(sys.platform != "linux", reason="no epoll")
 
 
-async def test_many_end_a_few_at_a_time() -> None:
-    """All that have left are cancelled, and between two slices everybody else has a turn."""
+async def test_many_scopes_are_cancelled_in_slices() -> None:
+    """Every queued scope is cancelled, and other tasks run between two slices."""
     count = 5 * SLICE
     ended = 0
 
@@ -33,27 +33,27 @@ async def test_many_end_a_few_at_a_time() -> None:
             await trio.sleep_forever()
         ended += 1
 
-    async with open_cancel_queue() as leaving, trio.open_nursery() as nursery:
+    async with open_cancel_queue() as queue, trio.open_nursery() as nursery:
         scopes = [await nursery.start(serve) for _ in range(count)]
         for scope in scopes:
-            leaving.cancel_soon(scope)
-        assert repr(leaving) == f"<CancelQueue of {count}>"
+            queue.cancel_soon(scope)
+        assert repr(queue) == f"<CancelQueue of {count}>"
         seen = []
         while ended < count:
             await trio.lowlevel.checkpoint()
             seen.append(ended)
-        # Tasks run in no certain order: between two looks of this one, two slices may have ended.
+        # Trio runs tasks in no certain order: two slices may end between two steps of this task.
         assert all(after - before <= 2 * SLICE for before, after in zip([0, *seen], seen, strict=False))
-        assert repr(leaving) == "<CancelQueue of 0>"
-        await wait_all_tasks_blocked()  # it does not go on looking
+        assert repr(queue) == "<CancelQueue of 0>"
+        await wait_all_tasks_blocked()  # the queue sleeps
 
 
-async def test_one_that_has_ended_may_be_cancelled() -> None:
-    """Whether a request has ended meanwhile is nobody's concern."""
-    async with open_cancel_queue() as leaving:
+async def test_a_scope_that_has_ended_may_be_cancelled() -> None:
+    """A request may end before its scope is cancelled."""
+    async with open_cancel_queue() as queue:
         with trio.CancelScope() as scope:
             await trio.lowlevel.checkpoint()
-        leaving.cancel_soon(scope)
+        queue.cancel_soon(scope)
         await wait_all_tasks_blocked()
 
 
@@ -70,13 +70,13 @@ class _Owner:
 
 @pytest.fixture
 def ends() -> Iterator[list[socket.socket]]:
-    """The provider's, the gateway's two, and the client's."""
+    """The sockets of the provider, the gateway (two) and the client."""
     sockets = [*socket.socketpair(), *socket.socketpair()]
-    for each in sockets:
-        each.setblocking(False)
+    for sock in sockets:
+        sock.setblocking(False)
     yield sockets
-    for each in sockets:
-        each.close()
+    for sock in sockets:
+        sock.close()
 
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
@@ -91,8 +91,8 @@ def _stream(relay: SocketRelay, ends: list[socket.socket]) -> RelayedStream:
 
 
 @needs_epoll
-async def test_a_dropped_stream_is_left_alone(ends: list[socket.socket]) -> None:
-    """Once its ends are let go, nothing is sent or read for it; its owner sleeps until it is cancelled."""
+async def test_a_released_stream_is_not_touched(ends: list[socket.socket]) -> None:
+    """After its sockets are released, nothing is sent or read for it; its owner sleeps until it is cancelled."""
     async with open_poller() as poller, trio.open_nursery() as nursery:
         assert poller is not None
         relay, owner = SocketRelay(poller), _Owner()
@@ -113,8 +113,8 @@ async def test_a_dropped_stream_is_left_alone(ends: list[socket.socket]) -> None
 
 
 @needs_epoll
-async def test_a_slow_reader_is_told_from_one_that_does_not_read(ends: list[socket.socket]) -> None:
-    """A parked stream counts anew from whenever its client has taken something; what it has taken is exact."""
+async def test_a_slow_reader_is_not_a_stalled_one(ends: list[socket.socket]) -> None:
+    """A parked stream counts from the last time at which its client read something; the client gets every byte once."""
     ends[2].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     async with open_poller() as poller, trio.open_nursery() as nursery:
         assert poller is not None
@@ -140,7 +140,7 @@ async def test_a_slow_reader_is_told_from_one_that_does_not_read(ends: list[sock
 
 @needs_epoll
 async def test_a_crash_ends_that_stream_only(ends: list[socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A defect of ours is raised where the stream is owned, not in the poller; nothing of it stays there."""
+    """A defect of the gateway is raised in the task that owns the stream, and the poller no longer has its sockets."""
 
     def feed(reader: StreamReader, piece: bytes) -> bytes:
         raise RuntimeError("a defect")

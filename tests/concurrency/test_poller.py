@@ -1,4 +1,4 @@
-"""The poller: who is called back, who no longer, and that nobody is held up."""
+"""`trigate.concurrency.poller`: which callbacks are called, which are not, and that no task is delayed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from tests.support.logs import Logs
-from trigate.concurrency.poller import LINGER_S, PEER_CLOSED, READABLE, TURN, Poller, open_poller
+from tests.conftest import Logs
+from trigate.concurrency.poller import BATCH, LINGER_S, PEER_CLOSED, READABLE, Poller, open_poller
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
 
@@ -25,9 +25,9 @@ def _pairs(count: int) -> Iterator[list[Pair]]:
         found = []
         for _ in range(count):
             near, far = socket.socketpair()
-            for each in (near, far):
-                each.setblocking(False)
-                stack.enter_context(each)
+            for sock in (near, far):
+                sock.setblocking(False)
+                stack.enter_context(sock)
             found.append((near, far))
         yield found
 
@@ -48,71 +48,71 @@ async def _opened():  # type: ignore[no-untyped-def]
 
 
 async def until(holds: Callable[[], object]) -> None:
-    """Waits for what the poller's task brings about."""
-    while not holds():  # noqa: ASYNC110 - it is made by a callback that knows nothing of this task
+    """Waits until a condition holds that the poller's task brings about."""
+    while not holds():  # noqa: ASYNC110 - the callbacks do not know this task
         await trio.sleep(0.001)
 
 
 async def test_it_calls_back_while_something_is_ready(pairs: list[Pair]) -> None:
-    """Again and again, as long as it is; with the events; and only for what is asked for."""
+    """It calls as long as an event is pending, with the pending events, and only for events that were asked for."""
     (near, far), (quiet, _), *_ = pairs
-    told: list[tuple[str, int]] = []
+    reported: list[tuple[str, int]] = []
     async with _opened() as poller:
-        poller.add(near.fileno(), READABLE, lambda events: told.append(("near", events)))
-        poller.add(quiet.fileno(), READABLE, lambda events: told.append(("quiet", events)))
+        poller.add(near.fileno(), READABLE, lambda events: reported.append(("near", events)))
+        poller.add(quiet.fileno(), READABLE, lambda events: reported.append(("quiet", events)))
         assert len(poller) == 2
         await trio.sleep(0.005)
-        assert told == []
+        assert reported == []
         far.send(b"x")
-        await until(lambda: len(told) > 3)  # nobody takes it
-        assert set(told) == {("near", READABLE)}
+        await until(lambda: len(reported) > 3)  # the byte is not read
+        assert set(reported) == {("near", READABLE)}
         near.recv(1)
-        count = len(told)
+        count = len(reported)
         await trio.sleep(0.005)
-        assert len(told) == count
+        assert len(reported) == count
 
 
-async def test_the_end_is_told_though_nothing_is_asked_for(pairs: list[Pair]) -> None:
-    """With no events, what the peer sends is not told, and that it has gone is."""
+async def test_a_hangup_is_reported_without_any_event(pairs: list[Pair]) -> None:
+    """With an empty mask, input is not reported, and the end of the connection is."""
     (near, far), *_ = pairs
-    told: list[int] = []
+    reported: list[int] = []
 
     def note(events: int) -> None:
-        told.append(events)
+        reported.append(events)
         poller.remove(near.fileno())
 
     async with _opened() as poller:
         poller.add(near.fileno(), 0, note)
         far.send(b"x")
         await trio.sleep(0.005)
-        assert told == []
+        assert reported == []
         far.close()
-        await until(lambda: bool(told))
-        assert told[0] & select.EPOLLHUP
+        await until(lambda: bool(reported))
+        assert reported[0] & select.EPOLLHUP
         assert len(poller) == 0
 
 
-async def test_a_half_close_is_told_behind_unread_bytes(pairs: list[Pair]) -> None:
-    """`PEER_CLOSED` is told though bytes stand before it that nobody has read, and is not told for those."""
+async def test_a_half_close_is_reported_behind_unread_bytes(pairs: list[Pair]) -> None:
+    """`PEER_CLOSED` is reported behind unread bytes, and is not reported for the bytes."""
     (near, far), *_ = pairs
-    told: list[int] = []
+    reported: list[int] = []
 
     def note(events: int) -> None:
-        told.append(events)
+        reported.append(events)
         poller.remove(near.fileno())
 
     async with _opened() as poller:
         poller.add(near.fileno(), PEER_CLOSED, note)
         far.send(b"unread")
         await trio.sleep(0.005)
-        assert told == []
+        assert reported == []
         far.shutdown(socket.SHUT_WR)
-        await until(lambda: told)
-        assert told[0] & PEER_CLOSED
+        await until(lambda: reported)
+        assert reported[0] & PEER_CLOSED
 
 
-async def test_who_was_removed_is_not_called_back(pairs: list[Pair]) -> None:
-    """Not even in this turn: two are ready, the first one called removes the other, whichever it is."""
+async def test_a_removed_socket_is_not_called_back(pairs: list[Pair]) -> None:
+    """Not even in the same batch: of two ready sockets, the callback that is called first removes both."""
     called: list[int] = []
     first, second = (near.fileno() for near, _ in pairs[:2])
     async with _opened() as poller:
@@ -133,7 +133,7 @@ async def test_who_was_removed_is_not_called_back(pairs: list[Pair]) -> None:
 
 
 async def test_a_callback_adds_others_and_itself_again(pairs: list[Pair]) -> None:
-    """What is added in a turn is called back in one after it, also the own socket with another callback."""
+    """A socket that is added in a batch is called back in a later one, also the same socket with another callback."""
     called: list[str] = []
     (near, far), (other, other_far), *_ = pairs
     other_far.send(b"x")
@@ -163,7 +163,7 @@ async def test_a_callback_adds_others_and_itself_again(pairs: list[Pair]) -> Non
 
 
 async def test_a_crash_ends_the_watch_of_that_socket_only(pairs: list[Pair], logs: Logs) -> None:
-    """It is logged once, the socket is forgotten, its owner may still remove it, and others are called back."""
+    """The crash is logged once, the socket is removed, its owner may still remove it, and others are called back."""
     logs.expect_error("callback_crashed")
     (near, far), (other, other_far), *_ = pairs
     called: list[int] = []
@@ -182,16 +182,16 @@ async def test_a_crash_ends_the_watch_of_that_socket_only(pairs: list[Pair], log
         poller.remove(near.fileno())
         poller.remove(other.fileno())
         assert len(poller) == 0
-        poller.add(near.fileno(), READABLE, called.append)  # the epoll has forgotten it too
+        poller.add(near.fileno(), READABLE, called.append)  # the epoll no longer has it
         poller.remove(near.fileno())
     assert len(logs.named("callback_crashed")) == 1
 
 
-async def test_others_have_their_turn_while_sockets_are_always_ready() -> None:
-    """More sockets are ready for ever than fit into a turn: each is called back, and no other task waits for longer
-    than a linger and the turn in it."""
+async def test_other_tasks_run_while_sockets_are_always_ready() -> None:
+    """If more sockets are always ready than fit into a batch, each is called back, and no other task waits longer than
+    one lingering batch."""
     counts: dict[int, int] = {}
-    with _pairs(TURN + 50) as pairs:
+    with _pairs(BATCH + 50) as pairs:
         async with _opened() as poller:
             for near, far in pairs:
                 counts[near.fileno()] = 0
@@ -201,21 +201,21 @@ async def test_others_have_their_turn_while_sockets_are_always_ready() -> None:
 
                 poller.add(near.fileno(), READABLE, count)
                 far.send(b"x")
-            turns = 0
+            steps = 0
             while min(counts.values()) < 20:
                 before = sum(counts.values())
                 await trio.lowlevel.checkpoint()
-                turns += 1
+                steps += 1
                 between = sum(counts.values()) - before
-                assert between <= (LINGER_S / 1e-7)  # no callback is that cheap: a turn that never ends is found
-            assert turns > 2
+                assert between <= (LINGER_S / 1e-7)  # no callback is that cheap: finds a batch that never ends
+            assert steps > 2
             assert max(counts.values()) <= 3 * min(counts.values()) + 3, "each socket has its share"
             for near, _ in pairs:
                 poller.remove(near.fileno())
 
 
-async def test_what_a_turn_wakes_runs_soon(pairs: list[Pair]) -> None:
-    """A task that a callback wakes runs though sockets are ready without an end, and so does one that only sleeps."""
+async def test_a_task_that_a_batch_wakes_runs_soon(pairs: list[Pair]) -> None:
+    """A task that a callback wakes runs while other sockets are always ready, and so does a task that sleeps."""
     (near, far), (busy, busy_far), *_ = pairs
     busy_far.send(b"x")
     woken = trio.Event()
@@ -229,8 +229,8 @@ async def test_what_a_turn_wakes_runs_soon(pairs: list[Pair]) -> None:
         assert trio.current_time() - slept < 1
 
 
-async def test_now_is_the_time_of_the_turn(pairs: list[Pair]) -> None:
-    """``now`` moves on while it runs, and is not in the future."""
+async def test_now_is_the_time_of_the_batch(pairs: list[Pair]) -> None:
+    """``now`` advances while the poller runs, and is not in the future."""
     (near, far), *_ = pairs
     seen: list[tuple[float, float]] = []
     async with _opened() as poller:
@@ -256,7 +256,7 @@ def _epolls() -> int:
 
 
 async def test_nothing_is_left_when_it_is_closed(pairs: list[Pair]) -> None:
-    """Its task and its descriptor are gone, however its block ended; the sockets are still their owners'."""
+    """Its task and its descriptor are gone when its block raises; the sockets are still open."""
     (near, far), *_ = pairs
     before = _epolls()
     kept: list[Poller] = []
@@ -276,7 +276,7 @@ async def test_nothing_is_left_when_it_is_closed(pairs: list[Pair]) -> None:
 
 
 async def test_it_ends_while_sockets_are_ready(pairs: list[Pair]) -> None:
-    """Also where its task was just about to call back as the block ended."""
+    """Also when its task is about to call back as the block ends."""
     (near, far), *_ = pairs
     far.send(b"x")
     for _ in range(20):
@@ -285,8 +285,8 @@ async def test_it_ends_while_sockets_are_ready(pairs: list[Pair]) -> None:
             await trio.lowlevel.checkpoint()
 
 
-async def test_without_epoll_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Systems that have no epoll give None, and whoever would use one does without."""
+async def test_without_epoll_there_is_no_poller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On systems without epoll, `open_poller` yields None."""
     monkeypatch.delattr(select, "epoll")
     async with open_poller() as poller:
         assert poller is None

@@ -20,7 +20,7 @@ from trigate.config.sections import ConfigError, UpstreamConfig
 from trigate.config.structure import structure
 from trigate.gateway import reload as gateway_reload
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.server import server
+from trigate.server import lifespan
 from trigate.upstream import factory
 from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.transport import SocketTransport
@@ -107,7 +107,7 @@ async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     app: Any = create_app(
         opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(found.path)}, transports=lambda *of: found.make(*of))
     )
-    async with server.open_lifespan(app), trio.open_nursery() as nursery:
+    async with lifespan.open_lifespan(app), trio.open_nursery() as nursery:
         found.gateway, found.client = app.gateway, AsgiClient(app, nursery)
         try:
             yield found
@@ -327,8 +327,8 @@ async def test_a_lifespan_that_cannot_start_says_why(tmp_path: Path, logs: Logs)
     path = tmp_path / "trigate.toml"
     path.write_text("nonsense = 1")
     app: Any = create_app(opener=lambda: open_gateway(env={"TRIGATE_CONFIG": str(path)}))
-    with pytest.raises(server.StartupFailed, match="nonsense"):
-        async with server.open_lifespan(app):
+    with pytest.raises(lifespan.StartupFailed, match="nonsense"):
+        async with lifespan.open_lifespan(app):
             pass
     assert "nonsense" in logs.named("startup_failed")[0]["error"]
 

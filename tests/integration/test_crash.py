@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: what was acknowledged is there, once, and what was promised is kept after the next start."""
+"""SIGKILL at random moments: what was acknowledged is stored once, and accepted runs complete after a restart."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ callback_private = true
 
 @attrs.define(eq=False)
 class Receiver:
-    """Takes callbacks, and remembers which run came under which id."""
+    """Receives callbacks, and records the run of each id."""
 
     told: dict[str, set[str]] = attrs.field(factory=dict)
 
@@ -86,7 +86,7 @@ class Receiver:
 
 @attrs.define(eq=False)
 class Book:
-    """What the senders were told."""
+    """The acknowledgements that the senders got."""
 
     runs: dict[str, tuple[str, str]] = attrs.field(factory=dict)  # run id → (hook, text)
     turns: list[tuple[str, str]] = attrs.field(factory=list)  # (session key, text)
@@ -94,7 +94,7 @@ class Book:
 
 
 async def _send(client: httpx2.AsyncClient, book: Book, sender: int) -> None:
-    """Sends one message after the other, each until it is acknowledged."""
+    """Sends one message after another, each until it is acknowledged."""
     number = 0
     while not book.stop:
         number += 1
@@ -116,7 +116,7 @@ async def _send(client: httpx2.AsyncClient, book: Book, sender: int) -> None:
 
 
 async def _talk(client: httpx2.AsyncClient, book: Book, talker: int) -> None:
-    """Takes one turn of a session after the other."""
+    """Sends one turn of a session after another."""
     number = 0
     key = f"talk-{talker}"
     while not book.stop:
@@ -133,7 +133,7 @@ async def _talk(client: httpx2.AsyncClient, book: Book, talker: int) -> None:
 
 
 async def _kill_again_and_again(room: Path, port: int, receiver: int) -> list[float]:
-    """Starts the gateway and kills it, and leaves none. Returns how long each start took, in seconds."""
+    """Starts and kills the gateway again and again. Returns how long each start took, in seconds."""
     chance = random.Random(SEED)
     took = []
     for _ in range(KILLS):
@@ -177,8 +177,8 @@ async def _texts(client: httpx2.AsyncClient, key: str) -> list[str]:
 
 
 async def test_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path) -> None:
-    """Killed twenty times under concurrent webhooks and turns of sessions: every acknowledged run completes, is in its
-    session once, and is told to the outside under one id; every acknowledged turn is there; the file is whole."""
+    """The gateway is killed twenty times under concurrent webhooks and session turns. Every acknowledged run completes,
+    is in its session once, and is delivered under one id; every acknowledged turn is stored; the database is intact."""
     port, book, receiver = _free_port(), Book(), Receiver()
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     receiver_port = listeners[0].socket.getsockname()[1]

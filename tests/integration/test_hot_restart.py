@@ -1,4 +1,4 @@
-"""`trigate.server.hot_restart`: one gateway takes the place of another, real processes first, and nobody notices."""
+"""`trigate.server.hot_restart`: one gateway replaces another without a failed request; real processes first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import trio.testing
 from tests.support.processes import Gateway, environment, run_gateway
 from trigate.config.sections import Count, Port, ServerConfig
 from trigate.server import hot_restart, listeners
-from trigate.server.hot_restart import Predecessor, TakeoverRefused, ask, attend
+from trigate.server.hot_restart import HotRestartRefused, Predecessor, request_sockets, serve_handover
 from trigate.server.listeners import ListenError, Listening, open_listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are no takeovers")
@@ -48,14 +48,14 @@ GONE_S = 20.0
 
 @pytest.fixture
 def port() -> int:
-    """A port that is free."""
+    """A free port."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
 
 
 @attrs.define(eq=False)
 class House:
-    """Gateways on one port, one after another."""
+    """Starts gateways on one port, one after another."""
 
     port: int
     room: Path
@@ -64,7 +64,7 @@ class House:
     count: int = 0
 
     def start(self, *options: str, config: str = CONFIG) -> Gateway:
-        """Starts the next one, and waits until it serves."""
+        """Starts the next gateway, and waits until it serves."""
         self.count += 1
         room = self.room / str(self.count)
         room.mkdir()
@@ -72,7 +72,7 @@ class House:
         return self.stack.enter_context(run_gateway(config, room, command=command, env=self.env))
 
     def try_to_start(self, *options: str, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
-        """Starts one that is expected to fail."""
+        """Starts a gateway that is expected to fail."""
         self.count += 1
         path = self.room / f"{self.count}.toml"
         path.write_text(config)
@@ -86,24 +86,24 @@ class House:
         )
 
     def health(self) -> int:
-        """The status of the health check, on a new connection."""
+        """Returns the status of the health check, on a new connection."""
         return httpx2.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code
 
 
 @pytest.fixture
 def house(port: int, tmp_path: Path) -> Iterator[House]:
-    """Gateways that are killed in the end."""
+    """A `House` whose gateways are killed at the end."""
     with contextlib.ExitStack() as stack:
         yield House(port, tmp_path, stack)
 
 
 @attrs.define(eq=False)
 class Load:
-    """Clients that ask all the time.
+    """Clients that send requests all the time.
 
     Attributes:
-        answered: How many calls have been answered well, by the kind of client.
-        failed: What was wrong with others.
+        answered: How many calls successors, by the kind of client.
+        failed: What was wrong with the others.
     """
 
     url: str
@@ -112,7 +112,7 @@ class Load:
     finish: bool = False
 
     async def run(self, kind: str, *, stream: bool, keep_alive: bool) -> None:
-        """One client."""
+        """Runs one client."""
         self.answered[kind] = 0
         async with contextlib.AsyncExitStack() as stack:
             kept = await stack.enter_async_context(self._client())
@@ -147,7 +147,7 @@ class Load:
 
 @contextlib.asynccontextmanager
 async def open_load(url: str) -> AsyncIterator[Load]:
-    """Clients of each kind, for the time of the block; their last calls are waited for."""
+    """Runs clients of each kind for as long as the block lasts, and waits for their last calls."""
     load = Load(url)
     async with trio.open_nursery() as nursery:
         for stream in (True, False):
@@ -164,7 +164,7 @@ async def open_load(url: str) -> AsyncIterator[Load]:
 
 
 async def roll(house: House, starts: Sequence[Sequence[str]]) -> Load:
-    """Starts one gateway after another while clients ask; all but the last one end by themselves, in order."""
+    """Starts one gateway after another under load; all but the last one exit by themselves, in order."""
     gateways = [await trio.to_thread.run_sync(house.start, *starts[0])]
     async with open_load(gateways[0].url) as load:
         for options in starts[1:]:
@@ -185,7 +185,7 @@ async def roll(house: House, starts: Sequence[Sequence[str]]) -> Load:
 
 @pytest.mark.slow
 async def test_ten_rolling_restarts_under_load(house: House) -> None:
-    """Nobody notices: not who keeps connections, nor who makes new ones, in streams or in plain calls."""
+    """No call fails, with kept connections or new ones, streamed or not."""
     load = await roll(house, [()] * 11)
     assert load.failed == []
     assert min(load.answered.values()) >= 10, load.answered
@@ -193,17 +193,19 @@ async def test_ten_rolling_restarts_under_load(house: House) -> None:
 
 @pytest.mark.slow
 async def test_workers_take_over_from_workers(house: House) -> None:
-    """Nor with several processes, whatever their number was before."""
+    """No call fails with several workers, whatever their number was before."""
     load = await roll(house, [(f"--workers={count}",) for count in (2, 2, 1, 3, 2)])
     assert load.failed == []
     assert min(load.answered.values()) >= 3, load.answered
 
 
 @pytest.mark.slow
-def test_a_session_goes_on(house: House) -> None:
-    """A turn that waits behind one of the old gateway comes after it, at the new one, and both are remembered."""
-    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths leave no room for a socket's name
-        house.env["TRIGATE_STORE"] = str(Path(room) / "trigate.db")
+def test_a_session_continues(house: House) -> None:
+    """A turn at the new gateway that waits for one at the old gateway follows it, and the session has both."""
+    with tempfile.TemporaryDirectory(
+        prefix="tri"
+    ) as directory:  # pytest's own paths are too long for the name of a socket
+        house.env["TRIGATE_STORE"] = str(Path(directory) / "trigate.db")
         first = house.start()
         url = f"{first.url}/v1/chat/completions"
 
@@ -215,7 +217,7 @@ def test_a_session_goes_on(house: House) -> None:
             pieces = response.iter_text()
             text = next(pieces)
             second = house.start()
-            wait_said(first, "draining")
+            wait_logged(first, "draining")
             with ThreadPoolExecutor(1) as threads:
                 waiting = threads.submit(httpx2.post, url, json=body("Then", stream=False), **options)
                 assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
@@ -226,7 +228,7 @@ def test_a_session_goes_on(house: House) -> None:
         assert second.stop()[0] == 0
 
 
-# -- takeovers that fail ----------------------------------------------------------------------------------------------
+# -- failed hot restarts ----------------------------------------------------------------------------------------------
 
 BAD_CONFIG = CONFIG.replace("echo", "no-such-kind")
 NO_CERTIFICATES = CONFIG + '[upstreams.far]\nbase_url = "https://far.invalid/v1"\n'
@@ -234,14 +236,14 @@ NO_CERTIFICATES = CONFIG + '[upstreams.far]\nbase_url = "https://far.invalid/v1"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_that_cannot_start_changes_nothing(house: House, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither with a bad configuration, nor with one that turns out to be unusable at the start: the old one serves."""
+def test_a_failed_start_changes_nothing(house: House, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old gateway keeps serving if the configuration of the new one is invalid, or fails at its start."""
     options = (f"--workers={workers}",)
     first = house.start(*options)
     failed = house.try_to_start(*options, config=BAD_CONFIG)
     assert failed.returncode == 1
     assert "no-such-kind" in failed.stderr
-    assert "takeover" not in first.log()  # it has not even been asked
+    assert "takeover" not in first.log()  # it has received no request
     with monkeypatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(house.room / "nothing"))
         failed = house.try_to_start(*options, config=NO_CERTIFICATES)
@@ -250,16 +252,16 @@ def test_one_that_cannot_start_changes_nothing(house: House, workers: int, monke
     assert house.health() == 200
     assert first.process.poll() is None
     assert "takeover_begun" in first.log()
-    wait_said(first, "takeover_failed")
+    wait_logged(first, "takeover_failed")
     assert "draining" not in first.log()
-    second = house.start(*options)  # and then it can be taken over as ever
+    second = house.start(*options)  # and it can still be replaced
     assert first.process.wait(GONE_S) == 0
     assert house.health() == 200
     assert second.stop()[0] == 0
 
 
-def wait_said(gateway: Gateway, text: str) -> None:
-    """Waits until a gateway has logged something."""
+def wait_logged(gateway: Gateway, text: str) -> None:
+    """Waits until the log of a gateway contains a text."""
     give_up_at = time.monotonic() + 10
     while text not in gateway.log():
         assert time.monotonic() < give_up_at, gateway.log()
@@ -267,8 +269,8 @@ def wait_said(gateway: Gateway, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_port_of_somebody_else(house: House) -> None:
-    """A program that is no gateway is left alone, and the error says that it is there."""
+def test_a_port_of_another_program(house: House) -> None:
+    """If a program that is no gateway uses the port, the error says so."""
     with socket.create_server(("127.0.0.1", house.port)):
         failed = house.try_to_start()
     assert failed.returncode == 1
@@ -276,11 +278,11 @@ def test_a_port_of_somebody_else(house: House) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_gateway_of_another_user(house: House) -> None:
-    """It cannot be taken over from; the error says whose it is, and its log that somebody has tried."""
+    """It cannot be replaced; the error names its user, and its log has the attempt."""
     script = f"""
-import encodings.idna, os  # afterwards, there may be nothing to be imported
+import encodings.idna, os  # the other user may not be able to import them
 from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_listening
 os.setuid(12345)
@@ -294,14 +296,14 @@ except ListenError as error:
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30, check=False
     )
     assert f"127.0.0.1:{house.port} is served by a gateway of another user (uid 0)" in tried.stdout, tried.stderr
-    wait_said(first, "takeover_refused")
+    wait_logged(first, "takeover_refused")
     assert house.health() == 200
     assert "taken_over" not in first.log()
 
 
 @pytest.mark.slow
 def test_a_gateway_that_was_killed_leaves_nothing(house: House) -> None:
-    """After SIGKILL, the next one starts as if there had been none."""
+    """After SIGKILL, the next gateway starts as if there had been none."""
     first = house.start()
     first.process.kill()
     first.process.wait()
@@ -312,8 +314,8 @@ def test_a_gateway_that_was_killed_leaves_nothing(house: House) -> None:
 
 @pytest.mark.slow
 def test_a_signal_during_the_end(house: House) -> None:
-    """A gateway that has been taken over goes on for clients that keep connections, until it gets a signal: its first
-    one, so it drains, and does not end its streams."""
+    """A replaced gateway keeps serving its open connections until it gets a signal. As it is the first one, it drains,
+    and its streams finish."""
     first = house.start("--workers=2")
     body = {"model": "parrot/echo", "messages": [{"role": "user", "content": TEXT}], "stream": True}
     with (
@@ -323,7 +325,7 @@ def test_a_signal_during_the_end(house: House) -> None:
         pieces = response.iter_text()
         text = next(pieces)
         house.start("--workers=2")
-        wait_said(first, "taken_over")
+        wait_logged(first, "taken_over")
         first.process.send_signal(signal.SIGTERM)
         assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
     assert first.process.wait(GONE_S) == 0
@@ -334,28 +336,28 @@ def test_a_signal_during_the_end(house: House) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_that_is_stopped_at_its_start(house: House, workers: int, tmp_path: Path) -> None:
-    """It does not take over any more, and ends soon; the old one goes on."""
+def test_a_gateway_that_is_stopped_at_its_start(house: House, workers: int, tmp_path: Path) -> None:
+    """A gateway that is stopped during its start exits soon and replaces nothing; the old one keeps serving."""
     first = house.start()
     config, log = tmp_path / "second.toml", tmp_path / "second.log"
-    # an upstream that does not answer to be asked for its models, so that the start takes a moment
+    # an upstream that does not list its models delays the start
     with socket.create_server(("127.0.0.1", 0)) as mute, log.open("wb") as output:
         config.write_text(CONFIG + f'[upstreams.mute]\nbase_url = "http://127.0.0.1:{mute.getsockname()[1]}"\n')
         command = [sys.executable, "-m", "trigate", "serve", f"--port={house.port}", f"--workers={workers}"]
         with subprocess.Popen(command, stdout=output, stderr=output, env=environment(config)) as second:
-            wait_said(first, "takeover_begun")
-            mute.accept()[0].close()  # it is at its start
+            wait_logged(first, "takeover_begun")
+            mute.accept()[0].close()  # the gateway is starting
             second.terminate()
             assert second.wait(GONE_S) == 0, log.read_text()
-    wait_said(first, "takeover_failed")
+    wait_logged(first, "takeover_failed")
     assert "taken_over" not in first.log()
     assert house.health() == 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notice_s", [0, 5])
-def test_one_that_stops_already(house: House, notice_s: int) -> None:
-    """The next one need not wait for the end of its drain, nor for that of its notice."""
+def test_a_gateway_that_is_stopping(house: House, notice_s: int) -> None:
+    """A new gateway can start during the notice and the drain of the old one."""
     config = CONFIG.replace("[server]", f"[server]\ndrain_notice_s = {notice_s}")
     first = house.start(config=config)
     body = {"model": "parrot/echo", "messages": [{"role": "user", "content": TEXT}], "stream": True}
@@ -366,7 +368,7 @@ def test_one_that_stops_already(house: House, notice_s: int) -> None:
         pieces = response.iter_text()
         text = next(pieces)
         first.process.terminate()
-        wait_said(first, "drain_announced" if notice_s else "draining")
+        wait_logged(first, "drain_announced" if notice_s else "draining")
         second = house.start()
         assert ("took_over" in second.log()) == bool(notice_s)
         assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
@@ -379,31 +381,33 @@ def test_one_that_stops_already(house: House, notice_s: int) -> None:
 
 @attrs.define(eq=False)
 class Old:
-    """Somebody who listens and attends a door.
+    """A gateway, as far as it listens and serves a handover socket.
 
     Attributes:
-        succeeded: The process ids of those who were ready.
-        scope: Cancelled, it attends no longer.
+        listening: Its sockets.
+        config: Its configuration.
+        successors: The process ids of the successors that were ready.
+        scope: Cancel it to stop serving the handover socket.
     """
 
     listening: Listening
     config: ServerConfig
-    succeeded: list[int] = attrs.field(factory=list)
+    successors: list[int] = attrs.field(factory=list)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     async def run(self) -> None:
-        """Attends."""
+        """Serves the handover socket."""
         with self.scope:
-            await attend(self.listening.doors, self.listening.sockets, self.succeeded.append)
+            await serve_handover(self.listening.handover_sockets, self.listening.sockets, self.successors.append)
 
     async def ask(self) -> Predecessor | None:
-        """Asks for the sockets, as another process would."""
-        return await trio.to_thread.run_sync(ask, ("127.0.0.1", self.config.port))
+        """Requests the sockets, as another process does."""
+        return await trio.to_thread.run_sync(request_sockets, ("127.0.0.1", self.config.port))
 
 
 @contextlib.asynccontextmanager
 async def open_old(host: str = "127.0.0.1", workers: int = 1) -> AsyncIterator[Old]:
-    """Listens, and attends a door, for the time of the block."""
+    """Listens and serves a handover socket for as long as the block lasts."""
     listening = open_listening(ServerConfig(host=host, port=Port(0), workers=Count(workers)))
     port = listening.sockets[0].getsockname()[1]
     async with trio.open_nursery() as nursery:
@@ -419,42 +423,42 @@ async def open_old(host: str = "127.0.0.1", workers: int = 1) -> AsyncIterator[O
 
 
 async def test_sockets_change_hands() -> None:
-    """All of them, however many; a connection that waits when they do is accepted afterwards."""
+    """All sockets are handed over, also a hundred; a connection that waits meanwhile is accepted afterwards."""
     async with open_old(workers=100) as old:
         client = socket.create_connection(("127.0.0.1", old.config.port))
         predecessor = await old.ask()
         assert predecessor is not None
-        assert (len(predecessor.listening), len(predecessor.doors)) == (100, 1)
+        assert (len(predecessor.listening), len(predecessor.handover)) == (100, 1)
         assert predecessor.pid == os.getpid()
         for sock in old.listening.sockets:
             sock.close()
-        assert old.succeeded == []
-        predecessor.succeed()
-        while not old.succeeded:  # noqa: ASYNC110 - it is a list
+        assert old.successors == []
+        predecessor.notify_ready()
+        while not old.successors:  # noqa: ASYNC110 - a list has no event
             await trio.sleep(0.01)
-        assert old.succeeded == [os.getpid()]
+        assert old.successors == [os.getpid()]
         accepted = []
         for sock in predecessor.listening:
             with contextlib.suppress(BlockingIOError):
                 accepted.append(sock.accept()[0])
-        assert [each.getpeername() for each in accepted] == [client.getsockname()]
+        assert [sock.getpeername() for sock in accepted] == [client.getsockname()]
         for each in (*accepted, client):
             each.close()
         predecessor.close()
 
 
-async def test_it_is_known_who_serves() -> None:
-    """A door that another process has opened, which has gone, names who attends it now."""
+async def test_the_serving_process_is_known() -> None:
+    """A handover socket that an exited process has opened reports the process that serves it now."""
     async with open_old() as old:
         old.scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        door.bind(f"\0trigate/127.0.0.1:{old.config.port}")
-        code = f"import socket; socket.socket(fileno={door.fileno()}).listen()"
-        await trio.run_process([sys.executable, "-c", code], pass_fds=[door.fileno()])
-        door.setblocking(False)
+        handover = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handover.bind(f"\0trigate/127.0.0.1:{old.config.port}")
+        code = f"import socket; socket.socket(fileno={handover.fileno()}).listen()"
+        await trio.run_process([sys.executable, "-c", code], pass_fds=[handover.fileno()])
+        handover.setblocking(False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(attend, [door], old.listening.sockets, lambda _: None)
+            nursery.start_soon(serve_handover, [handover], old.listening.sockets, lambda _: None)
             await trio.testing.wait_all_tasks_blocked()
             predecessor = await old.ask()
             assert predecessor is not None
@@ -464,37 +468,37 @@ async def test_it_is_known_who_serves() -> None:
 
 
 async def test_one_after_another() -> None:
-    """The door changes hands too: who has taken over can be taken over from."""
+    """The handover socket is handed over too: the new gateway can be replaced in turn."""
     async with open_old() as old:
         first = await old.ask()
         assert first is not None
-        first.succeed()
+        first.notify_ready()
         async with trio.open_nursery() as nursery:
             pids: list[int] = []
-            nursery.start_soon(attend, first.doors, first.listening, pids.append)
-            while not old.succeeded:  # noqa: ASYNC110 - it is a list
+            nursery.start_soon(serve_handover, first.handover, first.listening, pids.append)
+            while not old.successors:  # noqa: ASYNC110 - a list has no event
                 await trio.sleep(0.01)
             second = await old.ask()
             assert second is not None
-            second.succeed()
+            second.notify_ready()
             second.close()
         assert pids == [os.getpid()]
         first.close()
         assert await old.ask() is None
 
 
-async def test_one_that_ends_meanwhile() -> None:
-    """Who has the sockets needs nothing else of the other one: it serves, and can be taken over from."""
+async def test_the_old_gateway_exits_meanwhile() -> None:
+    """A process that has the sockets does not need the old gateway: it serves, and can be replaced."""
     async with open_old() as old:
         predecessor = await old.ask()
         assert predecessor is not None
-        assert not any(sock.get_inheritable() for sock in (*predecessor.listening, *predecessor.doors))
+        assert not any(sock.get_inheritable() for sock in (*predecessor.listening, *predecessor.handover))
         old.scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        predecessor.succeed()
-        assert old.succeeded == []
+        predecessor.notify_ready()
+        assert old.successors == []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(attend, predecessor.doors, predecessor.listening, lambda _: None)
+            nursery.start_soon(serve_handover, predecessor.handover, predecessor.listening, lambda _: None)
             second = await old.ask()
             assert second is not None
             second.close()
@@ -503,11 +507,11 @@ async def test_one_that_ends_meanwhile() -> None:
 
 
 async def test_two_at_once(logs: Any) -> None:
-    """The second is told that there is a first one; when that has failed, it may."""
+    """A second successor is refused while there is a first one, and accepted when that has failed."""
     async with open_old() as old:
         first = await old.ask()
         assert first is not None
-        with pytest.raises(TakeoverRefused, match=f"process {os.getpid()} is about to do that"):
+        with pytest.raises(HotRestartRefused, match=f"process {os.getpid()} is already replacing it"):
             await old.ask()
         first.close()
         while not logs.named("takeover_failed"):  # noqa: ASYNC110 - the log has no event
@@ -515,52 +519,52 @@ async def test_two_at_once(logs: Any) -> None:
         second = await old.ask()
         assert second is not None
         second.close()
-        assert old.succeeded == []
+        assert old.successors == []
 
 
 async def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that speaks another language declines, and says so."""
+    """A gateway refuses a request of another version, and says so."""
     async with open_old() as old:
 
-        def ask_in_another() -> None:
-            line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with line:
-                line.connect(hot_restart._door_name(f"127.0.0.1:{old.config.port}"))
-                line.send(b'{"type":"knock","version":99}')
-                assert b"another version" in line.recv(4096)
+        def request_another_version() -> None:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with connection:
+                connection.connect(hot_restart._handover_name(f"127.0.0.1:{old.config.port}"))
+                connection.send(b'{"type":"knock","version":99}')
+                assert b"another version" in connection.recv(4096)
 
-        await trio.to_thread.run_sync(ask_in_another)
-        assert old.succeeded == []
+        await trio.to_thread.run_sync(request_another_version)
+        assert old.successors == []
 
 
-async def test_who_is_not_understood_does_no_harm(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Garbage, silence, and a line that is closed at once leave the door as it was."""
-    monkeypatch.setattr(hot_restart, "SAY_S", 0.05)
+async def test_invalid_requests_do_no_harm(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage, silence, and a connection that is closed at once do not affect the handover socket."""
+    monkeypatch.setattr(hot_restart, "REQUEST_TIMEOUT_S", 0.05)
     async with open_old() as old:
-        name = hot_restart._door_name(f"127.0.0.1:{old.config.port}")
-        for said in (b"garbage", b"", None):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
-                line.connect(name)
-                if said:
-                    line.send(said)
-                if said is not None:
-                    line.setblocking(False)
-                    assert await trio.socket.from_stdlib_socket(line).recv(10) == b""
+        name = hot_restart._handover_name(f"127.0.0.1:{old.config.port}")
+        for data in (b"garbage", b"", None):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+                connection.connect(name)
+                if data:
+                    connection.send(data)
+                if data is not None:
+                    connection.setblocking(False)
+                    assert await trio.socket.from_stdlib_socket(connection).recv(10) == b""
         predecessor = await old.ask()
         assert predecessor is not None
         predecessor.close()
     assert [entry["successor"] for entry in logs.named("takeover_failed")][:1] == [os.getpid()]
 
 
-async def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newcomer does not wait for ever; and one that has stopped attending is no gateway to be asked."""
-    monkeypatch.setattr(hot_restart, "ANSWER_S", 0.05)
+async def test_a_gateway_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new process does not wait forever; a gateway that no longer serves its handover socket is not found."""
+    monkeypatch.setattr(hot_restart, "RESPONSE_TIMEOUT_S", 0.05)
     async with open_old() as old:
-        [door] = old.listening.doors
-        mute = socket.socket(fileno=os.dup(door.fileno()))
+        [handover] = old.listening.handover_sockets
+        mute = socket.socket(fileno=os.dup(handover.fileno()))
         old.scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(TakeoverRefused, match="did not answer"):
+        with pytest.raises(HotRestartRefused, match="did not answer"):
             await old.ask()
         mute.close()
         assert await old.ask() is None
@@ -568,16 +572,16 @@ async def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
             await trio.to_thread.run_sync(open_listening, old.config)
 
 
-async def test_a_door_that_cannot_be_opened(logs: Any) -> None:
-    """It is said in the log, and the gateway serves all the same."""
+async def test_a_handover_socket_that_cannot_be_opened(logs: Any) -> None:
+    """It is logged, and the gateway serves all the same."""
     async with open_old() as old:
-        assert hot_restart.open_doors(old.listening.sockets) == []
+        assert hot_restart.open_handover_sockets(old.listening.sockets) == []
     [line] = logs.named("takeover_unavailable")
     assert line["address"] == f"127.0.0.1:{old.config.port}"
 
 
 async def test_the_addresses_must_be_the_same() -> None:
-    """Who would listen on less than the other one does is refused, since clients wait there; more is added."""
+    """A configuration with fewer addresses is refused, as connections wait at each; further addresses are added."""
     async with open_old() as old:
         listening = await trio.to_thread.run_sync(open_listening, old.config)
         assert listening.predecessor is not None
@@ -585,5 +589,5 @@ async def test_the_addresses_must_be_the_same() -> None:
         listening.predecessor.close()
         other = socket.create_server(("127.0.0.2", 0))
         with pytest.raises(ListenError, match=r"also listens on 127\.0\.0\.2"):
-            listeners.open_sockets(old.config, taken=[*old.listening.sockets, other])
+            listeners.open_sockets(old.config, inherited=[*old.listening.sockets, other])
         other.close()

@@ -1,4 +1,4 @@
-"""The ways of serving, as real processes: each passes the same end-to-end test, and ends properly."""
+"""Every way to serve the app, as real processes: each passes the same end-to-end test, and shuts down properly."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ WAYS = {
     "uvicorn": WITH_UVICORN,
 }
 EXITS = {way: {0} for way in WAYS} | {
-    "uvicorn": {0, -signal.SIGTERM}  # it raises the signal again once it has shut down
+    "uvicorn": {0, -signal.SIGTERM}  # it raises the signal again after its shutdown
 }
 ENDS_WITHIN_S = 3.0
 
-# How long running streams may go on after SIGTERM: ours is in the configuration, theirs on the command line.
+# How long running streams may continue after SIGTERM: a setting of Trigate, a command line option of the others.
 GRACE_S = 1
 GRACE = {
     "hypercorn": ("--graceful-timeout", str(GRACE_S)),
@@ -80,7 +80,7 @@ def _read_for(at_most_s: float, stream: Iterable[Any]) -> None:
 
 
 def _closing_times(gateway: Gateway, upstream: str) -> list[float]:
-    # A client of its own each: with more than one worker, another connection may be another process.
+    # One client for each: with several workers, another connection may reach another process.
     late = []
     for attempt in range(TRIES):
         model = f"endless.{attempt}"
@@ -96,11 +96,11 @@ def _closing_times(gateway: Gateway, upstream: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("way", "workers"),
-    # `python -m trigate` is `trigate`: once will do
+    # `python -m trigate` is `trigate`: testing one of them is enough
     [(way, workers) for way in WAYS for workers in (1, 2) if (way, workers) != ("python -m trigate", 2)],
 )
 def test_serves(way: str, workers: int, tmp_path: Path) -> None:
-    """Health, models, an answer, a stream; a client that leaves is gone upstream; SIGTERM ends it at once, with 0."""
+    """Health, models, an answer and a stream work; a disconnect ends the upstream call; SIGTERM ends it with 0."""
     command = _command(way, workers)
     with open_upstream() as upstream, run_gateway(configuration(upstream), tmp_path, command=command) as gateway:
         assert _get(f"{gateway.url}/health") == {"status": "ok"}
@@ -120,7 +120,7 @@ def test_serves(way: str, workers: int, tmp_path: Path) -> None:
         log = gateway.log()
         assert "Traceback" not in log
         assert "[error" not in log
-        for found in ("configured by", "Upstreams: mock", "Models: "):  # what it says on start-up
+        for found in ("configured by", "Upstreams: mock", "Models: "):  # the lines at start-up
             assert found in log
 
 
@@ -140,9 +140,9 @@ def test_serves(way: str, workers: int, tmp_path: Path) -> None:
     ],
 )
 def test_stream_at_sigterm(way: str, tmp_path: Path) -> None:
-    """A stream that is still running when the grace is over is an error at the client, never a clean end.
+    """A stream that is still running after the drain timeout ends with an error at the client, never with a clean end.
 
-    Our server says why. The others know nothing of streams: they cut the connection.
+    Trigate's server sends the reason. The others close the connection.
     """
     command = (*_command(way, 1), *GRACE.get(way, ()))
     config = f"[server]\ndrain_timeout_s = {GRACE_S}"
@@ -160,13 +160,13 @@ def test_stream_at_sigterm(way: str, tmp_path: Path) -> None:
             assert raised.value.code == "draining"
         wait_closed(upstream, "endless")
         assert gateway.process.wait(ENDS_WITHIN_S) in EXITS[way], gateway.log()
-        if way == "python -m trigate":  # the report names what was cut
+        if way == "python -m trigate":  # the report names the ended exchanges
             assert f"cut_exchanges=['{stream.response.headers['x-request-id']}']" in gateway.log()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_readiness_at_sigterm(workers: int, tmp_path: Path) -> None:
-    """The readiness check says that the end comes, on new connections, while calls are still answered."""
+    """The readiness check fails on new connections, while calls are still answered."""
     command = _command("trigate serve", workers)
     config = '[server]\ndrain_notice_s = 2\n[upstreams.parrot]\nkind = "echo"\n'
     with run_gateway(config, tmp_path, command=command) as gateway:
@@ -184,7 +184,7 @@ def test_readiness_at_sigterm(workers: int, tmp_path: Path) -> None:
 
 @pytest.fixture
 def modelled(tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway whose ``default`` is the embedded model."""
+    """A gateway with the embedded model as ``default``."""
     why = why_unavailable(None)
     if why is not None:
         pytest.skip(why)
@@ -252,20 +252,20 @@ def test_embedded_model_answers_typescript(modelled: Gateway) -> None:
 
 @pytest.fixture
 def database() -> Iterator[Path]:
-    """Where the workers meet."""
-    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths leave no room for a socket's name
+    """The store that the workers share."""
+    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths are too long for the name of a socket
         yield Path(room) / "trigate.db"
 
 
 def _status(url: str) -> Any:
-    with urllib.request.urlopen(f"{url}/status", timeout=10) as answer:  # each time a new connection: any worker
+    with urllib.request.urlopen(f"{url}/status", timeout=10) as answer:  # a new connection each time, to any worker
         return json.load(answer)
 
 
 def _agreed(url: str, holds: Callable[[Any], bool]) -> Any:
-    """Waits until both of two workers have said the same, and something of it, in one round of questions; returns it.
+    """Waits until both workers return the same status in one round of requests, and a condition holds; returns it.
 
-    Many are asked at once: where workers share a socket, who is idle takes the next connection.
+    A round is many requests at once: where workers share a socket, an idle worker accepts the next connection.
     """
     give_up_at = time.monotonic() + 20
     with ThreadPoolExecutor(16) as threads:
@@ -287,7 +287,7 @@ def _lasting(status: Any) -> Any:
 
 @pytest.mark.parametrize("way", ["trigate serve", "hypercorn -k trio"])
 def test_status_of_worker_processes(way: str, tmp_path: Path, database: Path) -> None:
-    """Each says the same: who serves, what has ended anywhere, and what is kept. No socket is left in the end."""
+    """Each worker returns the same status: the workers, all exchanges, the store. No socket is left at the end."""
     with (
         open_upstream() as upstream,
         run_gateway(
@@ -308,7 +308,7 @@ def test_status_of_worker_processes(way: str, tmp_path: Path, database: Path) ->
 
 
 def test_status_forgets_a_killed_worker(tmp_path: Path, database: Path) -> None:
-    """It is not there any more as soon as it is dead, and the one in its place is."""
+    """A killed worker disappears at once, and its replacement appears."""
     command = _command("trigate serve", 2)
     env = {"TRIGATE_STORE": str(database)}
     with run_gateway('[upstreams.parrot]\nkind = "echo"\n', tmp_path, command=command, env=env) as gateway:

@@ -1,7 +1,6 @@
-"""The host of a Trio app under asyncio: driven by a scripted server, then under the real ones.
+"""`trigate.server.asyncio_host`: driven by a scripted server, and then under real ones.
 
-What runs on a loop of asyncio's is a plain function here that calls `asyncio.run`: an ``async def``
-test would be run by Trio.
+A test that runs on an asyncio loop is a plain function that calls `asyncio.run`: Trio would run an ``async def`` test.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ TIMEOUT_S = 10
 
 
 class ServerError(Exception):
-    """What a scripted server raises where a real one would raise an error of its own."""
+    """The exception of a scripted server, in place of a real server's own."""
 
 
 class Exchange:
-    """A scripted server's side of one call: what the app may receive, and what it has sent."""
+    """A scripted server's side of one call: the messages for the app, and those that it has sent."""
 
     def __init__(self, *messages: Message) -> None:
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
@@ -69,14 +68,14 @@ class Exchange:
 
     @property
     def said(self) -> list[str]:
-        """What was sent, each by its last word: ``startup.complete``, ``start``, ``body``."""
+        """The last parts of the types of the sent messages: ``startup.complete``, ``start``, ``body``."""
         return [message["type"].removeprefix("lifespan.") for message in self.sent]
 
     def ask(self, host: AsyncioHost, type: str = "http", state: Message | None = None) -> asyncio.Task[None]:
         scope: Scope = {"type": type, "path": "/", "headers": []}
         if state is not None:
             scope["state"] = state
-        call: Any = host  # Any: a scope of a real server has more to it
+        call: Any = host  # Any: the scope of a real server has more keys
         return asyncio.create_task(call(scope, self.receive, self.send))
 
 
@@ -85,7 +84,7 @@ def body(data: bytes = b"", more: bool = False) -> Message:
 
 
 def asgi(handler: Handler | None = None, *, events: list[str] | None = None) -> Callable[..., Awaitable[None]]:
-    """Makes a Trio app: a polite lifespan, which notes what happens to it, around a handler."""
+    """Makes a Trio app: a complete lifespan, which records its events, around a handler."""
     notes: list[str] = [] if events is None else events
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,13 +101,13 @@ def asgi(handler: Handler | None = None, *, events: list[str] | None = None) -> 
 
 
 def hosted(app: Callable[..., Awaitable[None]]) -> AsyncioHost:
-    host: Any = AsyncioHost  # Any: the apps of these tests are looser than hypercorn's types
+    host: Any = AsyncioHost  # Any: hypercorn's types are narrower than these apps
     built: AsyncioHost = host(app)
     return built
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Runs on a loop of its own, and sees to it that nothing is left on it."""
+    """Runs a function on a new loop, and checks that no task is left on it."""
 
     async def bounded() -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -118,14 +117,14 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 async def was_cancelled(task: asyncio.Task[None]) -> bool:
-    """Waits for a task; unlike awaiting it, this tells its cancellation from the waiting one's."""
+    """Waits for a task. Unlike awaiting it, this distinguishes its cancellation from the caller's."""
     await asyncio.wait((task,))
     return task.cancelled()
 
 
 @asynccontextmanager
 async def lifespan(host: AsyncioHost, state: Message | None = None) -> AsyncIterator[Exchange]:
-    """Plays a server's lifespan around the block."""
+    """Runs the server's side of a lifespan around the block."""
     server = Exchange({"type": "lifespan.startup"})
     task = server.ask(host, "lifespan", {} if state is None else state)
     await server.heard.wait()
@@ -157,7 +156,7 @@ def test_lifespan_encloses_the_requests() -> None:
 
 
 def test_farewell_comes_after_the_end_of_the_run() -> None:
-    """No Trio run is there any more when ``lifespan.shutdown.complete`` reaches the server."""
+    """The Trio run has ended when ``lifespan.shutdown.complete`` reaches the server."""
     seen: list[tuple[str, bool]] = []
 
     async def main() -> None:
@@ -177,7 +176,7 @@ def test_farewell_comes_after_the_end_of_the_run() -> None:
 
 
 def test_lifespan_state_is_the_servers_own() -> None:
-    """What the app puts into the lifespan's state is in the dict that the server gave."""
+    """The app's lifespan state is the dict that the server passed."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["service"] = 1
@@ -193,10 +192,10 @@ def test_lifespan_state_is_the_servers_own() -> None:
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["returns", "receives again"])
 def test_failed_startup_ends_the_lifespan_call_at_once(goes_on: bool) -> None:
-    """When the server hears ``startup.failed``, the lifespan call is over within that step.
+    """When the server receives ``startup.failed``, the lifespan call returns within that step.
 
-    hypercorn raises out of that ``send`` and then looks whether the call is done: one that is not
-    is taken for a success. The app cleans up before, also where it waits for more, as Quart does.
+    hypercorn raises out of that ``send``, then checks whether the call is done, and takes a call that is not for a
+    success. The app cleans up before, also if it waits for more, as Quart does.
     """
     events: list[str] = []
 
@@ -235,7 +234,7 @@ def test_failed_startup_ends_the_lifespan_call_at_once(goes_on: bool) -> None:
 
 
 def test_failed_shutdown_is_reported() -> None:
-    """The server hears ``shutdown.failed`` with the app's words."""
+    """The server receives ``shutdown.failed`` with the app's message."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -255,7 +254,7 @@ def test_failed_shutdown_is_reported() -> None:
 def test_app_without_lifespan_serves(raises: bool, logs: Logs) -> None:
     """An app that ends its lifespan without an answer serves, as it would without this host.
 
-    The server sees what the app did: it raised, or it returned.
+    The server sees whether the app raised or returned.
     """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -284,7 +283,7 @@ def test_app_without_lifespan_serves(raises: bool, logs: Logs) -> None:
 
 
 def test_app_whose_lifespan_returns_early_goes_on() -> None:
-    """An app that has answered its startup need not stay: the run lasts until the shutdown."""
+    """The lifespan of an app may return after its startup: the run lasts until the shutdown."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -306,7 +305,7 @@ def test_app_whose_lifespan_returns_early_goes_on() -> None:
 
 
 def test_shutdown_ends_requests_before_the_app_hears_of_it() -> None:
-    """Requests that are left are cancelled, and have cleaned up, when the app is told."""
+    """Running requests are cancelled, and have cleaned up, when the app receives the shutdown."""
     events: list[str] = []
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
@@ -335,9 +334,9 @@ def test_shutdown_ends_requests_before_the_app_hears_of_it() -> None:
 
 
 def test_crash_of_the_app_is_seen(logs: Logs) -> None:
-    """A crash ends the requests, is raised to the server, logged once, and the cause of refusals.
+    """A crash ends the requests, is raised to the server, is logged once, and is the cause of refusals.
 
-    Nothing hangs: neither the request in flight nor later ones.
+    Neither the request in flight nor a later one hangs.
     """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -378,7 +377,7 @@ def test_crash_of_the_app_is_seen(logs: Logs) -> None:
 
 
 def test_cancelled_lifespan_call_shuts_the_app_down() -> None:
-    """A server that cancels its lifespan call in place of a shutdown still gets an orderly end."""
+    """The app also shuts down in order if the server cancels the lifespan call instead."""
     events: list[str] = []
 
     async def main() -> None:
@@ -396,7 +395,7 @@ def test_cancelled_lifespan_call_shuts_the_app_down() -> None:
 
 @pytest.mark.parametrize("phase", ["startup", "shutdown"])
 def test_stuck_app_is_cancelled_with_the_lifespan_call(phase: str) -> None:
-    """An app stuck in its startup, or in its shutdown, ends when the server gives up."""
+    """An app that hangs in its startup or shutdown ends when the server cancels the lifespan call."""
     stuck = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -423,9 +422,9 @@ def test_stuck_app_is_cancelled_with_the_lifespan_call(phase: str) -> None:
 
 
 def test_first_request_starts_the_app_and_the_loops_end_ends_it() -> None:
-    """Without a lifespan call the app starts once, for all requests, and is shut down at the end.
+    """Without a lifespan call, the app starts once for all requests, and is shut down at the end.
 
-    Each request has a copy of the lifespan's state, beside what the server gave it.
+    Each request has a copy of the lifespan state, in addition to the state from the server.
     """
     events: list[str] = []
     states: list[Message] = []
@@ -457,7 +456,7 @@ def test_first_request_starts_the_app_and_the_loops_end_ends_it() -> None:
 
 
 def test_failed_startup_refuses_every_request() -> None:
-    """Without a lifespan call a failed startup is an error of each request, and of the app once."""
+    """Without a lifespan call, a failed startup is an error of each request, and the app starts once."""
     starts: list[int] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -476,7 +475,7 @@ def test_failed_startup_refuses_every_request() -> None:
 
 
 def test_cancelled_first_request_does_not_stop_the_startup() -> None:
-    """The startup belongs to all requests: one that leaves meanwhile changes nothing for others."""
+    """The startup belongs to all requests: cancelling one request does not affect the others."""
     starting = asyncio.Event()
     go_on: list[trio.Event] = []
 
@@ -503,7 +502,7 @@ def test_cancelled_first_request_does_not_stop_the_startup() -> None:
 
 @pytest.mark.parametrize("with_lifespan", [False, True])
 def test_one_host_serves_one_loop_after_the_other(with_lifespan: bool) -> None:
-    """Nothing of a loop that has ended is left: each loop has an app that starts and stops."""
+    """Nothing is left of a loop that has ended: the app starts and stops on each loop."""
     events: list[str] = []
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
@@ -529,7 +528,7 @@ def test_one_host_serves_one_loop_after_the_other(with_lifespan: bool) -> None:
 
 
 def test_request_and_websocket_pass_both_ways() -> None:
-    """Messages pass as they are, for a WebSocket too, and deadlines of Trio's work."""
+    """Messages pass unchanged, also for a WebSocket, and Trio's deadlines work."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "echo", "of": await receive()})
@@ -552,7 +551,7 @@ def test_request_and_websocket_pass_both_ways() -> None:
 
 
 def test_request_leaves_nothing_behind() -> None:
-    """When a call returns, its ``receive`` that was under way has ended, cleanup included."""
+    """When a call returns, its pending ``receive`` has ended, including its cleanup."""
     ends: list[str] = []
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
@@ -582,7 +581,7 @@ def test_request_leaves_nothing_behind() -> None:
 
 
 def test_crash_of_a_request_is_its_own() -> None:
-    """What the app raises is raised to the server as it is; other requests and the run go on."""
+    """An exception of the app is raised to the server unchanged; other requests and the run continue."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         if (await receive())["type"] == "crash":
@@ -604,7 +603,7 @@ def test_crash_of_a_request_is_its_own() -> None:
 
 
 def test_crash_of_a_request_at_shutdown_is_its_own() -> None:
-    """A request that crashes because it is cancelled does not make a crash of the shutdown."""
+    """A request that crashes because it is cancelled does not crash the shutdown."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         async def crashes() -> None:
@@ -632,9 +631,9 @@ def test_crash_of_a_request_at_shutdown_is_its_own() -> None:
 
 
 def test_cancelled_call_waits_for_the_app() -> None:
-    """The server's cancellation cancels the app, waits for its cleanup, and goes on only then.
+    """The server's cancellation cancels the app, waits for its cleanup, and then continues.
 
-    However often the server cancels; and the app may still send meanwhile.
+    The server may cancel several times, and the app may still send meanwhile.
     """
     events: list[str] = []
     cleaning = asyncio.Event()
@@ -667,7 +666,7 @@ def test_cancelled_call_waits_for_the_app() -> None:
 
 
 def test_crash_of_a_cancelled_call_is_logged(logs: Logs) -> None:
-    """The server hears its own cancellation; so the log hears of the crash."""
+    """The server gets its own cancellation, so the crash is logged."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         await send(body(more=True))
@@ -690,8 +689,8 @@ def test_crash_of_a_cancelled_call_is_logged(logs: Logs) -> None:
 
 
 def test_stalled_client_cannot_hold_up_a_cancelled_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shielded send to a client that does not read fails once the last words are over."""
-    monkeypatch.setattr(asyncio_host, "_LAST_WORDS_S", 0.02)
+    """A shielded send to a client that does not read fails after `_FINAL_MESSAGE_S`."""
+    monkeypatch.setattr(asyncio_host, "_FINAL_MESSAGE_S", 0.02)
     errors: list[OSError] = []
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
@@ -725,9 +724,9 @@ def test_stalled_client_cannot_hold_up_a_cancelled_call(monkeypatch: pytest.Monk
 
 
 def test_cancelled_receive_loses_no_message() -> None:
-    """The message that a cancelled ``receive`` waited for is the next one's, and order is kept.
+    """The message that a cancelled ``receive`` waited for goes to the next one, and the order is kept.
 
-    The server's own ``receive`` is not cancelled: it need not bear that without a loss.
+    The server's own ``receive`` is not cancelled, as it might lose a message then.
     """
     got: list[str] = []
     received: list[str] = []
@@ -764,7 +763,7 @@ def test_cancelled_receive_loses_no_message() -> None:
 
 
 def test_two_receivers_share_the_messages() -> None:
-    """Each message goes to one of the app's tasks that wait, and none to two."""
+    """Each message goes to exactly one of the app's waiting tasks."""
     got: list[str] = []
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
@@ -792,13 +791,13 @@ def test_two_receivers_share_the_messages() -> None:
 
 
 def test_abandoned_send_goes_out_whole_before_the_next() -> None:
-    """Cancelling a ``send`` that the server has begun frees the app, and keeps the stream whole."""
+    """Cancelling a ``send`` that the server has begun releases the app, and the message is sent completely."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         with trio.move_on_after(0.01) as impatience:
             await send(body(b"one", more=True))
         assert impatience.cancelled_caught
-        with trio.move_on_after(0.01):  # not begun: it is dropped
+        with trio.move_on_after(0.01):  # the server has not begun it: it is dropped
             await send(body(b"two", more=True))
         freed.set()
         await send(body(b"three"))
@@ -819,7 +818,7 @@ def test_abandoned_send_goes_out_whole_before_the_next() -> None:
 
 
 def test_abandoned_send_does_not_outlive_its_request() -> None:
-    """The call ends with the app, although its client never takes what was begun."""
+    """The call ends with the app, although its client never reads the abandoned message."""
 
     async def handler(scope: Scope, receive: Receive, send: Send) -> None:
         with trio.move_on_after(0.01):
@@ -839,9 +838,9 @@ def test_abandoned_send_does_not_outlive_its_request() -> None:
 
 
 def test_errors_of_the_server_reach_the_app() -> None:
-    """What ``receive`` or ``send`` raises is raised in the app; after that they can be called on.
+    """An exception of ``receive`` or ``send`` is raised in the app, which may call them again.
 
-    That they raise at once, or after a wait, makes no difference.
+    It makes no difference whether they raise at once or after a wait.
     """
     seen: list[str] = []
 
@@ -872,7 +871,7 @@ def test_errors_of_the_server_reach_the_app() -> None:
 
 
 def test_send_after_the_request_is_an_error() -> None:
-    """A task of the app's that outlives its request gets an `OSError`, and cannot hang."""
+    """A task of the app that outlives its request gets an `OSError`, and cannot hang."""
     kept: list[Send] = []
     caught: list[OSError] = []
 
@@ -898,9 +897,9 @@ def test_send_after_the_request_is_an_error() -> None:
 
 
 def test_server_runs_in_its_own_world() -> None:
-    """``receive`` and ``send`` run in tasks of asyncio's, in a context of the server's.
+    """``receive`` and ``send`` run in asyncio tasks, in a context of the server.
 
-    So its timeouts work, and libraries that ask which of the two worlds they are in get it right.
+    So the server's timeouts work, and libraries detect the right event loop.
     """
     place: contextvars.ContextVar[str] = contextvars.ContextVar("place")
     seen: list[str] = []
@@ -933,7 +932,7 @@ def test_server_runs_in_its_own_world() -> None:
 
 
 def test_send_that_need_not_wait_does_not_put_the_run_to_sleep() -> None:
-    """A ``send`` that ends at once costs no trip through the thread which waits for I/O."""
+    """A ``send`` that ends at once costs no round trip through the thread that waits for I/O."""
 
     class Sleeps(trio.abc.Instrument):
         count = 0
@@ -963,7 +962,7 @@ def test_send_that_need_not_wait_does_not_put_the_run_to_sleep() -> None:
 
     run(main)
     assert counted[0] == 0
-    assert counted[1] > 0  # else the instrument sees nothing
+    assert counted[1] > 0  # otherwise the instrument does not work
 
 
 # -- real servers ---------------------------------------------------------------------------------
@@ -978,7 +977,7 @@ from quart_trio import QuartTrio
 from trigate.server.asyncio_host import AsyncioHost
 
 quart = QuartTrio(__name__)
-released = {}  # not made here: an event belongs to a run
+released = {}  # filled later: an event belongs to a run
 moments = {}
 
 def note(line):
@@ -1065,19 +1064,19 @@ class Served:
     phases: Callable[[], list[str]]
 
     def ask(self, path: str) -> socket.socket:
-        """Sends a request and gives the connection."""
+        """Sends a request, and returns the connection."""
         stream = socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
         stream.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         return stream
 
     def text(self, path: str) -> str:
-        """Gets a short page."""
+        """Requests a short page, and returns its text."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             said: bytes = answer.read()
         return said.decode()
 
     def moment(self, name: str, after: float) -> float:
-        """When something was noted by the app, on the clock that all processes share."""
+        """Returns when the app recorded an event, on the clock that all processes share."""
         while (noted := json.loads(self.text("/moments")).get(name, -math.inf)) < after:
             time.sleep(0.005)
         return float(noted)
@@ -1085,7 +1084,7 @@ class Served:
 
 @contextmanager
 def served(room: Path, command: tuple[str, ...]) -> Iterator[Served]:
-    """Runs a server as its users do, until the end of the block."""
+    """Runs a server from its command line for as long as the block lasts."""
     (room / "served.py").write_text(SERVED)
     phases = room / "phases.log"
     with run_gateway("", room, command=(*command, "served:app")) as gateway:
@@ -1109,7 +1108,7 @@ def read_past(stream: socket.socket, mark: bytes) -> bytes:
 @pytest.mark.slow
 @servers
 def test_stream_arrives_as_it_is_sent(command: tuple[str, ...], tmp_path: Path) -> None:
-    """The client has the first piece of a stream before the app has made the second."""
+    """The client receives the first piece of a stream before the app makes the second."""
     with served(tmp_path, command) as server, server.ask("/raw/stream") as stream:
         assert b"two" not in read_past(stream, b"one")
         assert server.text("/release") == "released"
@@ -1120,7 +1119,7 @@ def test_stream_arrives_as_it_is_sent(command: tuple[str, ...], tmp_path: Path) 
 @servers
 @pytest.mark.parametrize("who", ["raw", "quart"])
 def test_client_that_leaves_cancels_its_request(command: tuple[str, ...], who: str, tmp_path: Path) -> None:
-    """The app's task is cancelled within 50 ms of the client's end."""
+    """The app's task is cancelled within 50 ms after the client disconnects."""
     took_s: list[float] = []
     with served(tmp_path, command) as server:
         for _ in range(5):  # a busy machine may be late once
@@ -1138,10 +1137,10 @@ def test_client_that_leaves_cancels_its_request(command: tuple[str, ...], who: s
 @pytest.mark.parametrize("streaming", [False, True])
 @servers
 def test_signal_ends_the_server_and_the_app(command: tuple[str, ...], streaming: bool, tmp_path: Path) -> None:
-    """A signal ends the process in order, the app's shutdown included, also under a live stream.
+    """A signal ends the process in order, including the app's shutdown, also with a running stream.
 
-    SIGINT is for uvicorn without lifespan: at SIGTERM it kills itself before its loop is closed.
-    hypercorn on Python 3.12 and later waits for its clients; so there the client leaves.
+    uvicorn without lifespan gets SIGINT: at SIGTERM it kills itself before its loop is closed. hypercorn on Python 3.12
+    and later waits for its clients, so the client disconnects there.
     """
     number = signal.SIGINT if command is UVICORN_BARE else signal.SIGTERM
     with served(tmp_path, command) as server, ExitStack() as stack:
@@ -1151,7 +1150,7 @@ def test_signal_ends_the_server_and_the_app(command: tuple[str, ...], streaming:
         if command is HYPERCORN and sys.version_info >= (3, 12):
             stack.close()
         code = server.process.wait(TIMEOUT_S)
-        # uvicorn passes the signal on to itself once it has ended in order.
+        # uvicorn raises the signal again after an orderly shutdown.
         assert code in ((0,) if command is HYPERCORN else (0, -number)), server.log()
         assert server.phases() == ["started", "stopped"], server.log()
         assert "crashed" not in server.log()
@@ -1160,7 +1159,7 @@ def test_signal_ends_the_server_and_the_app(command: tuple[str, ...], streaming:
 
 @pytest.mark.slow
 def test_two_workers_serve_and_end(tmp_path: Path) -> None:
-    """Worker processes each have a run of their own: nothing is made where they are imported."""
+    """Each worker process has a run of its own: importing the app starts nothing."""
     with served(tmp_path, (*HYPERCORN, "--workers", "2")) as server:
         assert server.text("/health") == "ok"
         while len(server.phases()) < 2:

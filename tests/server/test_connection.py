@@ -1,4 +1,4 @@
-"""`trigate.server.connection`: HTTP/2, and the choice by ALPN, on memory streams and virtual time."""
+"""`trigate.server.connection` and `http2`: the choice by ALPN, and HTTP/2, on memory streams and virtual time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from trigate.server.http1 import Application, Message, Receive, Send
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """A certificate authority of the test's own."""
+    """A certificate authority for the tests."""
     return trustme.CA()
 
 
 class H2Client:
-    """An HTTP/2 client on any stream, that does not mind what it is told to send."""
+    """An HTTP/2 client on any stream, which also sends invalid requests."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -46,20 +46,20 @@ class H2Client:
         self.bodies: dict[int, bytes] = {}
 
     async def flush(self) -> None:
-        """Sends what is to be sent."""
+        """Sends the pending frames."""
         data = self.connection.data_to_send()
         if data:
             await self.stream.send_all(data)
 
     async def ask(self, headers: Sequence[tuple[bytes, bytes]], *, end: bool = True) -> int:
-        """Sends a request's head; gives its stream's number."""
+        """Sends the head of a request, and returns the number of its stream."""
         number = self.connection.get_next_available_stream_id()
         self.connection.send_headers(number, headers, end_stream=end)
         await self.flush()
         return number
 
     async def read(self, kind: type[h2.events.Event], number: int | None = None) -> Any:
-        """Reads until an event of a kind has come; gives it, or None if the connection ended."""
+        """Reads until an event of this kind arrives, and returns it; None if the connection ends."""
         while True:
             for event in self.events:
                 if isinstance(event, kind) and number in (None, getattr(event, "stream_id", None)):
@@ -84,7 +84,7 @@ H2_POST = ((b":method", b"POST"), *H2_GET[1:])
 
 @contextlib.asynccontextmanager
 async def open_h2(app: Application, authority: trustme.CA, *, alpn: str = "h2") -> AsyncIterator[H2Client]:
-    """As `open_connection`, over TLS."""
+    """Serves an app over TLS on one end of a stream, and yields an HTTP/2 client on the other."""
     server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server_tls.set_alpn_protocols(["h2", "http/1.1"])
     authority.issue_cert("gateway.test").configure_cert(server_tls)
@@ -116,7 +116,7 @@ async def test_http2_over_tls(autojump_clock: trio.testing.MockClock, authority:
 
 
 async def test_http1_over_tls(autojump_clock: trio.testing.MockClock, authority: trustme.CA) -> None:
-    """A TLS client that wants HTTP/1.1 gets it, with the scheme ``https``."""
+    """A TLS client that chooses HTTP/1.1 gets it, with the scheme ``https``."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await say(send, scope["scheme"].encode())
@@ -141,7 +141,7 @@ async def test_h2_poison_is_refused(
     status: int,
     headers: Sequence[tuple[bytes, bytes]],
 ) -> None:
-    """What hypercorn dies of is an answer, and the connection goes on."""
+    """Requests that crash hypercorn are refused, and the connection continues."""
     async with open_h2(hello, authority) as client:
         number = await client.ask(headers)
         assert await client.read(h2.events.StreamEnded, number) is not None
@@ -153,14 +153,14 @@ async def test_h2_poison_is_refused(
 
 
 async def test_h2_offers_no_websocket(autojump_clock: trio.testing.MockClock, authority: trustme.CA) -> None:
-    """The settings do not invite to an extended CONNECT."""
+    """The settings do not offer extended CONNECT."""
     async with open_h2(hello, authority) as client:
         settings = await client.read(h2.events.RemoteSettingsChanged)
         assert settings.changed_settings[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL].new_value == 0
 
 
 async def test_h2_data_after_an_early_answer(autojump_clock: trio.testing.MockClock, authority: trustme.CA) -> None:
-    """An upload that nobody reads is told to stop, and the connection goes on."""
+    """An upload that the app does not read is reset, and the connection continues."""
 
     async def early(scope: Message, receive: Receive, send: Send) -> None:
         await say(send, b"no", status=413)
@@ -197,7 +197,7 @@ async def test_an_idle_h2_connection_is_closed(autojump_clock: trio.testing.Mock
 async def test_an_h2_client_that_does_not_read_stops_its_app(
     autojump_clock: trio.testing.MockClock, authority: trustme.CA
 ) -> None:
-    """An app waits for the client's flow control with a bounded buffer, and no longer than the connection lives."""
+    """An app waits for the client's flow control with a bounded buffer, until the connection ends at the latest."""
     sent, ended = [], []
 
     async def flood(scope: Message, receive: Receive, send: Send) -> None:
@@ -221,7 +221,7 @@ async def test_an_h2_client_that_does_not_read_stops_its_app(
 async def test_an_app_that_sends_for_ever_can_be_cancelled(
     autojump_clock: trio.testing.MockClock, authority: trustme.CA, alpn: str
 ) -> None:
-    """An app that does nothing but send, and takes no notice of a disconnect, does not hold up the loop."""
+    """An app that only sends, and ignores a disconnect, does not block the event loop."""
     began, cancelled = trio.Event(), []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -246,7 +246,7 @@ async def test_an_app_that_sends_for_ever_can_be_cancelled(
 async def test_a_failed_handshake_is_quiet(
     autojump_clock: trio.testing.MockClock, authority: trustme.CA, logs: Any
 ) -> None:
-    """Plain HTTP on a TLS port, and a peer that says nothing, end the connection without noise."""
+    """Plain HTTP on a TLS port, and a client that sends nothing, end the connection without a warning."""
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("gateway.test").configure_cert(tls)
     for sent in (HELLO, b""):

@@ -1,4 +1,4 @@
-"""`trigate.server.http1`: one connection, on memory streams and virtual time; and on sockets, where those matter."""
+"""`trigate.server.http1`: one connection, on memory streams and virtual time, and on sockets where they matter."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ import trio.testing
 from tests.server.test_request_head import BAD
 from trigate.concurrency import poller
 from trigate.concurrency.timers import open_timers
-from trigate.config.sections import ServerConfig
+from trigate.config.sections import Seconds, ServerConfig
 from trigate.server import client_stream, http1
 from trigate.server.connection import serve_connection
 from trigate.server.http1 import Application, Message, Receive, Send
 
-CONFIG = ServerConfig(keep_alive_timeout_s=75.0)
+CONFIG = ServerConfig(keep_alive_timeout_s=Seconds(75.0))
 HELLO = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 Pair = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
 
 
 async def hello(scope: Message, receive: Receive, send: Send) -> None:
-    """Says the path and the method; reads the body first."""
+    """Responds with the path and the method, after it has read the body."""
     while (await receive()).get("more_body"):
         pass
     await say(send, f"{scope['method']} {scope['path']}".encode())
 
 
 async def say(send: Send, body: bytes, *, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """Answers."""
+    """Sends a response."""
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
     await send({"type": "http.response.body", "body": body})
@@ -45,7 +45,7 @@ async def say(send: Send, body: bytes, *, status: int = 200, headers: Sequence[t
 
 @contextlib.asynccontextmanager
 async def open_connection(app: Application, **kwargs: Any) -> AsyncIterator[Pair]:
-    """Serves an app on one end of a stream, and gives the other; the server must have ended it by the end."""
+    """Serves an app on one end of a stream, and yields the other. The server must close it before the block ends."""
     client, server = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(serve_connection, app, server, config=CONFIG, **kwargs))
@@ -54,12 +54,12 @@ async def open_connection(app: Application, **kwargs: Any) -> AsyncIterator[Pair
 
 
 async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
-    """Everything up to the end."""
+    """Reads until the connection ends."""
     return b"".join([bytes(data) async for data in stream])
 
 
 async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
-    """Everything up to some bytes, which must be the last that have come."""
+    """Reads until these bytes arrive, which must be the last ones."""
     data = b""
     while not data.endswith(end):
         more = await stream.receive_some()
@@ -69,7 +69,7 @@ async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
 
 
 def body_of(response: bytes) -> bytes:
-    """The body of a response whose head it also checks: complete, and without the server's name."""
+    """Returns the body of a response, and checks that its head is complete and does not name the server."""
     head, _, body = response.partition(b"\r\n\r\n")
     lines = head.lower().split(b"\r\n")
     assert b"content-length: %d" % len(body) in lines, response
@@ -79,7 +79,7 @@ def body_of(response: bytes) -> bytes:
 
 
 async def test_requests_follow_each_other(autojump_clock: trio.testing.MockClock) -> None:
-    """A connection serves one request after another, also when they are sent at once."""
+    """A connection serves one request after another, also pipelined ones."""
     async with open_connection(hello) as client:
         for path in ("/a", "/b"):
             await client.send_all(HELLO.replace(b"/ ", path.encode() + b" "))
@@ -91,7 +91,7 @@ async def test_requests_follow_each_other(autojump_clock: trio.testing.MockClock
 
 
 async def test_the_scope_holds_the_state(autojump_clock: trio.testing.MockClock) -> None:
-    """Each request sees the lifespan state as a copy, and the addresses that the caller gave."""
+    """Each request gets a copy of the lifespan state, and the addresses that the caller passed."""
     scopes = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -133,7 +133,7 @@ async def test_a_drip_does_not_move_the_deadline(autojump_clock: trio.testing.Mo
 
 
 async def test_an_idle_connection_is_closed(autojump_clock: trio.testing.MockClock) -> None:
-    """The keep-alive timeout counts from the end of the last response; a long one is not cut by it."""
+    """The keep-alive timeout starts at the end of the last response, and does not end a long response."""
 
     async def slow(scope: Message, receive: Receive, send: Send) -> None:
         await trio.sleep(500.0)
@@ -161,7 +161,7 @@ async def test_the_client_may_ask_for_the_end(autojump_clock: trio.testing.MockC
 async def test_a_refusal_is_an_error_in_openai_shape(
     autojump_clock: trio.testing.MockClock, status: int, data: bytes, whole: bool
 ) -> None:
-    """A bad head gets its status, the error object, and the end of the connection; the app sees nothing of it."""
+    """A bad head gets its status and the error object, and the connection ends; the app is not called."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await trio.lowlevel.checkpoint()
@@ -184,7 +184,7 @@ async def test_a_refusal_is_an_error_in_openai_shape(
 
 
 async def test_a_bad_second_request_is_refused_too(autojump_clock: trio.testing.MockClock) -> None:
-    """A head is judged also when it came together with the request before it."""
+    """A head is also checked when it arrives together with the request before it."""
     async with open_connection(hello) as client:
         await client.send_all(HELLO + HELLO[:-2] + b"Host: y\r\n\r\n")
         response = await read_all(client)
@@ -193,7 +193,7 @@ async def test_a_bad_second_request_is_refused_too(autojump_clock: trio.testing.
 
 
 async def test_a_bad_chunk_is_refused(autojump_clock: trio.testing.MockClock) -> None:
-    """A body that is not what its head says gets a 400 with a body, and the app a disconnect, whatever it does then."""
+    """A body that does not match its head gets a 400, and the app a disconnect, whatever it does then."""
     seen = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -211,7 +211,7 @@ async def test_a_bad_chunk_is_refused(autojump_clock: trio.testing.MockClock) ->
 
 
 async def test_a_refusal_and_an_answer_do_not_mix(autojump_clock: trio.testing.MockClock) -> None:
-    """An app that answers while its request turns out to be bad cannot tear the refusal apart."""
+    """The response of an app whose request turns out to be bad does not mix with the refusal."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await say(send, b"hasty")
@@ -223,7 +223,7 @@ async def test_a_refusal_and_an_answer_do_not_mix(autojump_clock: trio.testing.M
 
 
 async def test_an_early_answer_leaves_nothing_waiting(autojump_clock: trio.testing.MockClock) -> None:
-    """An app may answer without reading; the rest of the body is discarded, within bounds, and the connection ends."""
+    """An app may respond without reading. The rest of the body is discarded, within bounds, and the connection ends."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await trio.sleep(1.0)  # long enough for its queue to be full
@@ -245,7 +245,7 @@ async def test_an_early_answer_leaves_nothing_waiting(autojump_clock: trio.testi
 
 
 async def test_lingering_ends(autojump_clock: trio.testing.MockClock) -> None:
-    """A client that neither reads on nor leaves after a refusal is waited for as long as `LINGER_S`, not longer."""
+    """After a refusal, the server waits at most `LINGER_S` for a client that neither reads nor disconnects."""
     client, server = trio.testing.memory_stream_pair()
     await client.send_all(b"GET / HTTP/2.0\r\n\r\n")
     await serve_connection(hello, server, config=CONFIG)
@@ -254,7 +254,7 @@ async def test_lingering_ends(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_disconnect_is_told(autojump_clock: trio.testing.MockClock) -> None:
-    """An app that waits is told at once that its client is gone, and again as often as it asks."""
+    """A waiting app gets the disconnect at once, and again with each ``receive``."""
     seen = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -272,7 +272,7 @@ async def test_disconnect_is_told(autojump_clock: trio.testing.MockClock) -> Non
 async def test_disconnect_is_told_also_behind_another_request(
     autojump_clock: trio.testing.MockClock, behind: bytes
 ) -> None:
-    """Whatever was sent behind a request, a client that leaves meanwhile ends it; what it left behind is not served."""
+    """A disconnect is reported behind any pipelined input, and that input is not served."""
     told = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -288,7 +288,7 @@ async def test_disconnect_is_told_also_behind_another_request(
 
 
 async def test_disconnect_is_told_in_a_later_request_too(autojump_clock: trio.testing.MockClock) -> None:
-    """Also where who waited for it in the request before was cancelled together with the end of the answer."""
+    """Also if the task that waited in the request before was cancelled together with the end of the response."""
     told = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -315,7 +315,7 @@ async def test_disconnect_is_told_in_a_later_request_too(autojump_clock: trio.te
 
 
 async def test_a_crash_of_the_app_is_a_500(autojump_clock: trio.testing.MockClock, logs: Any) -> None:
-    """An app that raises before it answers gives a 500 in OpenAI's shape, and one line in the log."""
+    """An app that raises before it responds causes a 500 in OpenAI's shape, and one line in the log."""
     logs.expect_error("app_crashed")
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -332,7 +332,7 @@ async def test_a_crash_of_the_app_is_a_500(autojump_clock: trio.testing.MockCloc
 
 
 async def test_a_crash_after_the_head_cuts_the_answer(autojump_clock: trio.testing.MockClock, logs: Any) -> None:
-    """An app that raises within its answer gets no proper end to it."""
+    """The response of an app that raises halfway is truncated."""
     logs.expect_error("app_crashed")
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -347,7 +347,7 @@ async def test_a_crash_after_the_head_cuts_the_answer(autojump_clock: trio.testi
 
 
 async def test_expect_continue(autojump_clock: trio.testing.MockClock) -> None:
-    """A client that asks before it sends its body is told to go on."""
+    """A client that expects status 100 gets it before it sends its body."""
     async with open_connection(hello) as client:
         await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
         assert (await read_until(client, b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
@@ -356,7 +356,7 @@ async def test_expect_continue(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_a_cancelled_send_is_whole_or_not_at_all(autojump_clock: trio.testing.MockClock) -> None:
-    """Of a send that is cancelled, all arrives or nothing: the app can still end its answer properly."""
+    """A cancelled send arrives completely or not at all, so the app can still end its response properly."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         begin = {"type": "http.response.start", "status": 200, "headers": []}
@@ -381,44 +381,44 @@ async def test_a_cancelled_send_is_whole_or_not_at_all(autojump_clock: trio.test
 
 
 class SlowStream(trio.abc.Stream):
-    """A stream whose sends of a body take a while before, in the middle and after."""
+    """A stream that pauses before, in the middle of and after each send of a body."""
 
     def __init__(self, stream: trio.abc.Stream, pause_s: float) -> None:
         self._stream = stream
         self._pause_s = pause_s
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Sends in two halves."""
+        """Sends the data in two halves."""
         middle = len(data) // 2
         for half in (data[:middle], data[middle:]):
             await trio.sleep(self._pause_s if b"data: 1" in bytes(data) else 0)
             await self._stream.send_all(half)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As the stream behind."""
+        """Waits until the inner stream may accept data."""
         await self._stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """As the stream behind."""
+        """Receives from the inner stream."""
         return await self._stream.receive_some(max_bytes)
 
     async def aclose(self) -> None:
-        """As the stream behind."""
+        """Closes the inner stream."""
         await self._stream.aclose()
 
 
-# -- what a response looks like ---------------------------------------------------------------------------------------
+# -- responses --------------------------------------------------------------------------------------------------------
 
 
 async def ask(app: Application, *requests: bytes) -> bytes:
-    """All that comes back for requests that are sent at once, up to the end of the connection."""
+    """Sends requests at once, and returns everything that the server sends until the connection ends."""
     async with open_connection(app) as client:
         await client.send_all(b"".join(requests))
         return await read_all(client)
 
 
 def answer(*messages: Message) -> Application:
-    """An app that sends these messages, whatever it is asked."""
+    """Makes an app that sends these messages for any request."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         for message in messages:
@@ -433,7 +433,7 @@ CLOSE = HELLO[:-2] + b"Connection: close\r\n\r\n"
 
 
 async def test_a_body_without_length_comes_in_chunks(autojump_clock: trio.testing.MockClock) -> None:
-    """HTTP/1.1 gets chunks; HTTP/1.0 a body that ends with the connection, even if it asks to keep it."""
+    """HTTP/1.1 gets chunks; HTTP/1.0 gets a body that ends with the connection, even if it asks to keep it open."""
     piece = {"type": "http.response.body", "body": b"first", "more_body": True}
     app = answer(START, piece, {**piece, "body": b""}, LAST)
     assert (await ask(app, CLOSE)).endswith(b"\r\n\r\n5\r\nfirst\r\n4\r\nlast\r\n0\r\n\r\n")
@@ -443,7 +443,7 @@ async def test_a_body_without_length_comes_in_chunks(autojump_clock: trio.testin
 
 
 async def test_http10_may_keep_its_connection(autojump_clock: trio.testing.MockClock) -> None:
-    """Who speaks HTTP/1.0 and asks for it keeps the connection after an answer of known length."""
+    """An HTTP/1.0 client that asks for it keeps its connection after a response of known length."""
     old = b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
     response = await ask(hello, old, old, CLOSE)
     assert response.count(b"HTTP/1.1 200 OK\r\n") == 3
@@ -452,7 +452,7 @@ async def test_http10_may_keep_its_connection(autojump_clock: trio.testing.MockC
 
 @pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"GET", 204), (b"GET", 304), (b"HEAD", 404)])
 async def test_answers_without_a_body(autojump_clock: trio.testing.MockClock, method: bytes, status: int) -> None:
-    """The answer to HEAD, 204 and 304 end with their head, whatever the app sends; the next answer follows."""
+    """Responses to HEAD, 204 and 304 end with their head, whatever the app sends; the next response follows."""
     app = answer({**START, "status": status, "headers": [(b"content-length", b"4")]}, LAST)
     response = await ask(app, CLOSE.replace(b"Connection: close\r\n", b"").replace(b"GET", method) * 2)
     heads = response.split(b"\r\n\r\n")
@@ -480,7 +480,7 @@ async def test_answers_without_a_body(autojump_clock: trio.testing.MockClock, me
 async def test_what_is_no_response_is_a_500(
     autojump_clock: trio.testing.MockClock, logs: Any, messages: Sequence[Message]
 ) -> None:
-    """An app that breaks HTTP or ASGI before anything is out gives a 500, and an error in the log."""
+    """An app that violates HTTP or ASGI before anything is sent causes a 500, and an error in the log."""
     logs.expect_error("app_crashed")
     response = await ask(answer(*messages), CLOSE)
     assert response.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
@@ -491,12 +491,12 @@ async def test_what_is_no_response_is_a_500(
 async def test_an_app_that_does_not_answer_is_a_500(
     autojump_clock: trio.testing.MockClock, messages: Sequence[Message]
 ) -> None:
-    """An app that returns before there is anything to send gives a 500."""
+    """An app that returns without a response causes a 500."""
     assert (await ask(answer(*messages), CLOSE)).startswith(b"HTTP/1.1 500 ")
 
 
 async def test_an_answer_without_its_end_ends_the_connection(autojump_clock: trio.testing.MockClock) -> None:
-    """An app that returns within its answer leaves it cut off, and what comes behind is not served."""
+    """The response of an app that returns halfway is truncated, and pipelined requests are not served."""
     piece = {"type": "http.response.body", "body": b"half", "more_body": True}
     response = await ask(answer(START, piece), HELLO, HELLO)
     assert response.count(b"HTTP/1.1 200 ") == 1
@@ -504,7 +504,7 @@ async def test_an_answer_without_its_end_ends_the_connection(autojump_clock: tri
 
 
 async def test_an_app_may_end_the_connection(autojump_clock: trio.testing.MockClock) -> None:
-    """The app's ``connection: close`` is kept; its other words on framing are not its to say."""
+    """The server obeys the app's ``connection: close``, and drops its other framing headers."""
     headers = [(b"Connection", b"close"), (b"transfer-encoding", b"gzip"), (b"date", b"today")]
     response = await ask(answer({**START, "headers": headers}, LAST), HELLO)
     assert response == (
@@ -514,7 +514,7 @@ async def test_an_app_may_end_the_connection(autojump_clock: trio.testing.MockCl
 
 
 async def test_a_head_waits_for_its_body(autojump_clock: trio.testing.MockClock) -> None:
-    """The head leaves with the first piece, an empty one if need be, or when it is flushed; never twice."""
+    """The head is sent with the first piece of the body, even an empty one, or by a flush; never twice."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         client = scope["extensions"]["trigate.client"]
@@ -540,7 +540,7 @@ async def test_a_head_waits_for_its_body(autojump_clock: trio.testing.MockClock)
 
 
 async def test_expect_continue_is_answered_only_to_who_reads(autojump_clock: trio.testing.MockClock) -> None:
-    """An app that refuses a body unseen does not ask for it; the connection ends, as nobody knows what follows."""
+    """An app that does not read the body does not ask for it. The connection ends, as it is unknown what follows."""
     expecting = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
     async with open_connection(answer({**START, "status": 401}, LAST)) as client:
         await client.send_all(expecting)
@@ -548,12 +548,12 @@ async def test_expect_continue_is_answered_only_to_who_reads(autojump_clock: tri
         assert response.startswith(b"HTTP/1.1 401 ")
         assert b"HTTP/1.1 100 " not in response
     async with open_connection(hello) as client:
-        await client.send_all(expecting + b"{}")  # it did not wait
+        await client.send_all(expecting + b"{}")  # it does not wait
         assert (await read_until(client, b"POST /")).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_a_disconnect_is_told_after_the_answer_too(autojump_clock: trio.testing.MockClock) -> None:
-    """A task of the app that waits for the client to leave is released by the end of the response."""
+    """The end of the response ends a ``receive`` that waits for a disconnect."""
     told = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -575,7 +575,7 @@ async def test_a_disconnect_is_told_after_the_answer_too(autojump_clock: trio.te
 
 
 async def test_two_tasks_may_send(autojump_clock: trio.testing.MockClock) -> None:
-    """Pieces that two tasks send at once do not mix, also where the client is slow."""
+    """Pieces that two tasks send at the same time do not mix, also if the client is slow."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await send(dict(START))
@@ -602,7 +602,7 @@ async def test_two_tasks_may_send(autojump_clock: trio.testing.MockClock) -> Non
 async def open_sockets(
     app: Application, *, polled: bool = True
 ) -> AsyncIterator[tuple[trio.SocketStream, http1.Connection]]:
-    """Serves an app on one TCP connection, with a poller or without one, and gives the other end."""
+    """Serves an app on one TCP connection, with or without a poller, and yields the client's end."""
     async with poller.open_poller() as found, open_timers() as timers, trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         async with listener:
@@ -628,7 +628,7 @@ each_way_to_poll = pytest.mark.parametrize(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="not to be seen elsewhere")
 async def test_what_a_slow_client_takes_shows() -> None:
-    """While a write waits, `taken_bytes` grows whenever the client's system takes something, and only then."""
+    """While a write waits, `taken_bytes` grows whenever the client's system takes bytes, and only then."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await say(send, bytes(16 * 1024 * 1024))
@@ -637,27 +637,27 @@ async def test_what_a_slow_client_takes_shows() -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         await client.send_all(HELLO)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        taken = connection.peer.taken_bytes
+        taken = connection.client_stream.taken_bytes
         assert taken is not None
         await trio.testing.wait_all_tasks_blocked(0.02)
-        assert connection.peer.taken_bytes == taken
+        assert connection.client_stream.taken_bytes == taken
         for _ in range(3):
             received = 0
             while received < 512 * 1024:
                 received += len(await client.receive_some())
             await trio.testing.wait_all_tasks_blocked(0.01)
-            before, taken = taken, connection.peer.taken_bytes
+            before, taken = taken, connection.client_stream.taken_bytes
             assert taken is not None
             assert taken > before
         await connection.abort()
-        assert connection.peer.taken_bytes is None
+        assert connection.client_stream.taken_bytes is None
 
 
 @each_way_to_poll
 @pytest.mark.parametrize("behind", [b"", b"G", HELLO * 1000], ids=["nothing", "byte", "many"])
 @pytest.mark.parametrize("how", ["reset", "close", "half-close"])
 async def test_leaving_is_told_on_sockets(polled: bool, behind: bytes, how: str) -> None:
-    """A client that leaves, in whichever way and whatever it has sent, is noticed while the app waits."""
+    """A disconnect of any kind, behind any input, is reported while the app waits."""
     told = []
     waiting = trio.Event()
 
@@ -678,7 +678,7 @@ async def test_leaving_is_told_on_sockets(polled: bool, behind: bytes, how: str)
 
 
 async def leave(client: trio.SocketStream, how: str) -> None:
-    """Leaves."""
+    """Disconnects."""
     if how == "half-close":
         await client.send_eof()
     else:
@@ -690,7 +690,7 @@ async def leave(client: trio.SocketStream, how: str) -> None:
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
 @pytest.mark.parametrize("how", ["close", "half-close"])
 async def test_watch_calls_back_once(how: str) -> None:
-    """`Client.watch` calls back when the client leaves during the request, and not one request later."""
+    """`Client.watch` calls back when the client disconnects during the request, and not in a later request."""
     calls: list[str] = []
     go_on = trio.Event()
 
@@ -716,7 +716,7 @@ async def test_watch_calls_back_once(how: str) -> None:
 
 
 async def test_there_is_nothing_to_watch_without_a_socket(autojump_clock: trio.testing.MockClock) -> None:
-    """On other streams `Client.watch` says that it will not call, and there is no socket to write to."""
+    """On other streams, `Client.watch` returns False, and there is no socket to write to."""
     found = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -730,7 +730,7 @@ async def test_there_is_nothing_to_watch_without_a_socket(autojump_clock: trio.t
 
 @each_way_to_poll
 async def test_a_body_written_to_the_socket(polled: bool) -> None:
-    """Once the head is flushed, an app may write chunks to the client's socket itself, and end with ``send``."""
+    """After a flush, an app may write chunks to the client's socket itself, and end with ``send``."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         client = scope["extensions"]["trigate.client"]
@@ -748,7 +748,7 @@ async def test_a_body_written_to_the_socket(polled: bool) -> None:
 
 @each_way_to_poll
 async def test_abort_frees_a_send(polled: bool) -> None:
-    """`Client.abort`, from another task, ends a send that waits for a client, and closes the socket at once."""
+    """`Client.abort` from another task ends a send that waits, and closes the socket at once."""
     left: list[str] = []
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -759,7 +759,7 @@ async def test_abort_frees_a_send(polled: bool) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, {"type": "http.response.body", "body": bytes(2**24), "more_body": True})
             await trio.testing.wait_all_tasks_blocked(0.01)
-            with trio.CancelScope() as scope_:  # it is out of reach of cancellation
+            with trio.CancelScope() as scope_:  # the send is shielded
                 scope_.cancel()
                 await trio.lowlevel.checkpoint()
             await client.abort()
@@ -779,7 +779,7 @@ async def test_abort_frees_a_send(polled: bool) -> None:
 
 
 async def test_a_fast_client_does_not_hold_up_others() -> None:
-    """An app that sends and receives without ever having to wait lets other tasks have their turn all the same."""
+    """Other tasks run while an app sends and receives without having to wait."""
     turns = 0
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
@@ -805,7 +805,7 @@ async def test_a_fast_client_does_not_hold_up_others() -> None:
 
 @pytest.mark.slow
 async def test_all_clients_that_still_send_read_the_refusal() -> None:
-    """1000 of 1000 clients that send a body which is refused early read the status, and no reset in its place."""
+    """1000 of 1000 clients whose body is refused early read the status, and do not get a reset in its place."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await receive()
@@ -829,13 +829,13 @@ async def test_all_clients_that_still_send_read_the_refusal() -> None:
     assert read == 1000
 
 
-# -- the end of an idle connection ------------------------------------------------------------------------------------
+# -- closing an idle connection ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draining", [True, False])
 async def test_a_request_that_comes_with_the_end_is_answered(draining: bool) -> None:
-    """What has arrived when an idle connection is closed is answered, and not reset; who has sent half a head is late,
-    and so is who is idle once more."""
+    """A request that has arrived when an idle connection is closed is answered, and not reset. A client that has sent
+    half a head is too late, and the connection is not extended a second time."""
     for before, after, answers in ((b"", HELLO, 1), (HELLO[:9], HELLO[9:], 0), (b"", b"", 0)):
         ours, theirs = socket.socketpair()
         async with open_timers() as timers, trio.open_nursery() as nursery:
@@ -847,7 +847,7 @@ async def test_a_request_that_comes_with_the_end_is_answered(draining: bool) -> 
             ours.send(before)
             await trio.testing.wait_all_tasks_blocked(0.01)
             ours.send(after)
-            service.ending = service.draining = draining
+            service.announces_close = service.draining = draining
             connection.close_if_idle()
             async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as client:
                 data = b""

@@ -1,4 +1,4 @@
-"""`trigate.server.request_head`: what is refused, with which status, however it arrives."""
+"""`trigate.server.request_head`: which heads are refused, and with which status, however they are segmented."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ BAD = {
 
 @pytest.mark.parametrize("data", GOOD.values(), ids=GOOD)
 def test_good_heads_pass(data: bytes) -> None:
-    """A head within the rules and limits passes, and so does each of its beginnings."""
+    """A valid head passes, and so does each of its prefixes."""
     head = data[: data.index(b"\r\n\r\n") + 4]
     for length in {*range(0, len(head), 97), *range(min(len(head), 200)), len(head), len(data)}:
         examine(data[:length])
@@ -68,7 +68,7 @@ def test_good_heads_pass(data: bytes) -> None:
 
 @pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
 def test_bad_heads_are_refused(status: int, data: bytes) -> None:
-    """A bad head is refused with its status, and with words."""
+    """A bad head is refused with its status and a message."""
     with pytest.raises(HeadRefused) as caught:
         examine(data)
     assert caught.value.status == status
@@ -76,7 +76,7 @@ def test_bad_heads_are_refused(status: int, data: bytes) -> None:
 
 
 def status_of(data: bytes) -> int | None:
-    """The status of a refusal, or None."""
+    """Returns the status of the refusal; None if there is none."""
     try:
         examine(data)
     except HeadRefused as error:
@@ -86,14 +86,14 @@ def status_of(data: bytes) -> int | None:
 
 @pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
 def test_segments_make_no_difference(status: int, data: bytes) -> None:
-    """Byte by byte, the same head is refused for the same reason, at some byte of it."""
+    """A head that arrives byte by byte is refused for the same reason."""
     found = (status_of(data[:length]) for length in range(len(data) + 1))
     assert next(filter(None, found)) == status
 
 
 @given(st.binary() | st.lists(st.sampled_from([b"GET / HTTP/1.1", b"\r\n", b"\n", b"Host:", b" ", b"x"])).map(b"".join))
 def test_any_bytes_are_judged(data: bytes) -> None:
-    """Whatever the bytes are, the answer is a pass or a refusal."""
+    """Any bytes either pass or are refused."""
     assert status_of(data) in (None, 400, 414, 431, 501, 505)
 
 
@@ -113,7 +113,7 @@ _H2 = [(b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"x"), (b":
     ],
 )
 def test_h2_heads_are_refused(status: int, headers: list[tuple[bytes, bytes]]) -> None:
-    """HTTP/2 heads that h2 lets pass are judged by the same rules."""
+    """HTTP/2 heads that h2 accepts are checked by the same rules."""
     with pytest.raises(HeadRefused) as caught:
         examine_h2(headers)
     assert caught.value.status == status

@@ -20,7 +20,7 @@ Seen = tuple[bytes, bytes, list[tuple[bytes, bytes]], bytes, bool]
 
 
 def parse(pieces: Iterator[bytes] | list[bytes]) -> tuple[list[Seen], int | None]:
-    """What the parser makes of pieces: the requests, and the status of a refusal."""
+    """Parses the pieces with the parser; returns the requests, and the status of a refusal."""
     parser = RequestParser()
     seen: list[Seen] = []
     body: list[bytes] = []
@@ -52,7 +52,7 @@ def parse(pieces: Iterator[bytes] | list[bytes]) -> tuple[list[Seen], int | None
 
 
 def parse_h11(data: bytes) -> tuple[list[Seen], int | None]:
-    """The same of h11; that a request is the last one of its connection does not stop it."""
+    """Does the same with h11, and continues after the last request of a connection."""
     seen: list[Seen] = []
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_LINE_BYTES + MAX_FIELDS_BYTES)
     connection.receive_data(data)
@@ -285,14 +285,14 @@ def _agree(data: bytes) -> None:
 
 @each
 def test_the_corpus_beside_h11(data: bytes) -> None:
-    """What both accept, both read alike; what only h11 accepts has something in it that we refuse on purpose."""
+    """What both parsers accept, both read alike; what only h11 accepts has a part that is refused on purpose."""
     assert len(CORPUS) > 150
     _agree(data)
 
 
 @each
 def test_segments_make_no_difference(data: bytes) -> None:
-    """Whole, byte by byte, and split at random, a message is read and refused alike."""
+    """A message is parsed or refused alike when it is whole, byte by byte, and split at random."""
     whole = parse([data])
     if len(data) < 3000:
         assert parse(bytes([byte]) for byte in data) == whole
@@ -304,7 +304,7 @@ def test_segments_make_no_difference(data: bytes) -> None:
 
 
 def test_what_is_there_is_given() -> None:
-    """A body is given as it comes, in pieces; its end is told with the last one."""
+    """A body is returned in pieces as it arrives; its end is known with the last piece."""
     parser = RequestParser()
     parser.feed(POST + b"Content-Length: 4\r\n\r\nab")
     assert parser.next_request()
@@ -315,7 +315,7 @@ def test_what_is_there_is_given() -> None:
 
 
 def test_chunks_that_came_together_are_one_piece() -> None:
-    """Chunks are taken out of their framing and joined, and what is behind them stays."""
+    """Chunks are decoded and joined, and the bytes behind them stay."""
     parser = RequestParser()
     parser.feed(CHUNKED + b"1\r\na\r\n" * 100 + b"0\r\n\r\n" + GET)
     assert parser.next_request()
@@ -323,7 +323,7 @@ def test_chunks_that_came_together_are_one_piece() -> None:
 
 
 def test_the_target_of_a_url() -> None:
-    """Of a target in absolute form path and query are left; one for another host is refused."""
+    """A target in absolute form is reduced to path and query; one for another host is refused."""
     for target, left in ((b"http://x/a?b", b"/a?b"), (b"http://x", b"/"), (b"HTTP://X?a", b"/?a")):
         [(_, found, *_)], status = parse([b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target])
         assert (found, status) == (left, None)
@@ -364,7 +364,7 @@ _STATUSES = {None, 400, 414, 431, 501, 505}
 
 @given(st.lists(st.sampled_from(_PARTS) | st.binary(max_size=5), max_size=12).map(b"".join), st.data())
 def test_any_bytes_are_read_alike(data: bytes, draw: st.DataObject) -> None:
-    """Whatever comes, in whatever pieces, gives the same requests and the same refusal."""
+    """Any bytes, in any pieces, give the same requests and the same refusal."""
     whole = parse([data])
     assert whole[1] in _STATUSES
     cut = draw.draw(st.integers(0, len(data)))
@@ -374,7 +374,7 @@ def test_any_bytes_are_read_alike(data: bytes, draw: st.DataObject) -> None:
 
 @given(st.lists(st.sampled_from(_PARTS) | st.binary(max_size=5), max_size=8).map(b"".join))
 def test_no_more_is_accepted_than_by_h11(data: bytes) -> None:
-    """What is read as whole requests without a complaint, h11 reads alike, or complains of."""
+    """Input that is accepted as whole requests is read alike by h11, or refused by it."""
     ours, status = parse([data])
     theirs, their_status = parse_h11(data)
     if status is None and their_status is None:
@@ -384,7 +384,7 @@ def test_no_more_is_accepted_than_by_h11(data: bytes) -> None:
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
-    """Does what transport, time and malice do to a message."""
+    """Mutates a message at random."""
     out = bytearray(data)
     for _ in range(chance.randrange(1, 4)):
         at = chance.randrange(len(out) + 1)
@@ -411,7 +411,7 @@ FUZZED = 50_000
 
 @pytest.mark.slow
 def test_fuzz() -> None:
-    """50 000 mutated messages: nothing but a refusal is ever raised, and no cut makes a difference."""
+    """50 000 mutated messages: only refusals are raised, and the segmentation makes no difference."""
     chance = random.Random(20_26)
     statuses: dict[int | None, int] = {}
     for number in range(FUZZED):

@@ -1,4 +1,4 @@
-"""`trigate.server.server`: the firewall, the drain, signals, TLS and sockets, over real sockets."""
+"""`trigate.server.server`, `shutdown` and `lifespan`: crashes, drain, signals, TLS, on real sockets."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from tests.server.test_connection import H2_GET, H2Client
 from tests.server.test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from tests.server.test_request_head import BAD
 from tests.support.processes import environment
-from trigate.config.sections import ServerConfig
-from trigate.server import connection, listeners, request_head, server
+from trigate.config.sections import Port, Seconds, ServerConfig
+from trigate.server import http2, listeners, request_head, server, shutdown
 from trigate.server.http1 import Application, Message, Receive, Send
+from trigate.server.lifespan import StartupFailed, open_lifespan
 from trigate.server.listeners import ListenError, open_sockets
-from trigate.server.server import Drained, End, StartupFailed, open_lifespan, serve
+from trigate.server.server import serve
+from trigate.server.shutdown import Shutdown, ShutdownReport
 
-CONFIG = ServerConfig(port=0, drain_timeout_s=5.0)
+CONFIG = ServerConfig(port=Port(0), drain_timeout_s=Seconds(5.0))
 
 
 def _set_event() -> trio.Event:
@@ -44,7 +46,7 @@ def _set_event() -> trio.Event:
 
 @attrs.define(eq=False)
 class Drain:
-    """What an app takes part in a drain with."""
+    """The app's part in a shutdown: records the calls."""
 
     begun: trio.Event = attrs.field(factory=trio.Event)
     was_cut: trio.Event = attrs.field(factory=trio.Event)
@@ -55,23 +57,23 @@ class Drain:
     announced: trio.Event = attrs.field(factory=trio.Event)
 
     def step_aside(self) -> None:
-        """Notes it."""
+        """Records the call."""
         self.aside.set()
 
     def announce(self) -> None:
-        """Notes it."""
+        """Records the call."""
         self.announced.set()
 
     def begin(self) -> None:
-        """Notes it."""
+        """Records the call."""
         self.begun.set()
 
     async def wait_quiet(self) -> None:
-        """There is nothing else."""
+        """Waits for work without a connection, if there is any."""
         await self.is_quiet.wait()
 
     def cut(self) -> Sequence[str]:
-        """Notes it."""
+        """Records the call."""
         assert self.begun.is_set()
         self.was_cut.set()
         return ["r1"]
@@ -79,7 +81,7 @@ class Drain:
 
 @attrs.define(eq=False)
 class App:
-    """An app whose paths are ways to behave."""
+    """An app whose paths select its behaviour."""
 
     drain: Drain | None = attrs.field(factory=Drain)
     go_on: trio.Event = attrs.field(factory=trio.Event)
@@ -87,7 +89,7 @@ class App:
     flooding: trio.Event = attrs.field(factory=trio.Event)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """The app."""
+        """Serves a request."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -97,7 +99,7 @@ class App:
             case "/flood":
                 await send({"type": "http.response.start", "status": 200, "headers": []})
                 self.flooding.set()
-                while True:  # more than any kernel takes: the send does not end before the client reads
+                while True:  # more than any kernel buffers: the send does not end before the client reads
                     await send({"type": "http.response.body", "body": bytes(2**25), "more_body": True})
             case "/bad-name":
                 await send({"type": "http.response.start", "status": 200, "headers": [(b"bad name", b"x")]})
@@ -137,50 +139,52 @@ class App:
 
 @attrs.define(eq=False)
 class Running:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        outcome: What `serve` returned, once it has.
+        url: Its base URL.
+        shutdown: Ends it.
+        outcome: The report that `serve` has returned.
     """
 
     url: str
-    end: End
-    outcome: Drained | None = None
+    shutdown: Shutdown
+    outcome: ShutdownReport | None = None
     _clients: list[trio.SocketStream] = attrs.field(factory=list)
     _ended: trio.Event = attrs.field(factory=trio.Event)
 
     async def run(  # noqa: ASYNC128 - `serve` calls it
         self, app: Application, config: ServerConfig, *, task_status: trio.TaskStatus[list[str]]
     ) -> None:
-        """Serves."""
-        self.outcome = await serve(app, config, end=self.end, task_status=task_status)
+        """Serves the app."""
+        self.outcome = await serve(app, config, shutdown=self.shutdown, task_status=task_status)
         self._ended.set()
 
-    async def wait_ended(self) -> Drained:
-        """Waits until `serve` has returned, and gives what."""
+    async def wait_ended(self) -> ShutdownReport:
+        """Waits until `serve` has returned, and returns its report."""
         await self._ended.wait()
         assert self.outcome is not None
         return self.outcome
 
     async def connect(self) -> trio.SocketStream:
-        """A new connection, closed in the end."""
+        """Opens a connection, which `close_clients` closes."""
         stream = await trio.open_tcp_stream("127.0.0.1", int(self.url.rpartition(":")[2]))
         self._clients.append(stream)
         return stream
 
     async def close_clients(self) -> None:
-        """Closes the connections."""
+        """Closes the connections of `connect`."""
         for stream in self._clients:
             await stream.aclose()
 
     async def ask(self, path: str) -> trio.SocketStream:
-        """A new connection on which a request was sent."""
+        """Opens a connection and sends a request."""
         stream = await self.connect()
         await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         return stream
 
     async def assert_alive(self) -> None:
-        """A further client is served."""
+        """Checks that another client is served."""
         async with await self.ask("/alive") as stream:
             with trio.fail_after(1):
                 assert body_of(await read_until(stream, b"/alive")) == b"GET /alive"
@@ -188,8 +192,8 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def open_server(app: Application, config: ServerConfig = CONFIG) -> AsyncIterator[Running]:
-    """Serves an app for the time of the block, and then ends it at once, and its clients after it."""
-    running = Running("", End())
+    """Serves an app for as long as the block lasts, and then ends the server at once, and the clients after it."""
+    running = Running("", Shutdown())
 
     async with trio.open_nursery() as nursery:
         [running.url] = await nursery.start(partial(running.run, app, config))
@@ -220,7 +224,7 @@ POISON = {
 
 
 async def test_poison_is_answered(logs: Any) -> None:
-    """What kills or upsets other servers gets a JSON error within 100 ms, whole or in pieces; the server lives on."""
+    """Requests that crash other servers get a JSON error within 100 ms, whole or in pieces; the server continues."""
     async with open_server(App()) as running:
         for name, data in {**POISON, **{name: data for name, (_, data) in BAD.items()}}.items():
             for step in (len(data), 1 if len(data) < 1000 else 1000):
@@ -236,7 +240,7 @@ async def test_poison_is_answered(logs: Any) -> None:
 
 
 async def exchange(stream: trio.SocketStream, data: bytes, step: int) -> bytes:
-    """Sends in pieces and reads to the end, at once."""
+    """Sends in pieces, and meanwhile reads until the connection ends."""
 
     async def send() -> None:
         with contextlib.suppress(trio.BrokenResourceError):
@@ -252,7 +256,7 @@ async def exchange(stream: trio.SocketStream, data: bytes, step: int) -> bytes:
 
 
 async def test_a_refusal_is_read_before_the_reset() -> None:
-    """A client that has sent far more than was read still gets its answer, and not a reset in its place."""
+    """A client that has sent far more than was read still gets its response, and not a reset in its place."""
     for _ in range(20):
         async with open_connection_pair() as (client, _):
             response = await exchange(client, b"GET / HTTP/2.0\r\n\r\n" + b"x" * 900_000, 10**6)
@@ -261,13 +265,13 @@ async def test_a_refusal_is_read_before_the_reset() -> None:
 
 @contextlib.asynccontextmanager
 async def open_connection_pair() -> AsyncIterator[tuple[trio.SocketStream, Running]]:
-    """A connection to a server."""
+    """Yields a connection to a server."""
     async with open_server(App()) as running, await running.connect() as client:
         yield client, running
 
 
 async def test_a_crash_ends_one_connection(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A defect in a connection's own task ends that connection, with its traceback in the log, and no other."""
+    """A crash in a connection's task ends that connection and no other, and its traceback is logged."""
 
     examine = request_head.examine
 
@@ -293,7 +297,7 @@ async def test_a_crash_ends_one_connection(logs: Any, monkeypatch: pytest.Monkey
 
 
 async def test_a_malformed_answer_of_the_app(logs: Any) -> None:
-    """An app that breaks HTTP gets a 500, or, where its answer had begun, breaks its own connection only."""
+    """An app that violates HTTP causes a 500, or, if its response has begun, ends only its own connection."""
     logs.expect_error("app_crashed")
     async with open_server(App()) as running:
         async with await running.ask("/bad-name") as stream:
@@ -305,7 +309,7 @@ async def test_a_malformed_answer_of_the_app(logs: Any) -> None:
 
 
 async def test_many_clients_come_and_go() -> None:
-    """Nothing is left of connections that were reset at any moment."""
+    """Connections that are reset at random moments leave nothing behind."""
     async with open_server(App()) as running:
         for number in range(50):
             stream = await running.connect()
@@ -313,7 +317,7 @@ async def test_many_clients_come_and_go() -> None:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             await stream.aclose()
         await running.assert_alive()
-        running.end.stop_now()
+        running.shutdown.stop_now()
         drained = await running.wait_ended()
         assert drained.forced == 0
 
@@ -322,13 +326,13 @@ async def test_many_clients_come_and_go() -> None:
 
 
 async def test_a_drain_lets_streams_finish(logs: Any) -> None:
-    """Idle connections are closed at once, a running stream goes on to its end, and the lifespan ends after it."""
+    """Idle connections are closed at once, a running stream finishes, and the lifespan ends after it."""
     app = App()
     async with open_server(app) as running:
         idle, stream = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(stream, b"data: 1\n\n\r\n")
-        running.end.stop_now()
+        running.shutdown.stop_now()
         with trio.fail_after(1):
             assert await read_all(idle) == b""
             assert app.drain is not None
@@ -338,7 +342,7 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
         assert app.lifespan == ["lifespan.startup"]
         app.go_on.set()
         assert (await read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=2, cut=0, forced=0)
         assert not app.drain.was_cut.is_set()
     assert app.lifespan == ["lifespan.startup", "lifespan.shutdown"]
     [line] = logs.named("drained")
@@ -346,23 +350,23 @@ async def test_a_drain_lets_streams_finish(logs: Any) -> None:
 
 
 async def test_a_drain_waits_for_what_has_no_connection() -> None:
-    """As long as the app says so, and as the drain may take."""
+    """The drain waits until the app is quiet, or its time is up."""
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
     async with open_server(app) as running:
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await app.drain.begun.wait()
         await trio.testing.wait_all_tasks_blocked()
         assert app.lifespan == ["lifespan.startup"]
         app.drain.is_quiet.set()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=0)
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
-    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
-        running.end.stop_now()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
+        running.shutdown.stop_now()
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=0)
 
 
 async def test_an_answer_in_a_drain_says_close() -> None:
@@ -378,7 +382,7 @@ async def test_an_answer_in_a_drain_says_close() -> None:
     async with open_server(app) as running:
         stream = await running.ask("/")
         await began.wait()
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await trio.testing.wait_all_tasks_blocked()
         release.set()
         response = await read_all(stream)
@@ -387,42 +391,42 @@ async def test_an_answer_in_a_drain_says_close() -> None:
 
 
 async def test_a_request_behind_the_last_one_does_not_hold_up_a_drain() -> None:
-    """A request that was sent before its predecessor was answered is not served any more, and not waited for."""
+    """A request that was pipelined behind the last one is not served, and not waited for."""
     app = App()
     async with open_server(app) as running:
         stream = await running.ask("/stream")
         await read_until(stream, b"data: 1\n\n\r\n")
         await stream.send_all(HELLO)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await trio.testing.wait_all_tasks_blocked()
         app.go_on.set()
         with trio.fail_after(1):
             assert (await read_all(stream)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         await stream.aclose()
         with trio.fail_after(1):
-            assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+            assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
 
 
 async def test_a_drain_cuts_what_takes_too_long() -> None:
-    """After the grace the app ends its streams, and they end properly."""
-    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+    """After the drain timeout, the app ends its streams, and the responses are complete."""
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
         stream = await running.ask("/stream")
         await read_until(stream, b"data: 1\n\n\r\n")
-        running.end.stop_now()
+        running.shutdown.stop_now()
         assert (await read_all(stream)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=0, cut=1, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=1, forced=0)
 
 
 async def test_the_readiness_check_comes_first(logs: Any) -> None:
-    """For the time of the notice, the app says that the end comes, and everything else is as before; but answers say
-    that their connections end."""
+    """During the notice, the readiness check fails, requests are served as before, and responses announce the end of
+    their connections."""
     app = App()
     assert app.drain is not None
-    async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=0.2)) as running:
+    async with open_server(app, attrs.evolve(CONFIG, drain_notice_s=Seconds(0.2))) as running:
         kept = await running.ask("/")
         await read_until(kept, b"GET /")
-        running.end.stop_now()
+        running.shutdown.stop_now()
         await app.drain.announced.wait()
         assert b"\r\nconnection: close\r\n" in await read_all(await running.ask("/new"))
         assert not app.drain.begun.is_set()
@@ -436,29 +440,29 @@ async def test_the_readiness_check_comes_first(logs: Any) -> None:
 
 
 async def test_the_report_names_what_was_cut(logs: Any) -> None:
-    """Exchanges by their ids, also those that have no connection; and who had to be closed by force, by his address."""
+    """The log has the ids of the exchanges, also without a connection, and the addresses of aborted clients."""
     app = App()
     assert app.drain is not None
     app.drain.is_quiet = trio.Event()
-    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
-        running.end.stop_now()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=0)
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
+        running.shutdown.stop_now()
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=0)
     assert logs.named("drained")[0]["cut_exchanges"] == ["r1"]
 
 
-# -- the end after a takeover -----------------------------------------------------------------------------------------
+# -- hot restart ------------------------------------------------------------------------------------------------------
 
 
 async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
-    """Nothing is refused or closed: each connection is told of its end by an answer, also one whose answer had begun
-    before, and so could not say so; then the server has ended."""
+    """Nothing is refused or closed. A response announces the end of each connection. If a response has begun before,
+    the connection serves one more request. Then the server ends."""
     app = App()
     assert app.drain is not None
     async with open_server(app) as running:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(streaming, b"data: 1\n\n\r\n")
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         await app.drain.aside.wait()
         with pytest.raises(OSError, match="connect"):
             await running.connect()
@@ -471,55 +475,55 @@ async def test_clients_go_to_the_successor_by_themselves(logs: Any) -> None:
             last = await read_all(stream)
             assert b"\r\nconnection: close\r\n" in last
             assert body_of(last) == b"GET /"
-        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=2, cut=0, forced=0)
         assert not app.drain.announced.is_set()
     assert logs.named("draining")[0]["successor"] == 42
 
 
 async def test_a_takeover_does_not_wait_for_ever() -> None:
-    """What is idle is closed after the grace, and what still runs is cut."""
-    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=0.1)) as running:
+    """After the drain timeout, idle connections are closed, and running exchanges are ended with an error."""
+    async with open_server(App(), attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.1))) as running:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(streaming, b"data: 1\n\n\r\n")
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         assert await read_all(idle) == b""
         assert (await read_all(streaming)).endswith(b"data: error\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=1, cut=1, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=1, cut=1, forced=0)
 
 
 async def test_a_takeover_becomes_a_stop() -> None:
-    """Idle connections are closed as soon as there is a signal, and streams may finish."""
+    """After a signal, idle connections are closed at once, and streams may finish."""
     app = App()
     async with open_server(app) as running:
         idle, streaming = await running.ask("/"), await running.ask("/stream")
         await read_until(idle, b"GET /")
         await read_until(streaming, b"data: 1\n\n\r\n")
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         await trio.testing.wait_all_tasks_blocked(0.02)
-        running.end.stop_now()
+        running.shutdown.stop_now()
         with trio.fail_after(1):
             assert await read_all(idle) == b""
         app.go_on.set()
         assert (await read_all(streaming)).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert await running.wait_ended() == Drained(finished=2, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=2, cut=0, forced=0)
 
 
 @pytest.mark.parametrize("drain", [None, Drain], ids=["without cut", "cut in vain"])
 async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that is stuck in a send to a stalled client, out of reach of cancellation, ends with the drain."""
-    monkeypatch.setattr(server, "CUT_TIMEOUT_S", 0.05)
+    """A shielded send to a stalled client ends with the drain."""
+    monkeypatch.setattr(shutdown, "FINAL_ERROR_S", 0.05)
     app = App(drain=drain and drain())
-    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=0.05)) as running:
+    async with open_server(app, attrs.evolve(CONFIG, drain_timeout_s=Seconds(0.05))) as running:
         await running.ask("/flood")
         await app.flooding.wait()
         await trio.testing.wait_all_tasks_blocked()
-        running.end.stop_now()
-        assert await running.wait_ended() == Drained(finished=0, cut=0, forced=1)
+        running.shutdown.stop_now()
+        assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=1)
 
 
 async def test_cancelled_means_now() -> None:
-    """Cancelling `serve` frees stalled tasks as well, without any grace."""
+    """Cancelling `serve` also ends stalled tasks, without a drain."""
     app = App()
     async with open_server(app) as running:
         await running.ask("/flood")
@@ -533,7 +537,7 @@ async def test_cancelled_means_now() -> None:
 
 
 async def test_a_failed_startup_is_an_error() -> None:
-    """An app that says it cannot start is not served, and its words are the error's."""
+    """An app that reports a failed start-up is not served, and the error has its message."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await receive()
@@ -544,7 +548,7 @@ async def test_a_failed_startup_is_an_error() -> None:
 
 
 async def test_an_app_without_lifespan_is_served() -> None:
-    """An app that raises on a lifespan scope, or returns, is served without one."""
+    """An app that raises on a lifespan scope, or returns, is served without a lifespan."""
 
     async def raises(scope: Message, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
@@ -560,7 +564,7 @@ async def test_an_app_without_lifespan_is_served() -> None:
 
 
 async def test_a_lifespan_that_crashes_later_ends_the_server() -> None:
-    """What an app's lifespan task raises while it serves is not swallowed."""
+    """An exception of the app's lifespan task ends the server."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         await receive()
@@ -580,34 +584,34 @@ def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{port} is in use"):
-            open_sockets(ServerConfig(port=port))
+            open_sockets(ServerConfig(port=Port(port)))
 
 
 def test_an_address_of_elsewhere_is_named() -> None:
-    """An address that the machine has not gives an error that says so; so does a name that nobody has."""
+    """An address that the machine does not have, and a name that does not resolve, are named in the error."""
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 cannot be listened on: no interface"):
-        open_sockets(ServerConfig(host="192.0.2.1", port=0))
+        open_sockets(ServerConfig(host="192.0.2.1", port=Port(0)))
     with pytest.raises(ListenError, match=r"nobody\.invalid:0 cannot be listened on"):
-        open_sockets(ServerConfig(host="nobody.invalid", port=0))
+        open_sockets(ServerConfig(host="nobody.invalid", port=Port(0)))
 
 
 def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port that the user may not have gives an error that says so."""
+    """A port that the user may not use is named in the error."""
 
     def listen(*_: object, **__: object) -> socket.socket:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(listeners, "_listen", listen)
     with pytest.raises(ListenError, match=r"127\.0\.0\.1:80 is forbidden"):
-        open_sockets(ServerConfig(port=80))
+        open_sockets(ServerConfig(port=Port(80)))
 
 
 @pytest.mark.parametrize(("host", "show"), [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "::1")])
 def test_all_addresses_of_a_host(host: str, show: str) -> None:
-    """A host is listened on at each of its addresses that the machine has, on one port."""
+    """The server listens on each address of a host that the machine has, on one port."""
     if host == "::1" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
-    sockets = open_sockets(ServerConfig(host=host, port=0))
+    sockets = open_sockets(ServerConfig(host=host, port=Port(0)))
     try:
         assert show in {sock.getsockname()[0] for sock in sockets}
         assert len({sock.getsockname()[1] for sock in sockets}) == 1
@@ -617,7 +621,7 @@ def test_all_addresses_of_a_host(host: str, show: str) -> None:
 
 
 def has_ipv6() -> bool:
-    """Whether the loopback has IPv6."""
+    """Whether the loopback interface has IPv6."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -627,7 +631,7 @@ def has_ipv6() -> bool:
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that acknowledges nothing is bounded by the kernel, on each accepted socket."""
+    """Each accepted socket has a TCP user timeout, which bounds a client that acknowledges nothing."""
     found = []
     start = server._Server._start
 
@@ -636,13 +640,13 @@ async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPa
         start(self, stream, connections)
 
     monkeypatch.setattr(server._Server, "_start", look)
-    async with open_server(App(), attrs.evolve(CONFIG, tcp_user_timeout_s=1.5)) as running:
+    async with open_server(App(), attrs.evolve(CONFIG, tcp_user_timeout_s=Seconds(1.5))) as running:
         await running.assert_alive()
     assert found == [1500]
 
 
 async def test_too_many_files_are_survived(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the process has no descriptor to spare it goes on trying, logs one line a second, and then serves."""
+    """Without free file descriptors, the server keeps trying, logs one line a second, and then serves again."""
     accept, failures = trio.SocketListener.accept, 0
 
     async def starved(self: trio.SocketListener) -> trio.SocketStream:
@@ -666,7 +670,7 @@ async def test_too_many_files_are_survived(logs: Any, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """A certificate authority of the test's own."""
+    """A certificate authority for the tests."""
     return trustme.CA()
 
 
@@ -682,7 +686,7 @@ def tls_config(authority: trustme.CA, tmp_path: Path) -> ServerConfig:
 
 @pytest.mark.parametrize("alpn", ["h2", "http/1.1", None])
 async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | None) -> None:
-    """With a certificate it serves HTTPS, with HTTP/2 for those who ask for it; plain HTTP is turned away quietly."""
+    """With a certificate, the server speaks HTTPS, with HTTP/2 for clients that choose it; plain HTTP fails quietly."""
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     if alpn:
@@ -700,13 +704,13 @@ async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | 
         else:
             await stream.send_all(HELLO)
             assert body_of(await read_until(stream, b"GET /")) == b"GET /"
-        running.end.stop_now()
+        running.shutdown.stop_now()
         assert (await running.wait_ended()).forced == 0
         await stream.aclose()
 
 
 async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_config: ServerConfig) -> None:
-    """A stream within HTTP/2 goes on to its end as well, all of it arrives, and the connection ends after it."""
+    """An HTTP/2 stream finishes too, arrives completely, and the connection ends after it."""
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     trust.set_alpn_protocols(["h2"])
@@ -717,7 +721,7 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
         path = (b":path", b"/stream")
         number = await client.ask((*H2_GET[:3], path))
         await client.read(h2.events.DataReceived, number)
-        running.end.stop_now()
+        running.shutdown.stop_now()
         assert app.drain is not None
         await app.drain.begun.wait()
         app.go_on.set()
@@ -725,15 +729,15 @@ async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_confi
         assert client.bodies[number] == b"data: 1\n\ndata: [DONE]\n\n"
         assert await client.read(h2.events.StreamReset) is None
         await stream.aclose()
-        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
 
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_an_h2_client_goes_to_the_successor(
     authority: trustme.CA, tls_config: ServerConfig, busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told when it waits for nothing; a request that it has sent meanwhile is served; then that is all."""
-    monkeypatch.setattr(connection, "LINGER_S", 0.1)
+    """An HTTP/2 client gets GOAWAY when it waits for no response. A request that it sends meanwhile is the last one."""
+    monkeypatch.setattr(http2, "LINGER_S", 0.1)
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     trust.set_alpn_protocols(["h2"])
@@ -743,7 +747,7 @@ async def test_an_h2_client_goes_to_the_successor(
         client = H2Client(stream)
         number = await client.ask((*H2_GET[:3], (b":path", b"/stream" if busy else b"/")))
         await client.read(h2.events.DataReceived if busy else h2.events.StreamEnded, number)
-        running.end.succeed(42)
+        running.shutdown.hand_over(42)
         assert app.drain is not None
         await app.drain.aside.wait()
         if busy:
@@ -753,15 +757,15 @@ async def test_an_h2_client_goes_to_the_successor(
         late = await client.ask(H2_GET)
         goodbye = await client.read(h2.events.ConnectionTerminated)
         assert (goodbye.error_code, goodbye.last_stream_id) == (0, 2**31 - 1)
-        # h2 takes no frame after this one, as RFC 9113 would have it; but they come
+        # h2 accepts no frame after this one, though RFC 9113 allows them
         assert late not in client.bodies
         assert b"GET /" in b"".join([bytes(piece) async for piece in stream])
-        assert await running.wait_ended() == Drained(finished=1, cut=0, forced=0)
+        assert await running.wait_ended() == ShutdownReport(finished=1, cut=0, forced=0)
         await stream.aclose()
 
 
 async def test_a_bad_certificate_is_named(tmp_path: Path) -> None:
-    """Files that are not there, or not what they should be, are named in the error."""
+    """Missing or invalid files are named in the error."""
     config = attrs.evolve(CONFIG, certfile=str(tmp_path / "cert.pem"), keyfile=str(tmp_path / "key.pem"))
     with pytest.raises(StartupFailed, match=r"cert\.pem"):
         await serve(App(), config)
@@ -775,7 +779,7 @@ async def test_a_bad_certificate_is_named(tmp_path: Path) -> None:
 
 
 async def test_a_signal_begins_the_drain() -> None:
-    """`run` drains at the first SIGTERM, and says that it ended in order."""
+    """`run` drains at the first SIGTERM, and returns True."""
     app = App()
     async with open_run(app) as (running, outcome):
         stream = await running.ask("/stream")
@@ -789,7 +793,7 @@ async def test_a_signal_begins_the_drain() -> None:
 
 
 async def test_a_second_signal_is_now() -> None:
-    """A second signal, of whichever kind, ends everything at once, stalled clients too; `run` says so."""
+    """A second signal of either kind ends everything at once, also stalled clients; `run` returns False."""
     app = App()
     async with open_run(app) as (running, outcome):
         await running.ask("/flood")
@@ -818,10 +822,10 @@ async def test_the_end_of_the_supervisor_begins_the_drain() -> None:
 
 @contextlib.asynccontextmanager
 async def open_run(app: Application, parent_fd: int | None = None) -> AsyncIterator[tuple[Running, list[bool]]]:
-    """Runs `run` until it ends by itself; gives a way to ask it, and what it will have returned."""
+    """Runs `run` until it ends by itself; yields a client, and a list for its return value."""
     sockets = open_sockets(CONFIG)
     outcome: list[bool] = []
-    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", End())
+    running = Running(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", Shutdown())
 
     async def run() -> None:
         outcome.append(await server.run(app, CONFIG, sockets, parent_fd))
@@ -836,13 +840,13 @@ async def open_run(app: Application, parent_fd: int | None = None) -> AsyncItera
 
 @pytest.mark.slow
 def test_a_process_ends_in_order(tmp_path: Path) -> None:
-    """A real process ends with True after SIGTERM, although a client does not read."""
+    """A process exits with 0 after SIGTERM, although a client does not read."""
     script = tmp_path / "serve.py"
     script.write_text(
         textwrap.dedent(
             """
             import sys, trio
-            from trigate import server
+            from trigate.server import server
             from trigate.config.sections import ServerConfig
             from trigate.server.listeners import open_sockets
 

@@ -1,4 +1,4 @@
-"""`trigate.server.supervisor`: workers are replaced, stopped, given up on; with real processes."""
+"""`trigate.server.supervisor`: workers are replaced and stopped, and failures end it; with real processes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import pytest
 import trio
 
 from tests.support.processes import environment
-from trigate.config.sections import Count, Port, ServerConfig
+from trigate.config.sections import Count, Port, Seconds, ServerConfig
 from trigate.server import supervisor
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import WorkersFailed, sockets_from_fds, supervise, wait_parent_gone
 
-CONFIG = ServerConfig(port=0, workers=2, drain_timeout_s=5.0)
+CONFIG = ServerConfig(port=Port(0), workers=Count(2), drain_timeout_s=Seconds(5.0))
 REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 
 WORKER = """
 import os, signal, sys, trio
-from trigate import server
+from trigate.server import server
 from trigate.config.sections import ServerConfig
 from trigate.server.supervisor import sockets_from_fds
 
@@ -54,7 +54,7 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 
 SUPERVISOR = """
 import sys, trio
-from trigate.config.sections import Count, Port, ServerConfig
+from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import supervise
 
@@ -67,14 +67,14 @@ sys.exit(0 if trio.run(supervise, [sys.executable, *sys.argv[1:]], sockets, conf
 
 @attrs.define(eq=False)
 class Pool:
-    """A supervisor that runs as a process of its own."""
+    """A supervisor in a process of its own."""
 
     process: trio.Process
     port: int
     output: bytearray = attrs.field(factory=bytearray)
 
     async def ask(self) -> int:
-        """The process id of the worker that answers now, however long one has to be waited for."""
+        """Returns the process id of the worker that responds; waits until one does."""
         with trio.fail_after(20):
             async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream:
                 await stream.send_all(REQUEST % b"")
@@ -82,17 +82,17 @@ class Pool:
         return int(data.partition(b"\r\n\r\n")[2].split(b"\r\n")[1])
 
     async def ask_all(self) -> set[int]:
-        """The process ids of both workers."""
+        """Returns the process ids of both workers."""
         found: set[int] = set()
         with trio.fail_after(20):
             while len(found) < 2:
                 found.add(await self.ask())
         return found
 
-    async def wait_said(self, *texts: bytes) -> None:
-        """Waits until it has written these."""
+    async def wait_output(self, *texts: bytes) -> None:
+        """Waits until the output contains these texts."""
         with trio.move_on_after(20):
-            while not all(text in self.output for text in texts):  # noqa: ASYNC110 - another process says it
+            while not all(text in self.output for text in texts):  # noqa: ASYNC110 - the output of another process
                 await trio.sleep(0.01)
             return
         raise AssertionError(f"it did not say {texts}: {self.output.decode()}")
@@ -100,7 +100,7 @@ class Pool:
 
 @contextlib.asynccontextmanager
 async def open_pool(room: Path, *, drain_timeout_s: float = 0.3) -> AsyncIterator[Pool]:
-    """Runs a supervisor; kills it in the end if it is still there, upon which its workers end by themselves."""
+    """Runs a supervisor. Kills it at the end if it is still running, and its workers then end by themselves."""
     (room / "worker.py").write_text(WORKER)
     (room / "supervisor.py").write_text(SUPERVISOR)
     command = [sys.executable, str(room / "supervisor.py"), str(room / "worker.py"), str(drain_timeout_s)]
@@ -116,14 +116,14 @@ async def open_pool(room: Path, *, drain_timeout_s: float = 0.3) -> AsyncIterato
                 pool.output += data
 
         nursery.start_soon(collect)
-        await pool.wait_said(b"\n")
+        await pool.wait_output(b"\n")
         pool.port = int(pool.output.partition(b"\n")[0])
         yield pool
         nursery.cancel_scope.cancel()
 
 
 async def stream_from(port: int) -> tuple[trio.SocketStream, int]:
-    """A stream that goes on, and the process that it comes from."""
+    """Opens a stream, and returns it with the id of the process that serves it."""
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     await stream.send_all(REQUEST % b"stream")
     data = b""
@@ -133,7 +133,7 @@ async def stream_from(port: int) -> tuple[trio.SocketStream, int]:
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process runs (one that waits to be reaped does not)."""
+    """Whether a process is running (a zombie is not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -141,7 +141,7 @@ def is_there(pid: int) -> bool:
 
 
 async def wait_gone(*pids: int) -> None:
-    """Waits for the end of processes that are not ours."""
+    """Waits until processes have exited that are not children of this one."""
     with trio.fail_after(10):
         while any(is_there(pid) for pid in pids):  # noqa: ASYNC110 - there is no event
             await trio.sleep(0.01)
@@ -149,13 +149,13 @@ async def wait_gone(*pids: int) -> None:
 
 @pytest.mark.slow
 async def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    """A worker that is killed is replaced, and the streams of the others do not notice."""
+    """A killed worker is replaced, and the streams of the other workers continue."""
     async with open_pool(tmp_path) as pool:
         first = await pool.ask_all()
         stream, streaming = await stream_from(pool.port)
         [other] = first - {streaming}
         os.kill(other, signal.SIGKILL)
-        await pool.wait_said(b"worker_died", b"SIGKILL", b"worker_replaced")
+        await pool.wait_output(b"worker_died", b"SIGKILL", b"worker_replaced")
         second = await pool.ask_all()
         assert streaming in second
         assert other not in second
@@ -167,7 +167,7 @@ async def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_a_signal_stops_all_in_order(tmp_path: Path, number: signal.Signals) -> None:
-    """The first signal lets the workers drain: their streams end by themselves or after the grace; then 0."""
+    """At the first signal the workers drain: streams finish, or end after the drain timeout; the exit status is 0."""
     async with open_pool(tmp_path) as pool:
         pids = await pool.ask_all()
         stream, _ = await stream_from(pool.port)
@@ -184,13 +184,13 @@ async def test_a_signal_stops_all_in_order(tmp_path: Path, number: signal.Signal
 
 @pytest.mark.slow
 async def test_a_second_signal_ends_it_now(tmp_path: Path) -> None:
-    """A second signal ends all at once, and the exit status says so."""
+    """A second signal ends everything at once, and the exit status is 1."""
     async with open_pool(tmp_path, drain_timeout_s=60.0) as pool:
         pids = await pool.ask_all()
         stream, _ = await stream_from(pool.port)
         async with stream:
             pool.process.terminate()
-            await pool.wait_said(b"signal_received", b"draining")
+            await pool.wait_output(b"signal_received", b"draining")
             pool.process.terminate()
             with trio.fail_after(5):
                 assert await pool.process.wait() == 1
@@ -199,13 +199,13 @@ async def test_a_second_signal_ends_it_now(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_workers_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
-    """If the supervisor is killed, its workers end and free the port."""
+    """If the supervisor is killed, its workers exit and release the port."""
     async with open_pool(tmp_path) as pool:
         pids = await pool.ask_all()
         pool.process.kill()
         await pool.process.wait()
         await wait_gone(*pids)
-        await pool.wait_said(b"supervisor_gone")
+        await pool.wait_output(b"supervisor_gone")
         with pytest.raises(OSError, match="connect"):
             await trio.open_tcp_stream("127.0.0.1", pool.port)
 
@@ -213,7 +213,7 @@ async def test_workers_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not spread them")
 async def test_connections_are_spread_evenly(tmp_path: Path) -> None:
-    """Each of two workers has at least a quarter of a hundred connections: it is not the quicker one that takes all."""
+    """Each of two workers gets at least a quarter of a hundred connections."""
     async with open_pool(tmp_path) as pool:
         await pool.ask_all()
         served = [await pool.ask() for _ in range(100)]
@@ -221,32 +221,32 @@ async def test_connections_are_spread_evenly(tmp_path: Path) -> None:
         assert len(set(served)) == 2
 
 
-def test_who_shares_a_port_shares_it_with_its_own_workers_only() -> None:
-    """A second gateway finds the port taken, also where the first one's workers have a socket each."""
+def test_only_workers_of_one_gateway_share_a_port() -> None:
+    """A second gateway finds the port in use, also if each worker of the first one has a socket of its own."""
     config = ServerConfig(port=Port(0), workers=Count(2))
     sockets = open_sockets(config)
     try:
         port = sockets[0].getsockname()[1]
         with pytest.raises(ListenError, match=f"{port} is in use"):
-            open_sockets(attrs.evolve(config, port=port))
+            open_sockets(attrs.evolve(config, port=Port(port)))
     finally:
         for sock in sockets:
             sock.close()
 
 
 @pytest.mark.slow
-async def test_hang_up_is_passed_on(tmp_path: Path) -> None:
-    """SIGHUP reaches each worker, and ends none."""
+async def test_sighup_is_passed_on(tmp_path: Path) -> None:
+    """SIGHUP reaches each worker, and stops none."""
     async with open_pool(tmp_path) as pool:
         pids = await pool.ask_all()
         pool.process.send_signal(signal.SIGHUP)
-        await pool.wait_said(*(b"hung up %d" % pid for pid in pids))
+        await pool.wait_output(*(b"hung up %d" % pid for pid in pids))
         assert await pool.ask_all() == pids
 
 
 @pytest.mark.slow
-async def test_workers_that_never_start_are_given_up(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When every worker dies at its start, again and again, the error says how they died."""
+async def test_workers_that_never_start_end_the_supervisor(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When every worker keeps exiting at its start, the error says how."""
     monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     with pytest.RaisesGroup(pytest.RaisesExc(WorkersFailed, match="exit status 3"), flatten_subgroups=True):
@@ -256,10 +256,10 @@ async def test_workers_that_never_start_are_given_up(logs: Any, monkeypatch: pyt
 
 
 @pytest.mark.slow
-async def test_one_that_lives_keeps_the_others_trying(
+async def test_one_running_worker_keeps_the_others_restarting(
     tmp_path: Path, logs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that keeps dying is tried for ever as long as another one lives."""
+    """A worker that keeps exiting is restarted as long as another one runs."""
     monkeypatch.setattr(supervisor, "BACKOFF_S", 0.001)
     monkeypatch.setattr(supervisor, "BACKOFF_MAX_S", 0.01)
     first = tmp_path / "first"
@@ -276,7 +276,7 @@ async def test_one_that_lives_keeps_the_others_trying(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervise, [sys.executable, "-c", script], open_sockets(CONFIG), CONFIG)
         with trio.fail_after(20):
-            while len(logs.named("worker_died")) <= supervisor.EARLY_DEATHS + 1:  # noqa: ASYNC110 - the log has no event
+            while len(logs.named("worker_died")) <= supervisor.EARLY_EXITS + 1:  # noqa: ASYNC110 - the log has no event
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     pids = {entry["pid"] for entry in (*logs.named("worker_started"), *logs.named("worker_replaced"))}
@@ -284,8 +284,8 @@ async def test_one_that_lives_keeps_the_others_trying(
     assert len({entry["worker"] for entry in logs.named("worker_died")}) == 1
 
 
-def test_sockets_are_taken_over() -> None:
-    """What a supervisor hands down is a listening socket again, and is not handed on to children."""
+def test_sockets_are_inherited() -> None:
+    """A descriptor from the supervisor becomes a listening socket, which children of the worker do not inherit."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         fd = os.dup(listening.fileno())
         os.set_inheritable(fd, True)
@@ -296,7 +296,7 @@ def test_sockets_are_taken_over() -> None:
 
 
 async def test_the_lifeline() -> None:
-    """A worker waits as long as the other end of its pipe is open."""
+    """`wait_parent_gone` returns when the other end of the pipe is closed."""
     read_end, write_end = os.pipe()
     try:
         with trio.move_on_after(0.01) as waiting:

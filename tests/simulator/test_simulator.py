@@ -38,9 +38,9 @@ from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
-from trigate.server import server
-from trigate.server.client_stream import Peer
-from trigate.server.connection import Http2Service
+from trigate.server import shutdown
+from trigate.server.client_stream import ClientStream
+from trigate.server.http2 import Http2Service
 from trigate.upstream.generation import Generation
 from trigate.upstream.pool import ConnectionPool, Opening
 
@@ -296,7 +296,10 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         left_out(Opening, "release", lambda self: self._response is not None and not self._response.complete),
         "an orphan|calls use it",
     ),
-    "it is not noticed that a client leaves": (left_out(Peer, "leave", lambda self: True), "its client has left"),
+    "it is not noticed that a client leaves": (
+        left_out(ClientStream, "note_disconnect", lambda self: True),
+        "its client has left",
+    ),
     "who has lost goes on": (replace(Attempt, "supersede", loser_goes_on), "an orphan"),
     "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
     "a seam has a character twice": (replace(Call, "continued_from", shifted_seam), "it says"),
@@ -321,10 +324,10 @@ PLANTED: dict[str, tuple[Patch, str]] = {
     ),
     "a generation is kept": (left_out(Generation, "let_go", lambda self: bool(kept)), "hold a generation"),
     "clients are not told of a takeover": (
-        left_out(Http2Service, "begin_to_end", lambda self: True),
+        left_out(Http2Service, "announce_close", lambda self: True),
         "its client is not told",
     ),
-    "a takeover leaves no time": (replace(server._Server, "_wait_gone", in_a_hurry), "left to move"),
+    "a takeover leaves no time": (replace(shutdown.ShutdownSequence, "_wait_moved", in_a_hurry), "left to move"),
     "a drain does not cut": (replace(Drain, "cut", lambda cut: lambda self: []), "has no proper end"),
 }
 SLOW = {

@@ -31,7 +31,7 @@ from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.exchange.exchange import Exchange
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.server import server
+from trigate.server import lifespan, server, shutdown
 from trigate.store import opening
 from trigate.upstream.generation import Generation
 
@@ -214,7 +214,7 @@ class World:
         self._configurations = 0
         self._config: Config
         self._reloads_at: set[int] = set()
-        self._end = server.End()
+        self._end = shutdown.Shutdown()
         self._outcomes: Counter[str] = Counter()
         self._statuses: Counter[int] = Counter()
         self._whys: Counter[str] = Counter()
@@ -320,7 +320,7 @@ class World:
             self._gateway.reloader.request()
         if number + 1 >= self._stop_at and not self._end.begun.is_set():
             if self._succeeds:
-                self._end.succeed(1)
+                self._end.hand_over(1)
             else:
                 self._end.stop_now()
         return draws.request(self.seed, number)
@@ -452,7 +452,7 @@ class World:
         before = 60 if self._succeeds else 20
         self._stop_at = self._life_ends_at - (rng.randint(0, before) if rng.random() < 0.8 else 0)
         self._reloads_at = {begun + rng.randrange(calls) for _ in range(rng.randint(0, 3))}
-        self._end = server.End()
+        self._end = shutdown.Shutdown()
         self.broken_off = False
         self.succeeded_at = self.moved_by = math.inf
         self.settled = Counter()
@@ -470,7 +470,7 @@ class World:
         self.trace.note("opens", self._lives, calls)
         asgi: Any = app  # Any: hypercorn's ASGI types are not those of the server
         async with trio.open_nursery() as self.nursery:
-            async with server.open_lifespan(asgi) as state:
+            async with lifespan.open_lifespan(asgi) as state:
                 gateway = app.gateway
                 self._watch(gateway)
                 self.generations = [gateway.generations.current]
@@ -490,7 +490,7 @@ class World:
         """Serves, until the end has ended: a drain, or a takeover. A takeover may turn into a stop, and each may be
         broken off."""
         serving = server._Server(app, self._config.server, None, state)
-        serving._live = _Ordered()  # type: ignore[assignment] # as far as it is used
+        serving.connections.live = _Ordered()  # type: ignore[assignment] # as far as it is used
         breaks_off, stops_after_all = rng.random() < 0.25, rng.random() < 0.3
         async with trio.open_nursery() as clients, trio.open_nursery() as nursery:
             ended = trio.Event()

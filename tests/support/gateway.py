@@ -19,7 +19,7 @@ from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.sections import Config, Port
 from trigate.gateway.gateway import Gateway, open_gateway
-from trigate.server import server
+from trigate.server import lifespan, listeners, server
 from trigate.store import opening
 from trigate.upstream.factory import TransportFactory
 
@@ -117,7 +117,7 @@ async def open_app(
             settings, env={"TRIGATE_STORE": os.fspath(store)}, transports=lambda name, _: by_name[name].transport()
         )
     )
-    async with server.open_lifespan(app) as state, trio.open_nursery() as nursery:
+    async with lifespan.open_lifespan(app) as state, trio.open_nursery() as nursery:
         client = AsgiClient(app, nursery)
         try:
             yield Served(app, client, by_name, state)
@@ -133,7 +133,7 @@ async def open_server(
     """Serves a gateway on a loopback port, with upstreams on real sockets; yields a client with its base URL."""
     app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=transports))
     async with trio.open_nursery() as nursery:
-        listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
+        listening = listeners.open_sockets(attrs.evolve(config.server, port=Port(0)))
         urls = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
         # without TLS verification: loading the certificate authorities takes longer than opening the gateway
         async with httpx2.AsyncClient(base_url=urls[0], timeout=10.0, trust_env=False, verify=False) as client:

@@ -70,7 +70,8 @@ def check_certificate(server: ServerConfig) -> None:
     Raises:
         CommandFailed: The certificate or its key cannot be used.
     """
-    from trigate.server.server import StartupFailed, open_tls
+    from trigate.server.lifespan import StartupFailed
+    from trigate.server.server import open_tls
 
     try:
         open_tls(server)

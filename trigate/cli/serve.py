@@ -116,14 +116,14 @@ def _serve_alone(server: ServerConfig, override: Override, env: Mapping[str, str
     async def replace_predecessor() -> None:
         await trio.lowlevel.checkpoint()
         if predecessor is not None:
-            predecessor.succeed()
+            predecessor.notify_ready()
 
     return _run_server(
         server,
         override,
         env,
         listening.sockets,
-        handover_sockets=listening.doors,
+        handover_sockets=listening.handover_sockets,
         before_accepting=replace_predecessor,
     )
 
@@ -172,7 +172,7 @@ def _supervise(server: ServerConfig, arguments: Sequence[str]) -> bool:
         [sys.executable, "-m", "trigate", *arguments],
         listening.sockets,
         server,
-        doors=listening.doors,
+        handover_sockets=listening.handover_sockets,
         predecessor=listening.predecessor,
     )
     failure = ""
@@ -210,7 +210,8 @@ def _run_server(
     from trigate.asgi.application import calm_collector, create_app
     from trigate.errors import message_of
     from trigate.gateway.gateway import open_gateway
-    from trigate.server.server import StartupFailed, run
+    from trigate.server.lifespan import StartupFailed
+    from trigate.server.server import run
 
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # each stream takes two file descriptors
@@ -220,7 +221,7 @@ def _run_server(
     failure = ""
     try:
         return trio.run(
-            partial(run, app, server, sockets, parent_fd, doors=handover_sockets, before_accepting=before_accepting)
+            partial(run, app, server, sockets, parent_fd, handover_sockets=handover_sockets, before_accepting=before_accepting)
         )
     except* StartupFailed as failed:
         failure = message_of(failed)

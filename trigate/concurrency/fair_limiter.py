@@ -1,14 +1,14 @@
-"""A bounded number of places, and a fair queue before them.
+"""A bounded number of slots, with a queue that is fair between keys.
 
-Who finds no place free waits, and places that come free go round the keys that wait, one each: a key with a thousand
-calls in the queue keeps another one's single call waiting for one place, not for a thousand. Within a key it is first
-come, first served.
+When no slot is free, a task waits. Slots that become free go round the waiting keys, one slot each. So a key with a
+thousand calls in the queue delays the single call of another key by one slot, not by a thousand. Within a key, the
+order is first come, first served.
 
-Who waits may be sent away for somebody else (`FairLimiter.evict_longest`), so that one key does not fill the whole
-queue.
+`FairLimiter.evict_longest` takes a waiting call of the key that has the most calls in the queue out of it, so that one
+key cannot fill the whole queue.
 
-A place is handed over: it never looks free to a third one in between, and who is cancelled while it waits has never had
-one. Nobody waits while there is a place that it may have.
+A released slot goes straight to the next waiter. It is never observably free in between, and a waiter that is cancelled
+never held it. No task waits while there is a free slot that it may have.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+import attrs
 import outcome
 import trio
 
@@ -24,67 +25,70 @@ _SMOOTHING = 0.1
 
 
 class Evicted(Exception):
-    """Another key's call has got the place in the queue."""
+    """The call lost its position in the queue to a call of another key."""
 
 
+@attrs.define(eq=False)
 class FairLimiter:
-    """Some places. Who has taken one gives it back, with the same key.
+    """A number of slots. Each acquired slot is released with the same key.
 
     Args:
-        limit: How many there are.
-        key_limit: How many of them one key may have; 0 = all.
+        limit: The number of slots.
+        key_limit: How many slots one key may hold; 0 = all of them.
+
+    Attributes:
+        taken: How many slots are held.
+        taken_by: The same for each key that holds a slot.
+        held_s: How long a slot is held: a moving average, in seconds. 0.0 = not known yet.
     """
 
-    __slots__ = ("_key_limit", "_limit", "_queued", "_waiting", "held_s", "taken", "taken_by")
-
-    def __init__(self, limit: int, *, key_limit: int = 0) -> None:
-        self._limit = limit
-        self._key_limit = key_limit
-        self._waiting: dict[str, deque[trio.lowlevel.Task]] = {}  # the next key first
-        self._queued = 0
-        self.taken = 0
-        self.taken_by: dict[str, int] = {}
-        self.held_s = 0.0
-        """For how long places are held: a moving average."""
+    _limit: int
+    _key_limit: int = attrs.field(default=0, kw_only=True)
+    _waiting: dict[str, deque[trio.lowlevel.Task]] = attrs.field(init=False, factory=dict)
+    """The tasks of each key that has some; the key that is next comes first."""
+    _queued: int = attrs.field(init=False, default=0)
+    taken: int = attrs.field(init=False, default=0)
+    taken_by: dict[str, int] = attrs.field(init=False, factory=dict)
+    held_s: float = attrs.field(init=False, default=0.0)
 
     def __repr__(self) -> str:
         return f"<FairLimiter: {self.taken} of {self._limit} taken, {self._queued} wait>"
 
     @property
     def limit(self) -> int:
-        """How many there are."""
+        """The number of slots."""
         return self._limit
 
     @property
     def queued(self) -> int:
-        """How many wait."""
+        """How many tasks wait."""
         return self._queued
 
     def queued_by(self, key: str) -> int:
-        """How many of a key wait."""
+        """How many tasks of a key wait."""
         return len(self._waiting.get(key, ()))
 
     def position(self, key: str, task: trio.lowlevel.Task) -> int | None:
-        """At which place in its key's queue a task waits, from 1; None = it does not."""
+        """The position of a task in the queue of its key, from 1; None = it does not wait."""
         queue = self._waiting.get(key, ())
         return next((number for number, other in enumerate(queue, 1) if other is task), None)
 
     def change(self, limit: int, *, key_limit: int = 0) -> None:
-        """Sets other limits. Who has a place keeps it."""
+        """Sets other limits. Slots that are held stay held."""
         if (limit, key_limit) != (self._limit, self._key_limit):
             self._limit, self._key_limit = limit, key_limit
-            self._hand_on()
+            self._hand_over_slots()
 
     def is_free(self, key: str) -> bool:
-        """Whether a key could have one now."""
+        """Whether a key could acquire a slot now."""
         return self.taken < self._limit and (not self._key_limit or self.taken_by.get(key, 0) < self._key_limit)
 
     def is_keys_own_limit(self, key: str) -> bool:
-        """Whether it is for its own limit that a key gets none."""
+        """Whether a key has reached its own limit."""
         return bool(self._key_limit) and self.taken_by.get(key, 0) >= self._key_limit
 
     def acquire_nowait(self, key: str) -> bool:
-        """Takes a place, if one is free."""
+        """Acquires a slot if one is free. Returns whether it did."""
         if not self.is_free(key):
             return False
         self.taken += 1
@@ -92,18 +96,18 @@ class FairLimiter:
         return True
 
     async def acquire(self, key: str) -> None:
-        """Waits for a place, and has it then.
+        """Waits for a slot in the queue, and holds it on return. Call it after `acquire_nowait` has returned False.
 
         Raises:
-            Evicted: It must not wait any more (`evict_longest`), and has no place.
+            Evicted: `evict_longest` took this task out of the queue. It holds no slot.
 
-        **Cancels:** at any moment before it has one.
+        **Cancels:** at any moment before it holds a slot.
         """
         task = trio.lowlevel.current_task()
         self._waiting.setdefault(key, deque()).append(task)
         self._queued += 1
 
-        def leave(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
+        def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
             queue = self._waiting[key]
             queue.remove(task)
             if not queue:
@@ -111,11 +115,17 @@ class FairLimiter:
             self._queued -= 1
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(leave)
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
     def evict_longest(self, key: str) -> bool:
-        """Makes room in the queue for one more of a key: the last call of the key that has the most is sent away. Not
-        where it would have as few then as this one has; returns whether it was done."""
+        """Makes a position in the queue available to one more call of a key.
+
+        Evicts the last call of the key that has the most calls in the queue, unless that key would then have as few as
+        ``key`` would have.
+
+        Returns:
+            Whether a call was evicted.
+        """
         if not self._waiting:
             return False
         longest = max(self._waiting, key=lambda other: len(self._waiting[other]))
@@ -127,10 +137,11 @@ class FairLimiter:
         return True
 
     def release(self, key: str, held_s: float | None = None) -> None:
-        """Gives a place back.
+        """Releases a slot.
 
         Args:
-            held_s: For how long it was held, where that says how long places are held.
+            key: The key that acquired it.
+            held_s: How long it was held, in seconds; None = this slot does not count in the average.
         """
         self.taken -= 1
         left = self.taken_by[key] - 1
@@ -141,9 +152,9 @@ class FairLimiter:
         if held_s is not None:
             self.held_s += (held_s - self.held_s) * (_SMOOTHING if self.held_s else 1.0)
         if self._queued:
-            self._hand_on()
+            self._hand_over_slots()
 
-    def _hand_on(self) -> None:
+    def _hand_over_slots(self) -> None:
         while self._queued and self.taken < self._limit:
             key = next(filter(self.is_free, self._waiting), None)
             if key is None:
@@ -158,7 +169,7 @@ class FairLimiter:
             trio.lowlevel.reschedule(task)
 
     def expected_wait_s(self, key: str) -> float:
-        """How long one more would wait, as far as can be told: for its turn, at the pace at which places come free."""
+        """Estimates how long one more call of a key would wait, in seconds, at the pace at which slots become free."""
         if self.is_keys_own_limit(key):
             return (self.queued_by(key) + 1) * self.held_s / self._key_limit
         keys = len(self._waiting) + (key not in self._waiting)

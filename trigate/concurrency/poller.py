@@ -1,20 +1,21 @@
-"""One epoll for many sockets, and one task that calls back.
+"""One epoll for many sockets, and one task that calls their callbacks.
 
-Trio's own way to wait for a socket is a task that sleeps: right where something happens once a request, and dear where
-it happens for each event of a stream. A `Poller` has an epoll of its own. One task waits until *that* is readable (an
-epoll can wait for an epoll), takes what is ready, and calls a function for each. So a ready socket costs a call, and
-the price of waking up is shared by all that are ready at the same time.
+Trio's own way to wait for a socket is a task that sleeps. That is right where something happens once per request, and
+expensive where it happens for each event of a stream. A `Poller` has an epoll of its own. One task waits until *that*
+epoll is readable (an epoll can wait for an epoll), fetches the ready sockets, and calls a function for each. So a ready
+socket costs one call, and all sockets that are ready at the same time share the cost of one wake-up. `timers` says when
+not to use this.
 
-Rules for what is called back: it is synchronous, it may add, change and remove sockets (its own, and any other), and
-it must not raise. What it wakes (`trio.lowlevel.reschedule`, `trio.CancelScope.cancel`) runs after this turn.
+Rules for a callback: it is synchronous, it may add and remove sockets (its own and any other), and it must not raise.
+A task that it wakes (`trio.lowlevel.reschedule`, `trio.CancelScope.cancel`) runs after the current batch.
 
-**When much happens, a turn is longer.** To wake a Trio task costs as much as to move an event. So while turns follow
-each other closely (`CLOSE_S`), one goes on for `LINGER_S`, waiting for further sockets in its own epoll. Everything
-else is held up for that long at the most; or for a millisecond, epoll's unit, where the traffic stops in that moment.
+**Under load, a batch takes longer.** Waking a Trio task costs as much as moving an event. So while batches follow each
+other within `CLOSE_S`, one batch continues for `LINGER_S` and waits for further sockets in its own epoll. That delays
+all other tasks by at most that time, or by a millisecond (epoll's unit) if the traffic stops at that moment.
 
-Bounds: at most ``turn`` callbacks are made between two looks at the clock.
+Bounds: at most ``batch`` callbacks are called between two readings of the clock.
 
-Linux only (`select.epoll`); elsewhere `open_poller` gives None, and who would use one does without.
+Linux only (`select.epoll`). On other systems `open_poller` yields None, and the caller works without a poller.
 """
 
 from __future__ import annotations
@@ -29,34 +30,42 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
+from trigate.concurrency.notify import open_service
+
 log = structlog.get_logger("trigate.concurrency.poller")
 
-TURN = 256
+BATCH = 256
 CLOSE_S = 0.0005
 LINGER_S = 0.0005
 _WAIT_S = 0.001
 
 Callback = Callable[[int], None]
-"""Takes the events that epoll tells, as a mask."""
+"""Takes the events that epoll reports, as a mask."""
 
 if sys.platform == "linux":
     READABLE = select.EPOLLIN
     WRITABLE = select.EPOLLOUT
     PEER_CLOSED = select.EPOLLRDHUP
-    """The peer has closed its sending side. (A reset, EPOLLHUP and EPOLLERR, is always told.)"""
+    """The peer has closed its sending side. (epoll always reports a reset: EPOLLHUP and EPOLLERR.)"""
 else:
     READABLE, WRITABLE, PEER_CLOSED = 0x1, 0x4, 0x2000
 
 
 class Poller:
-    """Sockets and what to call when something happens on them. Made by `open_poller`."""
+    """Sockets and their callbacks. Made by `open_poller`.
 
-    def __init__(self, turn: int = TURN) -> None:
-        self._turn = turn
+    Args:
+        batch: How many callbacks may be called one after another.
+
+    Attributes:
+        now: The time of the current batch (`trio.current_time`). It is read once per batch, not once per socket.
+    """
+
+    def __init__(self, batch: int = BATCH) -> None:
+        self._batch = batch
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self.now = trio.current_time()
-        """The time of this turn: asked for once, and not once for each socket."""
 
     def __repr__(self) -> str:
         return f"<Poller of {len(self._callbacks)} sockets>"
@@ -65,30 +74,36 @@ class Poller:
         return len(self._callbacks)
 
     def add(self, fd: int, events: int, callback: Callback) -> None:
-        """Calls back whenever one of these events is pending (it is level-triggered); 0 = only its end."""
+        """Calls back whenever one of these events is pending.
+
+        Args:
+            fd: The descriptor of the socket.
+            events: A mask of `READABLE`, `WRITABLE` and `PEER_CLOSED`, level-triggered; 0 = only a reset.
+            callback: Called with the pending events.
+        """
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
-        """Forgets a socket, which must still be open. It is not called back any more, not even in this turn.
+        """Removes a socket, which must still be open. Its callback is not called again, not even in this batch.
 
-        Does nothing for one that it has forgotten by itself, since its callback crashed.
+        Does nothing for a socket that the poller has removed itself because its callback crashed.
         """
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     async def run(self) -> None:
-        """Calls back, for ever."""
-        turn = self._turn
+        """Calls the callbacks. Never returns."""
+        batch = self._batch
         poll, fileno, clock = self._epoll.poll, self._epoll.fileno(), time.perf_counter
         ended_at = -math.inf
         while True:
             await trio.lowlevel.wait_readable(fileno)
             began_at = clock()
             self.now = trio.current_time()
-            self._call_back(poll(0, turn))
+            self._call_back(poll(0, batch))
             if began_at - ended_at < CLOSE_S:
-                while clock() - began_at < LINGER_S and (ready := poll(_WAIT_S, turn)):
+                while clock() - began_at < LINGER_S and (ready := poll(_WAIT_S, batch)):
                     self.now = trio.current_time()
                     self._call_back(ready)
             ended_at = clock()
@@ -96,7 +111,7 @@ class Poller:
     def _call_back(self, ready: list[tuple[int, int]]) -> None:
         callbacks = self._callbacks
         for fd, events in ready:
-            callback = callbacks.get(fd)  # one that was called before it may have removed it
+            callback = callbacks.get(fd)  # None: a callback of this batch has removed the socket
             if callback is not None:
                 try:
                     callback(events)
@@ -105,27 +120,26 @@ class Poller:
                     self.remove(fd)
 
     def close(self) -> None:
-        """Closes the epoll. The sockets are their owners'."""
+        """Closes the epoll. The sockets belong to their owners and stay open."""
         self._epoll.close()
 
 
 @asynccontextmanager
-async def open_poller(*, turn: int = TURN) -> AsyncIterator[Poller | None]:
-    """Opens a poller and runs its task around a block; None where there is no epoll.
+async def open_poller(*, batch: int = BATCH) -> AsyncIterator[Poller | None]:
+    """Opens a poller and runs its task for as long as the block lasts.
 
     Args:
-        turn: How many callbacks may come one after another.
+        batch: How many callbacks may be called one after another.
+
+    Yields:
+        The poller; None where the system has no epoll.
     """
     if not hasattr(select, "epoll"):
         yield None
         return
-    poller = Poller(turn)
+    poller = Poller(batch)
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(poller.run, name="poller")
-            try:
-                yield poller
-            finally:
-                nursery.cancel_scope.cancel()
+        async with open_service(poller.run):
+            yield poller
     finally:
-        poller.close()  # now that its task, which may have been about to ask it, has ended
+        poller.close()  # after its task has ended, which may have been about to use it

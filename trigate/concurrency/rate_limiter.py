@@ -1,12 +1,12 @@
 """Limits how often something may happen, for each key. Pure: the time is an argument.
 
-The algorithm is GCRA, the leaky bucket without a timer. One number is kept for each key: when its debt will be paid.
-What is allowed adds ``1 / rate`` to the debt, what is refused adds nothing, and the debt may not exceed
-``burst / rate``. So over any window of ``w`` seconds at most ``burst + rate × w`` are allowed.
+The algorithm is GCRA, the leaky bucket without a timer. It keeps one number for each key: the time at which the debt of
+the key is paid. An allowed request adds ``1 / rate`` seconds to the debt, a refused one adds nothing, and the debt may
+not exceed ``burst / rate``. So over any window of ``w`` seconds, at most ``burst + rate × w`` requests are allowed.
 
-Memory is bounded by the number of keys. When there are too many, the one goes whose debt will be paid first (that of
-most has been, and then nothing is lost). One with a large debt stays: nobody gets rid of theirs by asking under many
-other names.
+Memory is bounded by the number of keys. When there are too many, the key whose debt is paid first is forgotten. (Most
+debts have been paid, and then nothing is lost.) Keys in debt are evicted last, so a flood of new keys does not reset a
+limit.
 
 Source: ITU-T Recommendation I.371, the Generic Cell Rate Algorithm in its virtual scheduling form.
 """
@@ -16,21 +16,21 @@ from __future__ import annotations
 import heapq
 
 _ROUNDING_S = 1e-9
-"""Sums of intervals are not exact, and the last one of a burst must not be refused for that."""
+"""Sums of intervals are not exact, and a rounding error must not refuse the last request of a burst."""
 
 
 class RateLimiter:
     """The debts of the keys.
 
     Args:
-        max_keys: How many are kept.
+        max_keys: How many keys are kept.
     """
 
     def __init__(self, *, max_keys: int = 10_000) -> None:
         self._max_keys = max_keys
         self._paid_at_s: dict[str, float] = {}
-        # Every pair of the dict, and pairs that were in it: the latter are left until they come to the front, or are
-        # as many as the former could be.
+        # A heap of every item of the dict, and of outdated items: an outdated one stays until it comes to the front, or
+        # until there are as many of them as there may be keys.
         self._order: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
@@ -40,16 +40,16 @@ class RateLimiter:
         return f"RateLimiter({len(self)} of {self._max_keys} keys)"
 
     def take(self, key: str, *, rate_per_s: float, burst: int, now: float) -> float:
-        """Counts one, if it is allowed.
+        """Counts one request, if it is allowed.
 
         Args:
-            key: Whose it is.
-            rate_per_s: How many are allowed in the long run; more than 0.
-            burst: How many are allowed at once; at least 1.
-            now: Seconds of a clock that does not go back.
+            key: The key that makes the request.
+            rate_per_s: How many requests are allowed per second in the long run; more than 0.
+            burst: How many requests are allowed at once; at least 1.
+            now: Seconds of a monotonic clock.
 
         Returns:
-            0.0 if it is allowed; otherwise in how many seconds one will be.
+            0.0 if the request is allowed; otherwise after how many seconds one will be.
 
         >>> rates = RateLimiter()
         >>> [rates.take("a", rate_per_s=2.0, burst=2, now=now) for now in (0.0, 0.0, 0.0, 0.25, 0.5)]

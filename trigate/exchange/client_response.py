@@ -26,7 +26,7 @@ import trio
 from hypercorn.typing import ASGISendCallable
 
 from trigate.errors import Header
-from trigate.server.http1 import Client
+from trigate.server.client_capabilities import Client
 
 
 class ClientResponse:

@@ -1,48 +1,45 @@
-"""Lets a Trio ASGI app live under an asyncio server, by Trio's guest mode.
+"""Runs a Trio ASGI app under an asyncio server, in Trio's guest mode.
 
-``hypercorn trigate:app`` runs hypercorn's default worker, which is asyncio's, and uvicorn has no
-other; a QuartTrio app called there dies with ``AttributeError: 'RunContext' object has no attribute
-'runner'``. Such a server calls `AsyncioHost` in the app's place, and that starts a *guest run*: a
-whole Trio run whose steps are callbacks of the asyncio loop. Both worlds share one thread and take
-turns on it, so nothing here needs a lock.
+``hypercorn trigate:app`` runs hypercorn's default worker, which is asyncio's, and uvicorn has no other. A QuartTrio app
+that is called there fails with ``AttributeError: 'RunContext' object has no attribute 'runner'``. Such a server calls
+`AsyncioHost` in place of the app, and that starts a *guest run*: a whole Trio run whose steps are callbacks of the
+asyncio loop. Both loops share one thread and alternate on it, so nothing here needs a lock.
 
 The strategy, and the rules for editing this file:
 
-- **One guest run for each loop**, in a nest of indentation (`_Guest._main`): the app's lifespan
-  encloses the nursery of the requests, so they have all ended when the app is told to shut down.
-- **The server's lifespan call owns the guest run** and returns after it. What the app says last
-  (``startup.failed``, ``shutdown.complete``) is held back until the run has ended: hypercorn looks,
-  at the very step in which ``startup.failed`` reaches it, whether the lifespan call is over, and
-  goes on to serve if it is not. A server without lifespan (``uvicorn --lifespan off``) is helped
-  out: the first request starts the run, and it ends when `asyncio.run`, before it closes the loop,
-  cancels every task there is.
-- **A request is two tasks**: the server's, which only waits, and Trio's, which runs the app under a
-  cancel scope of its own. The server's ends after Trio's, whatever happens. An exception of the app
-  goes to the server, and to nobody else.
-- **Each ``receive`` and ``send`` of the server runs in an asyncio task of its own**, as servers may
-  rely on `asyncio.current_task`. Most end in their first step; so the Trio side yields once before
-  it goes to sleep, which lets that step run ahead of Trio's next tick. It spares the round trip
-  through the thread in which a sleeping guest waits for I/O: the cost of guest mode.
-- **Cancelling the Trio side abandons a call of the server's, it does not cancel it.** The message
-  of an abandoned ``receive`` is the next one's, so none is lost; an abandoned ``send`` goes out
-  whole, before the next. (Cut short, it leaves hypercorn's HTTP/1.1 state behind the bytes that it
-  has written, and an HTTP/2 frame half written.)
-- **Of Trio, asyncio's side calls synchronous functions only**: `trio.Event.set`,
-  `trio.CancelScope.cancel`, `trio.Nursery.start_soon`.
+- **There is one guest run for each loop**, in nested blocks (`_Guest._main`): the app's lifespan encloses the nursery
+  of the requests, so all requests have ended when the app receives ``lifespan.shutdown``.
+- **The server's lifespan call owns the guest run**, and returns after it. The app's final message
+  (``startup.failed``, ``shutdown.complete``) is held back until the run has ended: in the very step in which
+  ``startup.failed`` reaches it, hypercorn checks whether the lifespan call has returned, and starts to serve if it has
+  not. For a server without lifespan (``uvicorn --lifespan off``), the first request starts the run. It ends when
+  `asyncio.run` cancels all tasks before it closes the loop.
+- **A request is two tasks**: the server's, which only waits, and Trio's, which runs the app in a cancel scope of its
+  own. The server's task always ends after Trio's. Only the server gets an exception of the app.
+- **Each ``receive`` and ``send`` of the server runs in an asyncio task of its own**, as servers may rely on
+  `asyncio.current_task`. Most of them end in their first step. So the Trio side yields once before it sleeps, and that
+  step runs before Trio's next tick. This saves a round trip through the thread in which a sleeping guest waits for
+  I/O, which is the cost of guest mode.
+- **Cancelling the Trio side abandons a call of the server, and does not cancel it.** The message of an abandoned
+  ``receive`` goes to the next one, so none is lost. An abandoned ``send`` is sent completely, before the next one. (If
+  it were cancelled, hypercorn's HTTP/1.1 state would lag behind the bytes that it has written, and an HTTP/2 frame
+  could be half written.)
+- **The asyncio side calls only synchronous functions of Trio**: `trio.Event.set`, `trio.CancelScope.cancel`,
+  `trio.Nursery.start_soon`.
 
-Bounds: at most one message of a request each way is in here, so back-pressure is the server's. A
-request that is told to end may talk for `_LAST_WORDS_S`; then its sends fail, lest a client that
-has stopped reading hold up the end by a shielded send.
+Bounds: this module holds at most one message of a request each way, so back-pressure is the server's. A cancelled
+request may send for `_FINAL_MESSAGE_S`; then its sends fail, so that a client that has stopped reading cannot delay the
+end by a shielded send.
 
 Known warts:
 
-- Trio allows one guest run in a thread: two `AsyncioHost` on one loop are one too many.
-- A loop that is closed without cancelling its tasks abandons the run on it. uvicorn does so when
-  SIGTERM reaches it under ``--lifespan off``: it raises the signal again before its loop closes.
-- hypercorn on Python 3.12 and later waits at SIGTERM until its clients have left, whatever its
-  graceful timeout says (its issue 308): nothing of that reaches an app before.
-- uvicorn mistakes an exception out of a lifespan for a missing lifespan and does not show it. So
-  the crash of a guest run is logged here, and a second time by servers that do show it.
+- Trio allows one guest run in a thread, so two `AsyncioHost` on one loop do not work.
+- A loop that is closed without cancelling its tasks abandons its run. uvicorn does so when SIGTERM reaches it under
+  ``--lifespan off``: it raises the signal again before its loop closes.
+- On Python 3.12 and later, hypercorn waits at SIGTERM until its clients have disconnected, whatever its graceful
+  timeout is (its issue 308). The app is not notified before.
+- uvicorn takes an exception out of a lifespan for a missing lifespan, and does not show it. So the crash of a guest run
+  is logged here; servers that show it log it a second time.
 """
 
 from __future__ import annotations
@@ -71,17 +68,17 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("trigate.server.asyncio_host")
 
-# How long a request may still talk to its client after it was told to end.
-_LAST_WORDS_S = 1.0
+_FINAL_MESSAGE_S = 1.0
+"""How long a request may still send to its client after it was cancelled."""
 
 _T = TypeVar("_T")
 _Args = TypeVarTuple("_Args")
 
 
 class AsyncioHost:
-    """An ASGI app for asyncio servers, made of one for Trio.
+    """Makes an ASGI app for asyncio servers from one for Trio.
 
-    Holds no state of a loop that has ended: it can serve one loop after the other.
+    It keeps no state of a loop that has ended, so it can serve one loop after another.
 
     Args:
         app: An ASGI 3 app that runs on Trio, such as a QuartTrio app.
@@ -90,7 +87,7 @@ class AsyncioHost:
     def __init__(self, app: ASGIFramework) -> None:
         self._app = app
         self._guest: _Guest | None = None
-        self._keeper: asyncio.Task[None] | None = None  # asyncio itself holds its tasks weakly
+        self._keeper: asyncio.Task[None] | None = None  # asyncio holds only weak references to tasks
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serves one call of an asyncio server: its lifespan, a request or a WebSocket.
@@ -98,8 +95,7 @@ class AsyncioHost:
         Raises:
             RuntimeError: The app did not start, has crashed, or has been shut down.
 
-        Cancels:
-            The app is cancelled, and awaited, before the cancellation goes on.
+        **Cancels:** the app is cancelled, and awaited, before the cancellation continues.
         """
         if scope["type"] == "lifespan":
             await self._serve_lifespan(scope, receive, send)
@@ -121,18 +117,18 @@ class AsyncioHost:
                 shutdown.cancel()
             await guest.aclose()
         if not guest.has_lifespan:
-            # The server is to see what it would see of the app itself. If it serves nevertheless,
-            # the first request starts anew.
+            # The server gets the exception that the app would have raised to it. If the server serves nevertheless,
+            # the first request starts a new guest run.
             self._guest = None
-            if guest.absence is not None:
-                raise guest.absence
-        if guest.farewell is not None:
-            await send(guest.farewell)
+            if guest.lifespan_error is not None:
+                raise guest.lifespan_error
+        if guest.final_message is not None:
+            await send(guest.final_message)
         if guest.crash is not None:
             raise guest.crash
 
     def _guest_here(self) -> _Guest:
-        """Finds the guest run of the running loop, or plays the server's part in starting one."""
+        """Returns the guest run of the running loop, or starts one in place of the server."""
         loop = asyncio.get_running_loop()
         if self._guest is not None and self._guest.loop is loop:
             return self._guest
@@ -141,7 +137,7 @@ class AsyncioHost:
             "asgi": {"version": "3.0", "spec_version": "2.0"},
             "state": {},
         }
-        # In an empty context: the first request's is not for everything that the app starts.
+        # In an empty context: the context of the first request must not reach everything that the app starts.
         guest = contextvars.Context().run(self._start_guest, cast("LifespanScope", scope))
         guest.state = guest.scope["state"]
         self._keeper = loop.create_task(guest.keep())
@@ -159,14 +155,17 @@ class _Guest:
     """One guest run: the app's lifespan around the requests.
 
     Attributes:
-        startup: Done when the app has answered ``lifespan.startup``, or will not any more.
+        app: The app.
+        scope: The scope of the lifespan.
+        loop: The asyncio loop that runs it.
+        startup: Done when the app has answered ``lifespan.startup``, or cannot answer any more.
         ended: Done when the run is over.
-        state: The lifespan's, of which each request gets a copy; where the server does not do that.
-        has_lifespan: Whether the app answered. One that did not serves requests nevertheless.
-        absence: What the app raised instead of an answer.
-        farewell: What the app said last, and the server has yet to be told.
-        refusal: Why there can be no requests any more.
-        crash: What the app raised out of its lifespan after that, or what broke the run down.
+        state: The lifespan's state, where the server does not copy it into the requests; each request gets a copy.
+        has_lifespan: Whether the app has answered. An app that has not serves requests all the same.
+        lifespan_error: The exception that the app raised instead of an answer.
+        final_message: The app's last lifespan message, which the server has not received yet.
+        refusal: Why no more requests can be served.
+        crash: The exception that the app raised out of its lifespan later, or that ended the run.
     """
 
     app: ASGIFramework
@@ -176,8 +175,8 @@ class _Guest:
     ended: asyncio.Future[None] = attrs.field(init=False)
     state: dict[str, object] | None = None
     has_lifespan: bool = False
-    absence: Exception | None = None
-    farewell: ASGISendEvent | None = None
+    lifespan_error: Exception | None = None
+    final_message: ASGISendEvent | None = None
     refusal: str | None = None
     crash: BaseException | None = None
     _nursery: trio.Nursery | None = None
@@ -192,10 +191,10 @@ class _Guest:
     # -- asyncio's side ---------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begins the run.
+        """Starts the run.
 
         Raises:
-            RuntimeError: There is a Trio run in this thread.
+            RuntimeError: Another Trio run is active in this thread.
         """
         trio.lowlevel.start_guest_run(
             self._main,
@@ -206,7 +205,7 @@ class _Guest:
         )
 
     async def keep(self) -> None:
-        """Lasts as long as the run, which it ends when it is cancelled."""
+        """Waits until the run is over. Ends the run when it is cancelled."""
         try:
             await asyncio.wait((self.ended,))
         finally:
@@ -215,16 +214,19 @@ class _Guest:
     async def aclose(self) -> None:
         """Ends the run: first the requests, then the app.
 
-        Cancels:
-            The app is cancelled in place of being told to shut down, then awaited.
+        **Cancels:** the app is cancelled in place of ``lifespan.shutdown``, and then awaited.
         """
         self._close("it has been shut down")
         if not self.startup.done():
             self._lifespan_scope.cancel()
-        await _outlast((self.ended,), self._lifespan_scope.cancel)
+        await _wait_all_done((self.ended,), self._lifespan_scope.cancel)
 
     async def serve(self, scope: WWWScope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """Runs the app for one request, which starts after the app has."""
+        """Runs the app for one request, after the app has started.
+
+        Raises:
+            RuntimeError: The app did not start, has crashed, or has been shut down.
+        """
         if not self.startup.done():
             await asyncio.wait((self.startup,))
         if self.refusal is not None or self._nursery is None:
@@ -249,7 +251,7 @@ class _Guest:
             log.error("guest_run_crashed", exc_info=result.error)
         self._close("it has ended")
         for call in self._calls:
-            call.finish()  # a no-op, but for a run that broke down without ending its tasks
+            call.finish()  # has an effect only if the run has failed without ending its tasks
         if not self.startup.done():
             self.startup.set_result(None)
         self.ended.set_result(None)
@@ -269,39 +271,37 @@ class _Guest:
         if self.crash is not None:
             raise self.crash
 
-    async def _run_lifespan(  # noqa: ASYNC910 - the app waits
-        self, from_server: trio.MemoryReceiveChannel[ASGIReceiveEvent]
-    ) -> None:
+    async def _run_lifespan(self, from_server: trio.MemoryReceiveChannel[ASGIReceiveEvent]) -> None:
         async def receive() -> ASGIReceiveEvent:
-            if self.farewell is not None:
-                self._lifespan_scope.cancel()  # it has said its last word: nothing comes any more
+            if self.final_message is not None:
+                self._lifespan_scope.cancel()  # nothing follows the final message
             return await from_server.receive()
 
         try:
             with self._lifespan_scope:
-                await self.app(self.scope, receive, self._hear)
+                await self.app(self.scope, receive, self._send_lifespan)
         except Exception as error:
             if self.has_lifespan:
                 self.crash = error
                 self._close("it has crashed")
             else:
-                self.absence = error
+                self.lifespan_error = error
                 log.warning("lifespan_unsupported", error=repr(error))
         if not self.startup.done():
             self.startup.set_result(None)
 
-    async def _hear(self, message: ASGISendEvent) -> None:
+    async def _send_lifespan(self, message: ASGISendEvent) -> None:
         await trio.lowlevel.checkpoint()
         match message["type"]:
             case "lifespan.startup.complete":
                 pass
             case "lifespan.startup.failed":
-                self.farewell = message
+                self.final_message = message
                 self._close(f"it did not start: {message.get('message', '')}")
             case "lifespan.shutdown.complete" | "lifespan.shutdown.failed":
-                self.farewell = message
+                self.final_message = message
             case other:
-                raise ValueError(f"{other} is not for a lifespan")
+                raise ValueError(f"{other} is not a message of an ASGI lifespan")
         self.has_lifespan = True
         if not self.startup.done():
             self.startup.set_result(None)
@@ -309,7 +309,7 @@ class _Guest:
 
 @attrs.define(eq=False, kw_only=True)
 class _Call:
-    """One request or WebSocket: the two tasks and what goes between them."""
+    """One request or WebSocket: its two tasks, and the messages between them."""
 
     loop: asyncio.AbstractEventLoop
     server_receive: ASGIReceiveCallable
@@ -320,7 +320,7 @@ class _Call:
     _error: Exception | None = None
     _receiving: asyncio.Task[outcome.Outcome[ASGIReceiveEvent]] | None = None
     _sending: asyncio.Task[outcome.Outcome[None]] | None = None
-    _last_words: asyncio.TimerHandle | None = None
+    _final_message_timer: asyncio.TimerHandle | None = None
     _silenced: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -329,34 +329,34 @@ class _Call:
     # -- asyncio's side ---------------------------------------------------------------------------
 
     async def wait(self) -> None:
-        """Waits for the app, and leaves nothing of the request behind.
+        """Waits until the app has returned, and then ends the pending calls of the server.
 
         Raises:
-            Exception: What the app raised.
+            Exception: The exception of the app.
         """
         try:
-            await _outlast((self._ended,), self.cancel)
+            await _wait_all_done((self._ended,), self.cancel)
         except asyncio.CancelledError:
             if self._error is not None:
                 log.error("request_crashed_when_cancelled", exc_info=self._error)
             raise
         finally:
-            if self._last_words is not None:
-                self._last_words.cancel()
+            if self._final_message_timer is not None:
+                self._final_message_timer.cancel()
             self._silence()
-            left = [task for task in (self._receiving, self._sending) if task is not None]
-            await _outlast(left, self._silence)  # noqa: ASYNC102 - asyncio's; that is what it is for
+            pending = [task for task in (self._receiving, self._sending) if task is not None]
+            await _wait_all_done(pending, self._silence)  # noqa: ASYNC102 - asyncio's, which a cancellation does not end
         if self._error is not None:
             raise self._error
 
     def cancel(self) -> None:
-        """Cancels the app, which may still talk for `_LAST_WORDS_S`."""
+        """Cancels the app, which may still send for `_FINAL_MESSAGE_S`."""
         self._cancel_scope.cancel()
-        if self._last_words is None:
-            self._last_words = self.loop.call_later(_LAST_WORDS_S, self._silence)
+        if self._final_message_timer is None:
+            self._final_message_timer = self.loop.call_later(_FINAL_MESSAGE_S, self._silence)
 
     def finish(self) -> None:
-        """Says that the app has ended."""
+        """Marks the app as ended."""
         if not self._ended.done():
             self._ended.set_result(None)
 
@@ -368,8 +368,8 @@ class _Call:
 
     # -- Trio's side ------------------------------------------------------------------------------
 
-    async def run(self, app: ASGIFramework, scope: WWWScope) -> None:  # noqa: ASYNC910 - the app waits
-        """Runs the app. Raises nothing that the app raises."""
+    async def run(self, app: ASGIFramework, scope: WWWScope) -> None:
+        """Runs the app, and keeps its exception for `wait`."""
         try:
             with self._cancel_scope:
                 await app(scope, self._receive, self._send)
@@ -384,28 +384,28 @@ class _Call:
             if self._receiving is None:
                 self._receiving = self._begin(self.server_receive)
             task = self._receiving
-            await _slept_through(task)
-            if self._receiving is task:  # else another task of the app has taken the message
+            await _wait_task(task)
+            if self._receiving is task:  # otherwise another task of the app has received the message
                 self._receiving = None
                 return _result_of(task)
 
     async def _send(self, message: ASGISendEvent) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         while self._sending is not None and not self._sending.done():
-            await _slept_through(self._sending)
+            await _wait_task(self._sending)
         self._sending = task = self._begin(self.server_send, message)
-        await _slept_through(task)
+        await _wait_task(task)
         _result_of(task)
 
     def _begin(self, call: Callable[[*_Args], Awaitable[_T]], *args: *_Args) -> asyncio.Task[outcome.Outcome[_T]]:
-        """Begins a call of the server's, in a task that raises nothing: `_result_of` does."""
+        """Starts a call of the server in an asyncio task, which raises nothing: `_result_of` does."""
         if self._silenced:
             raise ConnectionAbortedError("this request is over")
         return self.loop.create_task(outcome.acapture(call, *args), context=self._context)
 
 
-async def _slept_through(task: asyncio.Task[outcome.Outcome[_T]]) -> None:
-    """Waits, on Trio, for a task of asyncio's; when cancelled it leaves the task alone."""
+async def _wait_task(task: asyncio.Task[outcome.Outcome[_T]]) -> None:
+    """Waits on Trio for an asyncio task. A cancellation ends the wait, not the task."""
     await trio.lowlevel.cancel_shielded_checkpoint()
     if not task.done():
         done = trio.Event()
@@ -416,16 +416,16 @@ async def _slept_through(task: asyncio.Task[outcome.Outcome[_T]]) -> None:
 def _result_of(task: asyncio.Task[outcome.Outcome[_T]]) -> _T:
     result = outcome.Error(asyncio.CancelledError()) if task.cancelled() else task.result()
     if isinstance(result, outcome.Error) and isinstance(result.error, asyncio.CancelledError):
-        # Of the other world: to Trio it is an error of the server's.
+        # On the Trio side, asyncio's cancellation is an error of the server.
         raise ConnectionAbortedError("the server has ended this request")
     return result.unwrap()
 
 
-async def _outlast(  # noqa: ASYNC910 - asyncio's
-    futures: Collection[asyncio.Future[Any]],  # Any: their results are nobody's concern here
+async def _wait_all_done(
+    futures: Collection[asyncio.Future[Any]],  # Any: their results are not used
     on_cancel: Callable[[], object],
 ) -> None:
-    """Waits, on asyncio, until all are done; a cancellation meanwhile goes on only then."""
+    """Waits on asyncio until all futures are done. A cancellation calls ``on_cancel``, and continues after that."""
     cancelled: asyncio.CancelledError | None = None
     while not all(future.done() for future in futures):
         try:

@@ -1,16 +1,16 @@
-"""The other end of a client's connection: reading, writing, and its leaving.
+"""The stream to a client: reading, writing, and noticing that the client disconnects.
 
-A plain socket is used directly: ``recv`` and ``send`` at once, and Trio where it must be waited for. All other streams
-(TLS, memory) are used by their methods.
+A plain socket is used directly: ``recv`` and ``send`` at once, and Trio's waits only where the kernel has nothing. All
+other streams (TLS, memory) are used by their methods.
 
-**A write goes out whole, or the peer is lost.** It is not to be cancelled: the wait for a peer that does not read is
-shielded, and ends with `Peer.abort`, from outside. Where the socket takes the bytes at once, it is no checkpoint. Who
-may go on like that for long calls `Peer.take_turns` in between.
+**A write sends all of its bytes, or the stream is broken.** It cannot be cancelled: the wait for a client that does not
+read is shielded, and `ClientStream.abort` ends it from another task. Where the socket takes the bytes at once, a write
+is no checkpoint. A task that may continue like that for long calls `ClientStream.yield_to_others` in between.
 
-**Leaving** is what ASGI calls a disconnect: a FIN (also a half-close: ASGI has one message for both), a reset, an
-abort. Where there is a `Poller` it is told whatever the peer has sent before, so bytes that nobody has asked for stay
-in the kernel. A socket stays with the poller from the first time that somebody wants to know to its end: then it costs
-nothing per request.
+**A disconnect** is what ASGI calls one: a FIN (also a half-close, as ASGI has one message for both), a reset, an abort.
+A `Poller` reports it behind any unread input, so bytes that the app has not asked for stay in the kernel. A socket
+stays in the poller from the first time that its app wants to know until the connection ends; so the watch costs nothing
+per request.
 """
 
 from __future__ import annotations
@@ -29,48 +29,48 @@ from trio.lowlevel import checkpoint, wait_readable, wait_writable
 from trigate.concurrency.poller import PEER_CLOSED, Poller
 
 READ_BYTES = 64 * 1024
-UNYIELDING_BYTES = 1024 * 1024
-"""How much may come and go at once before a task lets others have their turn."""
+YIELD_AFTER_BYTES = 1024 * 1024
+"""How many bytes a task may receive and send without a wait before it lets other tasks run."""
 
-_GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+_CONNECTION_ERRORS = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
-class Peer:
-    """One client's end.
+class ClientStream:
+    """The stream to one client.
 
     Args:
-        stream: The server's end of it. Not owned, but for `abort`.
-        poller: Tells of leaving.
+        stream: The server's end of the connection. Not owned; only `abort` closes it.
+        poller: Reports a disconnect; None = there is none.
 
     Attributes:
-        socket: The plain socket, if it is one and until it is released.
-        gone: It has closed its sending side, or all of it.
-        lost: Nothing can be sent to it any more.
-        on_leave: What to call when it leaves; once.
-        left: Set when it leaves, if somebody has put an event here.
-        unyielding_bytes: How much has come and gone since the task has had to wait.
+        socket: The plain socket, if the stream is one, until it is released.
+        disconnected: The client has closed its sending side, or the whole connection.
+        broken: Nothing can be sent to the client any more.
+        on_disconnect: Called once when the client disconnects.
+        disconnect_event: Set when the client disconnects; made by the task that waits for it.
+        bytes_since_wait: How many bytes were received and sent since the task last had to wait.
     """
 
     __slots__ = (
-        *("_fd", "_polled", "_poller", "_slowly_bytes", "_stream", "_writing"),
-        *("gone", "left", "lost", "on_leave", "socket", "unyielding_bytes"),
+        *("_fd", "_in_poller", "_poller", "_slowly_sent_bytes", "_stream", "_writing"),
+        *("broken", "bytes_since_wait", "disconnect_event", "disconnected", "on_disconnect", "socket"),
     )
 
     def __init__(self, stream: trio.abc.Stream, poller: Poller | None) -> None:
         self._stream = stream
         self._poller = poller
-        self._polled = False
+        self._in_poller = False
         self._fd = -1
-        self._slowly_bytes = 0  # have gone out in writes that had to wait
-        self._writing: trio.Event | None = None  # set by a write that has to wait, at its end
+        self._slowly_sent_bytes = 0  # sent in writes that had to wait
+        self._writing: trio.Event | None = None  # set at the end of a write that has to wait
         self.socket: socket.socket | None = None
-        self.gone = False
-        self.lost = False
-        self.on_leave: Callable[[], None] | None = None
-        self.left: trio.Event | None = None
-        self.unyielding_bytes = 0
+        self.disconnected = False
+        self.broken = False
+        self.on_disconnect: Callable[[], None] | None = None
+        self.disconnect_event: trio.Event | None = None
+        self.bytes_since_wait = 0
         if isinstance(stream, trio.SocketStream) and stream.socket.fileno() >= 0:
-            # A second handle on the descriptor of Trio's socket, detached before that is closed.
+            # A second handle on the descriptor of Trio's socket; it is detached before Trio closes the descriptor.
             sock, self._fd = stream.socket, stream.socket.fileno()
             self.socket = socket.socket(sock.family, sock.type, sock.proto, self._fd)
             self.socket.setblocking(False)
@@ -78,42 +78,45 @@ class Peer:
     # -- reading and writing ------------------------------------------------------------------------------------------
 
     async def read(self) -> bytes:
-        """Waits for bytes; nothing if the peer has left."""
+        """Waits for bytes. Returns ``b""`` if the client has disconnected."""
         plain = self.socket
         try:
             if plain is None:
-                return b"" if self.lost else bytes(await self._stream.receive_some(READ_BYTES))  # noqa: ASYNC910
+                return b"" if self.broken else bytes(await self._stream.receive_some(READ_BYTES))
             while True:
                 await wait_readable(self._fd)
                 try:
                     return plain.recv(READ_BYTES)
                 except BlockingIOError:
                     pass
-        except _GONE:
-            return b""  # noqa: ASYNC910
+        except _CONNECTION_ERRORS:
+            return b""
 
     def read_nowait(self) -> bytes:
-        """Gives what is there; nothing if that is nothing, or if only `read` can tell."""
+        """Returns the bytes that have arrived. ``b""`` = none have, or only `read` can find out."""
         if self.socket is None:
             return b""
         try:
             data = self.socket.recv(READ_BYTES)
         except OSError:
             return b""
-        self.unyielding_bytes += len(data)
+        self.bytes_since_wait += len(data)
         return data
 
-    async def take_turns(self) -> None:
-        """Lets other tasks have their turn."""
-        self.unyielding_bytes = 0
+    async def yield_to_others(self) -> None:
+        """Lets other tasks run."""
+        self.bytes_since_wait = 0
         await checkpoint()
 
-    async def write(self, data: bytes) -> None:  # noqa: ASYNC910 - the socket may take it at once
-        """Sends all of it, or notes that the peer is lost."""
-        while self._writing is not None:  # another task of the app
-            with trio.CancelScope(shield=True):
+    async def write(self, data: bytes) -> None:
+        """Sends all of the bytes, or marks the stream as broken.
+
+        **Cancels:** not at all.
+        """
+        while self._writing is not None:  # another task of the app writes
+            with trio.CancelScope(shield=True):  # bounded by: the other write, see below
                 await self._writing.wait()
-        self.unyielding_bytes += len(data)
+        self.bytes_since_wait += len(data)
         plain = self.socket
         sent = 0
         if plain is not None:
@@ -122,96 +125,99 @@ class Peer:
             except BlockingIOError:
                 pass
             except OSError:
-                self._lose()
-                return  # noqa: ASYNC910
+                self._break()
+                return
             if sent == len(data):
-                return  # noqa: ASYNC910
-        elif self.lost:
-            return  # noqa: ASYNC910
+                return
+        elif self.broken:
+            return
         self._writing = trio.Event()
         try:
+            # bounded by: `abort`, which the app calls for a stalled client, and the server at the end of a drain; and
+            # for a client that acknowledges nothing, TCP_USER_TIMEOUT (server.tcp_user_timeout_s)
             with trio.CancelScope(shield=True):
                 if plain is None:
                     await self._stream.send_all(data)
                 else:
                     await self._write_slowly(plain, memoryview(data)[sent:])
-        except _GONE:
-            self._lose()
+        except _CONNECTION_ERRORS:
+            self._break()
         finally:
             self._writing.set()
             self._writing = None
 
-    async def _write_slowly(  # noqa: ASYNC910 - there is something to write
-        self, plain: socket.socket, data: memoryview
-    ) -> None:
+    async def _write_slowly(self, plain: socket.socket, data: memoryview) -> None:
         while data:
             await wait_writable(self._fd)
             with suppress(BlockingIOError):
                 sent = plain.send(data)
-                self._slowly_bytes += sent
+                self._slowly_sent_bytes += sent
                 data = data[sent:]
 
     @property
     def taken_bytes(self) -> int | None:
-        """A number that grows while a write waits, whenever the peer's system takes something: so a peer that reads
-        slowly is not one that does not read. None where that cannot be seen (TLS, other streams, other systems)."""
+        """A number that grows while a write waits, whenever the client's system acknowledges bytes.
+
+        It tells a client that reads slowly from one that does not read. None where the system does not report it (TLS,
+        other streams, other systems than Linux).
+        """
         if self.socket is None or sys.platform != "linux":
             return None
         try:
-            (queued,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)))  # SIOCOUTQ, of a socket
+            (queued,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)))  # SIOCOUTQ of a socket
         except OSError:
             return None
-        return self._slowly_bytes - int(queued)
+        return self._slowly_sent_bytes - int(queued)
 
-    # -- leaving ------------------------------------------------------------------------------------------------------
+    # -- disconnects --------------------------------------------------------------------------------------------------
 
     def watch(self) -> bool:
-        """Sees to it that `leave` is called in time. Says whether it will be; else only `read` can tell."""
-        if not self._polled and not self.gone:
+        """Has a disconnect noted as soon as it happens. Returns False where only `read` can find out."""
+        if not self._in_poller and not self.disconnected:
             if self._poller is None or self.socket is None:
                 return False
             self._poller.add(self._fd, PEER_CLOSED, self._on_closed)
-            self._polled = True
+            self._in_poller = True
         return True
 
     def _on_closed(self, _: int) -> None:
         assert self._poller is not None
         self._poller.remove(self._fd)
-        self._polled = False
-        self.leave()
+        self._in_poller = False
+        self.note_disconnect()
 
-    def leave(self) -> None:
-        """Notes that it has left, and tells who wants to know."""
-        self.gone = True
-        if self.left is not None:
-            self.left.set()
-        callback, self.on_leave = self.on_leave, None
+    def note_disconnect(self) -> None:
+        """Notes that the client has disconnected, and notifies the app."""
+        self.disconnected = True
+        if self.disconnect_event is not None:
+            self.disconnect_event.set()
+        callback, self.on_disconnect = self.on_disconnect, None
         if callback is not None:
             callback()
 
-    def _lose(self) -> None:
-        self.lost = True
-        self.leave()
+    def _break(self) -> None:
+        self.broken = True
+        self.note_disconnect()
 
-    # -- the end ------------------------------------------------------------------------------------------------------
+    # -- closing ------------------------------------------------------------------------------------------------------
 
-    async def half_close(self) -> None:  # noqa: ASYNC910 - not every stream can be
-        """Closes the sending side."""
+    async def half_close(self) -> None:
+        """Closes the sending side, where the stream has one."""
         stream = self._stream.transport_stream if isinstance(self._stream, trio.SSLStream) else self._stream
         if isinstance(stream, trio.abc.HalfCloseableStream):
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await stream.send_eof()
 
     async def abort(self) -> None:
-        """Closes the connection at once, whatever is being done with it."""
+        """Closes the connection at once, whatever other tasks do with it."""
         self.release()
-        self._lose()
+        self._break()
         await trio.aclose_forcefully(self._stream)
 
     def release(self) -> None:
-        """Lets go of the descriptor, before it is closed."""
-        if self._polled:
-            self._polled = False
+        """Detaches from the descriptor. Called before the descriptor is closed."""
+        if self._in_poller:
+            self._in_poller = False
             assert self._poller is not None
             self._poller.remove(self._fd)
         if self.socket is not None:

@@ -1,27 +1,27 @@
-"""HTTP/1.1: one connection, one task, in which the app is called as well.
+"""HTTP/1.1: one connection is one task, which also calls the app.
 
-`request_parser` says what came in, `response_head` what goes out, `peer` reads and writes; here are the deadlines, and
-the life of a connection. There is no further task, no channel, no lock and no nursery, as each of them costs more than
-the parsing of a request. The rules:
+`request_parser` parses the input, `response_head` formats the output, `client_stream` reads and writes. This module has
+the deadlines and the life of a connection. A connection has no second task, no channel, no lock and no nursery, as each
+of them costs more than parsing a request. The rules for editing it:
 
-- **A message goes out whole or not at all.** `trio.Cancelled` is raised at the beginning of a send, or not. A send to
-  a peer that does not read waits in a shield: `Connection.abort`, from outside, ends it. Where the socket takes the
-  bytes at once, a send is no checkpoint (but an app that only ever sends is made to wait for its turn now and then).
-- **The head waits for the first piece of the body**, and both leave in one packet; ASGI wants it so. An app that must
-  show its head before it has a body sends an empty piece, or calls `Client.flush`.
-- **The scope of the connection is cancelled only while no app runs**: that is the keep-alive timeout, the head timeout
-  and the drain in one.
-- **Reading ahead is bounded, and not needed** where there is a `Poller`: it tells of a client that leaves whatever
-  that client has sent before. So bytes behind the current request stay in the kernel. Without one (TLS, memory
-  streams, systems without epoll) `READ_AHEAD_BYTES` are read while the app waits for the client to leave.
-- **A half-close counts as a disconnect**: ASGI has one message for both. What the app sends nevertheless is sent.
-- **Input that nobody will read is discarded before a connection is closed**, within bounds: to close a socket that has
-  unread input sends a reset, and a reset may overtake the last response.
+- **A message is sent completely or not at all.** `trio.Cancelled` is raised at the beginning of a send, or not at all.
+  A send to a client that does not read waits in a shield, and `Connection.abort` ends it from another task. Where the
+  socket takes the bytes at once, a send is no checkpoint; after `client_stream.YIELD_AFTER_BYTES` it yields.
+- **The head waits for the first piece of the body**, and one packet carries both. ASGI specifies the delay. An app that
+  must send its head before it has a body sends an empty piece, or calls `Client.flush`.
+- **The connection's scope is cancelled only while no app runs.** It serves as keep-alive timeout, head timeout and
+  drain.
+- **Reading ahead is bounded**, and not needed with a `Poller`, which reports a disconnect behind any unread input: then
+  bytes behind the current request stay in the kernel. Without a poller (TLS, memory streams, systems without epoll), up
+  to `READ_AHEAD_BYTES` are read while the app waits for a disconnect.
+- **A half-close counts as a disconnect**, as ASGI has one message for both. The app may still send, and it is sent.
+- **Unread input is discarded before a connection is closed**, within bounds: closing a socket with unread input sends a
+  reset, and a reset may overtake the last response.
+- **This is the hot path.** Adding an object or a call per request needs a benchmark before and after.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from email.utils import formatdate
@@ -35,9 +35,10 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers
-from trigate.errors import BadRequest, Header, Internal
+from trigate.errors import Header, Internal
 from trigate.server import response_head
-from trigate.server.client_stream import UNYIELDING_BYTES, Peer
+from trigate.server.client_capabilities import Client
+from trigate.server.client_stream import YIELD_AFTER_BYTES, ClientStream
 from trigate.server.request_head import HeadRefused
 from trigate.server.request_parser import RequestParser
 
@@ -51,12 +52,13 @@ Application: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 Address: TypeAlias = tuple[str, int]
 
 READ_AHEAD_BYTES = 64 * 1024
-"""How much of further requests is read while one is being served, where a client that leaves is only seen so."""
+"""How much of further requests is read while one is served, where only reading shows a disconnect."""
 LINGER_S = 2.0
 """How long input is discarded after the last response of a connection."""
 LINGER_BYTES = 64 * 1024 * 1024
+"""How much input is discarded then."""
 
-# What has been done of a response.
+# How much of a response has been sent: nothing, nothing but its head is held, a part, all of it.
 _NOTHING, _HELD, _BEGUN, _DONE = range(4)
 
 
@@ -66,13 +68,13 @@ class Service:
 
     Args:
         app: The ASGI app.
-        timers: End connections that wait for a request for too long.
-        keep_alive_timeout_s: How long a connection may be without a (whole) request head.
+        timers: Close connections that wait too long for a request.
+        keep_alive_timeout_s: How long a connection may wait for a (whole) request head.
         state: The lifespan state, copied into the scope of each request.
-        poller: Tells of clients that leave; None = there is none.
-        ending: Responses announce the end of their connection, and are then the last ones. A connection whose response
-            has begun before is served once more: its client, who knows of no end, may be asking already.
-        draining: No further request is waited for, on any connection.
+        poller: Reports disconnects; None = there is none.
+        announces_close: Each response announces the end of its connection, and is its last one. If a response had begun
+            before, one more request is served: its client does not know of the end, and may have sent a request.
+        draining: No connection waits for another request.
     """
 
     app: Application
@@ -80,74 +82,17 @@ class Service:
     keep_alive_timeout_s: float
     state: Mapping[str, Any] = attrs.field(factory=dict)  # Any: whatever the app has put there
     poller: Poller | None = None
-    ending: bool = False
+    announces_close: bool = False
     draining: bool = False
+    _date_at: int = attrs.field(init=False, default=0)
+    _date: bytes = attrs.field(init=False, default=b"")
 
-
-class Client:
-    """What an app may know of its client beyond ASGI: ``scope["extensions"]["trigate.cli.client"]``.
-
-    It belongs to one connection, and speaks of the request that is being served.
-
-    Attributes:
-        chunked: Whether the body of the current response goes out in chunks, which who writes to `socket` must make;
-            if not, its length is declared, or it ends with the connection (HTTP/1.0). Valid after
-            ``http.response.start``.
-    """
-
-    __slots__ = ("_connection", "chunked")
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self.chunked = False
-
-    @property
-    def socket(self) -> socket.socket | None:
-        """The plain, non-blocking socket, to write pieces of a body of undeclared length to directly.
-
-        Once `flush` has returned, and while no ``send`` is under way. None under TLS, on other streams, and once the
-        connection is closed.
-        """
-        return self._connection.peer.socket
-
-    @property
-    def body_is_here(self) -> bool:
-        """Whether ``receive`` gives the whole body of the current request, or what is left of it, without waiting."""
-        return self._connection._parser.is_whole
-
-    @property
-    def taken_bytes(self) -> int | None:
-        """A number that grows while something waits to be sent, whenever the client takes some of it; None where that
-        cannot be seen."""
-        return self._connection.peer.taken_bytes
-
-    def watch(self, callback: Callable[[], None]) -> bool:
-        """Calls back, once, when the client leaves while the current request is being served.
-
-        The call is synchronous and must not raise; where the client has left already, it comes before this returns.
-        It is forgotten with the end of the request.
-
-        Returns:
-            Whether it will be so; False where ``receive`` alone can tell.
-        """
-        return self._connection.watch(callback)
-
-    async def respond(  # noqa: ASYNC910 - as `Connection.respond`
-        self, status: int, headers: list[Header], body: bytes
-    ) -> None:
-        """Sends a whole response, in place of ASGI's two messages; its content-length is added here.
-
-        **Cancels:** not at all, so that who notes it as sent is right.
-        """
-        await self._connection.respond(status, headers, body)
-
-    async def flush(self) -> None:
-        """Sends the head of the response if it still waits for a piece of the body."""
-        await self._connection.flush()
-
-    async def abort(self) -> None:
-        """Closes the connection now, whatever waits to be sent on it."""
-        await self._connection.abort()
+    def date(self) -> bytes:
+        """The value of the header ``date``. Formatted once a second."""
+        now = int(time.time())
+        if now != self._date_at:
+            self._date_at, self._date = now, formatdate(now, usegmt=True).encode()
+        return self._date
 
 
 @attrs.define(eq=False)
@@ -155,20 +100,20 @@ class Connection:
     """One connection, from its acceptance to its end.
 
     Args:
-        service: What it shares with the others.
+        service: What the connections share.
         stream: Owned.
-        client: The peer's address, for the scope.
-        server: This end's address, for the scope.
+        client: The client's address, for the scope.
+        server: The server's address, for the scope.
 
     Attributes:
-        peer: The client's end.
+        client_stream: The stream to the client.
     """
 
     _service: Service
     _stream: trio.abc.Stream
     client: Address | None = None
     server: Address | None = None
-    peer: Peer = attrs.field(init=False)
+    client_stream: ClientStream = attrs.field(init=False)
     _parser: RequestParser = attrs.field(init=False, factory=RequestParser)
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _idle: bool = attrs.field(init=False, default=True)
@@ -177,41 +122,41 @@ class Connection:
     _client: Client = attrs.field(init=False)
 
     # the current request
-    _told: bool = attrs.field(init=False, default=False)  # the app has the whole body
-    _continues: bool = attrs.field(init=False, default=False)  # the client waits for 100
-    _reading: trio.CancelScope | None = attrs.field(init=False, default=None)  # in which it reads ahead for that
+    _body_delivered: bool = attrs.field(init=False, default=False)  # the app has the whole body
+    _expects_continue: bool = attrs.field(init=False, default=False)  # the client waits for 100
+    _reading_ahead: trio.CancelScope | None = attrs.field(init=False, default=None)  # while it waits for a disconnect
 
     # its response
-    _refused: bool = attrs.field(init=False, default=False)  # by us; what the app sends goes nowhere
+    _refused: bool = attrs.field(init=False, default=False)  # by the server; what the app sends is dropped
     _phase: int = attrs.field(init=False, default=_NOTHING)
-    _head: bytes = attrs.field(init=False, default=b"")  # held
-    _left: int | None = attrs.field(init=False, default=None)  # what is missing of the declared length
+    _head: bytes = attrs.field(init=False, default=b"")  # held until the first piece of the body
+    _left_bytes: int | None = attrs.field(init=False, default=None)  # of the declared length
     _bodiless: bool = attrs.field(init=False, default=False)
     _persistent: bool = attrs.field(init=False, default=True)
 
     def __attrs_post_init__(self) -> None:
-        self.peer = Peer(self._stream, self._service.poller)
+        self.client_stream = ClientStream(self._stream, self._service.poller)
         self._scheme = "https" if isinstance(self._stream, trio.SSLStream) else "http"
-        self._client = Client(self)
+        self._client = Client(self.client_stream, self._parser, self)
 
-    # -- its life -----------------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serves the connection until it is closed."""
-        timer = self._service.timers.start(self._idle_since + self._service.keep_alive_timeout_s, self._on_time)
+        timer = self._service.timers.start(self._idle_since + self._service.keep_alive_timeout_s, self._check_idle)
         try:
             try:
                 with self._scope:
                     unread = await self._serve()
-                if self._has_come_in_time():
+                if self._request_arrived_in_time():
                     self._scope = trio.CancelScope()
                     with self._scope:
                         unread = await self._serve()
-                if not self._scope.cancelled_caught and not self.peer.lost:
-                    await self._end(unread)
+                if not self._scope.cancelled_caught and not self.client_stream.broken:
+                    await self._linger(unread)
             finally:
                 timer.stop()
-                self.peer.release()
+                self.client_stream.release()
         finally:
             await self._stream.aclose()
 
@@ -220,22 +165,24 @@ class Connection:
         if self._idle:
             self._scope.cancel()
 
-    def _has_come_in_time(self) -> bool:
-        """Whether a request has come while the connection was being closed since it was idle: to close it then would be
-        a reset in the place of an answer. Once, and not where a head is incomplete: who sends one slowly has had his
-        time."""
+    def _request_arrived_in_time(self) -> bool:
+        """Whether a request arrived while the idle connection was being closed.
+
+        Closing it then would send a reset in place of an answer. Checked once, and not if a part of a head has arrived:
+        a slow sender has used up its timeout.
+        """
         if not self._scope.cancelled_caught or self._parser.buffered:
             return False
-        data = self.peer.read_nowait()
+        data = self.client_stream.read_nowait()
         self._parser.feed(data)
         return bool(data)
 
     async def abort(self) -> None:
-        """Closes the connection at once, whatever its tasks are doing."""
-        await self.peer.abort()
+        """Closes the connection at once, whatever its tasks do."""
+        await self.client_stream.abort()
 
     async def _serve(self) -> bool:
-        """Serves requests; says whether input of the client is, or must be expected to be, left unread."""
+        """Serves requests. Returns whether input of the client is left unread, or may be."""
         parser, service = self._parser, self._service
         try:
             while True:
@@ -244,35 +191,35 @@ class Connection:
                     if not await self._wait_request():
                         return False
                 elif parser.next_request():
-                    await checkpoint()  # it came with the one before it: now others have their turn
+                    await checkpoint()  # the request arrived with the one before it: let other tasks run
                 elif not await self._wait_request():
                     return False
                 if self._scope.cancel_called:
                     return False
                 self._idle = False
                 await self._answer()
-                if self._phase != _DONE or not self._persistent or self.peer.gone or service.draining:
+                if self._phase != _DONE or not self._persistent or self.client_stream.disconnected or service.draining:
                     return bool(parser.buffered) or not parser.complete
         except HeadRefused as error:
             await self._refuse(error)
             return True
 
     async def _wait_request(self) -> bool:
-        """Reads the head of a request; False if none comes, or is waited for."""
+        """Reads the head of a request. Returns False if none arrives, or none is waited for."""
         parser = self._parser
         if self._service.draining:
-            return False  # noqa: ASYNC910
+            return False
         self._idle_since = trio.current_time()
         while True:
-            data = await self.peer.read()
+            data = await self.client_stream.read()
             if not data:
                 return False
             parser.feed(data)
             if parser.next_request():
                 return True
 
-    def _on_time(self, now: float) -> float:
-        # One timer for the connection: to set a deadline anew for each request would cost as much as its parsing.
+    def _check_idle(self, now: float) -> float:
+        # One timer for the connection: setting a deadline for each request would cost as much as parsing it.
         timeout_s = self._service.keep_alive_timeout_s
         if not self._idle:
             return now + timeout_s
@@ -282,12 +229,12 @@ class Connection:
             return now + timeout_s
         return due_at
 
-    async def _answer(self) -> None:  # noqa: ASYNC910 - the app may not wait
-        """Has the app answer the current request."""
+    async def _answer(self) -> None:
+        """Calls the app for the current request."""
         parser, service = self._parser, self._service
         head = parser.head
-        self._told = False
-        self._continues = head.expects_continue
+        self._body_delivered = False
+        self._expects_continue = head.expects_continue
         self._phase = _NOTHING
         self._persistent = head.persistent
         path, _, query = head.target.partition(b"?")
@@ -313,16 +260,20 @@ class Connection:
         except* Exception as group:
             crash = group
         finally:
-            self.peer.on_leave = None
+            self.client_stream.on_disconnect = None
         if crash is not None:
             log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
-        if self._phase < _BEGUN and not self.peer.lost and (crash is not None or not self.peer.gone):
-            await self._apologize()
+        if (
+            self._phase < _BEGUN
+            and not self.client_stream.broken
+            and (crash is not None or not self.client_stream.disconnected)
+        ):
+            await self._send_internal_error()
         if not parser.complete:
             self._discard_body()
 
     def _discard_body(self) -> None:
-        """Discards what is there of a body that the app did not want; if that is not all, the connection ends."""
+        """Discards the received part of a body that the app did not read. If that is not all, the connection ends."""
         parser = self._parser
         try:
             while not parser.complete and parser.buffered:
@@ -333,25 +284,23 @@ class Connection:
         if not parser.complete:
             self._persistent = False
 
-    async def _apologize(self) -> None:
+    async def _send_internal_error(self) -> None:
         status, headers, body = Internal("The server failed on this request.").to_response()
         await self._send_whole(status, headers, body, self._parser.head.method)
 
-    async def _refuse(self, error: HeadRefused) -> None:  # noqa: ASYNC910 - it sends, or has sent
-        """Answers what is no request, unless an answer has begun; the connection then ends."""
+    async def _refuse(self, error: HeadRefused) -> None:
+        """Answers an invalid request, unless a response has begun. The connection then ends."""
         log.debug("request_refused", status=error.status, reason=error.message, client=self.client)
         if self._phase != _BEGUN:
-            status, headers, body = refusal(error)
+            status, headers, body = error.to_response()
             self._persistent = False
             await self._send_whole(status, headers, body)
         self._refused = True
 
-    async def respond(  # noqa: ASYNC910 - the socket may take it at once
-        self, status: int, headers: list[Header], body: bytes
-    ) -> None:
-        """As `Client.respond` has it."""
-        if self.peer.lost or self._refused or self._phase != _NOTHING:
-            return  # noqa: ASYNC910
+    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
+        """Sends a whole response to the current request, and adds its content-length; see `Client.respond`."""
+        if self.client_stream.broken or self._refused or self._phase != _NOTHING:
+            return
         request = self._parser.head
         await self._send_whole(status, headers, body, request.method, request.version)
         self._note_done()
@@ -360,94 +309,85 @@ class Connection:
         self, status: int, headers: list[Header], body: bytes, method: bytes = b"GET", version: bytes = b"HTTP/1.1"
     ) -> None:
         headers = [*headers, (b"content-length", b"%d" % len(body))]
-        persistent = self._persistent and not self._service.ending
+        service = self._service
+        persistent = self._persistent and not service.announces_close
         answer = response_head.build(
-            status, headers, date=_date(), version=version, method=method, persistent=persistent
+            status, headers, date=service.date(), version=version, method=method, persistent=persistent
         )
         self._persistent = answer.persistent
         self._phase = _DONE
-        await self.peer.write(answer.data if answer.bodiless else answer.data + body)
+        await self.client_stream.write(answer.data if answer.bodiless else answer.data + body)
 
-    async def _end(self, unread: bool) -> None:  # noqa: ASYNC910 - not every stream can be half-closed
-        """Closes the sending side, and discards what still arrives, where something does."""
-        peer = self.peer
-        if peer.gone and peer.socket is not None and not unread and not peer.read_nowait():
-            return  # noqa: ASYNC910 - to close it says the same, in one step
-        await peer.half_close()
-        if unread or peer.read_nowait():
+    async def _linger(self, unread: bool) -> None:
+        """Closes the sending side, and discards what still arrives, if anything does."""
+        stream = self.client_stream
+        if stream.disconnected and stream.socket is not None and not unread and not stream.read_nowait():
+            return  # closing the socket sends the same FIN, in one step
+        await stream.half_close()
+        if unread or stream.read_nowait():
             discarded = 0
             with trio.move_on_after(LINGER_S):
                 while discarded < LINGER_BYTES:
-                    data = await peer.read()
+                    data = await stream.read()
                     if not data:
                         break
                     discarded += len(data)
 
-    # -- what the app calls -------------------------------------------------------------------------------------------
+    # -- called by the app -------------------------------------------------------------------------------------------
 
-    def watch(self, callback: Callable[[], None]) -> bool:
-        """As `Client.watch` has it."""
-        peer = self.peer
-        if not peer.watch():
-            return False
-        peer.on_leave = callback
-        if peer.gone:
-            peer.leave()
-        return True
-
-    async def _wait_gone(self) -> None:
-        """Waits until the client has left, or the response is complete."""
-        peer = self.peer
-        if peer.gone or self._phase == _DONE:
+    async def _wait_disconnect(self) -> None:
+        """Waits until the client has disconnected, or the response is complete."""
+        stream = self.client_stream
+        if stream.disconnected or self._phase == _DONE:
             await checkpoint()
             return
-        if peer.left is None:
-            peer.left = trio.Event()
-        left = peer.left
-        if not peer.watch() and self._reading is None:
+        if stream.disconnect_event is None:
+            stream.disconnect_event = trio.Event()
+        event = stream.disconnect_event
+        if not stream.watch() and self._reading_ahead is None:
             try:
-                with trio.CancelScope() as self._reading:
+                with trio.CancelScope() as self._reading_ahead:
                     while self._parser.buffered < READ_AHEAD_BYTES:
-                        data = await peer.read()
+                        data = await stream.read()
                         if not data:
-                            peer.leave()
+                            stream.note_disconnect()
                             break
                         self._parser.feed(data)
             finally:
-                self._reading = None  # also where the app is cancelled: the next request reads anew
-        await left.wait()
+                self._reading_ahead = None  # also if the app is cancelled: the next request starts its own
+        await event.wait()
 
-    async def _receive(self) -> Message:  # noqa: ASYNC910 - what is there is given at once
-        parser, peer = self._parser, self.peer
-        while not self._told and self._phase != _DONE:
+    async def _receive(self) -> Message:
+        parser, stream = self._parser, self.client_stream
+        while not self._body_delivered and self._phase != _DONE:
             try:
                 piece = parser.next_piece()
             except HeadRefused as error:
                 await self._refuse(error)
-                peer.leave()
+                stream.note_disconnect()
                 break
             if piece or parser.complete:
-                self._told = parser.complete
-                return {"type": "http.request", "body": piece, "more_body": not parser.complete}  # noqa: ASYNC910
-            if self._continues:
-                self._continues = False
+                self._body_delivered = parser.complete
+                return {"type": "http.request", "body": piece, "more_body": not parser.complete}
+            if self._expects_continue:
+                self._expects_continue = False
                 if self._phase < _BEGUN:
-                    await peer.write(response_head.CONTINUE)
-            if peer.unyielding_bytes > UNYIELDING_BYTES:
-                await peer.take_turns()
-            data = peer.read_nowait() or await peer.read()
+                    await stream.write(response_head.CONTINUE)
+            if stream.bytes_since_wait > YIELD_AFTER_BYTES:
+                await stream.yield_to_others()
+            data = stream.read_nowait() or await stream.read()
             if not data:
-                peer.leave()
+                stream.note_disconnect()
                 break
             parser.feed(data)
-        await self._wait_gone()
+        await self._wait_disconnect()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
-        peer = self.peer
-        if peer.unyielding_bytes > UNYIELDING_BYTES or peer.lost or self._refused:
-            await peer.take_turns()
-            if peer.lost or self._refused:
+        stream = self.client_stream
+        if stream.bytes_since_wait > YIELD_AFTER_BYTES or stream.broken or self._refused:
+            await stream.yield_to_others()
+            if stream.broken or self._refused:
                 return
         else:
             await checkpoint_if_cancelled()
@@ -455,23 +395,23 @@ class Connection:
         if kind == "http.response.body":
             await self._send_body(message.get("body", b""), message.get("more_body", False))
         elif kind == "http.response.start" and self._phase == _NOTHING:
-            request = self._parser.head
+            request, service = self._parser.head, self._service
             answer = response_head.build(
                 message["status"],
                 message.get("headers", ()),
-                date=_date(),
+                date=service.date(),
                 version=request.version,
                 method=request.method,
-                persistent=self._persistent and not self._service.ending,
+                persistent=self._persistent and not service.announces_close,
             )
-            self._head, self._left, self._client.chunked, self._bodiless, self._persistent = answer
+            self._head, self._left_bytes, self._client.chunked, self._bodiless, self._persistent = answer
             self._phase = _HELD
         else:
-            raise RuntimeError(f"{kind} is not what a response goes on with here")
+            raise RuntimeError(f"unexpected ASGI message: {kind}")
 
-    async def _send_body(self, body: bytes, more: bool) -> None:  # noqa: ASYNC910 - as `Peer.write`
+    async def _send_body(self, body: bytes, more: bool) -> None:
         if self._phase not in (_HELD, _BEGUN):
-            raise RuntimeError("http.response.body has no place before the start of a response, or after its end")
+            raise RuntimeError("http.response.body before the start of a response, or after its end")
         short = False
         if self._bodiless:
             data = b""
@@ -481,52 +421,32 @@ class Connection:
                 data += b"0\r\n\r\n"
         else:
             data = body
-            if self._left is not None:
-                self._left -= len(body)
-                if self._left < 0:
+            if self._left_bytes is not None:
+                self._left_bytes -= len(body)
+                if self._left_bytes < 0:
                     raise RuntimeError("the body is longer than its content-length")
-                short = not more and self._left > 0
+                short = not more and self._left_bytes > 0
         if self._phase == _HELD:
             data = self._head + data
         self._phase = _BEGUN if more or short else _DONE
         if data:
-            await self.peer.write(data)
+            await self.client_stream.write(data)
         if short:
             raise RuntimeError("the body is shorter than its content-length")
         if not more:
             self._note_done()
 
     def _note_done(self) -> None:
-        """Lets go of a `receive` that waits for the client to leave."""
-        if self.peer.left is not None:
-            self.peer.left.set()
-            self.peer.left = None
-        if self._reading is not None:
-            self._reading.cancel()
+        """Ends a `receive` that waits for a disconnect."""
+        if self.client_stream.disconnect_event is not None:
+            self.client_stream.disconnect_event.set()
+            self.client_stream.disconnect_event = None
+        if self._reading_ahead is not None:
+            self._reading_ahead.cancel()
 
     async def flush(self) -> None:
-        """As `Client.flush` has it."""
+        """Sends the head of the response if it still waits for the first piece of the body."""
         await checkpoint_if_cancelled()
         if self._phase == _HELD:
             self._phase = _BEGUN
-            await self.peer.write(self._head)
-
-
-def refusal(error: HeadRefused) -> tuple[int, list[Header], bytes]:
-    """The answer to what is no request, in OpenAI's shape."""
-    told = BadRequest(error.message[:300])
-    told.status = error.status
-    return told.to_response()
-
-
-_dated_at = 0
-_dated = b""
-
-
-def _date() -> bytes:
-    """The value of the header ``date``."""
-    global _dated_at, _dated
-    now = int(time.time())
-    if now != _dated_at:
-        _dated_at, _dated = now, formatdate(now, usegmt=True).encode()
-    return _dated
+            await self.client_stream.write(self._head)

@@ -1,4 +1,4 @@
-"""The sockets that a gateway listens on: bound, or taken over from the gateway that runs there (`takeover`)."""
+"""The sockets that a gateway listens on: new ones, or those of the gateway that it replaces (`hot_restart`)."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ import attrs
 
 from trigate.config.sections import ServerConfig
 from trigate.server import hot_restart
-from trigate.server.hot_restart import TakeoverRefused, show
+from trigate.server.hot_restart import HotRestartRefused, format_address
 
 
 class ListenError(Exception):
-    """The address cannot be listened on; the message says why, for the person who asked for it.
+    """The address cannot be listened on; the message is for the person who started the gateway.
 
     Attributes:
-        in_use: The address that somebody else listens on, if that is why.
+        in_use: The address that another process listens on, if that is the reason.
     """
 
-    def __init__(self, message: str, *, in_use: Any = None) -> None:  # Any: as sockets have it
+    def __init__(self, message: str, *, in_use: Any = None) -> None:  # Any: an address of a socket
         super().__init__(message)
         self.in_use = in_use
 
 
 @attrs.frozen
 class Listening:
-    """What a gateway listens with. Owned by whoever serves.
+    """The sockets of a gateway. Owned by the server or the supervisor.
 
     Attributes:
-        sockets: For clients.
-        doors: For the next gateway that takes over (`takeover.attend`).
-        predecessor: The gateway that had them before, and serves until it is told.
+        sockets: The listening sockets.
+        handover_sockets: Where the next gateway may ask for them (`hot_restart.serve_handover`).
+        predecessor: The gateway that had them before. It serves until it is notified.
     """
 
     sockets: Sequence[socket.socket]
-    doors: Sequence[socket.socket] = ()
+    handover_sockets: Sequence[socket.socket] = ()
     predecessor: hot_restart.Predecessor | None = None
 
 
 def open_listening(config: ServerConfig) -> Listening:
-    """Listens as `open_sockets`; where a gateway of the same user does, with its sockets (`takeover`). Blocks.
+    """Opens the sockets; if a gateway of the same user listens there, asks for its sockets (`hot_restart`). Blocks.
 
     Raises:
         ListenError: An address is forbidden, does not exist, or is in use and cannot be taken over.
@@ -55,30 +55,34 @@ def open_listening(config: ServerConfig) -> Listening:
         if error.in_use is None:
             raise
         try:
-            predecessor = hot_restart.ask(error.in_use)
-        except TakeoverRefused as refused:
+            predecessor = hot_restart.request_sockets(error.in_use)
+        except HotRestartRefused as refused:
             raise ListenError(str(refused)) from None
         if predecessor is None:
             raise
     else:
-        return Listening(sockets, hot_restart.open_doors(sockets))
+        return Listening(sockets, hot_restart.open_handover_sockets(sockets))
     try:
-        sockets = open_sockets(config, taken=predecessor.listening)
+        sockets = open_sockets(config, inherited=predecessor.listening)
     except BaseException:
         predecessor.close()
         raise
-    return Listening(sockets, predecessor.doors, predecessor)
+    return Listening(sockets, predecessor.handover, predecessor)
 
 
-def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -> list[socket.socket]:
-    """Binds and listens on ``config.host`` and ``config.port``: one socket for each address that the host has.
+def open_sockets(config: ServerConfig, *, inherited: Sequence[socket.socket] = ()) -> list[socket.socket]:
+    """Binds and listens on ``config.host`` and ``config.port``: one socket for each address of the host.
+
+    With several workers, each one gets a socket of its own for each address, where the system spreads connections over
+    them (Linux). With one socket for all, the fastest worker would accept nearly all connections.
 
     Args:
-        taken: Sockets that listen already, instead of new ones where their address is wanted. All of them must be:
-            connections wait in each.
+        config: The address, the backlog and the number of workers.
+        inherited: Sockets that listen already, used in place of new ones. The configuration must name the address of
+            each of them, as connections may wait in each.
 
-    Several workers get one each for each address, where the system spreads connections over them (Linux): in the order
-    of the workers, for each address. On one socket for all, whoever is quicker takes nearly everything.
+    Returns:
+        The sockets, ordered by address, and for each address by worker.
 
     Raises:
         ListenError: An address is in use, forbidden, or does not exist.
@@ -93,9 +97,9 @@ def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -
     missing: OSError | None = None
     in_use: Any = None
     port = config.port
-    left = list(taken)
+    left = list(inherited)
     try:
-        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+        for family, address in dict.fromkeys((info[0], info[4]) for info in found):
             these = [sock for sock in left if sock.getsockname() == address]
             if these:
                 left = [sock for sock in left if sock not in these]
@@ -109,13 +113,13 @@ def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                missing = error  # "localhost" often has an IPv6 address that the machine has not
+                missing = error  # "localhost" often resolves to an IPv6 address on a machine without IPv6
             else:
                 port = sock.getsockname()[1]
                 if config.workers == 1 or sys.platform != "linux":
                     sockets.append(sock)
                     continue
-                sock.close()  # it has shown that nobody else listens there, which those that share do not find out
+                sock.close()  # no other process listens there, which sockets that share a port would not detect
                 for _ in range(config.workers):
                     shared = _listen(
                         family, (address[0], port, *address[2:]), config, only_v6=len(found) > 1, share=True
@@ -124,7 +128,7 @@ def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -
         if missing is not None and not sockets:
             raise missing
         if left:
-            others = ", ".join(dict.fromkeys(show(sock.getsockname()) for sock in left))
+            others = ", ".join(dict.fromkeys(format_address(sock.getsockname()) for sock in left))
             raise ListenError(f"{where} cannot be taken over: the gateway there also listens on {others}")
     except ListenError:
         for sock in sockets:
@@ -133,8 +137,7 @@ def open_sockets(config: ServerConfig, *, taken: Sequence[socket.socket] = ()) -
     except OSError as error:
         for sock in sockets:
             sock.close()
-        taken_by_others = in_use if error.errno == errno.EADDRINUSE else None
-        raise ListenError(_why_not(where, error), in_use=taken_by_others) from None
+        raise ListenError(_reason(where, error), in_use=in_use if error.errno == errno.EADDRINUSE else None) from None
     return sockets
 
 
@@ -157,14 +160,14 @@ def _listen(family: int, address: Any, config: ServerConfig, *, only_v6: bool, s
 
 
 def _tune(sock: socket.socket, config: ServerConfig) -> None:
-    """Listens as the configuration has it, or goes on doing so."""
+    """Sets the backlog and the timeout of the configuration, also on a socket that listens already."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         timeout_ms = math.ceil(config.tcp_user_timeout_s * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     sock.listen(config.backlog)
 
 
-def _why_not(where: str, error: OSError) -> str:
+def _reason(where: str, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return f"{where} is in use by another program (choose another port, or stop that program)"

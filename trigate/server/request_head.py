@@ -1,9 +1,10 @@
-"""Judges the head of a request on its raw bytes, before a parser sees it.
+"""Checks the head of a request on its raw bytes, before a parser sees it.
 
-Parsers merge and forgive what a proxy in front may have read differently (two equal Content-Lengths, Content-Length
-beside Transfer-Encoding, bare LF, folded fields, any Host), and their limits depend on how the bytes were segmented.
-`examine` refuses all of it; what it lets pass, llhttp judges further: the characters of methods, targets, names and
-values. It costs a few searches over the whole head, and looks closely only at the fields that decide something.
+Parsers merge and tolerate input that a proxy in front may have read differently (request smuggling): two equal
+Content-Lengths, Content-Length beside Transfer-Encoding, bare LF, folded fields, any Host. And their limits depend on
+how the bytes were segmented. `examine` refuses all of it. llhttp then checks the rest: the characters of methods,
+targets, names and values. The check costs a few searches over the whole head, and parses only the fields that affect
+the framing, the connection or the host.
 
 Source: RFC 9112 sections 2.2, 3, 5.2 and 6.1 to 6.3; RFC 9110 sections 7.2 and 10.1.1; RFC 9113 section 8.3.
 """
@@ -14,11 +15,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from trigate.errors import BadRequest, Header
+
 MAX_LINE_BYTES = 8 * 1024
-"""The longest request line, and the longest header field."""
+"""The size of the request line, and of each header field."""
 MAX_FIELDS = 100
 MAX_FIELDS_BYTES = 32 * 1024
-"""All header fields together."""
+"""The size of all header fields together."""
 
 _END = re.compile(rb"\n\r?\n")
 _VERSION = re.compile(rb"HTTP/[0-9]+(?:\.[0-9]+)?\Z")
@@ -35,11 +38,11 @@ _ABSOLUTE = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 
 
 class HeadRefused(Exception):
-    """The request is not served, and its connection ends.
+    """The request is invalid: it is refused, and its connection ends.
 
     Args:
-        status: What to answer.
-        message: Why, for the client.
+        status: The status of the response.
+        message: The reason, for the client.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -47,19 +50,24 @@ class HeadRefused(Exception):
         self.status = status
         self.message = message
 
+    def to_response(self) -> tuple[int, list[Header], bytes]:
+        """Renders the refusal as status, headers and a JSON body in OpenAI's shape."""
+        _, headers, body = BadRequest(self.message[:300]).to_response()
+        return self.status, headers, body
+
 
 class RequestHead(NamedTuple):
-    """What a head says about its request, as far as a server acts on it.
+    """The parts of a request head that a server acts on.
 
     Attributes:
-        end: Where it ends in the bytes that were examined, its empty line included.
-        method: As it stands there.
+        end: The offset of its end in the examined bytes, its empty line included.
+        method: As the client sent it.
         target: In origin form: path and query. ``*`` with OPTIONS.
         version: ``HTTP/1.1`` or ``HTTP/1.0``.
-        content_length: None where none is declared.
-        chunked: Whether the body comes in chunks.
-        persistent: Whether the client would use the connection further.
-        expects_continue: Whether it waits for a word before it sends the body.
+        content_length: In bytes; None = none is declared.
+        chunked: Whether the body is sent in chunks.
+        persistent: Whether the client allows another request on the connection.
+        expects_continue: Whether the client waits for status 100 before it sends the body.
     """
 
     end: int
@@ -73,17 +81,17 @@ class RequestHead(NamedTuple):
 
 
 def examine(data: bytes) -> RequestHead | None:
-    """Judges what has arrived of an HTTP/1 request head.
+    """Checks the received part of an HTTP/1 request head.
 
     Args:
-        data: Everything from the first byte of the request line on. Bytes after the head are not
-            looked at. Of a head that is not complete, only the size is judged.
+        data: All bytes from the first byte of the request line on. Bytes after the head are ignored. Only the size of
+            an incomplete head is checked.
 
     Returns:
-        What it says; None if it is not complete.
+        The head; None = it is incomplete.
 
     Raises:
-        HeadRefused: It is not acceptable.
+        HeadRefused: The head is not acceptable.
 
     >>> examine(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n")
     >>> examine(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n").target
@@ -95,7 +103,7 @@ def examine(data: bytes) -> RequestHead | None:
     end = data.find(b"\r\n\r\n")
     lines = data.count(b"\r\n", 0, end + 2) if end >= 0 else 0
     if not lines or data.count(b"\n", 0, end + 2) != lines:
-        _examine_unusual(data)  # it has no end yet, or one with a bare LF
+        _examine_unusual(data)  # no end has arrived yet, or one with a bare LF
         return None
     line_end = data.find(b"\n")
     if line_end > MAX_LINE_BYTES:
@@ -113,7 +121,7 @@ def examine(data: bytes) -> RequestHead | None:
     host: bytes | None = None
     length: bytes | None = None
     coding: bytes | None = None
-    wishes = upgrades = expectation = b""
+    connection = upgrades = expectation = b""
     for name, value in _DECISIVE.findall(data, line_end, end):
         match name.lower():
             case b"host":
@@ -121,7 +129,7 @@ def examine(data: bytes) -> RequestHead | None:
                     raise HeadRefused(400, "The request has several Host headers.")
                 host = value.rstrip(b" \t")
             case b"connection":
-                wishes += b"," + value.lower()
+                connection += b"," + value.lower()
             case b"content-length":
                 if length is not None:
                     raise HeadRefused(400, "The request has several Content-Lengths.")
@@ -142,14 +150,14 @@ def examine(data: bytes) -> RequestHead | None:
     elif not _HOST.match(host):
         raise HeadRefused(400, "The Host header is not a host.")
     if method == b"CONNECT":
-        raise HeadRefused(501, "This server is not a proxy: it does not know CONNECT.")
+        raise HeadRefused(501, "This server is not a proxy: it does not support CONNECT.")
     if upgrades:
         _examine_upgrades(upgrades)
     if target[:1] != b"/" or b"#" in target:
         target = _origin_form(method, target, host)
     persistent = version == b"HTTP/1.1"
-    if wishes:
-        tokens = [token.strip(b" \t") for token in wishes.split(b",")]
+    if connection:
+        tokens = [token.strip(b" \t") for token in connection.split(b",")]
         persistent = b"close" not in tokens and (persistent or b"keep-alive" in tokens)
     return RequestHead(
         end + 4,
@@ -164,10 +172,10 @@ def examine(data: bytes) -> RequestHead | None:
 
 
 def _examine_unusual(data: bytes) -> None:
-    """Judges a head that has no proper end: by its size, and by its first end, proper or not.
+    """Checks a head without a valid end: its size, and its first end, valid or not.
 
-    What is refused by its size must be so whether it comes in pieces or not: hence the 2 bytes of an end that may
-    be about to come.
+    A head of a given size must be refused whether it arrives in pieces or not. So an incomplete head may have 2 bytes
+    more: they may be the start of its end.
     """
     end = _END.search(data)
     line, _, rest = (data[: end.start()] if end else data).partition(b"\n")
@@ -185,7 +193,7 @@ def _split(line: bytes) -> tuple[bytes, bytes, bytes]:
         raise HeadRefused(400, "The first line is not 'METHOD TARGET HTTP/1.1'.")
     method, target, version = parts
     if method == b"PRI":
-        raise HeadRefused(400, "HTTP/2 is spoken over TLS only.")
+        raise HeadRefused(400, "HTTP/2 is available over TLS only.")
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
         raise HeadRefused(505, "The HTTP version is neither 1.0 nor 1.1.")
     return method, target, version
@@ -205,19 +213,19 @@ def _examine_coding(coding: bytes, version: bytes) -> None:
     if version == b"HTTP/1.0":
         raise HeadRefused(400, "HTTP/1.0 has no Transfer-Encoding.")
     if coding.strip(b" \t").lower() != b"chunked":
-        raise HeadRefused(501, "The only Transfer-Encoding that this server knows is chunked, once.")
+        raise HeadRefused(501, "The only Transfer-Encoding that this server supports is chunked, once.")
 
 
 def _examine_upgrades(upgrades: bytes) -> None:
     protocols = {token.strip(b" \t") for token in upgrades.split(b",")}
     if b"h2c" in protocols:
-        raise HeadRefused(400, "HTTP/2 is spoken over TLS only; leave the Upgrade header out.")
+        raise HeadRefused(400, "HTTP/2 is available over TLS only; omit the Upgrade header.")
     if b"websocket" in protocols:
-        raise HeadRefused(400, "There is no WebSocket here.")
+        raise HeadRefused(400, "WebSockets are not supported.")
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
-    """Makes path and query of a target that is not just that."""
+    """Converts a target that is not a plain path and query to one."""
     if target == b"*" and method == b"OPTIONS":
         return target
     absolute = _ABSOLUTE.match(target)
@@ -235,13 +243,13 @@ def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
 
 
 def examine_h2(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Judges the head of an HTTP/2 request that h2 has let pass.
+    """Checks the head of an HTTP/2 request that h2 has accepted.
 
     Args:
-        headers: With the pseudo-headers.
+        headers: The header fields, with the pseudo-headers.
 
     Raises:
-        HeadRefused: It is not acceptable.
+        HeadRefused: The head is not acceptable.
 
     >>> examine_h2([(b":method", b"GET"), (b":path", b"/\\xff"), (b":scheme", b"https")])
     Traceback (most recent call last):
@@ -253,7 +261,7 @@ def examine_h2(headers: Sequence[tuple[bytes, bytes]]) -> None:
         raise HeadRefused(431, f"A header field is longer than {MAX_LINE_BYTES} bytes.")
     pseudo = {name: value for name, value in headers if name[:1] == b":"}
     if pseudo.get(b":method") == b"CONNECT":
-        raise HeadRefused(501, "This server is not a proxy: it does not know CONNECT.")
+        raise HeadRefused(501, "This server is not a proxy: it does not support CONNECT.")
     if not pseudo.get(b":method", b"").isascii() or not pseudo.get(b":path", b"").isascii():
         raise HeadRefused(400, "The method or the path is not ASCII.")
     if not _HOST.match(pseudo.get(b":authority", b"")):

@@ -1,14 +1,14 @@
-"""From the bytes of an HTTP/1 connection to requests: heads, and the pieces of their bodies. Pure.
+"""Parses the bytes of an HTTP/1 connection into requests: heads, and the pieces of their bodies. Pure.
 
-`RequestParser` is fed bytes and asked for what comes next; it never waits, and does not look further than it is asked
-to. What a head says is judged twice: by `request_head.examine` (limits, line ends, framing, Host), and by llhttp
-(the characters of methods, targets, names and values).
+`RequestParser` is fed bytes, and returns the next part on request. It never waits, and parses no further than it is
+asked to. A head is checked twice: by `request_head.examine` (limits, line ends, framing, Host), and by llhttp (the
+characters of methods, targets, names and values).
 
-**Where a message ends is found here, not by llhttp**: it cannot be told to stop at the end of one, and would run into
-the next request, or into whatever a peer has sent behind the last one. A body of declared length is counted, which
-llhttp need not see. A chunked one is walked from one chunk head to the next, and what the walk has passed over is then
-given to llhttp, which must find the end at the same byte. The bounds of a chunked body (length of a chunk's head, all
-extensions together, all trailers together) are here too. Extensions and trailers are dropped.
+**This module finds the end of a message, not llhttp.** llhttp cannot be stopped at the end of a message: it would
+continue into the next request, or into whatever a client has sent behind the last one. A body of declared length is
+counted, and llhttp does not see it. A chunked body is walked from one chunk head to the next. The bytes that the walk
+has passed then go to llhttp, which must find the end at the same byte. This module also bounds a chunked body: the head
+of a chunk, all extensions together, all trailers together. Extensions and trailers are dropped.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from trigate.server import request_head
 from trigate.server.request_head import HeadRefused, RequestHead
 
 MAX_CHUNK_HEAD_BYTES = 256
-"""The longest head of a chunk: its size and its extensions."""
+"""The size of the head of a chunk: its length and its extensions."""
 MAX_EXTENSIONS_BYTES = 16 * 1024
-"""All chunk extensions of a body together: who sends many of them sends no body."""
+"""The size of all chunk extensions of a body together."""
 MAX_TRAILERS_BYTES = 8 * 1024
+"""The size of all trailers of a body together."""
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,16})(;[^\r\n]*)?\r\n")
@@ -33,7 +34,7 @@ _CHUNKED_HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r
 
 
 class _Fields:
-    """What llhttp calls for a head: it collects the fields as ASGI wants them."""
+    """llhttp's callbacks for a head: collects the fields in the form that ASGI specifies."""
 
     __slots__ = ("found",)
 
@@ -45,7 +46,7 @@ class _Fields:
 
 
 class _Chunks:
-    """What llhttp calls for a chunked body."""
+    """llhttp's callbacks for a chunked body."""
 
     __slots__ = ("complete", "pieces")
 
@@ -61,7 +62,7 @@ class _Chunks:
 
 
 class _ChunkWalk:
-    """One chunked body."""
+    """Finds the end of one chunked body."""
 
     __slots__ = ("_chunks", "_extensions_bytes", "_left", "_parser", "_trailers_bytes", "complete")
 
@@ -69,16 +70,16 @@ class _ChunkWalk:
         self._chunks = _Chunks()
         self._parser = HttpRequestParser(self._chunks)
         self._parser.feed_data(_CHUNKED_HEAD)
-        self._left = 0  # of the current chunk, with the CR LF behind it
+        self._left = 0  # bytes of the current chunk, with the CR LF behind it
         self._extensions_bytes = 0
-        self._trailers_bytes = -1  # -1 = the last chunk has not come
+        self._trailers_bytes = -1  # -1 = the last chunk has not arrived
         self.complete = False
 
     def take(self, data: bytes) -> tuple[bytes, int]:
-        """Gives what there is of the body in these bytes, and how many of them are done with.
+        """Returns the part of the body in these bytes, and how many of them are consumed.
 
         Raises:
-            HeadRefused: They are not a chunked body.
+            HeadRefused: The bytes are not a chunked body.
         """
         end = self._walk(data)
         if not end:
@@ -141,9 +142,9 @@ class RequestParser:
     """The requests of one connection, one after another.
 
     Attributes:
-        head: The current request's; set by `next_request`.
-        headers: Its fields: names in lower case, in their order.
-        complete: Nothing (more) of its body is to come.
+        head: The head of the current request; set by `next_request`.
+        headers: Its header fields in their order, with names in lower case.
+        complete: The body of the current request has been returned completely.
     """
 
     __slots__ = ("_chunks", "_data", "_left", "complete", "head", "headers")
@@ -158,23 +159,26 @@ class RequestParser:
 
     @property
     def buffered(self) -> int:
-        """How many bytes have been fed that nobody has asked for."""
+        """How many fed bytes have not been consumed."""
         return len(self._data)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the rest of the current body has been fed, as far as that can be told without parsing it."""
+        """Whether the rest of the current body has been fed, as far as that is known without parsing it."""
         return self.complete or (self._chunks is None and len(self._data) >= self._left)
 
     def feed(self, data: bytes) -> None:
-        """Takes bytes."""
+        """Appends received bytes."""
         self._data = self._data + data if self._data else data
 
     def next_request(self) -> bool:
-        """Goes on to the next request, if its head is complete. The one before it must be.
+        """Starts the next request if its head is complete. The body of the one before it must be `complete`.
+
+        Returns:
+            Whether a request has started.
 
         Raises:
-            HeadRefused: It is none. Nothing can be said of the bytes behind it.
+            HeadRefused: The head is not acceptable. The meaning of the bytes behind it is unknown.
         """
         data = self._data
         if data[:1] == b"\r":  # empty lines before a request: some clients send one after a body
@@ -188,9 +192,9 @@ class RequestParser:
         try:
             HttpRequestParser(fields).feed_data(data if end == len(data) else data[:end])
         except HttpParserUpgrade:
-            pass  # to another protocol that we do not know, and need not
+            pass  # to another protocol; a server may ignore the offer
         except HttpParserInvalidMethodError:
-            raise HeadRefused(501, "This server does not know the method.") from None
+            raise HeadRefused(501, "This server does not support the method.") from None
         except HttpParserError as error:
             raise HeadRefused(400, f"The head of the request is malformed: {error}.") from None
         headers = fields.found
@@ -209,10 +213,10 @@ class RequestParser:
         return True
 
     def next_piece(self) -> bytes:
-        """Gives what has arrived of the body; nothing, if nothing has. `complete` says whether that is all.
+        """Returns the received part of the body; ``b""`` if there is none. `complete` is then up to date.
 
         Raises:
-            HeadRefused: It is not what its head says.
+            HeadRefused: The body does not match its head.
         """
         data = self._data
         if self.complete or not data:

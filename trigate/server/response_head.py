@@ -1,14 +1,15 @@
-"""Makes the head of an HTTP/1.1 response out of what an ASGI app says, and decides how its body is framed. Pure.
+"""Builds the head of an HTTP/1.1 response from the messages of an ASGI app, and decides how the body is framed. Pure.
 
-What would break the connection is refused here, before a byte of it is out: names that are no tokens, line breaks in
-values, lengths that are no numbers. The framing is the server's alone: the app's ``transfer-encoding`` is dropped, and
-of its ``connection`` only ``close`` is heeded.
+It rejects a head that would break the connection before a byte of it is sent: names that are not tokens, line breaks in
+values, lengths that are not numbers. Only the server decides about the framing: it drops the app's
+``transfer-encoding``, and reads only ``close`` in the app's ``connection``.
 
 Source: RFC 9112 sections 6 and 9.3; RFC 9110 sections 5.6.2, 6.6.1, 8.6, 15.3.5 and 15.4.5.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -19,22 +20,20 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _TOKEN = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 
+# Kinds of header fields: all but the first one affect the framing or the connection.
 _PLAIN, _LENGTH, _CODING, _CONNECTION, _DATE = range(5)
 _KINDS = {b"content-length": _LENGTH, b"transfer-encoding": _CODING, b"connection": _CONNECTION, b"date": _DATE}
-_known_names = dict(_KINDS)
-"""Names that have been looked at, with their kinds."""
-_MOST_NAMES = 1000
 
 
 class ResponseHead(NamedTuple):
-    """A head, and what follows from it.
+    """A response head, and how its body is framed.
 
     Attributes:
-        data: Its bytes, with the empty line.
-        length: How many bytes the body has; None where that is not declared.
-        chunked: The body goes out in chunks.
-        bodiless: There is no body, whatever the app sends: the answer to HEAD, 204, 304.
-        persistent: The connection can be used further.
+        data: The bytes of the head, with the empty line.
+        length: The declared length of the body in bytes; None = it is not declared.
+        chunked: The body is sent in chunks.
+        bodiless: There is no body, whatever the app sends: a response to HEAD, 204, 304.
+        persistent: The connection stays open for another request.
     """
 
     data: bytes
@@ -53,18 +52,18 @@ def build(
     method: bytes = b"GET",
     persistent: bool = True,
 ) -> ResponseHead:
-    """Makes a head.
+    """Makes a response head.
 
     Args:
-        status: From 200 on.
-        headers: As the app gives them.
-        date: The value of the header ``date``, if the app gives none.
-        version: The request's. HTTP/1.0 knows no chunks: there a body of unknown length ends with its connection.
-        method: The request's.
-        persistent: Whether the connection may be used further, as far as the server knows.
+        status: At least 200.
+        headers: The header fields of the app.
+        date: The value of the header ``date``, if the app sends none.
+        version: The version of the request. HTTP/1.0 has no chunks: a body of unknown length ends with its connection.
+        method: The method of the request.
+        persistent: Whether client and server allow another request on the connection.
 
     Raises:
-        ValueError: It cannot be sent.
+        ValueError: The head is invalid and must not be sent.
 
     >>> build(200, [(b"content-length", b"2")], date=b"today").data
     b'HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\ndate: today\\r\\n\\r\\n'
@@ -75,13 +74,11 @@ def build(
     length: int | None = None
     dated = False
     for name, value in headers:
-        kind = _known_names.get(name)
-        if kind is None:
-            kind = _look_at(name)
+        kind = _kind_of(name)
         if kind:
             if kind == _LENGTH:
                 if length is not None or not value.isdigit():
-                    raise ValueError("content-length stands twice, or is no number")
+                    raise ValueError("content-length occurs twice, or is not a number")
                 length = int(value)
                 if status == 204:
                     continue
@@ -109,20 +106,19 @@ def build(
     lines.append(b"\r\n")
     data = b"".join(lines)
     if data.count(b"\n") != len(lines) or data.count(b"\r") != len(lines) or b"\0" in data:
-        raise ValueError("a header value has a line break or a NUL in it")
+        raise ValueError("a header value contains a line break or a NUL")
     return ResponseHead(data, length, chunked, bodiless, persistent)
 
 
 def _status_line(status: int) -> bytes:
     if not 200 <= status <= 999:
-        raise ValueError(f"{status} is not the status of a response")
+        raise ValueError(f"{status} is not the status of a final response")
     return b"HTTP/1.1 %d \r\n" % status
 
 
-def _look_at(name: bytes) -> int:
+@functools.lru_cache(maxsize=1000)
+def _kind_of(name: bytes) -> int:
+    """Classifies a header name. Cached, as apps send the same few names with each response."""
     if not _TOKEN.match(name):
         raise ValueError(f"{name!r} is not a header name")
-    kind = _KINDS.get(name.lower(), _PLAIN)
-    if len(_known_names) < _MOST_NAMES:
-        _known_names[bytes(name)] = kind
-    return kind
+    return _KINDS.get(name.lower(), _PLAIN)

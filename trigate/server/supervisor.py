@@ -1,17 +1,16 @@
-"""Keeps N worker processes serving the same sockets: a worker that dies is replaced, the others go on.
+"""Keeps N worker processes serving the same sockets: a worker that exits is replaced, and the others continue.
 
-The supervisor binds the sockets once, one for each worker (Linux), and hands their descriptors down, so the kernel
-spreads the connections evenly, and the port stays open while a worker is replaced. Each worker also holds the read end
-of a pipe that only the supervisor could write to (the *lifeline*): its end of file tells a worker
-that the supervisor is gone, by whatever death, and the worker ends too.
+The supervisor binds the sockets once, one for each worker (Linux), and the workers inherit their descriptors. So the
+kernel spreads the connections evenly, and the port stays open while a worker is replaced. Each worker also holds the
+read end of a pipe whose write end only the supervisor has (the *lifeline*): its end of file means that the supervisor
+has exited, for whatever reason, and the worker ends too.
 
-Where they take the place of another gateway (`takeover`), workers wait at a *gate* between their start and their first
-connection: each says that it is ready, and none accepts before all are, and the other gateway has been told. So a
-takeover that fails has not touched a client.
+In a hot restart (`hot_restart`), workers wait at a *gate* between their start and their first connection. Each worker
+reports that it is ready, and none accepts a connection before all are ready and the other gateway has been notified. So
+a hot restart that fails has not affected a client.
 
-A worker that dies soon after its start is started again later and later. When every worker has died
-soon `EARLY_DEATHS` times in a row, nothing is to be expected from another start, and `supervise`
-gives up.
+The pause before a restart doubles with each early exit of a worker. When every worker has exited early `EARLY_EXITS`
+times in a row, another start would not help, and `supervise` raises `WorkersFailed`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import attrs
 import structlog
 import trio
 
+from trigate.concurrency.notify import RepeatedEvent
 from trigate.config.sections import ServerConfig
 from trigate.server import hot_restart
 from trigate.server.hot_restart import Predecessor
@@ -32,24 +32,25 @@ from trigate.server.hot_restart import Predecessor
 log = structlog.get_logger("trigate.server.supervisor")
 
 SETTLED_S = 5.0
-"""A worker that lived this long has started well."""
-EARLY_DEATHS = 3
+"""A worker that runs this long has started successfully."""
+EARLY_EXITS = 3
+"""How many early exits in a row of every worker make the supervisor give up."""
 BACKOFF_S = 0.25
 BACKOFF_MAX_S = 30.0
-SUCCEEDED = signal.SIGUSR2
-"""Tells a worker that another gateway has taken over."""
+HANDED_OVER = signal.SIGUSR2
+"""The signal that notifies a worker that another gateway has taken over."""
 STOP_MARGIN_S = 20.0
-"""What a worker may take to stop, beyond its drain."""
-LAST_WORDS_S = 3.0
-"""What it may take after a second signal: to tell its clients, and to keep what became of their calls."""
+"""How long a worker may take to stop, beyond its drain."""
+FINAL_MESSAGE_S = 3.0
+"""How long it may take after a second signal: to end its responses with an error, and to record their calls."""
 
 
 class WorkersFailed(Exception):
-    """No worker stays alive; the message says how they died."""
+    """The workers do not keep running; the message says how they exited."""
 
 
 def sockets_from_fds(fds: Iterable[int]) -> list[socket.socket]:
-    """Takes over the listening sockets that a supervisor has handed down (worker side)."""
+    """Makes sockets of the descriptors that a worker inherits from its supervisor (worker side)."""
     sockets = []
     for fd in fds:
         sock = socket.socket(fileno=fd)
@@ -60,13 +61,22 @@ def sockets_from_fds(fds: Iterable[int]) -> list[socket.socket]:
 
 
 async def wait_parent_gone(fd: int) -> None:
-    """Returns when the supervisor behind the lifeline is gone (worker side)."""
+    """Waits until the supervisor has exited (worker side).
+
+    Args:
+        fd: The read end of the lifeline.
+    """
     os.set_inheritable(fd, False)
     await trio.lowlevel.wait_readable(fd)
 
 
 async def wait_gate(ready_fd: int, gate_fd: int) -> None:
-    """Says that this worker is ready, and waits until it may accept connections (worker side)."""
+    """Reports that this worker is ready, and waits until it may accept connections (worker side).
+
+    Args:
+        ready_fd: Where to report it. Closed.
+        gate_fd: At its end of file, the worker may accept. Closed.
+    """
     os.write(ready_fd, b"%d\n" % os.getpid())
     os.close(ready_fd)
     await trio.lowlevel.wait_readable(gate_fd)
@@ -75,59 +85,54 @@ async def wait_gate(ready_fd: int, gate_fd: int) -> None:
 
 @attrs.define(eq=False)
 class _Gate:
-    """Where workers wait until all are ready.
+    """Holds the workers back until all are ready.
 
     Attributes:
-        fds: What a worker is handed: where to say that it is ready, and what it waits for.
-        ready: The process ids of those that have said so.
-        changed: Set at each change of that, or of what processes there are.
+        predecessor: The gateway that is being replaced.
+        ready: The process ids of the workers that have reported to be ready.
+        changed: Set when ``ready`` or the processes of the workers have changed.
+        fds: What a worker inherits: where to report that it is ready, and what to wait for.
     """
 
     predecessor: Predecessor
     ready: set[int] = attrs.field(init=False, factory=set)
-    changed: trio.Event = attrs.field(init=False, factory=trio.Event)
+    changed: RepeatedEvent = attrs.field(init=False, factory=RepeatedEvent)
     fds: tuple[int, int] = attrs.field(init=False)
-    _said: int = attrs.field(init=False)
-    _bar: int = attrs.field(init=False)
+    _reports: int = attrs.field(init=False)
+    _open: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._said, say = os.pipe()
-        wait, self._bar = os.pipe()
-        self.fds = (say, wait)
+        self._reports, ready = os.pipe()
+        gate, self._open = os.pipe()
+        self.fds = (ready, gate)
 
-    def note(self) -> None:
-        """Something has changed."""
-        self.changed.set()
-        self.changed = trio.Event()
-
-    async def listen(self) -> None:
-        """Notes who says that he is ready, for ever."""
+    async def receive_reports(self) -> None:
+        """Records which workers report to be ready, until cancelled."""
         line = b""
-        async with trio.lowlevel.FdStream(os.dup(self._said)) as said:
-            async for data in said:
+        async with trio.lowlevel.FdStream(os.dup(self._reports)) as reports:
+            async for data in reports:
                 *pids, line = (line + bytes(data)).split(b"\n")
                 self.ready.update(map(int, pids))
-                self.note()
+                self.changed.set()
 
     def open(self) -> None:
-        """Tells the other gateway, and then lets all pass."""
-        self.predecessor.succeed()
+        """Notifies the other gateway, and then lets all workers accept connections."""
+        self.predecessor.notify_ready()
         self.close()
 
     def close(self) -> None:
-        """Nobody waits here any more."""
-        for fd in (*self.fds, self._said, self._bar):
+        """Closes the pipes. A worker that still waits may accept connections."""
+        for fd in (*self.fds, self._reports, self._open):
             os.close(fd)
-        self.fds = ()  # type: ignore[assignment]
 
 
 @attrs.define(eq=False)
 class _Worker:
-    """One place among the workers, and the process that holds it now."""
+    """One of the workers, and the process that it is now."""
 
     number: int
     process: trio.Process | None = None
-    early_deaths: int = 0
+    early_exits: int = 0
 
 
 @attrs.define(eq=False)
@@ -139,12 +144,12 @@ class _Supervisor:
     gate: _Gate | None = None
     stop: trio.Event = attrs.field(init=False, factory=trio.Event)
 
-    async def keep(self, worker: _Worker) -> None:  # noqa: ASYNC910 - it waits for a process
-        """Keeps a process at this place until the supervisor stops.
+    async def keep_running(self, worker: _Worker) -> None:
+        """Keeps the process of a worker running until the supervisor stops.
 
         Raises:
-            WorkersFailed: This was one early death too many, at all places; or the first one, where another gateway
-                serves and goes on.
+            WorkersFailed: Every worker has exited early too often; or this one has exited while another gateway still
+                serves, which then continues.
         """
         replaces: int | None = None
         while not self.stop.is_set():
@@ -152,45 +157,45 @@ class _Supervisor:
                 process = await self._start(worker, replaces)
             except (OSError, ValueError):
                 if self.stop.is_set():  # its sockets have just been closed
-                    return  # noqa: ASYNC910 - it was tried
+                    return
                 raise
             started_at = trio.current_time()
             try:
                 status = await process.wait()
             finally:
                 worker.process = None
-                process.kill()  # nothing, if it has ended
-                with trio.CancelScope(shield=True):
+                process.kill()  # does nothing if it has exited
+                with trio.CancelScope(shield=True):  # bounded by: SIGKILL
                     await process.wait()
-            how = _how_it_ended(status)
+            how = _describe_exit(status)
             if self.stop.is_set():
                 log.info("worker_stopped", worker=worker.number, pid=process.pid, how=how)
                 return
             log.warning("worker_died", worker=worker.number, pid=process.pid, how=how)
             if self.gate is not None:
-                raise WorkersFailed(f"a worker has ended before all were ready, by {how}: the other gateway goes on")
+                raise WorkersFailed(f"a worker exited before all were ready ({how}): the other gateway keeps serving")
             settled = trio.current_time() - started_at >= SETTLED_S
-            worker.early_deaths = 0 if settled else worker.early_deaths + 1
-            if all(each.early_deaths >= EARLY_DEATHS for each in self.workers):
+            worker.early_exits = 0 if settled else worker.early_exits + 1
+            if all(other.early_exits >= EARLY_EXITS for other in self.workers):
                 raise WorkersFailed(
-                    f"no worker stays alive: each of {len(self.workers)} died {EARLY_DEATHS} times "
-                    f"soon after its start; the last one by {how}"
+                    f"no worker keeps running: each of {len(self.workers)} exited {EARLY_EXITS} times "
+                    f"soon after its start, the last one with {how}"
                 )
             if not settled:
-                with trio.move_on_after(_back_off_s(worker.early_deaths)):
+                with trio.move_on_after(_back_off_s(worker.early_exits)):
                     await self.stop.wait()
             replaces = process.pid
 
     async def _start(self, worker: _Worker, replaces: int | None) -> trio.Process:
-        # Those of a worker that has died stay open here, and whoever connects meanwhile waits for the next one.
+        # The sockets of an exited worker stay open here: new connections wait for its replacement.
         names = [sock.getsockname() for sock in self.sockets]
         fds = [self.sockets[index].fileno() for index in shares(names, len(self.workers))[worker.number - 1]]
         arguments = [text for fd in fds for text in ("--fd", str(fd))]
         if self.gate is not None:
             fds += self.gate.fds
             arguments += ["--ready-fd", str(self.gate.fds[0]), "--gate-fd", str(self.gate.fds[1])]
-        # A process group of its own: a terminal's Ctrl-C goes to the supervisor alone, which passes
-        # it on once. A worker would take a second one for "now".
+        # A process group of its own: a terminal's Ctrl-C reaches only the supervisor, which passes it on once. A worker
+        # would take a second one for a second signal, and end at once.
         process = await trio.lowlevel.open_process(
             [*self.command, *arguments, "--parent-fd", str(self.lifeline)],
             pass_fds=[*fds, self.lifeline],
@@ -198,30 +203,29 @@ class _Supervisor:
         )
         worker.process = process
         if self.gate is not None:
-            self.gate.note()
+            self.gate.changed.set()
         if replaces is None:
             log.info("worker_started", worker=worker.number, pid=process.pid)
         else:
             log.info("worker_replaced", worker=worker.number, pid=process.pid, replaces=replaces)
-        if self.stop.is_set():  # it was not there yet when the others were told
+        if self.stop.is_set():  # it did not exist yet when the others were signalled
             process.terminate()
         return process
 
     def signal_all(self, number: signal.Signals) -> None:
-        """Sends a signal to every worker that runs."""
+        """Sends a signal to every running worker."""
         for worker in self.workers:
             if worker.process is not None:
                 worker.process.send_signal(number)
 
     async def take_over(self) -> None:
-        """Waits until all workers are ready, and lets them take the place of the other gateway."""
+        """Waits until all workers are ready, and then replaces the other gateway. Does nothing if there is none."""
         gate = self.gate
         if gate is None:
-            await trio.lowlevel.checkpoint()
             return
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(gate.listen)
-            while not all(each.process is not None and each.process.pid in gate.ready for each in self.workers):
+            nursery.start_soon(gate.receive_reports)
+            while not all(worker.process is not None and worker.process.pid in gate.ready for worker in self.workers):
                 await gate.changed.wait()
             nursery.cancel_scope.cancel()
         self.gate = None
@@ -229,14 +233,18 @@ class _Supervisor:
 
 
 def shares(names: Sequence[Hashable], workers: int) -> list[list[int]]:
-    """Which of some sockets each worker listens on, by their addresses. Each socket has a worker, and each worker has a
-    socket of each address; as far as it goes, one that no other has.
+    """Assigns listening sockets to workers.
 
-    Sockets that were taken over are as many as the other gateway had workers, and none may be left alone:
+    Each socket gets a worker, and each worker gets a socket of each address; if there are enough, one of its own. After
+    a hot restart there are as many sockets as the other gateway had workers, and none may stay without a worker, as
     connections wait in it.
 
+    Args:
+        names: The addresses of the sockets.
+        workers: The number of workers.
+
     Returns:
-        The indices of their sockets, for each worker.
+        For each worker, the indices of its sockets.
 
     >>> shares(["a", "a", "b", "b"], 2)
     [[0, 2], [1, 3]]
@@ -253,19 +261,19 @@ def shares(names: Sequence[Hashable], workers: int) -> list[list[int]]:
     return parts
 
 
-def _back_off_s(early_deaths: int) -> float:
-    """How long to wait before the next start.
+def _back_off_s(early_exits: int) -> float:
+    """How long to wait before the next start, in seconds.
 
     >>> [_back_off_s(n) for n in (1, 2, 3, 100)]
     [0.25, 0.5, 1.0, 30.0]
     """
-    return min(BACKOFF_S * 2.0 ** (min(early_deaths, 20) - 1), BACKOFF_MAX_S)
+    return min(BACKOFF_S * 2.0 ** (min(early_exits, 20) - 1), BACKOFF_MAX_S)
 
 
-def _how_it_ended(status: int) -> str:
-    """Says how a process ended, by the status that `subprocess` gives.
+def _describe_exit(status: int) -> str:
+    """Describes how a process exited, from the status that `subprocess` returns.
 
-    >>> _how_it_ended(-9), _how_it_ended(1)
+    >>> _describe_exit(-9), _describe_exit(1)
     ('SIGKILL', 'exit status 1')
     """
     if status >= 0:
@@ -281,95 +289,97 @@ async def supervise(
     sockets: Sequence[socket.socket],
     config: ServerConfig,
     *,
-    doors: Sequence[socket.socket] = (),
+    handover_sockets: Sequence[socket.socket] = (),
     predecessor: Predecessor | None = None,
 ) -> bool:
-    """Runs ``config.workers`` workers until SIGTERM or SIGINT, or until another gateway has taken over, and stops them.
+    """Runs ``config.workers`` workers until SIGTERM, SIGINT or a hot restart, and then stops them.
 
-    Such signals reach the workers as SIGTERM. After the first one they may drain, after a second one they end at once;
-    those that take longer than they may are killed. SIGHUP is passed on.
+    Both signals reach the workers as SIGTERM. After the first one the workers drain, after a second one they end at
+    once. A worker that takes longer than it may is killed. SIGHUP is passed on.
 
     Args:
-        command: Starts a worker, which must understand ``--fd N`` (repeated) and ``--parent-fd N``: see
-            `sockets_from_fds` and `wait_parent_gone`; and, where there is a predecessor, ``--ready-fd N`` and
-            ``--gate-fd N``: see `wait_gate`.
-        sockets: Listening; as `listeners.open_sockets` gives them for so many workers, or some that all share. Owned.
-        config: How many workers, and how long they may drain.
-        doors: At which another gateway may ask for the sockets; see `takeover.attend`. Owned.
-        predecessor: Whose place they take, as soon as all are ready.
+        command: Starts a worker, which must understand ``--fd N`` (repeated) and ``--parent-fd N`` (see
+            `sockets_from_fds` and `wait_parent_gone`), and with a predecessor ``--ready-fd N`` and ``--gate-fd N`` (see
+            `wait_gate`).
+        sockets: Listening sockets; as `listeners.open_sockets` returns them for this number of workers, or some that
+            the workers share. Owned.
+        config: The number of workers, and the drain timeouts.
+        handover_sockets: Where another gateway may ask for the listening sockets; see `hot_restart.serve_handover`.
+            Owned.
+        predecessor: The gateway to replace as soon as all workers are ready.
 
     Returns:
         Whether the workers ended in order.
 
     Raises:
-        ExceptionGroup: With a `WorkersFailed` in it: they do not stay alive.
+        ExceptionGroup: Contains a `WorkersFailed`: the workers do not keep running.
 
-    Cancels: Kills the workers.
+    **Cancels:** kills the workers.
     """
-    lifeline, held = os.pipe()
+    lifeline, write_end = os.pipe()
     try:
         workers = [_Worker(number) for number in range(1, config.workers + 1)]
         gate = _Gate(predecessor) if predecessor is not None else None
         supervisor = _Supervisor(command, sockets, lifeline, workers, gate)
         try:
-            return await _supervise(supervisor, doors, config)
+            return await _supervise(supervisor, handover_sockets, config)
         finally:
             if supervisor.gate is not None:
                 supervisor.gate.close()
     finally:
-        os.close(held)
+        os.close(write_end)
         os.close(lifeline)
-        for sock in (*sockets, *doors):
+        for sock in (*sockets, *handover_sockets):
             sock.close()
 
 
-async def _supervise(supervisor: _Supervisor, doors: Sequence[socket.socket], config: ServerConfig) -> bool:
-    is_told = is_cut = False
+async def _supervise(supervisor: _Supervisor, handover_sockets: Sequence[socket.socket], config: ServerConfig) -> bool:
+    stopping = stopping_at_once = False
     stop_timeout_s = config.drain_timeout_s + STOP_MARGIN_S
 
-    def end(number: signal.Signals, notice_s: float) -> None:
+    def stop(number: signal.Signals, notice_s: float) -> None:
         supervisor.signal_all(number)
         if not supervisor.stop.is_set():
             supervisor.stop.set()
-            keeping.deadline = trio.current_time() + notice_s + stop_timeout_s
-            nursery.start_soon(close, notice_s)
+            running.deadline = trio.current_time() + notice_s + stop_timeout_s
+            nursery.start_soon(close_sockets, notice_s)
 
-    async def close(after_s: float) -> None:
+    async def close_sockets(after_s: float) -> None:
         await trio.sleep(after_s)
-        attending.cancel()
+        handing_over.cancel()
         for sock in supervisor.sockets:
-            sock.close()  # else a new client would wait in a queue that nobody serves
+            sock.close()  # otherwise a new client would wait in a queue that no process serves
 
-    async def obey(received: AsyncIterator[int]) -> None:
-        nonlocal is_told, is_cut
+    async def follow_signals(received: AsyncIterator[int]) -> None:
+        nonlocal stopping, stopping_at_once
         async for number in received:
-            log.info("signal_received", signal=signal.Signals(number).name, again=is_told)
+            log.info("signal_received", signal=signal.Signals(number).name, again=stopping)
             if number == signal.SIGHUP:
                 supervisor.signal_all(signal.SIGHUP)
-            elif is_told:
-                is_cut = True
+            elif stopping:
+                stopping_at_once = True
                 supervisor.signal_all(signal.SIGTERM)
-                keeping.deadline = min(keeping.deadline, trio.current_time() + LAST_WORDS_S)
+                running.deadline = min(running.deadline, trio.current_time() + FINAL_MESSAGE_S)
             else:
-                is_told = True
-                gating.cancel()
-                end(signal.SIGTERM, config.drain_notice_s)
+                stopping = True
+                taking_over.cancel()
+                stop(signal.SIGTERM, config.drain_notice_s)
 
-    async def attend() -> None:
-        with gating:
+    async def hot_restarts() -> None:
+        with taking_over:
             await supervisor.take_over()
-        with attending:
-            await hot_restart.attend(doors, supervisor.sockets, lambda _: end(SUCCEEDED, 0.0))
+        with handing_over:
+            await hot_restart.serve_handover(handover_sockets, supervisor.sockets, lambda _: stop(HANDED_OVER, 0.0))
 
-    gating, attending = trio.CancelScope(), trio.CancelScope()
+    taking_over, handing_over = trio.CancelScope(), trio.CancelScope()
     signals = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with signals as received:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(obey, received)
-            nursery.start_soon(attend)
-            with trio.CancelScope() as keeping:
-                async with trio.open_nursery() as places:
+            nursery.start_soon(follow_signals, received)
+            nursery.start_soon(hot_restarts)
+            with trio.CancelScope() as running:
+                async with trio.open_nursery() as workers:
                     for worker in supervisor.workers:
-                        places.start_soon(supervisor.keep, worker)
+                        workers.start_soon(supervisor.keep_running, worker)
             nursery.cancel_scope.cancel()
-    return not (is_cut or keeping.cancelled_caught)
+    return not (stopping_at_once or running.cancelled_caught)
