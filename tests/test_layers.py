@@ -118,7 +118,6 @@ UP = {
     "runs.service": {"gateway.gateway"},
     "status.inflight": {"gateway.gateway"},
     "status.snapshot": {"gateway.gateway"},
-    "store.opening": {"workers.membership"},
     "webhooks.endpoint": {"gateway.gateway"},
 }
 CYCLE = set(MODULES)

@@ -475,7 +475,7 @@ async def test_the_next_start_takes_over(repeatable: bool, state: str, tmp_path:
 
 
 async def _leave_sending(store: Store, left: Delivery, address: str) -> None:
-    await store.workers.beat(Worker(id="w_dead", pid=1, address=address, started_at=START, seen_at=START))
+    await store.workers.heartbeat(Worker(id="w_dead", pid=1, address=address, started_at=START, seen_at=START))
     await store.deliveries.add(left)
     await store.deliveries.take("w_dead", at=START, limit=1, channels=["h"])
 

@@ -101,7 +101,7 @@ async def take_turn(sessions: Sessions, store: Store, key: str, text: str) -> Ca
         composed = turn.compose(call_of({"role": "user", "content": text}))
         await trio.sleep(random.random() / 100)
         await store.sessions.append(
-            turn.result(answer_of(text.upper()), None, at=time.time(), partial=False), leave=turn.ticket
+            turn.result(answer_of(text.upper()), None, at=time.time(), partial=False), ticket=turn.ticket
         )
         turn.note_left()
     return composed
@@ -329,7 +329,7 @@ async def test_turns_of_two_workers(database: Path) -> None:
                         await stopped.wait()
                 turn.compose(call_of({"role": "user", "content": "first"}))
                 result = turn.result(answer_of("FIRST"), None, at=time.time(), partial=False)
-                await store.sessions.append(result, leave=turn.ticket)
+                await store.sessions.append(result, ticket=turn.ticket)
                 turn.note_left()
             async with trio.open_nursery() as nursery:
                 for number in range(10):

@@ -13,16 +13,12 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from tests.conftest import Served, make_config
 from tests.support.processes import environment
-from trigate.config.sections import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
+from trigate.config.sections import Config, StoreConfig
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
-from trigate.store.memory import open_memory_store
-from trigate.store.records import Retention, Turn
-from trigate.workers.membership import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -65,7 +61,7 @@ def test_location(path: str | None, env: dict[str, str], found: str) -> None:
 @pytest.mark.parametrize("env", [{}, {"TRIGATE_STORE": ""}], ids=["unset", "empty"])
 def test_default_location(env: dict[str, str]) -> None:
     """A file in the platform's directory for the data of programs, wherever that is."""
-    script = f"from trigate import storage; print(storage.location(storage.StoreConfig(), {env!r}))"
+    script = f"from trigate.store import opening; print(opening.location(opening.StoreConfig(), {env!r}))"
     homes = {"HOME": "/nobody", "XDG_DATA_HOME": "/nobody/data"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(**homes), capture_output=True, text=True, check=True, timeout=30
@@ -104,9 +100,10 @@ def test_a_worker_of_another_server(tmp_path: Path) -> None:
     """Servers that start their workers by multiprocessing may have several: they are met in the store."""
     script = (
         "import multiprocessing, sys\n"
-        "from trigate import config, storage\n"
+        "from trigate.config.sections import Config\n"
+        "from trigate.store import opening\n"
         "def say(path):\n"
-        "    print(storage.is_needed(config.Config(), path), flush=True)\n"
+        "    print(opening.is_needed(Config(), path), flush=True)\n"
         "if __name__ == '__main__':\n"
         "    say(sys.argv[1])\n"
         "    process = multiprocessing.get_context('spawn').Process(target=say, args=(sys.argv[1],))\n"
@@ -125,12 +122,13 @@ def test_a_gateway_that_remembers_nothing(tmp_path: Path) -> None:
     """It answers, and says how it is, without a file, and without loading a database."""
     script = (
         "import sys, trio\n"
-        "from trigate import config, report\n"
+        "from trigate.config.sections import Config\n"
+        "from trigate.status import snapshot\n"
         "from trigate.gateway.gateway import open_gateway\n"
         "async def main():\n"
-        "    async with open_gateway(config.Config()) as gateway:\n"
+        "    async with open_gateway(Config()) as gateway:\n"
         "        await trio.testing.wait_all_tasks_blocked()\n"
-        "        status = await report.status(gateway)\n"
+        "        status = await snapshot.status(gateway)\n"
         "        print(status['store']['state'], status['sessions']['total'], status['outbox']['depth'])\n"
         "        print([name for name in ('apsw', 'platformdirs', 'multiprocessing') if name in sys.modules])\n"
         "import trio.testing\n"
@@ -184,48 +182,3 @@ async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatc
         assert gateway.not_ready() == []
         database.parent.unlink()
         await _until(lambda: gateway.workers.is_joined)
-
-
-# -- what is forgotten ------------------------------------------------------------------------------------------------
-
-
-def test_retention() -> None:
-    """Ages count back from now; an age of 0 keeps everything."""
-    settings = StoreConfig(
-        run_retention_s=Seconds(5 * DAY_S), session_retention_s=Seconds(0.0), max_runs=Count(7), max_sessions=Count(8)
-    )
-    ledger = LedgerConfig(retention_s=Seconds(2 * DAY_S), max_records=Limit(9))
-    assert opening.retention(settings, ledger, 1_000 * DAY_S) == Retention(
-        sessions_before=0.0,
-        archives_before=970 * DAY_S,
-        runs_before=995 * DAY_S,
-        max_sessions=8,
-        max_runs=7,
-        exchanges_before=998 * DAY_S,
-        max_exchanges=9,
-    )
-
-
-async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None:
-    """When it is joined, and then every hour; what was forgotten is logged, and a failure is tried again."""
-    async with (
-        open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
-        trio.open_nursery() as tasks,
-    ):
-        await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        tasks.start_soon(opening.keep_pruned, store, workers, Config)
-        await trio.sleep(opening.PRUNE_S / 2)
-        assert await store.sessions.get("", "old") is not None
-        await workers.join()
-        await trio.sleep(1)
-        assert await store.sessions.get("", "old") is None
-        assert [entry["rows"] for entry in logs.named("pruned")] == [1]
-        store.failure = "full"
-        await trio.sleep(opening.PRUNE_S + 1)
-        assert len(logs.named("prune_failed")) == 1
-        store.failure = None
-        await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        await trio.sleep(opening.PRUNE_S + 1)
-        assert len(logs.named("pruned")) == 2
-        tasks.cancel_scope.cancel()

@@ -12,6 +12,7 @@ import trio
 
 from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
+from trigate.store.operations.store import StoreOperations
 from trigate.store.records import (
     ENDED,
     AttemptRecord,
@@ -26,6 +27,7 @@ from trigate.store.records import (
     Worker,
 )
 from trigate.store.sqlite import open_sqlite_store
+from trigate.store.tables import Tables
 
 
 @pytest.fixture(params=["sqlite", "memory"])
@@ -137,6 +139,24 @@ async def test_a_mistake_of_one_caller_is_his_alone(store: Store) -> None:
     assert found.state == "queued"
     assert await store.sessions.get("o", "k") is None
     assert [record.received for record in await store.channels.all()] == [3]
+
+
+async def test_an_operation_that_raises_is_rolled_back(store: Store) -> None:
+    """Whatever an operation has changed before it raises is undone; the writes around it are done."""
+    assert isinstance(store, StoreOperations)
+
+    def spoil(tables: Tables) -> None:
+        tables.drop_session("o", "first")
+        tables.put_run(run())
+        raise RuntimeError("a defect")
+
+    store.sessions.append(turn("first"))
+    spoilt = store.write(spoil)
+    await store.sessions.append(turn("second"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        await spoilt
+    assert [session.key for session in await store.sessions.list("o", limit=9)] == ["first", "second"]
+    assert await store.runs.get("run_1") is None
 
 
 async def test_many_tasks_at_once(store: Store) -> None:
@@ -308,10 +328,10 @@ async def test_tickets_queue(store: Store) -> None:
     assert (first.owner, first.key, first.worker, first.run) == ("o", "k", "w1", None)
     assert (second.worker, second.run) == ("w2", "run_1")
     assert await store.sessions.tickets("o", "k") == [first, second]
-    await store.sessions.leave(first)
-    await store.sessions.leave(first)
+    await store.sessions.return_ticket(first)
+    await store.sessions.return_ticket(first)
     assert await store.sessions.tickets("o", "k") == [second]
-    await store.sessions.leave(second)
+    await store.sessions.return_ticket(second)
     third = await store.sessions.take_ticket("o", "k", worker="w1")
     assert first.number < second.number < third.number
 
@@ -325,9 +345,9 @@ async def test_a_run_keeps_its_place(store: Store) -> None:
     await store.workers.remove(["dead"])
     kept = attrs.evolve(first, worker="w")
     assert await store.sessions.take_ticket("o", "k", worker="w", run="run_1") == kept
-    await store.sessions.leave(first)  # a worker that was thought to be dead, and is not
+    await store.sessions.return_ticket(first)  # a worker that was thought to be dead, and is not
     assert await store.sessions.tickets("o", "k") == [kept, second]
-    await store.sessions.leave(kept)
+    await store.sessions.return_ticket(kept)
     assert await store.sessions.tickets("o", "k") == [second]
 
 
@@ -335,12 +355,12 @@ async def test_a_turn_gives_its_place_back(store: Store) -> None:
     """In the same transaction. A session is busy while somebody is in its queue."""
     ticket = await store.sessions.take_ticket("o", "k", worker="w")
     waiting = await store.sessions.take_ticket("o", "k", worker="w")
-    made = await store.sessions.append(turn("k"), leave=ticket)
+    made = await store.sessions.append(turn("k"), ticket=ticket)
     assert made.busy
     assert await store.sessions.tickets("o", "k") == [waiting]
     [listed] = await store.sessions.list("o", limit=1)
     assert listed == made == await store.sessions.get("o", "k")
-    made = await store.sessions.append(turn("k"), leave=waiting)
+    made = await store.sessions.append(turn("k"), ticket=waiting)
     assert not made.busy
     assert made == await store.sessions.get("o", "k")
 
@@ -407,7 +427,7 @@ async def test_a_run_ends_in_one_transaction(store: Store) -> None:
         result=b'{"reply":"ho"}',
         at=12.0,
         turn=turn("k", "hi", "ho"),
-        leave=ticket,
+        ticket=ticket,
         deliveries=iter([delivery("msg_2"), delivery("msg_1")]),
     )
     assert done is True
@@ -432,7 +452,7 @@ async def test_a_run_ends_once(store: Store) -> None:
             result=b"2",
             at=13.0,
             turn=turn(),
-            leave=ticket,
+            ticket=ticket,
             deliveries=[delivery()],
         )
         assert done is False
@@ -705,14 +725,14 @@ async def test_workers_beat(store: Store) -> None:
     young = Worker(id="a", pid=2, address="@a", started_at=2.0, seen_at=2.0)
     old = Worker(id="b", pid=1, address="@b", started_at=1.0, seen_at=1.0)
     for worker in (young, old, attrs.evolve(old, seen_at=5.0, snapshot=b'{"streams":3}')):
-        await store.workers.beat(worker)
+        await store.workers.heartbeat(worker)
     assert await store.workers.all() == [attrs.evolve(old, seen_at=5.0, snapshot=b'{"streams":3}'), young]
 
 
 async def test_workers_are_removed(store: Store) -> None:
     """With their tickets, and the channels that they held; those of others stay."""
     for worker_id in ("w1", "w2"):
-        await store.workers.beat(Worker(id=worker_id, pid=1, address="", started_at=1.0, seen_at=1.0))
+        await store.workers.heartbeat(Worker(id=worker_id, pid=1, address="", started_at=1.0, seen_at=1.0))
         await store.sessions.take_ticket("o", "k", worker=worker_id)
         await store.channels.hold(worker_id, worker=worker_id, dead=[])
     await store.workers.remove(iter(["w1", "unknown"]))

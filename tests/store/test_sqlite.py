@@ -30,8 +30,8 @@ from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite, sqlite_file
 from trigate.store.records import StoreStatistics, Turn
+from trigate.store.schema import APPLICATION_ID, MIGRATIONS
 from trigate.store.sqlite import SqliteStore, open_sqlite_store
-from trigate.store.tables import APPLICATION_ID, MIGRATIONS
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ async def test_two_workers_share_a_file(path: Path) -> None:
         first = await one.sessions.take_ticket("o", "k", worker="w1")
         second = await two.sessions.take_ticket("o", "k", worker="w2")
         assert await one.sessions.tickets("o", "k") == await two.sessions.tickets("o", "k") == [first, second]
-        await one.sessions.append(turn("k", "a"), leave=first)
+        await one.sessions.append(turn("k", "a"), ticket=first)
         assert texts(await two.sessions.messages("o", "k", limit=9)) == ["a"]
         claims = [
             (one, two)[number % 2].idempotency.claim("hook", "key", digest=b"1", run=run(f"run_{number}"))

@@ -8,7 +8,8 @@ import apsw
 import pytest
 
 from trigate.store.records import Session
-from trigate.store.tables import MIGRATIONS, SqliteTables
+from trigate.store.schema import MIGRATIONS
+from trigate.store.tables import Tables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
 GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
@@ -50,7 +51,7 @@ def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
         db.execute(migration)
     asked: list[str] = []
     db.exec_trace = lambda cursor, sql, bindings: asked.append(sql) or True
-    getattr(SqliteTables(db), name)(**args)
+    getattr(Tables(db), name)(**args)
     db.exec_trace = None
     assert asked
     for sql in asked:
@@ -67,7 +68,7 @@ def test_times_come_back_as_they_were() -> None:
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration)
-    tables = SqliteTables(db)
+    tables = Tables(db)
     for at in (1764000000.1234567, 0.1 + 0.2, float("inf"), 7):
         tables.put_session(Session(owner="o", key=str(at), created_at=at, active_at=at))
         found = tables.session("o", str(at))

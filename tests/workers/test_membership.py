@@ -124,8 +124,8 @@ async def test_many_join_at_once(database: Path) -> None:
     """A worker joins once, however many ask it to, and whoever of them gives up."""
     beats = []
     async with _worker(database) as (mine, store):
-        beat = store.workers.beat
-        store.workers.beat = lambda worker: beats.append(worker) or beat(worker)  # type: ignore[method-assign]
+        beat = store.workers.heartbeat
+        store.workers.heartbeat = lambda worker: beats.append(worker) or beat(worker)  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as impatient:
                 impatient.cancel()
@@ -158,7 +158,7 @@ async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
     """A store that breaks while a worker is there costs beats and one line, and no more."""
     async with _worker(database) as (mine, store):
         await mine.join()
-        beat = store.workers.beat
+        beat = store.workers.heartbeat
         failures: list[Exception] = [StoreUnavailable("full"), StoreUnavailable("full"), ValueError("a defect")]
 
         def failing(worker: Worker) -> Any:
@@ -166,7 +166,7 @@ async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
                 raise failures.pop(0)
             return beat(worker)
 
-        store.workers.beat = failing  # type: ignore[method-assign]
+        store.workers.heartbeat = failing  # type: ignore[method-assign]
         await _until(lambda: logs.named("beating_again"))
         assert [entry["error"] for entry in logs.named("beat_failed")] == ["full"]
         assert _ids(await store.workers.all()) == [mine.id]
@@ -311,7 +311,7 @@ async def test_the_dead_are_adopted_before_they_are_forgotten(database: Path, is
     """At `join` already: whoever has joined may rely on it. Their row, tickets and file are gone then."""
     async with _worker(database) as (mine, store):
         address = _dead_socket(database) if is_there else f"{database}-w_gone"
-        await store.workers.beat(_dead(address))
+        await store.workers.heartbeat(_dead(address))
         await store.sessions.take_ticket("alice", "chat", worker="w_dead")
         adopted = []
 
@@ -342,7 +342,7 @@ async def test_an_adopter_that_fails_is_asked_again(database: Path, logs: Any) -
                 raise failures.pop()
 
         mine.adopt_with(adopt)
-        await store.workers.beat(_dead(_dead_socket(database)))
+        await store.workers.heartbeat(_dead(_dead_socket(database)))
         assert _ids(await mine.all()) == [mine.id]
         assert set(_ids(await store.workers.all())) == {"w_dead", mine.id}
         failing.set()
@@ -362,7 +362,7 @@ async def test_the_runs_of_the_dead(database: Path) -> None:
                 found.extend(await store.runs.adopt(worker, dead=dead, at=NOW))
 
             mine.adopt_with(adopt)
-        await store.workers.beat(_dead(_dead_socket(database)))
+        await store.workers.heartbeat(_dead(_dead_socket(database)))
         for id_, acknowledged in (("run_1", True), ("run_2", False)):
             await store.runs.add(
                 Run(

@@ -269,7 +269,7 @@ def check(config_path: str | None) -> None:
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     nobody = "none (anybody may come: insecure)" if config.server.insecure else "none (this machine only)"
     click.echo(f"keys: {', '.join(config.keys) or nobody}")
-    click.echo(f"store: {opening.described(opening.location(config.store, os.environ))}")
+    click.echo(f"store: {opening.describe_location(opening.location(config.store, os.environ))}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():
         where = f" {upstream.base_url}" if upstream.base_url else ""

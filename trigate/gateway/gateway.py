@@ -41,6 +41,7 @@ from trigate.status import snapshot
 from trigate.status.inflight import Streams
 from trigate.store import opening
 from trigate.store.interface import Store
+from trigate.store.retention import keep_pruned
 from trigate.upstream.factory import TransportFactory, _trust, http_transport
 from trigate.upstream.generation import Generation, open_generation
 from trigate.webhooks.callbacks import Callbacks, open_callbacks
@@ -319,7 +320,7 @@ async def _running(
                         nursery.start_soon(gateway.watch_file, path)
                     nursery.start_soon(gateway.use_store)
                     nursery.start_soon(
-                        opening.keep_pruned, gateway.store, gateway.workers, lambda: gateway.generation.config
+                        keep_pruned, gateway.store, gateway.workers.wait_joined, lambda: gateway.generation.config
                     )
                     yield
             finally:

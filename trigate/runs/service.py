@@ -276,7 +276,7 @@ class Runs:
             result=end.result,
             at=now,
             turn=end.turn,
-            leave=turn.ticket if turn is not None else None,
+            ticket=turn.ticket if turn is not None else None,
             deliveries=(delivery,) if delivery is not None else (),
             frees_key=end.frees_key,
         )

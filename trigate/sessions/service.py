@@ -176,7 +176,7 @@ class SessionRecorder:
         self._is_done = True
         turn = self._turn
         appended = turn.result(self.answer, usage, at=time.time(), partial=False)
-        await self._store.sessions.append(appended, leave=turn.ticket)
+        await self._store.sessions.append(appended, ticket=turn.ticket)
         turn.note_left()
 
     def settle(self, usage: Usage | None) -> None:
@@ -185,7 +185,7 @@ class SessionRecorder:
         if not self._is_done and self.answer.has_content:
             self._is_done = True
             appended = self._turn.result(self.answer, usage, at=time.time(), partial=True)
-            self._store.sessions.append(appended, leave=self._turn.ticket)
+            self._store.sessions.append(appended, ticket=self._turn.ticket)
             self._turn.note_left()
 
 
@@ -261,7 +261,7 @@ class Sessions:
         queue = self._queues[ticket.owner, ticket.key]
         del queue.turns[ticket.number]
         if not turn.has_left:
-            self._store.sessions.leave(ticket)
+            self._store.sessions.return_ticket(ticket)
         queue.wake()
         self._workers.notify("turn", _rung(ticket))
         self._forget((ticket.owner, ticket.key), queue)
@@ -371,7 +371,7 @@ class Sessions:
                 return None
             if not self._is_gone(tickets[0]):
                 return tickets[0]
-            await self._store.sessions.leave(tickets[0])
+            await self._store.sessions.return_ticket(tickets[0])
 
     def _is_gone(self, ticket: interface_records.Ticket) -> bool:
         """Whether a ticket is this worker's, and nobody holds it here."""
@@ -388,7 +388,7 @@ class Sessions:
         if queue is not None:
             queue.wake()
         if self._is_gone(ticket):  # somebody waits for it
-            self._store.sessions.leave(ticket)
+            self._store.sessions.return_ticket(ticket)
 
     def _heed_stop(self, body: bytes) -> None:
         self._stop_here(_ticket_of(body))

@@ -66,7 +66,7 @@ def startup_lines(gateway: Gateway) -> list[str]:
     if not config.keys and config.server.insecure:
         keys = "NO KEY and --insecure: anybody who reaches it can use it"
     lines = [
-        f"Trigate {__version__}, configured by {config.source}; {keys}; store {opening.described(where)}",
+        f"Trigate {__version__}, configured by {config.source}; {keys}; store {opening.describe_location(where)}",
         "Upstreams: " + ("; ".join(found) or "none"),
         f"Models: {len(generation.public_ids())} listed; {default}",
     ]

@@ -167,7 +167,7 @@ class Workers:
     # -- beats and looks ----------------------------------------------------------------------------------------------
 
     async def _beat(self) -> None:
-        await self._store.workers.beat(self._myself())
+        await self._store.workers.heartbeat(self._myself())
 
     async def _look(self) -> None:
         """Sees who is there, and takes over from who is not any more."""
