@@ -65,7 +65,7 @@ ENDPOINT = ENDPOINTS["/v1/chat/completions"]
 @contextlib.asynccontextmanager
 async def open_sessions(store: Store) -> AsyncIterator[Sessions]:
     """The service on a store, in a worker of its own."""
-    async with open_workers(store, lambda: b"{}") as workers:
+    async with open_workers(store) as workers:
         yield Sessions(store, workers)
 
 

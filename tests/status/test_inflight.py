@@ -154,7 +154,7 @@ async def test_two_workers(open_app: OpenApp, tmp_path: Path, monkeypatch: pytes
         assert (await one.client.ask("DELETE", f"/status/streams/{name}")).json["cancelled"] == 1
         assert (await calls[1].wait()).error["code"] == "stream_cancelled"
         monkeypatch.setattr(inflight, "ANSWER_TIMEOUT_S", 0.05)
-        two.gateway.workers._heed[b"streams"] = []
+        two.gateway.workers._callbacks[b"streams"] = []
         body = await listed(one)
         assert (body["count"], body["missing_workers"]) == (1, [two.gateway.workers.id])
         calls[0].disconnect()

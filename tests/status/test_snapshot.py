@@ -144,7 +144,7 @@ async def test_no_secret_is_told(open_app: OpenApp, status: int) -> None:
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A store's file, for several gateways that are then workers of one, and beats that a test need not wait for."""
-    monkeypatch.setattr("trigate.workers.membership.BEAT_S", 0.02)
+    monkeypatch.setattr("trigate.workers.membership.HEARTBEAT_S", 0.02)
     with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths leave no room for a socket's name
         yield Path(room) / "trigate.db"
 

@@ -178,7 +178,7 @@ async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatc
     monkeypatch.setattr("trigate.workers.membership.RETRY_S", 0.02)
     database.parent.write_text("in the way")
     async with _gateway(HOOKED, database) as gateway:
-        await _until(lambda: logs.named("beat_failed"))
+        await _until(lambda: logs.named("heartbeat_failed"))
         assert gateway.not_ready() == []
         database.parent.unlink()
         await _until(lambda: gateway.workers.is_joined)

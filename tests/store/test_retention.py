@@ -35,7 +35,7 @@ async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None
     """When it is joined, and then every hour; what was forgotten is logged, and a failure is tried again."""
     async with (
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         trio.open_nursery() as tasks,
     ):
         await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))

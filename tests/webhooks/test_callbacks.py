@@ -136,7 +136,7 @@ async def opened(
     """Opens callbacks for one hook, ``h``."""
     async with (
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         open_callbacks(trust=trust, now=now) as callbacks,
         open_outbox(store, workers) as outbox,
     ):
@@ -613,7 +613,7 @@ async def test_a_hook_that_is_removed_keeps_what_it_had_to_tell() -> None:
     async with (
         receiving() as receiver,
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         open_callbacks(trust=ssl.create_default_context) as callbacks,
         open_outbox(store, workers) as outbox,
     ):

@@ -28,7 +28,7 @@ from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
 from trigate.store.records import Run, Worker
 from trigate.store.sqlite import open_sqlite_store
-from trigate.workers import membership
+from trigate.workers import membership, notify
 from trigate.workers.membership import Workers, open_workers
 
 NOW = 1_700_000_000.0
@@ -37,7 +37,7 @@ NOW = 1_700_000_000.0
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats that a test need not wait for."""
-    monkeypatch.setattr(membership, "BEAT_S", 0.02)
+    monkeypatch.setattr(membership, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(membership, "RETRY_S", 0.02)
     monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
 
@@ -53,7 +53,8 @@ def database() -> Iterator[Path]:
 async def _worker(
     database: Path, snapshot: Callable[[], bytes] = lambda: b"{}"
 ) -> AsyncIterator[tuple[Workers, Store]]:
-    async with open_sqlite_store(str(database)) as store, open_workers(store, snapshot) as found:
+    async with open_sqlite_store(str(database)) as store, open_workers(store) as found:
+        found.report_with(snapshot)
         yield found, store
 
 
@@ -138,20 +139,20 @@ async def test_many_join_at_once(database: Path) -> None:
 
 
 async def test_a_store_that_is_unavailable(database: Path, logs: Any) -> None:
-    """`join` says so; `join_at_last` waits, and joins once the reason has gone. It is logged once."""
+    """`join` says so; `join_eventually` waits, and joins once the reason has gone. It is logged once."""
     logs.expect_error("store_unavailable")
     database.mkdir()  # noqa: ASYNC240 - a moment
     async with _worker(database) as (mine, _):
         with pytest.raises(StoreUnavailable):
             await mine.join()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(mine.join_at_last)
-            await _until(lambda: logs.named("beat_failed"))
+            nursery.start_soon(mine.join_eventually)
+            await _until(lambda: logs.named("heartbeat_failed"))
             assert not mine.is_joined
             database.rmdir()  # noqa: ASYNC240 - a moment
             await _until(lambda: mine.is_joined)
-        assert len(logs.named("beat_failed")) == 1
-        await _until(lambda: logs.named("beating_again"))
+        assert len(logs.named("heartbeat_failed")) == 1
+        await _until(lambda: logs.named("heartbeat_recovered"))
 
 
 async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
@@ -167,14 +168,14 @@ async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
             return beat(worker)
 
         store.workers.heartbeat = failing  # type: ignore[method-assign]
-        await _until(lambda: logs.named("beating_again"))
-        assert [entry["error"] for entry in logs.named("beat_failed")] == ["full"]
+        await _until(lambda: logs.named("heartbeat_recovered"))
+        assert [entry["error"] for entry in logs.named("heartbeat_failed")] == ["full"]
         assert _ids(await store.workers.all()) == [mine.id]
 
 
 async def test_a_defect_in_a_beat_is_logged_once(database: Path, logs: Any) -> None:
     """Whatever a snapshot raises, the gateway goes on."""
-    logs.expect_error("beat_crashed")
+    logs.expect_error("heartbeat_crashed")
     broken: list[bool] = []
 
     def snapshot() -> bytes:
@@ -186,13 +187,13 @@ async def test_a_defect_in_a_beat_is_logged_once(database: Path, logs: Any) -> N
     async with _worker(database, snapshot) as (mine, _):
         await mine.join()
         broken.append(True)
-        await _until(lambda: logs.named("beating_again"))
-        assert len(logs.named("beat_crashed")) == 1
+        await _until(lambda: logs.named("heartbeat_recovered"))
+        assert len(logs.named("heartbeat_crashed")) == 1
 
 
 async def test_a_store_in_memory_has_no_others(autojump_clock: MockClock) -> None:
     """No socket, and no beat: days of virtual time pass at once."""
-    async with open_memory_store() as store, open_workers(store, lambda: b"{}") as mine:
+    async with open_memory_store() as store, open_workers(store) as mine:
         await mine.join()
         mine.notify("sessions")
         before = await store.workers.all()
@@ -230,14 +231,14 @@ async def test_a_ring_is_never_a_failure(database: Path) -> None:
             for _ in range(1_000):
                 mine.notify("topic", b"x" * 1_000)
             mine.notify("topic", b"x" * 10_000_000)
-            assert not membership._is_dead(f"{database}-deaf")  # whose queue is full is not dead
-        assert membership._is_dead(f"{database}-deaf")
+            assert not notify.is_dead(f"{database}-deaf")  # whose queue is full is not dead
+        assert notify.is_dead(f"{database}-deaf")
         mine.notify("topic")
 
 
 async def test_a_callback_that_raises(database: Path, logs: Any) -> None:
     """Costs its ring alone."""
-    logs.expect_error("ring_crashed")
+    logs.expect_error("notify_callback_crashed")
     async with _worker(database) as (one, _), _worker(database) as (two, _):
         heard = []
 
@@ -281,7 +282,7 @@ async def test_no_socket_anywhere(database: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(prefix: str) -> str:
         raise OSError("no room")
 
-    monkeypatch.setattr(membership, "_MAX_ADDRESS_BYTES", 10)
+    monkeypatch.setattr(notify, "_MAX_ADDRESS_BYTES", 10)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     async with _worker(database) as (mine, _):
         with pytest.raises(StoreUnavailable, match="no room"):
@@ -330,7 +331,7 @@ async def test_the_dead_are_adopted_before_they_are_forgotten(database: Path, is
 
 async def test_an_adopter_that_fails_is_asked_again(database: Path, logs: Any) -> None:
     """The dead are remembered until all have been adopted; meanwhile nobody takes them for living."""
-    logs.expect_error("beat_crashed")
+    logs.expect_error("heartbeat_crashed")
     async with _worker(database) as (mine, store):
         await mine.join()
         failures: list[Exception] = [StoreUnavailable("full"), ValueError("a defect")]
@@ -422,13 +423,14 @@ async def test_the_last_one_is_adopted_by_the_next_start(database: Path) -> None
 
 CHILD = """
 import sys, trio
-from trigate import storage, workers
+from trigate.store import opening
+from trigate.workers import membership
 from trigate.workers.membership import open_workers
 
-workers.BEAT_S = 3600  # it must not be stopped in the middle of a write: that would keep the others from theirs
+membership.HEARTBEAT_S = 3600  # it must not be stopped in the middle of a write: that would keep the others from theirs
 
 async def main():
-    async with storage.open_store(sys.argv[1]) as store, open_workers(store, lambda: b'{}') as mine:
+    async with opening.open_store(sys.argv[1]) as store, open_workers(store) as mine:
         await mine.join()
         await store.sessions.take_ticket("alice", "chat", worker=mine.id)
         print(mine.id, flush=True)
@@ -445,7 +447,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 async def test_a_killed_process(database: Path, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
     """One that is stopped is not dead, however long; one that is killed is adopted at the next look."""
-    monkeypatch.setattr(membership, "BEAT_S", 0.2)
+    monkeypatch.setattr(membership, "HEARTBEAT_S", 0.2)
     adopted: list[str] = []
     async with _worker(database) as (mine, store):
 

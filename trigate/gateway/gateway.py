@@ -240,7 +240,7 @@ class Gateway:
         while not opening.is_needed(self.generation.config, self.store.statistics().path):
             await self._reloaded.wait()
             self._reloaded = trio.Event()
-        await self.workers.join_at_last()
+        await self.workers.join_eventually()
 
     async def watch_file(self, path: Path) -> None:
         """Asks for a reload when the configuration file changes."""
@@ -288,7 +288,8 @@ async def open_gateway(
         opening.open_store(opening.location(first.store, environ)) as store,
     ):
         gateway = Gateway(load, timers, cancel_queue, Relay(poller) if poller is not None else None, store)
-        async with open_workers(store, functools.partial(snapshot.snapshot, gateway)) as gateway.workers:
+        async with open_workers(store) as gateway.workers:
+            gateway.workers.report_with(functools.partial(snapshot.snapshot, gateway))
             gateway.sessions = Sessions(store, gateway.workers)
             gateway.streams = Streams(gateway)
             async with (

@@ -167,7 +167,7 @@ class TelegramAdapter:
 
     async def run(self) -> None:
         """As `Adapter.run`."""
-        await self._channel.gateway.workers.join_at_last()
+        await self._channel.gateway.workers.join_eventually()
         if self._verifier is not None:
             await self._watch_webhook()
         else:
