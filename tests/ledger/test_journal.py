@@ -78,7 +78,7 @@ def test_the_next_file_begins_with_what_is_live(store: str) -> None:
     written = Journal(store, "w")
     written.write(begun(1).encode())
     written.write(begun(2).encode())
-    written.turn([begun(2)])
+    written.rotate([begun(2)])
     assert files(store) == ["a[b]*.db-exchanges-w.1"]
     written.write(begun(3).encode())
     assert read(written) == ["ex_2", "ex_3"]
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(written, "write", full)
     with pytest.raises(OSError, match="No space"):
-        written.turn([begun(1)])
+        written.rotate([begun(1)])
     monkeypatch.undo()
     assert files(store) == ["a[b]*.db-exchanges-w.0"]
     written.write(begun(2).encode())
