@@ -46,10 +46,12 @@ from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import Call, decode_call
+from trigate.sessions import service
 from trigate.sessions.service import Sessions
 from trigate.store.interface import Store
 from trigate.store.memory import MemoryStore
-from trigate.store.records import Message, Turn
+from trigate.store.pending_write import PendingWrite
+from trigate.store.records import Message, Ticket, Turn
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers.membership import open_workers
 
@@ -103,7 +105,7 @@ async def take_turn(sessions: Sessions, store: Store, key: str, text: str) -> Ca
         await store.sessions.append(
             turn.result(answer_of(text.upper()), None, at=time.time(), partial=False), ticket=turn.ticket
         )
-        turn.note_left()
+        turn.note_ticket_returned()
     return composed
 
 
@@ -176,21 +178,21 @@ async def test_the_wait_is_bounded(sessions: Sessions, store: MemoryStore, autoj
 async def test_a_place_that_was_taken_before(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
     """It stands where it was taken, whenever its turn is opened; one that is given back holds nobody up."""
     await sessions.stop("", "k")  # it has joined
-    takings = [sessions.take_place("", "k", limits=LIMITS, run=f"run_{number}") for number in range(4)]
+    takings = [sessions.take_ticket("", "k", limits=LIMITS, run=f"run_{number}") for number in range(4)]
     places = [await taking for taking in takings]
     order = []
 
     async def turn(number: int) -> None:
-        async with sessions.open_turn("", "k", limits=LIMITS, place=places[number]):
+        async with sessions.open_turn("", "k", limits=LIMITS, turn=places[number]):
             order.append(number)
             await trio.sleep(1)
-        sessions.give_back(places[number])
+        sessions.return_ticket(places[number])
 
     async with trio.open_nursery() as nursery:
         for number in (3, 2, 0):
             nursery.start_soon(turn, number)
             await wait_all_tasks_blocked()
-        sessions.give_back(places[1])
+        sessions.return_ticket(places[1])
     assert order == [0, 2, 3]
     assert await store.sessions.tickets("", "k") == []
     assert repr(sessions) == "<Sessions, 0 turns of 0>"
@@ -204,7 +206,7 @@ async def test_a_stop_cuts_the_running_turn(sessions: Sessions, store: MemorySto
         nursery.start_soon(take_turn, sessions, store, "k", "x")
         await wait_all_tasks_blocked()
         assert await sessions.stop("", "k") == [turn.ticket]
-        turn.cut = cuts.append
+        turn.stop_with(cuts.append)
         assert await sessions.stop("", "k") == [turn.ticket]
         assert [type(each) for each in cuts] == [RunStopped, RunStopped]
         nursery.cancel_scope.cancel()
@@ -255,6 +257,29 @@ async def test_a_place_that_could_not_be_given_back(sessions: Sessions, store: M
     store.failure = None
     assert len(await store.sessions.tickets("", "k")) == 1
     assert await sessions.stop("", "k") == []
+    async with sessions.open_turn("", "k", limits=LIMITS) as turn:
+        assert await store.sessions.tickets("", "k") == [turn.ticket]
+
+
+async def test_a_store_that_does_not_issue_a_ticket(
+    sessions: Sessions, store: MemoryStore, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for a ticket is shielded, but bounded; the ticket that comes too late holds nobody up."""
+    await sessions.stop("", "k")  # joins the other workers
+    write = store.sessions.take_ticket
+
+    def too_late(*args: Any, **options: Any) -> PendingWrite[Ticket]:
+        write(*args, **options)
+        return PendingWrite[Ticket]()
+
+    with monkeypatch.context() as patch, trio.move_on_after(1.0) as impatient:
+        patch.setattr(store.sessions, "take_ticket", too_late)
+        with pytest.raises(StoreUnavailable, match="within 30 s"):
+            await sessions.take_ticket("", "k", limits=LIMITS)
+        assert trio.current_time() == pytest.approx(service.TICKET_TIMEOUT_S)
+        assert repr(sessions) == "<Sessions, 0 turns of 0>"
+    assert impatient.cancel_called
+    assert len(await store.sessions.tickets("", "k")) == 1
     async with sessions.open_turn("", "k", limits=LIMITS) as turn:
         assert await store.sessions.tickets("", "k") == [turn.ticket]
 
@@ -321,7 +346,7 @@ async def test_turns_of_two_workers(database: Path) -> None:
                 await each.stop("", "k")  # both have joined, and know one another
             stopped = trio.Event()
             async with here.open_turn("", "k", limits=LIMITS) as turn, trio.open_nursery() as nursery:
-                turn.cut = lambda _: stopped.set()
+                turn.stop_with(lambda _: stopped.set())
                 nursery.start_soon(take_turn, there, other_store, "k", "second")
                 while not stopped.is_set():  # the first rings may come before they have met
                     assert [ticket.number for ticket in await there.stop("", "k")] == [turn.ticket.number]
@@ -330,7 +355,7 @@ async def test_turns_of_two_workers(database: Path) -> None:
                 turn.compose(call_of({"role": "user", "content": "first"}))
                 result = turn.result(answer_of("FIRST"), None, at=time.time(), partial=False)
                 await store.sessions.append(result, ticket=turn.ticket)
-                turn.note_left()
+                turn.note_ticket_returned()
             async with trio.open_nursery() as nursery:
                 for number in range(10):
                     nursery.start_soon(take_turn, *((here, store) if number % 2 else (there, other_store)), "k", "x")

@@ -272,7 +272,7 @@ async def _take_turn(
             composed = turn.compose(call)
             recorder = SessionRecorder(gateway.store, turn)
             exchange = exchange_for(composed, recorder)
-            turn.cut = exchange.cut
+            turn.stop_with(exchange.cut)
             try:
                 await exchange.run(nursery)
             finally:

@@ -166,7 +166,7 @@ class RunExecution:
                 limits = attrs.evolve(limits, wait_s=Seconds(0.0))
             self._turn = await stack.enter_async_context(
                 self._gateway.sessions.open_turn(
-                    order.owner, order.session, limits=limits, run=run.id, place=self._runs.turns.get(run.id)
+                    order.owner, order.session, limits=limits, run=run.id, turn=self._runs.turns.get(run.id)
                 )
             )
         stopped: list[GatewayError] = []
@@ -177,7 +177,7 @@ class RunExecution:
                 waiting.cancel()
 
             if self._turn is not None:
-                self._turn.cut = cut
+                self._turn.stop_with(cut)
             await stack.enter_async_context(self._runs.limiter(run.channel))
         if stopped:
             raise stopped[0]
@@ -199,7 +199,7 @@ class RunExecution:
             recorder=self,
         )
         if self._turn is not None:
-            self._turn.cut = exchange.cut
+            self._turn.stop_with(exchange.cut)
         try:
             async with trio.open_nursery() as nursery:
                 await exchange.run(nursery)
@@ -321,7 +321,7 @@ class RunExecution:
         else:  # another worker took this one for dead, and has done it
             self.ended = await self._runs.get(self._run.id)
         if self._turn is not None:
-            self._turn.note_left()
+            self._turn.note_ticket_returned()
         self._runs.note_ended(self.ended, self._order)
 
     def release(self) -> None:
@@ -330,7 +330,7 @@ class RunExecution:
             self._released = True
             self._settle_soon(self._cut(CLIENT_LEFT))
             if self._turn is not None:
-                self._turn.note_left()
+                self._turn.note_ticket_returned()
 
     def _write(self, end: RunResult) -> Write[bool]:
         return self._runs.write_end(self._run, end, order=self._order, turn=self._turn)

@@ -323,7 +323,7 @@ class Runs:
         """Has runs stand in the queues of their sessions, in their order. One for which that fails does it later."""
         limits = self.gateway.generation.config.sessions
         takings = [
-            (run.id, self.gateway.sessions.take_place(run.owner, run.session, limits=limits, run=run.id))
+            (run.id, self.gateway.sessions.take_ticket(run.owner, run.session, limits=limits, run=run.id))
             for run in runs
             if run.session is not None and is_work(run.action)
         ]
@@ -334,7 +334,7 @@ class Runs:
     def _give_place_back(self, run: Run) -> None:
         turn = self.turns.pop(run.id, None)
         if turn is not None:
-            self.gateway.sessions.give_back(turn)
+            self.gateway.sessions.return_ticket(turn)
         places = self._places.get(run.channel, {})
         places.pop(run.id, None)
         if not places:
