@@ -1,4 +1,4 @@
-"""`trigate.store.opening`: where the store is, when it is opened, and what is forgotten."""
+"""`trigate.store.opening`: where the store is, and when it is opened."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ HOOKED = make_config(hooks={"ci": {}})
 
 @pytest.fixture
 def database() -> Iterator[Path]:
-    """Where the store's file will be: a directory whose path leaves room for a socket's name."""
-    with tempfile.TemporaryDirectory(prefix="tri") as room:
-        yield Path(room) / "data" / "trigate.db"
+    """The path of the store's file, short enough for the name of a socket beside it."""
+    with tempfile.TemporaryDirectory(prefix="tri") as directory:
+        yield Path(directory) / "data" / "trigate.db"
 
 
 async def _until(holds: Callable[[], Any]) -> None:
@@ -38,7 +38,7 @@ async def _until(holds: Callable[[], Any]) -> None:
             await trio.sleep(0.005)
 
 
-# -- where it is ------------------------------------------------------------------------------------------------------
+# -- location ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,22 @@ async def _until(holds: Callable[[], Any]) -> None:
     ],
 )
 def test_location(path: str | None, env: dict[str, str], found: str) -> None:
-    """The configuration goes before the environment; a path is made absolute."""
+    """The configuration takes precedence over the environment; a path is made absolute."""
     assert opening.location(StoreConfig(path=path), env) == found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, {"TRIGATE_STORE": ""}], ids=["unset", "empty"])
 def test_default_location(env: dict[str, str]) -> None:
-    """A file in the platform's directory for the data of programs, wherever that is."""
+    """The default is a file in the platform's directory for application data."""
     script = f"from trigate.store import opening; print(opening.location(opening.StoreConfig(), {env!r}))"
-    homes = {"HOME": "/nobody", "XDG_DATA_HOME": "/nobody/data"}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(**homes), capture_output=True, text=True, check=True, timeout=30
+        [sys.executable, "-c", script],
+        env=environment(HOME="/nobody", XDG_DATA_HOME="/nobody/data"),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
     )
     assert done.stdout.startswith("/nobody/")
     assert done.stdout.endswith("/trigate.db\n") or done.stdout.endswith("/trigate/trigate.db\n")
@@ -87,7 +91,7 @@ def test_default_location(env: dict[str, str]) -> None:
     ids=str,
 )
 def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -> None:
-    """What is configured to use it, and several workers; and whatever there is in it already."""
+    """The store is needed if the configuration uses it, if there are several workers, and if its file exists."""
     config = make_config(**sections)
     path = tmp_path / "trigate.db"
     assert opening.is_needed(config, str(path)) == needed
@@ -97,7 +101,7 @@ def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_worker_of_another_server(tmp_path: Path) -> None:
-    """Servers that start their workers by multiprocessing may have several: they are met in the store."""
+    """A server that starts its workers by multiprocessing may have several; they join each other in the store."""
     script = (
         "import multiprocessing, sys\n"
         "from trigate.config.sections import Config\n"
@@ -119,7 +123,7 @@ def test_a_worker_of_another_server(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gateway_that_remembers_nothing(tmp_path: Path) -> None:
-    """It answers, and says how it is, without a file, and without loading a database."""
+    """It serves `/status` without a file, and without importing SQLite."""
     script = (
         "import sys, trio\n"
         "from trigate.config.sections import Config\n"
@@ -150,7 +154,8 @@ async def _gateway(config: Config, database: Path) -> AsyncIterator[Gateway]:
 
 
 async def test_a_gateway_that_will_remember(database: Path) -> None:
-    """The file is there soon after the start, and the worker has joined; so does the next one, whatever it serves."""
+    """The file exists soon after the start, and the worker has joined. So does the next gateway, whatever its
+    configuration."""
     async with _gateway(HOOKED, database) as gateway:
         await _until(lambda: gateway.workers.is_joined)
         assert database.exists()  # noqa: ASYNC240 - a moment
@@ -159,7 +164,7 @@ async def test_a_gateway_that_will_remember(database: Path) -> None:
 
 
 async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
-    """A configuration that begins to remember opens it, without a restart."""
+    """A reloaded configuration that needs the store opens it, without a restart."""
     path = tmp_path / "trigate.toml"
     path.write_text('[upstreams.a]\nkind = "echo"\n')
     env = {"TRIGATE_STORE": str(database), "TRIGATE_CONFIG": str(path)}
@@ -172,7 +177,7 @@ async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
 
 
 async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway starts and serves; the store is there as soon as the reason has gone."""
+    """The gateway starts and serves; the worker joins as soon as the store can be used."""
     logs.expect_error("store_unavailable")
     monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
     monkeypatch.setattr("trigate.workers.membership.RETRY_S", 0.02)

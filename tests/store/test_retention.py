@@ -32,7 +32,8 @@ def test_retention() -> None:
 
 
 async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None:
-    """When it is joined, and then every hour; what was forgotten is logged, and a failure is tried again."""
+    """Rows are deleted after the worker has joined, and then every hour. Deletions are logged, and a failure is
+    retried."""
     async with (
         open_memory_store() as store,
         open_workers(store) as workers,

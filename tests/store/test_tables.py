@@ -1,4 +1,4 @@
-"""How the tables lie in SQLite: what their contract does not say."""
+"""`trigate.store.tables`: query plans and types, which the contract of a store does not mention."""
 
 from __future__ import annotations
 
@@ -44,13 +44,18 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
     ],
 )
 def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
-    """Each query finds its rows by an index, and sorts them only where they are few: one of each target, or those of
-    some workers."""
+    """Each query finds its rows by an index, and sorts only a few of them: one for each target, or those of some
+    workers."""
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration)
     asked: list[str] = []
-    db.exec_trace = lambda cursor, sql, bindings: asked.append(sql) or True
+
+    def trace(cursor: apsw.Cursor, sql: str, bindings: Any) -> bool:
+        asked.append(sql)
+        return True
+
+    db.exec_trace = trace
     getattr(Tables(db), name)(**args)
     db.exec_trace = None
     assert asked
@@ -64,7 +69,7 @@ def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
 
 
 def test_times_come_back_as_they_were() -> None:
-    """To the last bit, and infinity too; a time that is an int is a float afterwards, and equal."""
+    """A time is returned to the last bit, also infinity. An int comes back as an equal float."""
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration)
