@@ -31,24 +31,23 @@ def _channel(tables: Tables, name: str) -> ChannelRecord:
 
 @attrs.define(eq=False, slots=False)
 class ChannelOperations:
-    """An `interface.Channels`."""
+    """Implements `interface.Channels`, which documents the methods."""
 
     _transactions: Transactions
 
     def advance(self, name: str, cursor: str) -> Write[None]:
-        """Implements `interface.Channels.advance`: the cursor alone changes."""
+        """Changes the cursor alone."""
         return self._transactions.write(
             lambda tables: tables.put_channel(attrs.evolve(_channel(tables, name), cursor=cursor))
         )
 
     def count(self, name: str, *, at: float, received: int = 0, replied: int = 0) -> Write[None]:
-        """Implements `interface.Channels.count`."""
         return self._transactions.write(
             lambda tables: count_events(tables, name, at=at, received=received, replied=replied), durable=False
         )
 
     def hold(self, name: str, *, worker: str, dead: Iterable[str]) -> Write[bool]:
-        """Implements `interface.Channels.hold`: False if a worker that is not in ``dead`` holds the channel."""
+        """Returns False if a worker that is not in ``dead`` holds the channel."""
         free = {None, worker, *dead}
 
         def operation(tables: Tables) -> bool:
@@ -61,7 +60,7 @@ class ChannelOperations:
         return self._transactions.write(operation)
 
     def let_go(self, name: str, *, worker: str) -> Write[None]:
-        """Implements `interface.Channels.let_go`: changes nothing if another worker holds the channel."""
+        """Changes nothing if another worker holds the channel."""
 
         def operation(tables: Tables) -> None:
             record = tables.channel(name)
@@ -71,26 +70,26 @@ class ChannelOperations:
         return self._transactions.write(operation)
 
     async def all(self) -> Sequence[ChannelRecord]:
-        """Implements `interface.Channels.all`: ordered by name."""
+        """Returns the channels ordered by name."""
         return await self._transactions.read(lambda tables: tables.channels())
 
 
 @attrs.define(eq=False, slots=False)
 class WorkerOperations:
-    """An `interface.Workers`."""
+    """Implements `interface.Workers`, which documents the methods."""
 
     _transactions: Transactions
 
     def heartbeat(self, worker: Worker) -> Write[None]:
-        """Implements `interface.Workers.heartbeat`: replaces the worker's row."""
+        """Replaces the worker's row."""
         return self._transactions.write(lambda tables: tables.put_worker(worker), durable=False)
 
     async def all(self) -> Sequence[Worker]:
-        """Implements `interface.Workers.all`: the oldest first."""
+        """Returns the workers, the oldest first."""
         return await self._transactions.read(lambda tables: tables.workers())
 
     def remove(self, ids: Iterable[str]) -> Write[None]:
-        """Implements `interface.Workers.remove`: an id that is unknown is ignored."""
+        """Ignores an unknown id."""
         removed = tuple(ids)
 
         def operation(tables: Tables) -> None:

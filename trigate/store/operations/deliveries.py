@@ -45,12 +45,12 @@ def _release(tables: Tables, dead: Sequence[str]) -> Sequence[Delivery]:
 
 @attrs.define(eq=False, slots=False)
 class DeliveryOperations:
-    """An `interface.Deliveries`."""
+    """Implements `interface.Deliveries`, which documents the methods."""
 
     _transactions: Transactions
 
     def add(self, delivery: Delivery) -> Write[None]:
-        """Implements `interface.Deliveries.add`: ValueError if the id is in use."""
+        """Fails with ValueError if the id is in use."""
 
         def operation(tables: Tables) -> None:
             check_new(tables, [delivery])
@@ -59,7 +59,6 @@ class DeliveryOperations:
         return self._transactions.write(operation)
 
     def take(self, worker: str, *, at: float, limit: int, channels: Iterable[str]) -> Write[Sequence[Delivery]]:
-        """Implements `interface.Deliveries.take`."""
         names = tuple(channels)
         return self._transactions.write(lambda tables: _take(tables, worker, at, limit, names))
 
@@ -73,7 +72,7 @@ class DeliveryOperations:
         status: int = 0,
         error: str | None = None,
     ) -> Write[None]:
-        """Implements `interface.Deliveries.note`: changes nothing of a delivery that is unknown or ``delivered``."""
+        """Changes nothing of a delivery that is unknown or ``delivered``."""
 
         def operation(tables: Tables) -> None:
             delivery = tables.delivery(delivery_id)
@@ -95,20 +94,16 @@ class DeliveryOperations:
         return self._transactions.write(operation)
 
     def release(self, *, dead: Iterable[str]) -> Write[Sequence[Delivery]]:
-        """Implements `interface.Deliveries.release`."""
         workers = tuple(dead)
         return self._transactions.write(lambda tables: _release(tables, workers))
 
     async def of_run(self, run_id: str) -> Sequence[Delivery]:
-        """Implements `interface.Deliveries.of_run`."""
         return await self._transactions.read(lambda tables: tables.deliveries(run_id))
 
     async def next_due_at(self, channels: Iterable[str]) -> float | None:
-        """Implements `interface.Deliveries.next_due_at`."""
         names = tuple(channels)
         first = await self._transactions.read(lambda tables: tables.due(math.inf, names, limit=1))
         return first[0].due_at if first else None
 
     async def depth(self) -> dict[str, int]:
-        """Implements `interface.Deliveries.depth`."""
         return await self._transactions.read(lambda tables: tables.depth())

@@ -40,20 +40,19 @@ def _adopt(tables: Tables, worker: str, dead: Sequence[str], at: float) -> Seque
 
 @attrs.define(eq=False, slots=False)
 class RunOperations:
-    """An `interface.Runs`."""
+    """Implements `interface.Runs`, which documents the methods."""
 
     _transactions: Transactions
 
     def add(self, run: Run) -> Write[None]:
-        """Implements `interface.Runs.add`: ValueError if the id is in use."""
+        """Fails with ValueError if the id is in use."""
         return self._transactions.write(lambda tables: _add(tables, run))
 
     async def get(self, run_id: str) -> Run | None:
-        """Implements `interface.Runs.get`."""
         return await self._transactions.read(lambda tables: tables.run(run_id))
 
     def acknowledge(self, run_id: str) -> Write[None]:
-        """Implements `interface.Runs.acknowledge`: an id that is unknown is ignored."""
+        """Ignores an unknown id."""
 
         def operation(tables: Tables) -> None:
             if run := tables.run(run_id):
@@ -62,7 +61,6 @@ class RunOperations:
         return self._transactions.write(operation)
 
     def start(self, run_id: str, *, worker: str) -> Write[bool]:
-        """Implements `interface.Runs.start`."""
 
         def operation(tables: Tables) -> bool:
             run = tables.run(run_id)
@@ -86,7 +84,7 @@ class RunOperations:
         deliveries: Iterable[Delivery] = (),
         frees_key: bool = False,
     ) -> Write[bool]:
-        """Implements `interface.Runs.finish`: ValueError if the id of a delivery is in use."""
+        """Fails with ValueError if the id of a delivery is in use."""
         added = tuple(deliveries)
 
         def operation(tables: Tables) -> bool:
@@ -112,23 +110,21 @@ class RunOperations:
         return self._transactions.write(operation)
 
     def adopt(self, worker: str, *, dead: Iterable[str], at: float) -> Write[Sequence[Run]]:
-        """Implements `interface.Runs.adopt`."""
         workers = tuple(dead)
         return self._transactions.write(lambda tables: _adopt(tables, worker, workers, at))
 
     async def unfinished(self, channel: str) -> int:
-        """Implements `interface.Runs.unfinished`."""
         return await self._transactions.read(lambda tables: tables.count_unfinished(channel))
 
 
 @attrs.define(eq=False, slots=False)
 class IdempotencyOperations:
-    """An `interface.Idempotency`."""
+    """Implements `interface.Idempotency`, which documents the methods."""
 
     _transactions: Transactions
 
     def claim(self, scope: str, key: str, *, digest: bytes, run: Run) -> Write[Claim]:
-        """Implements `interface.Idempotency.claim`: a key whose run was deleted is free."""
+        """Treats a key whose run was deleted as free."""
 
         def operation(tables: Tables) -> Claim:
             if (claimed := tables.claimed(scope, key)) and (older := tables.run(claimed[1])):

@@ -61,12 +61,12 @@ def _reset(tables: Tables, owner: str, key: str, at: float) -> Session | None:
 
 @attrs.define(eq=False, slots=False)
 class SessionOperations:
-    """An `interface.Sessions`."""
+    """Implements `interface.Sessions`, which documents the methods."""
 
     _transactions: Transactions
 
     def take_ticket(self, owner: str, key: str, *, worker: str, run: str | None = None) -> Write[Ticket]:
-        """Implements `interface.Sessions.take_ticket`: a run that has a ticket already gets that one."""
+        """Returns the ticket that the run has already, or a new one."""
 
         def operation(tables: Tables) -> Ticket:
             kept = tables.ticket_of(run) if run is not None else None
@@ -75,15 +75,15 @@ class SessionOperations:
         return self._transactions.write(operation, durable=False)
 
     async def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
-        """Implements `interface.Sessions.tickets`: the lowest number first."""
+        """Returns the tickets, the lowest number first."""
         return await self._transactions.read(lambda tables: tables.tickets(owner, key))
 
     def return_ticket(self, ticket: Ticket) -> Write[None]:
-        """Implements `interface.Sessions.return_ticket`: changes nothing if another worker has the ticket now."""
+        """Changes nothing if another worker has the ticket now."""
         return self._transactions.write(lambda tables: tables.drop_ticket(ticket), durable=False)
 
     def append(self, turn: Turn, *, ticket: Ticket | None = None) -> Write[Session]:
-        """Implements `interface.Sessions.append`: the result says whether other turns of the session wait."""
+        """Returns the session, ``busy`` if other turns of it wait."""
 
         def operation(tables: Tables) -> Session:
             if ticket is not None:
@@ -94,11 +94,10 @@ class SessionOperations:
         return self._transactions.write(operation)
 
     async def get(self, owner: str, key: str) -> Session | None:
-        """Implements `interface.Sessions.get`."""
         return await self._transactions.read(lambda tables: tables.session(owner, key))
 
     async def history(self, owner: str, key: str, *, last: int) -> tuple[Session, Sequence[Message]] | None:
-        """Implements `interface.Sessions.history`: session and messages are of one transaction."""
+        """Reads the session and its messages in one transaction."""
 
         def operation(tables: Tables) -> tuple[Session, Sequence[Message]] | None:
             session = tables.session(owner, key)
@@ -109,7 +108,6 @@ class SessionOperations:
     async def messages(
         self, owner: str, key: str, *, limit: int, after: int = 0, archived: bool = False
     ) -> Sequence[Message] | None:
-        """Implements `interface.Sessions.messages`."""
 
         def operation(tables: Tables) -> Sequence[Message] | None:
             session = tables.session(owner, key)
@@ -120,7 +118,7 @@ class SessionOperations:
         return await self._transactions.read(operation)
 
     async def list(self, owner: str, *, limit: int, after: str | None = None) -> Sequence[Session]:
-        """Implements `interface.Sessions.list`: an ``after`` that does not exist gives an empty page."""
+        """Returns an empty page if there is no session ``after``."""
 
         def operation(tables: Tables) -> Sequence[Session]:
             last = None if after is None else tables.session(owner, after)
@@ -129,13 +127,12 @@ class SessionOperations:
         return await self._transactions.read(operation)
 
     async def count(self, *, active_since: float) -> SessionCounts:
-        """Implements `interface.Sessions.count`."""
         return await self._transactions.read(lambda tables: tables.count_sessions(active_since))
 
     def reset(self, owner: str, key: str, *, at: float) -> Write[Session | None]:
-        """Implements `interface.Sessions.reset`: returns the session in its new epoch."""
+        """Returns the session in its new epoch."""
         return self._transactions.write(lambda tables: _reset(tables, owner, key, at))
 
     def delete(self, owner: str, key: str) -> Write[bool]:
-        """Implements `interface.Sessions.delete`: the tickets stay."""
+        """Keeps the tickets of the session."""
         return self._transactions.write(lambda tables: tables.drop_session(owner, key) > 0)

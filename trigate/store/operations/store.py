@@ -71,18 +71,16 @@ def _prune(tables: Tables, retention: Retention) -> int:
 
 @attrs.define(eq=False, slots=False)
 class ExchangeOperations:
-    """An `interface.Exchanges`."""
+    """Implements `interface.Exchanges`, which documents the methods."""
 
     _transactions: Transactions
 
     def put(self, records: Sequence[bytes]) -> Write[None]:
-        """Implements `interface.Exchanges.put`."""
         return self._transactions.write(lambda tables: tables.put_exchanges(records), durable=False)
 
     async def list(
         self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
-        """Implements `interface.Exchanges.list`."""
         return await self._transactions.read(
             lambda tables: tables.exchanges(limit=limit, owner=owner, outcome=outcome, after=after)
         )
