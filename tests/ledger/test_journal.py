@@ -1,4 +1,4 @@
-"""Journals: what a process has begun and settled, and what another one finds of it."""
+"""Journals: what a process has begun and settled, and what the next process reads of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trigate.store.records import ExchangeRecord
 
 def begun(number: int, **changes: Any) -> ExchangeRecord:
     """An exchange that has begun."""
-    said: dict[str, Any] = {
+    values: dict[str, Any] = {
         "id": f"ex_{number}",
         "request_id": "r",
         "owner": "",
@@ -28,12 +28,12 @@ def begun(number: int, **changes: Any) -> ExchangeRecord:
         "stream": True,
         "started_at": 1.0,
     }
-    return ExchangeRecord(**said | changes)
+    return ExchangeRecord(**values | changes)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> str:
-    """The path of a store; nothing is there yet, and its name has what a pattern would take for its own."""
+    """The path of a store in a directory that does not exist, with a name that contains glob characters."""
     return str(tmp_path / "new" / "a[b]*.db")
 
 
@@ -48,7 +48,7 @@ def read(written: Journal | Orphan) -> list[str]:
 
 
 def test_lines_come_back(store: str) -> None:
-    """In order, in slices of whole lines, a long one too."""
+    """Records are read in order, in slices of whole lines, also a line that is longer than a slice."""
     written = Journal(store, "w")
     for number in range(2000):
         written.write(begun(number).encode())
@@ -59,8 +59,8 @@ def test_lines_come_back(store: str) -> None:
     assert files(store) == []
 
 
-def test_what_was_not_kept_stays(store: str) -> None:
-    """A journal that is closed before all of it is kept is the next one's orphan."""
+def test_a_journal_that_is_not_removed_is_an_orphan(store: str) -> None:
+    """A journal that is closed without being removed is an orphan for the next process."""
     written = Journal(store, "w")
     written.write(begun(1).encode())
     assert os.stat(written.path).st_mode & 0o077 == 0
@@ -73,20 +73,20 @@ def test_what_was_not_kept_stays(store: str) -> None:
     assert files(store) == []
 
 
-def test_the_next_file_begins_with_what_is_live(store: str) -> None:
-    """And the one before it is gone."""
+def test_rotation_keeps_live_exchanges(store: str) -> None:
+    """The new file begins with the live exchanges, and the old one is removed."""
     written = Journal(store, "w")
     written.write(begun(1).encode())
     written.write(begun(2).encode())
-    written.turn([begun(2)])
+    written.rotate([begun(2)])
     assert files(store) == ["a[b]*.db-exchanges-w.1"]
     written.write(begun(3).encode())
     assert read(written) == ["ex_2", "ex_3"]
     written.close(remove=True)
 
 
-def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one before it goes on."""
+def test_a_rotation_that_fails(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the new file cannot be written, the journal goes on in the old one."""
     written = Journal(store, "w")
     written.write(begun(1).encode())
 
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(written, "write", full)
     with pytest.raises(OSError, match="No space"):
-        written.turn([begun(1)])
+        written.rotate([begun(1)])
     monkeypatch.undo()
     assert files(store) == ["a[b]*.db-exchanges-w.0"]
     written.write(begun(2).encode())
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_begun(store: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_line_that_does_not_fit(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of it is left: the next one begins where it began."""
+    """A line that is written in part is removed; the next line begins at its start."""
     written = Journal(store, "w")
     written.write(begun(1).encode())
     write = os.write
@@ -118,24 +118,24 @@ def test_a_line_that_does_not_fit(store: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_damage_is_left_out(logs: Any) -> None:
-    """The lines around it are kept."""
+    """A line that cannot be decoded is skipped; the lines around it are read."""
     logs.expect_error("journal_damaged")
     lines = begun(1).encode() + b"\n\0\0\0 nonsense\n" + begun(2).encode() + b"\n"
     assert [each.id for each in records_of(lines)] == ["ex_1", "ex_2"]
     assert len(logs.named("journal_damaged")) == 1
 
 
-def _write_for_ever(store: str, said: Connection) -> None:
+def _write_for_ever(store: str, reports: Connection) -> None:
     written = Journal(store, "dead")
     number = 0
     while True:
         number += 1
         written.write(begun(number).encode())
-        said.send_bytes(b"%d" % number)
+        reports.send_bytes(b"%d" % number)
 
 
 def test_what_a_killed_process_has_written_is_found(store: str) -> None:
-    """All that it has said to have written, and at most one line more."""
+    """Every line that the killed process has reported is read, and at most one line more."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_write_for_ever, args=(store, sender))

@@ -129,7 +129,7 @@ async def opened(
     """Opens an outbox with one carrier, for the channel ``h``. Its pauses are the longest of the schedule."""
     async with (
         contextlib.nullcontext(store) if store is not None else open_memory_store() as kept,
-        open_workers(kept, lambda: b"{}") as workers,
+        open_workers(kept) as workers,
         open_outbox(kept, workers, now=now, chance=lambda: 1.0) as outbox,
     ):
         carrier = carrier or Scripted(list(steps) or [ARRIVED])
@@ -341,8 +341,8 @@ async def test_a_worker_that_has_too_much_is_helped(tmp_path: Path, monkeypatch:
     busy, idle = Scripted([partial(after, 1e6)]), Scripted()
     async with (
         open_sqlite_store(tmp_path / "store.db") as store,
-        open_workers(store, lambda: b"{}") as second,
-        open_workers(store, lambda: b"{}") as first,
+        open_workers(store) as second,
+        open_workers(store) as first,
         open_outbox(store, second) as helping,
         open_outbox(store, first) as outbox,
     ):
@@ -467,7 +467,7 @@ async def test_the_next_start_adopts_deliveries(repeatable: bool, state: str, tm
     carrier = Scripted()
     async with open_sqlite_store(tmp_path / "store.db") as store:
         await _leave_sending(store, delivery(repeatable=repeatable), str(tmp_path / "nobody"))
-        async with open_workers(store, lambda: b"{}") as workers, open_outbox(store, workers) as outbox:
+        async with open_workers(store) as workers, open_outbox(store, workers) as outbox:
             outbox.carriers["h"] = carrier
             await workers.join()
             with trio.fail_after(30.0):
@@ -480,7 +480,7 @@ async def test_the_next_start_adopts_deliveries(repeatable: bool, state: str, tm
 
 
 async def _leave_sending(store: Store, left: Delivery, address: str) -> None:
-    await store.workers.beat(Worker(id="w_dead", pid=1, address=address, started_at=START, seen_at=START))
+    await store.workers.heartbeat(Worker(id="w_dead", pid=1, address=address, started_at=START, seen_at=START))
     await store.deliveries.add(left)
     await store.deliveries.take("w_dead", at=START, limit=1, channels=["h"])
 

@@ -1,4 +1,4 @@
-"""Sessions: one turn at a time, in order, remembered when it is complete; and to everybody else not there."""
+"""`trigate.sessions`: one turn at a time, in order, remembered when it is complete, and invisible to other owners."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import Call, decode_call
+from trigate.sessions import service
 from trigate.sessions.service import Sessions
 from trigate.store.interface import Store
 from trigate.store.memory import MemoryStore
-from trigate.store.records import Message, Turn
+from trigate.store.pending_write import PendingWrite
+from trigate.store.records import Message, Ticket, Turn
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers.membership import open_workers
 
@@ -65,7 +67,7 @@ ENDPOINT = ENDPOINTS["/v1/chat/completions"]
 @contextlib.asynccontextmanager
 async def open_sessions(store: Store) -> AsyncIterator[Sessions]:
     """The service on a store, in a worker of its own."""
-    async with open_workers(store, lambda: b"{}") as workers:
+    async with open_workers(store) as workers:
         yield Sessions(store, workers)
 
 
@@ -77,7 +79,7 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 async def sessions(store: MemoryStore) -> AsyncIterator[Sessions]:
-    """The service on it."""
+    """The service on the store in memory."""
     async with open_sessions(store) as found:
         yield found
 
@@ -89,21 +91,21 @@ def call_of(*messages: dict[str, Any], **fields: Any) -> Call:
 
 
 def answer_of(text: str) -> AnswerAccumulator:
-    """An answer that is complete."""
+    """A complete answer."""
     answer = AnswerAccumulator()
     answer.feed_answer(completion(text))
     return answer
 
 
 async def take_turn(sessions: Sessions, store: Store, key: str, text: str) -> Call:
-    """A whole turn."""
+    """Opens a turn, answers with the text in capitals, and appends both."""
     async with sessions.open_turn("", key, limits=LIMITS) as turn:
         composed = turn.compose(call_of({"role": "user", "content": text}))
         await trio.sleep(random.random() / 100)
         await store.sessions.append(
-            turn.result(answer_of(text.upper()), None, at=time.time(), partial=False), leave=turn.ticket
+            turn.result(answer_of(text.upper()), None, at=time.time(), partial=False), ticket=turn.ticket
         )
-        turn.note_left()
+        turn.note_ticket_returned()
     return composed
 
 
@@ -113,7 +115,7 @@ def texts(call: Call) -> list[str]:
 
 
 async def test_a_turn_sees_what_was_said(sessions: Sessions, store: MemoryStore) -> None:
-    """Message and answer of each turn stand before the next one."""
+    """Messages and answers of earlier turns stand before those of the next one."""
     await take_turn(sessions, store, "k", "a")
     await take_turn(sessions, store, "k", "b")
     assert texts(await take_turn(sessions, store, "k", "c")) == ["a", "A", "b", "B", "c"]
@@ -121,7 +123,7 @@ async def test_a_turn_sees_what_was_said(sessions: Sessions, store: MemoryStore)
 
 
 async def test_turns_are_in_order(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
-    """A hundred at once, of one session: first come, first served, and each sees all before it."""
+    """A hundred concurrent turns of one session run in the order of their tickets, and each sees all before it."""
     async with trio.open_nursery() as nursery:
         for number in range(100):
             nursery.start_soon(take_turn, sessions, store, "k", f"{number}")
@@ -134,7 +136,7 @@ async def test_turns_are_in_order(sessions: Sessions, store: MemoryStore, autoju
 
 
 async def test_one_turn_at_a_time(sessions: Sessions, autojump_clock: MockClock) -> None:
-    """Of one session; those of others go on meanwhile."""
+    """One turn of a session runs at a time; turns of other sessions run meanwhile."""
     running: list[str] = []
     most = 0
 
@@ -156,7 +158,7 @@ async def test_one_turn_at_a_time(sessions: Sessions, autojump_clock: MockClock)
 
 
 async def test_the_wait_is_bounded(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
-    """Who waited long enough is told, and gives its place up; 0 = it waits without an end."""
+    """A turn that has waited for `wait_s` raises `SessionBusy` and returns its ticket; 0 = it waits without a limit."""
     limits = attrs.evolve(LIMITS, wait_s=Seconds(3.0))
     begun = trio.current_time()
     async with sessions.open_turn("", "k", limits=limits) as first:
@@ -173,45 +175,45 @@ async def test_the_wait_is_bounded(sessions: Sessions, store: MemoryStore, autoj
     assert await store.sessions.tickets("", "k") == []
 
 
-async def test_a_place_that_was_taken_before(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
-    """It stands where it was taken, whenever its turn is opened; one that is given back holds nobody up."""
-    await sessions.stop("", "k")  # it has joined
-    takings = [sessions.take_place("", "k", limits=LIMITS, run=f"run_{number}") for number in range(4)]
-    places = [await taking for taking in takings]
+async def test_a_ticket_taken_before(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
+    """A ticket keeps its position, whenever its turn is opened; a returned ticket does not delay other turns."""
+    await sessions.stop("", "k")  # joins the other workers
+    takings = [sessions.take_ticket("", "k", limits=LIMITS, run=f"run_{number}") for number in range(4)]
+    turns = [await taking for taking in takings]
     order = []
 
-    async def turn(number: int) -> None:
-        async with sessions.open_turn("", "k", limits=LIMITS, place=places[number]):
+    async def run_turn(number: int) -> None:
+        async with sessions.open_turn("", "k", limits=LIMITS, turn=turns[number]):
             order.append(number)
             await trio.sleep(1)
-        sessions.give_back(places[number])
+        sessions.return_ticket(turns[number])
 
     async with trio.open_nursery() as nursery:
         for number in (3, 2, 0):
-            nursery.start_soon(turn, number)
+            nursery.start_soon(run_turn, number)
             await wait_all_tasks_blocked()
-        sessions.give_back(places[1])
+        sessions.return_ticket(turns[1])
     assert order == [0, 2, 3]
     assert await store.sessions.tickets("", "k") == []
     assert repr(sessions) == "<Sessions, 0 turns of 0>"
 
 
-async def test_a_stop_cuts_the_running_turn(sessions: Sessions, store: MemoryStore) -> None:
-    """Only that, at once; one that has not said yet what cuts it is cut when it says so."""
+async def test_a_stop_ends_the_running_turn(sessions: Sessions, store: MemoryStore) -> None:
+    """A stop ends the running turn only, at once. If the turn registers how to end it later, it ends then."""
     assert await sessions.stop("", "k") == []
-    cuts: list[GatewayError] = []
+    errors: list[GatewayError] = []
     async with sessions.open_turn("", "k", limits=LIMITS) as turn, trio.open_nursery() as nursery:
         nursery.start_soon(take_turn, sessions, store, "k", "x")
         await wait_all_tasks_blocked()
         assert await sessions.stop("", "k") == [turn.ticket]
-        turn.cut = cuts.append
+        turn.stop_with(errors.append)
         assert await sessions.stop("", "k") == [turn.ticket]
-        assert [type(each) for each in cuts] == [RunStopped, RunStopped]
+        assert [type(each) for each in errors] == [RunStopped, RunStopped]
         nursery.cancel_scope.cancel()
 
 
 async def test_n_must_be_one(sessions: Sessions) -> None:
-    """There is one answer to remember."""
+    """A session remembers one answer, so n > 1 is refused."""
     async with sessions.open_turn("", "k", limits=LIMITS) as turn:
         assert texts(turn.compose(call_of(n=1))) == texts(turn.compose(call_of(n=None))) == ["Hi"]
         with pytest.raises(GatewayError, match="n must be 1") as caught:
@@ -220,7 +222,7 @@ async def test_n_must_be_one(sessions: Sessions) -> None:
 
 
 async def test_tokens(sessions: Sessions) -> None:
-    """Those of the answer are the reported ones, but never more than it has bytes; the others are estimated."""
+    """An answer has the reported tokens, but never more than it has bytes. Other messages are estimated."""
     async with sessions.open_turn("", "k", limits=LIMITS) as turn:
         turn.compose(call_of())
         size = len(answer_of("Hello").message())
@@ -232,7 +234,7 @@ async def test_tokens(sessions: Sessions) -> None:
 
 
 async def test_idle_reset(sessions: Sessions, store: MemoryStore) -> None:
-    """A session that was silent for too long begins anew, once; its archive stays."""
+    """A session that was idle for too long begins a new epoch, once; its archive stays."""
     old = time.time() - 100
     await store.sessions.append(Turn(owner="", key="k", at=old, messages=(Message(body=b"{}", tokens=1, at=old),)))
     async with sessions.open_turn("", "k", limits=attrs.evolve(LIMITS, idle_reset_s=Seconds(200.0))) as turn:
@@ -248,13 +250,36 @@ async def test_idle_reset(sessions: Sessions, store: MemoryStore) -> None:
     assert len(archived) == 1
 
 
-async def test_a_place_that_could_not_be_given_back(sessions: Sessions, store: MemoryStore) -> None:
-    """The store was down when a turn ended: its ticket is still there, and holds nobody up."""
+async def test_a_ticket_that_could_not_be_returned(sessions: Sessions, store: MemoryStore) -> None:
+    """If the store failed when a turn ended, its ticket is still stored, but does not delay other turns."""
     async with sessions.open_turn("", "k", limits=LIMITS):
         store.failure = "disk full"
     store.failure = None
     assert len(await store.sessions.tickets("", "k")) == 1
     assert await sessions.stop("", "k") == []
+    async with sessions.open_turn("", "k", limits=LIMITS) as turn:
+        assert await store.sessions.tickets("", "k") == [turn.ticket]
+
+
+async def test_a_store_that_does_not_issue_a_ticket(
+    sessions: Sessions, store: MemoryStore, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for a ticket is shielded, but bounded. A ticket that is issued too late does not delay other turns."""
+    await sessions.stop("", "k")  # joins the other workers
+    write = store.sessions.take_ticket
+
+    def too_late(*args: Any, **options: Any) -> PendingWrite[Ticket]:
+        write(*args, **options)
+        return PendingWrite[Ticket]()
+
+    with monkeypatch.context() as patch, trio.move_on_after(1.0) as impatient:
+        patch.setattr(store.sessions, "take_ticket", too_late)
+        with pytest.raises(StoreUnavailable, match="within 30 s"):
+            await sessions.take_ticket("", "k", limits=LIMITS)
+        assert trio.current_time() == pytest.approx(service.TICKET_TIMEOUT_S)
+        assert repr(sessions) == "<Sessions, 0 turns of 0>"
+    assert impatient.cancel_called
+    assert len(await store.sessions.tickets("", "k")) == 1
     async with sessions.open_turn("", "k", limits=LIMITS) as turn:
         assert await store.sessions.tickets("", "k") == [turn.ticket]
 
@@ -272,7 +297,7 @@ async def test_the_store_is_down(sessions: Sessions, store: MemoryStore) -> None
 async def test_a_cancel_at_every_step(
     sessions: Sessions, store: MemoryStore, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that waits, and of one that has its turn: afterwards no ticket is left, and the next one goes on."""
+    """Cancelled while it waits, or while it runs: no ticket is left, and the next turn runs."""
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
     monkeypatch.setattr("trio._core._run._r", random.Random(2))
     for steps in range(1, 1000):
@@ -302,14 +327,14 @@ async def test_a_cancel_at_every_step(
 
 @pytest.fixture
 def database() -> Iterator[Path]:
-    """Where the store's file will be: a directory whose path leaves room for a socket's name."""
-    with tempfile.TemporaryDirectory(prefix="tri") as room:
-        yield Path(room) / "trigate.db"
+    """The path of the store's file, short enough for the name of a socket beside it."""
+    with tempfile.TemporaryDirectory(prefix="tri") as directory:
+        yield Path(directory) / "trigate.db"
 
 
 @pytest.mark.slow
 async def test_turns_of_two_workers(database: Path) -> None:
-    """They share one queue, in the order of their tickets, and a stop reaches the turn where it is."""
+    """Two workers share one queue, in the order of the tickets, and a stop reaches the worker that runs the turn."""
     async with (
         open_sqlite_store(str(database)) as store,
         open_sqlite_store(str(database)) as other_store,
@@ -318,19 +343,19 @@ async def test_turns_of_two_workers(database: Path) -> None:
     ):
         with trio.fail_after(60):
             for each in (here, there, here):
-                await each.stop("", "k")  # both have joined, and know one another
+                await each.stop("", "k")  # joins, so that both know each other
             stopped = trio.Event()
             async with here.open_turn("", "k", limits=LIMITS) as turn, trio.open_nursery() as nursery:
-                turn.cut = lambda _: stopped.set()
+                turn.stop_with(lambda _: stopped.set())
                 nursery.start_soon(take_turn, there, other_store, "k", "second")
-                while not stopped.is_set():  # the first rings may come before they have met
+                while not stopped.is_set():  # the first notifications may come before they have joined
                     assert [ticket.number for ticket in await there.stop("", "k")] == [turn.ticket.number]
                     with trio.move_on_after(0.05):
                         await stopped.wait()
                 turn.compose(call_of({"role": "user", "content": "first"}))
                 result = turn.result(answer_of("FIRST"), None, at=time.time(), partial=False)
-                await store.sessions.append(result, leave=turn.ticket)
-                turn.note_left()
+                await store.sessions.append(result, ticket=turn.ticket)
+                turn.note_ticket_returned()
             async with trio.open_nursery() as nursery:
                 for number in range(10):
                     nursery.start_soon(take_turn, *((here, store) if number % 2 else (there, other_store)), "k", "x")
@@ -349,19 +374,19 @@ ANN, BOB = {"authorization": "Bearer " + "a" * 24}, {"authorization": "Bearer " 
 def say(
     served: Served, text: str, *, key: str = "k", stream: bool = True, headers: Any = (), **fields: Any
 ) -> ClientCall:
-    """Starts a turn."""
+    """Starts a call that is a turn."""
     body = {**chat(stream=stream), "messages": [{"role": "user", "content": text}], **fields}
     return served.client.start("POST", "/v1/chat/completions", body, headers={"x-session-key": key, **dict(headers)})
 
 
 async def remembered(served: Served, key: str = "k", owner: str = "") -> list[tuple[str, bool]]:
-    """What is remembered of a session: texts, and whether they are partial."""
+    """The remembered messages of a session: their texts, and whether they are partial."""
     found = await served.gateway.store.sessions.messages(owner, key, limit=1000)
     return [(msgspec.json.decode(each.body)["content"], each.partial) for each in found or ()]
 
 
-async def assert_nobody_waits(served: Served, key: str = "k") -> None:
-    """No ticket is left, and no turn."""
+async def assert_no_turn_is_left(served: Served, key: str = "k") -> None:
+    """Asserts that no ticket and no turn is left."""
     await wait_all_tasks_blocked()
     assert await served.gateway.store.sessions.tickets("", key) == []
     assert repr(served.gateway.sessions) == "<Sessions, 0 turns of 0>"
@@ -370,7 +395,7 @@ async def assert_nobody_waits(served: Served, key: str = "k") -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_conversation(open_app: OpenApp, stream: bool) -> None:
-    """The second request goes upstream with what was said; nothing else of it changes."""
+    """The second request goes upstream with the earlier messages; nothing else of it changes."""
     script = says("Hel", "lo") if stream else answers(completion("Hello"))
     async with open_app(providers=Provider(script)) as served:
         for text in ("one", "two"):
@@ -388,11 +413,11 @@ async def test_a_conversation(open_app: OpenApp, stream: bool) -> None:
         assert second.json["model"] == "m"
         assert "x-session-key" not in second.headers
         assert (await remembered(served))[2:] == [("two", False), ("Hello", False)]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_without_the_header_nothing_is_remembered(open_app: OpenApp) -> None:
-    """The ``user`` field makes no session, and the store is not even opened."""
+    """The ``user`` field does not select a session, and the store is not opened."""
     async with open_app() as served:
         await served.client.chat(user="someone").wait()
         assert not served.gateway.workers.is_joined
@@ -401,14 +426,14 @@ async def test_without_the_header_nothing_is_remembered(open_app: OpenApp) -> No
 
 @pytest.mark.parametrize("key", ["", "a/b", "a b", "\u00e9", "x" * 257, ".", ".."])
 async def test_keys_that_cannot_be(open_app: OpenApp, key: str) -> None:
-    """One to 256 visible ASCII characters without a slash, and nothing that a URL would lose."""
+    """A key has 1 to 256 visible ASCII characters, without a slash, and nothing that a URL would lose."""
     async with open_app() as served:
         call = await say(served, "x", key=key).wait()
         assert (call.status, call.error["param"]) == (400, "x-session-key")
 
 
 async def test_keys_that_can_be(open_app: OpenApp) -> None:
-    """As many characters, and every one of the others."""
+    """A key of 256 characters is valid, and every allowed character is."""
     every = "".join(map(chr, range(0x21, 0x7F))).replace("/", "")
     async with open_app() as served:
         for key in (every, "x" * 256, "...", "hook:ci:a%2Fb"):
@@ -416,7 +441,7 @@ async def test_keys_that_can_be(open_app: OpenApp) -> None:
 
 
 async def test_where_it_cannot_be_remembered(open_app: OpenApp) -> None:
-    """Other endpoints, ``n`` > 1, and a key that stands twice are refused; no session comes of it."""
+    """Other endpoints, ``n`` > 1, and a repeated key header are refused; no session is created."""
     async with open_app() as served:
         body = {"model": "up/m", "input": "x"}
         call = await served.client.ask("POST", "/v1/embeddings", body, headers={"x-session-key": "k"})
@@ -428,7 +453,7 @@ async def test_where_it_cannot_be_remembered(open_app: OpenApp) -> None:
         assert (call.status, call.error["code"]) == (400, "ambiguous_request")
         assert served.providers["up"].calls == []
         assert await remembered(served) == []
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_a_busy_session(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -447,11 +472,11 @@ async def test_a_busy_session(open_app: OpenApp, autojump_clock: MockClock) -> N
         assert calls[2].error["code"] == "session_busy"
         assert calls[1].body.endswith(DONE)
         assert calls[1].ended_at - begun == pytest.approx(40, abs=1)
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_how_many_may_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """As many turns as there may be exchanges are in progress or wait; the next one is told to come later."""
+    """As many turns as there may be exchanges run or wait; the next one gets 503."""
     config = make_config(limits={"max_exchanges": 2})
     async with open_app(config, Provider((Say(content("a")), Pause(5), Say(DONE)))) as served:
         calls = []
@@ -462,7 +487,7 @@ async def test_how_many_may_wait(open_app: OpenApp, autojump_clock: MockClock) -
             await call.wait()
         assert [call.status for call in calls] == [200, 200, 503]
         assert calls[2].error["code"] == "overloaded"
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 PHASES = {
@@ -474,7 +499,8 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_client_that_leaves(open_app: OpenApp, autojump_clock: MockClock, phase: str) -> None:
-    """What had come of the answer is remembered as partial; where nothing had, nothing is, so it may try again."""
+    """A truncated answer is remembered as partial. If the answer had not begun, nothing is, so that the client may try
+    again."""
     script, has_content = PHASES[phase]
     async with open_app(providers=Provider(script)) as served:
         call = say(served, "x")
@@ -482,11 +508,11 @@ async def test_a_client_that_leaves(open_app: OpenApp, autojump_clock: MockClock
         call.disconnect()
         await call.wait()
         assert await remembered(served) == ([("x", False), ("a", True)] if has_content else [])
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_a_client_that_leaves_while_it_waits(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It gives up its place, and the one behind it moves up."""
+    """Its ticket is returned, and the next turn moves up."""
     async with open_app(providers=Provider((Say(content("a")), Pause(5), Say(DONE)))) as served:
         calls = []
         for text in "abc":
@@ -497,13 +523,13 @@ async def test_a_client_that_leaves_while_it_waits(open_app: OpenApp, autojump_c
             await call.wait()
         assert calls[1].status == 0
         assert await remembered(served) == [("a", False), ("a", False), ("c", False), ("a", False)]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_a_connection_that_breaks_while_it_waits(
     open_server: Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, GatewayApp]]],
 ) -> None:
-    """On real sockets too: its place is free at once, though the turn before it goes on."""
+    """The same on real sockets: the ticket is returned at once, though the turn before it goes on."""
     async with open_socket_provider((Say(content("a")), Stall())) as (provider, url):
         config = make_config({"up": {"base_url": f"{url}/v1", "models": ["m"]}})
         async with open_server(config) as (client, app):
@@ -535,17 +561,17 @@ async def test_a_connection_that_breaks_while_it_waits(
                 await count(0)
 
 
-CUTS = {
+TRUNCATIONS: dict[str, tuple[tuple[Say | Break | Stall, ...], str]] = {
     "truncated": ((Say(content("a")), Break()), "upstream_truncated"),
     "silent": ((Say(content("a")), Stall()), "upstream_timeout"),
     "error event": ((Say(content("a")), Say(b'data: {"error":{"message":"m"}}\n\n')), "upstream_error"),
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
-async def test_an_answer_that_was_cut(open_app: OpenApp, autojump_clock: MockClock, cut: str) -> None:
-    """It is remembered as partial, and its text is in the next request."""
-    script, _ = CUTS[cut]
+@pytest.mark.parametrize("cut", TRUNCATIONS)
+async def test_a_truncated_answer(open_app: OpenApp, autojump_clock: MockClock, cut: str) -> None:
+    """A truncated answer is remembered as partial, and its text is in the next request."""
+    script, _ = TRUNCATIONS[cut]
     config = make_config(limits={"idle_timeout_s": 5})
     async with open_app(config, Provider(script, says("b"))) as served:
         call = await say(served, "x").wait()
@@ -553,11 +579,11 @@ async def test_an_answer_that_was_cut(open_app: OpenApp, autojump_clock: MockClo
         assert await remembered(served) == [("x", False), ("a", True)]
         await say(served, "y").wait()
         assert [each["content"] for each in served.providers["up"].calls[1].json["messages"]] == ["x", "a", "y"]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
-async def test_calls_of_a_cut_answer_are_not_remembered(open_app: OpenApp) -> None:
-    """Nobody will answer them."""
+async def test_calls_of_a_truncated_answer_are_not_remembered(open_app: OpenApp) -> None:
+    """The client will not answer the calls for tools of a truncated answer."""
     tool = chunk({"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f"}}]})
     async with open_app(providers=Provider((Say(content("a")), Say(tool), Break()), (Say(tool), Break()))) as served:
         for _ in range(2):
@@ -568,20 +594,20 @@ async def test_calls_of_a_cut_answer_are_not_remembered(open_app: OpenApp) -> No
 
 
 async def test_a_failure_before_any_content(open_app: OpenApp) -> None:
-    """Nothing is remembered, so that trying again doubles nothing."""
+    """Nothing is remembered, so that a second try does not repeat the message."""
     down = answers(b'{"error":{"message":"down"}}', status=500)
     async with open_app(providers=Provider(down, says("a"))) as served:
         assert (await say(served, "x").wait()).status >= 500
         assert await remembered(served) == []
         assert (await say(served, "x").wait()).status == 200
         assert await remembered(served) == [("x", False), ("a", False)]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_store_fails_at_the_end(open_app: OpenApp, autojump_clock: MockClock, stream: bool) -> None:
-    """The client is not told that the answer is complete: an error event and no ``[DONE]``, or 503. Trying again once
-    the reason has gone doubles nothing."""
+    """The client does not get the end of the answer, but an error event without ``[DONE]``, or 503. A second try, when
+    the store works again, repeats nothing."""
     script = (
         (Say(content("a")), Pause(5), Say(DONE))
         if stream
@@ -601,11 +627,11 @@ async def test_the_store_fails_at_the_end(open_app: OpenApp, autojump_clock: Moc
         store.failure = None
         assert (await say(served, "x", stream=stream).wait()).status == 200
         assert await remembered(served) == [("x", False), ("a", False)]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_a_stop_ends_the_turn_and_its_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """At once; what there was of the answer is remembered as partial."""
+    """The turn ends at once; the part of the answer that has arrived is remembered as partial."""
     async with open_app(providers=Provider((Say(content("a")), Stall()))) as served:
         call = say(served, "x")
         await call.wait_committed()
@@ -618,12 +644,12 @@ async def test_a_stop_ends_the_turn_and_its_upstream(open_app: OpenApp, autojump
         [closed_at] = served.providers["up"].closed_at
         assert closed_at - begun < 0.05
         assert await remembered(served) == [("x", False), ("a", True)]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 @pytest.mark.slow
 async def test_a_hundred_turns_at_once(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Over HTTP they are in order as well, each with all that came before it."""
+    """Over HTTP, too, the turns run in order, each with all that came before it."""
     config = make_config(sessions={"wait_s": 0, "history_messages": 1000})
     async with open_app(config, Provider((Say(content("a")), Pause(0.1), Say(DONE)))) as served:
         calls = []
@@ -635,7 +661,7 @@ async def test_a_hundred_turns_at_once(open_app: OpenApp, autojump_clock: MockCl
         for number, sent in enumerate(served.providers["up"].calls):
             said = [each["content"] for each in sent.json["messages"] if each["role"] == "user"]
             assert said == [f"{each}" for each in range(number + 1)]
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 # -- the routes -------------------------------------------------------------------------------------------------------
@@ -670,7 +696,7 @@ async def test_the_routes(open_app: OpenApp) -> None:
 
 
 async def test_pages(open_app: OpenApp) -> None:
-    """``limit`` and ``after`` walk through everything, without repeating or leaving out."""
+    """``limit`` and ``after`` return every row once."""
     async with open_app(providers=Provider(says("a"))) as served:
         for number in range(5):
             await say(served, "x", key=f"s{number}").wait()
@@ -694,7 +720,7 @@ async def test_pages(open_app: OpenApp) -> None:
     "query", ["limit=0", "limit=101", "limit=x", "limit=-1", "limit=", "limit=1.5", "limit=%C2%B2"]
 )
 async def test_bad_limits(open_app: OpenApp, query: str) -> None:
-    """400, with the name of what is wrong."""
+    """400, with the name of the parameter that is wrong."""
     async with open_app() as served:
         for path in ("/v1/sessions", "/v1/sessions/k/messages"):
             call = await served.client.ask("GET", f"{path}?{query}")
@@ -705,7 +731,7 @@ async def test_bad_limits(open_app: OpenApp, query: str) -> None:
 
 
 async def test_a_reset_while_a_turn_runs(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The session begins anew at once; the turn goes on, and what it brings goes to the archive."""
+    """The session begins a new epoch at once; the turn goes on, and its messages are added to the archive."""
     async with open_app(providers=Provider(says("a"), (Say(content("b")), Pause(5), Say(DONE)))) as served:
         await say(served, "one").wait()
         call = say(served, "two")
@@ -719,7 +745,7 @@ async def test_a_reset_while_a_turn_runs(open_app: OpenApp, autojump_clock: Mock
 
 
 async def test_a_delete_while_a_turn_runs(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It is refused: the answer would bring the session back. Afterwards it is deleted."""
+    """It is refused, since the answer would create the session again. After the turn, the session is deleted."""
     async with open_app(providers=Provider(says("a"), (Say(content("b")), Pause(5), Say(DONE)))) as served:
         await say(served, "one").wait()
         call = say(served, "two")
@@ -729,11 +755,11 @@ async def test_a_delete_while_a_turn_runs(open_app: OpenApp, autojump_clock: Moc
         assert (await call.wait()).body.endswith(DONE)
         assert (await served.client.ask("DELETE", "/v1/sessions/k")).status == 200
         assert await remembered(served) == []
-        await assert_nobody_waits(served)
+        await assert_no_turn_is_left(served)
 
 
 async def test_the_routes_where_the_store_is_down(open_app: OpenApp) -> None:
-    """503 with the reason; everything else goes on."""
+    """503 with the reason; everything else works."""
     async with open_app() as served:
         store: Any = served.gateway.store
         store.failure = "disk full"
@@ -754,8 +780,8 @@ ROUTES = (
 
 
 async def test_the_foreign_session_matrix(open_app: OpenApp) -> None:
-    """To another key a session is not there, byte for byte as one that never was; what it is changes by nothing that
-    the other key does; and under the same name the other key has a session of its own."""
+    """For another key the session does not exist: the answer is byte for byte that of a session that never existed. The
+    other key cannot change the session, and has a session of its own under the same name."""
     async with open_app(KEYS, Provider(says("a"))) as served:
         for owner, headers in (("ann", ANN), ("bob", BOB)):
             await say(served, f"secret of {owner}", key=f"of-{owner}", headers=headers).wait()
@@ -787,8 +813,8 @@ async def test_the_foreign_session_matrix(open_app: OpenApp) -> None:
 
 
 async def test_any_key_can_be_reached(open_app: OpenApp) -> None:
-    """What a hook made of any sender, too: its slashes and percent signs are encoded in the key, and once more in the
-    path."""
+    """Also a key that a hook made from any sender: slashes and percent signs are encoded in the key, and once more in
+    the path."""
     async with open_app() as served:
         key = "hook:ci:a%2Fb%25 \u00e9"
         message = Message(body=b'{"role":"user","content":"x"}', tokens=1, at=0.0)
@@ -814,8 +840,8 @@ class CountingStore(MemoryStore):
 
 @pytest.mark.slow
 async def test_ten_thousand_sessions() -> None:
-    """Of which a thousand are active: a page, a count and a turn read as much as among ten, and nothing of a session is
-    kept in the process when no turn of it is in progress."""
+    """Of which a thousand are active: a page, a count and a turn read as many rows as among ten, and the process keeps
+    nothing of a session without a turn in progress."""
     store = CountingStore()
     now = time.time()
     async with open_sessions(store) as sessions:
@@ -848,7 +874,7 @@ async def test_ten_thousand_sessions() -> None:
 
 @pytest.mark.slow
 def test_the_sdk(tmp_path: Path) -> None:
-    """OpenAI's Python SDK, with one header: the model is asked with what was said before."""
+    """OpenAI's Python SDK, with one header: the model gets the earlier messages."""
     with (
         open_upstream() as upstream,
         run_gateway(configuration(upstream), tmp_path) as gateway,

@@ -1,4 +1,4 @@
-"""`trigate.store.opening`: where the store is, when it is opened, and what is forgotten."""
+"""`trigate.store.opening`: where the store is, and when it is opened."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from tests.support.gateway import Served, make_config
 from tests.support.processes import environment
-from trigate.config.sections import DAY_S, Config, Count, LedgerConfig, Limit, Seconds, StoreConfig
+from trigate.config.sections import Config, StoreConfig
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
-from trigate.store.memory import open_memory_store
-from trigate.store.records import Retention, Turn
-from trigate.workers.membership import open_workers
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -31,9 +27,9 @@ HOOKED = make_config(hooks={"ci": {}})
 
 @pytest.fixture
 def database() -> Iterator[Path]:
-    """Where the store's file will be: a directory whose path leaves room for a socket's name."""
-    with tempfile.TemporaryDirectory(prefix="tri") as room:
-        yield Path(room) / "data" / "trigate.db"
+    """The path of the store's file, short enough for the name of a socket beside it."""
+    with tempfile.TemporaryDirectory(prefix="tri") as directory:
+        yield Path(directory) / "data" / "trigate.db"
 
 
 async def _until(holds: Callable[[], Any]) -> None:
@@ -42,7 +38,7 @@ async def _until(holds: Callable[[], Any]) -> None:
             await trio.sleep(0.005)
 
 
-# -- where it is ------------------------------------------------------------------------------------------------------
+# -- location ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -57,18 +53,22 @@ async def _until(holds: Callable[[], Any]) -> None:
     ],
 )
 def test_location(path: str | None, env: dict[str, str], found: str) -> None:
-    """The configuration goes before the environment; a path is made absolute."""
+    """The configuration takes precedence over the environment; a path is made absolute."""
     assert opening.location(StoreConfig(path=path), env) == found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, {"TRIGATE_STORE": ""}], ids=["unset", "empty"])
 def test_default_location(env: dict[str, str]) -> None:
-    """A file in the platform's directory for the data of programs, wherever that is."""
-    script = f"from trigate import storage; print(storage.location(storage.StoreConfig(), {env!r}))"
-    homes = {"HOME": "/nobody", "XDG_DATA_HOME": "/nobody/data"}
+    """The default is a file in the platform's directory for application data."""
+    script = f"from trigate.store import opening; print(opening.location(opening.StoreConfig(), {env!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(**homes), capture_output=True, text=True, check=True, timeout=30
+        [sys.executable, "-c", script],
+        env=environment(HOME="/nobody", XDG_DATA_HOME="/nobody/data"),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
     )
     assert done.stdout.startswith("/nobody/")
     assert done.stdout.endswith("/trigate.db\n") or done.stdout.endswith("/trigate/trigate.db\n")
@@ -91,7 +91,7 @@ def test_default_location(env: dict[str, str]) -> None:
     ids=str,
 )
 def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -> None:
-    """What is configured to use it, and several workers; and whatever there is in it already."""
+    """The store is needed if the configuration uses it, if there are several workers, and if its file exists."""
     config = make_config(**sections)
     path = tmp_path / "trigate.db"
     assert opening.is_needed(config, str(path)) == needed
@@ -101,12 +101,13 @@ def test_what_needs_it(sections: dict[str, Any], needed: bool, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_worker_of_another_server(tmp_path: Path) -> None:
-    """Servers that start their workers by multiprocessing may have several: they are met in the store."""
+    """A server that starts its workers by multiprocessing may have several; they join each other in the store."""
     script = (
         "import multiprocessing, sys\n"
-        "from trigate import config, storage\n"
+        "from trigate.config.sections import Config\n"
+        "from trigate.store import opening\n"
         "def say(path):\n"
-        "    print(storage.is_needed(config.Config(), path), flush=True)\n"
+        "    print(opening.is_needed(Config(), path), flush=True)\n"
         "if __name__ == '__main__':\n"
         "    say(sys.argv[1])\n"
         "    process = multiprocessing.get_context('spawn').Process(target=say, args=(sys.argv[1],))\n"
@@ -122,15 +123,16 @@ def test_a_worker_of_another_server(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gateway_that_remembers_nothing(tmp_path: Path) -> None:
-    """It answers, and says how it is, without a file, and without loading a database."""
+    """It serves `/status` without a file, and without importing SQLite."""
     script = (
         "import sys, trio\n"
-        "from trigate import config, report\n"
+        "from trigate.config.sections import Config\n"
+        "from trigate.status import snapshot\n"
         "from trigate.gateway.gateway import open_gateway\n"
         "async def main():\n"
-        "    async with open_gateway(config.Config()) as gateway:\n"
+        "    async with open_gateway(Config()) as gateway:\n"
         "        await trio.testing.wait_all_tasks_blocked()\n"
-        "        status = await report.status(gateway)\n"
+        "        status = await snapshot.status(gateway)\n"
         "        print(status['store']['state'], status['sessions']['total'], status['outbox']['depth'])\n"
         "        print([name for name in ('apsw', 'platformdirs', 'multiprocessing') if name in sys.modules])\n"
         "import trio.testing\n"
@@ -152,7 +154,8 @@ async def _gateway(config: Config, database: Path) -> AsyncIterator[Gateway]:
 
 
 async def test_a_gateway_that_will_remember(database: Path) -> None:
-    """The file is there soon after the start, and the worker has joined; so does the next one, whatever it serves."""
+    """The file exists soon after the start, and the worker has joined. So does the next gateway, whatever its
+    configuration."""
     async with _gateway(HOOKED, database) as gateway:
         await _until(lambda: gateway.workers.is_joined)
         assert database.exists()  # noqa: ASYNC240 - a moment
@@ -161,7 +164,7 @@ async def test_a_gateway_that_will_remember(database: Path) -> None:
 
 
 async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
-    """A configuration that begins to remember opens it, without a restart."""
+    """A reloaded configuration that needs the store opens it, without a restart."""
     path = tmp_path / "trigate.toml"
     path.write_text('[upstreams.a]\nkind = "echo"\n')
     env = {"TRIGATE_STORE": str(database), "TRIGATE_CONFIG": str(path)}
@@ -174,58 +177,13 @@ async def test_a_reload_that_needs_it(database: Path, tmp_path: Path) -> None:
 
 
 async def test_a_store_that_cannot_be_used(database: Path, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway starts and serves; the store is there as soon as the reason has gone."""
+    """The gateway starts and serves; the worker joins as soon as the store can be used."""
     logs.expect_error("store_unavailable")
     monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
     monkeypatch.setattr("trigate.workers.membership.RETRY_S", 0.02)
     database.parent.write_text("in the way")
     async with _gateway(HOOKED, database) as gateway:
-        await _until(lambda: logs.named("beat_failed"))
+        await _until(lambda: logs.named("heartbeat_failed"))
         assert gateway.not_ready() == []
         database.parent.unlink()
         await _until(lambda: gateway.workers.is_joined)
-
-
-# -- what is forgotten ------------------------------------------------------------------------------------------------
-
-
-def test_retention() -> None:
-    """Ages count back from now; an age of 0 keeps everything."""
-    settings = StoreConfig(
-        run_retention_s=Seconds(5 * DAY_S), session_retention_s=Seconds(0.0), max_runs=Count(7), max_sessions=Count(8)
-    )
-    ledger = LedgerConfig(retention_s=Seconds(2 * DAY_S), max_records=Limit(9))
-    assert opening.retention(settings, ledger, 1_000 * DAY_S) == Retention(
-        sessions_before=0.0,
-        archives_before=970 * DAY_S,
-        runs_before=995 * DAY_S,
-        max_sessions=8,
-        max_runs=7,
-        exchanges_before=998 * DAY_S,
-        max_exchanges=9,
-    )
-
-
-async def test_the_store_is_pruned(logs: Any, autojump_clock: MockClock) -> None:
-    """When it is joined, and then every hour; what was forgotten is logged, and a failure is tried again."""
-    async with (
-        open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
-        trio.open_nursery() as tasks,
-    ):
-        await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        tasks.start_soon(opening.keep_pruned, store, workers, Config)
-        await trio.sleep(opening.PRUNE_S / 2)
-        assert await store.sessions.get("", "old") is not None
-        await workers.join()
-        await trio.sleep(1)
-        assert await store.sessions.get("", "old") is None
-        assert [entry["rows"] for entry in logs.named("pruned")] == [1]
-        store.failure = "full"
-        await trio.sleep(opening.PRUNE_S + 1)
-        assert len(logs.named("prune_failed")) == 1
-        store.failure = None
-        await store.sessions.append(Turn(owner="", key="old", messages=(), at=1.0))
-        await trio.sleep(opening.PRUNE_S + 1)
-        assert len(logs.named("pruned")) == 2
-        tasks.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""What every store does: the same tests over SQLite in a file, with its threads, and over the twin in memory."""
+"""What every store does: the same tests over SQLite in a file, with its threads, and over SQLite in memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import trio
 
 from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
+from trigate.store.operations.store import StoreOperations
 from trigate.store.records import (
     ENDED,
     AttemptRecord,
@@ -26,11 +27,12 @@ from trigate.store.records import (
     Worker,
 )
 from trigate.store.sqlite import open_sqlite_store
+from trigate.store.tables import Tables
 
 
 @pytest.fixture(params=["sqlite", "memory"])
 async def store(request: Any, tmp_path: Path) -> AsyncIterator[Store]:
-    """A store that is empty."""
+    """An empty store of each kind."""
     opened = open_sqlite_store(tmp_path / "store.db") if request.param == "sqlite" else open_memory_store()
     async with opened as made:
         yield made
@@ -48,7 +50,7 @@ def turn(key: str = "k", *texts: str, at: float = 1.0, **changes: Any) -> Turn:
 
 
 def run(run_id: str = "run_1", **changes: Any) -> Run:
-    """A run that was promised to somebody."""
+    """An acknowledged run."""
     return attrs.evolve(
         Run(
             id=run_id,
@@ -67,7 +69,7 @@ def run(run_id: str = "run_1", **changes: Any) -> Run:
 
 
 def delivery(delivery_id: str = "msg_1", **changes: Any) -> Delivery:
-    """Something to tell, to a target of its own."""
+    """A delivery, to a target of its own."""
     return attrs.evolve(
         Delivery(
             id=delivery_id,
@@ -83,22 +85,22 @@ def delivery(delivery_id: str = "msg_1", **changes: Any) -> Delivery:
 
 
 def texts(messages: Any) -> list[str]:
-    """What messages say."""
+    """The texts of messages."""
     return [each.body.decode().split('"')[3] for each in messages]
 
 
 # -- writes -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_write_that_nobody_awaits_is_done(store: Store) -> None:
-    """A write is queued when it is called; the next one, which is awaited, is behind it."""
+async def test_a_write_that_is_not_awaited_is_done(store: Store) -> None:
+    """A write is queued when it is called; the awaited write behind it is done after it."""
     store.sessions.append(turn("first"))
     await store.sessions.append(turn("second"))
     assert await store.sessions.get("o", "first") is not None
 
 
 async def test_writes_are_done_in_the_order_of_their_calls(store: Store) -> None:
-    """Whatever the order in which they are awaited."""
+    """The order in which they are awaited does not matter."""
     writes = [store.sessions.append(turn("k", str(number))) for number in range(20)]
     assert (await writes[-1]).turns == 20
     assert [(await write).turns for write in writes[:-1]] == list(range(1, 20))
@@ -106,8 +108,8 @@ async def test_writes_are_done_in_the_order_of_their_calls(store: Store) -> None
     assert texts(page) == [str(number) for number in range(20)]
 
 
-async def test_a_write_whose_waiter_is_cancelled_is_done(store: Store) -> None:
-    """The cancellation ends the waiting, and nothing else."""
+async def test_a_write_whose_await_is_cancelled_is_done(store: Store) -> None:
+    """The cancellation ends the wait, and not the write."""
     with trio.CancelScope() as scope:
         scope.cancel()
         await store.sessions.append(turn("k"))
@@ -116,8 +118,8 @@ async def test_a_write_whose_waiter_is_cancelled_is_done(store: Store) -> None:
     assert await store.sessions.get("o", "k") is not None
 
 
-async def test_a_mistake_of_one_caller_is_his_alone(store: Store) -> None:
-    """A write that raises leaves nothing behind; those before and behind it are done."""
+async def test_a_mistake_fails_one_write(store: Store) -> None:
+    """A write that raises changes nothing; the writes before and behind it are done."""
     await store.deliveries.add(delivery())
     before = store.runs.add(run("run_0"))
     store.runs.add(run())
@@ -139,8 +141,26 @@ async def test_a_mistake_of_one_caller_is_his_alone(store: Store) -> None:
     assert [record.received for record in await store.channels.all()] == [3]
 
 
+async def test_an_operation_that_raises_is_rolled_back(store: Store) -> None:
+    """Whatever an operation has changed before it raises is undone; the writes around it are done."""
+    assert isinstance(store, StoreOperations)
+
+    def spoil(tables: Tables) -> None:
+        tables.drop_session("o", "first")
+        tables.put_run(run())
+        raise RuntimeError("a defect")
+
+    store.sessions.append(turn("first"))
+    spoilt = store.write(spoil)
+    await store.sessions.append(turn("second"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        await spoilt
+    assert [session.key for session in await store.sessions.list("o", limit=9)] == ["first", "second"]
+    assert await store.runs.get("run_1") is None
+
+
 async def test_many_tasks_at_once(store: Store) -> None:
-    """Each of many writers and readers gets what is its own."""
+    """Each of many concurrent writers and readers gets its own result."""
 
     async def work(number: int) -> None:
         key = f"k{number}"
@@ -158,7 +178,7 @@ async def test_many_tasks_at_once(store: Store) -> None:
 
 
 async def test_any_text_and_any_bytes_come_back(store: Store) -> None:
-    """Names with quotes, NUL, %, emoji and nothing at all; bodies that are no UTF-8."""
+    """Names with quotes, NUL, %, emoji, and empty names; bodies that are not UTF-8."""
     for key in ("", "'; --", "a\x00b", "%_*", "\N{GRINNING FACE}é\u2028", "K", "k"):
         body = bytes(range(256)) + key.encode()
         await store.sessions.append(turn(key, messages=(Message(body=body, tokens=0, at=1.0),), owner=key))
@@ -172,7 +192,7 @@ async def test_any_text_and_any_bytes_come_back(store: Store) -> None:
 
 
 async def test_a_turn_makes_the_session(store: Store) -> None:
-    """Its counters are those of what was appended, and so is what `get` and `history` give."""
+    """A first turn creates the session; counters, `get` and `history` show what was appended."""
     assert await store.sessions.get("o", "k") is None
     assert await store.sessions.history("o", "k", last=10) is None
     assert await store.sessions.messages("o", "k", limit=10) is None
@@ -191,7 +211,7 @@ async def test_a_turn_makes_the_session(store: Store) -> None:
 
 
 async def test_a_turn_goes_behind_the_others(store: Store) -> None:
-    """Numbers ascend, turns count, the system messages stay unless others are given, `partial` is kept."""
+    """Numbers ascend, turns are counted, system messages stay unless the turn has new ones, and `partial` is stored."""
     await store.sessions.append(turn("k", "a", "b", at=1.0, system=b"[1]"))
     cut = (message("c", tokens=7, at=2.0, partial=True),)
     made = await store.sessions.append(turn("k", at=2.0, messages=cut))
@@ -204,7 +224,7 @@ async def test_a_turn_goes_behind_the_others(store: Store) -> None:
 
 
 async def test_history_is_the_last_messages(store: Store) -> None:
-    """Oldest first; no more than asked for."""
+    """Oldest first, and no more than asked for."""
     await store.sessions.append(turn("k", *"abcdef"))
     for last, expected in ((0, ""), (1, "f"), (3, "def"), (9, "abcdef")):
         found = await store.sessions.history("o", "k", last=last)
@@ -213,7 +233,7 @@ async def test_history_is_the_last_messages(store: Store) -> None:
 
 
 async def test_messages_are_paged(store: Store) -> None:
-    """Behind a number, oldest first, of the current epoch or of all."""
+    """The messages behind a number, oldest first, of the current epoch or of all."""
     await store.sessions.append(turn("k", *"abc"))
     await store.sessions.reset("o", "k", at=2.0)
     await store.sessions.append(turn("k", *"de"))
@@ -230,7 +250,7 @@ async def test_messages_are_paged(store: Store) -> None:
 
 
 async def test_a_reset_begins_anew_and_keeps_the_archive(store: Store) -> None:
-    """The counters and the system messages are those of a conversation that has not begun."""
+    """Counters and system messages are those of a new session."""
     assert await store.sessions.reset("o", "k", at=1.0) is None
     await store.sessions.append(turn("k", "old", at=1.0, system=b"[1]"))
     begun = await store.sessions.reset("o", "k", at=9.0)
@@ -246,7 +266,7 @@ async def test_a_reset_begins_anew_and_keeps_the_archive(store: Store) -> None:
 
 
 async def test_a_turn_of_an_earlier_epoch_goes_to_the_archive(store: Store) -> None:
-    """Where the session was reset while it was composed; the current epoch stays as it is."""
+    """If the session was reset while the turn was composed, the current epoch does not change."""
     await store.sessions.append(turn("k", "a", at=1.0))
     await store.sessions.reset("o", "k", at=2.0)
     current = await store.sessions.append(turn("k", "b", at=3.0, epoch=1))
@@ -263,8 +283,8 @@ async def test_a_turn_of_an_earlier_epoch_goes_to_the_archive(store: Store) -> N
     ]
 
 
-async def test_delete_forgets_all_epochs(store: Store) -> None:
-    """And one who makes the session again finds nothing of before."""
+async def test_delete_removes_all_epochs(store: Store) -> None:
+    """A session that is created again has nothing of the deleted one."""
     assert await store.sessions.delete("o", "k") is False
     await store.sessions.append(turn("k", "a"))
     await store.sessions.reset("o", "k", at=2.0)
@@ -289,7 +309,7 @@ async def test_an_owner_sees_only_its_own(store: Store) -> None:
 
 
 async def test_sessions_are_listed_by_activity(store: Store) -> None:
-    """The last active first; of the same time, by key; page behind page gives each once."""
+    """The last active first, then by key. The pages contain each session once."""
     for key, at in (("c", 2.0), ("a", 1.0), ("b", 2.0), ("e", 3.0), ("d", 2.0)):
         await store.sessions.append(turn(key, at=at))
     assert [each.key for each in await store.sessions.list("o", limit=9)] == ["e", "b", "c", "d", "a"]
@@ -301,23 +321,23 @@ async def test_sessions_are_listed_by_activity(store: Store) -> None:
 
 
 async def test_tickets_queue(store: Store) -> None:
-    """First come first; a place is given back once, and then again without harm; numbers are never used again."""
+    """First come, first served. Returning a ticket twice is harmless, and numbers are never used again."""
     first = await store.sessions.take_ticket("o", "k", worker="w1")
     second = await store.sessions.take_ticket("o", "k", worker="w2", run="run_1")
     await store.sessions.take_ticket("o", "other", worker="w1")
     assert (first.owner, first.key, first.worker, first.run) == ("o", "k", "w1", None)
     assert (second.worker, second.run) == ("w2", "run_1")
     assert await store.sessions.tickets("o", "k") == [first, second]
-    await store.sessions.leave(first)
-    await store.sessions.leave(first)
+    await store.sessions.return_ticket(first)
+    await store.sessions.return_ticket(first)
     assert await store.sessions.tickets("o", "k") == [second]
-    await store.sessions.leave(second)
+    await store.sessions.return_ticket(second)
     third = await store.sessions.take_ticket("o", "k", worker="w1")
     assert first.number < second.number < third.number
 
 
-async def test_a_run_keeps_its_place(store: Store) -> None:
-    """It has one ticket, however often it takes one, and that goes with it to who adopts it."""
+async def test_a_run_keeps_its_ticket(store: Store) -> None:
+    """A run has one ticket, however often it takes one. The worker that adopts the run has the ticket then."""
     await store.runs.add(run("run_1", worker="dead"))
     first = await store.sessions.take_ticket("o", "k", worker="dead", run="run_1")
     second = await store.sessions.take_ticket("o", "k", worker="w", run="run_2")
@@ -325,28 +345,28 @@ async def test_a_run_keeps_its_place(store: Store) -> None:
     await store.workers.remove(["dead"])
     kept = attrs.evolve(first, worker="w")
     assert await store.sessions.take_ticket("o", "k", worker="w", run="run_1") == kept
-    await store.sessions.leave(first)  # a worker that was thought to be dead, and is not
+    await store.sessions.return_ticket(first)  # a worker that was taken for dead returns it late
     assert await store.sessions.tickets("o", "k") == [kept, second]
-    await store.sessions.leave(kept)
+    await store.sessions.return_ticket(kept)
     assert await store.sessions.tickets("o", "k") == [second]
 
 
-async def test_a_turn_gives_its_place_back(store: Store) -> None:
-    """In the same transaction. A session is busy while somebody is in its queue."""
+async def test_a_turn_returns_its_ticket(store: Store) -> None:
+    """Appending a turn returns its ticket in the same transaction. A session with tickets is busy."""
     ticket = await store.sessions.take_ticket("o", "k", worker="w")
     waiting = await store.sessions.take_ticket("o", "k", worker="w")
-    made = await store.sessions.append(turn("k"), leave=ticket)
+    made = await store.sessions.append(turn("k"), ticket=ticket)
     assert made.busy
     assert await store.sessions.tickets("o", "k") == [waiting]
     [listed] = await store.sessions.list("o", limit=1)
     assert listed == made == await store.sessions.get("o", "k")
-    made = await store.sessions.append(turn("k"), leave=waiting)
+    made = await store.sessions.append(turn("k"), ticket=waiting)
     assert not made.busy
     assert made == await store.sessions.get("o", "k")
 
 
 async def test_sessions_are_counted(store: Store) -> None:
-    """Of all owners. What is busy is active, and one whose first turn is in progress counts already."""
+    """Sessions of all owners are counted. A busy one is active, and one whose first turn is in progress counts."""
     assert await store.sessions.count(active_since=0.0) == SessionCounts(total=0, active=0, busy=0)
     for number, at in enumerate((1.0, 2.0, 3.0)):
         await store.sessions.append(turn(str(number), at=at, owner=str(number)))
@@ -363,7 +383,7 @@ async def test_sessions_are_counted(store: Store) -> None:
 
 
 async def test_a_run_comes_back_as_it_was(store: Store) -> None:
-    """With every attribute, and is counted as received by its channel."""
+    """With every attribute; it is counted as received by its channel."""
     assert await store.runs.get("run_1") is None
     every = run(
         session=None, state="failed", acknowledged=False, starts=3, finished_at=12.5, status=502, result=b"\xff{}"
@@ -375,7 +395,7 @@ async def test_a_run_comes_back_as_it_was(store: Store) -> None:
 
 
 async def test_a_run_is_started_by_its_worker(store: Store) -> None:
-    """Each start counts; not that of another worker, nor one after the end, nor of what there is not."""
+    """Each start is counted. Another worker cannot start it, nor can an ended or unknown run be started."""
     await store.runs.add(run())
     assert await store.runs.start("run_1", worker="w2") is False
     assert await store.runs.start("run_1", worker="w1") is True
@@ -388,8 +408,8 @@ async def test_a_run_is_started_by_its_worker(store: Store) -> None:
     assert await store.runs.start("unknown", worker="w1") is False
 
 
-async def test_a_run_can_be_promised_later(store: Store) -> None:
-    """Nothing else of it changes."""
+async def test_a_run_can_be_acknowledged_later(store: Store) -> None:
+    """`acknowledge` changes nothing else of the run."""
     await store.runs.add(run(acknowledged=False))
     await store.runs.acknowledge("run_1")
     await store.runs.acknowledge("unknown")
@@ -397,7 +417,7 @@ async def test_a_run_can_be_promised_later(store: Store) -> None:
 
 
 async def test_a_run_ends_in_one_transaction(store: Store) -> None:
-    """Result, turn, place in the queue, deliveries."""
+    """Result, turn, ticket and deliveries are stored together."""
     await store.runs.add(run(state="running"))
     ticket = await store.sessions.take_ticket("o", "k", worker="w1", run="run_1")
     done = await store.runs.finish(
@@ -407,7 +427,7 @@ async def test_a_run_ends_in_one_transaction(store: Store) -> None:
         result=b'{"reply":"ho"}',
         at=12.0,
         turn=turn("k", "hi", "ho"),
-        leave=ticket,
+        ticket=ticket,
         deliveries=iter([delivery("msg_2"), delivery("msg_1")]),
     )
     assert done is True
@@ -420,7 +440,7 @@ async def test_a_run_ends_in_one_transaction(store: Store) -> None:
 
 
 async def test_a_run_ends_once(store: Store) -> None:
-    """The second end does nothing, but gives the place back; so does the end of what there is not."""
+    """A second end does nothing but return the ticket; so does the end of an unknown run."""
     await store.runs.add(run())
     await store.runs.finish("run_1", state="cancelled", status=499, result=b"1", at=12.0)
     for run_id in ("run_1", "unknown"):
@@ -432,7 +452,7 @@ async def test_a_run_ends_once(store: Store) -> None:
             result=b"2",
             at=13.0,
             turn=turn(),
-            leave=ticket,
+            ticket=ticket,
             deliveries=[delivery()],
         )
         assert done is False
@@ -443,7 +463,7 @@ async def test_a_run_ends_once(store: Store) -> None:
 
 
 async def test_unfinished_runs_are_counted(store: Store) -> None:
-    """Of one channel, in all workers."""
+    """Those of one channel, in all workers."""
     await store.runs.add(run("run_1"))
     await store.runs.add(run("run_2", worker="w2", state="running"))
     await store.runs.add(run("run_3", channel="other"))
@@ -451,8 +471,8 @@ async def test_unfinished_runs_are_counted(store: Store) -> None:
     assert [await store.runs.unfinished(name) for name in ("hook", "other", "none")] == [2, 1, 0]
 
 
-async def test_runs_of_the_dead_are_adopted(store: Store) -> None:
-    """The promised ones go on, in their order; the others have failed, and their keys are free."""
+async def test_runs_of_exited_workers_are_adopted(store: Store) -> None:
+    """Acknowledged runs go on, in their order; the others have failed, and their keys are free."""
     await store.runs.add(run("run_2", worker="d1", state="running", starts=1))
     await store.runs.add(run("run_1", worker="d2"))
     await store.runs.add(run("run_3", worker="d1", state="completed"))
@@ -481,7 +501,7 @@ async def test_runs_of_the_dead_are_adopted(store: Store) -> None:
 
 
 async def test_a_key_stands_for_one_run(store: Store) -> None:
-    """The first claim adds the run; the next ones give it as it is then, and say whether the body was another."""
+    """The first claim adds the run. Later claims return it as it is then, and tell whether the body differs."""
     first = await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
     assert (first.run, first.is_new, first.differs) == (run("run_1"), True, False)
     assert await store.runs.get("run_1") == run("run_1")
@@ -497,8 +517,8 @@ async def test_a_key_stands_for_one_run(store: Store) -> None:
     assert record.received == 2
 
 
-async def test_a_run_may_give_its_key_back(store: Store) -> None:
-    """It may then be tried again under the same key, by one; the run itself stays."""
+async def test_a_run_may_free_its_key(store: Store) -> None:
+    """One later message may then claim the key; the run itself stays."""
     await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
     await store.runs.finish("run_1", state="failed", status=502, result=b"{}", at=12.0, frees_key=True)
     again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_2"))
@@ -506,13 +526,13 @@ async def test_a_run_may_give_its_key_back(store: Store) -> None:
     kept = await store.runs.get("run_1")
     assert kept is not None
     assert kept.state == "failed"
-    # One that had ended does not give back what has become another's.
+    # A run that had ended does not free a key that stands for another run now.
     assert not await store.runs.finish("run_1", state="failed", status=502, result=b"{}", at=13.0, frees_key=True)
     assert not (await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_3"))).is_new
 
 
 async def test_a_run_that_ended_may_free_its_key(store: Store) -> None:
-    """What could not be done may be asked for again, and is another run then."""
+    """A message whose run failed may be sent again; it makes another run."""
     await store.idempotency.claim("hook", "key", digest=b"1", run=run("run_1"))
     await store.runs.finish("run_1", state="failed", status=503, result=b"{}", at=12.0, frees_key=True)
     again = await store.idempotency.claim("hook", "key", digest=b"2", run=run("run_2"))
@@ -523,7 +543,7 @@ async def test_a_run_that_ended_may_free_its_key(store: Store) -> None:
 
 
 async def test_one_of_many_claims_at_once_succeeds(store: Store) -> None:
-    """All others get its run."""
+    """All other claims return its run."""
     claims = [store.idempotency.claim("hook", "key", digest=b"1", run=run(f"run_{n}")) for n in range(100)]
     found = [await claim for claim in claims]
     assert [claim.is_new for claim in found] == [True] + 99 * [False]
@@ -534,7 +554,7 @@ async def test_one_of_many_claims_at_once_succeeds(store: Store) -> None:
 
 
 async def test_a_delivery_comes_back_as_it_was(store: Store) -> None:
-    """With every attribute; one with the id of another is refused."""
+    """With every attribute; a second delivery with the same id is refused."""
     every = delivery(
         repeatable=False, state="failed", attempts=3, worker="w", last_status=500, last_error="no", done_at=11.0
     )
@@ -545,7 +565,7 @@ async def test_a_delivery_comes_back_as_it_was(store: Store) -> None:
 
 
 async def test_what_is_due_is_taken_once(store: Store) -> None:
-    """The longest due first, on the channels that were named, no more than asked for."""
+    """The longest due first, on the given channels, and no more than asked for."""
     for number, due_at in ((1, 30.0), (2, 10.0), (3, 20.0), (4, 99.0), (5, 20.0)):
         await store.deliveries.add(delivery(f"msg_{number}", due_at=due_at))
     await store.deliveries.add(delivery("msg_6", channel="other"))
@@ -561,7 +581,7 @@ async def test_what_is_due_is_taken_once(store: Store) -> None:
 
 
 async def test_a_target_gets_one_at_a_time(store: Store) -> None:
-    """The one that has been due for the longest; of each target of each channel, and whoever takes."""
+    """The delivery that has been due for the longest, for each target of each channel, whichever worker takes."""
     for number, due_at in ((1, 20.0), (2, 10.0), (3, 10.0), (4, 99.0)):
         await store.deliveries.add(delivery(f"msg_{number}", target="t", due_at=due_at))
     await store.deliveries.add(delivery("msg_5", target="u", due_at=30.0))
@@ -587,7 +607,7 @@ async def test_a_target_gets_one_at_a_time(store: Store) -> None:
 
 
 async def test_the_end_of_an_attempt_is_noted(store: Store) -> None:
-    """Again pending, until it is delivered: that counts as replied, once."""
+    """It is pending again until it is delivered, which counts as replied, once."""
     await store.deliveries.add(delivery())
     await store.deliveries.take("w1", at=10.0, limit=1, channels=["hook"])
     await store.deliveries.note("msg_1", state="pending", at=11.0, due_at=16.0, status=503, error="busy")
@@ -607,7 +627,7 @@ async def test_the_end_of_an_attempt_is_noted(store: Store) -> None:
 
 
 async def test_what_failed_is_done(store: Store) -> None:
-    """It is not taken again, and is no reply."""
+    """A failed delivery is not taken again, and does not count as replied."""
     await store.deliveries.add(delivery())
     await store.deliveries.note("msg_1", state="failed", at=11.0, status=410, error="gone")
     assert await store.deliveries.of_run("run_1") == [
@@ -617,8 +637,8 @@ async def test_what_failed_is_done(store: Store) -> None:
     assert await store.channels.all() == []
 
 
-async def test_what_the_dead_were_sending_is_released(store: Store) -> None:
-    """Pending where the receiver can tell a repetition, else unknown."""
+async def test_deliveries_of_exited_workers_are_released(store: Store) -> None:
+    """A repeatable delivery is pending again, any other is unknown."""
     await store.deliveries.add(delivery("msg_1"))
     await store.deliveries.add(delivery("msg_2", repeatable=False))
     await store.deliveries.take("dead", at=10.0, limit=9, channels=["hook"])
@@ -638,8 +658,8 @@ async def test_what_the_dead_were_sending_is_released(store: Store) -> None:
     ]
 
 
-async def test_a_worker_that_was_thought_dead_may_still_say_how_it_ended(store: Store) -> None:
-    """What has arrived is not sent again, nor unknown any more."""
+async def test_a_worker_that_was_taken_for_dead_may_note_an_outcome(store: Store) -> None:
+    """A delivery that has arrived is not sent again, and is not unknown any more."""
     for number, repeatable in ((1, True), (2, False)):
         await store.deliveries.add(delivery(f"msg_{number}", repeatable=repeatable))
     await store.deliveries.take("slow", at=10.0, limit=9, channels=["hook"])
@@ -651,7 +671,7 @@ async def test_a_worker_that_was_thought_dead_may_still_say_how_it_ended(store: 
 
 
 async def test_the_outbox_is_measured(store: Store) -> None:
-    """When the next one is due, and how many there are of each channel."""
+    """When the next delivery is due, and how many each channel has."""
     assert await store.deliveries.next_due_at(["hook"]) is None
     assert await store.deliveries.depth() == {}
     for number, due_at in ((1, 30.0), (2, 20.0), (3, 10.0)):
@@ -669,7 +689,7 @@ async def test_the_outbox_is_measured(store: Store) -> None:
 
 
 async def test_channels_are_kept(store: Store) -> None:
-    """How far they have read, and what they counted; by name."""
+    """Cursors and counters, ordered by name."""
     assert await store.channels.all() == []
     await store.channels.advance("b", "41")
     await store.channels.advance("b", "42")
@@ -683,7 +703,7 @@ async def test_channels_are_kept(store: Store) -> None:
 
 
 async def test_a_channel_has_one_holder(store: Store) -> None:
-    """Until it lets go, or is dead."""
+    """Until the holder lets go, or is dead."""
 
     async def hold(worker: str, *dead: str) -> bool:
         return await store.channels.hold("telegram", worker=worker, dead=iter(dead))
@@ -700,19 +720,19 @@ async def test_a_channel_has_one_holder(store: Store) -> None:
     assert await hold("w1") is True
 
 
-async def test_workers_beat(store: Store) -> None:
-    """The latest word of each, the oldest first."""
+async def test_heartbeats(store: Store) -> None:
+    """The last heartbeat of each worker, the oldest worker first."""
     young = Worker(id="a", pid=2, address="@a", started_at=2.0, seen_at=2.0)
     old = Worker(id="b", pid=1, address="@b", started_at=1.0, seen_at=1.0)
     for worker in (young, old, attrs.evolve(old, seen_at=5.0, snapshot=b'{"streams":3}')):
-        await store.workers.beat(worker)
+        await store.workers.heartbeat(worker)
     assert await store.workers.all() == [attrs.evolve(old, seen_at=5.0, snapshot=b'{"streams":3}'), young]
 
 
 async def test_workers_are_removed(store: Store) -> None:
-    """With their tickets, and the channels that they held; those of others stay."""
+    """With their tickets and the channels that they held; those of other workers stay."""
     for worker_id in ("w1", "w2"):
-        await store.workers.beat(Worker(id=worker_id, pid=1, address="", started_at=1.0, seen_at=1.0))
+        await store.workers.heartbeat(Worker(id=worker_id, pid=1, address="", started_at=1.0, seen_at=1.0))
         await store.sessions.take_ticket("o", "k", worker=worker_id)
         await store.channels.hold(worker_id, worker=worker_id, dead=[])
     await store.workers.remove(iter(["w1", "unknown"]))
@@ -735,8 +755,8 @@ ALL = Retention(
 """Under which nothing is forgotten."""
 
 
-async def test_idle_sessions_are_forgotten(store: Store) -> None:
-    """With their messages; not those that are busy."""
+async def test_idle_sessions_are_deleted(store: Store) -> None:
+    """With their messages; busy sessions stay."""
     for key, at in (("old", 1.0), ("busy", 1.0), ("new", 9.0)):
         await store.sessions.append(turn(key, "a", "b", at=at))
     await store.sessions.take_ticket("o", "busy", worker="w")
@@ -746,8 +766,8 @@ async def test_idle_sessions_are_forgotten(store: Store) -> None:
     assert texts(await store.sessions.messages("o", "new", limit=9)) == ["a", "b"]
 
 
-async def test_the_oldest_sessions_beyond_the_number_are_forgotten(store: Store) -> None:
-    """Of all owners; what is busy stays, even if there are then too many."""
+async def test_the_oldest_sessions_beyond_the_number_are_deleted(store: Store) -> None:
+    """The number is that of all owners. Busy sessions stay, even if there are too many then."""
     for number in range(5):
         await store.sessions.append(turn(str(number), at=float(number), owner=f"o{number % 2}"))
     await store.sessions.take_ticket("o0", "0", worker="w")
@@ -758,8 +778,8 @@ async def test_the_oldest_sessions_beyond_the_number_are_forgotten(store: Store)
     assert (await store.sessions.count(active_since=0.0)).total == 1
 
 
-async def test_archives_are_forgotten(store: Store) -> None:
-    """What is of an earlier epoch and older; never what is current."""
+async def test_archives_are_deleted(store: Store) -> None:
+    """Old messages of earlier epochs are deleted, never those of the current one."""
     await store.sessions.append(turn("k", "a", at=1.0))
     await store.sessions.append(turn("k", "b", at=5.0))
     await store.sessions.reset("o", "k", at=6.0)
@@ -768,8 +788,8 @@ async def test_archives_are_forgotten(store: Store) -> None:
     assert texts(await store.sessions.messages("o", "k", limit=9, archived=True)) == ["b", "c"]
 
 
-async def test_old_runs_are_forgotten(store: Store) -> None:
-    """With their deliveries and keys; not what has not ended, nor what is not delivered."""
+async def test_old_runs_are_deleted(store: Store) -> None:
+    """With their deliveries and keys; runs that have not ended or are not delivered stay."""
     await store.idempotency.claim("hook", "key", digest=b"1", run=run("old"))
     for run_id in ("waits", "undelivered", "new"):
         await store.runs.add(run(run_id))
@@ -787,8 +807,8 @@ async def test_old_runs_are_forgotten(store: Store) -> None:
     assert (await store.idempotency.claim("hook", "key", digest=b"2", run=run("again"))).is_new
 
 
-async def test_the_oldest_runs_beyond_the_number_are_forgotten(store: Store) -> None:
-    """But none that has not ended."""
+async def test_the_oldest_runs_beyond_the_number_are_deleted(store: Store) -> None:
+    """Runs that have not ended stay."""
     for number in range(5):
         await store.runs.add(run(f"run_{number}"))
     for number in range(1, 5):
@@ -800,16 +820,16 @@ async def test_the_oldest_runs_beyond_the_number_are_forgotten(store: Store) -> 
     assert [number for number in range(5) if await store.runs.get(f"run_{number}") is not None] == [0]
 
 
-async def test_deliveries_without_a_run_are_forgotten(store: Store) -> None:
-    """Once they are done and old, those of unknown fate too."""
+async def test_deliveries_without_a_run_are_deleted(store: Store) -> None:
+    """Once they are done and old, also those whose state is unknown."""
     for number, state in enumerate(("pending", "delivered", "unknown", "delivered"), start=1):
         await store.deliveries.add(delivery(f"msg_{number}", state=state, done_at=[None, 11.0, None, 50.0][number - 1]))
     assert await store.prune(attrs.evolve(ALL, runs_before=20.0)) == 2
     assert [each.id for each in await store.deliveries.of_run("run_1")] == ["msg_1", "msg_4"]
 
 
-async def test_much_is_forgotten_in_one_call(store: Store) -> None:
-    """More than fits into a slice; a write that is queued behind it does not wait for all of it."""
+async def test_much_is_deleted_in_one_call(store: Store) -> None:
+    """More rows than a slice has; a write that is queued behind does not wait for all of them."""
     for number in range(350):
         store.sessions.append(turn(str(number), at=1.0))
     everything = store.prune(attrs.evolve(ALL, sessions_before=2.0))
@@ -818,8 +838,8 @@ async def test_much_is_forgotten_in_one_call(store: Store) -> None:
     assert await store.sessions.count(active_since=0.0) == SessionCounts(total=0, active=0, busy=0)
 
 
-async def test_a_store_says_how_it_is(store: Store) -> None:
-    """And `check` raises nothing while it can be written to."""
+async def test_statistics(store: Store) -> None:
+    """The statistics of an open store; `check` raises nothing while it can be written to."""
     await store.check()
     found = store.statistics()
     assert (found.state, found.error) == ("open", None)
@@ -830,7 +850,7 @@ async def test_a_store_says_how_it_is(store: Store) -> None:
 
 
 def record(number: int, **changes: Any) -> ExchangeRecord:
-    """What became of an exchange, all of it said."""
+    """A record in which every field is set."""
     said: dict[str, Any] = {
         "id": f"ex_{number}",
         "request_id": "req_1",
@@ -866,14 +886,14 @@ def record(number: int, **changes: Any) -> ExchangeRecord:
 
 
 async def test_records_come_back_as_they_were(store: Store) -> None:
-    """Every field, the last kept first."""
+    """With every field, the last added first."""
     records = [record(1), record(2, outcome="lost", ended_at=None, status=None, stream=False, counted=True)]
     await store.exchanges.put([each.encode() for each in records])
     assert await store.exchanges.list(limit=10) == records[::-1]
 
 
 async def test_a_record_is_kept_once(store: Store) -> None:
-    """One that is there stays as it is, but for a lost one, of which more is known now."""
+    """A stored record does not change, unless it is lost: the new one knows more."""
     await store.exchanges.put([record(1).encode(), record(2, outcome="lost").encode()])
     later = [record(1, outcome="lost"), record(1, events=9), record(2, outcome="cancelled")]
     await store.exchanges.put([each.encode() for each in later])
@@ -884,7 +904,7 @@ async def test_a_record_is_kept_once(store: Store) -> None:
 
 
 async def test_records_are_paged_and_chosen(store: Store) -> None:
-    """By owner, by outcome, and behind one; behind one that there is not, there is nothing."""
+    """By owner, by outcome, and behind a record; the page behind an unknown record is empty."""
     await store.exchanges.put(
         [
             record(n, owner="a" if n % 2 else "b", outcome="lost" if n % 3 == 0 else "complete").encode()
@@ -904,8 +924,8 @@ async def test_records_are_paged_and_chosen(store: Store) -> None:
     assert await listed(after="ex_99") == []
 
 
-async def test_old_records_are_forgotten(store: Store) -> None:
-    """By age, and the oldest beyond a number."""
+async def test_old_records_are_deleted(store: Store) -> None:
+    """By age, and the oldest in excess of a number."""
     await store.exchanges.put([record(n).encode() for n in range(1, 2501)])
     assert await store.prune(attrs.evolve(ALL, exchanges_before=1001.0, max_exchanges=10_000)) == 1000
     assert await store.prune(attrs.evolve(ALL, max_exchanges=3)) == 1497

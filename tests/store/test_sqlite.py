@@ -1,7 +1,6 @@
-"""The store in a file: its groups, its other workers, its versions, and everything that can go wrong with a file.
+"""The store in a file: its groups, several workers, its versions, and the failures of a file.
 
-All on a real disk, with real threads. Nothing here depends on how long something takes.
-"""
+The tests use a real disk and real threads. None depends on how long something takes."""
 
 from __future__ import annotations
 
@@ -30,25 +29,25 @@ from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite, sqlite_file
 from trigate.store.records import StoreStatistics, Turn
+from trigate.store.schema import APPLICATION_ID, MIGRATIONS
 from trigate.store.sqlite import SqliteStore, open_sqlite_store
-from trigate.store.tables import APPLICATION_ID, MIGRATIONS
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the store is."""
+    """The path of the store, in a directory that does not exist."""
     return tmp_path / "data" / "store.db"
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has failed is tried again soon."""
+    """Makes retries fast."""
     monkeypatch.setattr(sqlite, "RETRY_S", 0.01)
 
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    """Each store's threads end with it."""
+    """Checks that the threads of each store end with it."""
     yield
     for thread in _threads():
         thread.join(10)
@@ -65,14 +64,18 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     found: list[None] = []
 
     def count(db: apsw.Connection) -> None:
-        db.set_commit_hook(lambda: bool(found.append(None)))
+        def on_commit() -> bool:
+            found.append(None)
+            return False
+
+        db.set_commit_hook(on_commit)
 
     monkeypatch.setattr(apsw, "connection_hooks", [count])
     return found
 
 
 async def _until_available(store: SqliteStore) -> None:
-    """Asks until the store can be written to. Without a restart, of course."""
+    """Waits until the store can be written to, without a restart."""
     with trio.fail_after(30):
         while True:
             try:
@@ -91,8 +94,8 @@ def _integrity(path: Path) -> str:
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 
-async def test_what_waits_is_committed_together(path: Path, commits: list[None]) -> None:
-    """Writes that are queued at once are one commit."""
+async def test_queued_writes_are_committed_together(path: Path, commits: list[None]) -> None:
+    """Writes that are queued at the same time are one commit."""
     async with open_sqlite_store(path) as store:
         await store.check()
         commits.clear()
@@ -103,7 +106,7 @@ async def test_what_waits_is_committed_together(path: Path, commits: list[None])
 
 
 async def test_concurrent_writers_share_commits(path: Path, commits: list[None]) -> None:
-    """Many tasks, each of which waits for its own write, take far fewer commits than writes."""
+    """Many tasks, each of which awaits its own write, need far fewer commits than writes."""
 
     async def work(number: int) -> None:
         for _ in range(5):
@@ -115,16 +118,20 @@ async def test_concurrent_writers_share_commits(path: Path, commits: list[None])
         async with trio.open_nursery() as nursery:
             for number in range(64):
                 nursery.start_soon(work, number)
-        # 5 if nobody comes late; what comes late is in the next one
+        # 5 if no task is late; a late write is in the next group
         assert len(commits) <= 64
 
 
-async def test_only_what_is_durable_waits_for_the_disk(path: Path) -> None:
-    """A group is synchronous if one of its writes has to be."""
+async def test_only_durable_writes_wait_for_the_disk(path: Path) -> None:
+    """A group is synchronous if one of its writes is durable."""
     asked: list[str] = []
 
     def trace(db: apsw.Connection) -> None:
-        db.exec_trace = lambda cursor, sql, bindings: asked.append(sql) or True
+        def note(cursor: apsw.Cursor, sql: str, bindings: Any) -> bool:
+            asked.append(sql)
+            return True
+
+        db.exec_trace = note
 
     async with open_sqlite_store(path) as store:
         await store.check()
@@ -135,9 +142,13 @@ async def test_only_what_is_durable_waits_for_the_disk(path: Path) -> None:
         async def synchronous(*writes: Callable[[], Any]) -> int:
             for write in [write() for write in writes]:
                 await write
-            # an ordinary connection in its own thread
-            rows = await file._writing.async_run(lambda: list(file._writing.execute("PRAGMA synchronous")))
-            return int(rows[0][0])
+
+            # the connection is synchronous in its own thread
+            def pragma(db: apsw.Connection) -> int:
+                [[found]] = db.execute("PRAGMA synchronous")
+                return int(found)
+
+            return int(await file._writing.async_run(pragma, file._writing))
 
         ticket = partial(store.sessions.take_ticket, "o", "k", worker="w")
         append = partial(store.sessions.append, turn())
@@ -149,7 +160,7 @@ async def test_only_what_is_durable_waits_for_the_disk(path: Path) -> None:
 
 
 async def test_reads_do_not_wait_for_writes(path: Path) -> None:
-    """While another worker writes, what was committed can be read."""
+    """While another worker writes, the committed rows can be read."""
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
         other = apsw.Connection(str(path))
@@ -160,7 +171,7 @@ async def test_reads_do_not_wait_for_writes(path: Path) -> None:
 
 
 async def test_a_read_is_one_snapshot(path: Path) -> None:
-    """What is committed between two of its queries is not seen by the second one."""
+    """A commit between two queries of a read is not visible to the second one."""
     async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
         await store.sessions.append(turn("k", "a"))
         await other.check()
@@ -183,13 +194,13 @@ async def test_a_read_is_one_snapshot(path: Path) -> None:
             assert await store.read(look) == (1, 1)
 
 
-async def test_a_deadline_of_a_caller_is_his_alone(path: Path) -> None:
-    """A read under a deadline ends by cancellation, even in the middle of a statement; the store goes on."""
+async def test_a_deadline_cancels_one_read(path: Path) -> None:
+    """A read under a deadline is cancelled, even in the middle of a statement; the store goes on."""
     forever = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     async with open_sqlite_store(path) as store:
         await store.check()
         with trio.move_on_after(0.05) as scope:
-            await store.read(lambda tables: tables._do(forever))  # type: ignore[attr-defined]
+            await store.read(lambda tables: tables._do(forever))
         assert scope.cancelled_caught
         assert await store.sessions.get("o", "k") is None
         with trio.move_on_after(0):
@@ -203,7 +214,7 @@ async def test_a_deadline_of_a_caller_is_his_alone(path: Path) -> None:
 
 
 async def test_nothing_is_opened_before_it_is_needed(path: Path) -> None:
-    """Neither a file nor a directory nor a thread; afterwards all of them, for their owner alone."""
+    """No file, no directory and no thread. Later they exist, for their owner alone."""
     async with open_sqlite_store(path) as store:
         await trio.testing.wait_all_tasks_blocked()
         assert store.statistics() == StoreStatistics(kind="sqlite", path=str(path), state="closed")
@@ -218,13 +229,13 @@ async def test_nothing_is_opened_before_it_is_needed(path: Path) -> None:
 
 
 def test_importing_it_does_not_import_sqlite() -> None:
-    """A gateway that needs no store does not pay for its library."""
+    """A gateway that needs no store does not import SQLite."""
     code = "import sys, trigate.store.sqlite; sys.exit('apsw' in sys.modules or 'sqlite3' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
 async def test_what_is_queued_at_the_end_is_written(path: Path) -> None:
-    """Also when everything is cancelled; and nothing of the WAL is left."""
+    """Also when everything is cancelled; no WAL is left."""
     with trio.CancelScope() as scope:
         async with open_sqlite_store(path) as store:
             for number in range(1000):  # more than one group
@@ -237,7 +248,7 @@ async def test_what_is_queued_at_the_end_is_written(path: Path) -> None:
 
 
 async def test_what_comes_after_the_end_is_refused(path: Path) -> None:
-    """It is not opened again."""
+    """The store is not opened again."""
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn())
     with pytest.raises(StoreUnavailable, match="closed"):
@@ -248,7 +259,7 @@ async def test_what_comes_after_the_end_is_refused(path: Path) -> None:
 
 
 async def test_the_end_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If another process holds the lock, what is queued fails when the time is over."""
+    """If another process holds the lock, queued writes fail when the time is over."""
     monkeypatch.setattr(sqlite, "END_TIMEOUT_S", 0.01)
     monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.2)
     other = None
@@ -265,7 +276,7 @@ async def test_the_end_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_under_asyncio(path: Path) -> None:
-    """As a guest of asyncio's loop it works the same, and its threads end."""
+    """As a guest of asyncio's loop it works in the same way, and its threads end."""
     code = f"""
 import asyncio, threading, trio
 from trigate.store.sqlite import open_sqlite_store
@@ -323,12 +334,12 @@ asyncio.run(host())
 
 
 async def test_two_workers_share_a_file(path: Path) -> None:
-    """What one has been told is done, the other one sees; a queue and a key are one for both."""
+    """Each worker sees the writes of the other; tickets and idempotency keys are shared."""
     async with open_sqlite_store(path) as one, open_sqlite_store(path) as two:
         first = await one.sessions.take_ticket("o", "k", worker="w1")
         second = await two.sessions.take_ticket("o", "k", worker="w2")
         assert await one.sessions.tickets("o", "k") == await two.sessions.tickets("o", "k") == [first, second]
-        await one.sessions.append(turn("k", "a"), leave=first)
+        await one.sessions.append(turn("k", "a"), ticket=first)
         assert texts(await two.sessions.messages("o", "k", limit=9)) == ["a"]
         claims = [
             (one, two)[number % 2].idempotency.claim("hook", "key", digest=b"1", run=run(f"run_{number}"))
@@ -348,7 +359,7 @@ async def test_two_workers_share_a_file(path: Path) -> None:
 
 
 async def test_many_workers_start_at_once(path: Path) -> None:
-    """On a file that is not there yet: one makes it, and all can use it."""
+    """On a file that does not exist: one worker creates it, and all can use it."""
 
     async def start(number: int) -> None:
         async with open_sqlite_store(path) as store:
@@ -365,7 +376,7 @@ async def test_many_workers_start_at_once(path: Path) -> None:
 
 
 async def test_a_store_of_an_older_version_is_brought_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in it stays."""
+    """Its rows stay."""
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
     monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*MIGRATIONS, "CREATE TABLE more (x INTEGER) STRICT"))
@@ -380,7 +391,7 @@ async def test_a_store_of_an_older_version_is_brought_up(path: Path, monkeypatch
 
 
 async def test_a_migration_is_done_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch, logs: Logs) -> None:
-    """The version before is left as it was, and can be used by a Trigate that knows it."""
+    """After a failed migration, the file is as before, and an older Trigate can use it."""
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
     with monkeypatch.context() as patch:
@@ -394,7 +405,7 @@ async def test_a_migration_is_done_whole_or_not_at_all(path: Path, monkeypatch: 
 
 
 async def test_a_newer_store_is_refused(path: Path, logs: Logs) -> None:
-    """With both versions in the reason."""
+    """The reason has both versions."""
     async with open_sqlite_store(path) as store:
         await store.check()
     db = apsw.Connection(str(path))
@@ -408,7 +419,7 @@ async def test_a_newer_store_is_refused(path: Path, logs: Logs) -> None:
 
 @pytest.mark.parametrize("settings", ["", "PRAGMA user_version = 1", "PRAGMA application_id = 7"])
 async def test_the_database_of_another_program_is_refused(path: Path, settings: str, logs: Logs) -> None:
-    """And no byte of it is changed."""
+    """No byte of it is changed."""
     path.parent.mkdir()
     db = apsw.Connection(str(path))
     db.execute(f"CREATE TABLE theirs (x); {settings}")
@@ -426,7 +437,7 @@ async def test_the_database_of_another_program_is_refused(path: Path, settings: 
 
 
 async def _fails(store: SqliteStore, logs: Logs, reason: str) -> None:
-    """Writes and reads raise with the reason, statistics say it, and the log says it once."""
+    """Checks that writes and reads raise with the reason, statistics show it, and it is logged once."""
     logs.expect_error("store_unavailable")
     for _ in range(3):
         with pytest.raises(StoreUnavailable, match=reason) as caught:
@@ -443,7 +454,7 @@ async def _fails(store: SqliteStore, logs: Logs, reason: str) -> None:
 
 
 async def _works_again(store: SqliteStore, logs: Logs) -> None:
-    """Without a restart, and the log says so."""
+    """Checks that the store works again without a restart, and logs that."""
     await _until_available(store)
     await store.sessions.append(turn("again"))
     assert await store.sessions.get("o", "again") is not None
@@ -453,7 +464,7 @@ async def _works_again(store: SqliteStore, logs: Logs) -> None:
 
 @pytest.fixture
 def page_limit(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How large a database may grow, in pages: SQLite's own "disk full"."""
+    """The largest size of a database, in pages: SQLite's own "disk full"."""
     limit = {"pages": 1_000_000}
 
     def hook(db: apsw.Connection) -> None:
@@ -464,7 +475,7 @@ def page_limit(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 async def test_a_full_disk(path: Path, logs: Logs, page_limit: dict[str, int]) -> None:
-    """All of a group fails, what was acknowledged stays and can be read, and there is no half of anything."""
+    """All writes of a group fail, and none is done in part. Acknowledged rows stay and can be read."""
     big = turn("big", "x" * 300_000)
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
@@ -504,7 +515,7 @@ def _tiny_disk(at: Path) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="needs to mount a file system")
 async def test_a_disk_that_is_really_full(path: Path, logs: Logs) -> None:
-    """Somebody else fills it; when there is space again, the store goes on by itself."""
+    """Another program fills the disk; when there is space again, the store works again by itself."""
     with _tiny_disk(path.parent):
         async with open_sqlite_store(path) as store:
             await store.sessions.append(turn("k", "a"))
@@ -523,7 +534,7 @@ async def test_a_disk_that_is_really_full(path: Path, logs: Logs) -> None:
 
 @contextlib.contextmanager
 def _read_only(file: Path) -> Iterator[None]:
-    """Makes it so that nobody can write to a file or directory; for root, rights alone do not."""
+    """Makes a file or directory read-only, also for root, whom permissions do not stop."""
     if os.geteuid() != 0:
         mode = stat.S_IMODE(file.stat().st_mode)
         file.chmod(mode & 0o555)
@@ -543,7 +554,7 @@ def _read_only(file: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("what", ["file", "directory"])
 async def test_a_read_only_file_or_directory(path: Path, what: str, logs: Logs) -> None:
-    """Nothing can be written, and the reason says why."""
+    """Writes fail, with the reason."""
     async with open_sqlite_store(path) as store:
         await store.check()
     async with open_sqlite_store(path) as store:
@@ -553,7 +564,7 @@ async def test_a_read_only_file_or_directory(path: Path, what: str, logs: Logs) 
 
 
 async def test_a_directory_in_place_of_the_file(path: Path, logs: Logs) -> None:
-    """It is no database."""
+    """A directory at the store's path is no database."""
     path.mkdir(parents=True)
     async with open_sqlite_store(path) as store:
         await _fails(store, logs, "unable to open database file")
@@ -562,7 +573,7 @@ async def test_a_directory_in_place_of_the_file(path: Path, logs: Logs) -> None:
 
 
 async def test_a_file_in_place_of_the_directory(path: Path, logs: Logs) -> None:
-    """The directory cannot be made; the reason does not name it, since clients see the reason."""
+    """The directory cannot be created. The reason does not contain its path, since clients see the reason."""
     path.parent.write_text("")
     async with open_sqlite_store(path) as store:
         await _fails(store, logs, "(File exists|Not a directory)$")
@@ -583,7 +594,7 @@ async def test_a_file_that_is_no_database(path: Path, logs: Logs) -> None:
 
 
 async def test_a_damaged_file(path: Path, logs: Logs) -> None:
-    """Garbage over its pages is noticed when they are read; a file from a backup is taken as it comes."""
+    """Garbage in its pages is detected when they are read; a file that is restored from a backup is used."""
     async with open_sqlite_store(path) as store:
         for number in range(50):
             store.sessions.append(turn(str(number), "x" * 4000))
@@ -609,7 +620,7 @@ async def test_a_damaged_file(path: Path, logs: Logs) -> None:
 
 
 async def test_a_lock_that_is_held_too_long(path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another process that hangs, say: writes fail, reads go on."""
+    """If another process holds the lock, writes fail and reads work."""
     monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.01)
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
@@ -624,7 +635,7 @@ async def test_a_lock_that_is_held_too_long(path: Path, logs: Logs, monkeypatch:
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "without its log", "with its directory"])
 async def test_a_file_that_goes_away_while_it_is_open(path: Path, how: str, logs: Logs) -> None:
-    """Nothing is acknowledged that went to a file which is not there any more."""
+    """A write into a file that was removed or replaced is not acknowledged."""
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
         match how:
@@ -648,8 +659,8 @@ async def test_a_file_that_goes_away_while_it_is_open(path: Path, how: str, logs
     assert _integrity(path) == "ok"
 
 
-async def test_reads_notice_too(path: Path, logs: Logs) -> None:
-    """That the file is not the one that it was."""
+async def test_a_read_detects_a_replaced_file(path: Path, logs: Logs) -> None:
+    """A read detects that the file was replaced, too."""
     async with open_sqlite_store(path) as store:
         await store.sessions.append(turn("k", "a"))
         path.unlink()
@@ -661,7 +672,7 @@ async def test_reads_notice_too(path: Path, logs: Logs) -> None:
 
 
 async def test_a_failure_is_not_tried_again_at_once(path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes within the pause fails for the same reason, without touching the disk."""
+    """Within the pause, writes fail for the same reason, without an access to the disk."""
     monkeypatch.setattr(sqlite, "RETRY_S", 1000.0)
     path.mkdir(parents=True)
     async with open_sqlite_store(path) as store:
@@ -675,8 +686,8 @@ async def test_a_failure_is_not_tried_again_at_once(path: Path, logs: Logs, monk
         assert _threads() == []
 
 
-async def test_nobody_need_ask_what_became_of_a_write(path: Path, logs: Logs) -> None:
-    """A write that fails and that nobody awaits is only what the log says."""
+async def test_a_failed_write_that_is_not_awaited(path: Path, logs: Logs) -> None:
+    """A failed write that is not awaited is reported in the log only."""
     path.mkdir(parents=True)
     logs.expect_error("store_unavailable")
     async with open_sqlite_store(path) as store:
@@ -712,7 +723,7 @@ trio.run(main, *sys.argv[1:])
 
 @pytest.mark.slow
 async def test_killed_while_it_writes(path: Path) -> None:
-    """Two processes write into one file and are killed, again and again: all that they said was done is there."""
+    """Two processes that write into one file are killed, again and again: every acknowledged row is stored."""
     acknowledged: dict[str, int] = {}
     for round_ in range(12):
         names = [f"{round_}-{worker}" for worker in "ab"]
@@ -724,24 +735,24 @@ async def test_killed_while_it_writes(path: Path) -> None:
         ]
         for child in children:
             assert child.stdout is not None
-            for _ in range(20 + 7 * round_):  # it is in the midst of it
-                name, number = child.stdout.readline().split()
-                acknowledged[name] = int(number)
+            for _ in range(20 + 7 * round_):  # it is writing
+                name, written = child.stdout.readline().split()
+                acknowledged[name] = int(written)
         for child in children:
             child.send_signal(signal.SIGKILL)
         for child in children:
             assert child.stdout is not None
             for line in child.stdout.read().splitlines(keepends=True):
-                if line.endswith("\n"):  # else it was killed while it said so
-                    name, number = line.split()
-                    acknowledged[name] = int(number)
+                if line.endswith("\n"):  # else it was killed in the middle of the line
+                    name, written = line.split()
+                    acknowledged[name] = int(written)
             child.wait()
             child.stdout.close()
         async with open_sqlite_store(path) as store:
             for name, number in acknowledged.items():
                 session = await store.sessions.get("o", name)
                 assert session is not None
-                # one more was under way, perhaps
+                # one more may have been written and not reported
                 assert session.messages in (number + 1, number + 2), name
                 page = await store.sessions.messages("o", name, limit=number + 2)
                 assert page is not None
@@ -757,7 +768,7 @@ async def test_killed_while_it_writes(path: Path) -> None:
 
 @pytest.mark.slow
 async def test_ten_thousand_sessions(path: Path) -> None:
-    """They can be paged through to the last one, are counted, and forgotten."""
+    """They can be paged through to the last one, counted, and deleted."""
     async with open_sqlite_store(path) as store:
         for number in range(10_000):
             store.sessions.append(Turn(owner="o", key=f"k{number:05}", messages=(), at=float(number)))

@@ -1,4 +1,4 @@
-"""How the tables lie in SQLite: what their contract does not say."""
+"""`trigate.store.tables`: query plans and types, which the contract of a store does not mention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import apsw
 import pytest
 
 from trigate.store.records import Session
-from trigate.store.tables import MIGRATIONS, SqliteTables
+from trigate.store.schema import MIGRATIONS
+from trigate.store.tables import Tables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
 GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
@@ -43,14 +44,19 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
     ],
 )
 def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
-    """Each query finds its rows by an index, and sorts them only where they are few: one of each target, or those of
-    some workers."""
+    """Each query finds its rows by an index, and sorts only a few of them: one for each target, or those of some
+    workers."""
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration)
     asked: list[str] = []
-    db.exec_trace = lambda cursor, sql, bindings: asked.append(sql) or True
-    getattr(SqliteTables(db), name)(**args)
+
+    def trace(cursor: apsw.Cursor, sql: str, bindings: Any) -> bool:
+        asked.append(sql)
+        return True
+
+    db.exec_trace = trace
+    getattr(Tables(db), name)(**args)
     db.exec_trace = None
     assert asked
     for sql in asked:
@@ -63,11 +69,11 @@ def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:
 
 
 def test_times_come_back_as_they_were() -> None:
-    """To the last bit, and infinity too; a time that is an int is a float afterwards, and equal."""
+    """A time is returned to the last bit, also infinity. An int comes back as an equal float."""
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration)
-    tables = SqliteTables(db)
+    tables = Tables(db)
     for at in (1764000000.1234567, 0.1 + 0.2, float("inf"), 7):
         tables.put_session(Session(owner="o", key=str(at), created_at=at, active_at=at))
         found = tables.session("o", str(at))

@@ -139,7 +139,7 @@ async def opened(
     """Opens callbacks for one hook, ``h``."""
     async with (
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         open_callbacks(trust=trust, now=now) as callbacks,
         open_outbox(store, workers) as outbox,
     ):
@@ -607,7 +607,7 @@ async def test_a_removed_hook_keeps_its_deliveries() -> None:
     async with (
         receiving() as receiver,
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         open_callbacks(trust=ssl.create_default_context) as callbacks,
         open_outbox(store, workers) as outbox,
     ):

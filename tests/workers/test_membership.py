@@ -24,11 +24,11 @@ from trio.testing import MockClock
 from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite
-from trigate.store.interface import Store
+from trigate.store.interface import Store, Write
 from trigate.store.memory import open_memory_store
 from trigate.store.records import Run, Worker
 from trigate.store.sqlite import open_sqlite_store
-from trigate.workers import membership
+from trigate.workers import membership, notify
 from trigate.workers.membership import Workers, open_workers
 
 NOW = 1_700_000_000.0
@@ -36,29 +36,30 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beats that a test need not wait for."""
-    monkeypatch.setattr(membership, "BEAT_S", 0.02)
+    """Makes heartbeats and retries fast enough for a test."""
+    monkeypatch.setattr(membership, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(membership, "RETRY_S", 0.02)
     monkeypatch.setattr(sqlite, "RETRY_S", 0.0)
 
 
 @pytest.fixture
 def database() -> Iterator[Path]:
-    """Where the store's file will be: a directory whose path leaves room for a socket's name."""
-    with tempfile.TemporaryDirectory(prefix="tri") as room:  # pytest's own paths are long
-        yield Path(room) / "trigate.db"
+    """The path of the store's file, short enough for the name of a socket beside it."""
+    with tempfile.TemporaryDirectory(prefix="tri") as directory:  # pytest's own paths are too long
+        yield Path(directory) / "trigate.db"
 
 
 @contextlib.asynccontextmanager
 async def _worker(
     database: Path, snapshot: Callable[[], bytes] = lambda: b"{}"
 ) -> AsyncIterator[tuple[Workers, Store]]:
-    async with open_sqlite_store(str(database)) as store, open_workers(store, snapshot) as found:
+    async with open_sqlite_store(str(database)) as store, open_workers(store) as found:
+        found.report_with(snapshot)
         yield found, store
 
 
 async def _until(holds: Callable[[], Any]) -> None:
-    """Waits for something that comes about in other tasks; fails where it does not at all."""
+    """Waits until a condition holds, which other tasks bring about; fails after 10 s."""
     with trio.fail_after(10):
         while True:
             held = holds()
@@ -76,7 +77,7 @@ def _ids(found: Sequence[Worker]) -> list[str]:
 
 
 def _dead_socket(database: Path) -> str:
-    """The address of somebody who has died: a socket's file behind which there is none."""
+    """The address of a worker that has exited: a socket's file to which no socket is bound."""
     address = f"{database}-w_dead"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as closed:
         closed.bind(address)
@@ -90,8 +91,8 @@ def _dead(address: str) -> Worker:
 # -- joining ----------------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_made_before_somebody_joins(database: Path) -> None:
-    """No file and no socket; who asks who is there hears of this worker."""
+async def test_nothing_is_created_before_join(database: Path) -> None:
+    """Before `join` there is no file and no socket, and `all` returns this worker alone."""
     async with _worker(database) as (mine, store):
         assert _ids(await mine.all()) == [mine.id]
         mine.notify("sessions")
@@ -101,7 +102,7 @@ async def test_nothing_is_made_before_somebody_joins(database: Path) -> None:
 
 
 async def test_workers_find_each_other(database: Path) -> None:
-    """Each knows all, the oldest first, with what they said last; of itself, what holds now."""
+    """Each worker knows all, the oldest first, with their last snapshots; its own snapshot is the current one."""
     said = [b'"first"']
     async with _worker(database, lambda: said[0]) as (one, _), _worker(database, lambda: b'"second"') as (two, _):
         await one.join()
@@ -120,12 +121,17 @@ async def test_workers_find_each_other(database: Path) -> None:
         await _until(heard)
 
 
-async def test_many_join_at_once(database: Path) -> None:
-    """A worker joins once, however many ask it to, and whoever of them gives up."""
-    beats = []
+async def test_concurrent_joins(database: Path) -> None:
+    """A worker joins once, however many tasks call `join`, and even if some of them are cancelled."""
+    beats: list[Worker] = []
     async with _worker(database) as (mine, store):
-        beat = store.workers.beat
-        store.workers.beat = lambda worker: beats.append(worker) or beat(worker)  # type: ignore[method-assign]
+        beat = store.workers.heartbeat
+
+        def heartbeat(worker: Worker) -> Write[None]:
+            beats.append(worker)
+            return beat(worker)
+
+        store.workers.heartbeat = heartbeat  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as impatient:
                 impatient.cancel()
@@ -138,27 +144,27 @@ async def test_many_join_at_once(database: Path) -> None:
 
 
 async def test_a_store_that_is_unavailable(database: Path, logs: Any) -> None:
-    """`join` says so; `join_at_last` waits, and joins once the reason has gone. It is logged once."""
+    """`join` raises; `join_eventually` waits, and joins once the reason has gone. The failure is logged once."""
     logs.expect_error("store_unavailable")
     database.mkdir()  # noqa: ASYNC240 - a moment
     async with _worker(database) as (mine, _):
         with pytest.raises(StoreUnavailable):
             await mine.join()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(mine.join_at_last)
-            await _until(lambda: logs.named("beat_failed"))
+            nursery.start_soon(mine.join_eventually)
+            await _until(lambda: logs.named("heartbeat_failed"))
             assert not mine.is_joined
             database.rmdir()  # noqa: ASYNC240 - a moment
             await _until(lambda: mine.is_joined)
-        assert len(logs.named("beat_failed")) == 1
-        await _until(lambda: logs.named("beating_again"))
+        assert len(logs.named("heartbeat_failed")) == 1
+        await _until(lambda: logs.named("heartbeat_recovered"))
 
 
-async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
-    """A store that breaks while a worker is there costs beats and one line, and no more."""
+async def test_heartbeats_go_on_after_a_failure(database: Path, logs: Any) -> None:
+    """If the store fails while a worker runs, heartbeats are lost and one line is logged; then they succeed again."""
     async with _worker(database) as (mine, store):
         await mine.join()
-        beat = store.workers.beat
+        beat = store.workers.heartbeat
         failures: list[Exception] = [StoreUnavailable("full"), StoreUnavailable("full"), ValueError("a defect")]
 
         def failing(worker: Worker) -> Any:
@@ -166,15 +172,15 @@ async def test_beats_go_on_after_a_failure(database: Path, logs: Any) -> None:
                 raise failures.pop(0)
             return beat(worker)
 
-        store.workers.beat = failing  # type: ignore[method-assign]
-        await _until(lambda: logs.named("beating_again"))
-        assert [entry["error"] for entry in logs.named("beat_failed")] == ["full"]
+        store.workers.heartbeat = failing  # type: ignore[method-assign]
+        await _until(lambda: logs.named("heartbeat_recovered"))
+        assert [entry["error"] for entry in logs.named("heartbeat_failed")] == ["full"]
         assert _ids(await store.workers.all()) == [mine.id]
 
 
-async def test_a_defect_in_a_beat_is_logged_once(database: Path, logs: Any) -> None:
-    """Whatever a snapshot raises, the gateway goes on."""
-    logs.expect_error("beat_crashed")
+async def test_a_defect_in_a_heartbeat_is_logged_once(database: Path, logs: Any) -> None:
+    """An exception of the snapshot does not end the gateway."""
+    logs.expect_error("heartbeat_crashed")
     broken: list[bool] = []
 
     def snapshot() -> bytes:
@@ -186,13 +192,13 @@ async def test_a_defect_in_a_beat_is_logged_once(database: Path, logs: Any) -> N
     async with _worker(database, snapshot) as (mine, _):
         await mine.join()
         broken.append(True)
-        await _until(lambda: logs.named("beating_again"))
-        assert len(logs.named("beat_crashed")) == 1
+        await _until(lambda: logs.named("heartbeat_recovered"))
+        assert len(logs.named("heartbeat_crashed")) == 1
 
 
 async def test_a_store_in_memory_has_no_others(autojump_clock: MockClock) -> None:
-    """No socket, and no beat: days of virtual time pass at once."""
-    async with open_memory_store() as store, open_workers(store, lambda: b"{}") as mine:
+    """There is no socket and no heartbeat, so days of virtual time pass at once."""
+    async with open_memory_store() as store, open_workers(store) as mine:
         await mine.join()
         mine.notify("sessions")
         before = await store.workers.all()
@@ -201,18 +207,18 @@ async def test_a_store_in_memory_has_no_others(autojump_clock: MockClock) -> Non
         assert [(each.id, each.address) for each in await mine.all()] == [(mine.id, "")]
 
 
-# -- rings ------------------------------------------------------------------------------------------------------------
+# -- notifications ----------------------------------------------------------------------------------------------------
 
 
-async def test_rings(database: Path) -> None:
-    """All others hear a ring, and only those that listen to its topic heed it; its body is any bytes."""
+async def test_notifications(database: Path) -> None:
+    """All other workers get a notification, and those with a callback for its topic call it. The body is any bytes."""
     async with _worker(database) as (one, _), _worker(database) as (two, _), _worker(database) as (three, _):
         heard: list[tuple[str, bytes]] = []
         for name, each in (("one", one), ("two", two), ("three", three)):
             each.on_notify("topic", lambda body, name=name: heard.append((name, body)))  # type: ignore[misc]
             each.on_notify("other", lambda body: heard.append(("other", body)))
             await each.join()
-        await _until(lambda: len(one._others) == 2)  # those that were there are told of those that come
+        await _until(lambda: len(one._others) == 2)  # workers that have joined are notified of new ones
         one.notify("nobody")
         one.notify("topic", b"a b \x00")
         one.notify("topic")
@@ -220,8 +226,8 @@ async def test_rings(database: Path) -> None:
         assert sorted(heard) == [("three", b""), ("three", b"a b \x00"), ("two", b""), ("two", b"a b \x00")]
 
 
-async def test_a_ring_is_never_a_failure(database: Path) -> None:
-    """Neither when the other's queue is full, nor when the body is too large, nor when nobody is there any more."""
+async def test_notify_never_fails(database: Path) -> None:
+    """`notify` does not fail if the receiver's queue is full, the body is too large, or no socket is bound any more."""
     async with _worker(database) as (mine, _):
         await mine.join()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
@@ -230,23 +236,23 @@ async def test_a_ring_is_never_a_failure(database: Path) -> None:
             for _ in range(1_000):
                 mine.notify("topic", b"x" * 1_000)
             mine.notify("topic", b"x" * 10_000_000)
-            assert not membership._is_dead(f"{database}-deaf")  # whose queue is full is not dead
-        assert membership._is_dead(f"{database}-deaf")
+            assert not notify.is_dead(f"{database}-deaf")  # a worker whose queue is full is not dead
+        assert notify.is_dead(f"{database}-deaf")
         mine.notify("topic")
 
 
 async def test_a_callback_that_raises(database: Path, logs: Any) -> None:
-    """Costs its ring alone."""
-    logs.expect_error("ring_crashed")
+    """An exception of a callback loses that notification alone."""
+    logs.expect_error("notify_callback_crashed")
     async with _worker(database) as (one, _), _worker(database) as (two, _):
         heard = []
 
-        def heed(body: bytes) -> None:
+        def callback(body: bytes) -> None:
             heard.append(body)
             if body == b"bad":
                 raise ValueError("a defect")
 
-        two.on_notify("topic", heed)
+        two.on_notify("topic", callback)
         await two.join()
         await one.join()
         one.notify("topic", b"bad")
@@ -258,7 +264,7 @@ async def test_a_callback_that_raises(database: Path, logs: Any) -> None:
 
 
 async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
-    """The socket is then in a directory of its own among temporary files, which goes with it."""
+    """The socket is then in a directory of its own among the temporary files, which is removed with it."""
     database = tmp_path / ("x" * 100) / "trigate.db"
     async with _worker(database) as (one, _), _worker(database) as (two, _):
         heard: list[bytes] = []
@@ -276,12 +282,12 @@ async def test_a_path_that_is_too_long(tmp_path: Path) -> None:
 
 
 async def test_no_socket_anywhere(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the others cannot be met, and the store cannot be used: it says where and why."""
+    """If no socket can be bound anywhere, `join` raises `StoreUnavailable` with the path and the reason."""
 
     def refuse(prefix: str) -> str:
         raise OSError("no room")
 
-    monkeypatch.setattr(membership, "_MAX_ADDRESS_BYTES", 10)
+    monkeypatch.setattr(notify, "_MAX_ADDRESS_BYTES", 10)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     async with _worker(database) as (mine, _):
         with pytest.raises(StoreUnavailable, match="no room"):
@@ -289,7 +295,7 @@ async def test_no_socket_anywhere(database: Path, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_socket_whose_file_is_removed(database: Path) -> None:
-    """Another one is there at the next beat: else the worker would seem dead."""
+    """The next heartbeat binds another socket; otherwise the others would take the worker for dead."""
     async with _worker(database) as (one, store), _worker(database) as (two, _):
         heard: list[bytes] = []
         one.on_notify("topic", heard.append)
@@ -303,15 +309,15 @@ async def test_a_socket_whose_file_is_removed(database: Path) -> None:
         assert sorted(_ids(await store.workers.all())) == sorted([one.id, two.id])
 
 
-# -- the dead ---------------------------------------------------------------------------------------------------------
+# -- exited workers ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["refused", "no file"])
-async def test_the_dead_are_adopted_before_they_are_forgotten(database: Path, is_there: bool) -> None:
-    """At `join` already: whoever has joined may rely on it. Their row, tickets and file are gone then."""
+async def test_exited_workers_are_adopted_before_they_are_deleted(database: Path, is_there: bool) -> None:
+    """`join` adopts what exited workers have left, and then deletes their rows, tickets and socket files."""
     async with _worker(database) as (mine, store):
         address = _dead_socket(database) if is_there else f"{database}-w_gone"
-        await store.workers.beat(_dead(address))
+        await store.workers.heartbeat(_dead(address))
         await store.sessions.take_ticket("alice", "chat", worker="w_dead")
         adopted = []
 
@@ -329,8 +335,8 @@ async def test_the_dead_are_adopted_before_they_are_forgotten(database: Path, is
 
 
 async def test_an_adopter_that_fails_is_asked_again(database: Path, logs: Any) -> None:
-    """The dead are remembered until all have been adopted; meanwhile nobody takes them for living."""
-    logs.expect_error("beat_crashed")
+    """Exited workers stay in the store until all their work is adopted, but do not count as running meanwhile."""
+    logs.expect_error("heartbeat_crashed")
     async with _worker(database) as (mine, store):
         await mine.join()
         failures: list[Exception] = [StoreUnavailable("full"), ValueError("a defect")]
@@ -342,7 +348,7 @@ async def test_an_adopter_that_fails_is_asked_again(database: Path, logs: Any) -
                 raise failures.pop()
 
         mine.adopt_with(adopt)
-        await store.workers.beat(_dead(_dead_socket(database)))
+        await store.workers.heartbeat(_dead(_dead_socket(database)))
         assert _ids(await mine.all()) == [mine.id]
         assert set(_ids(await store.workers.all())) == {"w_dead", mine.id}
         failing.set()
@@ -351,9 +357,9 @@ async def test_an_adopter_that_fails_is_asked_again(database: Path, logs: Any) -
         assert _ids(await store.workers.all()) == [mine.id]
 
 
-async def test_the_runs_of_the_dead(database: Path) -> None:
-    """With the store's own takeover: a promised run goes on here, another one has failed; two that take over at once
-    do not both get it."""
+async def test_the_runs_of_exited_workers(database: Path) -> None:
+    """With the store's own `adopt`: an acknowledged run goes on here, another one has failed. Of two workers that adopt
+    at once, one gets the run."""
     async with _worker(database) as (one, store), _worker(database) as (two, _):
         found: list[Run] = []
         for mine in (one, two):
@@ -362,7 +368,7 @@ async def test_the_runs_of_the_dead(database: Path) -> None:
                 found.extend(await store.runs.adopt(worker, dead=dead, at=NOW))
 
             mine.adopt_with(adopt)
-        await store.workers.beat(_dead(_dead_socket(database)))
+        await store.workers.heartbeat(_dead(_dead_socket(database)))
         for id_, acknowledged in (("run_1", True), ("run_2", False)):
             await store.runs.add(
                 Run(
@@ -389,9 +395,10 @@ async def test_the_runs_of_the_dead(database: Path) -> None:
         assert (kept.state, kept.status) == ("failed", 503)
 
 
-async def test_a_clean_end(database: Path, logs: Any) -> None:
-    """Its socket's file is gone, and those that are left look at once: they adopt it, and forget it."""
-    adopted = []
+async def test_a_clean_shutdown(database: Path, logs: Any) -> None:
+    """The worker's socket file is removed, and the other workers check at once, adopt what it has left, and delete
+    it."""
+    adopted: list[str] = []
     async with _worker(database) as (one, store):
 
         async def adopt(worker: str, dead: Sequence[str]) -> None:
@@ -412,7 +419,7 @@ async def test_a_clean_end(database: Path, logs: Any) -> None:
 
 
 async def test_the_last_one_is_adopted_by_the_next_start(database: Path) -> None:
-    """What a worker leaves when nobody else is there, waits in the store."""
+    """If no other worker runs, what a worker has left stays in the store until the next one joins."""
     async with _worker(database) as (first, _):
         await first.join()
     async with _worker(database) as (second, store):
@@ -422,13 +429,14 @@ async def test_the_last_one_is_adopted_by_the_next_start(database: Path) -> None
 
 CHILD = """
 import sys, trio
-from trigate import storage, workers
+from trigate.store import opening
+from trigate.workers import membership
 from trigate.workers.membership import open_workers
 
-workers.BEAT_S = 3600  # it must not be stopped in the middle of a write: that would keep the others from theirs
+membership.HEARTBEAT_S = 3600  # a stop in the middle of a write would block the writes of the others
 
 async def main():
-    async with storage.open_store(sys.argv[1]) as store, open_workers(store, lambda: b'{}') as mine:
+    async with opening.open_store(sys.argv[1]) as store, open_workers(store) as mine:
         await mine.join()
         await store.sessions.take_ticket("alice", "chat", worker=mine.id)
         print(mine.id, flush=True)
@@ -444,8 +452,9 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 async def test_a_killed_process(database: Path, monkeypatch: pytest.MonkeyPatch, logs: Any) -> None:
-    """One that is stopped is not dead, however long; one that is killed is adopted at the next look."""
-    monkeypatch.setattr(membership, "BEAT_S", 0.2)
+    """A stopped process is not taken for dead, however long it is stopped; a killed one is adopted at the next
+    check."""
+    monkeypatch.setattr(membership, "HEARTBEAT_S", 0.2)
     adopted: list[str] = []
     async with _worker(database) as (mine, store):
 
@@ -463,7 +472,7 @@ async def test_a_killed_process(database: Path, monkeypatch: pytest.MonkeyPatch,
             process.send_signal(signal.SIGSTOP)
             for _ in range(1_000):
                 mine.notify("topic", b"x" * 1_000)
-            await trio.sleep(1.0)  # five looks
+            await trio.sleep(1.0)  # five checks
             assert _ids(await mine.all()) == [mine.id, child]
             assert adopted == []
             process.kill()

@@ -171,7 +171,7 @@ async def _take_turn(
         async with gateway.sessions.open_turn(owner, key, limits=limits) as turn:
             recorder = SessionRecorder(gateway.store, turn)
             exchange = exchange_for(turn.compose(call), recorder)
-            turn.cut = exchange.cancel
+            turn.stop_with(exchange.cancel)
             try:
                 await exchange.run(nursery)
             finally:

@@ -81,7 +81,7 @@ def check(config_path: str | None) -> None:
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     without_keys = "none (open to everybody: insecure)" if config.server.insecure else "none (this machine only)"
     click.echo(f"keys: {', '.join(config.keys) or without_keys}")
-    click.echo(f"store: {opening.described(opening.location(config.store, os.environ))}")
+    click.echo(f"store: {opening.describe_location(opening.location(config.store, os.environ))}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():
         for line in _upstream_lines(name, upstream, config.disabled.get(name)):

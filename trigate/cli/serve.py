@@ -221,7 +221,15 @@ def _run_server(
     failure = ""
     try:
         return trio.run(
-            partial(run, app, server, sockets, parent_fd, handover_sockets=handover_sockets, before_accepting=before_accepting)
+            partial(
+                run,
+                app,
+                server,
+                sockets,
+                parent_fd,
+                handover_sockets=handover_sockets,
+                before_accepting=before_accepting,
+            )
         )
     except* StartupFailed as failed:
         failure = message_of(failed)

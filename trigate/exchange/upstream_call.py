@@ -33,8 +33,8 @@ from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.continuation import continuation_head
 from trigate.routing.plan import Plan, Step
-from trigate.routing.target_state import Targets
 from trigate.routing.routes import Target
+from trigate.routing.target_state import Targets
 from trigate.upstream.generation import Route
 from trigate.upstream.upstream import Upstream
 

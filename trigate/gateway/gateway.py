@@ -39,7 +39,7 @@ from trigate.status.inflight import InflightRequests
 from trigate.status.reporter import StatusReporter
 from trigate.store import opening
 from trigate.store.interface import Store
-from trigate.store.opening import keep_pruned
+from trigate.store.retention import keep_pruned
 from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.generation import Generation, Generations, open_generation
 from trigate.webhooks.callbacks import open_callbacks
@@ -123,7 +123,7 @@ async def open_gateway(
         open_cancel_queue() as cancel_queue,
         open_poller() as poller,
         opening.open_store(opening.location(first.store, environ)) as store,
-        open_workers(store, lambda: reporter.snapshot()) as workers,
+        open_workers(store) as workers,
         open_ledger(store) as ledger,
         open_service(admission.run) as background,
     ):
@@ -201,7 +201,7 @@ async def open_gateway(
                     reload=reloader,
                     is_handing_over=drain.handing_over.is_set,
                 )
-                reporter = status
+                workers.report_with(status.snapshot)
                 gateway = Gateway(
                     generations=generations,
                     exchange_services=exchange_services,
@@ -223,7 +223,7 @@ async def open_gateway(
                     if path is not None:
                         background.start_soon(reloader.watch_file, path)
                     background.start_soon(_use_store, gateway)
-                    background.start_soon(keep_pruned, store, workers, lambda: generations.config)
+                    background.start_soon(keep_pruned, store, workers.wait_joined, lambda: generations.config)
                     yield gateway
 
 
@@ -243,4 +243,4 @@ async def _use_store(gateway: Gateway) -> None:
     """Opens the store as soon as the configuration needs it. Other services open it when they use it first."""
     while not opening.is_needed(gateway.generations.config, gateway.store.statistics().path):
         await gateway.reloader.wait_reloaded()
-    await gateway.workers.join_at_last()
+    await gateway.workers.join_eventually()

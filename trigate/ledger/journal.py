@@ -1,13 +1,18 @@
-"""What a process has begun and settled, in a file that survives it.
+"""A file of the exchanges that a process has begun and settled. The file survives the process.
 
-A line is written when an exchange begins, which says that it is lost, and another one when it is settled, which says
-what became of it. So whoever reads the file of a process that has been killed knows of each exchange what there is to
-know: the last line of each id counts. A line is one ``write`` to the end of the file: it costs a system call and no
-wait, and what the kernel has taken survives SIGKILL (not the loss of power).
+A line is written when an exchange begins, with the outcome ``lost``, and another one when it is settled, with its
+outcome. So a later process that reads the journal of a killed one knows the state of each exchange: the last line of
+each id counts.
 
-The file is locked (``flock``) for as long as its process lives; the kernel lets go of it when the process has ended,
-however that was. So a file that can be locked is a dead one's (`take_orphans`). It is named for the store beside which
-it lies, its process, and a number: it is replaced by the next one when it has become long (`Journal.turn`).
+Why a journal, beside SQLite's own write-ahead log: a call must not wait for the store. A line is one ``write`` to the
+end of the file, one system call in the thread of the event loop. SQLite's log would cost each call a hop to its thread
+and back, and a durable commit there waits for an fsync. A line has no fsync: the kernel has it when ``write`` returns,
+which survives SIGKILL, but not a power failure. The records reach the store later, many in one transaction.
+
+The file is locked (``flock``) for as long as its process runs; the kernel releases the lock when the process ends,
+however it ends. So a journal that can be locked is that of a dead process (`take_orphans`). Its name consists of the
+path of the store's file, the worker's id, and a number: a journal that has become long is replaced by the next one
+(`Journal.rotate`).
 """
 
 from __future__ import annotations
@@ -27,13 +32,13 @@ from trigate.store.records import ExchangeRecord
 log = structlog.get_logger("trigate.ledger.journal")
 
 SLICE_BYTES = 128 * 1024
-"""How much is read at once: half a millisecond's work."""
+"""Bytes that are read at once: half a millisecond of work."""
 
 _decoder = msgspec.json.Decoder(ExchangeRecord)
 
 
 def records_of(lines: bytes) -> list[ExchangeRecord]:
-    """The records of whole lines. What cannot be read is left out, and logged."""
+    """Returns the records of whole lines. A line that cannot be decoded is skipped, and logged."""
     try:
         return _decoder.decode_lines(lines)
     except msgspec.MsgspecError:
@@ -48,11 +53,14 @@ def records_of(lines: bytes) -> list[ExchangeRecord]:
 
 
 class Journal:
-    """A journal that is written. Raises OSError where the file system does.
+    """The journal that this process writes.
 
     Args:
         store: The path of the store's file.
-        worker: Whose it is.
+        worker: The id of the worker that writes it.
+
+    Raises:
+        OSError: Of every method: the file system has failed.
     """
 
     def __init__(self, store: str, worker: str) -> None:
@@ -61,7 +69,7 @@ class Journal:
         self.path = ""
         self._fd = -1
         self.size = 0
-        """Bytes, so far."""
+        """Bytes written so far."""
         self._open()
 
     def __repr__(self) -> str:
@@ -73,32 +81,43 @@ class Journal:
             path = f"{self._stem}.{self._number}"
             self._number += 1
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if _lock(fd, path):  # else somebody has taken it for an orphan, before it was locked
+            if _lock(fd, path):  # else another process took it for an orphan before it was locked
                 break
             os.close(fd)
         self.path, self._fd, self.size = path, fd, 0
 
     def write(self, record: bytes) -> None:
-        """Adds a line, which is a record (`ExchangeRecord.encode`): the whole of it, or nothing."""
+        """Appends a record as one line. The file is as before if that fails.
+
+        Args:
+            record: JSON, made by `ExchangeRecord.encode`.
+        """
         line = record + b"\n"
         written = os.write(self._fd, line)
-        if written < len(line):  # the disk is full, but for some bytes
+        if written < len(line):  # the disk is full except for some bytes
             os.ftruncate(self._fd, self.size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
         self.size += written
 
     def slices(self) -> Iterator[list[ExchangeRecord]]:
-        """Its records, in order, some at a time."""
+        """Yields the records in order, some at a time."""
         return _slices(self._fd)
 
-    def turn(self, live: Iterable[ExchangeRecord]) -> None:
-        """Goes on in the next file, which begins with what has begun and not ended. What has is forgotten."""
+    def rotate(self, live: Iterable[ExchangeRecord]) -> None:
+        """Replaces the file by the next one, without the exchanges that have ended.
+
+        Args:
+            live: The exchanges that have begun and not ended; the new file begins with them.
+
+        Raises:
+            OSError: The new file cannot be written. The journal goes on in the old one.
+        """
         old_path, old_fd, old_size = self.path, self._fd, self.size
         self._open()
         try:
             for record in live:
                 self.write(record.encode())
-        except OSError:  # the old one is whole: it goes on
+        except OSError:  # the old file is complete, so the journal goes on in it
             os.unlink(self.path)
             os.close(self._fd)
             self.path, self._fd, self.size = old_path, old_fd, old_size
@@ -107,7 +126,12 @@ class Journal:
         os.close(old_fd)
 
     def close(self, *, remove: bool) -> None:
-        """Closes the file. One that is not removed is the next process's to bring in."""
+        """Closes the file.
+
+        Args:
+            remove: All its records are in the store. A file that is not removed is an orphan, which the next process
+                reads.
+        """
         if remove:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
@@ -115,24 +139,24 @@ class Journal:
 
 
 class Orphan:
-    """The journal of a process that has ended, locked by this one."""
+    """The journal of a process that has exited. Made and locked by `take_orphans`."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self._fd = fd
 
     def slices(self) -> Iterator[list[ExchangeRecord]]:
-        """Its records, in order, some at a time."""
+        """Yields the records in order, some at a time."""
         return _slices(self._fd)
 
     def remove(self) -> None:
-        """Removes the file: what is in it has been kept."""
+        """Removes the file, once the store has its records."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
 
 def _slices(fd: int) -> Iterator[list[ExchangeRecord]]:
-    """A last line that was not written to its end is left out."""
+    """Yields the records of a file, some at a time. An incomplete last line is left out."""
     rest = b""
     offset = 0
     while data := os.pread(fd, SLICE_BYTES, offset):
@@ -144,7 +168,11 @@ def _slices(fd: int) -> Iterator[list[ExchangeRecord]]:
 
 @contextlib.contextmanager
 def take_orphans(store: str) -> Iterator[list[Orphan]]:
-    """Finds the journals beside a store whose processes have ended. Nobody else takes them inside of the block."""
+    """Finds the journals beside a store whose processes have exited. Within the block, no other process takes them.
+
+    Args:
+        store: The path of the store's file.
+    """
     with contextlib.ExitStack() as stack:
         found = []
         for path in sorted(glob.glob(f"{glob.escape(store)}-exchanges-*")):
@@ -159,7 +187,7 @@ def take_orphans(store: str) -> Iterator[list[Orphan]]:
 
 
 def _lock(fd: int, path: str) -> bool:
-    """Locks a file, unless somebody else has, or it does not stand at its path any more."""
+    """Locks a file. False = another process has locked it, or the path leads to another file now."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.stat(path).st_ino == os.fstat(fd).st_ino

@@ -280,7 +280,7 @@ class Ledger:
                 self._orphans_at = trio.current_time()
             if journal is not None and journal.size > ROTATE_BYTES and not self._waiting and not self._is_behind:
                 try:
-                    journal.turn(self._live.values())
+                    journal.rotate(self._live.values())
                 except OSError as error:
                     self._degrade(error)
 

@@ -164,7 +164,7 @@ class RunExecution:
                 limits = attrs.evolve(limits, wait_s=Seconds(0.0))
             self._turn = await stack.enter_async_context(
                 services.sessions.open_turn(
-                    request.owner, request.session, limits=limits, run=run.id, place=services.queue.turn_of(run)
+                    request.owner, request.session, limits=limits, run=run.id, turn=services.queue.turn_of(run)
                 )
             )
         stopped: list[GatewayError] = []
@@ -175,7 +175,7 @@ class RunExecution:
                 waiting.cancel()
 
             if self._turn is not None:
-                self._turn.cut = stop
+                self._turn.stop_with(stop)
             await stack.enter_async_context(services.queue.execution_slot(run.channel))
         if stopped:
             raise stopped[0]
@@ -188,7 +188,7 @@ class RunExecution:
             call = self._turn.compose(call)
         exchange = self._exchange = self._make_exchange(call)
         if self._turn is not None:
-            self._turn.cut = exchange.cancel
+            self._turn.stop_with(exchange.cancel)
         try:
             async with trio.open_nursery() as nursery:
                 await exchange.run(nursery)
@@ -342,7 +342,7 @@ class RunExecution:
         else:  # another worker took this one for dead, adopted the run and ended it
             self.ended = await self._records.get(self._run.id)
         if self._turn is not None:
-            self._turn.note_left()
+            self._turn.note_ticket_returned()
         self._records.note_ended(self.ended, self._request)
 
     def _finish_later(self, result: RunResult) -> None:
@@ -355,4 +355,4 @@ class RunExecution:
             self._is_settled = True
             self._finish_later(self._cancelled(CLIENT_LEFT))
             if self._turn is not None:
-                self._turn.note_left()
+                self._turn.note_ticket_returned()

@@ -63,7 +63,7 @@ class RunQueue:
         takes its ticket when it is executed."""
         limits = self._generations.config.sessions
         pending = [
-            (run.id, self._sessions.take_place(run.owner, run.session, limits=limits, run=run.id))
+            (run.id, self._sessions.take_ticket(run.owner, run.session, limits=limits, run=run.id))
             for run in runs
             if run.session is not None and waits_for_turn(run.action)
         ]
@@ -81,7 +81,7 @@ class RunQueue:
         """Releases the queue slot of a run, and the ticket of its session turn. Synchronous."""
         turn = self._turns.pop(run.id, None)
         if turn is not None:
-            self._sessions.give_back(turn)
+            self._sessions.return_ticket(turn)
         slots = self._queue_slots.get(run.channel, set())
         slots.discard(run.id)
         if not slots:

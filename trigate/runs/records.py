@@ -126,7 +126,7 @@ class RunRecords:
             result=result.result,
             at=time.time(),
             turn=result.turn,
-            leave=turn.ticket if turn is not None else None,
+            ticket=turn.ticket if turn is not None else None,
             deliveries=(delivery,) if delivery is not None else (),
             frees_key=result.frees_key,
         )

@@ -1,24 +1,24 @@
-"""What of a session's past is put before a request. Pure.
+"""What of a session's history is put before a request. Pure.
 
-A composed request is: the system messages (``system`` or ``developer``) of the request, or, where it has none, those
-that were remembered; then the history; then the request's other messages. Every message is the bytes that a client
-sent, or that an answer was put together to; nothing is decoded and encoded again.
+A composed request consists of the system messages (``system`` or ``developer``) of the request or, if it has none, the
+remembered ones; then the history; then the request's other messages. Every message is the bytes that a client sent, or
+that an answer was accumulated to: no message is decoded and encoded again.
 
-The history is bounded, and what of it is left out follows these rules:
+The history is bounded. These rules decide what is left out:
 
-* Whole turns are left out, the oldest first. What was kept is the end of the conversation, without a gap.
-* A *round* is an assistant message that calls for tools, and the messages behind it that answer the calls. It stays or
-  goes as a whole: providers refuse calls without answers, and answers without calls. So a turn that begins with answers
-  belongs to the turn before it; a round whose calls were not all answered is left out, and so is an answer to a call
-  that is not there.
-* The one round that may lack answers is the last, where the request begins with them: without it the request would
-  make no sense. It is kept whatever its size, even where nothing else of its turn fits. That aside, a newest turn that
-  is too large by itself is left out like any other, and there is no history.
+* Whole turns are left out, the oldest first. What is kept is the end of the conversation, without a gap.
+* A *round* is an assistant message that calls tools, and the messages behind it that answer the calls. It is kept or
+  left out as a whole: providers refuse calls without answers, and answers without calls. So a turn that begins with
+  answers belongs to the turn before it. A round whose calls were not all answered is left out, and so is an answer to a
+  call that is not in the history.
+* Only the last round may lack answers, if the request begins with them: without the round, the request would make no
+  sense. It is kept whatever its size, even if nothing else of its turn fits. Otherwise, a newest turn that is too large
+  by itself is left out like any other, and the history is empty.
 
-**Units:** tokens of what no upstream has counted are estimated at four bytes each, rounded up. That is about right for
-English prose, and too many for an image in a data URL.
+**Units:** tokens. What no upstream has counted is estimated at four bytes for each token, rounded up. That is about
+right for English prose, and too high for an image in a data URL.
 
-Source: that calls and answers belong together is from the OpenAI API reference ("messages": the tool message).
+Source: the OpenAI API reference ("messages": the tool message) says that calls and answers belong together.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _any = msgspec.json.Decoder()
 
 @attrs.frozen(kw_only=True)
 class Composition:
-    """A request with what is remembered.
+    """A request with the history before it.
 
     Attributes:
-        messages: All of them, in the order in which they go upstream.
-        new: Those of the request that a session has to remember: all but its system messages.
+        messages: All messages, in the order in which they go upstream.
+        new: The messages of the request that the session has to remember: all but its system messages.
         system: The request's system messages as a JSON array; None = it has none.
     """
 
@@ -58,12 +58,13 @@ class Composition:
 def compose(
     messages: bytes, *, system: bytes, history: Sequence[Message], max_messages: int, max_tokens: int
 ) -> Composition:
-    """Puts what is remembered before a request's messages.
+    """Puts the history of a session before a request's messages.
 
     Args:
         messages: Those of the request, as a JSON array.
-        system: The system messages that are remembered, as a JSON array.
+        system: The remembered system messages, as a JSON array.
         history: The last messages of the session, oldest first; see `bounded`.
+        max_messages, max_tokens: The bounds of the history that is put before the request.
     """
     given = [(body, _read(body)) for body in map(bytes, _list.decode(messages))]
     own = [body for body, read in given if read.role in _SYSTEM]
@@ -81,11 +82,11 @@ def compose(
 def bounded(
     messages: Sequence[Message], *, max_messages: int, max_tokens: int, continues: bool = False
 ) -> Sequence[Message]:
-    """What of a history is put before a request.
+    """Returns the part of a history that is put before a request.
 
     Args:
         messages: The end of the history, oldest first: all of it, or at least one message more than ``max_messages``
-            (so that a turn of which only the end is here is seen to be too large).
+            (so that a turn of which only the end is here counts as too large).
         continues: The request begins with answers to the calls that the history ends with.
     """
     read = [(message, _read(message.body)) for message in messages]
@@ -103,11 +104,11 @@ def bounded(
 
 @attrs.frozen
 class _Read:
-    """What matters of a message.
+    """The fields of a message that the rules depend on.
 
     Attributes:
-        calls: The ids of the calls for tools.
-        answers: The id of the call that it answers.
+        calls: The ids of its calls of tools.
+        answers: The id of the call that it answers; None = it answers none.
     """
 
     role: str
@@ -119,8 +120,8 @@ def _read(body: bytes) -> _Read:
     fields = _fields.decode(body)
     role = _value(fields, "role")
     if role in _ANSWERS:
-        said = _value(fields, "tool_call_id")
-        return _Read(role, answers=said if isinstance(said, str) else _FUNCTION)
+        call_id = _value(fields, "tool_call_id")
+        return _Read(role, answers=call_id if isinstance(call_id, str) else _FUNCTION)
     if role != "assistant":
         return _Read(str(role))
     calls = _value(fields, "tool_calls")
@@ -130,7 +131,7 @@ def _read(body: bytes) -> _Read:
     return _Read(role, calls=frozenset(each if isinstance(each, str) else _FUNCTION for each in ids))
 
 
-def _value(fields: dict[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape; None where it is not there
+def _value(fields: dict[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape; None if there is no such field
     return _any.decode(fields[name]) if name in fields else None
 
 
@@ -138,7 +139,7 @@ _History = Sequence[tuple[Message, _Read]]
 
 
 def _turns(history: _History) -> list[int]:
-    """Where each turn begins; one that begins with answers belongs to the one before it."""
+    """Returns the index at which each turn begins. A turn that begins with answers belongs to the one before it."""
     return [
         at
         for at, (message, read) in enumerate(history)
@@ -147,7 +148,7 @@ def _turns(history: _History) -> list[int]:
 
 
 def _last_round(history: _History) -> int:
-    """Where the round begins that the history ends with; its end, where it ends with none."""
+    """Returns the index at which the round begins that the history ends with; its length, if it ends with none."""
     at = len(history) - 1
     while at >= 0 and history[at][1].answers is not None:
         at -= 1
@@ -155,6 +156,7 @@ def _last_round(history: _History) -> int:
 
 
 def _whole_rounds(history: _History, *, continues: bool) -> Sequence[Message]:
+    """Leaves out rounds that lack answers, and answers that lack their calls."""
     kept: list[Message] = []
     at = 0
     while at < len(history):
@@ -162,9 +164,9 @@ def _whole_rounds(history: _History, *, continues: bool) -> Sequence[Message]:
         end = at + 1
         while end < len(history) and history[end][1].answers is not None:
             end += 1
-        answers = [(answer, said.answers) for answer, said in history[at + 1 : end] if said.answers in read.calls]
+        answers = [(answer, its.answers) for answer, its in history[at + 1 : end] if its.answers in read.calls]
         if read.answers is None and (
-            read.calls <= {said for _, said in answers} or (continues and end == len(history))
+            read.calls <= {call_id for _, call_id in answers} or (continues and end == len(history))
         ):
             kept += [message, *[answer for answer, _ in answers]]
         at = end

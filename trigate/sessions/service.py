@@ -1,19 +1,22 @@
-"""Conversations that are remembered: one turn at a time, in order, across all workers of the machine.
+"""Remembered conversations: one turn at a time, in order, across all workers of the machine.
 
-The order is that of the *tickets* in the store: the lowest number of a session is the one whose turn it is. In one
-worker, turns of a session stand in a queue besides; only the first of them looks at the store, and the next one is
-woken when it leaves. Other workers are rung, and look four times a second where a ring was lost.
+*Tickets* in the store define the order: the turn whose ticket has the lowest number of its session may run. Within a
+worker, the turns of a session wait in a queue. Only the first of them reads the store, and the next one is woken when
+the first returns its ticket. Workers notify each other of that; the first turn of a queue also checks four times a
+second, in case a notification was lost.
 
-A place in that order is taken when a turn is opened, or before (`Sessions.take_place`): a message that was accepted
-stands where it was accepted, whichever worker it reached, and whenever that gets to it.
+A turn takes its ticket when it is opened, or before (`Sessions.take_ticket`): an accepted message keeps the position in
+which it was accepted, whichever worker received it, and whenever its run begins.
 
-A ticket is given back by a write that nobody waits for, since who leaves may be cancelled. Two things follow. What a
-read shows of this worker's own tickets may be old, so a ticket of this worker that nobody here holds counts for
-nothing. And such a write may have failed; so whoever finds such a ticket gives it back again, and waits for that: then
-everything that was queued before is written too, also what the turn before has appended.
+A ticket is returned by a write that is not awaited, because the task may be cancelled. Two rules follow:
 
-**Shape:** the rings ``turn`` ("look whose turn it is") and ``stop`` are JSON arrays: owner and key of
-the session, worker and number of a ticket.
+* A read may still show such a ticket. So a ticket of this worker that no turn here holds is *abandoned*, and is
+ignored.
+* The write may have failed. So a turn that finds an abandoned ticket returns it again, and awaits that. Writes are done
+  in order, so the messages that the earlier turn appended are stored by then.
+
+**Shape:** the notifications ``turn`` ("check whose turn it is") and ``stop`` are JSON arrays: owner and key of the
+session, worker and number of the ticket.
 """
 
 from __future__ import annotations
@@ -27,77 +30,82 @@ import attrs
 import msgspec
 import trio
 
+from trigate.concurrency.notify import Wakeup
 from trigate.config.sections import SessionsConfig
-from trigate.errors import BadRequest, GatewayError, NotFound, RunStopped, SessionBusy
+from trigate.errors import BadRequest, GatewayError, NotFound, RunStopped, SessionBusy, StoreUnavailable
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.openai.token_estimate import estimated_tokens
-from trigate.sessions import compose as history
-from trigate.store import interface as records
-from trigate.store import records as interface_records
-from trigate.store.interface import Store
+from trigate.sessions.compose import Composition, compose
+from trigate.store.interface import Store, Write
+from trigate.store.records import Message, Session, Ticket, Turn
 from trigate.workers.membership import Workers
 
 POLL_S = 0.25
-"""How often the first of a worker's queue looks whether turns of other workers have ended."""
+"""Seconds between two checks by the first turn of a queue of whether turns of other workers have ended."""
+TICKET_TIMEOUT_S = 30.0
+"""Seconds that the store may take to issue a ticket. After that, the turn fails; its ticket is then an abandoned
+one."""
 
 _any = msgspec.json.Decoder()
-_ring = msgspec.json.Decoder(tuple[str, str, str, int])
+_ticket_decoder = msgspec.json.Decoder(tuple[str, str, str, int])
 
 Key = tuple[str, str]
 
 
 class SessionTurn:
-    """One turn of a session, from its place in the queue to what it appends.
+    """One turn of a session, from its ticket to what it appends.
 
     Attributes:
-        ticket: Its place; given back when the turn ends, at the latest.
-        session: As it was when the turn began; None = it is the first.
+        ticket: Its position in the queue; returned when the turn ends, at the latest.
+        session: The session as it was when the turn began; None = this is its first turn.
+        is_ticket_returned: The ticket was returned in the transaction that stored the turn.
+        wakeup: Set when it may be this turn's time.
     """
 
-    def __init__(self, ticket: interface_records.Ticket, limits: SessionsConfig) -> None:
+    def __init__(self, ticket: Ticket, limits: SessionsConfig) -> None:
         self.ticket = ticket
-        self.session: interface_records.Session | None = None
-        self.has_left = False
-        self.bell = trio.Event()
+        self.session: Session | None = None
+        self.is_ticket_returned = False
+        self.wakeup = Wakeup()
         self._limits = limits
-        self._history: Sequence[interface_records.Message] = ()
-        self._composition = history.Composition(messages=(), new=(), system=None)
-        self._cut: Callable[[GatewayError], None] | None = None
+        self._history: Sequence[Message] = ()
+        self._composition = Composition(messages=(), new=(), system=None)
+        self._cancel: Callable[[GatewayError], None] | None = None
         self._stopped: RunStopped | None = None
 
     def __repr__(self) -> str:
-        return f"<SessionTurn {self.ticket.number}{', left' if self.has_left else ''}>"
+        return f"<SessionTurn {self.ticket.number}{', ticket returned' if self.is_ticket_returned else ''}>"
 
-    @property
-    def cut(self) -> Callable[[GatewayError], None] | None:
-        """What ends it from outside (`Exchange.cut`); set by who runs the turn. A stop that came before is told then.
+    def stop_with(self, cancel: Callable[[GatewayError], None]) -> None:
+        """Registers how to end what the turn does now (the `cancel` of its exchange); replaces the last registration.
+        If the turn was stopped before, ``cancel`` is called at once.
 
-        >>> from trigate.store.interface import Ticket
         >>> turn = SessionTurn(Ticket(number=1, owner="", key="k", worker="w"), SessionsConfig())
         >>> turn.stop()
-        >>> turn.cut = print
+        >>> turn.stop_with(print)
         The turn was stopped by a later message of its session.
         """
-        return self._cut
-
-    @cut.setter
-    def cut(self, cut: Callable[[GatewayError], None] | None) -> None:
-        self._cut = cut
-        if cut is not None and self._stopped is not None:
-            cut(self._stopped)
+        self._cancel = cancel
+        if self._stopped is not None:
+            cancel(self._stopped)
 
     def stop(self) -> None:
-        """Cuts it with `RunStopped`. Synchronous."""
+        """Ends the turn with `RunStopped`. Synchronous."""
         self._stopped = RunStopped("The turn was stopped by a later message of its session.")
-        if self._cut is not None:
-            self._cut(self._stopped)
+        if self._cancel is not None:
+            self._cancel(self._stopped)
 
     async def begin(self, store: Store) -> None:
-        """It is its turn: reads what is remembered."""
+        """Reads what is remembered, once it is this turn's time; begins a new epoch if the session was idle for too
+        long.
+
+        Raises:
+            StoreUnavailable: The store cannot be read.
+        """
         ticket, limits = self.ticket, self._limits
-        # one more, so that a turn of which only the end is read is seen to be too large
+        # One message more, so that `compose` can tell that a turn of which only the end was read is too large.
         found = await store.sessions.history(ticket.owner, ticket.key, last=limits.history_messages + 1)
         if found is None:
             return
@@ -108,15 +116,15 @@ class SessionTurn:
             self._history = ()
 
     def compose(self, call: Call) -> Call:
-        """The call with what is remembered before its own messages, system messages first.
+        """Returns the call with what is remembered before its own messages, system messages first.
 
         Raises:
-            BadRequest: It cannot be a turn (``n`` > 1).
+            BadRequest: The call cannot be a turn (``n`` > 1).
         """
         n = _any.decode(call.fields["n"]) if "n" in call.fields else None
         if isinstance(n, int | float) and n > 1:
             raise BadRequest("A session remembers one answer: n must be 1.", param="n")
-        self._composition = history.compose(
+        self._composition = compose(
             bytes(call.fields["messages"]),
             system=self.session.system if self.session is not None else b"[]",
             history=self._history,
@@ -125,20 +133,22 @@ class SessionTurn:
         )
         return call.with_messages(self._composition.messages)
 
-    def result(
-        self, answer: AnswerAccumulator, usage: Usage | None, *, at: float, partial: bool
-    ) -> interface_records.Turn:
-        """What the turn appends: the new messages of the call that was composed, and the answer."""
-        messages = [
-            interface_records.Message(body=body, tokens=estimated_tokens(body), at=at) for body in self._composition.new
-        ]
+    def result(self, answer: AnswerAccumulator, usage: Usage | None, *, at: float, partial: bool) -> Turn:
+        """Returns what the turn appends: the new messages of the composed call, and the answer.
+
+        Args:
+            usage: What the upstream reported; None = the tokens of the answer are estimated.
+            at: POSIX seconds.
+            partial: The answer is truncated.
+        """
+        messages = [Message(body=body, tokens=estimated_tokens(body), at=at) for body in self._composition.new]
         if answer.has_content:
             body = answer.message()
             tokens = estimated_tokens(body)
             if usage is not None and not partial:
-                tokens = min(usage.completion_tokens, len(body))  # it counts reasoning too, which is not kept
-            messages.append(interface_records.Message(body=body, tokens=tokens, at=at, partial=partial))
-        return interface_records.Turn(
+                tokens = min(usage.completion_tokens, len(body))  # the count includes reasoning, which is not stored
+            messages.append(Message(body=body, tokens=tokens, at=at, partial=partial))
+        return Turn(
             owner=self.ticket.owner,
             key=self.ticket.key,
             messages=tuple(messages),
@@ -147,14 +157,14 @@ class SessionTurn:
             epoch=self.session.epoch if self.session is not None else None,
         )
 
-    def note_left(self) -> None:
-        """The ticket has been given back in the transaction that stored the turn."""
-        self.has_left = True
+    def note_ticket_returned(self) -> None:
+        """Notes that the transaction that stored the turn has returned its ticket. Synchronous."""
+        self.is_ticket_returned = True
 
 
 class SessionRecorder:
-    """Appends a turn when its answer is complete, durably before the client is told so; and what there is of an answer
-    that was cut, as partial. An `exchange.Recorder`."""
+    """Appends a turn when its answer is complete, durably, and before the client gets the end of the answer. A
+    truncated answer is appended as partial. It is an `exchange.Recorder`."""
 
     def __init__(self, store: Store, turn: SessionTurn) -> None:
         self.answer = AnswerAccumulator()
@@ -163,30 +173,36 @@ class SessionRecorder:
         self._is_done = False
 
     def feed(self, frames: bytes) -> None:
-        """As `Recorder.feed`."""
+        """Takes the next events of a stream, as encoded frames."""
         self.answer.feed(frames)
 
     def feed_answer(self, body: bytes) -> None:
-        """As `Recorder.feed_answer`."""
+        """Takes a whole JSON answer."""
         self.answer.feed_answer(body)
 
     async def complete(self, usage: Usage | None) -> None:
-        """As `Recorder.complete`."""
-        # Done also where it fails: the client is told to try again, and nothing of this must then be there twice.
+        """Appends the turn and returns its ticket. Awaited before the client gets the end of the answer.
+
+        Raises:
+            StoreUnavailable: The turn could not be stored; the client gets this error.
+        """
+        # Set before the write: if it fails, the client will try again, and `settle` must not append this turn as well.
         self._is_done = True
         turn = self._turn
         appended = turn.result(self.answer, usage, at=time.time(), partial=False)
-        await self._store.sessions.append(appended, leave=turn.ticket)
-        turn.note_left()
+        await self._store.sessions.append(appended, ticket=turn.ticket)
+        turn.note_ticket_returned()
 
     def settle(self, usage: Usage | None) -> None:
-        """The exchange has ended, however: what was not appended as complete is queued as partial. Synchronous. Of an
-        answer that had not begun nothing is kept, so that a client may try again."""
+        """Queues what was not appended as complete, as partial. Called at the end of every exchange. Synchronous.
+
+        Nothing is stored of an answer that had not begun, since the client will try again.
+        """
         if not self._is_done and self.answer.has_content:
             self._is_done = True
             appended = self._turn.result(self.answer, usage, at=time.time(), partial=True)
-            self._store.sessions.append(appended, leave=self._turn.ticket)
-            self._turn.note_left()
+            self._store.sessions.append(appended, ticket=self._turn.ticket)
+            self._turn.note_ticket_returned()
 
 
 @attrs.define(eq=False)
@@ -194,25 +210,26 @@ class _Queue:
     """The turns of one session in this worker.
 
     Attributes:
-        turns: By the numbers of their tickets; the lowest runs, or looks whether it may.
-        taking: How many tickets are being taken: who will hold one of these is not known yet.
+        turns: By the numbers of their tickets. The lowest one runs, or checks whether it may.
+        taking: How many tickets are being taken. Their numbers, and so the turns that will hold them, are not known
+        yet.
     """
 
     turns: dict[int, SessionTurn] = attrs.field(factory=dict)
     taking: int = 0
 
     def wake(self) -> None:
-        """Has the first one look."""
+        """Wakes the first turn, which checks whether it may run."""
         if self.turns:
-            self.turns[min(self.turns)].bell.set()
+            self.turns[min(self.turns)].wakeup.set()
 
 
 class Sessions:
     """The sessions that this worker's turns belong to.
 
     Attributes:
-        turns: How many are in progress or wait. Those whose places were taken before are not among them: whoever takes
-            places has bounds of its own.
+        turns: How many are in progress or wait. Turns whose tickets were taken before they were opened are not counted:
+            the runs that they belong to have bounds of their own.
     """
 
     def __init__(self, store: Store, workers: Workers) -> None:
@@ -220,51 +237,58 @@ class Sessions:
         self._workers = workers
         self._queues: dict[Key, _Queue] = {}
         self.turns = 0
-        workers.on_notify("turn", self._heed_turn)
-        workers.on_notify("stop", self._heed_stop)
+        workers.on_notify("turn", self._on_turn)
+        workers.on_notify("stop", self._on_stop)
 
     def __repr__(self) -> str:
         return f"<Sessions, {self.turns} turns of {len(self._queues)}>"
 
-    def take_place(
+    def take_ticket(
         self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None
     ) -> Awaitable[SessionTurn]:
-        """Queues for a turn that is opened later. The place is taken at the call, in the order of the store's writes;
-        what this returns is to be awaited in any case, and waits for the store alone. Then the turn may be opened
-        (`open_turn`), and in the end its place is given back (`give_back`). `Workers.join` comes before all that.
+        """Queues for a turn that is opened later. The ticket is taken at the call, in the order of the store's writes.
 
-        Raises:
-            StoreUnavailable: There is no place.
+        The result must be awaited; that waits for the store alone. Then the turn may be opened (`open_turn`), and in
+        the end its ticket must be returned (`return_ticket`). Await `Workers.join` before all that.
+
+        Args:
+            run: The id of the run that the turn belongs to; None = a call with ``x-session-key``.
+
+        Raises (when awaited):
+            StoreUnavailable: There is no ticket.
+
+        **Cancels:** not before the ticket is known, but within `TICKET_TIMEOUT_S`.
         """
         queue = self._queues.setdefault((owner, key), _Queue())
         queue.taking += 1
         write = self._store.sessions.take_ticket(owner, key, worker=self._workers.id, run=run)
-        return self._hold((owner, key), queue, write, limits)
+        return self._await_ticket((owner, key), queue, write, limits)
 
-    async def _hold(
-        self, name: Key, queue: _Queue, write: records.Write[interface_records.Ticket], limits: SessionsConfig
+    async def _await_ticket(
+        self, name: Key, queue: _Queue, write: Write[Ticket], limits: SessionsConfig
     ) -> SessionTurn:
         try:
-            # Shielded: a write is done, waited for or not, and who does not wait would not know what to give back.
-            with trio.CancelScope(shield=True):
+            # Shielded: the write is done whether it is awaited or not, and only its result tells what to return.
+            with trio.move_on_after(TICKET_TIMEOUT_S, shield=True):
                 ticket = await write
-            turn = queue.turns[ticket.number] = SessionTurn(ticket, limits)
+                turn = queue.turns[ticket.number] = SessionTurn(ticket, limits)
+                return turn
+            raise StoreUnavailable(f"The store has not issued a ticket within {TICKET_TIMEOUT_S:g} s.")
         finally:
             queue.taking -= 1
             queue.wake()
-            self._forget(name, queue)
-        return turn
+            self._drop_if_empty(name, queue)
 
-    def give_back(self, turn: SessionTurn) -> None:
-        """Gives the place of a turn back. Synchronous."""
+    def return_ticket(self, turn: SessionTurn) -> None:
+        """Returns the ticket of a turn, and lets the next turn check. Synchronous."""
         ticket = turn.ticket
         queue = self._queues[ticket.owner, ticket.key]
         del queue.turns[ticket.number]
-        if not turn.has_left:
-            self._store.sessions.leave(ticket)
+        if not turn.is_ticket_returned:
+            self._store.sessions.return_ticket(ticket)
         queue.wake()
-        self._workers.notify("turn", _rung(ticket))
-        self._forget((ticket.owner, ticket.key), queue)
+        self._workers.notify("turn", _encode_ticket(ticket))
+        self._drop_if_empty((ticket.owner, ticket.key), queue)
 
     @contextlib.asynccontextmanager
     async def open_turn(
@@ -274,30 +298,31 @@ class Sessions:
         *,
         limits: SessionsConfig,
         run: str | None = None,
-        place: SessionTurn | None = None,
+        turn: SessionTurn | None = None,
     ) -> AsyncIterator[SessionTurn]:
         """Queues for a turn, waits for it, and reads what is remembered.
 
         Args:
-            place: One that was taken before (`take_place`). Its owner keeps it: it can be opened again.
+            turn: A turn that was queued before (`take_ticket`). Its ticket stays with the caller: it can be opened
+            again.
 
         Raises:
-            SessionBusy: The turn before it did not end within ``limits.wait_s`` (0 = it waits without an end).
-            StoreUnavailable: It cannot be remembered.
+            SessionBusy: The turn before it did not end within ``limits.wait_s`` (0 = no limit).
+            StoreUnavailable: The store cannot be used.
         """
-        async with self._open_place(owner, key, limits=limits, run=run, place=place) as turn:
+        async with self._open_ticket(owner, key, limits=limits, run=run, turn=turn) as opened:
             with trio.move_on_after(limits.wait_s or math.inf) as scope:
-                await self._wait(turn)
+                await self._wait(opened)
             if scope.cancelled_caught:
                 raise SessionBusy(
                     f"Another turn of this session is in progress, and did not end within {limits.wait_s:g} s. "
                     "Try again when it has ended."
                 )
-            await turn.begin(self._store)
-            yield turn
+            await opened.begin(self._store)
+            yield opened
 
     async def delete(self, owner: str, key: str) -> None:
-        """Forgets a session, unless a turn of it is in progress or waits: it would come back with its answer.
+        """Deletes a session, unless a turn of it is in progress or waits: its answer would create the session again.
 
         Raises:
             NotFound: There is no such session.
@@ -305,104 +330,113 @@ class Sessions:
         """
         if await self._store.sessions.get(owner, key) is None:
             raise NotFound("There is no such session.")
-        async with self._open_place(owner, key, limits=SessionsConfig()) as turn:
-            if await self._head(turn) is not None:
+        async with self._open_ticket(owner, key, limits=SessionsConfig()) as turn:
+            if await self._first_ahead(turn) is not None:
                 raise SessionBusy("A turn of this session is in progress. Delete it when it has ended.")
             if not await self._store.sessions.delete(owner, key):
                 raise NotFound("There is no such session.")
 
-    async def stop(self, owner: str, key: str) -> Sequence[interface_records.Ticket]:
-        """Ends the session's running turn with `errors.RunStopped`, in whichever worker it runs, and returns its ticket
-        (or nothing, where none runs); it does not wait for the turn to have ended."""
+    async def stop(self, owner: str, key: str) -> Sequence[Ticket]:
+        """Ends the session's running turn with `errors.RunStopped`, in whichever worker it runs. Does not wait for its
+        end.
+
+        Returns:
+            The ticket of that turn, or nothing if no turn runs.
+
+        Raises:
+            StoreUnavailable: The store cannot be read.
+        """
         await self._workers.join()
         tickets = await self._store.sessions.tickets(owner, key)
-        running = [ticket for ticket in tickets if not self._is_gone(ticket)][:1]
+        running = [ticket for ticket in tickets if not self._is_abandoned(ticket)][:1]
         for ticket in running:
             if ticket.worker == self._workers.id:
                 self._stop_here(ticket)
             else:
-                self._workers.notify("stop", _rung(ticket))
+                self._workers.notify("stop", _encode_ticket(ticket))
         return running
 
     # -- the queue ----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _open_place(
-        self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None, place: SessionTurn | None = None
+    async def _open_ticket(
+        self, owner: str, key: str, *, limits: SessionsConfig, run: str | None = None, turn: SessionTurn | None = None
     ) -> AsyncIterator[SessionTurn]:
-        if place is not None:
-            yield place
+        """Holds a ticket around a block: that of a queued turn, or a new one, which it returns."""
+        if turn is not None:
+            yield turn
             return
         self.turns += 1
         try:
             await self._workers.join()
-            place = await self.take_place(owner, key, limits=limits, run=run)
-            yield place
+            turn = await self.take_ticket(owner, key, limits=limits, run=run)
+            yield turn
         finally:
             self.turns -= 1
-            if place is not None:
-                self.give_back(place)
+            if turn is not None:
+                self.return_ticket(turn)
 
-    def _forget(self, name: Key, queue: _Queue) -> None:
+    def _drop_if_empty(self, name: Key, queue: _Queue) -> None:
         if not queue.turns and not queue.taking:
             self._queues.pop(name, None)
 
     async def _wait(self, turn: SessionTurn) -> None:
+        """Waits until a turn may run."""
         ticket = turn.ticket
         queue = self._queues[ticket.owner, ticket.key]
         while True:
-            turn.bell = trio.Event()
             if min(queue.turns) != ticket.number:
-                await turn.bell.wait()
+                await turn.wakeup.wait()
                 continue
-            head = await self._head(turn)
-            if head is None:
+            ahead = await self._first_ahead(turn)
+            if ahead is None:
                 return
             with trio.move_on_after(POLL_S) as scope:
-                await turn.bell.wait()
-            if scope.cancelled_caught and head.worker != self._workers.id:
-                self._workers.notify("turn", _rung(head))
+                await turn.wakeup.wait()
+            if scope.cancelled_caught and ahead.worker != self._workers.id:
+                self._workers.notify("turn", _encode_ticket(ahead))
 
-    async def _head(self, turn: SessionTurn) -> interface_records.Ticket | None:
-        """The first ticket before a turn's; None = it is its turn."""
+    async def _first_ahead(self, turn: SessionTurn) -> Ticket | None:
+        """Returns the first ticket if it is ahead of a turn's own; None = the turn may run. Returns abandoned tickets
+        to the store on the way."""
         while True:
             tickets = await self._store.sessions.tickets(turn.ticket.owner, turn.ticket.key)
             if not tickets or tickets[0].number >= turn.ticket.number:
                 return None
-            if not self._is_gone(tickets[0]):
+            if not self._is_abandoned(tickets[0]):
                 return tickets[0]
-            await self._store.sessions.leave(tickets[0])
+            await self._store.sessions.return_ticket(tickets[0])
 
-    def _is_gone(self, ticket: interface_records.Ticket) -> bool:
-        """Whether a ticket is this worker's, and nobody holds it here."""
+    def _is_abandoned(self, ticket: Ticket) -> bool:
+        """Whether a ticket is of this worker, and no turn here holds it."""
         if ticket.worker != self._workers.id:
             return False
         queue = self._queues.get((ticket.owner, ticket.key))
         return queue is None or (ticket.number not in queue.turns and not queue.taking)
 
-    # -- rings --------------------------------------------------------------------------------------------------------
+    # -- notifications ------------------------------------------------------------------------------------------------
 
-    def _heed_turn(self, body: bytes) -> None:
-        ticket = _ticket_of(body)
+    def _on_turn(self, body: bytes) -> None:
+        ticket = _decode_ticket(body)
         queue = self._queues.get((ticket.owner, ticket.key))
         if queue is not None:
             queue.wake()
-        if self._is_gone(ticket):  # somebody waits for it
-            self._store.sessions.leave(ticket)
+        if self._is_abandoned(ticket):  # another worker waits for it
+            self._store.sessions.return_ticket(ticket)
 
-    def _heed_stop(self, body: bytes) -> None:
-        self._stop_here(_ticket_of(body))
+    def _on_stop(self, body: bytes) -> None:
+        self._stop_here(_decode_ticket(body))
 
-    def _stop_here(self, ticket: interface_records.Ticket) -> None:
+    def _stop_here(self, ticket: Ticket) -> None:
         queue = self._queues.get((ticket.owner, ticket.key))
         if queue is not None and ticket.number in queue.turns:
             queue.turns[ticket.number].stop()
 
 
-def _rung(ticket: interface_records.Ticket) -> bytes:
+def _encode_ticket(ticket: Ticket) -> bytes:
     return msgspec.json.encode((ticket.owner, ticket.key, ticket.worker, ticket.number))
 
 
-def _ticket_of(body: bytes) -> interface_records.Ticket:
-    owner, key, worker, number = _ring.decode(body)
-    return interface_records.Ticket(number=number, owner=owner, key=key, worker=worker)
+def _decode_ticket(body: bytes) -> Ticket:
+    owner, key, worker, number = _ticket_decoder.decode(body)
+    return Ticket(number=number, owner=owner, key=key, worker=worker)

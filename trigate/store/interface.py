@@ -1,22 +1,22 @@
-"""What outlives the process: the interface of a store, and the values that it keeps. No implementation.
+"""The interface of a store: protocols without an implementation. The values that it keeps are in `records`.
 
-There are two: `sqlite_store` (a file that all workers of the machine share) and `memory_store` (a twin for tests, and
-for ``[store] path = ":memory:"``). The same contract tests run over both; a third may come for several machines.
+There are two stores: `sqlite` (a file that all workers of the machine share) and `memory` (for tests, and for
+``[store] path = ":memory:"``). The same contract tests run over both. A third may come for several machines.
 
 The rules of every implementation:
 
-* **A write is queued when it is called, in the order of the calls, and done when it is awaited.** So a ``finally``
-  can write without waiting (``store.sessions.leave(ticket)``), and what has been awaited is durable: it survives
-  SIGKILL and the loss of power. Each write is one transaction: all of it, or nothing.
-* A write whose waiter is cancelled is done nevertheless.
-* What a caller got wrong (the id of a run or a delivery that is there already) is a ValueError, of that write alone.
-* A write or read that cannot be done raises `StoreUnavailable`, with the reason; the next one tries again. Nothing
-  has to be restarted when the reason has gone.
-* *Durable* is what a caller relies on after an acknowledgement. Tickets, beats and counters of channels are not: they
-  are seen by the other workers at once, and may be lost with the machine's power.
-* Times are POSIX seconds, given by the caller. Bodies are bytes of JSON, and are given back as they came.
-* Owners, keys, ids and names are any text that UTF-8 can say. Nothing here judges who may see what: the owner is a part
-  of the key.
+* **A write is queued when it is called, in the order of the calls, and done when awaiting it returns.** So a
+  ``finally`` can write without waiting (``store.sessions.return_ticket(ticket)``). A durable write that was awaited
+  survives SIGKILL and a power failure. Each write is one transaction: all of it is done, or nothing.
+* Cancelling the task that awaits a write does not cancel the write.
+* A mistake of the caller (the id of a run or a delivery that exists already) is a ValueError of that write alone.
+* A write or read that cannot be done raises `StoreUnavailable` with the reason. The next one tries again: once the
+  reason is gone, the store works without a restart.
+* *Durable* matters for what is promised to a client. Tickets, heartbeats and counters of channels are not durable: the
+  other workers see them at once, but a power failure may lose them.
+* The caller gives the times. Bodies are JSON as bytes, and are returned unchanged.
+* Owners, keys, ids and names are any text that UTF-8 can encode. The store does not check access rights: the owner is a
+  part of the key.
 
 **Units:** ``_at`` POSIX seconds, ``_tokens`` tokens.
 """
@@ -48,10 +48,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Write(Awaitable[T_co], Protocol[T_co]):
-    """A write that is on its way. Awaiting it gives its result once it is done; it may be awaited once, or never.
+    """A queued write. Awaiting it returns its result once it is done. It may be awaited once, or never.
 
     Raises (when awaited):
-        StoreUnavailable: It was not done.
+        StoreUnavailable: The write was not done.
     """
 
 
@@ -59,64 +59,74 @@ class Write(Awaitable[T_co], Protocol[T_co]):
 
 
 class Sessions(Protocol):
-    """Conversations, and the queues of their turns."""
+    """Conversations, and the tickets that put their turns in order."""
 
     def take_ticket(self, owner: str, key: str, *, worker: str, run: str | None = None) -> Write[Ticket]:
-        """Queues for a turn. Not durable. A run that stands in a queue already keeps its place, and gets that."""
+        """Queues for a turn. Not durable. A run that has a ticket already gets that one."""
 
     async def tickets(self, owner: str, key: str) -> Sequence[Ticket]:
-        """The queue of a session, first come first; of all workers."""
+        """Returns the tickets of a session, of all workers, the first in the queue first."""
 
-    def leave(self, ticket: Ticket) -> Write[None]:
-        """Gives a place back, unless another worker has taken it over (`Runs.adopt`). Not durable; to leave twice is no
-        fault."""
+    def return_ticket(self, ticket: Ticket) -> Write[None]:
+        """Returns a ticket, unless another worker has adopted it (`Runs.adopt`). Not durable. Returning it twice is
+        allowed."""
 
-    def append(self, turn: Turn, *, leave: Ticket | None = None) -> Write[Session]:
-        """Appends a turn, and gives the ticket back in the same transaction."""
+    def append(self, turn: Turn, *, ticket: Ticket | None = None) -> Write[Session]:
+        """Appends a turn, and returns its ticket in the same transaction.
+
+        Returns:
+            The session as it is then; ``busy`` = other turns wait.
+        """
 
     async def get(self, owner: str, key: str) -> Session | None:
-        """One session; None = there is none."""
+        """Returns one session; None = there is none."""
 
     async def history(self, owner: str, key: str, *, last: int) -> tuple[Session, Sequence[Message]] | None:
-        """A session and the last messages of its current epoch, oldest first; None = there is none."""
+        """Returns a session and the last messages of its current epoch, oldest first; None = there is no such
+        session."""
 
     async def messages(
         self, owner: str, key: str, *, limit: int, after: int = 0, archived: bool = False
     ) -> Sequence[Message] | None:
-        """A page of messages behind the number ``after``, oldest first, of the current epoch or (``archived``) of all;
-        None = there is no such session."""
+        """Returns a page of messages behind the number ``after``, oldest first, of the current epoch or (``archived``)
+        of all epochs; None = there is no such session."""
 
     async def list(self, owner: str, *, limit: int, after: str | None = None) -> Sequence[Session]:
-        """A page of an owner's sessions, the last active first, behind the one with the key ``after``; behind one that
-        there is not, there is nothing."""
+        """Returns a page of an owner's sessions, the last active first, behind the one with the key ``after``; an empty
+        page if there is no such session."""
 
     async def count(self, *, active_since: float) -> SessionCounts:
         """Counts the sessions of all owners."""
 
     def reset(self, owner: str, key: str, *, at: float) -> Write[Session | None]:
-        """Begins a new epoch, and keeps the old ones as the archive; None = there is no such session."""
+        """Begins a new epoch; the messages of the earlier ones are the archive. None = there is no such session."""
 
     def delete(self, owner: str, key: str) -> Write[bool]:
-        """Forgets a session with all its epochs; False = there is none. Its queue stays: who is in it makes it anew."""
+        """Deletes a session with all its epochs; False = there is none. Its tickets stay: the turns that hold them
+        create the session again."""
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
 class Runs(Protocol):
-    """What was asked for by messages, and what became of it."""
+    """Runs: the answers that messages asked for."""
 
     def add(self, run: Run) -> Write[None]:
-        """Keeps a run. Counts as *received* by its channel. (With an idempotency key: `Idempotency.claim`.)"""
+        """Adds a run, and counts it as *received* by its channel. (With an idempotency key: `Idempotency.claim`.)
+
+        Raises (when awaited):
+            ValueError: There is a run with this id.
+        """
 
     async def get(self, run_id: str) -> Run | None:
-        """One run; None = there is none."""
+        """Returns one run; None = there is none."""
 
     def acknowledge(self, run_id: str) -> Write[None]:
-        """Promises a run that was not promised: from now on it is finished even if this process ends."""
+        """Marks a run as acknowledged: from now on it is finished even if this process exits."""
 
     def start(self, run_id: str, *, worker: str) -> Write[bool]:
-        """Notes that a run is being done now; False = it has ended already, or is somebody else's."""
+        """Notes that a run is executed now; False = it has ended already, or belongs to another worker."""
 
     def finish(
         self,
@@ -127,40 +137,46 @@ class Runs(Protocol):
         result: bytes,
         at: float,
         turn: Turn | None = None,
-        leave: Ticket | None = None,
+        ticket: Ticket | None = None,
         deliveries: Iterable[Delivery] = (),
         frees_key: bool = False,
     ) -> Write[bool]:
-        """Ends a run: its result, what it appends to its session, its place in the queue, and what is to be delivered,
-        in one transaction. False = it had ended already, or is unknown, and nothing was done (but the place is given
-        back). One that is completed with nothing to deliver counts as *replied* by its channel: who waited has the
-        answer, or can fetch it.
+        """Ends a run. One transaction stores its result, appends a turn to its session, returns the session's ticket,
+        and adds deliveries. A run that is completed without deliveries counts as *replied* by its channel, since the
+        client that waited has the answer or can fetch it.
 
         Args:
-            frees_key: Its idempotency key, if it has one, stands for nothing from now on: it may be tried again.
+            ticket: Returned in any case, also if the run had ended.
+            frees_key: Frees the run's idempotency key, so that the message may be sent again.
+
+        Returns:
+            False = the run had ended already, or is unknown: nothing but the ticket has changed.
+
+        Raises (when awaited):
+            ValueError: There is a delivery with one of these ids.
         """
 
     def adopt(self, worker: str, *, dead: Iterable[str], at: float) -> Write[Sequence[Run]]:
-        """Takes over from workers that have died: their acknowledged runs become this worker's, ``queued``, with their
-        places in the queues of their sessions, and are returned. Their other runs end as ``failed`` with status 503,
-        and their idempotency keys are free again: nobody was promised anything, and who asked will ask again."""
+        """Takes over from workers that exited. Their acknowledged runs become this worker's, ``queued``, keep their
+        tickets, and are returned. Their other runs end as ``failed`` with status 503, and their idempotency keys become
+        free: these runs were not acknowledged, so the client will send the message again."""
 
     async def unfinished(self, channel: str) -> int:
-        """How many runs of a channel are queued or running, in all workers."""
+        """Counts the runs of a channel that are queued or running, in all workers."""
 
 
 # -- idempotency ------------------------------------------------------------------------------------------------------
 
 
 class Idempotency(Protocol):
-    """Keys that make sure that what is sent twice is done once."""
+    """Keys by which a message that is sent twice is answered by one run."""
 
     def claim(self, scope: str, key: str, *, digest: bytes, run: Run) -> Write[Claim]:
-        """Adds a run under a key, unless the key stands for one already. One of many that try at once succeeds.
+        """Adds a run under a key, unless the key stands for a run already. Of several concurrent claims, one succeeds.
 
         Args:
-            scope: What the key is unique in (the hook).
-            digest: Of the body; the same key with another body is a mistake.
+            scope: The key is unique within it (the hook).
+            digest: Of the body. The same key with another body is a mistake of the client (`Claim.differs`).
         """
 
 
@@ -168,18 +184,22 @@ class Idempotency(Protocol):
 
 
 class Deliveries(Protocol):
-    """The outbox."""
+    """The outbox: messages to the outside, and the state of sending them."""
 
     def add(self, delivery: Delivery) -> Write[None]:
-        """Keeps something to deliver. (That of a run's result: `Runs.finish`.)"""
+        """Adds a delivery. (Those of a run's result: `Runs.finish`.)
+
+        Raises (when awaited):
+            ValueError: There is a delivery with this id.
+        """
 
     def take(self, worker: str, *, at: float, limit: int, channels: Iterable[str]) -> Write[Sequence[Delivery]]:
-        """Takes what is due on these channels: it becomes ``sending``, by this worker, with one attempt more. Durable:
-        what was not noted as begun must not have been sent.
+        """Takes deliveries that are due on these channels. They become ``sending``, by this worker, with one more
+        attempt. Durable: an attempt must be noted before anything is sent.
 
-        At most one of each target of a channel, the one that has been due for the longest; and none of a target to
-        which something is being sent, by whichever worker. So each target gets one at a time, in order, and whatever
-        is taken can be sent at once."""
+        At most one delivery for each target of a channel is taken, the one that has been due for the longest, and none
+        for a target to which any worker is sending. So each target gets one delivery at a time, in order, and every
+        delivery that is returned can be sent at once."""
 
     def note(
         self,
@@ -191,82 +211,84 @@ class Deliveries(Protocol):
         status: int = 0,
         error: str | None = None,
     ) -> Write[None]:
-        """Notes how an attempt ended. ``delivered`` counts as *replied* by its channel, and is final: what comes later,
-        from a worker that was thought dead, changes nothing."""
+        """Notes how an attempt ended. ``delivered`` counts as *replied* by the channel, and is final: a later note,
+        from a worker that was taken for dead, changes nothing."""
 
     def release(self, *, dead: Iterable[str]) -> Write[Sequence[Delivery]]:
-        """What workers that have died were sending is pending again where it is repeatable, and else ``unknown``;
-        returns them as they now are."""
+        """Releases the deliveries that workers which exited were sending: a repeatable one is ``pending`` again, any
+        other is ``unknown``. Returns them as they are now."""
 
     async def of_run(self, run_id: str) -> Sequence[Delivery]:
-        """All of a run, in the order in which they were added."""
+        """Returns the deliveries of a run, in the order in which they were added."""
 
     async def next_due_at(self, channels: Iterable[str]) -> float | None:
-        """When the next one of these channels can be taken, as things are: those that wait for another one to the same
-        target are left out. None = there is none."""
+        """Returns when the next delivery of these channels can be taken, leaving out those whose target is being sent
+        to. None = there is none."""
 
     async def depth(self) -> dict[str, int]:
-        """How many are pending or being sent, by channel; channels with none are left out."""
+        """Counts the deliveries that are pending or being sent, by channel; channels without any are left out."""
 
 
 # -- channels and workers ---------------------------------------------------------------------------------------------
 
 
 class Channels(Protocol):
-    """What is kept of channels."""
+    """Cursors, counters and holders of channels."""
 
     def advance(self, name: str, cursor: str) -> Write[None]:
-        """Notes how far a channel has read its platform. Durable: what lies before is the store's now."""
+        """Notes how far a channel has read its platform. Durable: the platform may delete what lies before the
+        cursor."""
 
     def count(self, name: str, *, at: float, received: int = 0, replied: int = 0) -> Write[None]:
-        """Counts what is not counted by a run or a delivery. Not durable."""
+        """Counts events that neither a run nor a delivery counts. Not durable."""
 
     def hold(self, name: str, *, worker: str, dead: Iterable[str]) -> Write[bool]:
-        """Makes a worker the one that reads the channel's platform, unless another one is that is not dead."""
+        """Makes a worker the one that reads the channel's platform. False = another worker, which is not in ``dead``,
+        is."""
 
     def let_go(self, name: str, *, worker: str) -> Write[None]:
-        """Gives that up."""
+        """Ends `hold`. Changes nothing if another worker holds the channel."""
 
     async def all(self) -> Sequence[ChannelRecord]:
-        """Every channel that was ever noted, by name."""
+        """Returns every channel that was ever noted, by name."""
 
 
 class Workers(Protocol):
-    """Who serves."""
+    """The workers that share the store."""
 
-    def beat(self, worker: Worker) -> Write[None]:
-        """Says that a worker is there, and what it does. Not durable."""
+    def heartbeat(self, worker: Worker) -> Write[None]:
+        """Stores a worker's heartbeat: that it runs, and its snapshot. Not durable."""
 
     async def all(self) -> Sequence[Worker]:
-        """Every worker that has not been removed, the oldest first."""
+        """Returns every worker that has not been removed, the oldest first."""
 
     def remove(self, ids: Iterable[str]) -> Write[None]:
-        """Forgets workers, with their tickets and the channels that they held. What they were doing has to be adopted
-        before (`Runs.adopt`, `Deliveries.release`)."""
+        """Deletes workers with their tickets, and releases the channels that they held. Their work must have been
+        adopted before (`Runs.adopt`, `Deliveries.release`)."""
 
 
 # -- exchanges --------------------------------------------------------------------------------------------------------
 
 
 class Exchanges(Protocol):
-    """What became of the calls."""
+    """The records of exchanges."""
 
     def put(self, records: Sequence[bytes]) -> Write[None]:
-        """Keeps records, each as JSON (`ExchangeRecord.encode`), since who has them has them written so already. Of one
-        that is there nothing is changed, unless it said ``lost``. Not durable."""
+        """Adds records, each as JSON (`ExchangeRecord.encode`): the ledger has encoded them for its journal already. A
+        record whose id exists is ignored, unless the stored one is ``lost``. Not durable."""
 
     async def list(
         self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
-        """A page of them, the last kept first, behind the one with the id ``after``; behind one that there is not,
-        there is nothing. ``owner`` None = everybody's."""
+        """Returns a page of records, the last added first, behind the one with the id ``after``; an empty page if
+        there is no such record. ``owner`` None = of all owners."""
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- the store --------------------------------------------------------------------------------------------------------
 
 
 class Store(Protocol):
-    """All of it. Opened by `sqlite_store.open_sqlite_store` or `memory_store.open_memory_store`."""
+    """A store. Opened by `sqlite.open_sqlite_store` or `memory.open_memory_store`; `opening.open_store` chooses."""
 
     sessions: Sessions
     runs: Runs
@@ -277,10 +299,15 @@ class Store(Protocol):
     exchanges: Exchanges
 
     def prune(self, retention: Retention) -> Write[int]:
-        """Forgets what may be forgotten; returns how many rows. Done in slices, so that no other write waits long."""
+        """Deletes what the retention does not keep; returns how many rows. It works in slices, so that no other write
+        waits long."""
 
     async def check(self) -> None:
-        """Raises `StoreUnavailable` where nothing could be written now."""
+        """Checks that the store can be written to.
+
+        Raises:
+            StoreUnavailable: It cannot.
+        """
 
     def statistics(self) -> StoreStatistics:
-        """How it is. Does not wait."""
+        """Returns the state of the store. Never blocks."""

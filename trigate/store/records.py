@@ -1,4 +1,7 @@
-"""What the store keeps: values."""
+"""The values that the store keeps, and those that its operations take and return.
+
+**Units:** times that end in ``_at`` are POSIX seconds, ``_s`` seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,22 @@ _json = msgspec.json.Encoder()
 
 RunState = Literal["queued", "running", "completed", "failed", "cancelled"]
 
-
 DeliveryState = Literal["pending", "sending", "delivered", "failed", "unknown"]
 
-
 ENDED: frozenset[RunState] = frozenset(("completed", "failed", "cancelled"))
-"""The states of a run that it does not leave any more."""
+"""The final states of a run."""
 
 
 @attrs.frozen(kw_only=True)
 class Session:
-    """A conversation that is remembered.
+    """A remembered conversation.
 
     Attributes:
-        owner: Who made it; a part of its identity.
-        key: What its owner calls it.
-        active_at: When something was appended to it last, or it was reset.
-        epoch: How often it has been reset. Messages of earlier epochs are its archive.
-        turns, messages, tokens: Of the current epoch.
+        owner: The name of the gateway key that created it; a part of its identity.
+        key: Its name, given by the owner.
+        active_at: When a turn was last appended, or the session was reset.
+        epoch: How often it has been reset. The messages of earlier epochs are its archive.
+        turns, messages, tokens: Counts of the current epoch.
         system: The system messages that its history begins with, as a JSON array; ``b"[]"`` = none, as after a reset.
         busy: A turn is in progress, or waits.
     """
@@ -51,11 +52,11 @@ class Message:
     """One message of a session.
 
     Attributes:
-        number: Ascending in the session; 0 until it is stored.
-        turn: Which turn of its epoch brought it, from 1; 0 until it is stored.
-        body: The message, a JSON object as OpenAI's API has it.
-        tokens: Reported, or estimated.
-        partial: It is an answer that was cut.
+        number: Ascending within the session; 0 until it is stored.
+        turn: The number of the turn that appended it, within its epoch, from 1; 0 until it is stored.
+        body: The message, a JSON object of OpenAI's API.
+        tokens: Reported by the upstream, or estimated.
+        partial: It is a truncated answer.
     """
 
     body: bytes = attrs.field(repr=False)
@@ -69,12 +70,12 @@ class Message:
 
 @attrs.frozen(kw_only=True)
 class Turn:
-    """What one turn appends to a session; makes the session where there is none.
+    """What one turn appends to a session. Creates the session if there is none.
 
     Attributes:
-        system: The system messages from now on, as a JSON array; None = as they were.
-        epoch: The epoch that it was composed in; None = whichever it is. Where the session has been reset since, the
-            messages go to the archive, where they belong.
+        system: The system messages from now on, as a JSON array; None = they do not change.
+        epoch: The epoch in which the turn was composed; None = the current one. If the session has been reset since,
+            the messages are added to the archive.
     """
 
     owner: str
@@ -87,10 +88,10 @@ class Turn:
 
 @attrs.frozen(kw_only=True)
 class Ticket:
-    """A place in the queue of a session's turns. The lowest number is the one whose turn it is.
+    """A position in the queue of a session's turns. The turn with the lowest number may run.
 
     Attributes:
-        run: The run that it is for; None = a call with ``x-session-key``.
+        run: The run that holds it; None = a call with ``x-session-key``.
     """
 
     number: int
@@ -104,7 +105,7 @@ class Ticket:
 class SessionCounts:
     """How many sessions there are, how many are active, and how many are busy.
 
-    One whose first turn is in progress is one already. Active is what is busy, or was active since a given time.
+    A session whose first turn is in progress counts. Active = busy, or active since a given time.
     """
 
     total: int
@@ -114,17 +115,17 @@ class SessionCounts:
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """One answer that a message asked for.
+    """A durable job that a message asked for.
 
     Attributes:
         id: ``run_…``.
-        channel: The hook or channel that it came by.
-        owner, session: Whose session it belongs to, and its key; session None = it belongs to none.
-        action: What was asked: ``chat`` and so on.
-        request: What is needed to do it, as JSON; its shape is of `orders`.
-        acknowledged: It has been promised (202): it is finished even if this process ends.
-        worker: Who does it.
-        starts: How often it has been begun.
+        channel: The hook or channel that received the message.
+        owner, session: The owner and the key of its session; session None = it has none.
+        action: The kind of job: ``chat`` and so on.
+        request: What is needed to execute it, as JSON; `trigate.runs.request` defines the shape.
+        acknowledged: The client has been promised a result (202): the run is finished even if this process exits.
+        worker: The worker that executes it.
+        starts: How often its execution has begun.
         status: The HTTP status of its result; 0 = it has none yet.
         result: The body of its result, as JSON (of the answer, or of the error).
     """
@@ -147,12 +148,12 @@ class Run:
 
 @attrs.frozen(kw_only=True)
 class Claim:
-    """What came of an attempt to claim a key.
+    """The result of claiming an idempotency key.
 
     Attributes:
-        run: The run that the key stands for: the one given, or an older one.
-        is_new: It is the one given.
-        differs: The older one was asked for with another body.
+        run: The run that the key stands for: the given one, or an older one.
+        is_new: It is the given one.
+        differs: The older run was asked for with another body.
     """
 
     run: Run
@@ -162,14 +163,15 @@ class Claim:
 
 @attrs.frozen(kw_only=True)
 class Delivery:
-    """Something that has to be told to the outside.
+    """A message to the outside: a callback, a reply in a chat.
 
     Attributes:
-        id: ``msg_…``; the same at each attempt, so that the receiver can tell a repetition.
-        channel: The hook or channel that sends it, and knows how.
-        target: Where to: a URL, a chat.
-        repeatable: The receiver can tell a repetition by the id. What is not is never sent again after a crash, since
-            it may have arrived: it is then ``unknown``.
+        id: ``msg_…``; the same at each attempt, so that the receiver can recognise a repetition.
+        channel: The hook or channel that sends it.
+        target: Its destination: a URL, a chat.
+        repeatable: The receiver recognises a repetition by the id. A delivery that is not repeatable is never sent
+        again
+            after a crash, since it may have arrived: it is then ``unknown``.
         state: ``pending`` → ``sending`` → ``delivered``, ``failed`` or ``unknown``; or ``pending`` again.
         due_at: When the next attempt is due.
         last_status: The HTTP status of the last attempt; 0 = there was none.
@@ -193,12 +195,12 @@ class Delivery:
 
 @attrs.frozen(kw_only=True)
 class ChannelRecord:
-    """What is kept of a channel.
+    """The stored state of a channel.
 
     Attributes:
-        cursor: How far it has read its platform (an offset); ``""`` = from the beginning.
+        cursor: How far it has read its platform (an offset); ``""`` = it has read nothing.
         received, replied: Counted since the channel was first seen.
-        holder: The worker that reads the platform; None = nobody.
+        holder: The worker that reads the platform; None = no worker does.
     """
 
     name: str
@@ -211,12 +213,12 @@ class ChannelRecord:
 
 @attrs.frozen(kw_only=True)
 class Worker:
-    """A process that serves.
+    """A worker process.
 
     Attributes:
-        id: Random; another one after each start.
-        address: Where it can be rung (`bell`).
-        snapshot: What it says of itself, as JSON; its shape is of `report`.
+        id: Random; a new one at each start.
+        address: The path of its notification socket (`trigate.workers.notify`); empty = it has none.
+        snapshot: What it reports in `/status`, as JSON; `trigate.status.snapshot` defines the shape.
     """
 
     id: str
@@ -228,17 +230,17 @@ class Worker:
 
 
 LOST = "lost"
-"""The outcome of an exchange whose process ended before it did."""
+"""The outcome of an exchange whose process exited before the exchange ended."""
 
 
 class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What became of one attempt of an exchange. Times in seconds.
+    """The record of one attempt of an exchange. Times in seconds.
 
     Attributes:
-        why: Why it was made, as `plans.Step` has it.
-        started_s: After the exchange began.
-        outcome: As that of `attempt.Attempt`.
-        status: Of the error that it ended with; None = it ended with none.
+        why: Why it was made; the values are those of `trigate.routing.plan.Step`.
+        started_s: Time from the start of the exchange.
+        outcome: How it ended; the values are those of `trigate.exchange.attempt.Attempt`.
+        status: The status of the error that it ended with; None = it ended without one.
     """
 
     target: str
@@ -251,21 +253,21 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What became of one exchange. A structure of msgspec and not of attrs, since there is one for each call: it is
-    written and read as an array of JSON, in C.
+    """The record of one exchange. It is a msgspec structure and not an attrs class, since there is one for each call:
+    msgspec encodes and decodes it as a JSON array, in C.
 
     Attributes:
-        id: ``ex_…``; of the exchange alone, whatever a client has called it.
+        id: ``ex_…``; unique, unlike ``request_id``, which a client may choose.
         request_id: ``x-request-id``.
         owner: The name of the gateway key; empty = the gateway has none.
-        ended_at: None = nobody knows.
+        ended_at: None = unknown (the exchange is ``lost``).
         outcome: ``complete``, ``cancelled``, ``finished``, ``lost``, or an error code.
-        status: Of the answer, or of the error that came in its place or behind a part of it; None = nobody waited for
-            one.
-        target: The last one that was tried, or the one that answered.
-        attempts: In order.
-        counted: No upstream has reported the tokens: they are counted.
-        first_content_s: How long after the start.
+        status: Of the answer, or of the error that was sent instead of it or after a part of it; None = there was no
+            client to answer.
+        target: The target that answered, or the last one that was tried.
+        attempts: In the order in which they began.
+        counted: No upstream has reported the tokens: the gateway has counted or estimated them.
+        first_content_s: Time from the start to the first content.
     """
 
     id: str
@@ -289,17 +291,17 @@ class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     first_content_s: float | None = None
 
     def encode(self) -> builtins.bytes:
-        """The record as an array of JSON."""
+        """Returns the record as a JSON array."""
         return _json.encode(self)
 
 
 @attrs.frozen(kw_only=True)
 class StoreStatistics:
-    """How a store is.
+    """The state of a store.
 
     Attributes:
-        state: ``closed`` = nothing has needed it yet.
-        error: Why it is unavailable.
+        state: ``closed`` = nothing has needed the file yet.
+        error: Why it is unavailable; None = it is available.
     """
 
     kind: str
@@ -310,15 +312,15 @@ class StoreStatistics:
 
 @attrs.frozen(kw_only=True)
 class Retention:
-    """What may be forgotten. Runs that have not ended, and deliveries that are not done, never are.
+    """What `Store.prune` deletes. It never deletes runs that have not ended, or deliveries that are not done.
 
     Attributes:
-        sessions_before: Sessions that were last active before that time, and are not busy.
-        archives_before: Messages of earlier epochs, from before that time.
-        runs_before: Runs that ended before that time, with their deliveries and idempotency keys; and deliveries that
-            were done before it, and belong to no run.
-        exchanges_before: Records of exchanges from before that time.
-        max_sessions, max_runs, max_exchanges: The oldest beyond so many, of all owners.
+        sessions_before: Sessions that were last active before this time, and are not busy.
+        archives_before: Messages of earlier epochs that are older than this time.
+        runs_before: Runs that ended before this time, with their deliveries and idempotency keys, and deliveries of no
+            run that were done before it.
+        exchanges_before: Records of exchanges that began before this time.
+        max_sessions, max_runs, max_exchanges: How many are kept, of all owners; the oldest ones in excess are deleted.
     """
 
     sessions_before: float

@@ -1,14 +1,15 @@
-"""One SQLite file: opened, written to in groups, read from, closed. Imported when the first one is needed.
+"""One SQLite file: opened, written to in groups, read from, closed. It is imported when the first file is needed.
 
-There are two connections, each with a thread of its own (apsw's): one writes, the other reads meanwhile. Every failure
-of the file is a `StoreUnavailable` with SQLite's reason; after one, `File.has_failed` says that it has to be closed.
+There are two connections, each with a thread of its own (apsw's): one writes while the other reads. Every failure of
+the file is a `StoreUnavailable` with SQLite's reason; after a failure, `File.has_failed` is set, and the owner has to
+close the file.
 
-After each commit, and each read, it is checked that the files are still those at their paths. So nothing is
-acknowledged that went to a file which nobody will find again.
+After each commit and each read, the file checks that its paths still lead to the files that it has open. So no write is
+acknowledged that went into a file which has been removed or replaced.
 
-**Rules for editing this:** apsw interrupts a statement at the deadline of the task that awaits it, so it is told that
-there is none (`_Controller`). Do not open the database by any other means while it is open here: to close a file drops
-all POSIX locks that the process has on it, SQLite's too.
+**Rules for editing this:** apsw interrupts a statement at the deadline of the task that awaits it, so `_Controller`
+says that there is none. While the database is open here, do not open its files by any other means: closing a file
+releases all POSIX locks that the process has on it, including SQLite's.
 """
 
 from __future__ import annotations
@@ -28,62 +29,74 @@ import apsw.aio
 import trio
 
 from trigate.errors import StoreUnavailable
-from trigate.store.operations import Tables
-from trigate.store.tables import APPLICATION_ID, MIGRATIONS, SqliteTables
+from trigate.store.schema import APPLICATION_ID, MIGRATIONS
+from trigate.store.tables import Tables
 
 T = TypeVar("T")
 Operation = Callable[[Tables], Any]
-Place = list[tuple[int, int]]
+FileIds = list[tuple[int, int]]
+"""Device and inode of the database, its WAL and its shared memory."""
+
 
 BUSY_TIMEOUT_S = 5.0
-"""How long another process may hold the lock before a write fails."""
+"""Seconds that another process may hold the lock before a write fails."""
 CLOSE_TIMEOUT_S = 5.0
-"""How long it may take to close a connection."""
+"""Seconds that closing a connection may take."""
 WAL_LIMIT_BYTES = 64 << 20
-"""What is left of the WAL's file after a checkpoint, at most."""
+"""The size to which SQLite truncates the WAL's file after a checkpoint."""
 
 
 def unavailable(reason: str) -> StoreUnavailable:
-    """Why a store cannot be used."""
+    """Returns the error of a store that cannot be used."""
     return StoreUnavailable(f"The store cannot be used: {reason}")
 
 
-def _translated(error: Exception) -> StoreUnavailable:
-    # not the whole text of an OSError: it names the path, and clients see this
+def _translate(error: Exception) -> StoreUnavailable:
+    # An OSError's whole text names the path, and clients see this message.
     return unavailable((isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__)
 
 
 class File:
-    """A file that is open. Made by `open_file`.
+    """An open file. Made by `open_file`.
 
     Attributes:
-        has_failed: It has to be closed.
+        has_failed: An operation has failed. The file has to be closed.
     """
 
     def __init__(
-        self, path: str, place: Place, *, writing: apsw.AsyncConnection, reading: apsw.AsyncConnection
+        self, path: str, file_ids: FileIds, *, writing: apsw.AsyncConnection, reading: apsw.AsyncConnection
     ) -> None:
         self.has_failed = False
         self._path = path
         self._writing = writing
         self._reading = reading
         self._is_durable: bool | None = None
-        self._place = place
+        self._file_ids = file_ids
 
     async def write(self, operations: Iterable[Operation], *, durable: bool) -> list[Any]:
-        """Commits operations as one transaction; returns what each returned or, if it was its own mistake, raised.
+        """Commits operations as one transaction.
 
         Args:
-            durable: It is on the disk when this returns.
+            durable: The transaction is on the disk when this returns.
+
+        Returns:
+            For each operation its result, or the exception that it raised: such an operation alone is rolled back.
+
+        Raises:
+            StoreUnavailable: The file has failed; nothing is committed.
         """
-        return await self._hop(self._writing, lambda db: self._commit(db, operations, durable))
+        return await self._hop(self._writing, lambda db: self._commit_in_thread(db, operations, durable))
 
     async def read(self, operation: Callable[[Tables], T]) -> T:
-        """Runs an operation on one snapshot of the tables."""
-        return await self._hop(self._reading, lambda db: self._look(db, operation))
+        """Runs an operation on one snapshot of the tables.
+
+        Raises:
+            StoreUnavailable: The file has failed.
+        """
+        return await self._hop(self._reading, lambda db: self._read_in_thread(db, operation))
 
     async def close(self) -> None:
-        """Closes it. The last connection to it, in all processes, writes the WAL back into the database."""
+        """Closes the file. The last connection to it, of all processes, writes the WAL back into the database."""
         await _close(self._reading)
         await _close(self._writing)
 
@@ -94,53 +107,52 @@ class File:
             self.has_failed = True
             raise
 
-    # In the threads of the connections.
+    # -- in the threads of the connections
 
-    def _commit(self, db: apsw.Connection, operations: Iterable[Operation], durable: bool) -> list[Any]:
+    def _commit_in_thread(self, db: apsw.Connection, operations: Iterable[Operation], durable: bool) -> list[Any]:
         try:
             if durable is not self._is_durable:
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._is_durable = durable
             db.execute("BEGIN IMMEDIATE")
-            tables = SqliteTables(db)
+            tables = Tables(db)
             outcomes = [_attempt(db, tables, operation) for operation in operations]
             db.execute("COMMIT")
         finally:
             _roll_back(db)
-        self._check_place()
+        self._check_files()
         return outcomes
 
-    def _look(self, db: apsw.Connection, operation: Callable[[Tables], T]) -> T:
+    def _read_in_thread(self, db: apsw.Connection, operation: Callable[[Tables], T]) -> T:
         try:
             db.execute("BEGIN")
-            result = operation(SqliteTables(db))
+            result = operation(Tables(db))
         finally:
             _roll_back(db)
-        self._check_place()
+        self._check_files()
         return result
 
-    def _check_place(self) -> None:
+    def _check_files(self) -> None:
         try:
-            is_there = _place(self._path) == self._place
+            is_same = _file_ids(self._path) == self._file_ids
         except FileNotFoundError:
-            is_there = False
-        if not is_there:
+            is_same = False
+        if not is_same:
             raise unavailable("its file was removed or replaced")
 
 
-def _place(path: str) -> Place:
-    """Which files they are."""
+def _file_ids(path: str) -> FileIds:
     found = [os.stat(path + suffix) for suffix in ("", "-wal", "-shm")]
-    return [(each.st_dev, each.st_ino) for each in found]
+    return [(status.st_dev, status.st_ino) for status in found]
 
 
 def _attempt(db: apsw.Connection, tables: Tables, operation: Operation) -> Any:
-    """Runs an operation in a savepoint; returns its result, or its mistake."""
+    """Runs an operation in a savepoint; returns its result, or the exception that it raised itself."""
     db.execute("SAVEPOINT operation")
     try:
         result = operation(tables)
     except Exception as error:
-        # Any other error of SQLite's is one of the file, and may have rolled back everything.
+        # Any other SQLite error concerns the file, and may have rolled back the whole transaction.
         if isinstance(error, apsw.Error) and not isinstance(error, apsw.ConstraintError | apsw.TooBigError):
             raise
         db.execute("ROLLBACK TO operation")
@@ -159,18 +171,19 @@ def _roll_back(db: apsw.Connection) -> None:
 
 
 class _Controller(apsw.aio.Trio):
-    """What apsw calls the thread of a connection by, but for two things.
+    """Runs apsw's calls in the thread of a connection, with two changes to `apsw.aio.Trio`.
 
-    The thread is a daemon: a Trio run that is abandoned (it was the guest of a loop that has ended) must not keep the
-    process. And a call has no deadline: apsw would raise TooSlowError at that of the caller, where Trio cancels.
+    The thread is a daemon: a Trio run that is abandoned (the loop that it was a guest of has ended) must not keep the
+    process alive. And a call has no deadline: apsw would raise TooSlowError at the caller's deadline, where Trio
+    cancels.
     """
 
     def worker_thread_run(self) -> None:
-        """Starts the thread; the one that apsw has started for it ends with that."""
+        """Starts the daemon thread. The thread in which apsw calls this ends at once."""
         threading.Thread(target=super().worker_thread_run, name="trigate store", daemon=True).start()
 
     async def send(self, call: Callable[[], Any]) -> Any:
-        """Calls something in the thread."""
+        """Calls a function in the thread, without a deadline."""
         token = apsw.aio.deadline.set(math.inf)
         try:
             return await super().send(call)
@@ -178,18 +191,18 @@ class _Controller(apsw.aio.Trio):
             apsw.aio.deadline.reset(token)
 
 
-def _make(path: str) -> None:
-    """Makes the file, for its owner alone, and the directories above it, where they are not there."""
+def _create(path: str) -> None:
+    """Creates the file and the directories above it if they do not exist, for their owner alone."""
     Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 async def open_file(path: str) -> File:
-    """Opens a file; makes it, or brings it to the current version, where that is needed.
+    """Opens a file. Creates it, or migrates it to the current version, if needed.
 
     Raises:
-        StoreUnavailable: It cannot be, or it is not a store's.
+        StoreUnavailable: The file cannot be opened, or it is not a store of this version or an earlier one.
     """
     async with contextlib.AsyncExitStack() as stack:
         writing = await _connect(path)
@@ -197,30 +210,30 @@ async def open_file(path: str) -> File:
         await _hop(writing, _prepare_writing)
         reading = await _connect(path)
         stack.push_async_callback(_close, reading)
-        place = await _hop(reading, lambda db: _prepare_reading(db, path))
+        file_ids = await _hop(reading, lambda db: _prepare_reading(db, path))
         stack.pop_all()
-    return File(path, place, writing=writing, reading=reading)
+    return File(path, file_ids, writing=writing, reading=reading)
 
 
 async def _connect(path: str) -> apsw.AsyncConnection:
     controller = _Controller()
-    token = apsw.async_controller.set(lambda: controller)  # type: ignore[arg-type] # what makes one
+    token = apsw.async_controller.set(lambda: controller)  # type: ignore[arg-type] # a factory
     try:
-        await controller.send(partial(_make, path))
+        await controller.send(partial(_create, path))
         return await apsw.Connection.as_async(path, apsw.SQLITE_OPEN_READWRITE)
     except (apsw.Error, OSError) as error:
-        controller.close()  # type: ignore[no-untyped-call] # without a connection, nobody else ends the thread
-        raise _translated(error) from error
+        controller.close()  # type: ignore[no-untyped-call] # no connection ends the thread
+        raise _translate(error) from error
     finally:
         apsw.async_controller.reset(token)
 
 
 async def _hop(connection: apsw.AsyncConnection, function: Callable[[apsw.Connection], T]) -> T:
-    """Calls a function in the thread of a connection, with the connection, which is an ordinary one there."""
+    """Calls a function in the thread of a connection, with that connection, which is synchronous there."""
     try:
         result: T = await connection.async_run(function, connection)
     except (apsw.Error, OSError) as error:
-        raise _translated(error) from error
+        raise _translate(error) from error
     return result
 
 
@@ -229,35 +242,39 @@ async def _close(connection: apsw.AsyncConnection) -> None:
         await connection.aclose(force=True)
 
 
-def _prepare_reading(db: apsw.Connection, path: str) -> Place:
+def _prepare_reading(db: apsw.Connection, path: str) -> FileIds:
     db.set_busy_timeout(int(BUSY_TIMEOUT_S * 1000))
     db.execute("PRAGMA query_only = ON")
     db.execute("SELECT times FROM touched")
-    return _place(path)  # all of them are there, since something has been read
+    return _file_ids(path)  # all three exist, since a row has been read
 
 
 def _prepare_writing(db: apsw.Connection) -> None:
     db.set_busy_timeout(int(BUSY_TIMEOUT_S * 1000))
     if db.readonly("main"):
         raise unavailable("its file is read-only")
-    _judge(db)  # before anything is written into what may be somebody else's
+    _schema_version(db)  # before writing into what may be the file of another program
     _use_wal(db)
     db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
-    # macOS's fsync leaves what is written to it in the cache of the disk
+    # On macOS, fsync leaves the data in the cache of the disk.
     db.execute("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON")
-    if _judge(db) == len(MIGRATIONS):
+    if _schema_version(db) == len(MIGRATIONS):
         return
     db.execute("PRAGMA synchronous = FULL; BEGIN IMMEDIATE")
     try:
-        for migration in MIGRATIONS[_judge(db) :]:  # another worker may have been quicker
-            db.execute(migration).fetchall()  # to its end, even if a statement gives rows
+        for migration in MIGRATIONS[_schema_version(db) :]:  # another worker may have migrated it
+            db.execute(migration).fetchall()  # to the end, even if a statement returns rows
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {len(MIGRATIONS)}; COMMIT")
     finally:
         _roll_back(db)
 
 
-def _judge(db: apsw.Connection) -> int:
-    """The version of a database; 0 = there is nothing in it yet."""
+def _schema_version(db: apsw.Connection) -> int:
+    """Returns the version of a database; 0 = it is empty.
+
+    Raises:
+        StoreUnavailable: It belongs to another program, or to a later Trigate.
+    """
     [[application, version, tables]] = db.execute(
         "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"
         " FROM pragma_application_id, pragma_user_version"
@@ -272,7 +289,7 @@ def _judge(db: apsw.Connection) -> int:
 
 
 def _use_wal(db: apsw.Connection) -> None:
-    # SQLite does not wait for a lock here, where several workers start at once.
+    # SQLite's busy timeout does not apply to this statement, and several workers may start at once.
     give_up_at = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:

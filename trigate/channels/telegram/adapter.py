@@ -76,7 +76,7 @@ class TelegramAdapter:
 
     async def run(self) -> None:
         """Polls, or checks the webhook. Never returns; raises as `Adapter.run`."""
-        await self._channel.services.workers.join_at_last()
+        await self._channel.services.workers.join_eventually()
         if self._verifier is not None:
             await self._watch_webhook()
         else:

@@ -1,0 +1,86 @@
+"""The operations of a whole store: its parts put together, the records of exchanges, and the deletion of old rows."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+
+import attrs
+
+from trigate.store import interface
+from trigate.store.interface import Write
+from trigate.store.operations.channels import ChannelOperations, WorkerOperations
+from trigate.store.operations.deliveries import DeliveryOperations
+from trigate.store.operations.runs import IdempotencyOperations, RunOperations
+from trigate.store.operations.sessions import SessionOperations
+from trigate.store.operations.transactions import Transactions
+from trigate.store.records import ExchangeRecord, Retention, StoreStatistics
+from trigate.store.tables import Tables
+
+PRUNE_SLICE = 100
+"""How many rows of each kind one transaction deletes (sessions, archived messages, runs); ten times as many records of
+exchanges."""
+
+
+class StoreOperations(Transactions):
+    """An `interface.Store` except for where its tables are and how an operation reaches them (`Transactions`)."""
+
+    def __init__(self) -> None:
+        self.sessions: interface.Sessions = SessionOperations(self)
+        self.runs: interface.Runs = RunOperations(self)
+        self.idempotency: interface.Idempotency = IdempotencyOperations(self)
+        self.deliveries: interface.Deliveries = DeliveryOperations(self)
+        self.channels: interface.Channels = ChannelOperations(self)
+        self.workers: interface.Workers = WorkerOperations(self)
+        self.exchanges: interface.Exchanges = ExchangeOperations(self)
+
+    @abc.abstractmethod
+    def statistics(self) -> StoreStatistics:
+        """Returns the state of the store. Never blocks."""
+
+    def prune(self, retention: Retention) -> Write[int]:
+        """Deletes what the retention does not keep, in slices; returns how many rows."""
+        return self.write_slices(lambda tables: _prune(tables, retention))
+
+    async def check(self) -> None:
+        """Checks that the store can be written to.
+
+        Raises:
+            StoreUnavailable: It cannot.
+        """
+        await self.write(lambda tables: tables.touch(), durable=False)
+
+
+def _prune(tables: Tables, retention: Retention) -> int:
+    """Deletes one slice; returns how many rows."""
+    idle = tables.idle_sessions(retention.sessions_before, limit=PRUNE_SLICE)
+    if not idle and (excess := tables.count_sessions(math.inf).total - retention.max_sessions) > 0:
+        idle = tables.idle_sessions(math.inf, limit=min(excess, PRUNE_SLICE))
+    runs = tables.settled_runs(retention.runs_before, limit=PRUNE_SLICE)
+    if not runs and (excess := tables.count_runs() - retention.max_runs) > 0:
+        runs = tables.settled_runs(math.inf, limit=min(excess, PRUNE_SLICE))
+    return (
+        sum(tables.drop_session(session.owner, session.key) for session in idle)
+        + sum(tables.drop_run(run.id) for run in runs)
+        + tables.drop_archived(retention.archives_before, limit=PRUNE_SLICE)
+        + tables.drop_orphans(retention.runs_before, limit=PRUNE_SLICE)
+        + tables.drop_exchanges(retention.exchanges_before, most=retention.max_exchanges, limit=10 * PRUNE_SLICE)
+    )
+
+
+@attrs.define(eq=False, slots=False)
+class ExchangeOperations:
+    """Implements `interface.Exchanges`, which documents the methods."""
+
+    _transactions: Transactions
+
+    def put(self, records: Sequence[bytes]) -> Write[None]:
+        return self._transactions.write(lambda tables: tables.put_exchanges(records), durable=False)
+
+    async def list(
+        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+    ) -> Sequence[ExchangeRecord]:
+        return await self._transactions.read(
+            lambda tables: tables.exchanges(limit=limit, owner=owner, outcome=outcome, after=after)
+        )

@@ -1,0 +1,67 @@
+"""How long the rows of the store are kept, and the task that deletes the old ones every hour."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from trigate.config.sections import Config, LedgerConfig, StoreConfig
+from trigate.errors import StoreUnavailable
+from trigate.store.interface import Store
+from trigate.store.records import Retention
+
+log = structlog.get_logger("trigate.store.retention")
+
+PRUNE_S = 3600.0
+"""Seconds between two deletions of old rows."""
+
+
+def retention(settings: StoreConfig, ledger: LedgerConfig, now: float) -> Retention:
+    """Returns what may be deleted at a time. An age of 0 keeps the rows for ever.
+
+    Args:
+        now: POSIX seconds.
+    """
+
+    def before(age_s: float) -> float:
+        return now - age_s if age_s else 0.0
+
+    return Retention(
+        sessions_before=before(settings.session_retention_s),
+        archives_before=before(settings.archive_retention_s),
+        runs_before=before(settings.run_retention_s),
+        max_sessions=settings.max_sessions,
+        max_runs=settings.max_runs,
+        exchanges_before=before(ledger.retention_s),
+        max_exchanges=ledger.max_records,
+    )
+
+
+async def keep_pruned(store: Store, wait_joined: Callable[[], Awaitable[None]], config: Callable[[], Config]) -> None:
+    """Deletes old rows for ever: once this worker has joined the others, and then every hour.
+
+    Args:
+        wait_joined: Returns when this worker has joined (`trigate.workers.membership.Workers.wait_joined`). If that
+            takes more than `PRUNE_S`, the deletion does not wait for it any longer.
+        config: Returns the configuration in use.
+    """
+    with trio.move_on_after(PRUNE_S):
+        await wait_joined()
+    while True:
+        if store.statistics().state != "closed":  # a store that nothing has needed is not opened for this
+            await _prune(store, config())
+        await trio.sleep(PRUNE_S)
+
+
+async def _prune(store: Store, config: Config) -> None:
+    await trio.lowlevel.checkpoint()
+    try:
+        rows = await store.prune(retention(config.store, config.ledger, time.time()))
+    except StoreUnavailable as error:
+        log.warning("prune_failed", error=error.message)
+    else:
+        if rows:
+            log.info("pruned", rows=rows)

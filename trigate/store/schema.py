@@ -1,0 +1,160 @@
+"""The schema of the store's database, and the steps from each version to the next.
+
+Each value of `records` has a table with a column for each of its attributes. Frequent queries have an index, which is
+partial where they concern few of the rows (runs that have not ended, deliveries that are not done).
+
+**Rules for editing this:** a migration that was released is not changed any more: databases were made by it. Add
+another one at the end, and never one that an older Trigate could not detect: it refuses a database of a later version.
+"""
+
+from __future__ import annotations
+
+APPLICATION_ID = 0x54726967
+"""``Trig`` in ASCII. It is in the file's header, so that a database of another program is not taken for a store."""
+
+MIGRATIONS = (
+    """
+    CREATE TABLE sessions (
+        id INTEGER PRIMARY KEY,
+        owner TEXT NOT NULL,
+        key TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        active_at REAL NOT NULL,
+        epoch INTEGER NOT NULL,
+        turns INTEGER NOT NULL,
+        messages INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        system BLOB NOT NULL,
+        UNIQUE (owner, key)
+    ) STRICT;
+    CREATE INDEX sessions_of_owner ON sessions (owner, active_at DESC, key);
+    CREATE INDEX sessions_by_activity ON sessions (active_at);
+    CREATE INDEX sessions_with_archive ON sessions (id) WHERE epoch > 0;
+
+    CREATE TABLE messages (
+        session INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        epoch INTEGER NOT NULL,
+        turn INTEGER NOT NULL,
+        at REAL NOT NULL,
+        tokens INTEGER NOT NULL,
+        partial INTEGER NOT NULL,
+        body BLOB NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX messages_of_session ON messages (session, number);
+    CREATE INDEX messages_of_epoch ON messages (session, epoch, number);
+
+    CREATE TABLE tickets (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        owner TEXT NOT NULL,
+        key TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        run TEXT
+    ) STRICT;
+    CREATE INDEX tickets_of_session ON tickets (owner, key, number);
+    CREATE INDEX tickets_of_run ON tickets (run) WHERE run IS NOT NULL;
+
+    CREATE TABLE runs (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        channel TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        session TEXT,
+        action TEXT NOT NULL,
+        request BLOB NOT NULL,
+        state TEXT NOT NULL,
+        acknowledged INTEGER NOT NULL,
+        worker TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        starts INTEGER NOT NULL,
+        finished_at REAL,
+        status INTEGER NOT NULL,
+        result BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX runs_of_channel ON runs (channel) WHERE state IN ('queued', 'running');
+    CREATE INDEX runs_of_worker ON runs (worker) WHERE state IN ('queued', 'running');
+    CREATE INDEX runs_by_age ON runs (finished_at);
+
+    CREATE TABLE claims (
+        scope TEXT NOT NULL,
+        key TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        run TEXT NOT NULL,
+        PRIMARY KEY (scope, key)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX claims_of_run ON claims (run);
+
+    CREATE TABLE deliveries (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        run_id TEXT NOT NULL,
+        channel TEXT NOT NULL,
+        target TEXT NOT NULL,
+        body BLOB NOT NULL,
+        created_at REAL NOT NULL,
+        due_at REAL NOT NULL,
+        repeatable INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        attempts INTEGER NOT NULL,
+        worker TEXT,
+        last_status INTEGER NOT NULL,
+        last_error TEXT,
+        done_at REAL
+    ) STRICT;
+    CREATE INDEX deliveries_of_run ON deliveries (run_id);
+    CREATE INDEX deliveries_of_channel ON deliveries (channel) WHERE state IN ('pending', 'sending');
+    CREATE INDEX deliveries_of_worker ON deliveries (worker) WHERE state = 'sending';
+    CREATE INDEX deliveries_waiting ON deliveries (channel, target, due_at) WHERE state = 'pending';
+    CREATE INDEX deliveries_under_way ON deliveries (channel, target) WHERE state = 'sending';
+    CREATE INDEX deliveries_by_age ON deliveries (coalesce(done_at, due_at))
+        WHERE state NOT IN ('pending', 'sending');
+
+    CREATE TABLE channels (
+        name TEXT PRIMARY KEY,
+        cursor TEXT NOT NULL,
+        received INTEGER NOT NULL,
+        replied INTEGER NOT NULL,
+        last_event_at REAL,
+        holder TEXT
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE workers (
+        id TEXT PRIMARY KEY,
+        pid INTEGER NOT NULL,
+        address TEXT NOT NULL,
+        started_at REAL NOT NULL,
+        seen_at REAL NOT NULL,
+        snapshot BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE touched (times INTEGER NOT NULL) STRICT;
+    INSERT INTO touched VALUES (0);
+    """,
+    """
+    CREATE TABLE exchanges (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        request_id TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
+        model TEXT NOT NULL,
+        stream INTEGER NOT NULL,
+        started_at REAL NOT NULL,
+        ended_at REAL,
+        outcome TEXT NOT NULL,
+        status INTEGER,
+        target TEXT,
+        attempts TEXT NOT NULL,
+        prompt_tokens INTEGER,
+        completion_tokens INTEGER,
+        counted INTEGER NOT NULL,
+        events INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        first_content_s REAL
+    ) STRICT;
+    CREATE INDEX exchanges_of_owner ON exchanges (owner, number);
+    CREATE INDEX exchanges_not_complete ON exchanges (outcome, number) WHERE outcome <> 'complete';
+    """,
+)
+"""SQL statements: from an empty database to version 1, from there to version 2, and so on."""
