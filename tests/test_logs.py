@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import structlog
@@ -32,7 +33,7 @@ except ValueError:
 LEVELS = "for level in ('debug', 'info', 'warning', 'error'):\n    getattr(log, level)(level + '_said')\n"
 
 
-def _logged(script: str, **env: str) -> str:
+def _logged(script: str, **env: Any) -> str:
     """Runs a script after the log's configuration; gives what it wrote to standard error."""
     done = subprocess.run(
         [sys.executable, "-c", START + script, SECRET],
@@ -43,7 +44,7 @@ def _logged(script: str, **env: str) -> str:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    return done.stderr
+    return str(done.stderr)
 
 
 @pytest.mark.slow

@@ -134,6 +134,7 @@ def _write_for_ever(store: str, said: Connection) -> None:
         said.send_bytes(b"%d" % number)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_has_written_is_found(store: str) -> None:
     """All that it has said to have written, and at most one line more."""
     context = multiprocessing.get_context("spawn")

@@ -84,6 +84,7 @@ def status_of(data: bytes) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
 def test_segments_make_no_difference(status: int, data: bytes) -> None:
     """Byte by byte, the same head is refused for the same reason, at some byte of it."""

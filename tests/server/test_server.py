@@ -518,6 +518,7 @@ async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: p
         assert await running.wait_ended() == Drained(finished=0, cut=0, forced=1)
 
 
+@pytest.mark.slow
 async def test_cancelled_means_now() -> None:
     """Cancelling `serve` frees stalled tasks as well, without any grace."""
     app = App()
@@ -788,6 +789,7 @@ async def test_a_signal_begins_the_drain() -> None:
     assert outcome == [True]
 
 
+@pytest.mark.slow
 async def test_a_second_signal_is_now() -> None:
     """A second signal, of whichever kind, ends everything at once, stalled clients too; `run` says so."""
     app = App()

@@ -397,7 +397,7 @@ class _Script:
             case "hang":
                 self.steps.append(Pause(math.inf))
             case "fin" | "rst":
-                self._end(self._fault)  # type: ignore[arg-type] # one of the two
+                self._end(self._fault)
             case "half head":
                 self.steps += [Say(b"HTTP/1.1 200 OK\r\ncontent-ty"), End("fin")]
             case "no HTTP":

@@ -20,6 +20,7 @@ from trigate.config import structure as configuration
 from trigate.config.sections import Config, Port
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.server import server
+from trigate.server.listeners import open_sockets
 from trigate.store import opening
 from trigate.upstream.factory import TransportFactory, http_transport
 
@@ -133,7 +134,7 @@ async def open_server(
     """Serves a gateway on a loopback port, with upstreams on real sockets; yields a client with its base URL."""
     app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=transports))
     async with trio.open_nursery() as nursery:
-        listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
+        listening = open_sockets(attrs.evolve(config.server, port=Port(0)))
         urls = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
         # without TLS verification: loading the certificate authorities takes longer than opening the gateway
         async with httpx2.AsyncClient(base_url=urls[0], timeout=10.0, trust_env=False, verify=False) as client:

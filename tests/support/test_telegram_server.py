@@ -90,8 +90,8 @@ async def test_refusals() -> None:
     server.edits_per_s = 0.001
     server.blocked.add(2)
     server.moved[-3] = -1003
-    said = {"chat_id": 1, "text": "Hello"}
-    assert [(await ask(server, "sendMessage", **said))[0] for _ in range(2)] == [200, 429]
+    message: dict[str, Any] = {"chat_id": 1, "text": "Hello"}
+    assert [(await ask(server, "sendMessage", **message))[0] for _ in range(2)] == [200, 429]
     assert (await ask(server, "sendMessage", chat_id=2, text="Hello"))[0] == 403
     assert (await ask(server, "sendMessage", chat_id=-3, text="Hello"))[0] == 400
     server.refuse("getMe", None, Refusal(500, "Internal Server Error"))
