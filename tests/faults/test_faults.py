@@ -291,6 +291,7 @@ async def observe(fault: Fault, open_server: OpenServer, logs: Logs) -> Observed
         return Observed(scene=scene, got=got, records=await settled(scene, got), late_s=late_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 async def test_a_fault(open_server: OpenServer, logs: Logs, name: str) -> None:
     """The client gets what the catalogue says, in time, and nothing is left of the call."""
@@ -315,6 +316,7 @@ async def test_a_fault(open_server: OpenServer, logs: Logs, name: str) -> None:
     assert len(observed.scene.good.asked) == sum(len(targets(fault, case)) - 1 for case in fault.expected)
 
 
+@pytest.mark.slow
 async def test_the_suite_finds_a_leak(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite finds a connection that stays open."""
     kept: list[Connection] = []
