@@ -111,7 +111,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 _IDS: Mapping[str, Any] = {"model": MODEL, "id": "chatcmpl-bench", "created": 1750000000}
-_FINGERPRINT = {"system_fingerprint": "fp_bench"}
+_FINGERPRINT: Mapping[str, Any] = {"system_fingerprint": "fp_bench"}
 
 
 def _event(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:

@@ -325,6 +325,7 @@ def _logged() -> Iterator[tuple[str, str, set[str]]]:
                     yield event, LEVELS[method], keys - {"exc_info"}
 
 
+@pytest.mark.slow
 def test_log_events() -> None:
     """Every event is documented with its level and its keys, and none that does not exist is."""
     documented = _first_names(_page("reference/logging.md"))

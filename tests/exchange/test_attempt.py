@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_in_a_pause(open_app: OpenApp, autojump_clock
 # -- one deadline -----------------------------------------------------------------------------------------------------
 
 
-def ask(served: Served, *, stream: bool = True, model: str = "up/m", **headers: str) -> Any:  # Any: a ClientCall
+def ask(served: Served, *, stream: Any = True, model: str = "up/m", **headers: str) -> Any:  # Any: a ClientCall
     """Starts a chat call with headers; ``_`` in their names is ``-``."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
@@ -289,7 +289,8 @@ async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClo
         call = await served.client.chat(model="both").wait()
         assert text_of(call.body) == "quick"
         [lost] = served.providers["a"].calls
-        assert (lost.ended, lost.ended_at - begun) == ("closed", pytest.approx(2))
+        assert lost.ended == "closed"
+        assert lost.ended_at - begun == pytest.approx(2)
         assert whys(served) == [("a/m", "first", "superseded"), ("b/m", "hedge", "complete")]
         assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
         [line] = logs.named("exchange")
@@ -478,8 +479,8 @@ async def test_who_speaks_is_said_once(open_app: OpenApp) -> None:
 async def test_a_character_in_two_halves(open_app: OpenApp) -> None:
     """What came in two events is one character for who goes on, who may send its own in that way, too."""
     halves = [content("X").replace(b"X", half) for half in (b"\\ud83d", b"\\ude00")]
-    first = (*(Say(half) for half in halves), Break())
-    second = (*(Say(half.replace(b"chatcmpl-1", b"other")) for half in halves), Say(DONE))
+    first: Script = (*(Say(half) for half in halves), Break())
+    second: Script = (*(Say(half.replace(b"chatcmpl-1", b"other")) for half in halves), Say(DONE))
     async with open_app(two(**CONTINUE), {"a": Provider(first), "b": Provider(second)}) as served:
         call = await served.client.chat(model="both").wait()
         assert call.body.endswith(DONE)

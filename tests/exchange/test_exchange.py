@@ -797,6 +797,7 @@ async def test_the_first_token_deadline_begins_after_the_queue(open_app: OpenApp
             assert (await call.wait()).body.endswith(DONE)
 
 
+@pytest.mark.slow
 async def test_slow_but_steady_is_not_idle(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """An hour of events, each within the idle deadline, is a good stream; comments count as life."""
     script = (*(Say(content("x")), Pause(50), Say(b": ping\n\n"), Pause(50)) * 30, Say(DONE))

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -56,7 +57,7 @@ def config(upstream: dict[str, Any] | None = None, model: dict[str, Any] | None 
     )
 
 
-def ask(served: Served, text: str = "Hi", *, stream: bool = True, key: str = "", **headers: str) -> ClientCall:
+def ask(served: Served, text: str = "Hi", *, stream: Any = True, key: str = "", **headers: str) -> ClientCall:
     """Starts a call that may be shared."""
     body = {**chat(stream=stream, model="shared", temperature=0), "messages": [{"role": "user", "content": text}]}
     more = {"authorization": f"Bearer {key}"} if key else {}
@@ -83,6 +84,7 @@ async def is_quiet(served: Served) -> None:
 # -- one call for all -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 async def test_fifty_wait_for_one_call(open_app: OpenApp, autojump_clock: MockClock, logs: Logs, stream: bool) -> None:
     """One upstream call, one place there, and for each the very bytes of an answer of its own."""
@@ -687,6 +689,7 @@ async def test_status_shows_the_flight(open_app: OpenApp, autojump_clock: MockCl
 # -- any order of things ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 async def test_comings_and_goings(open_app: OpenApp, autojump_clock: MockClock, seed: int) -> None:
     """Whenever they come, leave, stall and read on: who is told that the answer is complete has all its bytes, who is
@@ -752,7 +755,7 @@ async def test_over_sockets(open_server: OpenServer) -> None:
                         bodies.append(await response.aread())
 
             for number in range(20):
-                nursery.start_soon(lambda leaves=number % 4 == 0: read(leaves=leaves))
+                nursery.start_soon(partial(read, leaves=number % 4 == 0))
             while len(bodies) < 15:  # noqa: ASYNC110 - nobody tells
                 await trio.sleep(0.01)
             assert set(bodies) == {said(script)}

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -496,7 +497,7 @@ async def test_a_cancellation_between_two_pieces(pieces: int) -> None:
         step = len(wire) // 8
         for n in range(pieces):
             await scene.say(wire[n * step : (n + 1) * step], raw=True)
-            await scene.until(lambda n=n: len(scene.owner.relayed) == n + 1)
+            await scene.until(partial(lambda taken: len(scene.owner.relayed) == taken, n + 1))
         scene.scope.cancel()
         scene.assert_empty()
         await scene.say(wire[pieces * step :], raw=True)

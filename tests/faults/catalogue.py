@@ -1,19 +1,20 @@
-"""What providers do wrong, or oddly, and what a client gets: the truth that the fault suite checks, and that
-``docs/reference/faults.md`` shows.
+"""The catalogue of faults: what a provider does wrong or unusually, and what the client gets.
 
-What is expected follows from a few rules, not from what the program does:
+The fault suite checks it, and `page` makes ``docs/reference/faults.md`` from it. The expectations follow from these
+rules, not from what the program does:
 
-- Before COMMIT (the first content; of a JSON answer, all of it) every failure is a status and an error object, and the
+- Before COMMIT (the first content; with JSON, the whole answer) every failure is a status and an error object, and the
   next target is tried first, unless the call itself was refused.
-- After COMMIT it is an error event behind exactly what had come, and no ``[DONE]``; no other target is tried.
+- After COMMIT a failure is an error event after exactly the events that had arrived, without ``[DONE]``. No other
+  target is tried.
 - An answer is complete only if it says so: a stream by ``finish_reason`` and ``[DONE]``, JSON by its framing.
-- What is merely odd, and harmless, goes through.
+- An unusual but harmless answer is passed on.
 """
 
 from __future__ import annotations
 
 from tests.faults.answer_faults import CONTENTS, ENDINGS, RETRY_AFTER, STATUSES
-from tests.faults.steps import Fault, Fin, Rst
+from tests.faults.fault import Fault, Fin, Rst
 from tests.faults.transport_faults import CONNECTING, FRAMING, HANGS, HEADS, ends_by
 
 LIMITS = {
@@ -25,18 +26,19 @@ LIMITS = {
     "event_bytes": 32 * 1024,
     "response_bytes": 128 * 1024,
 }
-"""``[limits]`` of the gateway. Each limit in time is much shorter than the deadline: a second target has its time."""
+"""``[limits]`` of the gateway. Each timeout is much shorter than the total timeout, so that a second target has
+time."""
 
 CATALOGUE: dict[str, tuple[Fault, ...]] = {
     "Connecting": CONNECTING,
-    "Ending early, in order (FIN)": ends_by("closes", Fin()),
-    "Ending early, by a reset (RST)": ends_by("resets", Rst()),
-    "Silence and slowness": HANGS,
+    "Closing the connection early (FIN)": ends_by("closes", Fin()),
+    "Resetting the connection early (RST)": ends_by("resets", Rst()),
+    "Silent and slow providers": HANGS,
     "The head of the answer": HEADS,
     "Framing and codings": FRAMING,
     "Statuses": STATUSES,
     "`Retry-After`": RETRY_AFTER,
     "JSON and events": CONTENTS,
-    "The end of a stream, and errors in it": ENDINGS,
+    "The end of a stream, and errors within it": ENDINGS,
 }
-"""All faults, by what they are about."""
+"""All faults, by section of the page."""

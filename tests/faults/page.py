@@ -5,33 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults.catalogue import CATALOGUE
-from tests.faults.steps import Case, Fault, Refusal, Whole
+from tests.faults.fault import Case, Complete, Fault, Refusal
 
 INTRO = """\
 # Faults
 
-What a client gets when a provider does something wrong, or odd. Each line is tested: with a provider on real sockets
-that does just that, for a stream and for a JSON answer, with one target and with a second one behind it that is well.
-The client always has its answer before its deadline, and nothing is left of the call: no connection, no place, no task.
+This page lists what a client gets when a provider does something wrong or unusual. Every line is tested with a provider
+on real sockets that does exactly this, for a stream and for a JSON answer, with one target and with a second one that
+works. The client always gets its answer before its deadline, and the call leaves no connection, slot or task behind.
 
-- *the whole answer*: the fault does not matter.
-- A number is the status of an [error](errors.md), which is sent before anything of an answer was. With a second target,
-  its answer comes instead, and the client does not notice. Where that is not so (*final*), the call itself was refused,
-  or its time is over.
-- *what came, then an error event* is a stream that had begun (COMMIT). It stays at status 200, and has no `[DONE]`.
-  What came are whole events, and all that there were. A second target changes nothing; but where it says *can go on*,
-  it does so with `on_truncation = "continue"`, and the client does not notice: [Attempts](../discussion/attempts.md).
-- — means that there is no such fault.
+- *the whole answer*: the fault has no effect.
+- A number is the status of an [error](errors.md), which the gateway sends before any part of an answer. With a second
+  target, the client gets the answer of that target instead and does not notice the fault. A line marked *final* is the
+  exception: the call itself was refused, or its deadline has passed.
+- *what came, then an error event*: the stream had already begun (COMMIT). Its status stays 200, and it has no `[DONE]`.
+  The client gets all events that had arrived completely, then the error. A second target changes nothing, except in the
+  lines marked *can go on*: with `on_truncation = "continue"`, the second target continues the stream, and the client
+  does not notice the fault: [Attempts](../discussion/attempts.md).
+- —: this fault does not exist for this kind of answer.
 
-Retries at the same target are switched off here, and so is the breaker: they change who answers, not what an answer can
-be.
+Retries at the same target and the circuit breaker are switched off in these tests. They change which target answers,
+but not what an answer can be.
 
-This page is made by `tests/faults/page.py` of `tests/faults/catalogue.py`.
+`tests/faults/page.py` generates this page from `tests/faults/catalogue.py`.
 """
 
 
 def page() -> str:
-    """The page."""
+    """Returns the text of the page."""
     parts = [INTRO]
     for title, faults in CATALOGUE.items():
         parts.append(f"\n## {title}\n\n| what the provider does | a stream | JSON |\n|---|---|---|\n")
@@ -45,7 +46,7 @@ def _cell(fault: Fault, case: Case) -> str:
         return "—"
     if isinstance(expected, Refusal) and expected.final:
         return f"{expected}, *final*"
-    if case == "one-stream" and isinstance(fault.expected.get("continued-stream"), Whole):
+    if case == "one-stream" and isinstance(fault.expected.get("continued-stream"), Complete):
         return f"{expected}, *can go on*"
     return str(expected)
 

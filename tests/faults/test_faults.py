@@ -1,17 +1,16 @@
-"""The fault suite: a gateway, a provider on real sockets that does what a fault of the catalogue says, a second one
-that is well, and a client. Each fault meets a stream and a JSON call, with one target and with both; and where a stream
-is cut, one that the second target may go on with.
+"""The fault suite: each fault of the catalogue, between a client and a second provider that works.
 
-What the client gets is exactly what the catalogue says, in time; afterwards nothing is left of the calls, and each is
-accounted for once.
+A gateway has two upstreams: a provider on real sockets that plays the fault, and one that answers well. Each fault
+meets a stream and a JSON call, with one target and with both, and a stream that the second target may continue. The
+client must get exactly what the catalogue says, in time. Afterwards no connection, slot or task is left, and each call
+is recorded once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ import pytest
 import trio
 
 from tests.faults.catalogue import CATALOGUE, LIMITS
-from tests.faults.hostile import Hostile, open_hostile, trust
-from tests.faults.making import GOOD
+from tests.faults.fault import DATE, Case, Complete, Expected, Fault, Refusal, StreamError
 from tests.faults.page import page
-from tests.faults.steps import DATE, Case, Cut, Expected, Fault, Refusal, Whole
+from tests.faults.provider import FaultyProvider, open_faulty_provider, trust
+from tests.faults.replies import GOOD
 from tests.support.asgi_client import chat
-from tests.support.gateway import make_config
+from tests.support.gateway import OpenServer, make_config
 from tests.support.logs import Logs
 from trigate.config.sections import UpstreamConfig
 from trigate.gateway.gateway import Gateway
@@ -36,8 +35,6 @@ from trigate.upstream.connect import Connection
 from trigate.upstream.factory import http_transport
 from trigate.upstream.transport import SocketTransport
 
-OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]
-
 WITHIN_S = LIMITS["total_timeout_s"] + 0.5
 FAULTS = {fault.name: fault for faults in CATALOGUE.values() for fault in faults}
 CASES: tuple[Case, ...] = ("one-stream", "one-json", "two-stream", "two-json", "continued-stream")
@@ -45,18 +42,22 @@ CASES: tuple[Case, ...] = ("one-stream", "one-json", "two-stream", "two-json", "
 
 @attrs.define(eq=False)
 class Scene:
-    """A gateway between a hostile provider, a good one, and a client."""
+    """A gateway between a client, a provider with a fault, and a provider that works."""
 
     gateway: Gateway
-    hostile: Hostile
-    good: Hostile
+    hostile: FaultyProvider
+    good: FaultyProvider
     client: httpx2.AsyncClient
     logs: Logs
 
 
 @attrs.frozen(kw_only=True)
-class Got:
-    """What a client got, and when."""
+class Answer:
+    """The answer that a client got.
+
+    Attributes:
+        took_s: Seconds from the request to the end of the answer.
+    """
 
     status: int
     headers: httpx2.Headers
@@ -65,19 +66,19 @@ class Got:
 
     @property
     def request_id(self) -> str:
-        """The call's, as the gateway says it."""
+        """The request id that the gateway reported."""
         return self.headers["x-request-id"]
 
 
 @contextlib.asynccontextmanager
 async def open_scene(fault: Fault, open_server: OpenServer, logs: Logs) -> AsyncIterator[Scene]:
-    """Opens all of it. Each case has a model of its own, so that none is left alone for what another one was told."""
+    """Opens a scene. Each case has a model of its own, so that no case affects the health of another case's target."""
 
     def transport(name: str, upstream: UpstreamConfig) -> httpx2.AsyncBaseTransport:
         secure = str(upstream.base_url).startswith("https:")
         return SocketTransport(trust=trust) if secure else http_transport(name, upstream)
 
-    async with open_hostile(fault) as hostile, open_hostile(GOOD) as good:
+    async with open_faulty_provider(fault) as hostile, open_faulty_provider(GOOD) as good:
         config = make_config(
             {
                 "hostile": {"base_url": hostile.base_url, "models": list(CASES)},
@@ -96,13 +97,13 @@ async def open_scene(fault: Fault, open_server: OpenServer, logs: Logs) -> Async
             yield Scene(app.gateway, hostile, good, client, logs)
 
 
-async def call(scene: Scene, case: Case, asks: Mapping[str, Any]) -> Got:
-    """Makes a call as a client does, and reads its answer to the end, which has to be a proper one."""
+async def call(scene: Scene, case: Case, asks: Mapping[str, Any]) -> Answer:
+    """Makes a call and reads its answer to the end, which must be properly framed."""
     body = chat(stream=case.endswith("stream"), model=case, **asks)
     begun = trio.current_time()
-    # a connection of its own, so that nothing is left of it
+    # a connection of its own, which is closed afterwards
     response = await scene.client.post("/v1/chat/completions", json=body, headers={"connection": "close"})
-    return Got(
+    return Answer(
         status=response.status_code,
         headers=response.headers,
         body=response.content,
@@ -110,13 +111,13 @@ async def call(scene: Scene, case: Case, asks: Mapping[str, Any]) -> Got:
     )
 
 
-# -- what is compared -------------------------------------------------------------------------------------------------
+# -- comparisons -------------------------------------------------------------------------------------------------
 
 
-def check(expected: Expected, got: Got, case: Case, dates: list[str]) -> None:
-    """What the client got is what is expected."""
+def check(expected: Expected, got: Answer, case: Case, dates: list[str]) -> None:
+    """Asserts that the client got what is expected."""
     match expected:
-        case Whole():
+        case Complete():
             assert (got.status, got.body) == (200, public(expected.body, case))
         case Refusal():
             assert got.status == expected.status, got.body
@@ -128,9 +129,9 @@ def check(expected: Expected, got: Got, case: Case, dates: list[str]) -> None:
                 assert told in (dates if value == DATE.decode() else value if isinstance(value, tuple) else (value,)), (
                     name
                 )
-        case Cut():
+        case StreamError():
             assert got.status == 200
-            came, error = parted(got.body)
+            came, error = split_error(got.body)
             body = public(expected.body, case)
             assert came == body * (came.count(body) if expected.endless else 1)
             check_error(msgspec.json.decode(error), expected)
@@ -138,21 +139,21 @@ def check(expected: Expected, got: Got, case: Case, dates: list[str]) -> None:
     assert got.headers["content-type"].partition(";")[0] == kind
 
 
-def parted(body: bytes) -> tuple[bytes, bytes]:
-    """A stream that was cut: what came, and the data of the error event, which is its last one."""
+def split_error(body: bytes) -> tuple[bytes, bytes]:
+    """Splits a truncated stream into the events that arrived and the data of the final error event."""
     came, found, error = body.rpartition(b"\n\ndata: ")
     assert found
     assert error.endswith(b"\n\n")
     return came + b"\n\n", error
 
 
-def check_error(told: Any, expected: Refusal | Cut) -> None:
-    """It is an error object of OpenAI's shape, and says what is expected."""
+def check_error(told: Any, expected: Refusal | StreamError) -> None:
+    """Asserts that it is an error object of OpenAI's shape with the expected values."""
     error = told["error"]
     assert {"message", "type", "param", "code"} <= set(error)
     assert isinstance(error["message"], str)
     assert error["message"]
-    assert "<" not in error["message"], "a provider's page is not for the client"
+    assert "<" not in error["message"], "the client must not get a provider's page"
     assert isinstance(error["type"], str)
     assert error["code"] == expected.code, error
     assert expected.says in error["message"]
@@ -160,38 +161,37 @@ def check_error(told: Any, expected: Refusal | Cut) -> None:
 
 
 def public(body: bytes, case: Case) -> bytes:
-    """A body with the id of the model that was asked for."""
+    """Replaces the model id of a body by the requested one."""
     return body.replace(b'"model":"m"', b'"model":"%b"' % case.encode())
 
 
-def alone(fault: Fault, case: Case) -> Expected:
-    """What the client would get if there were no second target."""
+def with_one_target(fault: Fault, case: Case) -> Expected:
+    """Returns the expectation without a second target."""
     return fault.expected["one-stream" if case.endswith("stream") else "one-json"]
 
 
 def targets(fault: Fault, case: Case) -> list[str]:
-    """Which targets are tried: the second one where it has to help."""
-    helped = not case.startswith("one") and fault.expected[case] != alone(fault, case)
+    """Returns the targets that are tried: the second one only if its answer is expected."""
+    helped = not case.startswith("one") and fault.expected[case] != with_one_target(fault, case)
     return [f"hostile/{case}", *(["good/m"] if helped else [])]
 
 
-async def settled(scene: Scene, got: Mapping[Case, Got]) -> dict[Case, ExchangeRecord]:
-    """What is accounted of each call: one record in the ledger, one line in the log, one in the totals; and nothing of
-    anything else."""
+async def settled(scene: Scene, got: Mapping[Case, Answer]) -> dict[Case, ExchangeRecord]:
+    """Returns the record of each call. Asserts that ledger, log and totals have each call once, and no other."""
     ids = sorted(each.request_id for each in got.values())
     records = await scene.gateway.ledger.list(limit=100)
     assert sorted(record.request_id for record in records) == ids
     assert sorted(line["request_id"] for line in scene.logs.named("exchange")) == ids
-    assert scene.gateway.live.totals.exchanges == len(got)
+    assert scene.gateway.totals.exchanges == len(got)
     return {case: record for case, each in got.items() for record in records if record.request_id == each.request_id}
 
 
-def check_record(record: ExchangeRecord, fault: Fault, case: Case, got: Got) -> None:
-    """The record says what became of the call, at which targets, and what the client was sent."""
+def check_record(record: ExchangeRecord, fault: Fault, case: Case, got: Answer) -> None:
+    """Asserts that the record has the outcome of the call, its targets, and what the client was sent."""
     expected = fault.expected[case]
     outcomes = [expected.outcome]
     if len(targets(fault, case)) > 1:
-        outcomes.insert(0, alone(fault, case).outcome)
+        outcomes.insert(0, with_one_target(fault, case).outcome)
     assert record.outcome == outcomes[-1]
     assert [(each.target, each.outcome) for each in record.attempts] == list(
         zip(targets(fault, case), outcomes, strict=True)
@@ -201,27 +201,27 @@ def check_record(record: ExchangeRecord, fault: Fault, case: Case, got: Got) -> 
     assert record.ended_at is not None
     assert 0 <= record.ended_at - record.started_at <= WITHIN_S
     match expected:
-        case Whole():
+        case Complete():
             assert (record.status, record.bytes) == (200, len(got.body))
             assert record.counted == (expected.tokens is None)
             assert expected.tokens in (None, (record.prompt_tokens, record.completion_tokens))
         case Refusal():
             assert (record.status, record.bytes, record.events) == (expected.status, 0, 0)
             assert record.prompt_tokens is record.completion_tokens is None
-        case Cut():
+        case StreamError():
             assert record.status == (504 if expected.phase is not None else 502)
-            came, _ = parted(got.body)
+            came, _ = split_error(got.body)
             assert (record.bytes, record.events) == (len(came), came.count(b"\n\n"))
             assert record.counted
 
 
 def descriptors() -> int:
-    """How many this process has open; 0 where that cannot be seen."""
+    """Returns the number of open file descriptors of this process; 0 where the system does not show it."""
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 async def check_left(scene: Scene, before: tuple[int, int], *, steps: int = 200) -> None:
-    """Soon nothing is left of any call but idle connections, each with its two ends and one task at the provider's."""
+    """Asserts that soon only idle connections are left, each with two descriptors and one task of the provider."""
     upstreams = list(scene.gateway.generations.current.upstreams.values())
 
     def left() -> dict[str, object]:
@@ -230,9 +230,9 @@ async def check_left(scene: Scene, before: tuple[int, int], *, steps: int = 200)
         idle = sum(pool.idle for pool in pools)
         return {
             "exchanges": len(scene.gateway.live) + scene.gateway.generations.current.exchanges,
-            "places": sum(each.in_flight + each.statistics().queued for each in upstreams),
+            "slots": sum(each.in_flight + each.statistics().queued for each in upstreams),
             "admitted": scene.gateway.exchange_services.admission.slots.taken,
-            "carried": scene.gateway.exchange_services.upstream.socket_relay.streams
+            "relayed": scene.gateway.exchange_services.upstream.socket_relay.streams
             if scene.gateway.exchange_services.upstream.socket_relay is not None
             else 0,
             "pooled": sum(pool.open - pool.idle + pool.waiting for pool in pools),
@@ -253,25 +253,25 @@ async def check_left(scene: Scene, before: tuple[int, int], *, steps: int = 200)
 
 
 @attrs.frozen(kw_only=True)
-class Seen:
-    """What came of the calls of a fault.
+class Observed:
+    """The answers and records of all calls of a fault.
 
     Attributes:
-        late_s: How late the event loop was, at worst: the limits in time are those of a machine that goes on.
+        late_s: The largest delay of the event loop. A machine that stalls exceeds timeouts that the test did not mean.
     """
 
     scene: Scene
-    got: Mapping[Case, Got]
+    got: Mapping[Case, Answer]
     records: Mapping[Case, ExchangeRecord]
     late_s: float
 
 
-async def meet(fault: Fault, open_server: OpenServer, logs: Logs) -> Seen:
-    """Has all calls of a fault meet it at once, and sees to it that nothing is left of them."""
-    got: dict[Case, Got] = {}
+async def observe(fault: Fault, open_server: OpenServer, logs: Logs) -> Observed:
+    """Makes all calls of a fault concurrently, and asserts that nothing is left of them."""
+    got: dict[Case, Answer] = {}
     late_s = 0.0
 
-    async def one(scene: Scene, case: Case) -> None:
+    async def make_call(scene: Scene, case: Case) -> None:
         got[case] = await call(scene, case, fault.asks)
 
     async def watch() -> None:
@@ -287,39 +287,43 @@ async def meet(fault: Fault, open_server: OpenServer, logs: Logs) -> Seen:
             watching.start_soon(watch)
             async with trio.open_nursery() as nursery:
                 for case in fault.expected:
-                    nursery.start_soon(one, scene, case)
+                    nursery.start_soon(make_call, scene, case)
             watching.cancel_scope.cancel()
         await check_left(scene, before)
-        return Seen(scene=scene, got=got, records=await settled(scene, got), late_s=late_s)
+        return Observed(scene=scene, got=got, records=await settled(scene, got), late_s=late_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 async def test_a_fault(open_server: OpenServer, logs: Logs, name: str) -> None:
-    """The client gets what the catalogue says, in time, and nothing is left."""
+    """The client gets what the catalogue says, in time, and nothing is left of the call."""
     fault = FAULTS[name]
-    for _ in range(3):  # where the machine stood still, limits are over that were not meant
+    for _ in range(3):  # if the machine stalled, timeouts expired that the test did not mean
         logs.entries.clear()
-        seen = await meet(fault, open_server, logs)
-        if seen.late_s < 0.1:
+        observed = await observe(fault, open_server, logs)
+        if observed.late_s < 0.1:
             break
     for case, expected in fault.expected.items():
-        got, tried = seen.got[case], targets(fault, case)
-        assert got.took_s <= WITHIN_S, f"{case}; the event loop was {seen.late_s:.3f} s late; {seen.records[case]}"
-        check(expected, got, case, seen.scene.hostile.dates)
-        told = tried[:1] if case.startswith("continued") else tried  # the head was out by then
+        got, tried = observed.got[case], targets(fault, case)
+        assert got.took_s <= WITHIN_S, f"{case}; event loop delay {observed.late_s:.3f} s; {observed.records[case]}"
+        check(expected, got, case, observed.scene.hostile.dates)
+        told = (
+            tried[:1] if case.startswith("continued") else tried
+        )  # the head was sent before the second target was tried
         assert got.headers["x-trigate-attempts"] == str(len(told))
         assert got.headers["x-trigate-upstream"] == told[-1].partition("/")[0]
-        check_record(seen.records[case], fault, case, got)
-    assert len(seen.scene.hostile.asked) <= len(fault.expected), "no target is asked twice"
-    assert set(seen.scene.hostile.asked) <= {b"POST /v1/chat/completions HTTP/1.1"}, "no redirect is followed"
-    assert len(seen.scene.good.asked) == sum(len(targets(fault, case)) - 1 for case in fault.expected)
+        check_record(observed.records[case], fault, case, got)
+    assert len(observed.scene.hostile.asked) <= len(fault.expected), "no target is asked twice"
+    assert set(observed.scene.hostile.asked) <= {b"POST /v1/chat/completions HTTP/1.1"}, "no redirect is followed"
+    assert len(observed.scene.good.asked) == sum(len(targets(fault, case)) - 1 for case in fault.expected)
 
 
+@pytest.mark.slow
 async def test_the_suite_finds_a_leak(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is kept open is found: the suite can fail."""
+    """The suite finds a connection that stays open."""
     kept: list[Connection] = []
     monkeypatch.setattr("trigate.upstream.pool.ConnectionPool._discard", lambda _, connection: kept.append(connection))
-    async with open_scene(FAULTS["It falls silent between two events"], open_server, logs) as scene:
+    async with open_scene(FAULTS["It stops sending between two events"], open_server, logs) as scene:
         before = trio.lowlevel.current_statistics().tasks_living, descriptors()
         await call(scene, "one-stream", {})
         try:
@@ -331,12 +335,12 @@ async def test_the_suite_finds_a_leak(open_server: OpenServer, logs: Logs, monke
 
 
 def test_the_catalogue_is_large_enough() -> None:
-    """At least sixty faults concern streams and JSON alike; and no two have the same name."""
+    """At least sixty faults apply to both streams and JSON answers, and all names differ."""
     assert sum(fault.json is not None for fault in FAULTS.values()) >= 60
     assert len(FAULTS) == sum(map(len, CATALOGUE.values()))
 
 
 def test_the_page_is_the_catalogue() -> None:
-    """``docs/reference/faults.md`` says what the catalogue says; ``python tests/faults/page.py`` writes it."""
+    """``docs/reference/faults.md`` is up to date; ``python -m tests.faults.page`` writes it."""
     written = Path(__file__).parents[2] / "docs" / "reference" / "faults.md"
     assert written.read_text(encoding="utf-8") == page()

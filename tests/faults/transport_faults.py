@@ -1,14 +1,15 @@
-"""What can go wrong below an answer: connecting, ends, silence, heads, framing, codings. A part of `catalogue`."""
+"""Faults below an answer: connecting, closing, silence, heads, framing, codings. A part of `catalogue`."""
 
 from __future__ import annotations
 
 import gzip
 import zlib
 
-from tests.faults.making import (
+from tests.faults.fault import Endpoint, Expected, Fault, Fin, Hang, Pause, Repeat, Rst, Script, Send, SendSlowly, Step
+from tests.faults.replies import (
     ALL,
     ALL_JSON,
-    ARRIVES,
+    ARRIVAL,
     BODY,
     DONE,
     END,
@@ -32,13 +33,12 @@ from tests.faults.making import (
     fault,
     garbled,
     head,
-    late,
-    silent,
     stream,
+    timed_out,
+    timed_out_after,
     truncated,
     unread,
 )
-from tests.faults.steps import Expected, Fault, Fin, Hang, Pause, Place, Repeat, Rst, Script, Send, Spell, Step
 from tests.support.provider import role
 
 # -- connecting -------------------------------------------------------------------------------------------------------
@@ -47,33 +47,33 @@ ALERT = b"\x15\x03\x03\x00\x02\x02\x28"
 """TLS: fatal, handshake_failure."""
 
 
-def anywhere(name: str, at: Place, gets: Expected, gets_json: Expected | None = None) -> Fault:
-    """A fault of the place: whoever gets through is answered well."""
+def at_endpoint(name: str, at: Endpoint, gets: Expected, gets_json: Expected | None = None) -> Fault:
+    """Makes a fault of the endpoint: a request that arrives gets a good answer."""
     return fault(name, GOOD_STREAM, GOOD_JSON, gets, gets_json, at=at)
 
 
 CONNECTING = (
-    anywhere("Nobody listens", "nobody listens", UNAVAILABLE),
-    anywhere("It accepts no connection, and does not refuse it", "accepts nothing", late("connect")),
-    anywhere("Its name is unknown", "unknown name", UNAVAILABLE),
-    anywhere("The name server does not answer", "name server hangs", late("connect")),
-    anywhere("Of its two addresses, one is dead", "one address of two", ALL, ALL_JSON),
-    unread("It accepts, and closes", (Fin(),), UNAVAILABLE),
-    unread("It accepts, and resets", (Rst(),), UNAVAILABLE),
-    unread("It speaks first, another protocol", (Send(b"SSH-2.0-OpenSSH_9.9\r\n"), Hang()), GARBLED),
-    anywhere("None, over TLS", "TLS", ALL, ALL_JSON),
-    anywhere("Its certificate is of an unknown authority", "TLS, unknown authority", UNAVAILABLE),
-    anywhere("Its certificate has expired", "TLS, expired", UNAVAILABLE),
-    anywhere("Its certificate is for another name", "TLS, other name", UNAVAILABLE),
-    unread("TLS is expected, and it says nothing", (Hang(),), late("connect"), at="https to plain"),
-    unread("TLS is expected, and it closes", (Fin(),), UNAVAILABLE, at="https to plain"),
-    unread("TLS is expected, and it resets", (Rst(),), UNAVAILABLE, at="https to plain"),
+    at_endpoint("The port is closed", "closed port", UNAVAILABLE),
+    at_endpoint("It neither accepts nor refuses the connection", "full accept queue", timed_out("connect")),
+    at_endpoint("Its host name does not resolve", "unknown name", UNAVAILABLE),
+    at_endpoint("The name server does not answer", "name server hangs", timed_out("connect")),
+    at_endpoint("One of its two addresses is dead", "one address of two", ALL, ALL_JSON),
+    unread("It accepts the connection, then closes it", (Fin(),), UNAVAILABLE),
+    unread("It accepts the connection, then resets it", (Rst(),), UNAVAILABLE),
+    unread("It sends the greeting of another protocol first", (Send(b"SSH-2.0-OpenSSH_9.9\r\n"), Hang()), GARBLED),
+    at_endpoint("No fault, over TLS", "TLS", ALL, ALL_JSON),
+    at_endpoint("Its certificate is from an unknown authority", "TLS, unknown authority", UNAVAILABLE),
+    at_endpoint("Its certificate has expired", "TLS, expired", UNAVAILABLE),
+    at_endpoint("Its certificate is for another name", "TLS, other name", UNAVAILABLE),
+    unread("TLS is expected, and it sends nothing", (Hang(),), timed_out("connect"), at="https to plain"),
+    unread("TLS is expected, and it closes the connection", (Fin(),), UNAVAILABLE, at="https to plain"),
+    unread("TLS is expected, and it resets the connection", (Rst(),), UNAVAILABLE, at="https to plain"),
     unread(
         "TLS is expected, and it speaks HTTP", (*answer(b"", status="400 X"), Fin()), UNAVAILABLE, at="https to plain"
     ),
     both("HTTP is expected, and it speaks TLS", (Send(ALERT), Fin()), GARBLED),
     fault(
-        "Over TLS, it closes in the answer",
+        "Over TLS, it closes the connection within the answer",
         stream(role(), HEL, then=(Fin(),)),
         body(HALF, then=(Fin(),)),
         truncated(role(), HEL),
@@ -81,7 +81,7 @@ CONNECTING = (
         at="TLS",
     ),
     fault(
-        "Over TLS, it resets in the answer",
+        "Over TLS, it resets the connection within the answer",
         stream(role(), HEL, then=(Rst(),)),
         body(HALF, then=(Rst(),)),
         truncated(role(), HEL),
@@ -89,49 +89,49 @@ CONNECTING = (
         at="TLS",
     ),
     fault(
-        "Over TLS, it falls silent in the answer",
+        "Over TLS, it stops sending within the answer",
         stream(role(), HEL, then=(Hang(),)),
         body(HALF, then=(Hang(),)),
-        silent(role(), HEL),
-        late("idle"),
+        timed_out_after(role(), HEL),
+        timed_out("idle"),
         at="TLS",
     ),
 )
 
-# -- ending early, and falling silent ---------------------------------------------------------------------------------
+# -- ending early, and silence ---------------------------------------------------------------------------------
 
 
 def ends_by(how: str, step: Step) -> tuple[Fault, ...]:
-    """A connection that ends, at each place of an answer."""
+    """Makes the faults of a connection that ends, at each point of an answer."""
     then = (step,)
     return (
-        both(f"It {how} before it answers", then, UNAVAILABLE),
-        both(f"It {how} in the status line", (Send(b"HTTP/1.1 20"), *then), UNAVAILABLE),
-        both(f"It {how} in the header fields", (Send(b"HTTP/1.1 200 OK\r\ncontent-ty"), *then), UNAVAILABLE),
-        fault(f"It {how} after the head", stream(then=then), body(then=then), TRUNCATED),
+        both(f"It {how} the connection before it answers", then, UNAVAILABLE),
+        both(f"It {how} it within the status line", (Send(b"HTTP/1.1 20"), *then), UNAVAILABLE),
+        both(f"It {how} it within the header fields", (Send(b"HTTP/1.1 200 OK\r\ncontent-ty"), *then), UNAVAILABLE),
+        fault(f"It {how} it after the head", stream(then=then), body(then=then), TRUNCATED),
         fault(
-            f"It {how} in the first content, or in the JSON",
+            f"It {how} it within the first content, or within the JSON",
             stream(role(), HEL[:60], then=then),
             body(HALF, then=then),
             TRUNCATED,
         ),
-        fault(f"It {how} between two events", stream(role(), HEL, then=then), None, truncated(role(), HEL)),
-        fault(f"It {how} in an event", stream(role(), HEL, LO[:60], then=then), None, truncated(role(), HEL)),
+        fault(f"It {how} it between two events", stream(role(), HEL, then=then), None, truncated(role(), HEL)),
+        fault(f"It {how} it within an event", stream(role(), HEL, LO[:60], then=then), None, truncated(role(), HEL)),
         fault(
-            f"It {how} in the header of a chunk",
+            f"It {how} it within the header of a chunk",
             (*stream(role(), HEL, then=(Send(b"1"), *then)),),
             body(HALF, then=(Send(b"1"), *then)),
             truncated(role(), HEL),
             TRUNCATED,
         ),
         fault(
-            f"It {how} after `finish_reason`, before `[DONE]`",
+            f"It {how} it after `finish_reason`, before `[DONE]`",
             stream(role(), HEL, FINISH, then=then),
             None,
             truncated(role(), HEL, FINISH),
         ),
         fault(
-            f"It {how} after the last byte of the answer, before the end of the framing",
+            f"It {how} it after the last byte of the answer, before the end of the framing",
             stream(EVENTS, then=then),
             body(BODY, then=then),
             ALL,
@@ -141,86 +141,95 @@ def ends_by(how: str, step: Step) -> tuple[Fault, ...]:
 
 
 HANGS = (
-    both("It says nothing", (Hang(),), late("response_head")),
-    both("It falls silent in the head", (Send(b"HTTP/1.1 200 OK\r\ncontent-ty"), Hang()), late("response_head")),
+    both("It sends nothing", (Hang(),), timed_out("response_head")),
+    both(
+        "It stops sending within the head", (Send(b"HTTP/1.1 200 OK\r\ncontent-ty"), Hang()), timed_out("response_head")
+    ),
     fault(
-        "It falls silent after the head",
+        "It stops sending after the head",
         stream(then=(Hang(),)),
         body(then=(Hang(),)),
-        late("first_token"),
-        late("idle"),
+        timed_out("first_token"),
+        timed_out("idle"),
     ),
     fault(
-        "It falls silent after the role, or in the JSON",
+        "It stops sending after the role, or within the JSON",
         stream(role(), then=(Hang(),)),
         body(HALF, then=(Hang(),)),
-        late("first_token"),
-        late("idle"),
+        timed_out("first_token"),
+        timed_out("idle"),
     ),
-    fault("It falls silent between two events", stream(role(), HEL, then=(Hang(),)), None, silent(role(), HEL)),
-    fault("It falls silent in an event", stream(role(), HEL, LO[:60], then=(Hang(),)), None, silent(role(), HEL)),
     fault(
-        "It falls silent after `finish_reason`, before `[DONE]`",
+        "It stops sending between two events", stream(role(), HEL, then=(Hang(),)), None, timed_out_after(role(), HEL)
+    ),
+    fault(
+        "It stops sending within an event",
+        stream(role(), HEL, LO[:60], then=(Hang(),)),
+        None,
+        timed_out_after(role(), HEL),
+    ),
+    fault(
+        "It stops sending after `finish_reason`, before `[DONE]`",
         stream(role(), HEL, FINISH, then=(Hang(),)),
         None,
-        silent(role(), HEL, FINISH),
+        timed_out_after(role(), HEL, FINISH),
     ),
     fault(
-        "It falls silent after the last byte of the answer, before the end of the framing",
+        "It stops sending after the last byte of the answer, before the end of the framing",
         stream(EVENTS, then=(Hang(),)),
         body(BODY, then=(Hang(),)),
         ALL,
-        late("idle"),
+        timed_out("idle"),
     ),
     both(
-        "It sends a head byte by byte, and does not get to its end in time",
-        (Spell(b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 99, 0.05),),
-        late("response_head"),
+        "It sends a head byte by byte, too slowly",
+        (SendSlowly(b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 99, 0.05),),
+        timed_out("response_head"),
     ),
     both(
-        "It sends header fields slowly, for ever",
+        "It sends header fields slowly, without end",
         (Send(b"HTTP/1.1 200 OK\r\n"), Repeat(b"x-a: b\r\n", 0.05)),
-        late("response_head"),
+        timed_out("response_head"),
     ),
     both(
-        "It sends interim responses slowly, for ever",
+        "It sends interim responses slowly, without end",
         (Repeat(b"HTTP/1.1 102 Processing\r\n\r\n", 0.05),),
-        late("response_head"),
+        timed_out("response_head"),
     ),
     fault(
-        "It sends comments, and no content",
+        "It sends comments and no content",
         (Send(SSE), Repeat(chunked(b": wait\n\n"), 0.05)),
         None,
-        late("first_token"),
+        timed_out("first_token"),
     ),
     fault(
-        "It sends roles and empty deltas, and no content",
+        "It sends roles and empty deltas, but no content",
         (Send(SSE), Repeat(chunked(role()), 0.05)),
         None,
-        late("first_token"),
+        timed_out("first_token"),
     ),
     fault(
-        "It sends comments for ever, after some content",
+        "It sends comments without end, after some content",
         stream(role(), HEL, then=(Repeat(chunked(b": wait\n\n"), 0.05),)),
         None,
-        silent(role(), HEL, phase="total"),
+        timed_out_after(role(), HEL, phase="total"),
     ),
     fault(
-        "It sends content slowly, for ever",
+        "It sends content slowly, without end",
         (Send(SSE), Repeat(chunked(HEL), 0.05)),
         (Send(JSON), Repeat(chunked(b" "), 0.05)),
-        silent(HEL, phase="total", endless=True),
-        late("total"),
+        timed_out_after(HEL, phase="total", endless=True),
+        timed_out("total"),
     ),
     fault(
-        "It sends an event byte by byte, and does not get to its end in time",
-        stream(role(), HEL, then=(Send(b"%x\r\n" % (len(LO) * 9)), Spell(LO[:-2] * 9, 0.02))),
-        (Send(JSON + b"%x\r\n" % len(BODY)), Spell(BODY, 0.02)),
-        silent(role(), HEL, phase="total"),
-        late("total"),
+        "It sends an event byte by byte, too slowly",
+        stream(role(), HEL, then=(Send(b"%x\r\n" % (len(LO) * 9)), SendSlowly(LO[:-2] * 9, 0.02))),
+        (Send(JSON + b"%x\r\n" % len(BODY)), SendSlowly(BODY, 0.02)),
+        timed_out_after(role(), HEL, phase="total"),
+        timed_out("total"),
     ),
     fault(
-        "It is slow, and gets to its end",
+        "It is slow, but completes the answer",
         (
             Send(SSE),
             *(step for piece in (role(), HEL, LO, FINISH, USAGE, DONE) for step in (Pause(0.05), Send(chunked(piece)))),
@@ -239,38 +248,40 @@ JSON_TAIL = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % 
 
 
 def headed(name: str, start: bytes, gets: Expected, gets_json: Expected | None = None) -> Fault:
-    """A good answer whose head begins like this."""
+    """Makes a fault: a good answer whose head begins like this."""
     return fault(name, (Send(start + TAIL),), (Send(start + JSON_TAIL),), gets, gets_json)
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
 HEADS = (
-    headed("It has no reason phrase", b"HTTP/1.1 200\r\n", ALL, ALL_JSON),
-    headed(
-        "A few interim responses come first", b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + OK, ALL, ALL_JSON
-    ),
-    headed("A thousand interim responses come first", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000 + OK, GARBLED),
+    headed("No reason phrase", b"HTTP/1.1 200\r\n", ALL, ALL_JSON),
+    headed("A few interim responses first", b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + OK, ALL, ALL_JSON),
+    headed("A thousand interim responses first", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000 + OK, GARBLED),
     headed("Status 101", b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n", GARBLED),
     headed("Status 999", b"HTTP/1.1 999 What\r\n", GARBLED),
     headed("Status 600", b"HTTP/1.1 600 What\r\n", GARBLED),
     headed("Status 42", b"HTTP/1.1 42 What\r\n", GARBLED),
     headed("Status OK", b"HTTP/1.1 OK\r\n", GARBLED),
     headed("HTTP/3.0", b"HTTP/3.0 200 OK\r\n", GARBLED),
-    both("HTTP/2, unasked", (Send(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64"), Hang()), GARBLED),
+    both(
+        "HTTP/2 without negotiation",
+        (Send(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64"), Hang()),
+        GARBLED,
+    ),
     both("An answer without a head (HTTP/0.9)", (Send(EVENTS), Fin()), GARBLED),
     headed("A header field of 100 KiB", OK + b"x-a: " + b"a" * 102_400 + b"\r\n", GARBLED),
     headed("Ten thousand header fields", OK + b"x-a: bcdef\r\n" * 10_000, GARBLED),
     headed("A header field without a colon", OK + b"nonsense\r\n", GARBLED),
     headed("A NUL in a header field", OK + b"x-a: b\0c\r\n", GARBLED),
-    headed("A line end of its own in a header field's name", OK + b"x\ra: b\r\n", GARBLED),
-    headed("Two lengths", OK + b"content-length: 7\r\n", GARBLED),
-    headed("A negative length", OK + b"content-length: -7\r\n", GARBLED),
-    headed("A length that is no number", OK + b"content-length: many\r\n", GARBLED),
-    headed("A length beyond any", OK + b"content-length: " + b"9" * 30 + b"\r\n", GARBLED),
-    headed("A length and chunks", OK + b"transfer-encoding: chunked\r\n", GARBLED),
+    headed("A bare CR in a header field's name", OK + b"x\ra: b\r\n", GARBLED),
+    headed("Two different `content-length` fields", OK + b"content-length: 7\r\n", GARBLED),
+    headed("A negative `content-length`", OK + b"content-length: -7\r\n", GARBLED),
+    headed("A `content-length` that is not a number", OK + b"content-length: many\r\n", GARBLED),
+    headed("A `content-length` of 30 digits", OK + b"content-length: " + b"9" * 30 + b"\r\n", GARBLED),
+    headed("Both `content-length` and chunked coding", OK + b"transfer-encoding: chunked\r\n", GARBLED),
     fault(
-        "A transfer coding that nobody asked for",
+        "A transfer coding that was not requested",
         (Send(head("text/event-stream", coding="transfer-encoding: gzip, chunked") + chunked(EVENTS) + END),),
         (Send(head("application/json", coding="transfer-encoding: gzip, chunked") + chunked(BODY) + END),),
         GARBLED,
@@ -283,13 +294,13 @@ HEADS = (
         ALL_JSON,
     ),
     fault(
-        "Another content type: `text/plain`",
+        "Content type `text/plain`",
         answer(EVENTS, kind="text/plain"),
         answer(BODY, kind="text/plain"),
         GARBLED,
         ALL_JSON,
     ),
-    fault("A stream is asked for, and JSON comes; or the other way round", GOOD_JSON, GOOD_STREAM, GARBLED),
+    fault("JSON instead of a stream, or a stream instead of JSON", GOOD_JSON, GOOD_STREAM, GARBLED),
 )
 
 # -- framing and codings ----------------------------------------------------------------------------------------------
@@ -299,19 +310,19 @@ CLOSES: Script = (Fin(),)
 
 
 def sized(length: int, sent: bytes, *, kind: str, then: Script = CLOSES) -> Script:
-    """A body with this length said of it."""
+    """Makes a body with this ``content-length``."""
     return (Send(head(kind, coding=f"content-length: {length}") + sent), *then)
 
 
 def _flushed(*parts: bytes) -> list[bytes]:
-    """gzip: for each part, all that it makes; and its end."""
+    """Compresses each part with gzip and flushes it; the last element is the end."""
     packer = zlib.compressobj(wbits=31)
     return [*[packer.compress(part) + packer.flush(zlib.Z_SYNC_FLUSH) for part in parts], packer.flush()]
 
 
 def _packed(start: bytes, *parts: bytes) -> Script:
     packed = _flushed(*parts)
-    return (Send(start), *(step for each in packed for step in (Send(chunked(each)), ARRIVES)), Send(END))
+    return (Send(start), *(step for each in packed for step in (Send(chunked(each)), ARRIVAL)), Send(END))
 
 
 GZIP_SSE = head("text/event-stream", "content-encoding: gzip")
@@ -321,55 +332,55 @@ BR = head("text/event-stream", "content-encoding: br"), head("application/json",
 
 FRAMING = (
     fault(
-        "Its length says more than comes, and it closes",
+        "The body is shorter than `content-length`, and it closes the connection",
         sized(9999, role() + HEL, kind="text/event-stream"),
         sized(9999, BODY, kind="application/json"),
         truncated(role(), HEL),
         TRUNCATED,
     ),
     fault(
-        "Its length says more than comes, and it falls silent",
+        "The body is shorter than `content-length`, and it stops sending",
         sized(9999, role() + HEL, kind="text/event-stream", then=(Hang(),)),
         sized(9999, BODY, kind="application/json", then=(Hang(),)),
-        silent(role(), HEL),
-        late("idle"),
+        timed_out_after(role(), HEL),
+        timed_out("idle"),
     ),
     fault(
-        "Its length says less than comes",
+        "The body is longer than `content-length`",
         sized(len(role() + HEL), EVENTS, kind="text/event-stream", then=()),
         sized(len(HALF), BODY, kind="application/json", then=()),
         truncated(role(), HEL),
         GARBLED,
     ),
     fault(
-        "Something comes behind the answer",
+        "A second response follows the answer",
         (Send(SSE + chunked(EVENTS) + END + b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"),),
         (*GOOD_JSON, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")),
         ALL,
         ALL_JSON,
     ),
     fault(
-        "Its body ends with the connection (HTTP/1.0)",
+        "The body ends with the connection (HTTP/1.0)",
         (Send(b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + EVENTS), Fin()),
         (Send(b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + BODY), Fin()),
         ALL,
         ALL_JSON,
     ),
     fault(
-        "Its body ends with the connection, too early",
+        "The body ends with the connection, too early",
         (Send(head("text/event-stream", coding="") + role() + HEL), Fin()),
         (Send(head("application/json", coding="") + HALF), Fin()),
         truncated(role(), HEL),
         GARBLED,
     ),
     fault(
-        "The size of the first chunk is no number",
+        "The size of the first chunk is not a number",
         (Send(SSE + b"zz\r\n" + EVENTS),),
         (Send(JSON + b"zz\r\n" + BODY),),
         GARBLED,
     ),
     fault(
-        "The size of a later chunk is no number",
+        "The size of a later chunk is not a number",
         stream(role(), HEL, then=(Send(b"zz\r\n" + LO),)),
         body(HALF, then=(Send(b"zz\r\n" + BODY),)),
         garbled(role(), HEL),
@@ -383,14 +394,14 @@ FRAMING = (
         GARBLED,
     ),
     fault(
-        "The size of a chunk is beyond any",
+        "The size of a chunk has 30 digits",
         stream(role(), HEL, then=(Send(b"f" * 30 + b"\r\n" + LO),)),
         body(HALF, then=(Send(b"f" * 30 + b"\r\n"),)),
         garbled(role(), HEL),
         GARBLED,
     ),
     fault(
-        "A chunk extension that never ends",
+        "A chunk extension without end",
         (Send(SSE + b"5;"), Repeat(b"a" * 4096)),
         (Send(JSON + b"5;"), Repeat(b"a" * 4096)),
         GARBLED,
@@ -403,21 +414,21 @@ FRAMING = (
         ALL_JSON,
     ),
     fault(
-        "Trailers that never end",
+        "Trailers without end",
         stream(EVENTS, then=(Send(b"0\r\n"), Repeat(b"x-a: b\r\n" * 500))),
         body(BODY, then=(Send(b"0\r\n"), Repeat(b"x-a: b\r\n" * 500))),
         ALL,
         GARBLED,
     ),
     fault(
-        "Each byte is a chunk",
+        "Each byte is a chunk of its own",
         stream(*(EVENTS[at : at + 1] for at in range(len(EVENTS)))),
         body(*(BODY[at : at + 1] for at in range(len(BODY)))),
         ALL,
         ALL_JSON,
     ),
     fault(
-        "gzip, unasked",
+        "gzip that was not requested",
         (Send(GZIP_SSE + chunked(gzip.compress(EVENTS)) + END),),
         (Send(GZIP_JSON + chunked(gzip.compress(BODY)) + END),),
         ALL,
@@ -431,27 +442,27 @@ FRAMING = (
         GARBLED,
     ),
     fault(
-        "gzip that is cut",
+        "Truncated gzip",
         (Send(GZIP_SSE + chunked(_flushed(role() + HEL)[0]) + END),),
         (Send(GZIP_JSON + chunked(_flushed(BODY)[0]) + END),),
         truncated(role(), HEL),
         TRUNCATED,
     ),
     fault(
-        "gzip that is none",
+        "`content-encoding: gzip`, but the body is not gzip",
         (Send(GZIP_SSE + chunked(EVENTS) + END),),
         (Send(GZIP_JSON + chunked(BODY) + END),),
         GARBLED,
     ),
     fault(
-        "gzip that goes bad in its middle",
-        (Send(GZIP_SSE + chunked(_flushed(role() + HEL)[0])), ARRIVES, Send(chunked(b"\xff" * 40) + END)),
+        "gzip that is corrupt from its middle on",
+        (Send(GZIP_SSE + chunked(_flushed(role() + HEL)[0])), ARRIVAL, Send(chunked(b"\xff" * 40) + END)),
         (Send(GZIP_JSON + chunked(_flushed(HALF)[0], b"\xff" * 40) + END),),
         garbled(role(), HEL),
         GARBLED,
     ),
     fault(
-        "A coding that nobody asked for (`br`)",
+        "A content coding that was not requested (`br`)",
         (Send(BR[0] + chunked(EVENTS) + END),),
         (Send(BR[1] + chunked(BODY) + END),),
         GARBLED,

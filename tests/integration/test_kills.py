@@ -23,6 +23,7 @@ from trigate.config.sections import Port
 from trigate.config.structure import structure
 from trigate.gateway.gateway import open_gateway
 from trigate.server import server
+from trigate.server.listeners import open_sockets
 from trigate.upstream.factory import http_transport
 
 CLIENTS = 1000
@@ -149,7 +150,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
             source="test",
         )
         app: Any = create_app(opener=lambda: open_gateway(config, env={}, transports=http_transport))
-        listening = server.open_sockets(attrs.evolve(config.server, port=Port(0)))
+        listening = open_sockets(attrs.evolve(config.server, port=Port(0)))
         [base] = await nursery.start(partial(server.serve, app, config.server, sockets=listening))
         port = httpx2.URL(base).port
         assert port is not None

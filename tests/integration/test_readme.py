@@ -70,7 +70,7 @@ def _run(*command: str, cwd: Path = ROOT) -> str:
 
 def _only(part: str) -> str:
     [found] = [text for text in SHELL if part in text]
-    return found
+    return str(found)
 
 
 @pytest.mark.parametrize("command", [text for text in SERVERS if text != "./scripts/serve"])

@@ -284,6 +284,7 @@ SCENES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", BOTH)
 @pytest.mark.parametrize(
     ("scene", "version"),

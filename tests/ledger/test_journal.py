@@ -134,6 +134,7 @@ def _write_for_ever(store: str, reports: Connection) -> None:
         reports.send_bytes(b"%d" % number)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_has_written_is_found(store: str) -> None:
     """Every line that the killed process has reported is read, and at most one line more."""
     context = multiprocessing.get_context("spawn")

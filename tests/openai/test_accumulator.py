@@ -210,6 +210,7 @@ def test_a_json_answer_with_tools() -> None:
     assert said(answer) == {"role": "assistant", "content": None, "tool_calls": CALLS}
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=5), max_size=20), st.integers(1, 20))
 def test_however_events_are_grouped(texts: list[str], size: int) -> None:
     """The same events give the same answer, one by one or many at once."""

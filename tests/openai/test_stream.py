@@ -148,6 +148,7 @@ def test_it_is_all_the_same_how_a_stream_is_split(stream: bytes, endpoint: Any, 
         assert _fed(pieces, endpoint, _SlowReader, max_bytes) == expected, way
 
 
+@pytest.mark.slow
 def test_each_oddity_between_plain_events() -> None:
     """Each odd event, in each way to write it down, ends up as when every event is taken apart: before, behind and
     between plain ones, alone or in one piece with them."""

@@ -84,6 +84,7 @@ def status_of(data: bytes) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "data"), BAD.values(), ids=BAD)
 def test_segments_make_no_difference(status: int, data: bytes) -> None:
     """A head that arrives byte by byte is refused for the same reason."""

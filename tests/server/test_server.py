@@ -522,6 +522,7 @@ async def test_a_client_that_does_not_read_is_aborted(drain: Any, monkeypatch: p
         assert await running.wait_ended() == ShutdownReport(finished=0, cut=0, forced=1)
 
 
+@pytest.mark.slow
 async def test_cancelled_means_now() -> None:
     """Cancelling `serve` also ends stalled tasks, without a drain."""
     app = App()
@@ -792,6 +793,7 @@ async def test_a_signal_begins_the_drain() -> None:
     assert outcome == [True]
 
 
+@pytest.mark.slow
 async def test_a_second_signal_is_now() -> None:
     """A second signal of either kind ends everything at once, also stalled clients; `run` returns False."""
     app = App()

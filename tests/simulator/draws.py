@@ -1,4 +1,4 @@
-"""What is drawn by lot: configurations, requests, and what a provider does with each. Pure.
+"""The random draws of a simulation: configurations, requests, and what a provider does with each. Pure.
 
 Every draw has a generator of its own, seeded with the simulation's seed and with what it is for. So what happens to a
 request does not depend on what else is going on, and a shorter run of a seed is the beginning of a longer one.
@@ -397,7 +397,7 @@ class _Script:
             case "hang":
                 self.steps.append(Pause(math.inf))
             case "fin" | "rst":
-                self._end(self._fault)  # type: ignore[arg-type] # one of the two
+                self._end(self._fault)
             case "half head":
                 self.steps += [Say(b"HTTP/1.1 200 OK\r\ncontent-ty"), End("fin")]
             case "no HTTP":

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import trio
@@ -107,7 +107,11 @@ def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
     if exchange.deadline_at + _EPSILON_S < now:
         yield f"{exchange.id} is live {now - exchange.deadline_at:.3f} s after its time"
     for attempt in _attempts(exchange):
-        for phase, since in (("first_token", attempt.waiting_since), ("idle", attempt.last_byte_at)):
+        phases: tuple[tuple[Literal["first_token", "idle"], float], ...] = (
+            ("first_token", attempt.waiting_since),
+            ("idle", attempt.last_byte_at),
+        )
+        for phase, since in phases:
             limit_s = exchange.generation.config.timeout_s(attempt.target.upstream, phase, exchange.call.model)
             silent = phase == "first_token" or attempt.waiting_since == math.inf  # one after the other
             if silent and since + limit_s + _EPSILON_S < now:
@@ -164,7 +168,7 @@ def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Itera
 
 def _is_let_go(reply: Any) -> bool:
     """Whether its connection has been closed already: the client does not read, and the reply waits for that."""
-    return reply._source.response._connection is None  # type: ignore[no-any-return] # Any: private
+    return reply._source.response._connection is None
 
 
 def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
@@ -285,7 +289,7 @@ def _of_error(world: World, call: Call, body: bytes) -> Iterator[str]:
 
 def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
     if _PASSED_ON.fullmatch(str(code)):
-        meant = ("upstream_rejected", "upstream_throttled")
+        meant: tuple[str, ...] = ("upstream_rejected", "upstream_throttled")
     elif code == _REPORTED:
         meant = ("upstream_error",)
     else:
@@ -309,7 +313,8 @@ def events_of(body: bytes) -> tuple[list[bytes], bytes]:
     >>> events_of(b": keep-alive\\ndata: 1\\n\\n: keep-alive\\n: keep-alive\\ndata: 2\\n\\ndat")
     ([b'data: 1\\n\\n', b'data: 2\\n\\n'], b'dat')
     """
-    events, at = [], 0
+    events: list[bytes] = []
+    at = 0
     while True:
         while body.startswith(KEEP_ALIVE, at):
             at += len(KEEP_ALIVE)

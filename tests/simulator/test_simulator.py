@@ -19,6 +19,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from bench.events import DONE
 from tests.simulator import Violation, draws, invariants, simulate
 from tests.simulator.__main__ import main
 from tests.simulator.pipes import pair
@@ -60,6 +61,7 @@ OUTCOMES = ALWAYS | {
 }
 
 
+@pytest.mark.slow
 def test_a_slice_of_it() -> None:
     """Nothing that must hold is broken, and what is common occurs. (What is rarer depends on the seed: see below.)"""
     reports = [simulate(seed, 400) for seed in (1, 2)]
@@ -89,6 +91,7 @@ def test_ten_thousand_requests_in_a_minute() -> None:
 # -- a seed is a world ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_trace() -> None:
     """Twice in one process; another seed gives another one."""
     report = simulate(5, 100)
@@ -271,6 +274,7 @@ def no_limits(look: Any) -> Any:
     return lambda self, now: [now + 1.0]
 
 
+kept = Sometimes(20)
 PLANTED: dict[str, tuple[Patch, str]] = {
     "a place is kept": (replace(_Slot, "__aexit__", place_is_kept), "<FairLimiter"),
     "a place at an upstream is kept": (
@@ -336,8 +340,8 @@ SLOW = {
     *("a seam has a character twice", "limits are not kept", "a probe is not ended", "an attempt is not ended"),
     *("a generation is kept", "a drain does not cut"),
     *("clients are not told of a takeover", "a takeover leaves no time"),
+    *("who reads nothing is kept", "who has lost goes on", "a probe is forgotten"),
 }
-kept = Sometimes(20)
 
 
 @pytest.fixture
@@ -438,6 +442,6 @@ def test_a_reply_goes_on_where_it_is_told_to() -> None:
             if reply.whole and draws.NONSENSE not in reply.body:
                 wholes += 1
                 events, rest = invariants.events_of(reply.body)
-                assert (events[-1], rest) == (invariants.DONE, b"")
+                assert (events[-1], rest) == (DONE, b"")
                 assert invariants.text_of(events[:-1]) == asked.text[at:]
     assert wholes > 40

@@ -228,6 +228,7 @@ async def test_nothing_is_opened_before_it_is_needed(path: Path) -> None:
     assert store.statistics().state == "closed"
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_import_sqlite() -> None:
     """A gateway that needs no store does not import SQLite."""
     code = "import sys, trigate.store.sqlite; sys.exit('apsw' in sys.modules or 'sqlite3' in sys.modules)"
@@ -275,6 +276,7 @@ async def test_the_end_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -
     other.close()
 
 
+@pytest.mark.slow
 def test_under_asyncio(path: Path) -> None:
     """As a guest of asyncio's loop it works in the same way, and its threads end."""
     code = f"""

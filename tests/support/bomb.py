@@ -11,7 +11,7 @@ import trio
 class Bomb(trio.abc.Instrument):
     """Calls something after the n-th step that any task makes."""
 
-    def __init__(self, steps: int, fuse: Callable[[], None]) -> None:
+    def __init__(self, steps: int, fuse: Callable[[], object]) -> None:
         self._left = steps
         self._fuse = fuse
         self.fired = False

@@ -44,6 +44,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow, "limit_s", lambda: 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("limit")
 def test_an_unmarked_slow_test_fails(pytester: pytest.Pytester) -> None:
     """A test over the limit fails, unless it is marked, fails anyway, or is a property test within its factor."""

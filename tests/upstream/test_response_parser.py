@@ -246,6 +246,7 @@ def test_a_long_stream_in_small_segments_is_no_flood() -> None:
     assert framed.complete
 
 
+@pytest.mark.slow
 def test_a_closed_one_is_no_garbage() -> None:
     """`close` breaks the reference cycle with the parser, and what was parsed stays."""
     gc.collect()

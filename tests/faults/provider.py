@@ -1,4 +1,4 @@
-"""A provider on real sockets that does what a `Fault` says, in raw bytes; and the places where none can be reached."""
+"""A provider on real sockets that plays the script of a `Fault` in raw bytes, and addresses that cannot be reached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import attrs
 import trio
 import trustme
 
-from tests.faults.steps import DATE, Fault, Fin, Hang, Pause, Place, Repeat, Rst, Script, Send, Spell
+from tests.faults.fault import DATE, Endpoint, Fault, Fin, Hang, Pause, Repeat, Rst, Script, Send, SendSlowly
 
 _PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NAMES = {
@@ -28,14 +28,14 @@ _NAMES = {
 
 
 @attrs.define(eq=False)
-class Hostile:
-    """A provider that is served.
+class FaultyProvider:
+    """A running provider with a fault.
 
     Attributes:
-        base_url: Where.
-        asked: The heads of all requests that were read.
-        dates: What has been put in the place of `DATE`.
-        open_now: How many connections it has.
+        base_url: The base URL of the upstream.
+        asked: The request lines of all requests that were read.
+        dates: The dates that replaced `DATE`.
+        open_now: The number of open connections.
     """
 
     fault: Fault
@@ -49,7 +49,7 @@ class Hostile:
         self.open_now += 1
         stream: Any = plain if context is None else trio.SSLStream(plain, context, server_side=True)
         try:
-            # the handshake may fail, and the other side may leave at any time
+            # the handshake may fail, and the gateway may disconnect at any time
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 if self.fault.unread:
                     await self._play(self.fault.stream, stream, plain)
@@ -57,7 +57,7 @@ class Hostile:
                 while (request := await _read_request(stream)) is not None:
                     self.asked.append(request.partition(b"\r\n")[0])
                     script = self.fault.stream if b'"stream":true' in request else self.fault.json
-                    assert script is not None, "nobody asks for that"
+                    assert script is not None, "this fault has no JSON answer"
                     if not await self._play(script, stream, plain):
                         return
         finally:
@@ -65,14 +65,14 @@ class Hostile:
             self.open_now -= 1
 
     async def _play(self, script: Script, stream: Any, plain: trio.SocketStream) -> bool:
-        """Does the steps; says whether another request may follow."""
+        """Plays the steps; returns whether another request may follow."""
         for step in script:
             match step:
                 case Send(data):
                     await stream.send_all(self._dated(data))
                 case Pause(seconds):
                     await trio.sleep(seconds)
-                case Spell(data, every_s):
+                case SendSlowly(data, every_s):
                     for byte in data:
                         await stream.send_all(bytes([byte]))
                         await trio.sleep(every_s)
@@ -107,7 +107,7 @@ async def _read_to_end(stream: Any) -> None:
 
 
 async def _read_request(stream: Any) -> bytes | None:
-    """Reads a request, head and body; None at the end of the connection."""
+    """Reads the head and the body of a request; returns None at the end of the connection."""
     received = b""
     while True:
         data = bytes(await stream.receive_some())
@@ -120,7 +120,7 @@ async def _read_request(stream: Any) -> bytes | None:
             return received
 
 
-# -- where ------------------------------------------------------------------------------------------------------------
+# -- addresses ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -130,15 +130,15 @@ def _authority() -> trustme.CA:
 
 @functools.cache
 def trust() -> ssl.SSLContext:
-    """What the gateway trusts: one authority."""
+    """Returns the trust of the gateway: one authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _authority().configure_trust(context)
     return context
 
 
 @functools.cache
-def _identity(at: Place) -> ssl.SSLContext | None:
-    """What a provider shows of itself."""
+def _identity(at: Endpoint) -> ssl.SSLContext | None:
+    """Returns the TLS context of a provider, None without TLS."""
     match at:
         case "TLS":
             certificate = _authority().issue_cert("127.0.0.1")
@@ -156,7 +156,7 @@ def _identity(at: Place) -> ssl.SSLContext | None:
 
 
 class _Names(trio.abc.HostnameResolver):
-    """A name server that knows one name, has never heard of others, and does not answer for one of them."""
+    """A resolver: ``two.invalid`` has two addresses, ``hanging.invalid`` never gets an answer, no other name exists."""
 
     async def getaddrinfo(
         self, host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
@@ -166,18 +166,18 @@ class _Names(trio.abc.HostnameResolver):
             case b"hanging.invalid":
                 await trio.sleep_forever()
             case b"two.invalid":
-                # the first one is of the same network, and nobody listens there
+                # nothing listens on the first address, which is on the loopback network too
                 stream = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
                 return [(*stream, ("127.0.0.2", int(port))), (*stream, ("127.0.0.1", int(port)))]
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
-        raise AssertionError("nobody asks for names")
+        raise AssertionError("no test resolves an address to a name")
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[int]:
-    """The port of a listener that accepts nothing, and whose queue is full: the kernel drops what comes."""
+def _full_port() -> Iterator[int]:
+    """Yields the port of a listener with a full accept queue: the kernel drops further connection requests."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -191,22 +191,22 @@ def _deaf() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _closed() -> Iterator[int]:
-    """A port that is taken, and at which nobody listens."""
+def _closed_port() -> Iterator[int]:
+    """Yields a port that is bound, but does not listen."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
 
 @contextlib.asynccontextmanager
-async def open_hostile(fault: Fault) -> AsyncIterator[Hostile]:
+async def open_faulty_provider(fault: Fault) -> AsyncIterator[FaultyProvider]:
     """Serves a provider with this fault on loopback."""
-    hostile = Hostile(fault)
+    hostile = FaultyProvider(fault)
     trio.socket.set_custom_hostname_resolver(_Names())
     host = _NAMES.get(fault.at, "127.0.0.1")
     scheme = "https" if fault.at.startswith(("TLS", "https")) else "http"
-    if fault.at in ("nobody listens", "accepts nothing"):
-        with _deaf() if fault.at == "accepts nothing" else _closed() as port:
+    if fault.at in ("closed port", "full accept queue"):
+        with _full_port() if fault.at == "full accept queue" else _closed_port() as port:
             hostile.base_url = f"http://{host}:{port}/v1"
             yield hostile
         return

@@ -1,4 +1,4 @@
-"""What a hostile provider can do, as values; and what a client may get, as values. `catalogue` is made of these."""
+"""The values of the catalogue: the steps of a faulty provider, what a client may get, and a fault made of both."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import attrs
 
 @attrs.frozen
 class Send:
-    """Sends bytes, as they are. `DATE` in them is replaced by the HTTP date in 30 seconds."""
+    """Sends bytes unchanged, except that an HTTP date 30 seconds in the future replaces `DATE`."""
 
     data: bytes
 
 
 @attrs.frozen
 class Pause:
-    """Says nothing for some seconds."""
+    """Sends nothing for some seconds."""
 
     seconds: float
 
 
 @attrs.frozen
 class Repeat:
-    """Sends the same again and again until the other side leaves, with a pause before each."""
+    """Sends the same bytes until the client disconnects, with a pause before each time."""
 
     data: bytes
     every_s: float = 0.0
 
 
 @attrs.frozen
-class Spell:
-    """Sends bytes one by one, with a pause after each."""
+class SendSlowly:
+    """Sends bytes one by one, with a pause after each of them."""
 
     data: bytes
     every_s: float
@@ -42,29 +42,29 @@ class Spell:
 
 @attrs.frozen
 class Hang:
-    """Says nothing more, and reads until the other side leaves."""
+    """Sends nothing more, and reads until the client disconnects."""
 
 
 @attrs.frozen
 class Fin:
-    """Ends the connection in order."""
+    """Closes the connection with a FIN."""
 
 
 @attrs.frozen
 class Rst:
-    """Ends the connection with a reset."""
+    """Closes the connection with a RST."""
 
 
-Step = Send | Pause | Repeat | Spell | Hang | Fin | Rst
+Step = Send | Pause | Repeat | SendSlowly | Hang | Fin | Rst
 Script = tuple[Step, ...]
-"""One that ends without `Hang`, `Fin` or `Rst` is followed by the next request on the same connection."""
+"""After a script without `Hang`, `Fin` or `Rst`, the connection takes the next request."""
 
 DATE = b"<the date in 30 s>"
 
-Place = Literal[
+Endpoint = Literal[
     "plain",
-    "nobody listens",
-    "accepts nothing",
+    "closed port",
+    "full accept queue",
     "unknown name",
     "name server hangs",
     "one address of two",
@@ -74,20 +74,20 @@ Place = Literal[
     "TLS, other name",
     "https to plain",
 ]
-"""Where the upstream is, and what speaks before HTTP does. ``https to plain``: TLS is spoken to what knows none."""
+"""How the upstream can be reached. ``https to plain``: the gateway uses TLS, and the provider does not."""
 
 
 # -- what the client gets ---------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
-class Whole:
-    """200 and all of an answer.
+class Complete:
+    """Status 200 and the complete answer.
 
     Attributes:
-        body: Exactly.
-        tokens: What is accounted of it: prompt and completion; None = nothing was reported.
-        note: What people should know of it.
+        body: The exact body.
+        tokens: The recorded usage, prompt and completion; None = the provider reported none.
+        note: A remark for the page.
     """
 
     body: bytes
@@ -96,7 +96,7 @@ class Whole:
 
     @property
     def outcome(self) -> str:
-        """How it is accounted."""
+        """The recorded outcome."""
         return "complete"
 
     def __str__(self) -> str:
@@ -109,12 +109,12 @@ class Refusal:
 
     Attributes:
         code: The ``code`` of the object.
-        outcome: What the gateway calls it, where a provider's own ``code`` is passed on.
-        says: Part of the message.
-        phase: Of a deadline.
-        headers: That must be there: with this value, one of these values, or (None) not at all.
-        body: Exactly, where a provider's own is passed on.
-        final: No other target is tried: the call itself was refused, or its time is over.
+        outcome: The recorded outcome, if a provider's own ``code`` is passed on.
+        says: A part of the message.
+        phase: The phase of a timeout.
+        headers: Expected headers: one value, several allowed values, or None = absent.
+        body: The exact body, if a provider's own body is passed on.
+        final: No other target is tried: the call itself was refused, or its deadline has passed.
     """
 
     status: int
@@ -127,7 +127,7 @@ class Refusal:
     final: bool = attrs.field(default=False, kw_only=True)
 
     def __str__(self) -> str:
-        told = [f"{self.status} {_written(self)}" if self.body is None else f"{self.status}, its own body"]
+        told = [f"{self.status} {_code(self)}" if self.body is None else f"{self.status}, its own body"]
         if self.phase is not None:
             told.append(f"phase `{self.phase}`")
         for name, value in self.headers.items():
@@ -140,13 +140,13 @@ class Refusal:
 
 
 @attrs.frozen
-class Cut:
-    """An error after COMMIT: 200, what came, and an error event in the place of ``[DONE]``.
+class StreamError:
+    """An error after COMMIT: status 200, the events that arrived, and an error event instead of ``[DONE]``.
 
     Attributes:
-        body: What came, exactly; of an endless stream, what is repeated in it.
+        body: Exactly the events that arrived; of an endless stream, the bytes that repeat.
         code: The ``code`` of the error.
-        outcome: As that of `Refusal`.
+        outcome: The recorded outcome, if a provider's own ``code`` is passed on.
     """
 
     body: bytes
@@ -158,40 +158,40 @@ class Cut:
 
     def __str__(self) -> str:
         phase = f", phase `{self.phase}`" if self.phase is not None else ""
-        return f"what came, then an error event {_written(self)}{phase}"
+        return f"what came, then an error event {_code(self)}{phase}"
 
 
-def _written(error: Refusal | Cut) -> str:
+def _code(error: Refusal | StreamError) -> str:
     return f"`{error.code}`" if error.code == error.outcome else "with its own `code`"
 
 
-Expected = Whole | Refusal | Cut
+Expected = Complete | Refusal | StreamError
 
 
 # -- a fault ----------------------------------------------------------------------------------------------------------
 
 Case = Literal["one-stream", "one-json", "two-stream", "two-json", "continued-stream"]
-"""One target; or a second one behind it that answers well; the same with ``on_truncation = "continue"``."""
+"""One target; two targets, the second of which answers well; the same with ``on_truncation = "continue"``."""
 
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """Something that a provider does wrong, or oddly.
+    """Something that a provider does wrong or unusually.
 
     Attributes:
-        name: In the words of people.
-        stream: What it does when it is asked for a stream.
-        json: What it does when it is asked for a JSON answer; None: the fault is one of streams.
-        expected: What the client gets, case by case.
-        at: Where it is.
-        unread: It does not read the request.
-        asks: What the client says besides the usual.
+        name: The description in the page.
+        stream: The script for a request of a stream.
+        json: The script for a request of a JSON answer; None if the fault exists only in streams.
+        expected: What the client gets in each case.
+        at: How the provider can be reached.
+        unread: The provider does not read the request.
+        asks: Additional fields of the request.
     """
 
     name: str
     stream: Script
     json: Script | None
     expected: Mapping[Case, Expected]
-    at: Place = "plain"
+    at: Endpoint = "plain"
     unread: bool = False
     asks: Mapping[str, object] = attrs.field(factory=dict)
