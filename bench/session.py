@@ -171,7 +171,7 @@ async def _measure_all(
 
 
 def _turns(scenario: Scenario, gateways: Sequence[Gateway], direct: Gateway, round_number: int) -> list[Gateway]:
-    taking_part = [gateway for gateway in gateways if gateway.inflight or not scenario.streams]
+    taking_part = [gateway for gateway in gateways if gateway.streams or not scenario.streams]
     if scenario.direct:
         taking_part.append(direct)
     return taking_part[::-1] if round_number % 2 else taking_part

@@ -30,7 +30,7 @@ async def open_services() -> AsyncIterator[ChannelServices]:
     outbox makes no attempts."""
     async with (
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         open_outbox(store, workers) as outbox,
     ):
         yield ChannelServices(

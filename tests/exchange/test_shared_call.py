@@ -505,15 +505,13 @@ async def test_a_defect_is_told_to_all(
 ) -> None:
     """One traceback in the log, and for each the error that says so."""
     logs.expect_error("exchange_crashed")
+
+    def crash(*_: object) -> bool:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(UpstreamCall, "claim", crash)
     async with open_app(config(), Provider(SLOWLY)) as served:
         calls = [ask(served) for _ in range(3)]
-        await trio.sleep(0.5)
-        [exchange] = {waiter.source.shared.upstream for waiter in served.gateway.live}  # type: ignore[attr-defined]
-
-        def crash(*_: object) -> bool:
-            raise RuntimeError("a defect")
-
-        monkeypatch.setattr(type(exchange), "claim", crash)
         for call in calls:
             await call.wait()
         assert {(call.status, call.error["code"]) for call in calls} == {(500, "internal_error")}

@@ -39,7 +39,7 @@ async def opened() -> AsyncIterator[tuple[RunRecords, MemoryStore]]:
     """Opens the records, with one run in the store."""
     async with (
         open_memory_store() as store,
-        open_workers(store, lambda: b"{}") as workers,
+        open_workers(store) as workers,
         open_outbox(store, workers) as outbox,
         trio.open_nursery() as nursery,
     ):

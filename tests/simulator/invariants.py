@@ -181,7 +181,8 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
         gateway.exchange_services.upstream.socket_relay is not None
         and gateway.exchange_services.upstream.socket_relay.streams
     ):
-        yield f"idle, and {gateway.exchange_services.cancel_queue!r}, {gateway.exchange_services.upstream.socket_relay!r}"
+        yield f"idle, and {gateway.exchange_services.cancel_queue!r},
+        {gateway.exchange_services.upstream.socket_relay!r}"
     places = gateway.exchange_services.admission.slots
     if places.taken or places.queued or places.taken_by:
         yield f"idle, and {places}"

@@ -22,18 +22,26 @@ class Reader(Protocol):
     """Turns the bytes of an upstream's stream into whole events for the client. `openai.stream.StreamReader` is one.
 
     Attributes:
-        has_content: Part of the answer has come. Before that, nothing is given out.
-        complete: The last event of the stream has come.
-        error: What is wrong with the stream; the reader is of no use afterwards.
-        usage: The last token counts that were reported.
         events: How many events have been given out.
     """
 
-    has_content: bool
-    complete: bool
-    error: GatewayError | None
-    usage: Usage | None
     events: int
+
+    @property
+    def has_content(self) -> bool:
+        """Part of the answer has come. Before that, nothing is given out."""
+
+    @property
+    def complete(self) -> bool:
+        """The last event of the stream has come."""
+
+    @property
+    def error(self) -> GatewayError | None:
+        """What is wrong with the stream; the reader is of no use afterwards."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """The last token counts that were reported."""
 
     def feed(self, piece: bytes) -> bytes:
         """Takes bytes of the upstream's body; returns the frames that are ready for the client."""

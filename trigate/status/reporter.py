@@ -26,7 +26,7 @@ from trigate.errors import StoreUnavailable
 from trigate.exchange.admission import Admission
 from trigate.exchange.live import LiveExchanges
 from trigate.ledger.ledger import Ledger
-from trigate.routing.plan import Targets
+from trigate.routing.target_state import Targets
 from trigate.status import merge, schema, snapshot
 from trigate.status.merge import UNKNOWN_COUNTS, Report, StoreCounts
 from trigate.status.snapshot import Part

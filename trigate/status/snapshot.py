@@ -16,7 +16,7 @@ from trigate.exchange import view
 from trigate.exchange.admission import AdmissionStatistics
 from trigate.exchange.state import ExchangeState
 from trigate.ledger.ledger import LedgerStatistics
-from trigate.routing.plan import Targets
+from trigate.routing.target_state import Targets
 from trigate.status.schema import OldestStream, TargetStatus, Totals
 from trigate.upstream.upstream import UpstreamStatistics
 
