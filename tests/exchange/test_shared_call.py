@@ -37,6 +37,7 @@ from tests.support.provider import (
     says,
     usage,
 )
+from trigate.exchange.upstream_call import UpstreamCall
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 

@@ -177,12 +177,10 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
         yield f"idle, and {gateway!r}"
     if len(gateway.exchange_services.upstream.timers):
         yield f"idle, and {gateway.exchange_services.upstream.timers!r}"
-    if gateway.exchange_services.cancel_queue._scopes or (
-        gateway.exchange_services.upstream.socket_relay is not None
-        and gateway.exchange_services.upstream.socket_relay.streams
-    ):
-        yield f"idle, and {gateway.exchange_services.cancel_queue!r},
-        {gateway.exchange_services.upstream.socket_relay!r}"
+    services = gateway.exchange_services
+    relay = services.upstream.socket_relay
+    if services.cancel_queue._scopes or (relay is not None and relay.streams):
+        yield f"idle, and {services.cancel_queue!r}, {relay!r}"
     places = gateway.exchange_services.admission.slots
     if places.taken or places.queued or places.taken_by:
         yield f"idle, and {places}"

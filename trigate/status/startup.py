@@ -18,9 +18,10 @@ def startup_lines(generation: Generation, *, store_path: str) -> list[str]:
         store_path: The path of the store's file, or `opening.MEMORY`.
     """
     config = generation.config
+    store = opening.describe_location(store_path)
     lines = [
-        f"Trigate {__version__}, configured by {config.source}; {_keys(config)}; store
-        {opening.describe_location(store_path)}", "Upstreams: " + ("; ".join(_upstreams(generation)) or "none"),
+        f"Trigate {__version__}, configured by {config.source}; {_keys(config)}; store {store}",
+        "Upstreams: " + ("; ".join(_upstreams(generation)) or "none"),
         f"Models: {len(generation.public_ids())} listed; {_default(generation)}",
     ]
     callers = list(_hooks_and_channels(config))
