@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trigate.version import __version__
+
 if TYPE_CHECKING:
     from trigate.asgi.application import create_app
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "app", "create_app"]
 
 

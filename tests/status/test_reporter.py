@@ -136,7 +136,7 @@ async def test_no_secret_is_shown(open_app: OpenApp, status: int) -> None:
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A store's file, for several gateways that are then workers of one; with frequent heartbeats."""
-    monkeypatch.setattr("trigate.workers.membership.BEAT_S", 0.02)
+    monkeypatch.setattr("trigate.workers.membership.HEARTBEAT_S", 0.02)
     with tempfile.TemporaryDirectory(prefix="tri") as directory:  # pytest's own paths are too long for a socket's name
         yield Path(directory) / "trigate.db"
 

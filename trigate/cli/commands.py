@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from trigate import __version__
 from trigate.cli.configuration import (
     check_certificate,
     config_option,
@@ -28,6 +27,7 @@ from trigate.cli.configuration import (
 )
 from trigate.cli.failure import CommandFailed
 from trigate.cli.serve import serve
+from trigate.version import __version__
 
 if TYPE_CHECKING:
     import httpx2

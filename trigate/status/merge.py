@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 import msgspec
 
-from trigate import __version__
 from trigate.channels.service import ChannelStatistics
 from trigate.exchange.admission import AdmissionStatistics
 from trigate.ledger.ledger import LedgerStatistics
@@ -26,6 +25,7 @@ from trigate.status import schema
 from trigate.status.snapshot import MAX_STREAMS, MAX_TARGETS, Part
 from trigate.store.records import ChannelRecord, SessionCounts
 from trigate.upstream.upstream import UpstreamStatistics
+from trigate.version import __version__
 
 
 @attrs.frozen(kw_only=True)

@@ -20,7 +20,6 @@ import msgspec
 import structlog
 import trio
 
-from trigate import __version__
 from trigate.channels.service import Channels, ChannelStatistics
 from trigate.errors import StoreUnavailable
 from trigate.exchange.admission import Admission
@@ -34,6 +33,7 @@ from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.store.records import ChannelRecord, Worker
 from trigate.upstream.generation import Generations
+from trigate.version import __version__
 from trigate.workers.membership import Workers
 
 log = structlog.get_logger("trigate.status.reporter")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trigate import __version__
 from trigate.config.sections import Config
 from trigate.errors import GatewayError
 from trigate.store import opening
 from trigate.upstream.generation import Generation
+from trigate.version import __version__
 
 
 def startup_lines(generation: Generation, *, store_path: str) -> list[str]:

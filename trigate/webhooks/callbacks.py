@@ -23,7 +23,6 @@ import attrs
 import httpx2
 import trio
 
-from trigate import __version__
 from trigate.concurrency.notify import open_service
 from trigate.config.sections import HookConfig
 from trigate.runs.outbox import Outbox, Receipt
@@ -32,6 +31,7 @@ from trigate.store.records import Delivery
 from trigate.upstream.connect import Refused
 from trigate.upstream.public_addresses import why_not_public
 from trigate.upstream.transport import SocketTransport
+from trigate.version import __version__
 
 CONNECT_S = 10.0
 """How long connecting may take, including name resolution and TLS, in seconds."""
