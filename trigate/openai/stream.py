@@ -13,7 +13,7 @@ the public prefix replaces the upstream's, and a few searches check that the res
 a quarter of the general way. An event with the same prefix as one that was parsed has its model at the same place, so
 both ways give the same result; a test feeds the same streams to both.
 
-Rules for editing this: the shortcut runs for every event of every stream, so `./scripts/bench --rooms` decides. The
+Rules for editing this: the shortcut runs for every event of every stream, so `./scripts/bench --micro` decides. The
 reader keeps its own copy of the prefix because an attribute of another object costs a lookup for each event. Bytes are
 searched with ``count``: ``in`` first tries its left side as a number, which costs three times the search itself.
 """
