@@ -98,7 +98,7 @@ class ServerConfig:
 
 @attrs.frozen(kw_only=True)
 class UpstreamConfig:
-    """``[upstreams.NAME]``: one provider. A timeout that is not set is that of ``[limits]``."""
+    """``[upstreams.NAME]``: one provider. A timeout that is not set is that of ``[limits]``. One field for each setting."""
 
     kind: Literal["openai", "echo", "local"] = "openai"
     base_url: Url | None = None
@@ -278,7 +278,7 @@ class SessionsConfig:
 
 @attrs.frozen(kw_only=True)
 class HookConfig:
-    """``[hooks.NAME]``: one webhook, ``POST /hooks/NAME``."""
+    """``[hooks.NAME]``: one webhook, ``POST /hooks/NAME``. It has more than 20 fields: one for each setting."""
 
     enabled: bool = True
     model: str = "default"

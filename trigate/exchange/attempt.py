@@ -144,8 +144,10 @@ class Attempt:
             self.last_byte_at = trio.current_time()
 
     def _enter(self, phase: str) -> None:
-        self.phase = Phase(phase)
-        if phase == Phase.CONNECTING:
+        if phase == "queued":
+            self.phase = Phase.QUEUED
+        else:
+            self.phase = Phase.CONNECTING
             now = self.waiting_since = self.head_due_from = trio.current_time()
             self.on_connecting(now)
 

@@ -61,14 +61,14 @@ class LiveExchanges:
         if self.is_draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         self._live[exchange] = None
-        exchange.generation.hold()
+        exchange.request.generation.hold()
 
     def settle(self, exchange: ExchangeState) -> None:
         """Records how an exchange ended, once; also of one that was refused. Synchronous, so that it is done when the
         exchange's task is cancelled, too."""
         if exchange in self._live:
             del self._live[exchange]
-            exchange.generation.let_go()
+            exchange.request.generation.let_go()
             if not self._live:
                 self._none_left.set()
         self._ledger.settle(exchange)

@@ -338,6 +338,8 @@ class Subscription:
     async def _relay(self, sink: Sink) -> None:
         shared = self.shared
         while True:
+            if self._cancelled_with is not None:  # by now it may be too slow as well, which is not why it ends
+                raise self._cancelled_with
             data = shared.take(self)
             is_over = shared.is_over_for(self)
             if not data and not is_over:

@@ -106,6 +106,7 @@ class UpstreamCall:
     cancelled_with: GatewayError | None = None
     bytes_sent: int = 0
     first_content_at: float | None = None
+    _usage: Usage | None = None
     _clock: UpstreamClock = attrs.field(factory=UpstreamClock)
     _continuation: Continuation = _NEW_STREAM
     _stream: StreamAnswer | None = None
@@ -216,6 +217,7 @@ class UpstreamCall:
             if not any(other.waiting_since < math.inf for other in self.live):
                 self._clock.stop(now)
             attempt.note_end(now)
+            self._usage = attempt.reported_usage or self._usage
             plan.end(
                 step,
                 now,
@@ -468,11 +470,9 @@ class UpstreamCall:
 
     @property
     def usage(self) -> Usage | None:
-        """The last token counts that an attempt's upstream has reported."""
-        for attempt in reversed(self.attempts):
-            if attempt.reported_usage is not None:
-                return attempt.reported_usage
-        return None
+        """The last token counts that an upstream has reported."""
+        reader = self.winner.reader if self.winner is not None else None
+        return (reader.usage if reader is not None else None) or self._usage
 
     def waited_s(self, now: float) -> float:
         """How long upstreams have been waited for."""

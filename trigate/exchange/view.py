@@ -68,26 +68,28 @@ def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:
 
 def log_line(state: ExchangeState, now: float) -> dict[str, object]:
     """The values of the log event ``exchange``."""
+    source, call, attempts, usage = state.source, state.request.call, state.attempts, state.usage
+    target, first_content_s = state.target, state.first_content_after_s
     line: dict[str, object] = {
-        "request_id": state.id,
-        "model": state.call.model,
-        "target": str(state.target) if state.target else None,
-        "stream": state.call.stream,
-        "outcome": state.outcome,
+        "request_id": state.request.id,
+        "model": call.model,
+        "target": str(target) if target is not None else None,
+        "stream": call.stream,
+        "outcome": str(state.outcome),  # an enum would be logged with its name
         "duration_s": round(now - state.started_at, 4),
         "bytes": state.bytes_sent,
-        "attempts": len(state.attempts),
+        "attempts": len(attempts),
     }
-    if len(state.attempts) > 1:
-        line["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in state.attempts]
-    if state.call.stream:
+    if len(attempts) > 1:
+        line["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in attempts]
+    if call.stream:
         line["events"] = state.events
-    if state.first_content_after_s is not None:
-        line["first_content_s"] = round(state.first_content_after_s, 4)
-    if state.usage is not None:
-        line["prompt_tokens"] = state.usage.prompt_tokens
-        line["completion_tokens"] = state.usage.completion_tokens
-    if isinstance(state.source, Subscription):
-        line["coalesced"] = state.source.role
-        line["shared_call"] = state.source.shared.id
+    if first_content_s is not None:
+        line["first_content_s"] = round(first_content_s, 4)
+    if usage is not None:
+        line["prompt_tokens"] = usage.prompt_tokens
+        line["completion_tokens"] = usage.completion_tokens
+    if isinstance(source, Subscription):
+        line["coalesced"] = source.role
+        line["shared_call"] = source.shared.id
     return line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attrs
+import trio
 
 from trigate.errors import GatewayError
 from trigate.exchange.client_response import ClientResponse
@@ -41,11 +42,15 @@ class RunClient:
 
     async def tell(self, error: GatewayError) -> None:
         """Sends an error, unless the response has begun."""
-        if not self.is_detached and not self.response.committed:
+        if self.is_detached or self.response.committed:
+            await trio.lowlevel.checkpoint()
+        else:
             await self.response.respond(*error.to_response())
 
     async def detach(self) -> None:
         """Sends nothing more, and waits for a send in progress: the client has disconnected, and the run continues."""
         self.is_detached = True
-        if self._exchange is not None:
+        if self._exchange is None:
+            await trio.lowlevel.checkpoint()
+        else:
             await self._exchange.detach_client()
