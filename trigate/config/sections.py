@@ -98,7 +98,10 @@ class ServerConfig:
 
 @attrs.frozen(kw_only=True)
 class UpstreamConfig:
-    """``[upstreams.NAME]``: one provider. A timeout that is not set is that of ``[limits]``. One field for each setting."""
+    """``[upstreams.NAME]``: one provider, with one field for each setting.
+
+    A timeout that is not set is that of ``[limits]``.
+    """
 
     kind: Literal["openai", "echo", "local"] = "openai"
     base_url: Url | None = None
