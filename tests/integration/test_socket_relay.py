@@ -18,7 +18,7 @@ import attrs
 import msgspec
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import chat
 from tests.support.bomb import Bomb, armed
@@ -540,3 +540,34 @@ async def test_the_end_at_any_step(
         client = await house.call()
         await client.read_all()
         assert client.body == (public(A, DONE), True)
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
+async def test_the_first_attempt_of_a_race_is_relayed(open_server: OpenServer, logs: Logs) -> None:
+    """A keep-alive, and a client that disconnects, find the stream of the attempt that won, not of the last one."""
+    async with (
+        open_socket_provider((Pause(0.1), Say(content("a")), Stall())) as (first, first_url),
+        open_socket_provider((Stall(),)) as (second, second_url),
+    ):
+        config = make_config(
+            {"a": {"base_url": first_url, "models": ["m"]}, "b": {"base_url": second_url, "models": ["m"]}},
+            models={"both": {"targets": ["a/m", "b/m"], "strategy": "hedge", "hedge_delay_s": 0.02, "hedge_budget": 1}},
+        )
+        async with open_server(config) as (client, app):
+            gateway = app.gateway
+            relay = gateway.exchange_services.upstream.socket_relay
+            async with (
+                client.stream("POST", "/v1/chat/completions", json=chat(model="both")) as response,
+                contextlib.aclosing(response.aiter_raw()) as body,
+            ):
+                assert b'"a"' in await anext(body)
+                await wait_all_tasks_blocked(0.01)
+                assert relay.streams == 1
+                assert second.opened == 1
+                [exchange] = gateway.live
+                assert exchange.source.inject(b": between\n\n")
+                assert await anext(body) == b": between\n\n"
+            await gateway.live.wait_none_left()
+            assert [entry["outcome"] for entry in logs.named("exchange")] == ["cancelled"]
+            assert relay.streams == 0
+        assert (first.open_now, second.open_now) == (0, 0)

@@ -19,7 +19,7 @@ from trigate.errors import GatewayError, Header, ProtocolViolation
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Phase
 from trigate.exchange.sink import PlainSocket, Sink
-from trigate.exchange.socket_relay import RelayedStream, SocketRelay
+from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.translation import Reader, Translation
 from trigate.openai.request import Call
 from trigate.upstream.reply import Reply
@@ -59,8 +59,6 @@ class StreamAnswer:
     max_event_bytes: int
     keep_bytes: int
     continues: Mapping[str, msgspec.Raw] | None
-    relayed: RelayedStream | None = None
-    """What the fast path moves now."""
     _attempt: Attempt = attrs.field(init=False)
     _client: PlainSocket = attrs.field(init=False)
 
@@ -95,7 +93,7 @@ class StreamAnswer:
                     return None
                 claimed = True
                 attempt.phase = Phase.STREAMING
-                await sink.start(200, STREAM_HEADERS)
+                await attempt.start(sink, 200, STREAM_HEADERS)
             self.count(len(data))
             if reader.complete:
                 return await self._end(attempt, reply, sink, data)
@@ -128,12 +126,13 @@ class StreamAnswer:
         relay, response, client = self.socket_relay, reply.plain_response, sink.plain_socket
         if relay is None or client is None or response is None or response.socket is None or response.complete:
             return False
-        stream = self.relayed = relay.stream(response, response.socket, client, reader=reader)
+        stream = attempt.relayed = relay.stream(response, response.socket, client, reader=reader)
         self._attempt, self._client = attempt, client
+        attempt.note_byte()
         try:
             await stream.run(self)
         finally:
-            self.relayed = None
+            attempt.relayed = None
             attempt.is_sending = False
         if stream.failure is not None and not reader.complete:
             failure: httpx2.TransportError = stream.failure
@@ -175,7 +174,7 @@ class JsonAnswer:
             return None
         attempt.usage = usage
         self.count(len(data))
-        await sink.start(200, JSON_HEADERS)
+        await attempt.start(sink, 200, JSON_HEADERS)
         return data
 
 
@@ -199,11 +198,11 @@ class BinaryAnswer:
                     return None
                 claimed = True
                 attempt.phase = Phase.STREAMING
-                await sink.start(200, headers)
+                await attempt.start(sink, 200, headers)
             self.count(len(piece))
             await attempt.send(sink, piece)
         if not claimed:
             if not self.claim(attempt):
                 return None
-            await sink.start(200, headers)
+            await attempt.start(sink, 200, headers)
         return b""

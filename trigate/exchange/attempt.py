@@ -9,9 +9,10 @@ from typing import Protocol
 import attrs
 import trio
 
-from trigate.errors import GatewayError
+from trigate.errors import GatewayError, Header
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.sink import Sink
+from trigate.exchange.socket_relay import RelayedStream
 from trigate.exchange.translation import Reader
 from trigate.openai.answer import Usage
 from trigate.routing.plan import Step
@@ -64,7 +65,8 @@ class Attempt:
         first_content_after_s: From its start.
         waiting_since: Since when its first content has been awaited (Trio time); infinite = it is not.
         head_due_from: Since when the head of its reply has been awaited.
-        last_byte_at: When the last bytes of the reply came.
+        last_byte_at: Since when the upstream has been silent: when its last bytes came, or when the sink took them.
+        relayed: Its stream on the fast path; None = the fast path does not relay it now.
         is_reading: Its task is inside `Reply.receive`.
         is_sending: It waits for the client, not for the upstream.
         is_superseded: Another attempt had content first.
@@ -86,6 +88,7 @@ class Attempt:
     ended_at: float | None = None
     reply: Reply | None = None
     reader: Reader | None = None
+    relayed: RelayedStream | None = None
     usage: Usage | None = None
     waiting_since: float = math.inf
     head_due_from: float = math.inf
@@ -121,8 +124,16 @@ class Attempt:
                 self.reply, self.phase = None, Phase.ENDED
                 await self.end(sink, rest)
 
+    # While one of the sends below waits for the client, the upstream is not idle.
+
+    async def start(self, sink: Sink, status: int, headers: list[Header]) -> None:
+        """Sends the head of the answer."""
+        self.is_sending = True
+        await sink.start(status, headers)
+        self.is_sending = False
+
     async def send(self, sink: Sink, data: bytes) -> None:
-        """Sends a piece of the answer. While the client does not read, the upstream is not idle."""
+        """Sends a piece of the answer."""
         self.is_sending = True
         await sink.send(data)
         self.is_sending = False
@@ -137,11 +148,11 @@ class Attempt:
     async def receive(self, reply: Reply) -> bytes | None:
         """Receives the next piece of the reply's body; None at its end."""
         self.is_reading = True
+        self.last_byte_at = trio.current_time()  # the client may have delayed this read: its time does not count
         try:
             return await reply.receive()
         finally:
             self.is_reading = False
-            self.last_byte_at = trio.current_time()
 
     def _enter(self, phase: str) -> None:
         self.phase = Phase(phase)
@@ -162,7 +173,7 @@ class Attempt:
             self.decided.set()
 
     def note_byte(self) -> None:
-        """Bytes of the reply have come."""
+        """Bytes of the reply have come, or have been sent on: its silence begins now."""
         self.last_byte_at = trio.current_time()
 
     def note_end(self, now: float) -> None:

@@ -83,7 +83,7 @@ class ClientSink:
 
     def _note_commit(self) -> None:
         state = self._state
-        self._client.headers += answer_headers(state)
+        self._client.headers += answer_headers(state, trio.current_time())
         state.first_byte_deadline = math.inf
         if state.source is not None:
             state.source.first_byte_deadline = math.inf
@@ -148,9 +148,11 @@ class ClientSink:
         client, state = self._client, self._state
         if self.is_detached:
             return []
-        stalled_at = self._stall.due_at(
-            now, sending_since=client.sending_since, acknowledged_bytes=client.acknowledged_bytes
-        )
+        stalled_at = math.inf
+        if client.sending_since is not None:  # to see what a client acknowledges is a system call
+            stalled_at = self._stall.due_at(
+                now, sending_since=client.sending_since, acknowledged_bytes=client.acknowledged_bytes
+            )
         if stalled_at <= now:
             limit_s = self._stall.limit_s
             self._end_stalled(
@@ -200,10 +202,10 @@ class ClientSink:
         await self._client.abort()
 
 
-def answer_headers(state: ExchangeState) -> list[Header]:
-    """What the head of a response says of its call: who answered, at which attempt, and how much of the time was the
-    gateway's own."""
-    source, now = state.source, trio.current_time()
+def answer_headers(state: ExchangeState, now: float) -> list[Header]:
+    """The response headers that describe a call: the upstream, the number of attempts, and the gateway's own share of
+    the time from the arrival of the request to ``now`` (Trio time)."""
+    source = state.source
     headers: list[Header] = []
     waited_s = 0.0
     if source is not None:

@@ -105,6 +105,7 @@ class Exchange(ExchangeState):
                 if watchdog is not None:
                     watchdog.stop()
                 self._settle()
+                self._client_sink = None  # it refers to this exchange: a call leaves no reference cycle behind
 
     # -- the two halves -----------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class LiveExchanges:
         """Ends all exchanges; each client is told why. Returns the request ids."""
         cancelled = list(self._live)
         for exchange in cancelled:
-            exchange.cancel(error)
+            exchange.cancel(error.copy())  # each task raises its own
         return [exchange.id for exchange in cancelled]
 
     async def wait_none_left(self) -> None:

@@ -27,7 +27,7 @@ from trigate.exchange.deadlines import AttemptLimits
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
-from trigate.exchange.socket_relay import SocketRelay
+from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.exchange.translation import PASS_THROUGH, Reader
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
@@ -108,7 +108,6 @@ class UpstreamCall:
     first_content_at: float | None = None
     _clock: UpstreamClock = attrs.field(factory=UpstreamClock)
     _continuation: Continuation = _NEW_STREAM
-    _stream: StreamAnswer | None = None
     _pause: trio.CancelScope | None = None
     _is_last_attempt: bool = False
 
@@ -304,7 +303,7 @@ class UpstreamCall:
         """How the answer gets from a reply to the sink."""
         call, limits = self.request.call, self.request.generation.config.limits
         if call.stream:
-            self._stream = StreamAnswer(
+            return StreamAnswer(
                 call=call,
                 translation=PASS_THROUGH,
                 claim=self.claim,
@@ -314,7 +313,6 @@ class UpstreamCall:
                 keep_bytes=limits.buffered_bytes if self._may_continue() else 0,
                 continues=self._continuation.head,
             )
-            return self._stream
         if call.endpoint.answer == "json":
             return JsonAnswer(
                 call=call,
@@ -377,8 +375,9 @@ class UpstreamCall:
         progress. What goes to the sink from now on is discarded there."""
         self.deadline_at = deadline_at
         self._is_last_attempt = True
-        if self._stream is not None and self._stream.relayed is not None:
-            self._stream.relayed.detach()
+        stream = self._relayed_stream()
+        if stream is not None:
+            stream.detach()
 
     def abandon(self) -> bool:
         """Closes the upstream's connection now, from any task, where the fast path relays the stream.
@@ -386,7 +385,7 @@ class UpstreamCall:
         Returns:
             Whether it did. The task of the call then sleeps until it is cancelled, which is no longer urgent.
         """
-        stream = self._stream.relayed if self._stream is not None else None
+        stream = self._relayed_stream()
         reply = self.winner.reply if self.winner is not None else None
         if stream is None or reply is None or not stream.release():
             return False
@@ -402,11 +401,14 @@ class UpstreamCall:
     def inject(self, data: bytes) -> bool:
         """Sends bytes of the gateway's own (a keep-alive comment) between two events on the fast path. Returns whether
         the fast path relays the stream."""
-        stream = self._stream.relayed if self._stream is not None else None
+        stream = self._relayed_stream()
         if stream is None:
             return False
         stream.inject(data)
         return True
+
+    def _relayed_stream(self) -> RelayedStream | None:
+        return self.winner.relayed if self.winner is not None else None
 
     def check_limits(self, now: float) -> list[float]:
         """Fails each attempt that has exceeded one of its limits; returns when each limit is due."""
