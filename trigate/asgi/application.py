@@ -95,21 +95,21 @@ def create_app(
 
     @app.errorhandler(errors.GatewayError)
     async def on_gateway_error(error: errors.GatewayError) -> Response:
-        return _rendered(error)
+        return _response_of(error)
 
     @app.errorhandler(HTTPException)
     async def on_http_error(error: HTTPException) -> Response:
-        return _rendered(_our_error(error))
+        return _response_of(_error_for(error))
 
     @app.errorhandler(Exception)
     async def on_crash(error: Exception) -> Response:
         log.exception("request_crashed", path=request.path)
-        return _rendered(errors.Internal("The gateway failed. See its log."))
+        return _response_of(errors.Internal("The gateway failed. See its log."))
 
     return app
 
 
-def _our_error(error: HTTPException) -> errors.GatewayError:
+def _error_for(error: HTTPException) -> errors.GatewayError:
     if isinstance(error, WerkzeugMethodNotAllowed):
         allowed = tuple(sorted(error.valid_methods or ()))
         return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
@@ -120,7 +120,7 @@ def _our_error(error: HTTPException) -> errors.GatewayError:
     return errors.BadRequest(error.description or error.name)
 
 
-def _rendered(error: errors.GatewayError) -> Response:
+def _response_of(error: errors.GatewayError) -> Response:
     status_code, headers, body = error.to_response()
     response: Any = Response(body, status=status_code)  # Any: Quart's headers are untyped
     response.headers.clear()

@@ -111,7 +111,12 @@ class Attempt:
         """
         with self.scope:
             async with upstream.open(
-                "POST", request.path, request.body, headers=request.headers, owner=request.owner, on_phase=self._enter
+                "POST",
+                request.path,
+                request.body,
+                headers=request.headers,
+                owner=request.owner,
+                on_phase=self._on_phase,
             ) as reply:
                 self.reply = reply
                 self.last_byte_at = trio.current_time()
@@ -154,7 +159,7 @@ class Attempt:
         finally:
             self.is_reading = False
 
-    def _enter(self, phase: str) -> None:
+    def _on_phase(self, phase: str) -> None:
         self.phase = Phase(phase)
         if phase == Phase.CONNECTING:
             now = self.waiting_since = self.head_due_from = trio.current_time()
@@ -177,7 +182,7 @@ class Attempt:
         self.last_byte_at = trio.current_time()
 
     def note_end(self, now: float) -> None:
-        """It has ended: no limit applies any more."""
+        """It has ended: its limits no longer apply."""
         self.ended_at = now
         self.phase = Phase.ENDED
         self.reply = None

@@ -27,13 +27,21 @@ from trigate.openai.request import Call
 MAX_JSON_BYTES = 64 * 1024
 """Up to this size, bodies are compared as JSON."""
 
-_ORDERLESS = ("messages", "input")
-_OF_ONE_REQUEST = ("x-request-id", "traceparent", "tracestate")
+_UNORDERED_FIELDS = ("messages", "input")
+_PER_REQUEST_HEADERS = ("x-request-id", "traceparent", "tracestate")
 
-_EXACT = ("/embeddings", "/moderations")
+_DETERMINISTIC_PATHS = ("/embeddings", "/moderations")
 """Endpoints whose answers are deterministic, whatever their parameters are."""
 
-_ACTS = ("tools", "functions", "mcp_servers", "plugins", "web_search_options", "background", "conversation")
+_SIDE_EFFECT_FIELDS = (
+    "tools",
+    "functions",
+    "mcp_servers",
+    "plugins",
+    "web_search_options",
+    "background",
+    "conversation",
+)
 """Fields of a call that may have other effects than an answer: the client or the provider executes something, or the
 provider stores something. Such calls must not be merged."""
 
@@ -48,25 +56,25 @@ def call_key_of(call: Call, headers: Mapping[str, str], *, sampled: bool) -> byt
     Returns:
         None = the call must have an answer of its own.
     """
-    if _acts(call) or not (sampled or is_deterministic(call)):
+    if _has_side_effects(call) or not (sampled or is_deterministic(call)):
         return None
     body = canonical(call.body) if len(call.body) <= MAX_JSON_BYTES else call.body
     if body is None:
         return None
-    sent = sorted((name, value) for name, value in headers.items() if name not in _OF_ONE_REQUEST)
+    sent = sorted((name, value) for name, value in headers.items() if name not in _PER_REQUEST_HEADERS)
     return hashlib.sha256(msgspec.json.encode([call.endpoint.path, sent]) + b"\n" + body).digest()
 
 
 def is_deterministic(call: Call) -> bool:
     """Whether the client expects equal calls to get equal answers: the call has ``temperature: 0`` or a seed."""
-    if call.endpoint.path in _EXACT:
+    if call.endpoint.path in _DETERMINISTIC_PATHS:
         return True
     temperature, seed = _value(call, "temperature"), _value(call, "seed")
     return (type(temperature) in (int, float) and temperature == 0) or type(seed) is int
 
 
-def _acts(call: Call) -> bool:
-    if any(_value(call, name) for name in _ACTS):
+def _has_side_effects(call: Call) -> bool:
+    if any(_value(call, name) for name in _SIDE_EFFECT_FIELDS):
         return True
     # The responses API stores an answer, which later calls can continue, unless ``store`` is false.
     return bool(_value(call, "store", call.endpoint.path == "/responses"))
@@ -95,12 +103,12 @@ def canonical(body: bytes) -> bytes | None:
             object_pairs_hook=_object,
             parse_int=_number,
             parse_float=_number,
-            parse_constant=_no_constant,
+            parse_constant=_refuse_constant,
         )
         parts = [
             msgspec.json.encode(name)
             + b":"
-            + msgspec.json.encode(fields[name], order="sorted" if name in _ORDERLESS else None)
+            + msgspec.json.encode(fields[name], order="sorted" if name in _UNORDERED_FIELDS else None)
             for name in sorted(fields)
         ]
     except (ValueError, RecursionError):  # also UnicodeError
@@ -119,5 +127,5 @@ def _number(text: str) -> msgspec.Raw:
     return msgspec.Raw(text.encode())
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")

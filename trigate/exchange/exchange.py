@@ -79,7 +79,7 @@ class Exchange(ExchangeState):
 
         **Cancels:** at any point; the upstream is closed and the exchange settled as ``cancelled``.
         """
-        self.outcome = Outcome.CANCELLED  # unless something below says otherwise
+        self.outcome = Outcome.CANCELLED  # unless it is set below
         self._nursery = nursery
         if self.client is not None:
             self._client_sink = ClientSink(self.client, self, nursery)

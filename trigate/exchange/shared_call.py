@@ -216,7 +216,7 @@ class SharedCall:
         await self._changed.wait()
 
     def note_reader_gone(self) -> None:
-        """A subscriber has no client any more, so the upstream need not wait for it."""
+        """The client of a subscriber has disconnected: the upstream need not wait for it."""
         self._taken.set()
 
     def leave(self, subscriber: Subscription) -> bool:

@@ -30,7 +30,7 @@ class ExchangeState:
         client: The response to its client; None = only a recorder takes the answer.
         deadline_at: When the whole call has to be over (Trio time).
         first_byte_deadline: When its answer has to have begun; infinite once the status line is out.
-        source: Where the answer comes from; None = the exchange has not been admitted.
+        source: The source of the answer; None = the exchange has not been admitted.
         idle_phase: Its phase while no attempt is in progress.
         outcome: None while it runs; then an `Outcome` or an error code.
         error: The error that ended it; the client got it unless it had disconnected.
@@ -125,7 +125,7 @@ class ExchangeState:
 
     @property
     def is_cancelled(self) -> bool:
-        """It was cancelled: no attempt begins any more."""
+        """It was cancelled: no further attempt begins."""
         return self.cancelled_with is not None
 
     @property
@@ -172,6 +172,6 @@ class ExchangeState:
 
     @property
     def first_content_after_s(self) -> float | None:
-        """From its start; None = no content has come."""
+        """From its start; None = no content has arrived."""
         first_at = self.source.first_content_at if self.source is not None else None
         return first_at - self.started_at if first_at is not None else None

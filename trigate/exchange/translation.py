@@ -33,7 +33,7 @@ class Reader(Protocol):
 
     @property
     def complete(self) -> bool:
-        """The last event of the stream has come."""
+        """The last event of the stream has arrived."""
 
     @property
     def error(self) -> GatewayError | None:
@@ -80,7 +80,7 @@ class Translation(Protocol):
 
         Args:
             upstream: The upstream's name, for messages.
-            max_event_bytes: The bound on an event, and on what comes before the first content.
+            max_event_bytes: The size limit of an event, and of everything before the first content.
             keep_bytes: How many bytes of the returned frames are kept for another upstream to continue.
             continues: The fields that all events of the continued stream have in common; None = it is a new stream.
         """

@@ -81,8 +81,8 @@ class UpstreamCall:
     """The upstream's side of an exchange, or of a shared call.
 
     Attributes:
-        deadline_at: When the call has to be over. No attempt begins after it, and each request says how much time is
-            left.
+        deadline_at: When the call has to be over. No attempt begins after it, and the remaining time is sent with each
+            request.
         first_byte_deadline: When the answer has to have begun; infinite once something has been sent to the client.
         attempts: All attempts, in the order in which they began.
         live: The attempts in progress.
@@ -90,7 +90,7 @@ class UpstreamCall:
         target: The target of the winner; before there is one, of the last attempt.
         cancelled_with: Why the call was cancelled.
         bytes_sent: Bytes of the answer that went to the sink.
-        first_content_at: Trio time; None = no content has come.
+        first_content_at: Trio time; None = no content has arrived.
     """
 
     request: ExchangeRequest

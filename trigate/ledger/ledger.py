@@ -152,7 +152,7 @@ class Ledger:
         """Whether the journal has settled records that are neither in memory nor in the store."""
         self._error: str | None = None
         self._store_error: str | None = None
-        self._settled_some = Wakeup()
+        self._has_settled = Wakeup()
         self._flushing = trio.Lock()
         self._orphans_at = -math.inf
         self._begun = self._settled = self._lost = self._dropped = 0
@@ -203,7 +203,7 @@ class Ledger:
         if begun is None:
             return
         self._settled += 1
-        record = _settled(begun, exchange).encode()
+        record = _settled_record(begun, exchange).encode()
         is_written = self._write(record)
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(record)
@@ -211,8 +211,8 @@ class Ledger:
             self._is_behind = True
         else:
             self._dropped += 1
-        if not self._settled_some.is_set:
-            self._settled_some.set()
+        if not self._has_settled.is_set:
+            self._has_settled.set()
 
     def _write(self, record: bytes) -> bool:
         """Writes a line to the journal; returns whether that succeeded."""
@@ -248,11 +248,11 @@ class Ledger:
                 if error.message != self._store_error:
                     log.warning("ledger_waits", error=error.message)
                 self._store_error = error.message
-                self._settled_some.set()
+                self._has_settled.set()
             else:
                 self._store_error = None
             with trio.move_on_after(ORPHANS_S if self._path != MEMORY else math.inf):
-                await self._settled_some.wait()
+                await self._has_settled.wait()
             await trio.sleep(FLUSH_S)  # many records share one transaction
 
     async def flush(self) -> None:
@@ -338,7 +338,7 @@ def _encoded_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
     return [record.encode() for record in records if record.outcome != LOST]
 
 
-def _settled(begun: ExchangeRecord, exchange: LedgerEntry) -> ExchangeRecord:
+def _settled_record(begun: ExchangeRecord, exchange: LedgerEntry) -> ExchangeRecord:
     prompt: int | None = None
     completion: int | None = None
     usage = exchange.usage
