@@ -366,7 +366,7 @@ async def test_a_reader_that_stalls_ends_its_upstream(open_house: Any, clock: Mo
         house.assert_carried()
         assert house.provider.open_now == 1
         [exchange] = house.gateway.live
-        assert exchange.down.sending_since is not None
+        assert exchange.client.sending_since is not None
         await trio.sleep(21)
         assert house.provider.open_now == 0
         await client.read_all()
@@ -468,12 +468,12 @@ async def test_a_late_keep_alive_goes_the_way_of_the_stream(
         [exchange] = house.gateway.live
         sent_at = trio.current_time()
         monkeypatch.setattr(ClientResponse, "send", counted)
-        await exchange._keep_alive()
+        await exchange._client_sink._keep_alive()
         assert sends == (way == "loop")
         await client.read_until(KEEP_ALIVE)
         await trio.sleep(20)
-        assert exchange.down.sending_since is not None
-        await exchange._keep_alive()
+        assert exchange.client.sending_since is not None
+        await exchange._client_sink._keep_alive()
         assert trio.current_time() - sent_at < 21
         await client.read_all()
         assert client.body == (public(A, KEEP_ALIVE, *(step.data for step in MUCH), DONE), True)
