@@ -1,4 +1,4 @@
-"""The errors of the gateway, split by who is to blame.
+"""The errors of the gateway, grouped by blame: the client, the provider, or the gateway.
 
 The tree::
 

@@ -21,7 +21,7 @@ bearer, telegram   nothing: the secret itself is sent               the secret h
 
 Within the 300 s, only its id distinguishes a copy of a signed request from the original, so the caller must remember
 the ids. ``X-GitHub-Delivery`` is the exception: GitHub defines it for that purpose, and repeats it when it delivers an
-event again, but does not sign it. So it recognises GitHub's own repetitions. It does not recognise an attacker who
+event again, but does not sign it. So it recognises GitHub's own repetitions. It does not recognise an attacker that
 sends a recorded body and signature with another id: that takes a digest of the body, the only part that an attacker
 cannot change. An attacker cannot use the id of another event for another body either, as the body is signed.
 

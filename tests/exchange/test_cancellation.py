@@ -37,7 +37,7 @@ from tests.support.provider import (
     role,
     says,
 )
-from trigate.server import server
+from trigate.server.connection import serve_connection
 
 OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
@@ -135,7 +135,7 @@ async def _server_trial(served: Served, scene: Scene, steps: int) -> bool:
 async def serve_one(served: Served, stream: trio.abc.Stream) -> None:
     """Serves one connection as the server does, on a memory stream."""
     app: Any = served.app
-    await server.serve_connection(app, stream, client=("127.0.0.1", 5), server=("127.0.0.1", 18888))
+    await serve_connection(app, stream, client=("127.0.0.1", 5), server=("127.0.0.1", 18888))
 
 
 def is_whole(received: bytes) -> bool:

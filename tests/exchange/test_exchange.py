@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -959,6 +961,23 @@ async def test_a_drain_refuses_new_calls_and_lets_running_ones_end(
         assert (await served.client.ask("GET", "/status")).json["status"] == "draining"
 
 
+@pytest.mark.parametrize("headers", [{}, {"x-coalesce": "true"}], ids=["own", "shared"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "json"])
+async def test_a_call_leaves_no_reference_cycle(open_app: OpenApp, stream: bool, headers: dict[str, str]) -> None:
+    """What belongs to a call is freed without the garbage collector, which runs rarely (`asgi.calm_collector`)."""
+    script = says("a") if stream else answers(completion("a"))
+    async with open_app(providers=Provider(script)) as served:
+        gc.disable()
+        try:
+            call = served.client.start("POST", "/v1/chat/completions", chat(stream=stream, seed=1), headers=headers)
+            assert (await call.wait()).status == 200
+            await wait_all_tasks_blocked()
+            exchange = weakref.ref(served.settled.pop())
+            assert exchange() is None
+        finally:
+            gc.enable()
+
+
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_cut_tells_every_client(open_app: OpenApp, autojump_clock: MockClock, phase: str) -> None:
     """``cut`` closes every upstream at once; its client gets a 503, or an error event and the proper end."""
@@ -991,6 +1010,18 @@ async def test_a_cut_reaches_the_queue_and_goes_to_no_next_target(open_app: Open
         assert served.providers["b"].opened == 0
         assert served.providers["a"].opened == 1
         served.assert_clean()
+
+
+async def test_each_client_of_a_drain_gets_an_error_of_its_own(open_app: OpenApp) -> None:
+    """Tasks that raise one exception object extend the same traceback, which keeps the frames of all of them."""
+    async with open_app(providers=Provider((Stall(),), (Stall(),))) as served:
+        calls = [served.client.chat(), served.client.chat()]
+        await wait_all_tasks_blocked()
+        served.state["drain"].cut()
+        for call in calls:
+            assert (await call.wait()).error["code"] == "draining"
+        first, second = served.settled
+        assert first.error is not second.error
 
 
 # -- admission, and defects -------------------------------------------------------------------------------------------

@@ -453,6 +453,24 @@ async def test_keep_alives_are_each_ones_own(open_app: OpenApp, autojump_clock: 
         assert [early.header("x-trigate-coalesced"), late.header("x-trigate-coalesced")] == ["leader", "joined"]
 
 
+async def test_an_upstream_that_waits_for_its_subscribers_is_not_idle(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """Its silence counts from when it is read again, although no limit was checked since."""
+    big = [content(letter * 4000) for letter in "xy"]
+    script = (Say(content("a")), Pause(1), Say(big[0]), Pause(0.1), Say(big[1]), Pause(4.7), *says("b"))
+    settings = config(limits={"idle_timeout_s": 5, "buffered_bytes": 5000})
+    async with open_app(settings, Provider(script)) as served:
+        call = ask(served)
+        await call.wait_for(b'"a"')
+        call.stall()
+        await trio.sleep(5.5)
+        call.release()
+        assert (await call.wait()).body.endswith(DONE)
+        assert outcomes(served) == ["complete"]
+        await is_quiet(served)
+
+
 async def test_attempts_are_the_flights(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """Failover happens once, for all; who joins meanwhile is served by it."""
     settings = make_config({"a": {}, "b": {}}, models={"shared": {"targets": ["a/m", "b/m"], "coalesce": True}})

@@ -18,7 +18,7 @@ import attrs
 import msgspec
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import chat
 from tests.support.bomb import Bomb, armed
@@ -366,7 +366,7 @@ async def test_a_reader_that_stalls_ends_its_upstream(open_house: Any, clock: Mo
         house.assert_carried()
         assert house.provider.open_now == 1
         [exchange] = house.gateway.live
-        assert exchange.down.sending_since is not None
+        assert exchange.client.sending_since is not None
         await trio.sleep(21)
         assert house.provider.open_now == 0
         await client.read_all()
@@ -468,12 +468,12 @@ async def test_a_late_keep_alive_goes_the_way_of_the_stream(
         [exchange] = house.gateway.live
         sent_at = trio.current_time()
         monkeypatch.setattr(ClientResponse, "send", counted)
-        await exchange._keep_alive()
+        await exchange._client_sink._keep_alive()
         assert sends == (way == "loop")
         await client.read_until(KEEP_ALIVE)
         await trio.sleep(20)
-        assert exchange.down.sending_since is not None
-        await exchange._keep_alive()
+        assert exchange.client.sending_since is not None
+        await exchange._client_sink._keep_alive()
         assert trio.current_time() - sent_at < 21
         await client.read_all()
         assert client.body == (public(A, KEEP_ALIVE, *(step.data for step in MUCH), DONE), True)
@@ -540,3 +540,34 @@ async def test_the_end_at_any_step(
         client = await house.call()
         await client.read_all()
         assert client.body == (public(A, DONE), True)
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
+async def test_the_first_attempt_of_a_race_is_relayed(open_server: OpenServer, logs: Logs) -> None:
+    """A keep-alive, and a client that disconnects, find the stream of the attempt that won, not of the last one."""
+    async with (
+        open_socket_provider((Pause(0.1), Say(content("a")), Stall())) as (first, first_url),
+        open_socket_provider((Stall(),)) as (second, second_url),
+    ):
+        config = make_config(
+            {"a": {"base_url": first_url, "models": ["m"]}, "b": {"base_url": second_url, "models": ["m"]}},
+            models={"both": {"targets": ["a/m", "b/m"], "strategy": "hedge", "hedge_delay_s": 0.02, "hedge_budget": 1}},
+        )
+        async with open_server(config) as (client, app):
+            gateway = app.gateway
+            relay = gateway.exchange_services.upstream.socket_relay
+            async with (
+                client.stream("POST", "/v1/chat/completions", json=chat(model="both")) as response,
+                contextlib.aclosing(response.aiter_raw()) as body,
+            ):
+                assert b'"a"' in await anext(body)
+                await wait_all_tasks_blocked(0.01)
+                assert relay.streams == 1
+                assert second.opened == 1
+                [exchange] = gateway.live
+                assert exchange.source.inject(b": between\n\n")
+                assert await anext(body) == b": between\n\n"
+            await gateway.live.wait_none_left()
+            assert [entry["outcome"] for entry in logs.named("exchange")] == ["cancelled"]
+            assert relay.streams == 0
+        assert (first.open_now, second.open_now) == (0, 0)

@@ -175,6 +175,15 @@ async def test_a_failure_says_when_to_try_again(open_app: OpenApp, accept: str, 
         assert call.header("x-run-id")
 
 
+async def test_the_overhead_is_without_the_answer_s_duration(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The time that the provider needs for its answer is not the gateway's, where the answer is sent whole, too."""
+    script = (Pause(2), Say(content("Hel")), Pause(5), *REPLY[1:])
+    async with open_app(hooks(h={}), Provider(script)) as served:
+        call = await post(served)
+        assert (call.status, call.header("x-trigate-attempts")) == (200, "1")
+        assert float(call.header("x-trigate-overhead-ms")) == pytest.approx(0, abs=1)
+
+
 async def test_a_truncated_answer_is_an_error(open_app: OpenApp) -> None:
     """A partial answer is not returned as the reply."""
     async with open_app(hooks(h={}), Provider((Say(content("a")), Break()))) as served:

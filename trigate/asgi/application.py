@@ -1,4 +1,4 @@
-"""`create_app` puts the ASGI application together: lifespan, dispatch, routes, error bodies."""
+"""`create_app` makes the ASGI application: lifespan, dispatch, routes, error bodies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = structlog.get_logger("trigate.asgi.application")
 
 
 class GatewayLifespan:
-    """The ASGI lifespan. Its task owns the gateway and with it every service, for as long as the server runs."""
+    """The ASGI lifespan. Its task owns the gateway, and so every service, for as long as the server runs."""
 
     def __init__(self, app: GatewayApp, scope: LifespanScope) -> None:
         self._app = app
@@ -60,8 +60,8 @@ class GatewayLifespan:
 def calm_collector() -> None:
     """Runs Python's garbage collector less often, in a process that does nothing but serve.
 
-    Imported modules are not garbage, and a call leaves no cycles behind. At its default pace the collector took an
-    eighth of the time of a short call to find that out again and again.
+    Imported modules are not garbage, and a call leaves no reference cycles. With the default thresholds the collector
+    took an eighth of the time of a short call and found nothing.
     """
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -75,7 +75,7 @@ def create_app(
     """Makes the application. Nothing is opened before its lifespan starts.
 
     Args:
-        config: What to serve; None = it is found (see `trigate.gateway.gateway.open_gateway`).
+        config: The configuration; None = it is located as in `trigate.gateway.gateway.open_gateway`.
         opener: Opens the gateway in place of ``open_gateway(config)``.
     """
     app = GatewayApp("trigate", static_folder=None)
@@ -95,21 +95,21 @@ def create_app(
 
     @app.errorhandler(errors.GatewayError)
     async def on_gateway_error(error: errors.GatewayError) -> Response:
-        return _rendered(error)
+        return _response_of(error)
 
     @app.errorhandler(HTTPException)
     async def on_http_error(error: HTTPException) -> Response:
-        return _rendered(_our_error(error))
+        return _response_of(_error_for(error))
 
     @app.errorhandler(Exception)
     async def on_crash(error: Exception) -> Response:
         log.exception("request_crashed", path=request.path)
-        return _rendered(errors.Internal("The gateway failed; its log says why."))
+        return _response_of(errors.Internal("The gateway failed. See its log."))
 
     return app
 
 
-def _our_error(error: HTTPException) -> errors.GatewayError:
+def _error_for(error: HTTPException) -> errors.GatewayError:
     if isinstance(error, WerkzeugMethodNotAllowed):
         allowed = tuple(sorted(error.valid_methods or ()))
         return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
@@ -120,7 +120,7 @@ def _our_error(error: HTTPException) -> errors.GatewayError:
     return errors.BadRequest(error.description or error.name)
 
 
-def _rendered(error: errors.GatewayError) -> Response:
+def _response_of(error: errors.GatewayError) -> Response:
     status_code, headers, body = error.to_response()
     response: Any = Response(body, status=status_code)  # Any: Quart's headers are untyped
     response.headers.clear()

@@ -33,7 +33,7 @@ def _hostname(text: str) -> str | None:
 
 
 def _hops(value: bytes) -> list[str]:
-    """The addresses in an ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239) header.
+    """Returns the addresses in an ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239) header.
 
     >>> _hops(b"10.0.0.1, 127.0.0.1"), _hops(b'for="[2001:db8::1]:80";proto=http, for=192.0.2.1')
     (['10.0.0.1', '127.0.0.1'], ['2001:db8::1', '192.0.2.1'])
@@ -48,25 +48,26 @@ def _hops(value: bytes) -> list[str]:
 
 
 def authorize(head: RequestHead, config: Config) -> str | None:
-    """Decides whether a request may come in.
+    """Decides whether a request is allowed.
 
     Returns:
-        The name of its key; None where no key is configured.
+        The name of its key; None = no key is configured.
 
     Raises:
-        Unauthenticated: A key is configured, and this is none.
-        Forbidden: No key is configured, and the request is not from this machine, or is a page's that should not.
+        Unauthenticated: Keys are configured, and the request has none of them.
+        Forbidden: No key is configured, and the request is not from this machine, or it is from a web page whose origin
+            is not allowed.
     """
     if config.keys:
         scheme, _, token = head.headers.get(b"authorization", b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else b""
         found = None
-        for name, key in config.keys.items():  # every key is compared, whichever matches
+        for name, key in config.keys.items():  # compare all keys, so that the time does not depend on the match
             if hmac.compare_digest(given, key.encode()):
                 found = name
         if found is None:
-            said = "Incorrect API key provided." if given else "You didn't provide an API key."
-            raise Unauthenticated(f"{said} This gateway wants one: Authorization: Bearer YOUR_KEY.")
+            problem = "Incorrect API key provided." if given else "You didn't provide an API key."
+            raise Unauthenticated(f"{problem} This gateway requires one: Authorization: Bearer YOUR_KEY.")
         return found
     if config.server.insecure:
         return None
@@ -96,11 +97,12 @@ def authorize(head: RequestHead, config: Config) -> str | None:
 
 
 def cors_allows(origin: str, config: Config) -> bool:
-    """Whether pages of an origin may read answers."""
+    """Whether web pages of an origin may read answers."""
     return origin in config.server.cors_origins or "*" in config.server.cors_origins
 
 
 def cors_headers(origin: str | None, config: Config) -> list[Header]:
+    """Returns the CORS headers of every response to a request from an origin; None = it has none."""
     if not config.server.cors_origins:
         return []
     headers: list[Header] = [(b"vary", b"origin")]

@@ -1,7 +1,7 @@
 """Calls that carry model traffic (``POST /v1/…``): from the request to its exchange.
 
-They bypass Quart. A stream must never pass through a generator (a cancellation would land in code that does not expect
-it), and Quart's request and response objects cost as much as the whole exchange.
+They bypass Quart. A stream must never pass through a generator (a cancellation would be raised in code that does not
+expect it), and Quart's request and response objects cost as much as the whole exchange.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ async def serve_call(
 async def read_body(
     gateway: Gateway, head: RequestHead, request_body: RequestBody, response: ClientResponse, *, max_bytes: int
 ) -> bytes | None:
-    """Reads the body of a call that will cost something; None = the client disconnected meanwhile.
+    """Reads the body of a call or of a webhook; None = the client disconnected meanwhile.
 
     Raises:
-        Draining: No more calls are served.
+        Draining: New calls are refused.
         TooLarge, BodyTimeout: As `RequestBody.read`.
     """
     if gateway.live.is_draining:
@@ -121,7 +121,7 @@ async def read_body(
     if (head.content_length or 0) > max_bytes:
         raise too_large(max_bytes)
     if response.client is not None and response.client.body_is_here and head.content_length is not None:
-        # nearly always: a deadline would cost more than this
+        # The usual case, without the cost of a cancel scope: the body has arrived with the head.
         return (await request_body.receive()).get("body", b"")  # type: ignore[no-any-return]
     return await request_body.read(max_bytes=max_bytes, timeout_s=gateway.generations.config.limits.body_timeout_s)
 
@@ -129,13 +129,13 @@ async def read_body(
 def watch_client(
     nursery: trio.Nursery, request_body: RequestBody, response: ClientResponse, leave: Callable[[], None]
 ) -> None:
-    """Has ``leave`` called when the client disconnects before its answer is out."""
+    """Calls ``leave`` when the client disconnects before its answer is out."""
     if response.client is None or not response.client.watch(leave):
         nursery.start_soon(_wait_disconnected, request_body, leave)
 
 
 async def _wait_disconnected(request_body: RequestBody, leave: Callable[[], None]) -> None:
-    """Waits for the disconnect, under a server that offers no cheaper way."""
+    """Waits for the disconnect in a task, under a server that has no callback for it."""
     while (await request_body.receive())["type"] != "http.disconnect":
         pass
     leave()
@@ -153,12 +153,12 @@ async def _take_turn(
 ) -> GatewayError | None:
     """Serves a call as a turn of a session.
 
-    There is no exchange before the turn has come: waiting takes no admission slot, and is limited by
-    ``sessions.wait_s`` and the client's own timeout (``at_most_s``). Since each waiting call holds a connection and a
-    body, no more may wait than there may be exchanges.
+    The exchange begins with the turn: a call that waits for its turn takes no admission slot. The wait is limited by
+    ``sessions.wait_s`` and by the client's own timeout (``at_most_s``). Since each waiting call holds a connection and
+    a body, the number of waiting calls is limited to ``limits.max_exchanges``.
 
     Returns:
-        Why the turn could not be taken; returned, since the nursery would wrap it in a group.
+        The error; it is returned, since the nursery would wrap it in a group.
     """
     config = gateway.generations.config
     limit = config.limits.max_exchanges

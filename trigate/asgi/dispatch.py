@@ -1,9 +1,9 @@
-"""One ASGI HTTP request: access control, and the way to the data plane, a webhook or the control plane.
+"""One ASGI HTTP request: access control, then the data plane, a webhook or the control plane.
 
 Quart-Trio makes a `GatewayConnection` for each request (``asgi_http_class``). Calls that carry model traffic
-(`openai.endpoints.ENDPOINTS`) go to `data_plane` and webhooks to `webhooks.endpoint`; both drive the response
-themselves. Everything else is ordinary Quart. Access control (`auth`), CORS, request ids and error bodies are the same
-for all three, and are done here.
+(`openai.endpoints.ENDPOINTS`) go to `data_plane` and webhooks to `webhooks.endpoint`; both send the response
+themselves. Everything else is ordinary Quart. This module does for all three: access control (`auth`), CORS, request
+ids and error bodies.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
                 await response.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
 
     async def _control_plane(self, head: RequestHead, body: RequestBody, response: ClientResponse) -> None:
-        """Has Quart handle the request."""
+        """Passes the request to Quart."""
 
         async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
             piece = message.get("body", b"") if head.method != "HEAD" else b""
@@ -154,7 +154,7 @@ async def _refuse(error: GatewayError, body: RequestBody, response: ClientRespon
 
 
 async def _answer_preflight(head: RequestHead, config: Config, response: ClientResponse) -> bool:
-    """Answers a CORS preflight; False = it is none, or its origin is not allowed."""
+    """Answers a CORS preflight; False = it is not a preflight, or its origin is not allowed."""
     if head.origin is None or b"access-control-request-method" not in head.headers:
         return False
     if not cors_allows(head.origin, config):

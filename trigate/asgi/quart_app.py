@@ -1,4 +1,4 @@
-"""The QuartTrio application class; `application.create_app` puts an application together."""
+"""The QuartTrio application class; `application.create_app` makes an application."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GatewayApp(QuartTrio):
     """The ASGI application.
 
     Attributes:
-        gateway: There from the start of the lifespan to its end.
+        gateway: The open gateway; set from the start of the lifespan to its end.
         open_gateway: Opens the gateway for the lifespan.
     """
 
@@ -25,11 +25,11 @@ class GatewayApp(QuartTrio):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI as servers type it
         if scope["type"] == "http":
-            await self.asgi_http_class(self, scope)(receive, send)  # as Quart does, without its detours
+            await self.asgi_http_class(self, scope)(receive, send)  # as in Quart, without its indirections
         else:
             await super().__call__(scope, receive, send)
 
 
 def current_gateway() -> Gateway:
-    """The gateway of the request that is being handled."""
+    """Returns the gateway of the current request."""
     return cast("GatewayApp", current_app).gateway

@@ -37,8 +37,8 @@ class RequestBody:
     async def receive_bounded(self) -> Any:  # Any: as above
         """Receives a message for the control plane. A body over 1 MiB counts as a disconnect.
 
-        (The control plane has no use for large bodies. Quart keeps whatever arrives, and its own limit does not see
-        chunked bodies.)
+        (The control plane has no use for large bodies. Quart keeps the whole body in memory, and its own limit does
+        not apply to chunked bodies.)
         """
         message = await self.receive()
         self._received_bytes += len(message.get("body", b""))

@@ -1,11 +1,10 @@
-"""Admission: how many exchanges run at once, how many calls a key makes a second, and none while the event loop lags.
+"""Admission: limits the exchanges in flight, the rate of calls of each key, and the load of the event loop.
 
-`Admission.slot` is a context manager: the slot is released where its block ends, whatever ended it. An exchange that
-finds no slot free waits in a fair queue (`concurrency.fair_limiter`), or is refused at once: the queue is full, or the
-expected wait is longer than the exchange may wait. A call that is bound to fail later costs more than one that fails
-now.
+`Admission.slot` is a context manager that releases the slot at the end of its block. An exchange that finds no free
+slot waits in a fair queue (`concurrency.fair_limiter`). It is refused at once if the queue is full, or if the expected
+wait is longer than the exchange may wait: a call that fails now costs less than one that fails after a wait.
 
-A refusal says when to try again. It is a 429 where the key exceeds a limit of its own, and a 503 where the gateway is
+A refusal says when to try again. It is a 429 if the key exceeds a limit of its own, and a 503 if the gateway is
 overloaded.
 """
 
@@ -35,12 +34,12 @@ _SAMPLES = 4
 
 @attrs.frozen(kw_only=True)
 class AdmissionStatistics:
-    """A moment of the admission.
+    """A snapshot of `Admission`.
 
     Attributes:
         in_flight: Exchanges that have a slot.
-        limit: How many slots there are.
-        queued: Exchanges that wait for one.
+        limit: The number of slots.
+        queued: Exchanges that wait for a slot.
         refused: Exchanges that were refused since the start.
         is_late: New calls are refused until the event loop has caught up.
         lag_s: How late the event loop is.
@@ -58,10 +57,10 @@ class Admission:
     """Admits exchanges.
 
     Args:
-        max_exchanges: The bound that the process sets, whatever the configuration says (file descriptors).
+        max_exchanges: The bound of the process (file descriptors). The configuration cannot exceed it.
 
     Attributes:
-        slots: What is admitted and queued.
+        slots: The slots, and the queue for them.
         is_late: New calls are refused until the event loop has caught up.
         refused: How many exchanges were refused.
     """
@@ -80,7 +79,7 @@ class Admission:
         return f"<Admission {self.slots}>"
 
     def apply(self, limits: LimitsConfig) -> None:
-        """Takes the limits of a new configuration; queued exchanges are admitted by them."""
+        """Applies the limits of a new configuration, also to queued exchanges."""
         self.slots.change(min(limits.max_exchanges, self._max_exchanges), key_limit=limits.max_exchanges_per_key)
         self._max_lag_s = limits.loop_lag_s
 
@@ -102,18 +101,18 @@ class Admission:
         )
 
     def slot(self, exchange: ExchangeState) -> _Slot:
-        """A slot for an exchange, for as long as a block lasts: ``async with admission.slot(exchange):``.
+        """Returns a context manager that holds a slot: ``async with admission.slot(exchange):``.
 
         Raises:
             RateLimited: The key exceeds a limit of its own.
-            Overloaded: The gateway is at its limit, or behind.
+            Overloaded: The gateway is at its limit, or its event loop is late.
 
         **Cancels:** while the exchange is queued; it has no slot then.
         """
         return _Slot(self, exchange)
 
     def check(self, exchange: ExchangeState) -> None:
-        """Counts a call against the rate of its key, and checks that the event loop keeps up.
+        """Counts a call against the rate of its key, and checks that the event loop is not late.
 
         Raises:
             RateLimited, Overloaded: As `slot`.
@@ -139,7 +138,7 @@ class Admission:
         return error
 
     async def wait(self, exchange: ExchangeState) -> None:
-        """Waits in the queue, if the wait can end in time.
+        """Waits in the queue. Refuses the exchange if the queue is full, or if a slot cannot be expected in time.
 
         Raises:
             RateLimited, Overloaded: As `slot`.
@@ -181,7 +180,7 @@ class Admission:
         return slots.queued >= -(-slots.limit // 4)
 
     async def run(self) -> None:
-        """Measures how late the event loop is, while there are exchanges and a limit is set; never returns."""
+        """Measures how late the event loop is, while exchanges are in flight and a limit is set; never returns."""
         while True:
             await self._busy.wait()
             while True:
@@ -198,14 +197,14 @@ class Admission:
 
 
 def _refusal(message: str, *, is_own: bool, retry_after_s: float) -> GatewayError:
-    """A refusal for the key's own limit, or for the gateway's."""
+    """Makes the refusal for the key's own limit, or for the gateway's."""
     if is_own:
         return RateLimited(message, retry_after_s=retry_after_s)
     return Overloaded(message, retry_after_s=retry_after_s)
 
 
 class _Slot:
-    """See `Admission.slot`. A class, since a generator costs more and every call passes here."""
+    """See `Admission.slot`. A class, since a generator costs more, and every call needs one."""
 
     __slots__ = ("_admission", "_exchange", "_since")
 

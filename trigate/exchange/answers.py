@@ -1,7 +1,7 @@
-"""How an answer gets from an upstream's reply to a sink: a stream of events, one JSON object, or bytes.
+"""Moves an answer from an upstream's reply to a sink: a stream of events, one JSON object, or bytes.
 
-An answer that has content claims the call first (``claim``): synchronously, so that one attempt wins. Only then does
-anything go to the sink.
+An answer that has content first claims the call (``claim``), synchronously, so that one attempt wins. Nothing goes to
+the sink before that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trigate.errors import GatewayError, Header, ProtocolViolation
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Phase
 from trigate.exchange.sink import PlainSocket, Sink
-from trigate.exchange.socket_relay import RelayedStream, SocketRelay
+from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.translation import Reader, Translation
 from trigate.openai.request import Call
 from trigate.upstream.reply import Reply
@@ -36,18 +36,18 @@ STREAM_HEADERS: list[Header] = [
 JSON_HEADERS: list[Header] = [(b"content-type", b"application/json")]
 
 Claim = Callable[[Attempt], bool]
-"""Makes an attempt the one that answers; False = another attempt was first."""
+"""Makes an attempt the winner; False = another attempt was first."""
 Count = Callable[[int], None]
 """Adds bytes that went to the sink."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class StreamAnswer:
-    """A stream of server-sent events: whole events go to the sink as they come, on the fast path where there is one.
+    """A stream of server-sent events. Whole events go to the sink as they arrive, on the fast path if there is one.
 
     Args:
         socket_relay: The fast path; None = this system has none.
-        keep_bytes: How much of the answer is kept for another target to continue.
+        keep_bytes: How many bytes of the answer are kept, so that another target can continue it; 0 = none.
         continues: The fields that all events of the continued stream have in common.
     """
 
@@ -59,8 +59,6 @@ class StreamAnswer:
     max_event_bytes: int
     keep_bytes: int
     continues: Mapping[str, msgspec.Raw] | None
-    relayed: RelayedStream | None = None
-    """What the fast path moves now."""
     _attempt: Attempt = attrs.field(init=False)
     _client: PlainSocket = attrs.field(init=False)
 
@@ -95,7 +93,7 @@ class StreamAnswer:
                     return None
                 claimed = True
                 attempt.phase = Phase.STREAMING
-                await sink.start(200, STREAM_HEADERS)
+                await attempt.start(sink, 200, STREAM_HEADERS)
             self.count(len(data))
             if reader.complete:
                 return await self._end(attempt, reply, sink, data)
@@ -105,7 +103,7 @@ class StreamAnswer:
                 raise reader.error
 
     async def _end(self, attempt: Attempt, reply: Reply, sink: Sink, data: bytes) -> bytes | None:
-        """Ends the answer; where more of the reply's framing is to come, the connection is kept only if it comes soon.
+        """Ends the answer. The connection is kept only if the end of the reply's HTTP framing arrives soon.
 
         Returns:
             As `Answer.relay`.
@@ -120,20 +118,21 @@ class StreamAnswer:
         return None
 
     async def _run_fast_path(self, attempt: Attempt, reply: Reply, reader: Reader, sink: Sink) -> bool:
-        """Has the socket relay move the stream, until it is complete, has an error, or its body has ended.
+        """Lets the socket relay move the stream until it is complete, has an error, or its body has ended.
 
         Returns:
-            Whether it did; False = the two ends are not both plain sockets now.
+            Whether it did; False = not both ends are plain sockets now.
         """
         relay, response, client = self.socket_relay, reply.plain_response, sink.plain_socket
         if relay is None or client is None or response is None or response.socket is None or response.complete:
             return False
-        stream = self.relayed = relay.stream(response, response.socket, client, reader=reader)
+        stream = attempt.relayed = relay.stream(response, response.socket, client, reader=reader)
         self._attempt, self._client = attempt, client
+        attempt.note_byte()
         try:
             await stream.run(self)
         finally:
-            self.relayed = None
+            attempt.relayed = None
             attempt.is_sending = False
         if stream.failure is not None and not reader.complete:
             failure: httpx2.TransportError = stream.failure
@@ -148,7 +147,7 @@ class StreamAnswer:
             self._client.note_sent(now)
 
     def note_blocked(self, since: float | None) -> None:
-        """The client does not read; what the upstream sends meanwhile is read later."""
+        """The client does not read, or reads again. Meanwhile the upstream is not read, so it is not idle."""
         self._attempt.is_sending = since is not None
         self._client.note_blocked(since)
         if since is None:
@@ -157,7 +156,7 @@ class StreamAnswer:
 
 @attrs.define(eq=False, kw_only=True)
 class JsonAnswer:
-    """One JSON object. It is read and checked whole before anything goes to the sink."""
+    """One JSON object. It is read and checked before any of it goes to the sink."""
 
     call: Call
     translation: Translation
@@ -175,7 +174,7 @@ class JsonAnswer:
             return None
         attempt.usage = usage
         self.count(len(data))
-        await sink.start(200, JSON_HEADERS)
+        await attempt.start(sink, 200, JSON_HEADERS)
         return data
 
 
@@ -199,11 +198,11 @@ class BinaryAnswer:
                     return None
                 claimed = True
                 attempt.phase = Phase.STREAMING
-                await sink.start(200, headers)
+                await attempt.start(sink, 200, headers)
             self.count(len(piece))
             await attempt.send(sink, piece)
         if not claimed:
             if not self.claim(attempt):
                 return None
-            await sink.start(200, headers)
+            await attempt.start(sink, 200, headers)
         return b""

@@ -1,4 +1,4 @@
-"""One try at one target."""
+"""One attempt at one target."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Protocol
 import attrs
 import trio
 
-from trigate.errors import GatewayError
+from trigate.errors import GatewayError, Header
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.sink import Sink
+from trigate.exchange.socket_relay import RelayedStream
 from trigate.exchange.translation import Reader
 from trigate.openai.answer import Usage
 from trigate.routing.plan import Step
@@ -21,7 +22,7 @@ from trigate.upstream.upstream import Upstream
 
 
 class Answer(Protocol):
-    """How one kind of answer gets from an upstream's reply to a sink (`answers`)."""
+    """Moves one kind of answer from an upstream's reply to a sink (`answers`)."""
 
     async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
         """Moves the answer.
@@ -36,12 +37,12 @@ class Answer(Protocol):
 
 @attrs.frozen
 class UpstreamRequest:
-    """What is sent to an upstream.
+    """A request to an upstream.
 
     Attributes:
         path: Below the upstream's base URL.
         headers: Besides the upstream's own.
-        owner: Whose call it is: slots of the upstream go round the owners.
+        owner: The owner of the call. The upstream's slots go round the owners.
     """
 
     path: str
@@ -52,11 +53,11 @@ class UpstreamRequest:
 
 @attrs.define(eq=False, kw_only=True)
 class Attempt:
-    """A try at a target. It has more fields than most classes: each is read by the log, the ledger or ``/status``, or
-    is a time from which one of its limits counts.
+    """An attempt at a target. It has more fields than most classes: the log, the ledger or ``/status`` reads them, or a
+    time limit counts from them.
 
-    Its ``scope`` is a cancel scope of its own: a limit in time, or another attempt with content, ends what is done at
-    this upstream at once, and nothing else.
+    It has a cancel scope of its own: a time limit, or another attempt with content, ends the work at this upstream at
+    once, and nothing else.
 
     Attributes:
         outcome: None while it is in progress; then an `Outcome` or an error code.
@@ -64,19 +65,20 @@ class Attempt:
         first_content_after_s: From its start.
         waiting_since: Since when its first content has been awaited (Trio time); infinite = it is not.
         head_due_from: Since when the head of its reply has been awaited.
-        last_byte_at: When the last bytes of the reply came.
+        last_byte_at: The time from which the idle limit counts: the last bytes arrived then, or the sink took them.
+        relayed: Its stream on the fast path; None = the fast path does not relay it now.
         is_reading: Its task is inside `Reply.receive`.
-        is_sending: It waits for the client, not for the upstream.
+        is_sending: It waits for the sink (in the end, for the client) and not for the upstream.
         is_superseded: Another attempt had content first.
         is_delivered: The sink has the whole answer.
-        failed_with: Why its scope was cancelled.
+        failed_with: The error with which its scope was cancelled.
     """
 
     step: Step
     target: Target
     started_at: float
     on_connecting: Callable[[float], None]
-    """Called once the request is about to be sent."""
+    """Called when the request is about to be sent."""
     decided: trio.Event | None = None
     """Set when an attempt of the same race has content, or has failed."""
     phase: Phase = Phase.QUEUED
@@ -86,6 +88,7 @@ class Attempt:
     ended_at: float | None = None
     reply: Reply | None = None
     reader: Reader | None = None
+    relayed: RelayedStream | None = None
     usage: Usage | None = None
     waiting_since: float = math.inf
     head_due_from: float = math.inf
@@ -108,7 +111,12 @@ class Attempt:
         """
         with self.scope:
             async with upstream.open(
-                "POST", request.path, request.body, headers=request.headers, owner=request.owner, on_phase=self._enter
+                "POST",
+                request.path,
+                request.body,
+                headers=request.headers,
+                owner=request.owner,
+                on_phase=self._on_phase,
             ) as reply:
                 self.reply = reply
                 self.last_byte_at = trio.current_time()
@@ -117,12 +125,20 @@ class Attempt:
                     raise await upstream.error_of(reply)
                 rest = await answer.relay(self, reply, sink)
             if rest is not None:
-                # The upstream has done its part: its slot is free, however slowly the client reads.
+                # The upstream's slot is free already: a client that reads slowly does not hold it.
                 self.reply, self.phase = None, Phase.ENDED
                 await self.end(sink, rest)
 
+    # While one of the sends below waits for the client, the upstream is not idle.
+
+    async def start(self, sink: Sink, status: int, headers: list[Header]) -> None:
+        """Sends the head of the answer."""
+        self.is_sending = True
+        await sink.start(status, headers)
+        self.is_sending = False
+
     async def send(self, sink: Sink, data: bytes) -> None:
-        """Sends a piece of the answer. While the client does not read, the upstream is not idle."""
+        """Sends a piece of the answer."""
         self.is_sending = True
         await sink.send(data)
         self.is_sending = False
@@ -137,13 +153,13 @@ class Attempt:
     async def receive(self, reply: Reply) -> bytes | None:
         """Receives the next piece of the reply's body; None at its end."""
         self.is_reading = True
+        self.last_byte_at = trio.current_time()  # the client may have delayed this read: its time does not count
         try:
             return await reply.receive()
         finally:
             self.is_reading = False
-            self.last_byte_at = trio.current_time()
 
-    def _enter(self, phase: str) -> None:
+    def _on_phase(self, phase: str) -> None:
         if phase == "queued":
             self.phase = Phase.QUEUED
         else:
@@ -157,18 +173,18 @@ class Attempt:
         return self.reader.usage if self.reader is not None else self.usage
 
     def note_content(self, now: float) -> None:
-        """Its first content has come."""
+        """Its first content has arrived."""
         self.waiting_since = math.inf
         self.first_content_after_s = now - self.started_at
         if self.decided is not None:
             self.decided.set()
 
     def note_byte(self) -> None:
-        """Bytes of the reply have come."""
+        """Bytes of the reply have arrived, or have been sent on: the idle limit counts from now."""
         self.last_byte_at = trio.current_time()
 
     def note_end(self, now: float) -> None:
-        """It is over: no limit applies to it any more."""
+        """It has ended: its limits no longer apply."""
         self.ended_at = now
         self.phase = Phase.ENDED
         self.reply = None
@@ -177,7 +193,7 @@ class Attempt:
             self.outcome = Outcome.SUPERSEDED if self.is_superseded else Outcome.CANCELLED
 
     def fail(self, error: GatewayError) -> None:
-        """Ends it now, for this reason. Synchronous; the first reason counts."""
+        """Ends it now with this error. Synchronous; only the first call has an effect."""
         if self.failed_with is None and not self.is_superseded:
             self.failed_with = error
             self.scope.cancel()
@@ -190,7 +206,7 @@ class Attempt:
 
 
 class UpstreamClock:
-    """Adds up how long upstreams were waited for: from a request to its first content or its failure."""
+    """Measures the time spent waiting for upstreams: from a request to its first content or its failure."""
 
     __slots__ = ("_since", "_waited_s")
 
@@ -199,16 +215,16 @@ class UpstreamClock:
         self._since: float | None = None
 
     def start(self, now: float) -> None:
-        """An upstream is waited for; does nothing while another one is."""
+        """Waiting for an upstream begins; no effect if it has begun already."""
         if self._since is None:
             self._since = now
 
     def stop(self, now: float) -> None:
-        """No upstream is waited for any more."""
+        """Waiting ends."""
         if self._since is not None:
             self._waited_s += now - self._since
             self._since = None
 
     def waited_s(self, now: float) -> float:
-        """How long upstreams have been waited for so far."""
+        """The time spent waiting so far."""
         return self._waited_s + (now - self._since if self._since is not None else 0.0)

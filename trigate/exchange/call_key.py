@@ -1,15 +1,15 @@
-"""Whether two calls are the same one, so that one answer will do for both. Pure.
+"""Decides whether two calls are equal, so that they can share one answer. Pure.
 
-Two calls are the same if a provider could not tell them apart: the same endpoint, the same headers that go upstream,
-and the same body as JSON. What is not certain to be the same counts as different: that costs a call, and nobody gets
-what he has not asked for.
+Two calls are equal if a provider cannot tell them apart: they have the same endpoint, the same headers that go
+upstream, and the same body as JSON. In doubt they are different: that costs one more upstream call, whereas a false
+match would give a client the answer to another call.
 
-* White space and the way in which a string is written (``\\u0041``) do not count. Nor does the order of the keys at the
-  top level and within messages. Within every other field it does: a provider writes the fields of structured output in
-  the order of the JSON schema.
-* A number is what it is written as: ``0.10`` and ``0.1`` are two. A key that stands twice means something else to each
-  reader: such a call is like no other.
-* Of a large body the bytes count as they are. To read it as JSON would hold up everything else.
+* White space and the spelling of a string (``\\u0041``) do not count. The order of keys does not count at the top level
+  and within messages. Within every other field it counts: a provider writes the fields of structured output in the
+  order of the JSON schema.
+* Numbers are compared as they are written: ``0.10`` and ``0.1`` differ. Parsers disagree about a key that occurs twice
+  in an object, so a call with such a key is equal to no other.
+* A large body is compared byte by byte: parsing it as JSON would block the event loop.
 """
 
 from __future__ import annotations
@@ -27,48 +27,56 @@ from trigate.openai.request import Call
 MAX_JSON_BYTES = 64 * 1024
 """Up to this size, bodies are compared as JSON."""
 
-_ORDERLESS = ("messages", "input")
-_OF_ONE_REQUEST = ("x-request-id", "traceparent", "tracestate")
+_UNORDERED_FIELDS = ("messages", "input")
+_PER_REQUEST_HEADERS = ("x-request-id", "traceparent", "tracestate")
 
-_EXACT = ("/embeddings", "/moderations")
-"""Endpoints where nothing is drawn by chance, whatever the parameters say."""
+_DETERMINISTIC_PATHS = ("/embeddings", "/moderations")
+"""Endpoints whose answers are deterministic, whatever their parameters are."""
 
-_ACTS = ("tools", "functions", "mcp_servers", "plugins", "web_search_options", "background", "conversation")
-"""Fields of a call from which more may come than an answer: something is executed, here or there, or is left behind at
-the provider. Each of two such calls is meant."""
+_SIDE_EFFECT_FIELDS = (
+    "tools",
+    "functions",
+    "mcp_servers",
+    "plugins",
+    "web_search_options",
+    "background",
+    "conversation",
+)
+"""Fields of a call that may have other effects than an answer: the client or the provider executes something, or the
+provider stores something. Such calls must not be merged."""
 
 
 def call_key_of(call: Call, headers: Mapping[str, str], *, sampled: bool) -> bytes | None:
-    """What a call has in common with those that may share its answer.
+    """Returns the digest that equal calls have in common.
 
     Args:
         headers: Those that go upstream.
-        sampled: An answer that is drawn by chance may be shared as well.
+        sampled: Whether sampled (not deterministic) answers may be shared as well.
 
     Returns:
-        A digest; None where the call is to have an answer of its own.
+        None = the call must have an answer of its own.
     """
-    if _acts(call) or not (sampled or is_deterministic(call)):
+    if _has_side_effects(call) or not (sampled or is_deterministic(call)):
         return None
     body = canonical(call.body) if len(call.body) <= MAX_JSON_BYTES else call.body
     if body is None:
         return None
-    sent = sorted((name, value) for name, value in headers.items() if name not in _OF_ONE_REQUEST)
+    sent = sorted((name, value) for name, value in headers.items() if name not in _PER_REQUEST_HEADERS)
     return hashlib.sha256(msgspec.json.encode([call.endpoint.path, sent]) + b"\n" + body).digest()
 
 
 def is_deterministic(call: Call) -> bool:
-    """Whether the client expects the same call to bring the same answer: it says ``temperature: 0``, or a seed."""
-    if call.endpoint.path in _EXACT:
+    """Whether the client expects equal calls to get equal answers: the call has ``temperature: 0`` or a seed."""
+    if call.endpoint.path in _DETERMINISTIC_PATHS:
         return True
     temperature, seed = _value(call, "temperature"), _value(call, "seed")
     return (type(temperature) in (int, float) and temperature == 0) or type(seed) is int
 
 
-def _acts(call: Call) -> bool:
-    if any(_value(call, name) for name in _ACTS):
+def _has_side_effects(call: Call) -> bool:
+    if any(_value(call, name) for name in _SIDE_EFFECT_FIELDS):
         return True
-    # of the responses API an answer is kept, and can be gone on with, unless the call says otherwise
+    # The responses API stores an answer, which later calls can continue, unless ``store`` is false.
     return bool(_value(call, "store", call.endpoint.path == "/responses"))
 
 
@@ -80,7 +88,7 @@ def _value(call: Call, name: str, default: object = None) -> Any:  # Any: JSON o
 
 
 def canonical(body: bytes) -> bytes | None:
-    """Writes a JSON object in the one form that all that mean the same have; None where its meaning is not certain.
+    """Returns the canonical form of a JSON object, which is the same for equal objects; None = it is ambiguous.
 
     >>> canonical(b'{"temperature": 0, "messages": [{"role": "user", "content": "\\\\u0041"}]}')
     b'{"messages":[{"content":"A","role":"user"}],"temperature":0}'
@@ -95,12 +103,12 @@ def canonical(body: bytes) -> bytes | None:
             object_pairs_hook=_object,
             parse_int=_number,
             parse_float=_number,
-            parse_constant=_no_constant,
+            parse_constant=_refuse_constant,
         )
         parts = [
             msgspec.json.encode(name)
             + b":"
-            + msgspec.json.encode(fields[name], order="sorted" if name in _ORDERLESS else None)
+            + msgspec.json.encode(fields[name], order="sorted" if name in _UNORDERED_FIELDS else None)
             for name in sorted(fields)
         ]
     except (ValueError, RecursionError):  # also UnicodeError
@@ -111,7 +119,7 @@ def canonical(body: bytes) -> bytes | None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON of any shape
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return fields
 
 
@@ -119,5 +127,5 @@ def _number(text: str) -> msgspec.Raw:
     return msgspec.Raw(text.encode())
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")

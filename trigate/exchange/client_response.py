@@ -1,10 +1,10 @@
 """The response to a client: ASGI's ``send``, where each message goes out whole.
 
-What the servers below do, and how this module deals with it:
+Properties of the servers below, and how this module deals with them:
 
 * Hypercorn recycles a keep-alive connection inside the application's *last* ``send``, and reports ``http.disconnect``
   meanwhile. An application that cancels itself then leaves the connection's idle timer unarmed for ever. So every send
-  is shielded, and the disconnect watch ignores what comes once the answer is out.
+  is shielded, and a disconnect is ignored once the answer is out.
 * Hypercorn raises out of the connection when the application is cancelled inside ``http.response.start``. The same
   shield prevents that.
 * When a response is sent while the client still sends its body, closing the socket causes a reset that erases the
@@ -35,15 +35,15 @@ class ClientResponse:
     No send raises when the client has disconnected: the request's nursery is being cancelled then.
 
     Args:
-        client: What `trigate serve` offers beyond ASGI; None under another server.
+        client: The capabilities of `trigate serve` beyond ASGI; None under another server.
 
     Attributes:
-        headers: What the head of the response has besides what `start` and `respond` are given.
+        headers: Headers of the response, besides those that are passed to `start` and `respond`.
         committed: The status line has gone out.
         ended: The last byte of the answer has been handed over.
         gone: The client has disconnected.
-        sending_since: Since when a send has been waiting (Trio time); None = none is.
-        last_sent_at: When something was sent last.
+        sending_since: When the send in progress began (Trio time); None = there is none.
+        last_sent_at: When the last send ended.
         patience_s: How long a send may wait for the client; finite only for the final message of a server that stops.
     """
 
@@ -73,7 +73,7 @@ class ClientResponse:
 
     @property
     def acknowledged_bytes(self) -> int | None:
-        """A number that grows while a send waits, whenever the client acknowledges bytes; None = it cannot be seen."""
+        """A number that grows while a send waits, whenever the client acknowledges bytes; None = unknown."""
         return self.client.taken_bytes if self.client is not None else None
 
     def queue_partial(self, rest: bytes) -> None:
@@ -88,8 +88,8 @@ class ClientResponse:
             return
         is_piece = messages[0].get("more_body", False)
         if is_piece and self.client is not None and self.sending_since is None and not self._partial:
-            # This server writes each message whole. A piece that a cancellation prevents is not missed; a head and an
-            # end whose sending has been recorded must go out.
+            # This server writes each message whole. A cancellation may prevent a piece, but not a head or an end: those
+            # are recorded as sent before they are.
             await self._emit_now(messages)
             return
         # bounded by: the stall limit (`abort`), and `patience_s`
@@ -167,10 +167,10 @@ class ClientResponse:
         )
 
     async def abort(self) -> None:
-        """Closes the client's connection now, whatever waits to be sent on it, where the server allows it.
+        """Closes the client's connection now, even while a send waits, if the server allows it.
 
-        Under `trigate serve`, HTTP/1.1 connections offer it (extension ``trigate.client``). Under asyncio servers the
-        send that waits is given up. Under ``hypercorn -k trio`` a send that waits cannot be reached.
+        Under `trigate serve`, HTTP/1.1 connections allow it (extension ``trigate.client``). Under asyncio servers the
+        waiting send is cancelled. Under ``hypercorn -k trio`` nothing can end a waiting send.
         """
         self.ended = True
         if self._shield is not None:

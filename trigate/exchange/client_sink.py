@@ -1,4 +1,4 @@
-"""The client's end of an exchange: its answer, keep-alive comments, errors, and a client that does not read."""
+"""The client's side of an exchange: sends the answer, keep-alive comments and errors, and detects a stalled client."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class ClientSink:
 
     @property
     def shortest_s(self) -> float:
-        """The shortest limit of the client's."""
+        """The shortest of the client's time limits."""
         return min(self._keep_alive_s, self._stall.limit_s)
 
     # -- the answer ---------------------------------------------------------------------------------------------------
 
     @property
     def plain_socket(self) -> PlainSocket | None:
-        # not while a keep-alive is being sent: it may be half out
+        # None while a keep-alive is being sent: a part of it may be out.
         client = self._client
         if client.socket is None or client.gone or client.sending_since is not None or self.is_detached:
             return None
@@ -83,7 +83,7 @@ class ClientSink:
 
     def _note_commit(self) -> None:
         state = self._state
-        self._client.headers += answer_headers(state)
+        self._client.headers += answer_headers(state, trio.current_time())
         state.first_byte_deadline = math.inf
         if state.source is not None:
             state.source.first_byte_deadline = math.inf
@@ -102,8 +102,8 @@ class ClientSink:
             await self._client.end(data)
 
     async def tell(self, error: GatewayError) -> None:
-        """Tells the client why there is no answer, or no more of it: before COMMIT as a status, within a stream as an
-        event, and within other answers by closing the connection."""
+        """Sends an error: before COMMIT as a status, within a stream as an event. Within any other answer, it closes
+        the connection instead."""
         client = self._client
         if self.is_detached:
             return
@@ -116,8 +116,8 @@ class ClientSink:
             client.abandon()
 
     async def detach(self) -> None:
-        """Sends nothing more, and waits for what is being sent. The client has disconnected, and the exchange goes on
-        as if it had not."""
+        """Sends nothing more, and waits for a send in progress. The client has disconnected, and the exchange
+        continues."""
         self.is_detached = True
         await self._client.wait_sent()
 
@@ -140,7 +140,7 @@ class ClientSink:
     def queue_partial(self, rest: bytes) -> None:
         self._client.queue_partial(rest)
 
-    # -- limits in time -----------------------------------------------------------------------------------------------
+    # -- time limits --------------------------------------------------------------------------------------------------
 
     def check_limits(self, now: float) -> list[float]:
         """Ends the exchange of a client that has stalled, and sends a keep-alive comment when one is due; returns when
@@ -148,9 +148,11 @@ class ClientSink:
         client, state = self._client, self._state
         if self.is_detached:
             return []
-        stalled_at = self._stall.due_at(
-            now, sending_since=client.sending_since, acknowledged_bytes=client.acknowledged_bytes
-        )
+        stalled_at = math.inf
+        if client.sending_since is not None:  # to see what a client acknowledges is a system call
+            stalled_at = self._stall.due_at(
+                now, sending_since=client.sending_since, acknowledged_bytes=client.acknowledged_bytes
+            )
         if stalled_at <= now:
             limit_s = self._stall.limit_s
             self._end_stalled(
@@ -186,8 +188,7 @@ class ClientSink:
         return source is not None and source.inject(data)
 
     def _end_stalled(self, error: ClientStalled) -> None:
-        """Ends the exchange of a client that does not read, also where it is the end of the answer that it does not
-        read."""
+        """Ends the exchange of a client that does not read, also if only the end of the answer is left to read."""
         state = self._state
         state.cancel(error)
         state.cancelled_with = state.cancelled_with or error
@@ -200,10 +201,10 @@ class ClientSink:
         await self._client.abort()
 
 
-def answer_headers(state: ExchangeState) -> list[Header]:
-    """What the head of a response says of its call: who answered, at which attempt, and how much of the time was the
-    gateway's own."""
-    source, now = state.source, trio.current_time()
+def answer_headers(state: ExchangeState, now: float) -> list[Header]:
+    """The response headers that describe a call: the upstream, the number of attempts, and the gateway's own share of
+    the time from the arrival of the request to ``now`` (Trio time)."""
+    source = state.source
     headers: list[Header] = []
     waited_s = 0.0
     if source is not None:

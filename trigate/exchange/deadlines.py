@@ -1,8 +1,8 @@
-"""Which limit in time is due, and when the next one is. Pure: the time is an argument.
+"""Computes when time limits are due. Pure: the time is an argument.
 
-An exchange has two groups of limits. The client's: the whole call, a client that does not read, keep-alive comments
-while nothing is sent. An attempt's: the head of the reply, its first content, silence within the answer, the whole
-attempt. `watchdog` applies both.
+An exchange has two groups of limits. The client's: the whole call, a client that does not read, and keep-alive comments
+while nothing is sent. An attempt's: the head of the reply, its first content, silence within the answer, and the total
+time. `watchdog` applies both.
 
 **Units:** seconds; times are Trio time; infinite = no limit.
 """
@@ -23,7 +23,7 @@ class Due:
 
     Attributes:
         at: When it is exceeded.
-        what: What the upstream did, before "… within 5 s": for the message.
+        what: The verb of the error message: the upstream ``what`` 5 s.
     """
 
     at: float
@@ -44,12 +44,13 @@ class AttemptLimits:
     def due(
         self, *, head_due_from: float, waiting_since: float, last_byte_at: float, started_at: float
     ) -> Iterator[Due]:
-        """Gives each limit with the time at which it is exceeded, in the order in which they are to be judged.
+        """Yields each limit with the time at which it is exceeded, in the order in which they must be checked.
 
         Args:
             head_due_from: Since when the head of the reply has been awaited; infinite = it is not.
-            waiting_since: Since when the first content has been awaited. While it is, silence is not judged.
-            last_byte_at: When the last bytes came.
+            waiting_since: Since when the first content has been awaited; infinite = it is not. Until it arrives, the
+                idle limit does not count.
+            last_byte_at: Since when the upstream has been silent.
             started_at: When the exchange began.
 
         >>> limits = AttemptLimits(response_head_s=5.0, first_token_s=10.0, idle_s=2.0, total_s=60.0)
@@ -71,10 +72,10 @@ class AttemptLimits:
 
 
 class StallDetector:
-    """Since when a client has read nothing of what waits for it.
+    """Finds out since when a client has read nothing while a send waits for it.
 
-    A client that reads slowly acknowledges some bytes, if not all that wait. That shows between two checks only, so a
-    send that is already waiting at its first check gets half of the limit until the second one.
+    A slow client acknowledges some bytes between two checks; a stalled one acknowledges none. The first check of a send
+    has nothing to compare with, so from there it allows at least half of the limit, until the second check.
 
     Args:
         limit_s: How long a client may read nothing.
@@ -89,11 +90,11 @@ class StallDetector:
         self._acknowledged_bytes: int | None = None
 
     def due_at(self, now: float, *, sending_since: float | None, acknowledged_bytes: int | None) -> float:
-        """When the client has stalled for too long, as far as can be told now.
+        """When the client will have stalled for too long, as far as is known now.
 
         Args:
             sending_since: Since when a send has been waiting; None = none is.
-            acknowledged_bytes: A number that grows when the client acknowledges bytes; None = it cannot be seen.
+            acknowledged_bytes: A number that grows when the client acknowledges bytes; None = unknown.
 
         >>> stall = StallDetector(10.0)
         >>> stall.due_at(4.0, sending_since=3.0, acknowledged_bytes=0)
@@ -120,8 +121,8 @@ class StallDetector:
 def next_check(now: float, shortest_s: float, due: list[float]) -> float:
     """When to check the limits again: when the next one is due, and no later than after the shortest limit.
 
-    A limit that begins to count after this check cannot be exceeded before then. So an event of a stream costs a
-    timestamp and not a timer.
+    A limit that begins to count after this check cannot be exceeded before then. So each event of a stream costs one
+    timestamp, and no timer is reset.
 
     >>> next_check(10.0, 5.0, [9.0, 12.0, math.inf]), next_check(10.0, 5.0, [60.0])
     (12.0, 15.0)

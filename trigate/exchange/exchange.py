@@ -1,22 +1,22 @@
 """One request, one nursery: admission, upstream call, COMMIT, settle. The page to read first.
 
-The request's nursery (opened by `asgi.dispatch`, or by a run) is cancelled when the client disconnects. Everything that
-is done for the request happens inside it, so when the nursery ends, nothing of the request is left anywhere.
+The request's nursery (opened by `asgi.data_plane`, or by a run) is cancelled when the client disconnects. All work for
+the request happens inside it, so nothing of the request remains when the nursery ends.
 
-An exchange has two halves. The *client's half* is here and in `client_sink`: admission, the deadline of the whole call,
-keep-alive comments, a client that does not read, and what the client is told. The *upstream's half* is an
-`UpstreamCall` (attempts, failover, hedging), or a `Subscription` to a call that several exchanges share. The two are
-joined by a `Sink`; the upstream's half knows no client.
+An exchange has two sides. The *client's side* is here and in `client_sink`: admission, the deadline of the whole call,
+keep-alive comments, a client that does not read, and the answer or error that the client gets. The *upstream's side* is
+an `UpstreamCall` (attempts, failover, hedging), or a `Subscription` to a call that several exchanges share. A `Sink`
+joins the two; the upstream's side knows no client.
 
 The rules:
 
 * Before COMMIT (the status line goes out) every failure is an exception and becomes a status. After COMMIT every
   failure is an error event, and there is no ``[DONE]``. There is no third case.
-* Each attempt has a cancel scope of its own. A deadline, a drain, a stalled client or another attempt that was first
-  ends the upstream's part at once (that is the costly one), and the client can still be told why.
+* Each attempt has a cancel scope of its own. A deadline, a drain, a stalled client or another attempt's content ends
+  the upstream's side at once (it is the costly one), and the client's side can still send the error.
 * One deadline spans the call, from the arrival of the request: queue, pauses, attempts, the stream.
 * A frame goes out whole or not at all (`client_response`), so a cancellation lands between frames.
-* Settling is synchronous and runs in ``finally``: exactly once, whatever happened.
+* Settling is synchronous and runs in ``finally``: exactly once, on every path.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from trigate.upstream.generation import Route
 
 log = structlog.get_logger("trigate.exchange")
 
-# How long a server that stops waits for a client to take its final message.
+# How long a server that stops waits for a client to read its final message.
 _FINAL_MESSAGE_S = 1.0
 
 
 @attrs.frozen(kw_only=True)
 class ExchangeServices:
-    """What exchanges use; made once by the composition root."""
+    """The services that exchanges use; made once by the composition root."""
 
     admission: Admission
     live: LiveExchanges
@@ -64,8 +64,8 @@ class Exchange(ExchangeState):
     """A request in flight.
 
     Attributes:
-        recorder: Keeps the answer; None = it is not kept.
-        shares: It may share its upstream call with equal calls.
+        recorder: Stores the answer; None = it is not stored.
+        shares: Whether it may share its upstream call with equal calls.
     """
 
     services: ExchangeServices
@@ -75,11 +75,11 @@ class Exchange(ExchangeState):
     _nursery: trio.Nursery = attrs.field(init=False)
 
     async def run(self, nursery: trio.Nursery) -> None:
-        """Serves the call. Returns when the client has its answer, whichever it is.
+        """Serves the call. Returns when the client has its answer, or an error.
 
         **Cancels:** at any point; the upstream is closed and the exchange settled as ``cancelled``.
         """
-        self.outcome = Outcome.CANCELLED  # unless something below says otherwise
+        self.outcome = Outcome.CANCELLED  # unless it is set below
         self._nursery = nursery
         if self.client is not None:
             self._client_sink = ClientSink(self.client, self, nursery)
@@ -105,11 +105,12 @@ class Exchange(ExchangeState):
                 if watchdog is not None:
                     watchdog.stop()
                 self._settle()
+                self._client_sink = None  # it refers to this exchange: a call leaves no reference cycle behind
 
-    # -- the two halves -----------------------------------------------------------------------------------------------
+    # -- the two sides ------------------------------------------------------------------------------------------------
 
     def _open_source(self, route: Route) -> UpstreamCall | Subscription:
-        """Where the answer comes from: an upstream call of its own, or one that equal calls share."""
+        """Returns the source of the answer: an upstream call of its own, or a subscription to a shared one."""
         if self.cancelled_with is not None:
             raise self.cancelled_with
         request = self.request
@@ -127,7 +128,7 @@ class Exchange(ExchangeState):
         )
 
     def _sink(self) -> Sink:
-        """Where the answer goes: to the client, to the recorder, or to both."""
+        """Returns the destination of the answer: the client, the recorder, or both."""
         if self.recorder is not None:
             return RecordingSink(self.recorder, self._client_sink, is_stream=self.call.stream, usage=lambda: self.usage)
         assert self._client_sink is not None, "an exchange has a client, or a recorder, or both"
@@ -142,9 +143,9 @@ class Exchange(ExchangeState):
             self.outcome = Outcome.FINISHED if self.is_finishing else Outcome.COMPLETE
 
     async def _fail(self, error: GatewayError) -> None:
-        """Tells the client, in the one way that is left."""
+        """Records the error, and sends it to the client in the form that is still possible."""
         if self.source is not None and self.source.is_delivered:
-            self._note_success()  # the client has its answer: only the upstream's connection failed afterwards
+            self._note_success()  # the client has its answer; the upstream's connection failed afterwards
             return
         self.outcome = Outcome.CANCELLED if self.is_finishing else error.code
         self.error = error
@@ -159,9 +160,9 @@ class Exchange(ExchangeState):
         log.info("exchange", **view.log_line(self, trio.current_time()))
 
     async def _note_cancelled(self) -> None:
-        """Finds out why the request's nursery was cancelled. A client whose server stops is told so."""
+        """Finds out why the request's nursery was cancelled, and tells the client if the server stops."""
         if isinstance(self.cancelled_with, ClientStalled):
-            self.outcome = self.cancelled_with.code  # its connection was closed for that
+            self.outcome = self.cancelled_with.code  # the gateway closed the connection for this reason
         elif self.is_ended:
             self._note_success()  # only the rest of the upstream's HTTP framing was cancelled
         elif not self.is_client_gone:
@@ -171,7 +172,7 @@ class Exchange(ExchangeState):
                 await self._fail(Draining(STOPPED))
 
     def client_left(self) -> None:
-        """The client has disconnected: ends the exchange, unless its answer is to be received to its end."""
+        """The client has disconnected: ends the exchange, unless ``on_disconnect = "finish"`` applies."""
         assert self.client is not None, "only a client disconnects"
         self.client.gone = True
         if self.client.ended:
@@ -179,7 +180,7 @@ class Exchange(ExchangeState):
         if self.request.model.on_disconnect == "finish" and self._may_finish():
             self._finish()
         elif self.source is not None and self.source.abandon():
-            # Its upstream connection is closed: what is left to do is not urgent.
+            # Its upstream connection is closed already, so the cancellation is not urgent.
             self.services.cancel_queue.cancel_soon(self._nursery.cancel_scope)
         else:
             self._nursery.cancel_scope.cancel()
@@ -190,10 +191,10 @@ class Exchange(ExchangeState):
             return True
         if source is None or (isinstance(source, Subscription) and not source.may_finish):
             return False
-        return source.is_requested  # otherwise nothing would be begun for nobody
+        return source.is_requested  # before that, an attempt without a client would only waste tokens
 
     def _finish(self) -> None:
-        """Goes on without a client: the rest of the answer is read for its token counts, and discarded."""
+        """Continues without a client: the rest of the answer is read for its token counts, and discarded."""
         self.is_finishing = True
         finish_s = self.request.model.finish_timeout_s or math.inf
         self.deadline_at = min(self.deadline_at, trio.current_time() + finish_s)
@@ -201,15 +202,15 @@ class Exchange(ExchangeState):
             self.source.finish(self.deadline_at)
 
     async def detach_client(self) -> None:
-        """Goes on without the client, and waits for a send in progress: for a run that its client does not end."""
+        """Continues without the client, and waits for a send in progress: for a run that outlives its client."""
         self.client = None
         if self._client_sink is not None:
             await self._client_sink.detach()
 
-    # -- limits in time -----------------------------------------------------------------------------------------------
+    # -- time limits --------------------------------------------------------------------------------------------------
 
     def _watch(self, route: Route) -> Watchdog:
-        """Finds when the call has to be over, and has its limits in time watched."""
+        """Sets the deadlines of the call, and starts the watchdog."""
         request = self.request
         client_s = request.client_timeout_s
         if self.call.stream:

@@ -1,4 +1,4 @@
-"""The exchanges in flight of this worker, and their totals."""
+"""The exchanges in flight in this worker, and the totals of those that ended."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Totals:
 
 
 class LiveExchanges:
-    """The exchanges that have begun and not been settled, in the order in which they arrived.
+    """The exchanges that have begun and not been settled, in the order in which they began.
 
     Attributes:
-        totals: Of those that have been settled.
+        totals: Counters of the settled exchanges.
         is_draining: New exchanges are refused.
     """
 
@@ -64,8 +64,8 @@ class LiveExchanges:
         exchange.request.generation.hold()
 
     def settle(self, exchange: ExchangeState) -> None:
-        """Records how an exchange ended, once; also of one that was refused. Synchronous, so that it is done when the
-        exchange's task is cancelled, too."""
+        """Records how an exchange ended, once, even if it was refused. Synchronous, so that a cancellation of the
+        exchange's task cannot prevent it."""
         if exchange in self._live:
             del self._live[exchange]
             exchange.request.generation.let_go()
@@ -88,10 +88,10 @@ class LiveExchanges:
             totals.failed += 1
 
     def cancel_all(self, error: GatewayError) -> list[str]:
-        """Ends all exchanges; each client is told why. Returns the request ids."""
+        """Cancels all exchanges with an error, which their clients get. Returns the request ids."""
         cancelled = list(self._live)
         for exchange in cancelled:
-            exchange.cancel(error)
+            exchange.cancel(error.copy())  # each task raises a copy of its own
         return [exchange.id for exchange in cancelled]
 
     async def wait_none_left(self) -> None:

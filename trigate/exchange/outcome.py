@@ -1,4 +1,4 @@
-"""How far an exchange is, and how it ended."""
+"""The phases and outcomes of exchanges and attempts."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from enum import StrEnum
 class Phase(StrEnum):
     """What an exchange is doing, as ``/status`` shows it.
 
-    While an attempt is in progress, an exchange is in the phase of its attempt; of several, in that of the attempt that
-    has content, else of the oldest one.
+    While an attempt is in progress, the exchange has the phase of that attempt. Of several attempts, the one that has
+    content counts, else the oldest one.
     """
 
     ADMITTED = "admitted"
-    """It has begun, and no attempt has."""
+    """The exchange has begun, and no attempt has."""
     QUEUED = "queued"
-    """It waits for an admission slot; an attempt: for a slot of its upstream."""
+    """An exchange waits for an admission slot, an attempt for a slot of its upstream."""
     WAITING = "waiting"
-    """The reply has begun, and its first content has not come. An exchange: it waits for a shared call."""
+    """An attempt has the head of its reply, and no content yet. An exchange waits for a shared call."""
     PAUSING = "pausing"
-    """It waits before a retry."""
+    """The exchange waits before a retry."""
     CONNECTING = "connecting"
-    """The request was sent, or is about to be, and the head of the reply has not come."""
+    """The request is being sent, or has been, and the head of the reply has not arrived."""
     STREAMING = "streaming"
     READING = "reading"
     """A JSON answer is being received."""
     ENDING = "ending"
-    """The last bytes are on their way to the client."""
+    """The last bytes are being sent to the client."""
     ENDED = "ended"
 
 
 class Outcome(StrEnum):
-    """How an exchange or an attempt ended, unless it failed: then its outcome is an error code (`errors.CODES`)."""
+    """How an exchange or an attempt ended. The outcome of one that failed is an error code (`errors.CODES`)."""
 
     COMPLETE = "complete"
     CANCELLED = "cancelled"
-    """The client disconnected. An attempt: or its call ended for another reason."""
+    """The client disconnected. Of an attempt also: its call ended for another reason."""
     FINISHED = "finished"
-    """An exchange only: the client disconnected, and the upstream's answer was received to its end all the same."""
+    """The client disconnected, and the answer was received to its end all the same (``on_disconnect = "finish"``).
+    Exchanges only."""
     SUPERSEDED = "superseded"
-    """An attempt only: another attempt had content first."""
+    """Another attempt had content first. Attempts only."""

@@ -1,4 +1,4 @@
-"""What an exchange is asked to do: a client's call, and what came with it."""
+"""The input of an exchange: a client's call, its headers and its timeouts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from trigate.openai.request import Call
 from trigate.upstream.generation import Generation
 
 _UNNAMED = ModelConfig(targets=())
-"""The rules of a model id that the configuration does not name."""
+"""The settings of a model id that has none in the configuration."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class ExchangeRequest:
-    """A call, who makes it, and how long it may take. Not changed once it is made.
+    """A call, its owner, and how long it may take. It does not change.
 
     Attributes:
         id: The request id. Clients may choose it, so several requests may have the same.
-        generation: The configuration, with its upstreams, that the call is served by.
-        headers: What goes upstream besides the upstream's own headers.
+        generation: The configuration that serves the call, with its upstreams.
+        headers: The headers that are sent upstream, besides those of the upstream's configuration.
         owner: The name of the gateway key that the call was made with; empty = the gateway has no keys.
-        arrived_at: When the request arrived (Trio time). The client's timeouts count from there.
-        client_timeout_s: How long the client lets the whole call take.
-        sdk_timeout_s: How long the client's SDK waits for the answer to begin; for one that is not streamed, to end.
+        arrived_at: When the request arrived (Trio time). The client's timeouts count from then.
+        client_timeout_s: The client's timeout for the whole call.
+        sdk_timeout_s: How long the client's SDK waits: for a stream, until it begins; for any other answer, until it
+            is complete.
     """
 
     id: str
@@ -41,5 +42,5 @@ class ExchangeRequest:
 
     @property
     def model(self) -> ModelConfig:
-        """What the configuration says of the model id that the client asked for."""
+        """The settings of the model id in the call."""
         return self.generation.config.models.get(self.call.model, _UNNAMED)

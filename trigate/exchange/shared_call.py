@@ -1,19 +1,20 @@
 """Single-flight: equal calls share one upstream call for as long as it is in flight.
 
-A `SharedCall` is an upstream call with all that belongs to it (attempts, retries, failover, hedging, limits in time),
-and the sink of its answer, which it buffers. It has no client. Its subscribers are the exchanges of clients, each with
-its own admission, deadline, back-pressure, outcome and log line: an exchange reads a `Subscription` where another one
-makes an upstream call. The first subscriber has no privilege over the others.
+A `SharedCall` owns one upstream call (attempts, retries, failover, hedging, time limits), and is the sink of its
+answer, which it buffers. It has no client. Its subscribers are the exchanges of clients, each with its own admission,
+deadline, back-pressure, outcome and log line. Such an exchange has a `Subscription` in place of an upstream call. The
+first subscriber has no privilege over the others.
 
 The rules:
 
-* A shared call runs as a task of this service. It is cancelled when its last subscriber leaves, and by nothing else.
+* A shared call runs as a task of this service. It is cancelled when its last subscriber leaves, or when the service
+  closes.
 * The answer is kept from its beginning, within ``limits.buffered_bytes``: a subscriber that joins gets all of it. Once
   a part has been dropped, no subscriber can join: the next equal call begins another shared call.
 * The upstream is read as fast as the fastest client reads. A client that falls behind by more than the bound is
-  disconnected from the shared call (`TooSlow`) and does not slow down the others. It has been sent something by then: a
-  subscriber takes the first piece as soon as there is one, before anything can be dropped.
-* A complete answer is no longer in flight: there is no cache.
+  disconnected from the shared call (`TooSlow`) and does not slow down the others. Its status line is out by then: a
+  subscriber takes the first piece as soon as it arrives, before any piece can be dropped.
+* A complete answer is not kept for later calls: there is no cache.
 * The token counts that the upstream reports are recorded once: with the first exchange that ends after the shared call
   has, or with the last one that leaves it.
 """
@@ -43,17 +44,17 @@ from trigate.upstream.generation import Generation
 log = structlog.get_logger("trigate.exchange")
 
 STOPPED = "The server stopped; the answer is incomplete. Try again."
-"""What a client is told when the server ends without a drain."""
+"""The message to a client whose server stops without a drain."""
 
-# At most so much of what waits for a subscriber goes out in one send.
+# How many bytes a subscriber takes at once, roughly: the last piece may exceed it.
 _BATCH_BYTES = 64 * 1024
 
 Key = tuple[Generation, str, bytes]
-"""What the subscribers of a shared call have in common: the configuration, the owner, the digest of the call."""
+"""Identifies a shared call that can be joined: the configuration, the owner, and the digest of the call."""
 
 
 class SharedCalls:
-    """The shared calls in flight of this worker. Made by `open_shared_calls`."""
+    """The shared calls in flight in this worker. Made by `open_shared_calls`."""
 
     def __init__(self, services: UpstreamServices, nursery: trio.Nursery) -> None:
         self._services = services
@@ -64,7 +65,7 @@ class SharedCalls:
         return f"<SharedCalls {len(self._open)} open>"
 
     def join(self, request: ExchangeRequest, digest: bytes) -> Subscription:
-        """Subscribes to the shared call of a request; where there is none to join, one begins.
+        """Subscribes to the shared call of a request; starts one if there is none to join.
 
         Args:
             digest: The same for equal calls (`call_key`).
@@ -80,14 +81,14 @@ class SharedCalls:
         return shared.subscribe(role)
 
     def close(self, shared: SharedCall) -> None:
-        """Lets no further subscriber join a shared call."""
+        """Ends the time in which subscribers can join a shared call."""
         if self._open.get(shared.key) is shared:
             del self._open[shared.key]
 
 
 @contextlib.asynccontextmanager
 async def open_shared_calls(services: UpstreamServices) -> AsyncIterator[SharedCalls]:
-    """Opens the service. When it closes, shared calls in flight are cancelled and their subscribers are told."""
+    """Opens the service. When it closes, shared calls in flight are cancelled, and their subscribers get `Draining`."""
     async with open_service() as nursery:
         yield SharedCalls(services, nursery)
 
@@ -100,7 +101,7 @@ class SharedCall:
         subscribers: In the order in which they joined.
         head: The status and headers of the answer.
         error: Why it failed.
-        is_over: Nothing more will come.
+        is_over: The answer is complete, or the call has failed.
     """
 
     plain_socket = None
@@ -181,14 +182,14 @@ class SharedCall:
         return subscription
 
     def take(self, subscriber: Subscription) -> bytes:
-        """Takes the next part of the answer, as much as goes out in one send; empty = nothing has come.
+        """Returns the next part of the answer, to be sent at once; empty = nothing has arrived.
 
         Raises:
             TooSlow: The next part has been dropped.
         """
         first = subscriber.pieces_taken - self._dropped
         if first < 0 and subscriber.is_clientless:
-            subscriber.pieces_taken, first = self._dropped, 0  # its client would not have got them
+            subscriber.pieces_taken, first = self._dropped, 0  # they would not be sent anyway
         if first < 0:
             raise TooSlow(
                 f"The client was more than {self._max_bytes} bytes behind others with the same call, with whom it "
@@ -207,15 +208,15 @@ class SharedCall:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def is_over_for(self, subscriber: Subscription) -> bool:
-        """Whether a subscriber has taken everything, and nothing more will come."""
+        """Whether a subscriber has taken everything, and the call is over."""
         return self.is_over and subscriber.pieces_taken == self._dropped + len(self._pieces)
 
     async def wait_changed(self) -> None:
-        """Waits until more has come, or the call is over."""
+        """Waits until more of the answer has arrived, or the call is over."""
         await self._changed.wait()
 
     def note_reader_gone(self) -> None:
-        """A subscriber has no client any more, so the upstream need not wait for it."""
+        """The client of a subscriber has disconnected: the upstream need not wait for it."""
         self._taken.set()
 
     def leave(self, subscriber: Subscription) -> bool:
@@ -242,7 +243,7 @@ class SharedCall:
             self.head = status, headers
 
     async def send(self, data: bytes) -> None:
-        """Keeps a piece of the answer. Waits while even the fastest client is far behind."""
+        """Keeps a piece of the answer. Waits while the fastest client is far behind."""
         self._keep(data)
         while self._ahead_bytes() > self._max_bytes // 2:
             await self._taken.wait()
@@ -294,14 +295,14 @@ class SharedCall:
 
 @attrs.define(eq=False)
 class Subscription:
-    """What an exchange has in place of an upstream call of its own.
+    """An exchange's part in a shared call, in place of an upstream call of its own.
 
     Attributes:
-        role: Whether it began the shared call (``leader``), or came later (``joined``).
+        role: Whether it started the shared call (``leader``), or joined it (``joined``).
         joined_at: Trio time.
         pieces_taken, bytes_sent, events: How much of the answer it has taken.
         first_content_at: When it took the first piece (Trio time).
-        is_clientless: Its client has disconnected; it takes what comes, and sends it nowhere.
+        is_clientless: Its client has disconnected; it takes the rest of the answer and discards it.
         is_billed: The token counts of the shared call are recorded with this exchange.
     """
 
@@ -313,7 +314,7 @@ class Subscription:
     events: int = 0
     first_content_at: float | None = None
     first_byte_deadline: float = 0.0
-    """Of no use here: the deadlines of the client end its exchange, and not the shared call."""
+    """Not used: the deadlines of the client end its exchange, and not the shared call."""
     is_clientless: bool = False
     is_billed: bool = False
     is_delivered: bool = False
@@ -368,10 +369,10 @@ class Subscription:
             self._has_left = True
             self.is_billed = self.shared.leave(self)
 
-    # -- what ends it early -------------------------------------------------------------------------------------------
+    # -- cancellation -------------------------------------------------------------------------------------------------
 
     def cancel(self, error: GatewayError) -> None:
-        """Ends the wait now; `fetch` raises ``error``. The shared call goes on for the others."""
+        """Ends the subscription now; `fetch` raises ``error``. The shared call continues for the others."""
         if self._cancelled_with is None:
             self._cancelled_with = error
             self._scope.cancel()
@@ -382,8 +383,8 @@ class Subscription:
         self.shared.note_reader_gone()
 
     def abandon(self) -> bool:
-        """The client has disconnected: leaves the shared call now, so that the next one to leave knows whether it is
-        the last.
+        """The client has disconnected: leaves the shared call now. Of several clients that disconnect at once, the last
+        one then finds out that it is the last.
 
         Returns:
             False: the exchange is to be cancelled at once.
@@ -392,21 +393,21 @@ class Subscription:
         return False
 
     async def close_reply(self) -> None:
-        """There is no reply of this exchange's own."""
+        """Does nothing: this exchange has no reply of its own."""
 
     def inject(self, data: bytes) -> bool:
-        """A shared call is not relayed on the fast path."""
+        """Does nothing: a shared call is not relayed on the fast path."""
         return False
 
     def check_limits(self, now: float) -> list[float]:
-        """The shared call checks its own limits."""
+        """Checks nothing: the shared call checks its own limits."""
         return []
 
-    # -- what is shown of it ------------------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------------------------
 
     @property
     def may_finish(self) -> bool:
-        """Whether the shared call is to be received to its end when the client disconnects: only for the last one."""
+        """Whether `finish` is possible: only the last subscriber keeps the shared call running without a client."""
         return len(self.shared.subscribers) == 1
 
     @property
@@ -416,28 +417,28 @@ class Subscription:
 
     @property
     def phase(self) -> Phase:
-        """That of the shared call."""
+        """The phase of the shared call."""
         return self.shared.upstream.phase or Phase.WAITING
 
     @property
     def attempts(self) -> Sequence[Attempt]:
-        """Those of the shared call."""
+        """The attempts of the shared call."""
         return self.shared.upstream.attempts
 
     @property
     def target(self) -> Target | None:
-        """That of the shared call."""
+        """The target of the shared call."""
         return self.shared.upstream.target
 
     @property
     def usage(self) -> Usage | None:
-        """The token counts that are to be recorded with this exchange."""
+        """The token counts that are recorded with this exchange."""
         return self.shared.upstream.usage if self.is_billed else None
 
     def waited_s(self, now: float) -> float:
-        """How long upstreams have been waited for since it joined."""
+        """How long the shared call has waited for upstreams since this exchange joined."""
         return min(self.shared.upstream.waited_s(now), now - self.joined_at)
 
     def queue_position(self) -> int | None:
-        """That of the shared call in the queue of its upstream."""
+        """The position of the shared call in the queue of its upstream."""
         return self.shared.upstream.queue_position()

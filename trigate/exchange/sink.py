@@ -1,4 +1,4 @@
-"""Where the answer of an upstream call goes. The only thing that an upstream call knows of its client."""
+"""The destination of an upstream call's answer. An upstream call knows its client only as a `Sink`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sink(Protocol):
 
     @property
     def plain_socket(self) -> PlainSocket | None:
-        """The socket behind the sink, where whole events may be written to it past the sink; None = not now."""
+        """The client's socket, if whole events may be written to it directly; None = not now."""
 
     async def start(self, status: int, headers: list[Header]) -> None:
         """Takes the head of the answer. For a streamed answer this is COMMIT: the status line goes out. An answer that
@@ -49,12 +49,12 @@ class Sink(Protocol):
         """Takes the last piece: the answer is complete.
 
         Raises:
-            GatewayError: The answer cannot be kept (`RecordingSink`).
+            GatewayError: The answer cannot be stored (`RecordingSink`).
         """
 
 
 class Recorder(Protocol):
-    """Keeps an answer: for a session, or as the result of a run."""
+    """Stores an answer: in a session, or as the result of a run."""
 
     def feed(self, frames: bytes) -> None:
         """Takes whole events of a streamed answer, as they are about to go to the client."""
@@ -66,12 +66,12 @@ class Recorder(Protocol):
         """The answer is complete, and is about to be acknowledged.
 
         Raises:
-            GatewayError: It cannot be kept; the client gets this error instead of the end of its answer.
+            GatewayError: It cannot be stored; the client gets this error instead of the end of its answer.
         """
 
 
 class RecordingSink:
-    """Has a recorder keep an answer before the answer goes on to another sink, if there is one.
+    """Passes an answer to a recorder, and then to another sink, if there is one.
 
     A recorded stream is not relayed from socket to socket: the recorder reads each event.
 

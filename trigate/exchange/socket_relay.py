@@ -1,8 +1,8 @@
 """The fast path: one task moves the events of all streams whose two ends are plain sockets.
 
-When an answer has begun, and its upstream and its client are both sockets without TLS, the answer hands the two sockets
-over and sleeps (`RelayedStream.run`). From then on the poller's task does for each piece what `answers.StreamAnswer`
-does in a task of its own: receive, parse the HTTP framing (`upstream.response_parser`), find whole events (`Reader`),
+When an answer has begun, and both its upstream and its client are sockets without TLS, `answers.StreamAnswer` passes
+the two sockets to this module, and its task sleeps (`RelayedStream.run`). From then on the poller's task does the work
+for each piece: receive, parse the HTTP framing (`upstream.response_parser`), find whole events (`Reader`),
 send. That takes a few function calls for each piece, and no task is woken.
 
 **The exchange still owns everything.** Its task sleeps in `trio.lowlevel.wait_task_rescheduled`, whose abort function
@@ -13,8 +13,8 @@ them here. The rules for editing this module:
   frame is out. So at most one piece is held for each stream.
 - A frame that has been written in part is finished, also when the stream is cancelled: the rest goes to
   `PlainSocket.queue_partial`, and is sent before anything else.
-- An error on a stream ends that stream only: `RelayedStream.failure` and ``reader.error`` hold what the upstream did
-  wrong, a defect is raised in the exchange's task, and nothing is raised into the poller.
+- An error on a stream ends that stream only. `RelayedStream.failure` and ``reader.error`` hold errors of the upstream.
+  A defect is raised in the exchange's task. Nothing is raised into the poller.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from trigate.exchange.sink import PlainSocket
 from trigate.exchange.translation import Reader
 from trigate.upstream.response_parser import Framing
 
-# An event has some hundred bytes; what arrived together is moved together. The kernel returns what is there, and
-# CPython shrinks the buffer: the size costs nothing here.
+# An event has some hundred bytes; events that arrived together are moved together. The kernel returns the bytes that
+# are there, and CPython shrinks the buffer, so a large size costs nothing.
 _RECEIVE_BYTES = 64 * 1024
 
 
 class Owner(Protocol):
-    """The answer that is relayed: it keeps the time of the last byte, and counts what is sent."""
+    """The answer that is relayed: it records the time of the last byte, and counts the bytes sent."""
 
     def note_relayed(self, now: float, sent_bytes: int) -> None:
-        """Something came from the upstream, and ``sent_bytes`` of it were for the client."""
+        """Bytes arrived from the upstream; ``sent_bytes`` = the size of the frames in them that went to the client."""
 
     def note_blocked(self, since: float | None) -> None:
         """Since when a frame has been waiting for the client to read; None = none is waiting."""
@@ -53,13 +53,13 @@ class SocketRelay:
     def __init__(self, poller: Poller) -> None:
         self.poller = poller
         self.streams = 0
-        """How many streams it relays now."""
+        """The number of streams that are relayed now."""
 
     def __repr__(self) -> str:
         return f"<SocketRelay of {self.streams} streams>"
 
     def stream(self, parser: Framing, upstream: socket.socket, client: PlainSocket, *, reader: Reader) -> RelayedStream:
-        """Makes a stream of two plain, non-blocking sockets, both of them owned by the caller.
+        """Makes a stream of two plain, non-blocking sockets. The caller owns both.
 
         Args:
             parser: Takes the upstream's bytes. It has no pieces left.
@@ -135,8 +135,8 @@ class RelayedStream:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     def release(self) -> bool:
-        """Takes both sockets out of the relay; the task sleeps on until it is cancelled. Returns whether they were in
-        it."""
+        """Takes both sockets out of the relay; the task sleeps until it is cancelled. Returns False if they were
+        not in it."""
         if not self._running:
             return False
         self._let_go()
@@ -148,8 +148,8 @@ class RelayedStream:
             trio.lowlevel.reschedule(self._task)
 
     def inject(self, data: bytes) -> None:
-        """Sends bytes of the gateway's own between two events. Does nothing while the client does not read, or when the
-        stream has just ended: the rest of a frame may have to go out first."""
+        """Sends bytes of the gateway's own (a keep-alive comment) between two events. Does nothing while the client
+        does not read, or when the stream has just ended: the rest of a frame may have to go out first."""
         if self._running and not self._blocked:
             self._send(self._framed(data))
             if self._rest:
@@ -172,7 +172,7 @@ class RelayedStream:
                 self._block()
 
     def _move(self) -> bool:
-        """Moves what is there from the upstream to the client; returns whether the stream has ended."""
+        """Moves the bytes that have arrived from the upstream to the client; returns whether the stream has ended."""
         parser, reader = self._parser, self._reader
         try:
             data = self._upstream.recv(_RECEIVE_BYTES)
@@ -188,7 +188,7 @@ class RelayedStream:
             self.failure = error
         sent_bytes = 0
         pieces = parser.pieces
-        if pieces:  # also where the bytes behind them are wrong
+        if pieces:  # they are valid, even if the bytes after them are not
             data = reader.feed(pieces[0] if len(pieces) == 1 else b"".join(pieces))
             pieces.clear()
             if data:

@@ -1,4 +1,4 @@
-"""What is known of an exchange, while it runs and afterwards: for the log, the ledger and ``/status``."""
+"""The state of an exchange, while it runs and afterwards, as the log, the ledger and ``/status`` read it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class ExchangeState:
     """The state of an `exchange.Exchange`, which is the only class that derives from it.
 
     Attributes:
-        client: The response to its client; None = nobody waits for the answer but a recorder.
-        deadline_at: When the call has to be over (Trio time), in whichever phase it is.
+        client: The response to its client; None = only a recorder takes the answer.
+        deadline_at: When the whole call has to be over (Trio time).
         first_byte_deadline: When its answer has to have begun; infinite once the status line is out.
-        source: Where the answer comes from; None = the exchange has not been admitted.
-        idle_phase: What it does while no attempt is in progress.
+        source: The source of the answer; None = the exchange has not been admitted.
+        idle_phase: Its phase while no attempt is in progress.
         outcome: None while it runs; then an `Outcome` or an error code.
-        error: What the client was told, or would have been.
+        error: The error that ended it; the client got it unless it had disconnected.
         cancelled_with: Why it was cancelled.
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
@@ -57,9 +57,9 @@ class ExchangeState:
     _position: Callable[[], int | None] | None = None
 
     def cancel(self, error: GatewayError) -> None:
-        """Ends the upstream's half now; the client is told ``error``.
+        """Ends the upstream's side now; the client gets ``error``.
 
-        Synchronous. The first reason counts, and none once the last bytes of the answer are on their way.
+        Synchronous. Only the first call has an effect, and none has once the last bytes are being sent.
         """
         if self.cancelled_with is None and not self.is_ended:
             self.cancelled_with = error
@@ -70,13 +70,13 @@ class ExchangeState:
 
     @contextlib.contextmanager
     def waiting_in_queue(self, at_most_s: float, position: Callable[[], int | None]) -> Iterator[None]:
-        """A block in which the exchange waits for its admission slot; `cancel` ends it.
+        """A block in which the exchange waits for its admission slot; `cancel` ends the wait.
 
         Args:
             position: Gives its position in the queue.
 
         Raises:
-            GatewayError: It was cancelled, then or before.
+            GatewayError: It was cancelled, in the block or before.
         """
         self.idle_phase = Phase.QUEUED
         self._position = position
@@ -115,7 +115,7 @@ class ExchangeState:
 
     @property
     def generation(self) -> Generation:
-        """The configuration that it is served by."""
+        """The configuration that serves it."""
         return self.request.generation
 
     @property
@@ -125,12 +125,12 @@ class ExchangeState:
 
     @property
     def is_cancelled(self) -> bool:
-        """Something has ended it early: nothing more is begun for it."""
+        """It was cancelled: no further attempt begins."""
         return self.cancelled_with is not None
 
     @property
     def is_ended(self) -> bool:
-        """The last bytes of the answer are on their way, or out."""
+        """The last bytes of the answer are being sent, or have been."""
         if self.client is not None and self.client.ended:
             return True
         return self.source is not None and self.source.is_delivered
@@ -172,6 +172,6 @@ class ExchangeState:
 
     @property
     def first_content_after_s(self) -> float | None:
-        """From its start; None = no content has come."""
+        """From its start; None = no content has arrived."""
         first_at = self.source.first_content_at if self.source is not None else None
         return first_at - self.started_at if first_at is not None else None

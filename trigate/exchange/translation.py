@@ -1,8 +1,8 @@
-"""Between the format that a client speaks and the format that an upstream speaks.
+"""Translates between the client's format and the upstream's format.
 
 A call that arrives in one format may be sent in another one, and its answer is then translated back, event by event.
-A `Translation` is such a pair of formats. `PASS_THROUGH` is the pair of OpenAI with itself, and costs nothing: the body
-goes upstream as it came but for the model id, and events go to the client as bytes, without JSON for each event.
+A `Translation` is such a pair of formats. `PASS_THROUGH` is the pair of OpenAI with itself, and costs nothing: only the
+model id of the request body changes, and events go to the client as bytes, without parsing the JSON of each.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class Reader(Protocol):
     """Turns the bytes of an upstream's stream into whole events for the client. `openai.stream.StreamReader` is one.
 
     Attributes:
-        events: How many events have been given out.
+        events: How many events `feed` has returned.
     """
 
     events: int
 
     @property
     def has_content(self) -> bool:
-        """Part of the answer has come. Before that, nothing is given out."""
+        """Part of the answer has arrived. Before that, `feed` returns nothing."""
 
     @property
     def complete(self) -> bool:
-        """The last event of the stream has come."""
+        """The last event of the stream has arrived."""
 
     @property
     def error(self) -> GatewayError | None:
-        """What is wrong with the stream; the reader is of no use afterwards."""
+        """The error in the stream; the reader must not be fed afterwards."""
 
     @property
     def usage(self) -> Usage | None:
@@ -47,15 +47,15 @@ class Reader(Protocol):
         """Takes bytes of the upstream's body; returns the frames that are ready for the client."""
 
     def feed_end(self) -> bytes:
-        """The upstream's body has ended; returns what is left for the client, and sets ``error`` if more was due."""
+        """The upstream's body has ended: returns the last frames, and sets ``error`` if the stream is incomplete."""
 
     @property
     def kept(self) -> list[bytes] | None:
-        """The frames given out so far, for another upstream to continue; None = they were too many."""
+        """The frames returned so far, which another upstream can continue; None = they exceed ``keep_bytes``."""
 
     @property
     def all_finished(self) -> bool:
-        """A choice has ended: nothing is left to continue."""
+        """Every choice that has begun has ended: nothing is left to continue."""
 
 
 class Translation(Protocol):
@@ -80,8 +80,8 @@ class Translation(Protocol):
 
         Args:
             upstream: The upstream's name, for messages.
-            max_event_bytes: The bound on an event, and on what comes before the first content.
-            keep_bytes: How much of what is given out is kept for another upstream to continue.
+            max_event_bytes: The size limit of an event, and of everything before the first content.
+            keep_bytes: How many bytes of the returned frames are kept for another upstream to continue.
             continues: The fields that all events of the continued stream have in common; None = it is a new stream.
         """
 

@@ -1,7 +1,7 @@
-"""Everything that is done at upstreams for one call: attempts, failover, retries, hedging, continuation.
+"""The work at upstreams for one call: attempts, failover, retries, hedging, continuation.
 
-An upstream call knows no client, only the `Sink` that its answer goes to. `plan` decides which target is next, when and
-why; nothing is decided here but which attempt wins: the one whose content comes first (`UpstreamCall.claim`), which is
+An upstream call knows no client, only the `Sink` that its answer goes to. `routing.plan` decides which target is next,
+when and why. This module decides only which attempt wins: the one whose content comes first. `UpstreamCall.claim` is
 synchronous, so there is one winner.
 
 Until an attempt has content, any other attempt may take its place. Afterwards only a continuation may: another target
@@ -27,7 +27,7 @@ from trigate.exchange.deadlines import AttemptLimits
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
-from trigate.exchange.socket_relay import SocketRelay
+from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.exchange.translation import PASS_THROUGH, Reader
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
@@ -43,12 +43,12 @@ log = structlog.get_logger("trigate.exchange")
 
 @attrs.frozen(kw_only=True)
 class UpstreamServices:
-    """What upstream calls use.
+    """The services that upstream calls use.
 
     Attributes:
-        targets: What is known of each target.
+        targets: The state of each target.
         chance: A random number between 0 and 1, for pauses and choices.
-        timers: Check the limits in time of all exchanges.
+        timers: Run the checks of time limits.
         socket_relay: The fast path; None = this system has no epoll.
     """
 
@@ -60,10 +60,10 @@ class UpstreamServices:
 
 @attrs.frozen
 class Continuation:
-    """What a target needs to continue a stream that another one began.
+    """The state that a target needs to continue a stream that another one began.
 
     Attributes:
-        text: What the assistant has said so far.
+        text: The assistant's text so far.
         head: The fields that all events of the stream have in common.
         events: How many events have been sent.
     """
@@ -78,19 +78,19 @@ _NEW_STREAM = Continuation()
 
 @attrs.define(eq=False, kw_only=True)
 class UpstreamCall:
-    """The upstream's half of an exchange, or of a shared call.
+    """The upstream's side of an exchange, or of a shared call.
 
     Attributes:
-        deadline_at: When the call has to be over. No attempt begins after it, and each upstream is told how long is
-            left.
-        first_byte_deadline: When the answer has to have begun; counts until something was sent to the client.
-        attempts: All of them, in the order in which they began.
-        live: Those in progress.
+        deadline_at: When the call has to be over. No attempt begins after it, and the remaining time is sent with each
+            request.
+        first_byte_deadline: When the answer has to have begun; infinite once something has been sent to the client.
+        attempts: All attempts, in the order in which they began.
+        live: The attempts in progress.
         winner: The attempt that has content.
-        target: That of the winner; before there is one, that of the last attempt.
+        target: The target of the winner; before there is one, of the last attempt.
         cancelled_with: Why the call was cancelled.
         bytes_sent: Bytes of the answer that went to the sink.
-        first_content_at: Trio time; None = no content has come.
+        first_content_at: Trio time; None = no content has arrived.
     """
 
     request: ExchangeRequest
@@ -109,14 +109,13 @@ class UpstreamCall:
     _usage: Usage | None = None
     _clock: UpstreamClock = attrs.field(factory=UpstreamClock)
     _continuation: Continuation = _NEW_STREAM
-    _stream: StreamAnswer | None = None
     _pause: trio.CancelScope | None = None
     _is_last_attempt: bool = False
 
     # -- the answer ---------------------------------------------------------------------------------------------------
 
     async def fetch(self, sink: Sink) -> None:
-        """Has attempts made until one has served the call. Returns when the sink has the whole answer.
+        """Makes attempts until one has served the call. Returns when the sink has the whole answer.
 
         Raises:
             GatewayError: No attempt could serve the call, or it was cancelled (`cancel`).
@@ -148,13 +147,13 @@ class UpstreamCall:
                 await self._wait(plan, step)
 
     def _after(self, plan: Plan, error: GatewayError) -> Step | None:
-        """The attempt that follows one that failed; None = there is none."""
+        """Returns the next step after a failed attempt; None = there is none."""
         now = trio.current_time()
         if self._is_last_attempt:
             return None
         if self.winner is not None:
             return self._continue(plan, error, now)
-        # Also where a target that was to continue a stream sent nothing: the client's partial answer is unchanged.
+        # This includes a continuation that sent nothing: the client's partial answer is unchanged.
         left_s = min(self.deadline_at, self.first_byte_deadline) - now
         return plan.next(error, now, self.services.chance(), left_s=left_s)
 
@@ -163,7 +162,7 @@ class UpstreamCall:
         comes first wins; the other one is cancelled at once.
 
         Returns:
-            None = one has served the call; else why the last one failed.
+            None = an attempt has served the call; else the error of the last one.
         """
         errors: list[GatewayError] = []
         decided = trio.Event()
@@ -190,7 +189,7 @@ class UpstreamCall:
         """Makes one attempt, and records how it ended.
 
         Returns:
-            Why it failed; returned, since a nursery would wrap it in a group.
+            The error; it is returned, since a nursery would wrap it in a group.
         """
         attempt = Attempt(
             step=step,
@@ -239,7 +238,7 @@ class UpstreamCall:
                 upstream.note_up()
         except GatewayError as error:
             if attempt.is_superseded:
-                return  # it was cancelled, whatever that looked like to the reader
+                return  # the error is an effect of the cancellation
             cause = self.cancelled_with or attempt.failed_with
             if cause is not None and error is not cause:
                 raise cause from error  # a cancelled reply looks like a broken one to its reader
@@ -252,7 +251,7 @@ class UpstreamCall:
         return cause
 
     def claim(self, attempt: Attempt) -> bool:
-        """Makes an attempt the one that answers, since it has content; all others are cancelled at once.
+        """Makes an attempt that has content the winner, and cancels all others at once.
 
         Returns:
             False = another attempt was first.
@@ -285,10 +284,10 @@ class UpstreamCall:
         if self.cancelled_with is not None:
             raise self.cancelled_with
 
-    # -- what is sent -------------------------------------------------------------------------------------------------
+    # -- the request --------------------------------------------------------------------------------------------------
 
     def _request_for(self, attempt: Attempt) -> UpstreamRequest:
-        """The request, with how long its answer is of use."""
+        """Makes the request. Its ``x-request-timeout`` is the time that is left for the answer."""
         request = self.request
         call, text = request.call, self._continuation.text
         if text:
@@ -303,10 +302,10 @@ class UpstreamCall:
         return UpstreamRequest(PASS_THROUGH.path(call), body, headers, request.owner)
 
     def _answer(self) -> Answer:
-        """How the answer gets from a reply to the sink."""
+        """Makes the object that moves the answer from a reply to the sink."""
         call, limits = self.request.call, self.request.generation.config.limits
         if call.stream:
-            self._stream = StreamAnswer(
+            return StreamAnswer(
                 call=call,
                 translation=PASS_THROUGH,
                 claim=self.claim,
@@ -316,7 +315,6 @@ class UpstreamCall:
                 keep_bytes=limits.buffered_bytes if self._may_continue() else 0,
                 continues=self._continuation.head,
             )
-            return self._stream
         if call.endpoint.answer == "json":
             return JsonAnswer(
                 call=call,
@@ -336,10 +334,10 @@ class UpstreamCall:
         return self.request.model.on_truncation == "continue" and self.request.call.endpoint.path == "/chat/completions"
 
     def _continue(self, plan: Plan, error: GatewayError, now: float) -> Step | None:
-        """Has another target continue a stream that has broken off, if the client will not see where.
+        """Returns the step by which another target continues a truncated stream; None = the stream cannot be continued.
 
-        That is possible for plain text only: what has been sent becomes the beginning of an assistant's message, which
-        the next target continues. Half a tool call, or reasoning, cannot be continued.
+        Only plain text can be continued: the text that has been sent becomes the beginning of an assistant's message,
+        which the next target completes. A partial tool call or partial reasoning cannot be continued.
         """
         if not error.retryable or self.request.model.on_truncation != "continue" or self.deadline_at <= now:
             return None
@@ -363,10 +361,10 @@ class UpstreamCall:
             self.winner = None
         return step
 
-    # -- what ends it early -------------------------------------------------------------------------------------------
+    # -- cancellation -------------------------------------------------------------------------------------------------
 
     def cancel(self, error: GatewayError) -> None:
-        """Ends the call now; `fetch` raises ``error``. Synchronous; the first reason counts."""
+        """Ends the call now; `fetch` raises ``error``. Synchronous; only the first call has an effect."""
         if self.cancelled_with is None:
             self.cancelled_with = error
             for attempt in self.live:
@@ -375,20 +373,21 @@ class UpstreamCall:
                 self._pause.cancel()
 
     def finish(self, deadline_at: float) -> None:
-        """The client has disconnected, and the answer is received to its end all the same, by the attempts that are in
-        progress. What goes to the sink from now on is discarded there."""
+        """The client has disconnected. The attempts in progress receive the answer to its end all the same, and the
+        sink discards it."""
         self.deadline_at = deadline_at
         self._is_last_attempt = True
-        if self._stream is not None and self._stream.relayed is not None:
-            self._stream.relayed.detach()
+        stream = self._relayed_stream()
+        if stream is not None:
+            stream.detach()
 
     def abandon(self) -> bool:
-        """Closes the upstream's connection now, from any task, where the fast path relays the stream.
+        """Closes the upstream's connection now, from any task, if the fast path relays the stream.
 
         Returns:
             Whether it did. The task of the call then sleeps until it is cancelled, which is no longer urgent.
         """
-        stream = self._stream.relayed if self._stream is not None else None
+        stream = self._relayed_stream()
         reply = self.winner.reply if self.winner is not None else None
         if stream is None or reply is None or not stream.release():
             return False
@@ -396,7 +395,7 @@ class UpstreamCall:
         return True
 
     async def close_reply(self) -> None:
-        """Closes the reply of a call that waits for its client in a send that no cancellation reaches."""
+        """Closes the reply of a call whose task waits in a shielded send."""
         attempt = self.winner
         if attempt is not None and attempt.reply is not None and not attempt.is_reading:
             await attempt.reply.aclose()
@@ -404,18 +403,21 @@ class UpstreamCall:
     def inject(self, data: bytes) -> bool:
         """Sends bytes of the gateway's own (a keep-alive comment) between two events on the fast path. Returns whether
         the fast path relays the stream."""
-        stream = self._stream.relayed if self._stream is not None else None
+        stream = self._relayed_stream()
         if stream is None:
             return False
         stream.inject(data)
         return True
+
+    def _relayed_stream(self) -> RelayedStream | None:
+        return self.winner.relayed if self.winner is not None else None
 
     def check_limits(self, now: float) -> list[float]:
         """Fails each attempt that has exceeded one of its limits; returns when each limit is due."""
         due_at = []
         for attempt in self.live:
             if attempt.is_sending and attempt.last_byte_at < math.inf:
-                attempt.last_byte_at = now  # the client keeps it waiting, so the upstream is not idle
+                attempt.last_byte_at = now  # it waits for the client, so the upstream is not idle
             for due in self._limits_of(attempt.target.upstream).due(
                 head_due_from=attempt.head_due_from,
                 waiting_since=attempt.waiting_since,
@@ -441,11 +443,11 @@ class UpstreamCall:
             total_s=limit_s("total"),
         )
 
-    # -- what is shown of it ------------------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------------------------
 
     @property
     def phase(self) -> Phase | None:
-        """That of the winner, else of the oldest attempt in progress; None = no attempt is."""
+        """The phase of the winner, else of the oldest attempt in progress; None = no attempt is in progress."""
         if self.winner is not None and self.winner.outcome is None:
             return self.winner.phase
         if self.live:
@@ -488,7 +490,7 @@ class UpstreamCall:
 
 
 def _note_failure(upstream: Upstream, error: GatewayError) -> None:
-    """Has the upstream's state follow what an attempt met."""
+    """Records the failure of an attempt in the state of its upstream."""
     is_unreachable = isinstance(error, Unavailable) and not error.reachable
     if is_unreachable or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
         upstream.note_down(error)

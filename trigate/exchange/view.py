@@ -1,6 +1,6 @@
-"""What ``/status`` and the log show of an exchange.
+"""The view of an exchange in ``/status`` and in the log.
 
-Never the text of a message, nor what a provider said: it may repeat what a client wrote.
+It never contains the text of a message, nor a provider's error message, which may quote a client's text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trigate.exchange.state import ExchangeState
 
 
 def phase(state: ExchangeState) -> Phase:
-    """What an exchange is doing."""
+    """The phase of an exchange."""
     if state.is_ended or state.error is not None:
         return Phase.ENDING
     source = state.source.phase if state.source is not None else None
@@ -22,7 +22,7 @@ def phase(state: ExchangeState) -> Phase:
 
 
 def describe(state: ExchangeState, now: float) -> dict[str, object]:
-    """A row of ``GET /status/streams``. Times are in seconds; those of attempts count from the exchange's start."""
+    """Makes a row of ``GET /status/streams``. Times are in seconds; attempts count them from the exchange's start."""
     usage = state.usage
     row: dict[str, object] = {
         "id": state.id,
@@ -50,7 +50,7 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
 
 
 def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:
-    """An attempt, with times in seconds since ``since`` (Trio time)."""
+    """Makes the row of an attempt, with times in seconds since ``since`` (Trio time)."""
     row: dict[str, object] = {
         "target": str(attempt.target),
         "why": attempt.step.why,
@@ -67,7 +67,7 @@ def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:
 
 
 def log_line(state: ExchangeState, now: float) -> dict[str, object]:
-    """The values of the log event ``exchange``."""
+    """Makes the values of the log event ``exchange``."""
     source, call, attempts, usage = state.source, state.request.call, state.attempts, state.usage
     target, first_content_s = state.target, state.first_content_after_s
     line: dict[str, object] = {

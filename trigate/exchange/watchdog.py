@@ -1,4 +1,4 @@
-"""Applies limits in time: asks what has exceeded a limit, whenever one may be due."""
+"""Applies time limits: runs a check whenever a limit may be due."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class Watchdog:
     """Checks the limits of one exchange or one shared call until it is stopped.
 
     Args:
-        check: Ends what has exceeded a limit at that time; returns when each limit is due.
+        check: Ends whatever exceeds a limit at the given time; returns when each limit is due.
         first_at: When the first limit may be due.
-        shortest_s: The shortest limit of all. A limit that begins to count between two checks is not due before.
+        shortest_s: The shortest limit, and so the longest time between two checks: a limit that begins to count after a
+            check cannot be due earlier.
     """
 
     __slots__ = ("_check", "_shortest_s", "_timer")
@@ -31,10 +32,10 @@ class Watchdog:
         return next_check(now, self._shortest_s, self._check(now))
 
     def stop(self) -> None:
-        """Checks nothing any more."""
+        """Ends the checks."""
         self._timer.stop()
 
 
 def call_timed_out(allowed_s: float) -> UpstreamTimeout:
-    """Makes the error for a call that is not over at its deadline."""
+    """Makes the error for a call that exceeds its deadline."""
     return UpstreamTimeout(f"The call took longer than {allowed_s:g} s in all.", phase="total")

@@ -1,4 +1,4 @@
-"""How the server ends the gateway's work: handing over, draining, the end."""
+"""The shutdown of the gateway, as the server controls it: hand over, drain, cancel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trigate.runs.outbox import Outbox
 
 
 class Drain:
-    """The server's handle on the gateway's shutdown; the lifespan state has it under ``drain``.
+    """Controls the shutdown of the gateway; the lifespan state has it under ``drain``.
 
     Attributes:
-        handing_over: Set once this process leaves to other processes what they can do as well.
+        handing_over: Set once other processes take over the work that any process can do, such as polling.
         is_announced: ``GET /ready`` answers 503.
     """
 
@@ -26,7 +26,7 @@ class Drain:
         self.is_announced = False
 
     def step_aside(self) -> None:
-        """Stops reading messages that another process can read. Requests are served as before."""
+        """Stops polling for messages, which another process can do. Requests are served as before."""
         self.handing_over.set()
 
     def announce(self) -> None:
@@ -35,17 +35,17 @@ class Drain:
         self.is_announced = True
 
     def begin(self) -> None:
-        """Announces the end, and refuses new calls; running ones continue."""
+        """Announces the shutdown, and refuses new calls; running ones continue."""
         self.announce()
         self._live.is_draining = True
 
     async def wait_quiet(self) -> None:
-        """Waits until no exchange is in flight, and what the ended runs have to deliver has been delivered."""
+        """Waits until no exchange is in flight, and the results of ended runs have been delivered."""
         await self._live.wait_none_left()
         await self._outbox.wait_idle()
 
     def cut(self) -> Sequence[str]:
-        """Ends the exchanges that are still in flight: each stream gets an error event. Returns their request ids."""
+        """Cancels the exchanges in flight: each stream gets an error event. Returns their request ids."""
         return self._live.cancel_all(
             Draining("The gateway is shutting down; the answer up to here is incomplete. Try again.")
         )

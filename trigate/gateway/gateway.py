@@ -1,6 +1,6 @@
-"""The composition root: opens every service, in the order of its lifetime, and gives each what it uses.
+"""The composition root: opens every service, in the order of their lifetimes, and passes each the services it uses.
 
-No service knows the gateway. `Gateway` is what the ASGI application needs of it.
+No service uses the gateway. `Gateway` has the services that the ASGI application uses.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from trigate.workers.membership import Workers, open_workers
 
 @attrs.frozen(eq=False, kw_only=True)
 class Gateway:
-    """Everything that outlives a request, as the ASGI application uses it. Made by `open_gateway`."""
+    """The services that outlive a request, for the ASGI application. Made by `open_gateway`."""
 
     generations: Generations
     exchange_services: ExchangeServices
@@ -70,7 +70,7 @@ class Gateway:
         return f"<Gateway, {self.live!r}>"
 
     def not_ready(self) -> list[str]:
-        """Why new calls should not be sent here; empty = they should."""
+        """Returns why a load balancer should not send new calls here; empty = it should."""
         if self.drain.is_announced:
             return ["draining"]
         upstreams = self.generations.current.known().values()
@@ -81,7 +81,7 @@ class Gateway:
 
 
 def _max_exchanges() -> int:
-    """How many exchanges the process has file descriptors for: two for each, and some for everything else."""
+    """The number of exchanges that the process has file descriptors for: two for each, after 64 for everything else."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, (soft - 64) // 2) if soft != resource.RLIM_INFINITY else 10**9
 
@@ -98,11 +98,11 @@ async def open_gateway(
     """Opens the gateway.
 
     Args:
-        config: What to serve. None: the file of ``TRIGATE_CONFIG``, else ``./trigate.toml``, else what is discovered;
-            the gateway then follows SIGHUP and changes of the file.
-        env: Where secrets are looked up; the process's environment by default.
-        transports: How upstreams are reached, other than the embedded models; None = by sockets.
-        adjust: Applied to each configuration that is read: what the command line says takes precedence.
+        config: The configuration. None: the file in ``TRIGATE_CONFIG``, else ``./trigate.toml``, else the discovered
+            upstreams; the gateway then reloads it at SIGHUP and when the file changes.
+        env: The environment variables, for secrets; those of the process by default.
+        transports: Makes the transports of all upstreams but the echo; None = sockets.
+        adjust: Applied to each configuration that is read, for the options of the command line.
         chance: A random number between 0 and 1, for pauses and choices.
 
     Raises:
@@ -137,8 +137,8 @@ async def open_gateway(
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger)
-        # Shared calls, runs and channels have exchanges, so they close before the generations do. Runs adopt those of
-        # exited workers, so they open before this worker joins the others (`_use_store`).
+        # Shared calls, runs and channels have exchanges, so they close before the generations do. The runs service
+        # adopts the runs of exited workers, so it opens before this worker joins the others (`_use_store`).
         async with (
             open_callbacks(trust=lambda: generations.current.trust.context()) as callbacks,
             open_outbox(store, workers) as outbox,
@@ -147,7 +147,7 @@ async def open_gateway(
             drain = Drain(live, outbox)
 
             def apply_config(config: Config) -> None:
-                """Has the services that outlive generations follow a configuration."""
+                """Applies a configuration to the services that outlive generations."""
                 targets.apply(config)
                 admission.apply(config.limits)
                 ledger.apply(config.ledger)
@@ -240,7 +240,7 @@ async def _open_generation(nursery: trio.Nursery, transports: TransportFactory |
 
 
 async def _use_store(gateway: Gateway) -> None:
-    """Opens the store as soon as the configuration needs it. Other services open it when they use it first."""
+    """Opens the store as soon as the configuration needs it. Otherwise it is opened when a service first uses it."""
     while not opening.is_needed(gateway.generations.config, gateway.store.statistics().path):
         await gateway.reloader.wait_reloaded()
     await gateway.workers.join_eventually()

@@ -1,7 +1,7 @@
-"""Reads the configuration, and reads it again: at SIGHUP, and when its file changes.
+"""Reads the configuration, and reloads it at SIGHUP and when its file changes.
 
-A reload opens the next generation, makes it the current one, and has the services that outlive generations follow its
-configuration. The old generation closes after its last exchange. A configuration that cannot be used changes nothing.
+A reload opens the next generation, makes it the current one, and applies its configuration to the services that outlive
+generations. The old generation closes after its last exchange. An unusable configuration changes nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _FILE_CHECK_S = 1.0
 
 
 class Reloader:
-    """Replaces the generation in use when it is asked to.
+    """Replaces the generation in use on request.
 
     Args:
         read: Reads the configuration.
         open_generation: Opens a generation, which then closes after its last exchange.
-        apply: Has the services that outlive generations follow a configuration.
+        apply: Applies a configuration to the services that outlive generations.
 
     Attributes:
         error: Why the last reload was refused; None = it was not.
@@ -57,7 +57,7 @@ class Reloader:
         self.error: str | None = None
 
     def request(self) -> None:
-        """Asks for a reload. Synchronous; call it from Trio's thread."""
+        """Requests a reload. Synchronous; call it from Trio's thread."""
         self._requested.set()
 
     async def wait_reloaded(self) -> None:
@@ -65,7 +65,7 @@ class Reloader:
         await self._reloaded.wait()
 
     async def run(self) -> None:
-        """Reloads whenever it is asked to; never returns."""
+        """Reloads on each request; never returns."""
         while True:
             await self._requested.wait()
             source = self._generations.config.source
@@ -78,7 +78,7 @@ class Reloader:
                 self.error = str(error)
                 log.error("reload_refused", source=error.source, problems=list(error.problems))
                 continue
-            except Exception as error:  # whatever is wrong with the new configuration, the old one stays in use
+            except Exception as error:  # also a defect: the old configuration stays in use
                 problem = f"cannot be put to use: {message_of(error)}"
                 self.error = f"{source}: {problem}"
                 log.exception("reload_refused", source=source, problems=[problem])
@@ -90,7 +90,7 @@ class Reloader:
             log.info("reloaded", source=config.source, upstreams=list(config.upstreams))
 
     async def watch_file(self, path: Path) -> None:
-        """Asks for a reload when the configuration file changes; never returns."""
+        """Requests a reload when the configuration file changes; never returns."""
         seen = await _fingerprint(path)
         while True:
             await trio.sleep(_FILE_CHECK_S)
@@ -101,7 +101,7 @@ class Reloader:
 
 
 async def _fingerprint(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file does; None = the file cannot be read."""
+    """Returns a value that changes when the file does; None = the file cannot be read."""
     try:
         stat = await trio.Path(path).stat()
     except OSError:
@@ -112,7 +112,7 @@ async def _fingerprint(path: Path) -> tuple[int, int, int] | None:
 
 @contextlib.contextmanager
 def reload_on_sighup(reloader: Reloader) -> Iterator[None]:
-    """Makes SIGHUP a request to reload, unless the signal has a handler already. Works in guest mode, too."""
+    """Requests a reload at SIGHUP, unless the signal has a handler already. Works in guest mode, too."""
     is_usable = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
     if not is_usable or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
         yield

@@ -1,18 +1,17 @@
 """A file of the exchanges that a process has begun and settled. The file survives the process.
 
 A line is written when an exchange begins, with the outcome ``lost``, and another one when it is settled, with its
-outcome. So a later process that reads the journal of a killed one knows the state of each exchange: the last line of
-each id counts.
+outcome. So a process that reads the journal of a killed one finds the state of each exchange in the last line of its
+id.
 
 Why a journal, beside SQLite's own write-ahead log: a call must not wait for the store. A line is one ``write`` to the
 end of the file, one system call in the thread of the event loop. SQLite's log would cost each call a hop to its thread
-and back, and a durable commit there waits for an fsync. A line has no fsync: the kernel has it when ``write`` returns,
-which survives SIGKILL, but not a power failure. The records reach the store later, many in one transaction.
+and back, and a durable commit there waits for an fsync. There is no fsync: after ``write`` the line is in the
+kernel, so it survives SIGKILL, but not a power failure. The records reach the store later, many in one transaction.
 
 The file is locked (``flock``) for as long as its process runs; the kernel releases the lock when the process ends,
-however it ends. So a journal that can be locked is that of a dead process (`take_orphans`). Its name consists of the
-path of the store's file, the worker's id, and a number: a journal that has become long is replaced by the next one
-(`Journal.rotate`).
+however it ends. So a journal that can be locked belongs to an exited process (`take_orphans`). Its name consists of the
+path of the store's file, the worker's id, and a number: a long journal is replaced by the next one (`Journal.rotate`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from trigate.store.records import ExchangeRecord
 log = structlog.get_logger("trigate.ledger.journal")
 
 SLICE_BYTES = 128 * 1024
-"""Bytes that are read at once: half a millisecond of work."""
+"""The number of bytes that are read at once: half a millisecond of work."""
 
 _decoder = msgspec.json.Decoder(ExchangeRecord)
 
@@ -60,7 +59,7 @@ class Journal:
         worker: The id of the worker that writes it.
 
     Raises:
-        OSError: Of every method: the file system has failed.
+        OSError: Every method: the file system has failed.
     """
 
     def __init__(self, store: str, worker: str) -> None:
@@ -81,7 +80,7 @@ class Journal:
             path = f"{self._stem}.{self._number}"
             self._number += 1
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if _lock(fd, path):  # else another process took it for an orphan before it was locked
+            if _lock(fd, path):  # otherwise another process has adopted it as an orphan in the meantime
                 break
             os.close(fd)
         self.path, self._fd, self.size = path, fd, 0
@@ -94,7 +93,7 @@ class Journal:
         """
         line = record + b"\n"
         written = os.write(self._fd, line)
-        if written < len(line):  # the disk is full except for some bytes
+        if written < len(line):  # the disk is full
             os.ftruncate(self._fd, self.size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
         self.size += written
@@ -104,20 +103,20 @@ class Journal:
         return _slices(self._fd)
 
     def rotate(self, live: Iterable[ExchangeRecord]) -> None:
-        """Replaces the file by the next one, without the exchanges that have ended.
+        """Replaces the file with the next one, without the exchanges that have ended.
 
         Args:
             live: The exchanges that have begun and not ended; the new file begins with them.
 
         Raises:
-            OSError: The new file cannot be written. The journal goes on in the old one.
+            OSError: The new file cannot be written. The journal continues in the old one.
         """
         old_path, old_fd, old_size = self.path, self._fd, self.size
         self._open()
         try:
             for record in live:
                 self.write(record.encode())
-        except OSError:  # the old file is complete, so the journal goes on in it
+        except OSError:  # the old file is complete, so the journal continues in it
             os.unlink(self.path)
             os.close(self._fd)
             self.path, self._fd, self.size = old_path, old_fd, old_size
@@ -129,8 +128,8 @@ class Journal:
         """Closes the file.
 
         Args:
-            remove: All its records are in the store. A file that is not removed is an orphan, which the next process
-                reads.
+            remove: Whether to remove it, since the store has all its records. Otherwise it is an orphan, which the next
+                process reads.
         """
         if remove:
             with contextlib.suppress(OSError):
@@ -179,7 +178,7 @@ def take_orphans(store: str) -> Iterator[list[Orphan]]:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                continue  # its process has just removed it
+                continue  # removed in the meantime by its process
             stack.callback(os.close, fd)
             if _lock(fd, path):
                 found.append(Orphan(path, fd))
@@ -187,7 +186,7 @@ def take_orphans(store: str) -> Iterator[list[Orphan]]:
 
 
 def _lock(fd: int, path: str) -> bool:
-    """Locks a file. False = another process has locked it, or the path leads to another file now."""
+    """Locks a file. False = another process has locked it, or the path refers to another file now."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.stat(path).st_ino == os.fstat(fd).st_ino

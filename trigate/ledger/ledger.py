@@ -1,16 +1,16 @@
 """The ledger: one record for each exchange, however it ended.
 
-`Ledger.begin` and `Ledger.settle` are synchronous and never fail: a call is neither delayed nor refused because its
-record cannot be kept. Each writes one line to the `journal`, which survives the process. Every few seconds a task
+`Ledger.begin` and `Ledger.settle` are synchronous and never fail: a call is neither delayed nor refused if its record
+cannot be stored. Each writes one line to the `journal`, which survives the process. Every few seconds a task
 writes the settled records to the store, where they can be queried. Each record has an id of its own, so the store holds
 it at most once even if it is written twice.
 
-When a process is killed, its journal is left behind. The next process that starts, or one that is running, writes those
-records to the store: a settled exchange as it ended, any other one as ``lost``.
+When a process is killed, its journal remains. The next process that starts, or one that is running, writes its records
+to the store: a settled exchange with its outcome, any other one as ``lost``.
 
-Records wait for the store in memory, at most `MAX_WAITING` of them. The others are read from the journal once the store
-is available again. Only where there is no journal either (a full or read-only disk, a store in memory) they are
-dropped, which is counted and logged.
+At most `MAX_WAITING` records wait for the store in memory. Further ones are read from the journal once the store is
+available again. If there is no journal either (a full or read-only disk, a store in memory), they are dropped, which is
+counted and logged.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from trigate.store.records import LOST, AttemptRecord, ExchangeRecord
 log = structlog.get_logger("trigate.ledger")
 
 FLUSH_S = 5.0
-"""How long a record waits at most before it is written to the store."""
+"""The longest time that a record waits before it is written to the store."""
 ORPHANS_S = 60.0
-"""How often journals of exited processes are looked for."""
+"""The interval of the search for journals of exited processes."""
 RETRY_S = 5.0
-"""How soon a journal that cannot be written is tried again."""
+"""The pause before a journal that cannot be written is tried again."""
 CLOSE_TIMEOUT_S = 3.0
 ROTATE_BYTES = 4 * 1024 * 1024
 """The size at which a journal is rotated."""
 MAX_WAITING = 50_000
-"""How many records wait in memory."""
+"""The largest number of records that wait in memory."""
 _MAX_MODEL_CHARS = 256  # of a model id: clients send any text
 
 
 class AttemptEntry(Protocol):
-    """An attempt, as the ledger records it."""
+    """The fields of an attempt that the ledger records."""
 
     step: Step
     target: Target
@@ -69,7 +69,7 @@ class AttemptEntry(Protocol):
 
 
 class LedgerEntry(Protocol):
-    """An exchange, as the ledger records it (`exchange.state.ExchangeState`)."""
+    """The fields of an exchange that the ledger records (`exchange.state.ExchangeState`)."""
 
     started_at: float
     outcome: str | None
@@ -118,13 +118,13 @@ class LedgerEntry(Protocol):
 
 @attrs.frozen(kw_only=True)
 class LedgerStatistics:
-    """A moment of the ledger.
+    """A snapshot of the ledger.
 
     Attributes:
         state: ``degraded`` = no journal can be written.
         begun, settled: Exchanges of this process.
-        lost: Exchanges of killed processes, which this one found.
-        dropped: Records that could be kept nowhere.
+        lost: Exchanges of killed processes that this process found.
+        dropped: Records that could not be stored anywhere.
     """
 
     state: Literal["off", "ok", "degraded"]
@@ -149,10 +149,10 @@ class Ledger:
         self._retry_at = -math.inf
         self._waiting: list[bytes] = []
         self._is_behind = False
-        """The journal has records that neither wait in memory nor are in the store."""
+        """Whether the journal has settled records that are neither in memory nor in the store."""
         self._error: str | None = None
         self._store_error: str | None = None
-        self._settled_some = Wakeup()
+        self._has_settled = Wakeup()
         self._flushing = trio.Lock()
         self._orphans_at = -math.inf
         self._begun = self._settled = self._lost = self._dropped = 0
@@ -161,7 +161,7 @@ class Ledger:
         return f"<Ledger, {len(self._live)} live, {self._settled} settled>"
 
     def apply(self, settings: LedgerConfig) -> None:
-        """Takes new settings. Exchanges that have begun are settled in any case."""
+        """Applies new settings. Exchanges that have begun are settled in any case."""
         self._settings = settings
 
     def statistics(self) -> LedgerStatistics:
@@ -198,12 +198,12 @@ class Ledger:
             self._write(record.encode())
 
     def settle(self, exchange: LedgerEntry) -> None:
-        """Records how an exchange ended; also of one that was refused."""
+        """Records how an exchange ended, even if it was refused."""
         begun = self._live.pop(exchange, None)
         if begun is None:
             return
         self._settled += 1
-        record = _settled(begun, exchange).encode()
+        record = _settled_record(begun, exchange).encode()
         is_written = self._write(record)
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(record)
@@ -211,11 +211,11 @@ class Ledger:
             self._is_behind = True
         else:
             self._dropped += 1
-        if not self._settled_some.is_set:
-            self._settled_some.set()
+        if not self._has_settled.is_set:
+            self._has_settled.set()
 
     def _write(self, record: bytes) -> bool:
-        """Writes a line to the journal; returns whether that was possible."""
+        """Writes a line to the journal; returns whether that succeeded."""
         try:
             if self._journal is None:
                 if self._path == MEMORY or trio.current_time() < self._retry_at:
@@ -248,18 +248,18 @@ class Ledger:
                 if error.message != self._store_error:
                     log.warning("ledger_waits", error=error.message)
                 self._store_error = error.message
-                self._settled_some.set()
+                self._has_settled.set()
             else:
                 self._store_error = None
             with trio.move_on_after(ORPHANS_S if self._path != MEMORY else math.inf):
-                await self._settled_some.wait()
+                await self._has_settled.wait()
             await trio.sleep(FLUSH_S)  # many records share one transaction
 
     async def flush(self) -> None:
-        """Writes all records to the store that are settled now, and those of exited processes.
+        """Writes all settled records to the store, and those of exited processes.
 
         Raises:
-            StoreUnavailable: That failed; no record is lost, and the next call tries again.
+            StoreUnavailable: A write failed; no record is lost, and the next call tries again.
         """
         async with self._flushing:
             while self._waiting:  # all at once: each hop to the database's thread is expensive while the loop is busy
@@ -308,7 +308,7 @@ class Ledger:
     async def list(
         self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
-        """Returns a page of records, with those of this process that are settled now (`store.Exchanges.list`).
+        """Returns a page of records, after a flush of those of this process (`store.Exchanges.list`).
 
         Raises:
             StoreUnavailable: The store cannot be read.
@@ -317,7 +317,7 @@ class Ledger:
         return await self._store.exchanges.list(limit=limit, owner=owner, outcome=outcome, after=after)
 
     async def close(self) -> None:
-        """Writes what is left to the store. If that fails, it stays in the journal for the next process."""
+        """Writes the remaining records to the store. If that fails, they stay in the journal for the next process."""
         await trio.lowlevel.cancel_shielded_checkpoint()
         try:
             with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
@@ -338,7 +338,7 @@ def _encoded_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
     return [record.encode() for record in records if record.outcome != LOST]
 
 
-def _settled(begun: ExchangeRecord, exchange: LedgerEntry) -> ExchangeRecord:
+def _settled_record(begun: ExchangeRecord, exchange: LedgerEntry) -> ExchangeRecord:
     prompt: int | None = None
     completion: int | None = None
     usage = exchange.usage
@@ -393,10 +393,10 @@ def _attempt_record(attempt: AttemptEntry, since: float) -> AttemptRecord:
 
 @asynccontextmanager
 async def open_ledger(store: Store) -> AsyncIterator[Ledger]:
-    """Opens the ledger around a block. No file is made, and the store is not opened, before the first exchange."""
+    """Opens the ledger for a block. Before the first exchange, no file is made and the store is not opened."""
     ledger = Ledger(store)
     try:
         async with open_service(ledger.run):
             yield ledger
     finally:
-        await ledger.close()  # noqa: ASYNC102 - it is shielded, and ends in time
+        await ledger.close()  # noqa: ASYNC102 - shielded, with a deadline of its own

@@ -36,9 +36,11 @@ class RunClient:
         self._exchange = exchange
 
     def note_answered(self, exchange: Exchange) -> None:
-        """The run's exchange has ended: the response says who answered, also where it does not stream the answer."""
+        """The run's exchange has ended. A response that does not stream the answer gets the same headers as one that
+        does."""
         if not self.is_streamed:
-            self.response.headers += answer_headers(exchange)
+            content_at = exchange.source.first_content_at if exchange.source is not None else None
+            self.response.headers += answer_headers(exchange, content_at or trio.current_time())
 
     async def tell(self, error: GatewayError) -> None:
         """Sends an error, unless the response has begun."""

@@ -107,7 +107,7 @@ class Runs:
         """Stores a request as a run. The caller executes a new one at once (`execute`, `execute_soon`).
 
         Args:
-            acknowledged: Whether the run must be finished, whatever happens to this process.
+            acknowledged: Whether the run must be finished, even if this process exits.
             idempotency: A key, unique among those of the same channel and owner, and a digest of the body.
 
         Raises:

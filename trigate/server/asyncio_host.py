@@ -36,8 +36,8 @@ Known warts:
 - Trio allows one guest run in a thread, so two `AsyncioHost` on one loop do not work.
 - A loop that is closed without cancelling its tasks abandons its run. uvicorn does so when SIGTERM reaches it under
   ``--lifespan off``: it raises the signal again before its loop closes.
-- On Python 3.12 and later, hypercorn waits at SIGTERM until its clients have disconnected, whatever its graceful
-  timeout is (its issue 308). The app is not notified before.
+- On Python 3.12 and later, hypercorn waits at SIGTERM until its clients have disconnected, and ignores its
+  graceful timeout (its issue 308). The app is not notified before.
 - uvicorn takes an exception out of a lifespan for a missing lifespan, and does not show it. So the crash of a guest run
   is logged here; servers that show it log it a second time.
 """

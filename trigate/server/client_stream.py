@@ -209,7 +209,7 @@ class ClientStream:
                 await stream.send_eof()
 
     async def abort(self) -> None:
-        """Closes the connection at once, whatever other tasks do with it."""
+        """Closes the connection at once, even while other tasks use it."""
         self.release()
         self._break()
         await trio.aclose_forcefully(self._stream)

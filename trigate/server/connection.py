@@ -66,7 +66,7 @@ class Connection:
             await self._protocol.announce_close()
 
     async def abort(self) -> None:
-        """Closes the connection at once, whatever its tasks do."""
+        """Closes the connection at once, even while its tasks use it."""
         if self._protocol is not None:
             await self._protocol.abort()
         else:

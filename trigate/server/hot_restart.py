@@ -12,7 +12,7 @@ connections in its queue.) So the new process asks for the descriptors:
 3. It starts with all its workers, while the old gateway keeps serving.
 4. When it is ready to accept connections, it reports that. The old gateway then accepts no more, and drains.
 
-If the new process exits before step 4, for whatever reason, the kernel closes the connection between the two, and
+If the new process exits before step 4 for any reason, the kernel closes the connection between the two, and
 nothing has changed. If the old gateway exits before that, the new process has all that it needs.
 
 Handover sockets have names in the *abstract* namespace of Linux, which belongs to the network namespace, like the port.

@@ -80,7 +80,7 @@ class Service:
     app: Application
     timers: Timers
     keep_alive_timeout_s: float
-    state: Mapping[str, Any] = attrs.field(factory=dict)  # Any: whatever the app has put there
+    state: Mapping[str, Any] = attrs.field(factory=dict)  # Any: values of the app
     poller: Poller | None = None
     announces_close: bool = False
     draining: bool = False
@@ -178,7 +178,7 @@ class Connection:
         return bool(data)
 
     async def abort(self) -> None:
-        """Closes the connection at once, whatever its tasks do."""
+        """Closes the connection at once, even while its tasks use it."""
         await self.client_stream.abort()
 
     async def _serve(self) -> bool:

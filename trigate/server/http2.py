@@ -294,7 +294,7 @@ class Http2Connection:
             await self._send_goaway()
 
     async def abort(self) -> None:
-        """Closes the connection at once, whatever its tasks do."""
+        """Closes the connection at once, even while its tasks use it."""
         await trio.aclose_forcefully(self._stream)
 
     async def _read(self) -> None:

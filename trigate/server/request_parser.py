@@ -5,8 +5,8 @@ asked to. A head is checked twice: by `request_head.examine` (limits, line ends,
 characters of methods, targets, names and values).
 
 **This module finds the end of a message, not llhttp.** llhttp cannot be stopped at the end of a message: it would
-continue into the next request, or into whatever a client has sent behind the last one. A body of declared length is
-counted, and llhttp does not see it. A chunked body is walked from one chunk head to the next. The bytes that the walk
+continue into the next request, or into other bytes after the last one. A body of declared length is counted, and llhttp
+does not see it. A chunked body is walked from one chunk head to the next. The bytes that the walk
 has passed then go to llhttp, which must find the end at the same byte. This module also bounds a chunked body: the head
 of a chunk, all extensions together, all trailers together. Extensions and trailers are dropped.
 """

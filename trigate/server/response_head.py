@@ -32,7 +32,7 @@ class ResponseHead(NamedTuple):
         data: The bytes of the head, with the empty line.
         length: The declared length of the body in bytes; None = it is not declared.
         chunked: The body is sent in chunks.
-        bodiless: There is no body, whatever the app sends: a response to HEAD, 204, 304.
+        bodiless: The response has no body, even if the app sends one: a response to HEAD, 204, 304.
         persistent: The connection stays open for another request.
     """
 

@@ -78,7 +78,7 @@ class _Server:
     app: Application
     config: ServerConfig
     tls: ssl.SSLContext | None
-    state: Mapping[str, Any]  # Any: whatever the app has put there
+    state: Mapping[str, Any]  # Any: values of the app
     connections: OpenConnections = attrs.field(init=False, factory=OpenConnections)
     _service: Http2Service = attrs.field(init=False)
 

@@ -3,7 +3,7 @@
 The supervisor binds the sockets once, one for each worker (Linux), and the workers inherit their descriptors. So the
 kernel spreads the connections evenly, and the port stays open while a worker is replaced. Each worker also holds the
 read end of a pipe whose write end only the supervisor has (the *lifeline*): its end of file means that the supervisor
-has exited, for whatever reason, and the worker ends too.
+has exited for any reason, and the worker ends too.
 
 In a hot restart (`hot_restart`), workers wait at a *gate* between their start and their first connection. Each worker
 reports that it is ready, and none accepts a connection before all are ready and the other gateway has been notified. So

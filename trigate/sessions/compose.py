@@ -12,8 +12,8 @@ The history is bounded. These rules decide what is left out:
   answers belongs to the turn before it. A round whose calls were not all answered is left out, and so is an answer to a
   call that is not in the history.
 * Only the last round may lack answers, if the request begins with them: without the round, the request would make no
-  sense. It is kept whatever its size, even if nothing else of its turn fits. Otherwise, a newest turn that is too large
-  by itself is left out like any other, and the history is empty.
+  sense. It is kept regardless of its size, even if nothing else of its turn fits. Otherwise, a newest turn that is too
+  large by itself is left out like any other, and the history is empty.
 
 **Units:** tokens. What no upstream has counted is estimated at four bytes for each token, rounded up. That is about
 right for English prose, and too high for an image in a data URL.

@@ -5,7 +5,7 @@ a second. The worker that answers a request merges its own part as it is now, th
 and what belongs to no worker (sessions, counters of channels, the outbox), which is counted in the store.
 
 **Bounds:** the store has `STORE_TIMEOUT_S` to answer. It is asked for at most `MAX_CHANNELS` channels that no
-configuration names, because anybody with a key can call a hook under any name.
+configuration names, because any client with a key can call a hook under any name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What outlives the process: sessions, runs, deliveries, the ledger's records.
+"""Durable state: sessions, runs, deliveries, the ledger's records.
 
-The store knows values and how to keep them. It does not know what a run does, what a session is good for, or who may
-see which row. Read `interface` first: the protocols of the store and the rules that every implementation follows.
+The store knows values and how to keep them. It does not know what a run does, what a session is for, or which owner
+may see a row. Read `interface` first: the protocols of the store and the rules that every implementation follows.
 
 * `records`: the values that the store keeps.
 * `operations`: what each operation does, as functions over `tables`; the same for every store.

@@ -56,7 +56,7 @@ class ModelPoll:
         on_change: Called after each list that was received. Synchronous.
 
     Attributes:
-        tried: Set when the upstream has been asked once, with whatever result.
+        tried: Set after the first request to the upstream, whether it succeeded or not.
     """
 
     def __init__(self, upstream: Upstream, on_change: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""One upstream: acquires a slot, sends a request, and owns the reply until it is closed, whatever happens.
+"""One upstream: acquires a slot, sends a request, and owns the reply until it is closed.
 
 `Upstream.open` is the only way to a reply, and it is an ``async with``: slot, connection and stream are released where
 the block ends. Below it lies either our own pool of connections (`SocketTransport.pool`, used directly, since to build

@@ -1,4 +1,4 @@
-"""``GET /health`` (is the process alive) and ``GET /ready`` (should it get work)."""
+"""``GET /health`` (liveness) and ``GET /ready`` (readiness)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ blueprint = Blueprint("health", __name__)
 
 @blueprint.get("/health")
 async def health() -> Response:
-    """Says that the process answers; needs no key."""
+    """Answers 200 as long as the process runs; needs no key."""
     return jsonify({"status": "ok"})
 
 
 @blueprint.get("/ready")
 async def ready() -> tuple[Response, int]:
-    """Says 200, or 503 with the reasons: it drains, or no upstream can serve."""
+    """Answers 200, or 503 with the reasons: the gateway drains, or no upstream is usable."""
     reasons = current_gateway().not_ready()
     if reasons:
         return jsonify({"status": "not ready", "reasons": reasons}), 503

@@ -1,4 +1,4 @@
-"""``GET /hooks/NAME/runs/ID``: what became of a message. (``POST /hooks/NAME`` is `trigate.webhooks.endpoint`.)"""
+"""``GET /hooks/NAME/runs/ID``: the run of a message. (``POST /hooks/NAME`` is `trigate.webhooks.endpoint`.)"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def run(name: str, run_id: str) -> Response:
     """Returns a run with its result and its deliveries.
 
     Raises:
-        NotFound: There is none, or it is not the caller's.
+        NotFound: There is no such run, or it belongs to another owner.
         StoreUnavailable: It cannot be looked up.
     """
     gateway = current_gateway()
@@ -36,7 +36,7 @@ async def run(name: str, run_id: str) -> Response:
 
 
 def _delivery(delivery: Delivery) -> dict[str, Any]:
-    """A delivery as its reader may know it: of a URL no query, in which there may be a secret."""
+    """The view of a delivery. Its URL has no query, which may contain a secret."""
     parts = urlsplit(delivery.target)
     return {
         "id": delivery.id,

@@ -1,4 +1,4 @@
-"""``GET /v1/models`` and ``GET /v1/models/{id}``: what every upstream lists, under public ids."""
+"""``GET /v1/models`` and ``GET /v1/models/{id}``: the models of all upstreams, under public ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _model(model: str, owner: str, created: int) -> dict[str, Any]:
 
 @blueprint.get("/v1/models")
 async def list_models() -> Response:
-    """Lists the last known models of all upstreams; asks nobody, so it waits for nobody."""
+    """Lists the last known models of all upstreams, without a request to any of them."""
     generation = _generation()
     rows = [_model(model, owner, generation.created) for model, owner in generation.public_ids().items()]
     return jsonify({"object": "list", "data": rows})
@@ -43,7 +43,7 @@ async def retrieve_model(model: str) -> Response:
         return jsonify(_model(model, ids[model], generation.created))
     try:
         target = generation.route(model).targets[0]  # a bare id that exactly one upstream lists
-    except Unavailable as error:  # a call for it would be a 503; but it is not listed
+    except Unavailable as error:  # a call would get a 503; here the model is not listed
         raise UnknownModel(model, reason=error.message) from None
     if str(target) not in ids:
         raise UnknownModel(model, closest=routes.closest(model, ids))

@@ -1,4 +1,4 @@
-"""``/v1/sessions``: what is remembered, for the key that made it. To any other key it is not there."""
+"""``/v1/sessions``: the stored sessions of a key. Sessions of other keys are not found."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _page(rows: Sequence[dict[str, Any]], limit: int) -> Response:
-    """A list as OpenAI's API has it; there is one row more than the limit where there is another page."""
+    """Makes a list in the format of OpenAI's API.
+
+    Args:
+        rows: One more than ``limit`` if there is another page.
+    """
     shown = rows[:limit]
     body = msgspec.json.encode(
         {
@@ -117,7 +121,7 @@ async def list_messages(key: str) -> Response:
 
 @blueprint.post("/v1/sessions/<key>/reset")
 async def reset_session(key: str) -> Response:
-    """Begins anew, and keeps what was said as the archive. The answer to a turn in progress goes there as well."""
+    """Resets a session: its messages become the archive. The answer of a turn in progress goes there as well."""
     gateway = current_gateway()
     await gateway.workers.join()
     found = await gateway.store.sessions.reset(_owner(), key, at=time.time())
@@ -128,6 +132,6 @@ async def reset_session(key: str) -> Response:
 
 @blueprint.delete("/v1/sessions/<key>")
 async def delete_session(key: str) -> Response:
-    """Forgets a session with its archive; 409 while a turn of it is in progress, which would bring it back."""
+    """Deletes a session and its archive; 409 while a turn is in progress, which would create it again."""
     await current_gateway().sessions.delete(_owner(), key)
     return jsonify({"id": key, "object": "session.deleted", "deleted": True})

@@ -1,4 +1,4 @@
-"""``GET /status``: what the gateway is doing."""
+"""``GET /status``: the state of the gateway, its exchanges in flight, and the ledger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ blueprint = Blueprint("status", __name__)
 
 
 def _owner() -> str | None:
-    """Whose streams may be seen: those of the key; None = all, where there are no keys."""
+    """The owner whose exchanges may be seen: the key's name; None = all, if the gateway has no keys."""
     scope: Any = request.scope  # Any: hypercorn's type does not know our entry
     return str(scope["trigate.owner"]) if current_gateway().generations.current.config.keys else None
 
@@ -33,7 +33,8 @@ def _json(body: object) -> Response:
 
 @blueprint.get("/status")
 async def status() -> Response:
-    """Version, uptime, workers, channels, sessions, store, upstreams, live streams and totals; of all workers."""
+    """Returns version, uptime, workers, channels, sessions, store, upstreams, exchanges in flight and totals of all
+    workers."""
     return _json(await current_gateway().status.status())
 
 
@@ -46,14 +47,14 @@ def _limit() -> int:
 
 @blueprint.get("/status/streams")
 async def list_streams() -> Response:
-    """The exchanges in flight, the oldest first."""
+    """Lists the exchanges in flight, the oldest first."""
     found = await current_gateway().inflight.list(owner=_owner(), limit=_limit())
     return _json(StreamList(data=found.rows, count=found.count, missing_workers=found.missing_workers))
 
 
 @blueprint.get("/status/streams/<stream>")
 async def retrieve_stream(stream: str) -> Response:
-    """One exchange; several, where clients have given several the same id."""
+    """Returns one exchange, or a list if clients have given several the same id."""
     found = await current_gateway().inflight.list(owner=_owner(), stream=stream)
     if not found.rows:
         raise NotFound("There is no such stream.")
@@ -62,7 +63,7 @@ async def retrieve_stream(stream: str) -> Response:
 
 @blueprint.delete("/status/streams/<stream>")
 async def delete_stream(stream: str) -> Response:
-    """Ends it; its client gets an error that says so."""
+    """Cancels an exchange; its client gets the error `CancelledByOperator`."""
     found = await current_gateway().inflight.cancel(owner=_owner(), stream=stream)
     if not found.count:
         raise NotFound("There is no such stream.")
@@ -71,7 +72,7 @@ async def delete_stream(stream: str) -> Response:
 
 @blueprint.get("/status/ledger")
 async def list_records() -> Response:
-    """What became of the exchanges, the last settled first."""
+    """Lists the ledger's records, the last settled first."""
     limit = _limit()
     after = request.args.get("after") or None
     found = await current_gateway().ledger.list(

@@ -116,7 +116,7 @@ class TelegramAdapter:
 
         Raises:
             StoreUnavailable, Overloaded: The update was not taken; Telegram has to send it again.
-            Unavailable: The same, since Telegram does not answer who the bot is.
+            Unavailable: As above, since Telegram did not return the name of the bot (``getMe``).
             PlatformError: The body has no update id.
         """
         services, channel = self._channel.services, self._channel
@@ -130,7 +130,7 @@ class TelegramAdapter:
         try:
             me = await self._api.me()
         except PlatformError as error:
-            raise Unavailable("Telegram does not say who the bot is.", status=503) from error
+            raise Unavailable("Telegram does not return the name of the bot (getMe).", status=503) from error
         message = incoming(update, me=me, groups=config.groups)
         if message is None:
             return update.update_id
