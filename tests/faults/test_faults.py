@@ -182,7 +182,7 @@ async def settled(scene: Scene, got: Mapping[Case, Answer]) -> dict[Case, Exchan
     records = await scene.gateway.ledger.list(limit=100)
     assert sorted(record.request_id for record in records) == ids
     assert sorted(line["request_id"] for line in scene.logs.named("exchange")) == ids
-    assert scene.gateway.totals.exchanges == len(got)
+    assert scene.gateway.live.totals.exchanges == len(got)
     return {case: record for case, each in got.items() for record in records if record.request_id == each.request_id}
 
 

@@ -438,7 +438,7 @@ async def test_idle_connections_of_a_generation_expire(mock_clock: MockClock) ->
         url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/v1"
         config = structure({"upstreams": {"u": {"base_url": url, "models": ["m"]}}}, env={}, source="test")
         async with open_gateway(config, env={}) as served:
-            upstream = served.generation.upstreams["u"]
+            upstream = served.generations.current.upstreams["u"]
             async with upstream.open("GET", "/models") as reply:
                 assert await reply.read(10) == b"{}"
             assert isinstance(upstream.transport, SocketTransport)

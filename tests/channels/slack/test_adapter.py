@@ -32,7 +32,7 @@ from tests.support.provider import (
     says,
 )
 from tests.support.slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
-from trigate.asgi.application import GatewayApp
+from trigate.asgi.quart_app import GatewayApp
 from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.live_message import Display
