@@ -1,9 +1,9 @@
-"""What becomes of those who are let in while too much is asked: ``./scripts/bench --overload``.
+"""Measures the admitted calls under overload: ``./scripts/bench --overload``.
 
-The gateway has places for 64 calls and a queue for 16, and the mock upstream takes 200 ms for each, so 320 calls a
-second are what it can serve. First a quarter of that comes, then three times as much, at random moments (Poisson), in
-turns. What is told: how long those took that were let in, beside those when there was room; how soon the others were
-refused; and whether as many were served as could be.
+The gateway has slots for 64 calls and a queue for 16, and the mock upstream takes 200 ms for each call, so the capacity
+is 320 calls a second. The load is first a quarter of that, then three times as much, at random moments (Poisson), in
+turns. The result gives the latency of the admitted calls beside the latency without overload, how soon the others were
+refused, and whether as many calls were served as the capacity allows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIGHT, HEAVY = 0.25, 3.0
 
 @attrs.frozen(kw_only=True)
 class Round:
-    """What one round gave."""
+    """The result of one round."""
 
     light_p50_ms: float
     light_p99_ms: float
@@ -39,7 +39,7 @@ class Round:
     refused_p99_ms: float
     refused_share: float
     served_share: float
-    """Of what could be served."""
+    """The load as a share of the capacity."""
 
 
 async def _load(gateway: Gateway, generator: Generator, *, share: float, window_s: float, seed: int) -> Report:
@@ -68,7 +68,7 @@ async def _load(gateway: Gateway, generator: Generator, *, share: float, window_
 
 
 async def run(*, rounds: int, window_s: float) -> list[Round]:
-    """Measures, in turns."""
+    """Measures both loads in turns."""
     configuration = f"""
 [limits]
 max_exchanges = {PLACES}
@@ -110,7 +110,7 @@ targets = ["mock/mock-model"]
 
 
 def lines(rounds: list[Round]) -> list[str]:
-    """The result for people: medians, and the ratios by round."""
+    """The readable result: medians, and the ratios by round."""
 
     def median(name: str) -> float:
         return statistics.median([float(getattr(each, name)) for each in rounds])

@@ -93,7 +93,7 @@ def test_the_same_target_again() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_which_failures_are_retried(error: GatewayError, attempts: int) -> None:
-    """On a single target, only failures that may pass are retried. A timeout is not: it would cost the same time again."""
+    """On a single target, only failures that may pass are retried. A timeout is not: it would take as long again."""
     assert len(walk(plan_of(*known(1)), *[error] * 5)) == attempts
 
 
