@@ -98,19 +98,19 @@ queue = 1000000
     peer = attrs.evolve(peers()["trigate"], files={"trigate.toml": configuration})
     found = []
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as directory:
-        room = Path(directory)
+        base = Path(directory)
         async with (
             open_upstream(processes=1) as upstream,
             open_generator(processes=1) as generator,
         ):
             for number in range(rounds):
                 # a new gateway in each round: the previous one is still executing its acknowledged runs
-                (room / str(number)).mkdir()
+                (base / str(number)).mkdir()
                 async with open_gateway(
-                    peer, upstream_port=upstream.port, room=room / str(number), watch=HAS_PROC
+                    peer, upstream_port=upstream.port, directory=base / str(number), watch=HAS_PROC
                 ) as gateway:
                     per_s, p50_ms, p99_ms = await _acknowledgements(gateway, generator, window_s)
-                raw = room / f"raw-{number}.db"
+                raw = base / f"raw-{number}.db"
                 found.append(
                     Round(
                         acknowledged_per_s=per_s,

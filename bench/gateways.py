@@ -148,18 +148,18 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: bool) -> AsyncIterator[Gateway]:
+async def open_gateway(peer: Peer, *, upstream_port: int, directory: Path, watch: bool) -> AsyncIterator[Gateway]:
     """Runs a gateway in front of the mock upstream.
 
     Args:
-        room: The gateway's own directory for its files and its log.
+        directory: The gateway's own directory for its files and its log.
         watch: Whether its CPU time and memory can be read here.
 
     Raises:
         GatewayFailed: It did not start.
     """
     port = free_port()
-    config = room / next(iter(peer.files), "none")
+    config = directory / next(iter(peer.files), "none")
     values = {
         "upstream": f"http://127.0.0.1:{upstream_port}",
         "upstream_port": str(upstream_port),
@@ -170,16 +170,16 @@ async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: boo
         "peers": str(PEERS),
     }
     for name, text in peer.files.items():
-        (room / name).write_text(fill(text, values), encoding="utf-8")
+        (directory / name).write_text(fill(text, values), encoding="utf-8")
     command = [fill(part, values) for part in peer.command]
     env = environment() | {name: fill(value, values) for name, value in peer.env.items()}
-    env["TRIGATE_STORE"] = str(room / "trigate.db")  # not the configuration of the person who runs the bench
-    log = room / "log"
+    env["TRIGATE_STORE"] = str(directory / "trigate.db")  # not the configuration of the person who runs the bench
+    log = directory / "log"
     version = await trio.to_thread.run_sync(_version, peer, values)
     # created before the clock starts, since a TLS context alone takes some ten milliseconds
     asked = httpx2.AsyncClient(timeout=5, trust_env=False, verify=False)
     began = time.monotonic()
-    async with asked, open_process(command, cwd=room, env=env, log=log) as process:
+    async with asked, open_process(command, cwd=directory, env=env, log=log) as process:
         gateway = Gateway(
             name=peer.name,
             title=peer.title,

@@ -86,13 +86,13 @@ targets = ["mock/mock-model"]
         async with (
             open_upstream(processes=1) as upstream,
             open_generator(processes=1) as generator,
-            open_gateway(peer, upstream_port=upstream.port, room=Path(directory), watch=HAS_PROC) as gateway,
+            open_gateway(peer, upstream_port=upstream.port, directory=Path(directory), watch=HAS_PROC) as gateway,
         ):
             for number in range(rounds):
                 light = await _load(gateway, generator, share=LIGHT, window_s=window_s, seed=2 * number)
                 heavy = await _load(gateway, generator, share=HEAVY, window_s=window_s, seed=2 * number + 1)
                 if light.refused.count:
-                    raise RuntimeError(f"{light.refused.count} calls were refused while there was room")
+                    raise RuntimeError(f"{light.refused.count} calls were refused without overload")
                 asked = heavy.latency.count + heavy.refused.count
                 found.append(
                     Round(
@@ -117,10 +117,10 @@ def lines(rounds: list[Round]) -> list[str]:
 
     ratios = [each.heavy_p99_ms / each.light_p99_ms for each in rounds]
     return [
-        f"with room: p50 {median('light_p50_ms'):.1f} ms, p99 {median('light_p99_ms'):.1f} ms",
-        f"{HEAVY:g} times too much, let in: p50 {median('heavy_p50_ms'):.1f} ms, p99 {median('heavy_p99_ms'):.1f} ms; "
+        f"without overload: p50 {median('light_p50_ms'):.1f} ms, p99 {median('light_p99_ms'):.1f} ms",
+        f"{HEAVY:g} times the capacity, admitted: p50 {median('heavy_p50_ms'):.1f} ms, p99 {median('heavy_p99_ms'):.1f} ms; "
         f"p99 ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"refused ({median('refused_share'):.0%}): p50 {median('refused_p50_ms'):.1f} ms, "
         f"p99 {median('refused_p99_ms'):.1f} ms",
-        f"served: {median('served_share'):.0%} of what could be",
+        f"served: {median('served_share'):.0%} of the capacity",
     ]

@@ -91,7 +91,7 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
     began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     machine = this_machine()
     async with contextlib.AsyncExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trigate-bench-")))
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trigate-bench-")))
         upstream = await stack.enter_async_context(open_upstream(processes=processes, port=settings.upstream_port))
         generator = await stack.enter_async_context(open_generator(processes=processes))
         tools = Tools(upstream=upstream, generator=generator, scale=settings.scale)
@@ -101,11 +101,11 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
         gateways = list(settings.running)
         for peer in settings.peers:
             say(f"starting {peer.title}", 0, 1)
-            (room / peer.name).mkdir()
+            (base / peer.name).mkdir()
             try:
                 gateways.append(
                     await stack.enter_async_context(
-                        open_gateway(peer, upstream_port=upstream.port, room=room / peer.name, watch=HAS_PROC)
+                        open_gateway(peer, upstream_port=upstream.port, directory=base / peer.name, watch=HAS_PROC)
                     )
                 )
             except GatewayFailed as error:
@@ -115,7 +115,7 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
             resident = gateway.resident_bytes()
             if resident is not None:
                 tools.idle_bytes[gateway.name] = resident
-        say("measuring what the tool can do by itself", 0, 1)
+        say("measuring the maximum of the tool itself", 0, 1)
         tools.ceiling = await measure_ceiling(tools, direct)
         measured = await _measure_all(tools, chosen, gateways, direct, say)
     return {

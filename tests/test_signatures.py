@@ -175,9 +175,9 @@ def _signed(scheme: Scheme, body: bytes, *, timestamp: bytes = b"1000", event_id
 
 def _flips(data: bytes) -> Iterator[bytes]:
     """Copies of the data, each with one bit changed."""
-    for place in range(len(data)):
+    for position in range(len(data)):
         for bit in range(8):
-            yield data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+            yield data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
 
 
 # -- all schemes ------------------------------------------------------------------------------------------------------

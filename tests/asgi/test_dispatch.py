@@ -211,7 +211,7 @@ async def test_cors_is_off_by_default(open_app: OpenApp) -> None:
         assert (await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)).status == 403
 
 
-async def test_cors_for_an_allowed_page(open_app: OpenApp) -> None:
+async def test_cors_for_an_allowed_origin(open_app: OpenApp) -> None:
     """The allowed page can read answers, streams and errors. Other pages cannot."""
     async with open_app(CORS) as served:
         origin = {"origin": "https://app.example"}

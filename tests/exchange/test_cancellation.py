@@ -78,7 +78,7 @@ SCENES = {
     "refused": Scene(
         a=(Pause(1), *answers(b'{"error":{"message":"no"}}', status=400)), outcomes=("cancelled", "upstream_rejected")
     ),
-    "cut": Scene(a=(Say(content("a")), Pause(1), Break()), outcomes=("cancelled", "upstream_truncated")),
+    "truncated": Scene(a=(Say(content("a")), Pause(1), Break()), outcomes=("cancelled", "upstream_truncated")),
     "error event": Scene(
         a=(Say(content("a")), Pause(1), Say(event({"error": {"message": "m"}}))),
         outcomes=("cancelled", "upstream_error"),

@@ -371,7 +371,7 @@ async def test_a_stream_without_content_is_a_status(open_app: OpenApp, script: S
     ],
     ids=[
         "fin", "rst", "end", "mid-event fin", "mid-event rst", "mid-event end", "no DONE", "no DONE fin",
-        "no DONE rst", "half a DONE", "DONE without its blank line, cut",
+        "no DONE rst", "incomplete DONE", "DONE without its blank line, truncated",
     ],
 )  # fmt: skip
 async def test_after_commit_a_truncated_stream_ends_in_an_error_event(open_app: OpenApp, rest: Script) -> None:
@@ -532,7 +532,19 @@ async def test_a_json_answer_over_the_limit_is_refused(open_app: OpenApp) -> Non
         (Head(200, "application/json"), Say(b'{"a'), Break()),
         (Head(200, "application/json"), Say(b'{"a'), Stall()),
     ],
-    ids=["refused", "slow connect", "fin", "rst", "stall", "500", "503", "429", "html", "cut JSON", "stalled JSON"],
+    ids=[
+        "refused",
+        "slow connect",
+        "fin",
+        "rst",
+        "stall",
+        "500",
+        "503",
+        "429",
+        "html",
+        "truncated JSON",
+        "stalled JSON",
+    ],
 )
 async def test_a_retryable_failure_goes_to_the_next_target(
     open_app: OpenApp, autojump_clock: MockClock, script: Script, stream: bool
@@ -564,7 +576,7 @@ async def test_a_retryable_failure_goes_to_the_next_target(
         (Say(event({"error": {"message": "no"}})),),
         (Head(200, "application/json"), Say(b"{}")),
     ],
-    ids=["cut after the role", "stalled after the head", "stalled after the role", "error event", "JSON"],
+    ids=["truncated after the role", "stalled after the head", "stalled after the role", "error event", "JSON"],
 )
 async def test_a_stream_without_content_goes_to_the_next_target(
     open_app: OpenApp, autojump_clock: MockClock, script: Script

@@ -182,9 +182,9 @@ async def test_audio_is_shared_too(open_app: OpenApp, autojump_clock: MockClock)
     allowed = config(model={"coalesce_sampled": True})
     sound = bytes(range(256))
     whole = (Head(200, "audio/mpeg", {"content-length": "512"}), Say(sound), Pause(1), Say(sound))
-    cut = (Head(200, "audio/mpeg"), Say(sound), Pause(1), Break())
+    truncated = (Head(200, "audio/mpeg"), Say(sound), Pause(1), Break())
     body = {"model": "shared", "input": "x", "voice": "v"}
-    async with open_app(allowed, Provider(whole, cut)) as served:
+    async with open_app(allowed, Provider(whole, truncated)) as served:
         for is_whole in (True, False):
             calls = [served.client.start("POST", "/v1/audio/speech", body)]
             await trio.sleep(0.5)
@@ -350,11 +350,11 @@ async def test_a_deadline_applies_to_one_subscriber(open_app: OpenApp, autojump_
         begun = trio.current_time()
         hurried = ask(served, **{"x-request-timeout": "2"})
         patient = ask(served)
-        cut = ask(served, **{"x-request-timeout": "6.5"})
-        for call in (hurried, patient, cut):
+        late = ask(served, **{"x-request-timeout": "6.5"})
+        for call in (hurried, patient, late):
             await call.wait()
         assert (hurried.status, hurried.error["phase"], hurried.returned_at - begun) == (504, "total", 2)
-        assert (cut.status, cut.error["phase"], cut.returned_at - begun) == (200, "total", 6.5)
+        assert (late.status, late.error["phase"], late.returned_at - begun) == (200, "total", 6.5)
         assert hurried.error["attempts"][0]["phase"] == "connecting"
         assert patient.body == full_body(SLOWLY)
         assert float(served.providers["up"].calls[0].headers["x-request-timeout"]) == pytest.approx(3600)

@@ -272,9 +272,9 @@ def _agreed(url: str, holds: Callable[[Any], bool]) -> Any:
     with ThreadPoolExecutor(16) as threads:
         while time.monotonic() < give_up_at:
             heard = list(threads.map(_status, [url] * 16))
-            who = {row["id"] for status in heard for row in status["workers"] if row["report_age_s"] == 0}
+            reporters = {row["id"] for status in heard for row in status["workers"] if row["report_age_s"] == 0}
             first = _lasting(heard[0])
-            if len(who) == 2 and holds(heard[0]) and all(_lasting(status) == first for status in heard):
+            if len(reporters) == 2 and holds(heard[0]) and all(_lasting(status) == first for status in heard):
                 return heard[0]
             time.sleep(0.05)
     pytest.fail(f"they do not agree: {heard}")

@@ -291,7 +291,7 @@ class World:
 
     @property
     def is_stopped(self) -> bool:
-        """The gateway was told to stop, or was stopped abruptly."""
+        """The gateway got the signal to stop, or was stopped abruptly."""
         return self.broken_off or self._end.stop.is_set()
 
     @property

@@ -86,22 +86,22 @@ def environment(config: Path | None = None, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def run_gateway(
-    config_toml: str, room: Path, *, command: Sequence[str] = SERVE, env: dict[str, str] | None = None
+    config_toml: str, directory: Path, *, command: Sequence[str] = SERVE, env: dict[str, str] | None = None
 ) -> Iterator[Gateway]:
     """Runs a gateway until the end of the block.
 
     Args:
         config_toml: Its configuration.
-        room: A directory for its files, and its working directory.
+        directory: A directory for its files, and its working directory.
         command: The command to run; its output names a free port.
         env: Further variables.
 
     Raises:
         AssertionError: The gateway did not start within `START_S`; the message holds its output.
     """
-    config = room / "trigate.toml"
+    config = directory / "trigate.toml"
     config.write_text(config_toml, encoding="utf-8")
-    log_path = room / "gateway.log"
+    log_path = directory / "gateway.log"
 
     def log() -> str:
         return log_path.read_text(encoding="utf-8", errors="replace")
@@ -112,7 +112,7 @@ def run_gateway(
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            cwd=room,
+            cwd=directory,
             env=environment(config, **(env or {})),
             start_new_session=True,
         )
