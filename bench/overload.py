@@ -118,7 +118,8 @@ def lines(rounds: list[Round]) -> list[str]:
     ratios = [each.heavy_p99_ms / each.light_p99_ms for each in rounds]
     return [
         f"without overload: p50 {median('light_p50_ms'):.1f} ms, p99 {median('light_p99_ms'):.1f} ms",
-        f"{HEAVY:g} times the capacity, admitted: p50 {median('heavy_p50_ms'):.1f} ms, p99 {median('heavy_p99_ms'):.1f} ms; "
+        f"{HEAVY:g} times the capacity, admitted: p50 {median('heavy_p50_ms'):.1f} ms, "
+        f"p99 {median('heavy_p99_ms'):.1f} ms; "
         f"p99 ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"refused ({median('refused_share'):.0%}): p50 {median('refused_p50_ms'):.1f} ms, "
         f"p99 {median('refused_p99_ms'):.1f} ms",

@@ -498,7 +498,7 @@ async def test_an_endless_stream_without_content_is_refused(open_app: OpenApp) -
     async with open_app(config, Provider((Say(role()),) * 50)) as served:
         call = await served.client.chat().wait()
         assert (call.status, call.error["code"]) == (502, "upstream_garbled")
-        assert served.providers["up"].calls[0].said < 20
+        assert served.providers["up"].calls[0].pieces_read < 20
         served.assert_clean()
 
 
@@ -509,7 +509,7 @@ async def test_a_json_answer_over_the_limit_is_refused(open_app: OpenApp) -> Non
     async with open_app(config, Provider(script)) as served:
         call = await served.client.chat(stream=False).wait()
         assert (call.status, call.error["code"]) == (502, "upstream_garbled")
-        assert served.providers["up"].calls[0].said == 3
+        assert served.providers["up"].calls[0].pieces_read == 3
         served.assert_clean()
 
 
@@ -877,12 +877,12 @@ async def test_a_stalled_reader_ends_its_upstream(open_app: OpenApp, autojump_cl
         await trio.sleep(29)
         [upstream] = served.providers["up"].calls
         assert not served.providers["up"].closed_at
-        said = upstream.said
-        assert said < 10
+        pieces_read = upstream.pieces_read
+        assert pieces_read < 10
         await trio.sleep(5)
         assert upstream.ended == "closed"
         assert upstream.ended_at - begun == pytest.approx(30, abs=0.1)
-        assert upstream.said == said
+        assert upstream.pieces_read == pieces_read
         call.release()
         await call.wait()
         assert call.error["code"] == "client_stalled"

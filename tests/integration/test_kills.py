@@ -110,9 +110,9 @@ async def _killed_client(chance: random.Random, port: int, number: int, outcomes
             await trio.sleep(chance.random() * EVENTS * 0.003)
             outcomes["after a while"] += 1
         else:
-            wanted = chance.randrange(1, EVENTS * 170)
-            while wanted > 0 and (data := await stream.receive_some(wanted)):
-                wanted -= len(data)
+            remaining = chance.randrange(1, EVENTS * 170)
+            while remaining > 0 and (data := await stream.receive_some(remaining)):
+                remaining -= len(data)
             outcomes["after some bytes"] += 1
             if chance.random() < 0.5:  # the next packet is a reset
                 stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -160,13 +160,13 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
         async def many(count: int, first: int) -> None:
             limit = trio.CapacityLimiter(AT_ONCE)
 
-            async def one(number: int) -> None:
+            async def run_client(number: int) -> None:
                 async with limit:
                     await _killed_client(chance, port, number, outcomes)
 
             async with trio.open_nursery() as clients:
                 for number in range(first, first + count):
-                    clients.start_soon(one, number)
+                    clients.start_soon(run_client, number)
 
         async def quiet() -> None:
             with trio.fail_after(10):

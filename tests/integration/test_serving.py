@@ -271,13 +271,13 @@ def _agreed(url: str, holds: Callable[[Any], bool]) -> Any:
     give_up_at = time.monotonic() + 20
     with ThreadPoolExecutor(16) as threads:
         while time.monotonic() < give_up_at:
-            heard = list(threads.map(_status, [url] * 16))
-            reporters = {row["id"] for status in heard for row in status["workers"] if row["report_age_s"] == 0}
-            first = _lasting(heard[0])
-            if len(reporters) == 2 and holds(heard[0]) and all(_lasting(status) == first for status in heard):
-                return heard[0]
+            statuses = list(threads.map(_status, [url] * 16))
+            reporters = {row["id"] for status in statuses for row in status["workers"] if row["report_age_s"] == 0}
+            first = _lasting(statuses[0])
+            if len(reporters) == 2 and holds(statuses[0]) and all(_lasting(status) == first for status in statuses):
+                return statuses[0]
             time.sleep(0.05)
-    pytest.fail(f"they do not agree: {heard}")
+    pytest.fail(f"they do not agree: {statuses}")
 
 
 def _lasting(status: Any) -> Any:

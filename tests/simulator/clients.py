@@ -163,7 +163,7 @@ async def _make(world: World, end: End | SocketEnd, call: Call) -> Call:
         if time_limit.cancelled_caught:
             world.violate(f"{request.id} was not answered within {PATIENCE_S:g} s")
     except httptools.HttpParserError as error:
-        world.violate(f"{request.id} was answered with what is not HTTP: {error}")
+        world.violate(f"{request.id} got an answer that is not HTTP: {error}")
     finally:
         call.over = True
         world.judge(call)

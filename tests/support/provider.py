@@ -133,7 +133,7 @@ class Served:
 
     Attributes:
         connection: The number of its connection; 0 in memory.
-        said: How many pieces of the body the gateway has read.
+        pieces_read: How many pieces of the body the gateway has read.
         ended: None while it runs; then ``complete`` (the reply was read to its end), ``broken`` (by the script) or
             ``closed`` (by the gateway).
         ended_at: When it ended, in Trio time.
@@ -145,7 +145,7 @@ class Served:
     body: bytes
     _tell: Callable[[], None]
     connection: int = 0
-    said: int = 0
+    pieces_read: int = 0
     ended: str | None = None
     ended_at: float = math.nan
 
@@ -156,7 +156,7 @@ class Served:
 
     def take(self) -> None:
         """Counts a piece that was read."""
-        self.said += 1
+        self.pieces_read += 1
         self._tell()
 
     def end(self, how: str) -> None:
@@ -289,7 +289,7 @@ class _MemoryBody(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        assert not self._reading, "two tasks read one reply"
+        assert not self._reading, "two tasks read the same reply"
         self._reading = True
         try:
             await trio.lowlevel.checkpoint()
@@ -329,7 +329,7 @@ async def _wait(step: Step) -> None:
         case Stall():
             await trio.sleep_forever()
         case _:
-            raise AssertionError(f"{step} cannot stand here")
+            raise AssertionError(f"{step} is not allowed here")
 
 
 # -- over a socket ----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ async def test_a_stream_is_sent_completely(opener: Opener) -> None:
         assert response.content.count(b"data: ") == 5
         [call] = provider.calls
         assert (call.method, call.path, call.json) == ("POST", "/v1/chat/completions", {"model": "m"})
-        assert (provider.opened, provider.open_now, call.ended, call.said) == (1, 0, "complete", 4)
+        assert (provider.opened, provider.open_now, call.ended, call.pieces_read) == (1, 0, "complete", 4)
         assert provider.closed_at == []
 
 
@@ -102,7 +102,7 @@ async def test_a_break_before_the_head_is_a_transport_error(opener: Opener, how:
 
 
 @pytest.mark.parametrize(
-    "script", [(Stall(),), (Head(), Stall()), (Say(b"x"), Stall())], ids=["connected", "headed", "said"]
+    "script", [(Stall(),), (Head(), Stall()), (Say(b"x"), Stall())], ids=["connected", "head sent", "streaming"]
 )
 async def test_a_disconnect_is_noticed(opener: Opener, script: Script) -> None:
     """Whatever the provider is doing, it notices the disconnect and its time."""
@@ -117,8 +117,10 @@ async def test_a_disconnect_is_noticed(opener: Opener, script: Script) -> None:
                         await cast(httpx2.AsyncByteStream, response.stream).aclose()
 
         nursery.start_soon(call)
-        said = sum(isinstance(step, Say) for step in script)
-        await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said == said)
+        pieces_read = sum(isinstance(step, Say) for step in script)
+        await provider.wait_until(
+            lambda provider: provider.opened == 1 and provider.calls[0].pieces_read == pieces_read
+        )
         assert provider.open_now == 1
         nursery.cancel_scope.cancel()
     with trio.fail_after(1):
