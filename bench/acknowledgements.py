@@ -1,10 +1,10 @@
-"""What a durable acknowledgement costs: ``./scripts/bench --hooks``.
+"""Measures what a durable acknowledgement costs: ``./scripts/bench --hooks``.
 
-64 senders call a webhook with ``Prefer: respond-async``, each again as soon as it has its 202, which comes after the
-run is on the disk. The runs are done meanwhile, as many at once as a hook may by default; the mock upstream takes a
-second for each, as a model would. Beside it, in turn, what the same disk gives to a program that does nothing else:
-rows of the same size, written by SQLite one commit each, and 64 to a commit. The database lies in the current
-directory, since the directory for temporary files may be in memory.
+64 senders call a webhook with ``Prefer: respond-async``, each again as soon as it has its 202. The 202 is sent after
+the run is on the disk. Meanwhile the runs are executed, up to a hook's default limit at a time, and the mock upstream
+takes a second for each, as a model would. In turn the bench measures what the same disk gives to a program that does
+nothing else: rows of the same size, written by SQLite with one commit each, and with 64 to a commit. The database is in
+the current directory, since the directory for temporary files may be in memory.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from bench.process import HAS_PROC, Generator, open_generator, open_upstream
 from bench.upstream import directive
 
 SENDERS = 64
-_ROW_BYTES = 400  # about what a run takes
+_ROW_BYTES = 400  # about the size of a stored run
 
 
 @attrs.frozen(kw_only=True)
 class Round:
-    """What one round gave, per second."""
+    """The result of one round, per second."""
 
     acknowledged_per_s: float
     p50_ms: float
@@ -41,7 +41,7 @@ class Round:
 
 
 def raw_rows_per_s(path: Path, *, rows_per_commit: int, window_s: float) -> float:
-    """Writes rows with SQLite alone, each commit on the disk before the next, and returns how many a second."""
+    """Writes rows with SQLite alone, each commit on the disk before the next, and returns the rows per second."""
     connection = apsw.Connection(os.fspath(path))
     try:
         connection.pragma("journal_mode", "wal")
@@ -80,7 +80,7 @@ async def _acknowledgements(gateway: Gateway, generator: Generator, window_s: fl
 
 
 async def run(*, rounds: int, window_s: float) -> list[Round]:
-    """Measures, in turns."""
+    """Measures both in turns."""
     configuration = """
 [store]
 path = "trigate.db"
@@ -98,19 +98,19 @@ queue = 1000000
     peer = attrs.evolve(peers()["trigate"], files={"trigate.toml": configuration})
     found = []
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as directory:
-        room = Path(directory)
+        base = Path(directory)
         async with (
             open_upstream(processes=1) as upstream,
             open_generator(processes=1) as generator,
         ):
             for number in range(rounds):
-                # a new one each round: what was acknowledged in the last one is still being worked at
-                (room / str(number)).mkdir()
+                # a new gateway in each round: the previous one is still executing its acknowledged runs
+                (base / str(number)).mkdir()
                 async with open_gateway(
-                    peer, upstream_port=upstream.port, room=room / str(number), watch=HAS_PROC
+                    peer, upstream_port=upstream.port, directory=base / str(number), watch=HAS_PROC
                 ) as gateway:
                     per_s, p50_ms, p99_ms = await _acknowledgements(gateway, generator, window_s)
-                raw = room / f"raw-{number}.db"
+                raw = base / f"raw-{number}.db"
                 found.append(
                     Round(
                         acknowledged_per_s=per_s,
@@ -125,7 +125,7 @@ queue = 1000000
 
 
 def lines(rounds: list[Round]) -> list[str]:
-    """The result for people: medians, and the ratios by round."""
+    """The readable result: medians, and the ratios by round."""
 
     def median(name: str) -> float:
         return statistics.median([float(getattr(each, name)) for each in rounds])

@@ -61,8 +61,8 @@ MICRO = Path(__file__).parent / "micro.py"
 @click.option("--overload", is_flag=True, help="Three times as many calls as there are slots.")
 @click.option("--list", "list_peers", is_flag=True, help="List the known gateways, and whether each is installed.")
 def main(**options: Any) -> None:  # Any: the decorators give each option its type
-    """Measures Trigate, and other gateways in turn, with a mock upstream on this machine."""
-    # SIGTERM ends the child processes as Ctrl-C does.
+    """Measures Trigate and other gateways in turn, with a mock upstream on this machine."""
+    # SIGTERM ends the child processes, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     console = Console()
     if options["list_peers"]:
@@ -70,7 +70,7 @@ def main(**options: Any) -> None:  # Any: the decorators give each option its ty
             state = "installed" if peer.is_installed() else f"not installed: {peer.install}"
             console.print(f"{peer.name:<28}{peer.title} – {state}", markup=False, highlight=False)
     elif options["micro"]:
-        # its own settings, not those of the tests; -s shows what an event costs
+        # the bench's own settings instead of the tests'; -s shows the cost of an event
         command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", "-q", "-s", str(MICRO)]
         columns = "--benchmark-columns=min,median,iqr,ops"
         sys.exit(subprocess.run([*command, columns, "--benchmark-disable-gc"], check=False).returncode)
@@ -187,7 +187,7 @@ def _plain_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[session.Say]:
-    """A bar on the terminal; a line for each measurement where there is none."""
+    """Shows a bar on a terminal, and otherwise a line for each measurement."""
     console = Console(stderr=True)
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -1,4 +1,4 @@
-"""Numbers about numbers: histograms that can be merged and written down, medians with their range, ratios by pairs.
+"""Statistics: histograms that can be merged and stored, medians with their range, ratios by pairs.
 
 Pure: nothing here reads a clock.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 
 PRECISION_BITS = 6
-"""A bucket is at most 1/64 of its value wide: no percentile is off by more than 1.6 %."""
+"""A bucket is at most 1/64 of its value wide, so a percentile is off by at most 1.6 %."""
 
 _SUB = 1 << PRECISION_BITS
 
@@ -61,7 +61,7 @@ class Histogram:
         self.add(values)
 
     def add(self, values: Iterable[int]) -> None:
-        """Counts values; negative ones, which clocks cannot make but arithmetic may, count as 0."""
+        """Counts values. Negative ones, which can only result from arithmetic, count as 0."""
         buckets = self.buckets
         for value in values:
             value = max(value, 0)
@@ -73,7 +73,7 @@ class Histogram:
             self.total += value
 
     def merge(self, other: Histogram) -> None:
-        """Takes in what another one has counted.
+        """Adds the counts of another histogram.
 
         >>> both = Histogram([1, 2])
         >>> both.merge(Histogram([9]))
@@ -91,11 +91,12 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """The mean, from the values themselves rather than from their buckets; NaN of nothing."""
+        """The mean of the exact values, not of their buckets; NaN if there are none."""
         return self.total / self.count if self.count else math.nan
 
     def percentile(self, percent: float) -> float:
-        """Returns the least value that ``percent`` of the values do not exceed, to a bucket's width; NaN of nothing."""
+        """Returns the least value that ``percent`` of the values do not exceed, within a bucket's width; NaN if there
+        are none."""
         if not self.count:
             return math.nan
         wanted = max(1, math.ceil(self.count * percent / 100))
@@ -120,7 +121,7 @@ class Histogram:
         return points
 
     def to_json(self) -> dict[str, object]:
-        """Returns it as JSON has it; `from_json` is the way back."""
+        """Returns the histogram as a JSON value for `from_json`."""
         return {
             "count": self.count,
             "total": self.total,
@@ -131,7 +132,7 @@ class Histogram:
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> Histogram:
-        """Reads what `to_json` wrote.
+        """Reads a value of `to_json`.
 
         >>> Histogram.from_json(Histogram([3, 70_000]).to_json()).to_json() == Histogram([3, 70_000]).to_json()
         True
@@ -149,7 +150,7 @@ class Histogram:
 
 @attrs.frozen
 class Spread:
-    """The median of some rounds, and the least and the greatest of them."""
+    """The median of some rounds with the least and the greatest of them."""
 
     median: float
     low: float
@@ -157,7 +158,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Returns the spread of those values that are numbers; None where none is.
+        """Returns the spread of the values that are numbers; None if there are none.
 
         >>> Spread.of([3.0, 1.0, None, 2.0])
         Spread(median=2.0, low=1.0, high=3.0)
@@ -168,7 +169,7 @@ class Spread:
         return cls(statistics.median(numbers), min(numbers), max(numbers))
 
     def overlaps(self, other: Spread) -> bool:
-        """Whether the two ranges touch: a difference between spreads that do may be noise.
+        """Whether the two ranges overlap: a difference between such spreads may be noise.
 
         >>> Spread(2, 1, 3).overlaps(Spread(4, 3, 5)), Spread(2, 1, 3).overlaps(Spread(5, 4, 6))
         (True, False)
@@ -177,7 +178,7 @@ class Spread:
 
 
 def pair_ratios(values: Sequence[float | None], base: Sequence[float | None]) -> Spread | None:
-    """Returns the ratios of what was measured in the same round: what slows both in a bad minute cancels out.
+    """Returns the ratios of values from the same round, so that a slowdown of both cancels out.
 
     >>> pair_ratios([2.0, 8.0, None], [1.0, 2.0, 3.0])
     Spread(median=3.0, low=2.0, high=4.0)
@@ -192,17 +193,17 @@ def pair_ratios(values: Sequence[float | None], base: Sequence[float | None]) ->
 def recovery(
     samples: Iterable[tuple[int, int]], *, burst_at: int, slice_width: int, slack: int = 0, calm_slices: int = 4
 ) -> int | None:
-    """Returns how long after a burst calls were served again as before it; None where that was not seen.
+    """Returns how long after a burst calls were served as before it again; None if they never were.
 
     Args:
         samples: ``(when the call was due, its latency)``, in one unit of time.
         burst_at: When the burst was due.
         slice_width: Calls are judged by the median of this much time.
         slack: "As before" is: at most twice the median before the burst, or so much more than it.
-        calm_slices: So many slices in a row must be as before; a hiccup long after the burst is not the burst's.
+        calm_slices: This many slices in a row must be as before. A later slow slice is not caused by the burst.
 
     Returns:
-        From the burst to the beginning of the first such row.
+        The time from the burst to the start of the first such row.
 
     >>> calm = [(at, 10) for at in range(0, 1000, 10)]
     >>> slow = [(at, 300) for at in range(1000, 1200, 10)]

@@ -1,7 +1,7 @@
-"""Chat completions and their events, as the OpenAI API reference has them, for everything here that plays a provider.
+"""Chat completions and their events, as in the OpenAI API reference, for every fake provider in the repository.
 
-The mock upstream of the benchmark and the three scripted providers of the tests make their answers from these values.
-Standard library only: `tests.support.scripted_upstream` runs where nothing of this project is installed.
+The mock upstream of the benchmark and the three scripted providers of the tests build their answers from these values.
+Standard library only: `tests.support.scripted_upstream` runs in environments without this project's dependencies.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def usage_chunk(
 def completion(
     only_choice: object, usage: object, *, model: str = "m", id: str = "chatcmpl-1", created: int = 1, **fields: object
 ) -> dict[str, Any]:
-    """Makes a whole chat completion."""
+    """Makes a complete chat completion."""
     return {**_head("chat.completion", model, id, created), "choices": [only_choice], "usage": usage, **fields}
 
 
 def tokens(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Makes a ``usage`` object, with the total."""
+    """Makes a ``usage`` object that includes the total."""
     total_tokens = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total_tokens}
 

@@ -1,17 +1,17 @@
-"""The gateways under test: what ``peers/*.toml`` says of them, and how one is started, called and stopped.
+"""The gateways under test: their files ``peers/*.toml``, and how one is started, called and stopped.
 
 A peer's file::
 
-    title = "LiteLLM"                       # as it is called in tables
-    install = "pip install 'litellm[proxy]'"    # shown where `program` is not found
+    title = "LiteLLM"                       # its name in tables
+    install = "pip install 'litellm[proxy]'"    # shown if `program` is not found
     program = "litellm"                     # looked for on PATH
     command = ["litellm", "--config", "{config}", "--port", "{port}"]
-    ready = "/health/liveliness"            # answers 200 when it can be called
+    ready = "/health/liveliness"            # answers 200 when it serves
     model = "mock-model"                    # the id to call it by
     path = "/v1/chat/completions"           # the default
-    streams = true                          # the default; false: it is asked plain calls only
-    start_s = 60                            # how long its start may take; 30 is the default
-    version = ["litellm", "--version"]      # prints it, somewhere in its first lines
+    streams = true                          # the default; false: only plain calls are made
+    start_s = 60                            # the limit for its start; 30 is the default
+    version = ["litellm", "--version"]      # prints it in its first lines
     [headers]                               # sent with each call
     [env]                                   # for its process
     [files]                                 # written into its directory before it starts; the first one is {config}
@@ -46,12 +46,12 @@ from bench.process import cpu_s, environment, memory, open_process, tree
 
 PEERS = Path(__file__).parent / "peers"
 DIRECT = "direct"
-"""The name of the mock upstream itself where it is measured like a gateway."""
+"""The name of the mock upstream when it is measured like a gateway."""
 
 
 @attrs.frozen(kw_only=True)
 class Peer:
-    """How a gateway is installed, started and called. The module's docstring says what each field is."""
+    """How a gateway is installed, started and called. The module's docstring explains the fields."""
 
     name: str = ""
     title: str
@@ -69,7 +69,7 @@ class Peer:
     files: Mapping[str, str] = {}
 
     def is_installed(self) -> bool:
-        """Whether its program can be found."""
+        """Whether its program is on PATH."""
         return self.program == "{python}" or shutil.which(self.program) is not None
 
 
@@ -80,19 +80,19 @@ def read_peer(file: Path) -> Peer:
     """Reads a peer's file.
 
     Raises:
-        cattrs.BaseValidationError: It says something that is not known, or lacks what is needed.
+        cattrs.BaseValidationError: The file has an unknown field or lacks a required one.
     """
     given = tomllib.loads(file.read_text(encoding="utf-8"))
     return attrs.evolve(_converter.structure(given, Peer), name=file.stem)
 
 
 def peers(directory: Path = PEERS) -> dict[str, Peer]:
-    """All that have a file, by their names."""
+    """All peers that have a file, by name."""
     return {file.stem: read_peer(file) for file in sorted(directory.glob("*.toml"))}
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Replaces ``{name}`` where the name is known, and nothing else: JSON and YAML are full of braces.
+    """Replaces ``{name}`` only where the name is known, since JSON and YAML are full of braces.
 
     >>> fill("{port} {x} {}", {"port": "80"})
     '80 {x} {}'
@@ -101,16 +101,16 @@ def fill(text: str, values: Mapping[str, str]) -> str:
 
 
 class GatewayFailed(Exception):
-    """A gateway did not start; the message holds the end of what it wrote."""
+    """A gateway did not start. The message holds the end of its output."""
 
 
 @attrs.frozen(kw_only=True)
 class Gateway:
-    """A gateway that runs, or the mock upstream itself.
+    """A running gateway, or the mock upstream itself.
 
     Attributes:
         pid: None where its CPU time and memory cannot be read.
-        start_s: From its start to its first answer; None where it was running already.
+        start_s: From its start to its first answer; None where it was already running.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Gateway:
     start_s: float | None = None
 
     def pids(self) -> list[int]:
-        """Its processes, now."""
+        """The process ids, at this moment."""
         return [] if self.pid is None else tree(self.pid)
 
     def cpu_s(self) -> float | None:
@@ -140,7 +140,7 @@ class Gateway:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
+    """A port that is free at the moment."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -148,18 +148,18 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: bool) -> AsyncIterator[Gateway]:
-    """Runs a gateway before the mock upstream.
+async def open_gateway(peer: Peer, *, upstream_port: int, directory: Path, watch: bool) -> AsyncIterator[Gateway]:
+    """Runs a gateway in front of the mock upstream.
 
     Args:
-        room: A directory of its own, for its files and its log.
+        directory: The gateway's own directory for its files and its log.
         watch: Whether its CPU time and memory can be read here.
 
     Raises:
         GatewayFailed: It did not start.
     """
     port = free_port()
-    config = room / next(iter(peer.files), "none")
+    config = directory / next(iter(peer.files), "none")
     values = {
         "upstream": f"http://127.0.0.1:{upstream_port}",
         "upstream_port": str(upstream_port),
@@ -170,16 +170,16 @@ async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: boo
         "peers": str(PEERS),
     }
     for name, text in peer.files.items():
-        (room / name).write_text(fill(text, values), encoding="utf-8")
+        (directory / name).write_text(fill(text, values), encoding="utf-8")
     command = [fill(part, values) for part in peer.command]
     env = environment() | {name: fill(value, values) for name, value in peer.env.items()}
-    env["TRIGATE_STORE"] = str(room / "trigate.db")  # and not that of whoever runs the bench
-    log = room / "log"
+    env["TRIGATE_STORE"] = str(directory / "trigate.db")  # not the configuration of the person who runs the bench
+    log = directory / "log"
     version = await trio.to_thread.run_sync(_version, peer, values)
-    # made before the clock runs; a TLS context alone takes some ten milliseconds
+    # created before the clock starts, since a TLS context alone takes some ten milliseconds
     asked = httpx2.AsyncClient(timeout=5, trust_env=False, verify=False)
     began = time.monotonic()
-    async with asked, open_process(command, cwd=room, env=env, log=log) as process:
+    async with asked, open_process(command, cwd=directory, env=env, log=log) as process:
         gateway = Gateway(
             name=peer.name,
             title=peer.title,
@@ -194,7 +194,7 @@ async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: boo
             command=" ".join(peer.command),
         )
         with trio.move_on_after(peer.start_s):
-            while process.poll() is None and not await _answers(asked, gateway):  # noqa: ASYNC110 - no event tells
+            while process.poll() is None and not await _answers(asked, gateway):  # noqa: ASYNC110 - there is no event for it
                 await trio.sleep(0.01)
         took_s = time.monotonic() - began
         if process.poll() is not None or not await _answers(asked, gateway):
@@ -205,11 +205,11 @@ async def open_gateway(peer: Peer, *, upstream_port: int, room: Path, watch: boo
 
 
 def running(url: str, *, model: str, path: str, headers: Mapping[str, str], pid: int | None) -> Gateway:
-    """A gateway that somebody has started, on this machine and before the mock upstream.
+    """A gateway that is already running, on this machine and in front of the mock upstream.
 
     Raises:
-        ValueError: The URL is not one of this machine's loopback interface: the mock upstream is there, events are
-            timed by one clock, and load is for one's own machine.
+        ValueError: The URL is not on this machine's loopback interface. The mock upstream is there, events are timed by
+            one clock, and the bench must not put load on other machines.
     """
     parsed = httpx2.URL(url)
     if parsed.host not in ("127.0.0.1", "localhost") or parsed.scheme != "http":
@@ -226,7 +226,7 @@ def running(url: str, *, model: str, path: str, headers: Mapping[str, str], pid:
 
 
 async def _answers(client: httpx2.AsyncClient, gateway: Gateway) -> bool:
-    """Whether it is ready, and carries a call."""
+    """Whether the gateway is ready and serves a call."""
     call = {"model": gateway.model, "messages": [{"role": "user", "content": "Are you there?"}]}
     base = f"http://127.0.0.1:{gateway.port}"
     try:
@@ -250,7 +250,7 @@ def _version(peer: Peer, values: Mapping[str, str]) -> str:
 
 
 def summary(gateway: Gateway) -> dict[str, Any]:  # Any: JSON
-    """What a result keeps of a gateway."""
+    """The part of a gateway that a result stores."""
     return {
         "title": gateway.title,
         "version": gateway.version,

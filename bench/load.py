@@ -1,24 +1,24 @@
-"""The load generator: a process that makes calls, and says how long everything took.
+"""The load generator: a process that makes calls and reports how long everything took.
 
 ``python -m bench.load`` reads one `Job` as a line of JSON from its standard input and writes one `Report` as a line of
-JSON; before that, a ``hold`` job writes ``{"steady": N}`` when its streams stand, and waits for a line ``close``. It
-ends when its input does.
+JSON. Before the report, a ``hold`` job writes ``{"steady": N}`` when its streams are open, and waits for a line
+``close``. The process ends when its input ends.
 
 Three kinds of load:
 
-- ``closed``: a number of clients, each of which calls again when it is answered. It finds out what a gateway can do.
-  Its latencies say little: a gateway that hesitates is asked less.
-- ``open``: calls come when they come, evenly or at random (Poisson). Latency counts **from the moment at which the call
-  was due**, whether or not a connection was free: waiting that the gateway causes is the gateway's.
-- ``hold``: streams are opened and stay open, until they are told to close.
+- ``closed``: a number of clients, each of which calls again after its answer. It measures a gateway's capacity. Its
+latencies mean little, since a slow gateway gets fewer calls.
+- ``open``: calls are due at given times, evenly or at random (Poisson). Latency counts **from the time at which the
+call was due**, whether or not a connection was free, so that waiting caused by the gateway counts.
+- ``hold``: streams are opened and stay open until the command to close them.
 
-A call that does not bring what was asked for (another status, an event too few, no ``[DONE]``) is an error and none of
-its times count.
+A call with an unexpected result (another status, a missing event, no ``[DONE]``) is an error, and none of its times
+count.
 
-One loop over non-blocking sockets, for the reason given in `readiness`; llhttp parses the answers. Content events
-are counted by the mark that opens each one's content, however a gateway has cut or re-encoded them. The delay of events
-is taken from every event of one stream in ``sample_every``, not of some events of each: those that arrive together
-would be judged by the first or the last of them.
+It is one loop over non-blocking sockets, for the reason given in `readiness`; llhttp parses the answers. Content events
+are counted by the mark at the start of each one's content, however a gateway has split or re-encoded them. The delay is
+taken from every event of one stream in ``sample_every`` and not from some events of each stream: of events that arrive
+together, only the first or the last would count.
 """
 
 from __future__ import annotations
@@ -42,38 +42,39 @@ from bench.distribution import Histogram
 from bench.readiness import READ, WRITE, Poller, raise_descriptor_limit
 
 MARK = b'"@'
-"""Opens the content of an event: a quote that ends nothing but begins a string, and the mock upstream's sign."""
+"""The start of an event's content: an opening quote followed by the mock upstream's mark."""
 
 _STAMP = re.compile(rb'"@([0-9a-f]{16})')
 _CONNECTIONS_AT_ONCE = 64
-"""Connections that are being made at one time: a listener's backlog may be as short as 100."""
+"""Limit on connections being opened at a time: a listener's backlog may be as short as 100."""
 
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """What to do.
+    """A load to generate.
 
     Attributes:
-        port: On 127.0.0.1: the bench measures what runs on the same machine, for its clocks are compared.
-        path: What to call.
-        body: The whole body; ``@ID@`` in it becomes the stream's number.
-        status: Of a right answer. Only of a 200 the body is looked at.
-        refusals: Statuses that say no, as they may where too much is asked: their latency is counted by itself.
+        port: On 127.0.0.1, since the clocks of both ends are compared.
+        path: The path to call.
+        body: The whole body; ``@ID@`` in it is replaced by the stream's number.
+        status: The expected status. Only the body of a 200 is checked.
+        refusals: Statuses that are allowed refusals under overload; their latency is counted separately.
         stream: Whether the answer is a stream, of ``events`` content events.
         connections: Clients, streams, or (``open``) the most connections.
-        rate: Calls per second, of an ``open`` load.
+        rate: Calls per second of an ``open`` load.
         poisson: At random rather than evenly.
         begin_ns: When to begin, by the monotonic clock.
-        warmup_s: Then the window opens, ...
-        window_s: ... and closes.
+        warmup_s: The time until the window opens.
+        window_s: The length of the window.
         ramp_s: The clients of a ``closed`` load, and the streams of a ``hold``, begin over this time.
-        drain_s: How long calls may take to end after the window; then they are unfinished.
-        sample_every: See above.
+        drain_s: How long calls may continue after the window; then they count as unfinished.
+        sample_every: See the module's docstring.
         keep_samples: Report each call's due time and latency.
-        burst_at_s: After the beginning, so many calls more are due at once.
+        burst_at_s: The time from the beginning at which the calls of the burst are due at once.
         close_over_s: A ``hold`` closes its streams over this time; 0 = all at once.
         first_id: The first stream's number.
-        first_ms: What the mock upstream waits before a stream's first event; it is taken off the time to the first.
+        first_ms: The mock upstream's wait before a stream's first event, which is subtracted from the time to the first
+            content.
     """
 
     kind: Literal["closed", "open", "hold"]
@@ -105,21 +106,21 @@ class Job:
 
 @attrs.define(kw_only=True)
 class Report:
-    """What came of it. Times are in microseconds; ``latency`` and ``first_content`` count from when a call was due.
+    """The result of a job. Times are in microseconds; ``latency`` and ``first_content`` count from when a call was due.
 
     Attributes:
-        calls: Answered as they should be, within the window.
+        calls: Correct answers within the window.
         events: Content events that arrived within the window.
-        errors: By kind.
-        error: What the first of them looked like.
-        unfinished: Calls that had not ended when the time was up. Expected of endless streams.
+        errors: Counts by kind.
+        error: A description of the first error.
+        unfinished: Calls that had not ended at the end of the drain. Expected of endless streams.
         latency: Of calls that were due within the window.
         refused: Of calls that were refused.
         first_content: To a stream's first content event, without the mock upstream's wait.
         delay: Of content events, from the mock upstream's send to the read here.
-        samples: ``(due, microseconds since the beginning; latency)``.
+        samples: ``(due, latency)`` of each call; ``due`` in microseconds since the beginning.
         closed_ns: When each stream was closed, by its number.
-        busy: The share of the window in which this process used a CPU: near 1, it is what was measured.
+        busy: The share of the window in which this process used a CPU. Near 1, the load generator was the bottleneck.
     """
 
     calls: int = 0
@@ -138,7 +139,7 @@ class Report:
     busy: float = 0.0
 
     def merge(self, other: Report) -> None:
-        """Takes in what another process has found in the same time."""
+        """Adds the report of another process for the same time."""
         self.calls += other.calls
         self.events += other.events
         self.received_bytes += other.received_bytes
@@ -162,7 +163,7 @@ converter.register_structure_hook(Histogram, lambda value, _type: Histogram.from
 
 
 def share(job: Job, processes: int) -> list[Job]:
-    """Splits a job among processes, such that together they do what one would.
+    """Splits a job among processes so that together they make the load of one.
 
     >>> [part.connections for part in share(Job(kind="closed", port=1, body="", connections=5), 2)]
     [3, 2]
@@ -175,7 +176,7 @@ def share(job: Job, processes: int) -> list[Job]:
             rate=job.rate / processes,
             seed=job.seed + number,
             burst_calls=job.burst_calls // processes + (number < job.burst_calls % processes),
-            # evenly spaced arrivals of several processes fall between each other's
+            # the evenly spaced arrivals of the processes interleave
             begin_ns=job.begin_ns + (int(1e9 / job.rate) * number if job.rate and not job.poisson else 0),
             first_id=job.first_id + number * 1_000_000,
         )
@@ -184,7 +185,7 @@ def share(job: Job, processes: int) -> list[Job]:
 
 
 def arrivals(job: Job) -> Iterator[int]:
-    """Yields when the calls of an open load are due, in nanoseconds after its beginning.
+    """Yields the due times of an open load's calls, in nanoseconds after its beginning.
 
     >>> job = Job(kind="open", port=1, body="", rate=100, window_s=0.04, burst_at_s=0.015, burst_calls=2)
     >>> [due // 1_000_000 for due in arrivals(job)]
@@ -204,7 +205,7 @@ def arrivals(job: Job) -> Iterator[int]:
 
 
 class Client:
-    """A connection to the gateway, and the call that is on it."""
+    """A connection to the gateway with its current call."""
 
     __slots__ = (
         "connecting",
@@ -240,7 +241,7 @@ class Client:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the last answer."""
+        """Discards the last answer."""
         self.events = self.first_ns = self.status = 0
         self.received = False
         self.last = -1
@@ -249,19 +250,19 @@ class Client:
         self.key = ""
         self.request = b""
 
-    # llhttp calls these
+    # called by llhttp
 
     def on_headers_complete(self) -> None:
         """The status is known."""
         self.status = self.parser.get_status_code()
 
     def on_body(self, data: bytes) -> None:
-        """A part of the body; a chunk at a time, so mostly an event at a time."""
+        """Receives a part of the body: a chunk, and so usually an event."""
         if not self.load.streams:
             self.head = self.head + data if self.head else data
             return
         count = data.count(MARK)
-        if self.last == 0x22 and data[0] == 0x40:  # the mark itself was cut in two
+        if self.last == 0x22 and data[0] == 0x40:  # the mark itself was split
             count += 1
         self.last = data[-1]
         self.tail = data if len(data) > 16 else (self.tail + data)[-64:]
@@ -281,12 +282,12 @@ class Client:
                 load.delays += [now - int(stamp, 16) for stamp in _STAMP.findall(data)]
 
     def on_message_complete(self) -> None:
-        """The answer is here."""
+        """The answer is complete."""
         self.load.on_answer(self, keep=self.parser.should_keep_alive())
 
 
 class Load:
-    """One job, done once."""
+    """One run of a job."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -327,7 +328,7 @@ class Load:
         return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
 
     def run(self, control_fd: int) -> Report:
-        """Does it."""
+        """Runs the job."""
         while time.monotonic_ns() < self._begin_ns:
             time.sleep(min(0.05, max(0.0, (self._begin_ns - time.monotonic_ns()) / 1e9)))
         if self.job.kind == "hold":
@@ -346,12 +347,12 @@ class Load:
     # -- the loops ----------------------------------------------------------------------------------------------------
 
     def _call(self) -> None:
-        """Makes calls until the window closes, then waits for those that are out."""
+        """Makes calls until the window closes, then waits for the calls in flight."""
         job = self.job
         calls = arrivals(job) if job.kind == "open" else self._starts()
         next_ns = next(calls, None)
         cpu_s = 0.0
-        # endless streams are not waited for; a Job with no patience says so
+        # endless streams are not waited for: their Job has no drain time
         give_up_ns = self._end_ns + int(job.drain_s * 1e9)
         while True:
             now = self.now_ns = time.monotonic_ns()
@@ -373,20 +374,20 @@ class Load:
                 until = self._open_ns
             if next_ns is not None:
                 until = min(until, self._begin_ns + next_ns)
-            self._turn((until - now) / 1e9)
+            self._poll_once((until - now) / 1e9)
 
     def _starts(self) -> Iterator[int]:
         step_ns = int(self.job.ramp_s * 1e9 / self.job.connections)
         return iter([number * step_ns for number in range(self.job.connections)])
 
     def _hold(self, control_fd: int) -> None:
-        """Opens streams, says how many stand, closes them when told.
+        """Opens streams, reports how many are open, and closes them on command.
 
-        The window is the time that they may take to stand, and then the time in which it must be told.
+        The window limits the time until they are open, and then the time until the command.
         """
         self._poller.add(control_fd, READ)
         starts = deque(self._starts())
-        told = False
+        reported = False
         give_up_ns = self._end_ns
         self.window_open = True
         cpu_s, began_s = time.process_time(), time.monotonic()
@@ -396,10 +397,10 @@ class Load:
             while starts and self._begin_ns + starts[0] <= now:
                 self._arrive(self._begin_ns + starts.popleft())
             settled = self.steady + sum(self.report.errors.values())
-            if not told and (now >= give_up_ns or (not starts and settled >= self.job.connections)):
+            if not reported and (now >= give_up_ns or (not starts and settled >= self.job.connections)):
                 starts.clear()
                 print(json.dumps({"steady": self.steady}), flush=True)
-                told = True
+                reported = True
                 give_up_ns = now + int(self.job.window_s * 1e9)
             elif now >= give_up_ns:
                 break
@@ -416,7 +417,7 @@ class Load:
                 until = min(until, self._begin_ns + starts[0])
             if close_at:
                 until = min(until, close_at[-1][0])
-            if control_fd in self._turn((until - now) / 1e9):
+            if control_fd in self._poll_once((until - now) / 1e9):
                 os.read(control_fd, 4096)
                 self._poller.remove(control_fd)
                 now = time.monotonic_ns()
@@ -427,8 +428,8 @@ class Load:
                     break
         self.report.busy = (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - began_s)
 
-    def _turn(self, timeout_s: float) -> list[int]:
-        """Waits and reads once; returns ready descriptors that are nobody's."""
+    def _poll_once(self, timeout_s: float) -> list[int]:
+        """Waits and reads once; returns ready descriptors that belong to no client."""
         others = []
         clients = self._clients
         clock = time.monotonic_ns
@@ -461,7 +462,7 @@ class Load:
     # -- a call -------------------------------------------------------------------------------------------------------
 
     def _arrive(self, due_ns: int) -> None:
-        """A call is due."""
+        """Handles a call that is due."""
         if self._idle:
             self._send(self._idle.pop(), due_ns)
         elif self._made < self.job.connections:
@@ -529,7 +530,7 @@ class Load:
             self._fail(client, "would not take the request", b"")
 
     def on_answer(self, client: Client, *, keep: bool) -> None:
-        """A call is answered, rightly or not."""
+        """Handles a complete answer, correct or not."""
         if client.status in self.job.refusals:
             if self._open_ns <= client.due_ns < self._end_ns:
                 self._refusals.append(self.now_ns - client.due_ns)
@@ -542,7 +543,7 @@ class Load:
         now, due_ns = self.now_ns, client.due_ns
         if self.window_open:
             self.report.calls += 1
-        # by when they were due, also those that end later: to leave them out would be to leave out the slow ones
+        # counted by due time, including calls that end after the window: leaving them out would leave out the slow ones
         if self._open_ns <= due_ns < self._end_ns:
             self._latencies.append(now - due_ns)
             if client.first_ns:
@@ -563,11 +564,11 @@ class Load:
         return "" if b"[DONE]" in client.tail else "no [DONE]"
 
     def _eof(self, client: Client) -> None:
-        if not client.due_ns:  # idle; the gateway closes what nobody uses
+        if not client.due_ns:  # idle: the gateway closes unused connections
             self._disconnect(client)
             self._idle.remove(client)
             self._idle.insert(0, client)
-        elif client.reused and not client.received:  # it was closed just as it was used again: once more
+        elif client.reused and not client.received:  # it was closed at the moment of its reuse, so retry once
             due_ns = client.due_ns
             self._disconnect(client)
             self._busy -= 1
@@ -587,7 +588,7 @@ class Load:
         if not keep:
             self._disconnect(client)
         if self.job.kind == "closed":
-            # a gateway that refuses at once is not to be asked a million times
+            # a gateway that refuses at once must not get a million calls
             if not self._stopping and sum(self.report.errors.values()) < 1000:
                 self._send(client, self.now_ns)
         elif self.job.kind == "open":
@@ -610,10 +611,10 @@ class Load:
 
 
 def main() -> None:
-    """Does the jobs that come on standard input, one after another."""
+    """Runs the jobs from standard input, one after the other."""
     raise_descriptor_limit()
     control_fd = sys.stdin.fileno()
-    # read by the descriptor: a buffered reader would keep a line back from the poller
+    # read from the descriptor: a buffered reader would keep a line from the poller
     buffer = b""
     while True:
         while b"\n" not in buffer:
@@ -622,7 +623,7 @@ def main() -> None:
                 return
             buffer += data
         line, _, buffer = buffer.partition(b"\n")
-        if line == b"close":  # it came when the streams were closed already
+        if line == b"close":  # the command came after the streams were closed
             continue
         given: Any = json.loads(line)  # Any: JSON
         report = Load(converter.structure(given, Job)).run(control_fd)

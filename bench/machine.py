@@ -1,4 +1,4 @@
-"""What a result was measured on. No names of the host or of its user: results are published."""
+"""The machine of a result. It contains no names of the host or its user, since results are published."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Machine:
     """A machine.
 
     Attributes:
-        cores: That this process may use.
-        load_1m: How busy it was before the run; None where the system does not say.
+        cores: The cores that this process may use.
+        load_1m: The load before the run; None where the system does not report it.
     """
 
     cpu: str
@@ -27,7 +27,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Looks at the machine that this runs on."""
+    """Describes this machine."""
     return Machine(
         cpu=_cpu(),
         cores=usable_cores(),

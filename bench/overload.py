@@ -1,9 +1,9 @@
-"""What becomes of those who are let in while too much is asked: ``./scripts/bench --overload``.
+"""Measures the admitted calls under overload: ``./scripts/bench --overload``.
 
-The gateway has places for 64 calls and a queue for 16, and the mock upstream takes 200 ms for each, so 320 calls a
-second are what it can serve. First a quarter of that comes, then three times as much, at random moments (Poisson), in
-turns. What is told: how long those took that were let in, beside those when there was room; how soon the others were
-refused; and whether as many were served as could be.
+The gateway has slots for 64 calls and a queue for 16, and the mock upstream takes 200 ms for each call, so the capacity
+is 320 calls a second. The load is first a quarter of that, then three times as much, at random moments (Poisson), in
+turns. The result gives the latency of the admitted calls beside the latency without overload, how soon the others were
+refused, and whether as many calls were served as the capacity allows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIGHT, HEAVY = 0.25, 3.0
 
 @attrs.frozen(kw_only=True)
 class Round:
-    """What one round gave."""
+    """The result of one round."""
 
     light_p50_ms: float
     light_p99_ms: float
@@ -39,7 +39,7 @@ class Round:
     refused_p99_ms: float
     refused_share: float
     served_share: float
-    """Of what could be served."""
+    """The load as a share of the capacity."""
 
 
 async def _load(gateway: Gateway, generator: Generator, *, share: float, window_s: float, seed: int) -> Report:
@@ -68,7 +68,7 @@ async def _load(gateway: Gateway, generator: Generator, *, share: float, window_
 
 
 async def run(*, rounds: int, window_s: float) -> list[Round]:
-    """Measures, in turns."""
+    """Measures both loads in turns."""
     configuration = f"""
 [limits]
 max_exchanges = {PLACES}
@@ -86,13 +86,13 @@ targets = ["mock/mock-model"]
         async with (
             open_upstream(processes=1) as upstream,
             open_generator(processes=1) as generator,
-            open_gateway(peer, upstream_port=upstream.port, room=Path(directory), watch=HAS_PROC) as gateway,
+            open_gateway(peer, upstream_port=upstream.port, directory=Path(directory), watch=HAS_PROC) as gateway,
         ):
             for number in range(rounds):
                 light = await _load(gateway, generator, share=LIGHT, window_s=window_s, seed=2 * number)
                 heavy = await _load(gateway, generator, share=HEAVY, window_s=window_s, seed=2 * number + 1)
                 if light.refused.count:
-                    raise RuntimeError(f"{light.refused.count} calls were refused while there was room")
+                    raise RuntimeError(f"{light.refused.count} calls were refused without overload")
                 asked = heavy.latency.count + heavy.refused.count
                 found.append(
                     Round(
@@ -110,17 +110,18 @@ targets = ["mock/mock-model"]
 
 
 def lines(rounds: list[Round]) -> list[str]:
-    """The result for people: medians, and the ratios by round."""
+    """The readable result: medians, and the ratios by round."""
 
     def median(name: str) -> float:
         return statistics.median([float(getattr(each, name)) for each in rounds])
 
     ratios = [each.heavy_p99_ms / each.light_p99_ms for each in rounds]
     return [
-        f"with room: p50 {median('light_p50_ms'):.1f} ms, p99 {median('light_p99_ms'):.1f} ms",
-        f"{HEAVY:g} times too much, let in: p50 {median('heavy_p50_ms'):.1f} ms, p99 {median('heavy_p99_ms'):.1f} ms; "
+        f"without overload: p50 {median('light_p50_ms'):.1f} ms, p99 {median('light_p99_ms'):.1f} ms",
+        f"{HEAVY:g} times the capacity, admitted: p50 {median('heavy_p50_ms'):.1f} ms, "
+        f"p99 {median('heavy_p99_ms'):.1f} ms; "
         f"p99 ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"refused ({median('refused_share'):.0%}): p50 {median('refused_p50_ms'):.1f} ms, "
         f"p99 {median('refused_p99_ms'):.1f} ms",
-        f"served: {median('served_share'):.0%} of what could be",
+        f"served: {median('served_share'):.0%} of the capacity",
     ]

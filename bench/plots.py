@@ -19,7 +19,7 @@ from bench.distribution import Histogram, Spread
 from bench.gateways import DIRECT
 from bench.report import Result, names, values_of
 
-# Okabe and Ito's colours, which nearly everybody can tell apart; black is for the mock upstream by itself
+# the colours of Okabe and Ito, which are also distinct to colour-blind readers; black is for the mock upstream
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
 _DASHES = ("-", "--", "-.", ":")
 _STYLE: Any = {  # Any: matplotlib's type for it is a list of 400 names
@@ -33,12 +33,12 @@ _STYLE: Any = {  # Any: matplotlib's type for it is a list of 400 names
     "axes.titleweight": "bold",
     "axes.titlesize": 12,
     "legend.frameon": False,
-    "svg.hashsalt": "trigate",  # the same result gives the same file
+    "svg.hashsalt": "trigate",  # so that the same result gives the same file
 }
 
 
 def draw(result: Result, stem: Path) -> list[Path]:
-    """Draws what the result has, into ``STEM-latency.png``, … ; returns the files."""
+    """Draws the figures of a result into ``STEM-latency.png``, … and returns the files."""
     files = []
     with mpl.rc_context(_STYLE):
         for name, figure in _figures(result):
@@ -89,7 +89,7 @@ def _machine(result: Result) -> str:
 
 
 def _finish(figure: Figure, axes: Axes, result: Result) -> None:
-    """One legend under the plots, and where it was measured under that."""
+    """Puts one legend under the plots, and the description of the machine under it."""
     handles, labels = axes.get_legend_handles_labels()
     columns = min(4, max(1, len(labels)))
     rows = -(-len(labels) // columns)
@@ -179,7 +179,7 @@ def _from_zero(axes: Axes) -> None:
 
 
 def _about_zero(axes: Axes) -> None:
-    """Logarithmic where much is to be shown, but from -1 to 1 as it is: a difference may be 0, or by chance less."""
+    """A scale that is logarithmic, but linear from -1 to 1: a difference may be 0, or negative by chance."""
     if axes.get_ylim()[1] > 10:
         axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))

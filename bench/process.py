@@ -1,4 +1,4 @@
-"""Child processes: started in groups of their own, asked over pipes, read from /proc, and never left behind."""
+"""Child processes: started in their own process groups, controlled over pipes, read from /proc, and always ended."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ import trio
 from bench.load import Job, Report, converter, share
 
 STOP_S = 5.0
-"""After SIGTERM; then SIGKILL, to the whole group."""
+"""The time after SIGTERM until the whole group gets SIGKILL."""
 
 _PROC = Path("/proc")
 HAS_PROC = (_PROC / "self" / "stat").exists()
-"""Without it, CPU time and memory are not measured, and the result says so."""
+"""Without /proc, CPU time and memory are not measured, and the result says so."""
 
 
 @asynccontextmanager
 async def open_process(
     command: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: Path | None = None
 ) -> AsyncIterator[trio.Process]:
-    """Runs a program in a process group of its own, and ends the group with the block.
+    """Runs a program in its own process group and ends the group with the block.
 
     Args:
-        log: Takes what it writes. Without one, its input and output are pipes, and its errors are this process's.
+        log: Receives its output. Without one, input and output are pipes, and errors go to this process's stderr.
     """
     with contextlib.ExitStack() as files:
         output = subprocess.PIPE if log is None else files.enter_context(log.open("ab"))
@@ -57,7 +57,7 @@ async def open_process(
 async def _stop(process: trio.Process) -> None:
     if process.stdin is not None:
         await process.stdin.aclose()
-    # the group, not the process: a parent that dies leaves its workers behind
+    # the whole group: a parent that exits alone leaves its workers running
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with trio.move_on_after(STOP_S):
@@ -68,7 +68,7 @@ async def _stop(process: trio.Process) -> None:
 
 
 class Lines:
-    """A child that is asked in lines, and answers in lines of JSON."""
+    """A child that reads commands as lines and answers with lines of JSON."""
 
     def __init__(self, process: trio.Process) -> None:
         assert process.stdin is not None
@@ -78,7 +78,7 @@ class Lines:
         self._output = process.stdout
         self._buffer = b""
 
-    async def tell(self, line: str) -> None:
+    async def send_line(self, line: str) -> None:
         """Sends a line."""
         await self._input.send_all(line.encode() + b"\n")
 
@@ -86,7 +86,7 @@ class Lines:
         """Reads an answer.
 
         Raises:
-            EOFError: The child has ended; what it had to say stands above on the terminal.
+            EOFError: The child has exited; its error messages are on the terminal.
         """
         while b"\n" not in self._buffer:
             data = await self._output.receive_some(1 << 20)
@@ -98,7 +98,8 @@ class Lines:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without what would make a gateway find other upstreams, other code or a proxy."""
+    """This process's environment without variables that would lead a gateway to other upstreams, other code or a
+    proxy."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -125,11 +126,11 @@ class Upstream:
         self.processes = processes
 
     async def statistics(self, *, reset: bool = False) -> dict[str, Any]:  # Any: see `bench.upstream.Server.statistics`
-        """Asks all of them, and adds up; what is a maximum stays one."""
+        """Adds up the statistics of all processes. Of a maximum it takes the maximum."""
         total: dict[str, Any] = {}
         for lines in self.processes:
-            with trio.CancelScope(shield=True):  # an answer that nobody reads would be taken for the next one
-                await lines.tell("reset" if reset else "stats")
+            with trio.CancelScope(shield=True):  # an unread answer would be taken for the next one
+                await lines.send_line("reset" if reset else "stats")
                 answer = await lines.read()
             for name, value in answer.items():
                 greatest = name in ("late_max_us", "late_mean_us", "now_ns")
@@ -138,7 +139,7 @@ class Upstream:
         return total
 
     async def wait_active(self, streams: int, *, at_most_s: float) -> bool:
-        """Waits until so many streams are open; whether they came to be."""
+        """Waits until this many streams are open and returns whether they were in time."""
         with trio.move_on_after(at_most_s):
             while (await self.statistics())["active"] != streams:  # noqa: ASYNC110 - another process's state has no event
                 await trio.sleep(0.02)
@@ -170,33 +171,33 @@ class Generator:
         self._early: dict[Lines, Any] = {}  # Any: JSON
 
     async def start(self, job: Job) -> Sequence[Lines]:
-        """Gives out a job; `report` gathers what comes of it."""
+        """Sends a job. `report` collects its result."""
         parts = share(job, len(self._lines))
         busy = self._lines[: len(parts)]
         for lines, part in zip(busy, parts, strict=True):
-            await lines.tell(json.dumps(converter.unstructure(part)))
+            await lines.send_line(json.dumps(converter.unstructure(part)))
         return busy
 
     async def wait_steady(self, busy: Sequence[Lines]) -> int:
-        """Waits until the streams of a ``hold`` stand, and returns how many do."""
+        """Waits until the streams of a ``hold`` are open and returns their number."""
         steady = 0
         for lines in busy:
             answer = await lines.read()
             if "steady" in answer:
                 steady += answer["steady"]
-            else:  # its time ran out first
+            else:  # its time limit passed before
                 self._early[lines] = answer
         return steady
 
     async def close_streams(self, busy: Sequence[Lines]) -> Report:
-        """Ends a ``hold`` that stands."""
+        """Closes the streams of a ``hold``."""
         for lines in busy:
             if lines not in self._early:
-                await lines.tell("close")
+                await lines.send_line("close")
         return await self.report(busy)
 
     async def report(self, busy: Sequence[Lines]) -> Report:
-        """Waits for a job's end."""
+        """Waits for the end of a job and merges the reports."""
         whole = Report()
         for lines in busy:
             answer = self._early.pop(lines, None) or await lines.read()
@@ -219,7 +220,7 @@ async def open_generator(*, processes: int) -> AsyncIterator[Generator]:
         yield Generator(everyone)
 
 
-# -- what the system says of a process and its descendants ------------------------------------------------------------
+# -- data of the system on a process and its descendants --------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
@@ -227,8 +228,8 @@ class Memory:
     """Memory of some processes.
 
     Attributes:
-        resident_bytes: Summed: what they share counts for each.
-        proportional_bytes: What is shared counts once, divided among all that share it. None where it cannot be read.
+        resident_bytes: The sum; shared memory counts for each process.
+        proportional_bytes: Shared memory counts once, divided among the processes. None where it cannot be read.
     """
 
     resident_bytes: int
@@ -236,7 +237,7 @@ class Memory:
 
 
 def tree(pid: int) -> list[int]:
-    """The process and its descendants, as they are now."""
+    """A process and its current descendants."""
     children: dict[int, list[int]] = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
@@ -250,7 +251,7 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_s(pids: Sequence[int]) -> float:
-    """CPU time of processes, to the nanosecond; of the children that they have seen end, to the kernel's tick.
+    """CPU time of processes, to the nanosecond. That of exited children is to the kernel's tick.
 
     Source: clock_getcpuclockid(3): a process's clock is ``~pid << 3 | 2``. /proc/PID/stat has ticks of 10 ms only.
     """

@@ -1,8 +1,8 @@
-"""Which sockets are ready: epoll where there is one, else what `selectors` finds, behind three calls.
+"""Socket readiness: epoll where it exists, else `selectors`, behind three calls.
 
-The mock upstream and the load generator are single loops over many sockets, and each microsecond of theirs for an event
-is one that the measured gateway does not get on a small machine. That is why they are not Trio programs, and why
-epoll is asked directly: `selectors` makes two objects for each ready socket.
+The mock upstream and the load generator are single loops over many sockets. On a small machine, each microsecond that
+they spend on an event is taken from the measured gateway. So they are not Trio programs, and they call epoll directly:
+`selectors` creates two objects for each ready socket.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 READ = 1
 WRITE = 4
-"""As epoll has them (``EPOLLIN``, ``EPOLLOUT``); an end or an error of the connection counts as readable."""
+"""Readiness flags as in epoll (``EPOLLIN``, ``EPOLLOUT``). An end or an error of the connection counts as readable."""
 
 
 class Poller:
@@ -30,10 +30,11 @@ class Poller:
             self.remove = self._epoll.unregister
 
         def wait(self, timeout_s: float | None) -> Sequence[tuple[int, int]]:
-            """Returns ``(descriptor, what it is ready for)``, at most ``timeout_s`` later.
+            """Returns ``(descriptor, readiness)`` after at most ``timeout_s``.
 
-            epoll's own time-out is in whole milliseconds, which would be added to every latency that is counted from a
-            scheduled time; select's is not, and an epoll can be selected. It is asked only where nothing is ready.
+            epoll's own timeout is in whole milliseconds, which would be added to every latency counted from a scheduled
+            time. The timeout of select is not, and an epoll descriptor can be selected. select is called only when
+            nothing is ready.
             """
             if timeout_s is None:
                 return self._epoll.poll(None, 1024)
@@ -49,19 +50,19 @@ class Poller:
             self._selector = selectors.DefaultSelector()
 
         def add(self, fd: int, events: int) -> None:
-            """Starts to watch a socket."""
+            """Starts watching a socket."""
             self._selector.register(fd, _selector_events(events))
 
         def change(self, fd: int, events: int) -> None:
-            """Watches it for something else."""
+            """Watches a socket for other events."""
             self._selector.modify(fd, _selector_events(events))
 
         def remove(self, fd: int) -> None:
-            """No longer watches it."""
+            """Stops watching a socket."""
             self._selector.unregister(fd)
 
         def wait(self, timeout_s: float | None) -> Sequence[tuple[int, int]]:
-            """Returns ``(descriptor, what it is ready for)``, at most ``timeout_s`` later."""
+            """Returns ``(descriptor, readiness)`` after at most ``timeout_s``."""
             return [
                 (key.fd, (READ if mask & selectors.EVENT_READ else 0) | (WRITE if mask & selectors.EVENT_WRITE else 0))
                 for key, mask in self._selector.select(timeout_s)
@@ -73,11 +74,11 @@ def _selector_events(events: int) -> int:
 
 
 def raise_descriptor_limit() -> int:
-    """Takes as many file descriptors as this process may have, and returns their number; its children inherit it."""
+    """Raises this process's limit of file descriptors to the maximum and returns it. Child processes inherit it."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):  # macOS refuses what its kernel cannot give
+    except (OSError, ValueError):  # macOS refuses a limit beyond its kernel's
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return wanted

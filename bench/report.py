@@ -1,4 +1,4 @@
-"""A result as tables, in Markdown, and beside another result. Pure; `terminal` draws the same."""
+"""A result as Markdown tables, and compared with another result. Pure; `terminal` prints the same tables."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Cell:
 
     Attributes:
         spread: None = not measured.
-        ratio: To the first gateway's, by pairs; None for the first one itself.
-        worse: Whether the ratio means that this gateway does worse than the first; None = it does not say.
-        marks: What is to be known of it, each a letter of `Table.legend`.
+        ratio: The ratio to the first gateway, by pairs; None for the first one itself.
+        worse: Whether the ratio means that this gateway does worse than the first; None = undecided.
+        marks: Notes on the number, each a letter of `Table.legend`.
     """
 
     spread: Spread | None
@@ -31,7 +31,7 @@ class Cell:
     marks: str = ""
 
     def text(self) -> str:
-        """``12.3 (11.0–14.1) ×1.25``, as much of it as is known."""
+        """``12.3 (11.0–14.1) ×1.25``, without unknown parts."""
         return " ".join(filter(None, [self.value(), self.range(), self.times(), self.marks]))
 
     def value(self) -> str:
@@ -39,7 +39,7 @@ class Cell:
         return "–" if self.spread is None else _number(self.spread.median, self.digits)
 
     def range(self) -> str:
-        """The least and the greatest round, where they differ."""
+        """The least and the greatest round, if they differ."""
         if self.spread is None:
             return ""
         low, high = _number(self.spread.low, self.digits), _number(self.spread.high, self.digits)
@@ -52,7 +52,7 @@ class Cell:
 
 @attrs.define(kw_only=True)
 class Table:
-    """One table: gateways down, numbers across."""
+    """A table with gateways as rows and numbers as columns."""
 
     title: str
     does: str
@@ -62,7 +62,7 @@ class Table:
 
 
 def _number(value: float, digits: int) -> str:
-    """Three or four digits are all that such a measurement has.
+    """Formats a number with three or four digits, which is the precision of such a measurement.
 
     >>> _number(1234.56, 2), _number(12.345, 2), _number(1.234, 2), _number(1.234, 0)
     ('1 235', '12.3', '1.23', '1')
@@ -72,12 +72,12 @@ def _number(value: float, digits: int) -> str:
 
 
 def values_of(scenario: Mapping[str, Any], gateway: str, metric: str) -> list[float | None]:
-    """A metric's values, a round each; empty where the gateway did not take part."""
+    """The values of a metric by round; empty if the gateway was not measured."""
     return [outcome["values"].get(metric) for outcome in scenario["rounds"].get(gateway, ())]
 
 
 def names(result: Result) -> list[str]:
-    """The gateways in their order, without the mock upstream itself."""
+    """The gateways in order, without the mock upstream."""
     return [name for name in result["gateways"] if name != DIRECT]
 
 
@@ -86,7 +86,7 @@ def _cell(result: Result, scenario: Mapping[str, Any], gateway: str, metric: str
     about = result["metrics"][metric]
     mine = values_of(scenario, gateway, metric)
     ratio = None
-    # a difference may be zero, or less than that: its ratio would mean nothing
+    # a difference may be zero or negative, so its ratio would mean nothing
     if gateway not in (first, DIRECT) and not metric.startswith("added_"):
         ratio = pair_ratios(mine, values_of(scenario, first, metric))
     worse = None
@@ -120,7 +120,7 @@ def _marks(scenario: Mapping[str, Any], gateway: str, legend: list[str]) -> str:
 
 
 def tables(result: Result) -> Iterator[Table]:
-    """The tables of a result, in the order of its scenarios; the scenarios of a sweep share theirs."""
+    """The tables of a result in the order of its scenarios. The scenarios of a sweep share a table."""
     if not names(result):
         return
     yield _starts(result)
@@ -139,7 +139,7 @@ def tables(result: Result) -> Iterator[Table]:
             ]
             for gateway in gateways:
                 cells = [_cell(result, scenario, gateway, metric, table.legend) for metric in shown]
-                # what is to be known of a measurement is said once
+                # a note on a measurement appears once
                 cells = [cells[0], *(attrs.evolve(cell, marks="") for cell in cells[1:])] if cells else []
                 table.rows.append((result["gateways"][gateway]["title"], cells))
             yield table
@@ -180,7 +180,7 @@ def _starts(result: Result) -> Table:
 
 
 def head(result: Result) -> str:
-    """When and on what it was measured."""
+    """The time and the machine of the measurement."""
     machine, settings, tool = result["machine"], result["settings"], result["tool"]
     load = "" if machine["load_1m"] is None else f", load {machine['load_1m']:.1f} before the run"
     return (
@@ -202,7 +202,7 @@ def ratios_note(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """A result as the performance page has it."""
+    """A result in the form of the performance page."""
     lines = [f"Measured {head(result)}.", "", legend(result)]
     for table in tables(result):
         lines += ["", f"### {table.title}", "", table.does, ""]
@@ -220,7 +220,7 @@ class Change:
     """A metric in two results.
 
     Attributes:
-        verdict: ``better``, ``worse``, or ``""`` where the ranges overlap or neither is the better one.
+        verdict: ``better``, ``worse``, or ``""`` if the ranges overlap or neither direction is better.
     """
 
     scenario: str
@@ -232,10 +232,10 @@ class Change:
 
 
 def changes(before: Result, after: Result) -> Iterator[Change]:
-    """What both results have measured, side by side.
+    """The metrics that both results have, side by side.
 
-    Two runs are not rounds of one: the machine may have been another, or in another mood. A verdict is given only
-    where even the nearest rounds of the two differ in the same direction.
+    Two runs are not rounds of one run: the machine or its load may have been different. There is a verdict only if even
+    the closest rounds of the two differ in the same direction.
     """
     for name, scenario in after["scenarios"].items():
         other = before["scenarios"].get(name)

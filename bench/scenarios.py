@@ -1,7 +1,7 @@
-"""What is measured: each scenario is one kind of load, and the numbers that are read from it.
+"""The scenarios: each one is a kind of load and the numbers that are read from it.
 
-A scenario is run on one gateway at a time, for some seconds, and gives an `Outcome`. That each of them is run on all
-gateways in turn, several times over, is the business of `session`.
+A scenario runs on one gateway at a time for some seconds and gives an `Outcome`. `session` runs each of them on all
+gateways in turn, several times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.process import Generator, Upstream
 from bench.upstream import directive
 
 NEAR = 0.8
-"""A result above this share of what the tool itself can do is marked: it may be the tool's."""
+"""A result above this share of the tool's own maximum is marked, since the tool may have limited it."""
 
 
 @attrs.frozen(kw_only=True)
@@ -31,10 +31,10 @@ class Metric:
     """A number that a scenario gives.
 
     Attributes:
-        title: With the unit.
-        short: As a column has it beside the one that says the rest.
-        better: Which of two is the better one; None = neither, it only explains.
-        digits: After the point.
+        title: The name with its unit.
+        short: The name in a column beside the metric that it belongs to.
+        better: Which direction is better; None = neither, the metric only explains.
+        digits: Decimal places.
     """
 
     title: str
@@ -76,12 +76,13 @@ METRICS: Mapping[str, Metric] = {
 
 @attrs.frozen(kw_only=True)
 class Scale:
-    """How much of it.
+    """The size of a run.
 
     Attributes:
-        window_s: Of one measurement.
-        rounds: Of all gateways, in turn.
-        rate: Calls per second of the open loads: one that every gateway carries, or its latency is that of a queue.
+        window_s: The length of one measurement.
+        rounds: Rounds over all gateways.
+        rate: Calls per second of the open loads. Every gateway must be able to serve it, or its latency is that of a
+            queue.
     """
 
     window_s: float
@@ -112,7 +113,7 @@ FULL = Scale(
 
 @attrs.frozen(kw_only=True)
 class Ceiling:
-    """What the load generator and the mock upstream do without a gateway between them."""
+    """The maximum of the load generator and the mock upstream without a gateway between them."""
 
     requests_per_s: float
     events_per_s: float
@@ -120,24 +121,24 @@ class Ceiling:
 
 @attrs.define(kw_only=True)
 class Tools:
-    """What a scenario works with."""
+    """The tools of a scenario."""
 
     upstream: Upstream
     generator: Generator
     scale: Scale
     ceiling: Ceiling | None = None
     idle_bytes: dict[str, int] = attrs.Factory(dict)
-    """The memory of each gateway when it had started and carried one call."""
+    """The memory of each gateway after its start and one call."""
 
 
 @attrs.define(kw_only=True)
 class Outcome:
-    """What one measurement gave.
+    """The result of one measurement.
 
     Attributes:
         values: By the names in `METRICS`; None where it cannot be measured here.
         histograms: In microseconds.
-        limited: Why the number may be the tool's rather than the gateway's; empty where it is not.
+        limited: Why the tool and not the gateway may limit the number; empty if it does not.
     """
 
     values: dict[str, float | None] = attrs.Factory(dict)
@@ -153,9 +154,10 @@ class Scenario:
 
     Attributes:
         shows: Metrics, in the order of the columns of its table.
-        direct: The mock upstream is measured too, in the same rounds, and what a gateway adds is the difference.
-        rounds: As many as the run has; or fewer, where a second one would not see a fresh gateway.
-        sweep: Several scenarios of one sweep share a table and a figure; ``x`` is what differs, called ``x_title``.
+        direct: The mock upstream is measured too, in the same rounds, and the difference is the gateway's share.
+        rounds: As many as the run has, or fewer where a second one would not find a fresh gateway.
+        sweep: The scenarios of a sweep share a table and a figure; they differ in ``x``, which has the name
+            ``x_title``.
     """
 
     name: str
@@ -172,7 +174,7 @@ class Scenario:
 
 
 def body(gateway: Gateway, says: str, *, stream: bool) -> str:
-    """A call, as a client would make it."""
+    """The body of a call, as a client would send it."""
     call: dict[str, object] = {
         "model": gateway.model,
         "messages": [
@@ -210,7 +212,7 @@ class _Measured:
 
 
 async def _measure(tools: Tools, gateway: Gateway, job: Job) -> _Measured:
-    """Runs a job, and reads the gateway's CPU time at both ends of its window."""
+    """Runs a job and reads the gateway's CPU time at both ends of its window."""
     await _settle(tools)
     await tools.upstream.statistics(reset=True)
     begin = time.monotonic() + 0.05
@@ -240,7 +242,7 @@ async def _measure(tools: Tools, gateway: Gateway, job: Job) -> _Measured:
 
 
 async def _settle(tools: Tools) -> None:
-    """Lets the last measurement's streams end."""
+    """Waits until the streams of the last measurement have ended."""
     await tools.upstream.wait_active(0, at_most_s=5)
     await trio.sleep(0.15)
 
@@ -313,7 +315,7 @@ async def _requests(tools: Tools, gateway: Gateway) -> Outcome:
 
 
 async def _burst(tools: Tools, gateway: Gateway) -> Outcome:
-    """Even arrivals, and several hundred calls at once among them."""
+    """Even arrivals, with a burst of several hundred calls among them."""
     scale = tools.scale
     burst_at_s, calls = 1.0, int(4 * scale.rate)
     job = attrs.evolve(
@@ -327,7 +329,7 @@ async def _burst(tools: Tools, gateway: Gateway) -> Outcome:
     )
     measured = await _measure(tools, gateway, job)
     report = measured.report
-    # of what was due together with the burst, only what came after it tells how the gateway does
+    # only the calls after the burst show how the gateway recovers
     burst_us = int(burst_at_s * 1e6)
     took_us = recovery(
         [sample for sample in report.samples if not burst_us <= sample[0] < burst_us + 1000],
@@ -394,7 +396,7 @@ def _first_token_among(clients: int) -> Callable[[Tools, Gateway], Awaitable[Out
 def _streams(count: int, *, events_per_s: float, events: int = 100) -> Callable[[Tools, Gateway], Awaitable[Outcome]]:
     async def run(tools: Tools, gateway: Gateway) -> Outcome:
         interval_ms = 1000 / events_per_s
-        # their beginnings are spread over the length of one, so that as many begin and end in each second
+        # the starts are spread over the length of a stream, so that as many begin as end in each second
         ramp_s = min(2.0, max(0.2, events / events_per_s))
         job = attrs.evolve(
             _job(gateway, says=directive(events=events, interval_ms=interval_ms), kind="closed", stream=True),
@@ -436,7 +438,7 @@ def _hold(gateway: Gateway, count: int, *, interval_ms: float, time_s: float, cl
         _job(gateway, says=says, kind="hold", stream=True),
         events=1_000_000,
         connections=count,
-        # a thousand in a second is what a slow gateway takes too; what is measured comes after
+        # even a slow gateway accepts a thousand in a second; the measurement comes after that
         ramp_s=count / 1000,
         window_s=time_s,
         close_over_s=close_over_s,
@@ -476,7 +478,7 @@ def _disconnect(count: int, *, over_s: float) -> Callable[[Tools, Gateway], Awai
         probes: list[float] = []
         async with trio.open_nursery() as nursery:
             if gateway.ready:
-                nursery.start_soon(_probe, gateway, probes)
+                nursery.start_soon(_check_health, gateway, probes)
             await trio.sleep(0.3)
             probes.clear()
             report = await tools.generator.close_streams(busy)
@@ -501,22 +503,22 @@ def _disconnect(count: int, *, over_s: float) -> Callable[[Tools, Gateway], Awai
     return run
 
 
-async def _probe(gateway: Gateway, took_ms: list[float]) -> None:
-    """Asks for its health, over and over."""
+async def _check_health(gateway: Gateway, took_ms: list[float]) -> None:
+    """Calls the health check again and again."""
     async with httpx2.AsyncClient(timeout=10, trust_env=False, verify=False) as client:
         while True:
             began = time.monotonic()
-            with contextlib.suppress(httpx2.HTTPError):  # the time until it fails counts all the same
+            with contextlib.suppress(httpx2.HTTPError):  # the time until a failure counts too
                 await client.get(f"http://127.0.0.1:{gateway.port}{gateway.ready}")
             took_ms.append((time.monotonic() - began) * 1000)
             await trio.sleep(0.005)
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# -- all scenarios ----------------------------------------------------------------------------------------------------
 
 
 def scenarios(scale: Scale) -> list[Scenario]:
-    """All scenarios, in the order in which they run: first what wants a fresh gateway."""
+    """All scenarios in the order of the run. Those that need a fresh gateway come first."""
     event_columns = (
         "events_per_s",
         "of_offered_percent",
@@ -635,7 +637,7 @@ def scenarios(scale: Scale) -> list[Scenario]:
 
 
 def add_over_direct(outcome: Outcome, direct: Outcome) -> None:
-    """Writes down what a gateway adds to what the mock upstream takes by itself, percentile by percentile.
+    """Records what a gateway adds to the mock upstream's own time, percentile by percentile.
 
     >>> slow, base = Outcome(values={"first_p50_ms": 25.0}), Outcome(values={"first_p50_ms": 21.0})
     >>> add_over_direct(slow, base)
@@ -651,13 +653,13 @@ def add_over_direct(outcome: Outcome, direct: Outcome) -> None:
 
 
 async def measure_ceiling(tools: Tools, direct: Gateway) -> Ceiling:
-    """Finds out what the tool can do by itself."""
+    """Measures the maximum of the tool itself."""
     window_s = min(2.0, tools.scale.window_s)
     plain = attrs.evolve(
         _job(direct, says=directive(content_bytes=200), kind="closed"), connections=16, warmup_s=0.3, window_s=window_s
     )
     requests = await _measure(tools, direct, plain)
-    # as many as a gateway's 500 streams would be: fewer connections have more waiting for each look
+    # as many connections as a gateway would have for 500 streams: with fewer, more events wait for each poll
     streams = attrs.evolve(
         _job(direct, says=directive(events=500, interval_ms=0), kind="closed", stream=True),
         events=500,

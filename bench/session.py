@@ -1,8 +1,8 @@
-"""One run: everything is started, the gateways take turns, and what they did becomes one result.
+"""One run: starts everything, measures the gateways in turn, and makes one result.
 
-The turns are what makes a run on a shared machine worth something. In each round every gateway is measured once, one
-right after the other, every other round in reverse order; a ratio is taken between two measurements of one round, and
-the median of the ratios is what is shown. A minute in which the machine is slow is slow for all.
+Taking turns makes a run on a shared machine meaningful. In each round every gateway is measured once, one right after
+the other, every other round in reverse order. A ratio is taken between two measurements of one round, and the result
+shows the median of the ratios. A minute in which the machine is slow is slow for all gateways.
 
 Each measurement ends by itself, whatever the gateway does: the load generator's jobs are bounded in time.
 """
@@ -29,16 +29,16 @@ from bench.scenarios import METRICS, Outcome, Scale, Scenario, Tools, add_over_d
 SCHEMA = "trigate-bench/1"
 
 Say = Callable[[str, int, int], None]
-"""Told before each measurement: what it is, how many were done, how many there will be."""
+"""Called before each measurement with its name, the number done and the total."""
 
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What a run is asked for.
+    """The settings of a run.
 
     Attributes:
-        only: Names of scenarios or of sweeps; where there is none such, their beginnings. Nothing = all.
-        running: A gateway that runs already, called before the others.
+        only: Names of scenarios or sweeps, or their prefixes if there is no such name. Empty = all.
+        running: A gateway that is already running; it is measured first.
         upstream_port: 0 = any.
     """
 
@@ -53,7 +53,7 @@ class Settings:
         """The scenarios to run.
 
         Raises:
-            ValueError: A name means none of them.
+            ValueError: A name matches no scenario.
         """
         everything = catalogue.scenarios(self.scale)
         chosen = set()
@@ -68,16 +68,16 @@ class Settings:
 
 
 def tool_processes() -> int:
-    """How many processes the load generator and the mock upstream have each, such that the gateway keeps a core."""
+    """How many processes the load generator and the mock upstream get each, so that the gateway keeps a core."""
     return max(1, min(4, (usable_cores() - 1) // 3))
 
 
 async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], Any] | None = None) -> dict[str, Any]:
-    """Runs it, and returns the result as JSON has it: ``docs/performance.md`` says what is in it.
+    """Runs the bench and returns the result as JSON; ``docs/performance.md`` describes it.
 
     Args:
-        wait_for_gateway: Called with the mock upstream's port before anything is measured, where a gateway is running
-            that must be told of it.
+        wait_for_gateway: Called with the mock upstream's port before the first measurement, where a running gateway
+            must be configured for it.
     """
     chosen = settings.chosen()
     notes = [] if HAS_PROC else ["This system has no /proc: CPU time and memory were not measured."]
@@ -91,7 +91,7 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
     began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     machine = this_machine()
     async with contextlib.AsyncExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trigate-bench-")))
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trigate-bench-")))
         upstream = await stack.enter_async_context(open_upstream(processes=processes, port=settings.upstream_port))
         generator = await stack.enter_async_context(open_generator(processes=processes))
         tools = Tools(upstream=upstream, generator=generator, scale=settings.scale)
@@ -101,11 +101,11 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
         gateways = list(settings.running)
         for peer in settings.peers:
             say(f"starting {peer.title}", 0, 1)
-            (room / peer.name).mkdir()
+            (base / peer.name).mkdir()
             try:
                 gateways.append(
                     await stack.enter_async_context(
-                        open_gateway(peer, upstream_port=upstream.port, room=room / peer.name, watch=HAS_PROC)
+                        open_gateway(peer, upstream_port=upstream.port, directory=base / peer.name, watch=HAS_PROC)
                     )
                 )
             except GatewayFailed as error:
@@ -115,7 +115,7 @@ async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], An
             resident = gateway.resident_bytes()
             if resident is not None:
                 tools.idle_bytes[gateway.name] = resident
-        say("measuring what the tool can do by itself", 0, 1)
+        say("measuring the maximum of the tool itself", 0, 1)
         tools.ceiling = await measure_ceiling(tools, direct)
         measured = await _measure_all(tools, chosen, gateways, direct, say)
     return {

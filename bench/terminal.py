@@ -1,4 +1,4 @@
-"""A result on the terminal."""
+"""Prints results on the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def _drawn(cell: Cell) -> Text:
-    """The median and the ratio in one line, the range below them."""
+    """The median and the ratio in one line, with the range below."""
     text = Text(" ".join(filter(None, [cell.value(), cell.marks])))
     if cell.ratio is not None:
         text.append(" " + cell.times(), style={None: "dim", True: "red", False: "green"}[cell.worse])

@@ -1,25 +1,25 @@
-"""The mock upstream: an OpenAI-compatible server that says what it is asked to say, when it is asked to say it.
+"""The mock upstream: an OpenAI-compatible server whose answers and timing are set by each call.
 
 ``python -m bench.upstream`` serves on the loopback interface until its standard input ends. Its first line of output is
 ``{"port": N}``; from then on it answers each line of input, ``stats`` or ``reset``, with one line of JSON.
 
-What a call gets stands in the text of its message, since a message is what every gateway passes on as it is::
+A directive in the text of a call's message sets its answer, since every gateway passes messages on unchanged::
 
     @bench{n=100 i=20 f=5 d=0 b=24 id=7}
 
     n   content events of a stream                  32
-    i   milliseconds between two of them            0 = as fast as the connection takes them
+    i   milliseconds between two of them            0 = as fast as the connection accepts them
     f   milliseconds before the first               0
     d   milliseconds before a plain answer          0
     b   bytes of content in an event or an answer   24
     id  a name for the stream in ``closes``
 
 The content of an event begins with ``@`` and the monotonic clock in nanoseconds, as 16 hexadecimal digits, read just
-before the event is sent: whoever reads the event on the same machine knows how long it was on its way.
+before the event is sent, so that a reader on the same machine can compute how long it took.
 
-One loop over non-blocking sockets; what can be made beforehand is; llhttp parses the requests. An event costs it 6 to
+It is one loop over non-blocking sockets with prepared answers; llhttp parses the requests. An event costs it 6 to
 10 microseconds, most of them in ``send``. A stream that is late stays on its schedule and catches up, and how late
-events were is in the statistics: where that is more than a millisecond or so, it is this program that is slow.
+events were is in the statistics: if that is more than about a millisecond, this program is the slow part.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from bench.readiness import READ, WRITE, Poller, raise_descriptor_limit
 
 MODEL = "mock-model"
 MAX_EVENTS_PER_TURN = 256
-"""Between two looks at the sockets: a flood of due events must not hide that a client has gone."""
+"""The time between two polls of the sockets, so that a flood of due events does not hide a disconnect."""
 
 _DIRECTIVE = re.compile(rb"@bench\{([^}]{0,200})\}")
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
@@ -54,7 +54,7 @@ _WORDS = b"the quick brown fox jumps over the lazy dog and runs on "
 
 @attrs.frozen(kw_only=True)
 class Script:
-    """What a call asked for: the letters of the directive, by their names."""
+    """The parameters of a call's directive, by name."""
 
     events: int = 32
     interval_ns: int = 0
@@ -65,7 +65,7 @@ class Script:
 
     @classmethod
     def read(cls, body: bytes) -> Script:
-        """Finds the directive in a request's body.
+        """Reads the directive in a request's body.
 
         >>> Script.read(b'{"messages": [{"content": "@bench{n=3 i=0.5 id=x}"}]}').interval_ns
         500000
@@ -74,7 +74,7 @@ class Script:
         return _script(found[1]) if found else _NOTHING_ASKED
 
 
-@cache  # an id makes a directive unique, so this is bounded by the streams of a run, at some hundred bytes each
+@cache  # an id makes a directive unique, so the streams of a run bound this cache, at some hundred bytes each
 def _script(directive: bytes) -> Script:
     given = dict(part.split("=", 1) for part in directive.decode("ascii", "replace").split() if "=" in part)
     return Script(
@@ -165,7 +165,7 @@ _MODELS = _reply(
 
 
 class Connection:
-    """A connection from a gateway, the request that comes on it, and the answer that goes out."""
+    """A connection from a gateway, with the current request and its answer."""
 
     __slots__ = (
         "after",
@@ -202,28 +202,28 @@ class Connection:
         self.sent_events = 0
         self.before = self.after = self.tail = b""
 
-    # llhttp calls these
+    # called by llhttp
 
     def on_message_begin(self) -> None:
         """A request begins."""
         self.body = self.url = b""
 
     def on_url(self, url: bytes) -> None:
-        """A part of its target."""
+        """Receives a part of the request target."""
         self.url += url
 
     def on_body(self, data: bytes) -> None:
-        """A part of its body."""
+        """Receives a part of the body."""
         self.body = self.body + data if self.body else data
 
     def on_message_complete(self) -> None:
-        """It is here."""
+        """The request is complete."""
         self.close_after = not self.parser.should_keep_alive()
         self.server.on_request(self)
 
 
 class Server:
-    """The loop. Everything it counts is in `statistics`."""
+    """The event loop. All its counters are in `statistics`."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -243,7 +243,7 @@ class Server:
         self._cpu_before_s = time.process_time()
 
     def statistics(self) -> Mapping[str, object]:
-        """What happened since the start, or since ``reset``. ``closes``: (id, monotonic ns) of each aborted stream."""
+        """The counters since the start, or since ``reset``. ``closes``: (id, monotonic ns) of each aborted stream."""
         return {
             "connections": len(self._connections),
             "requests": self._requests,
@@ -261,7 +261,7 @@ class Server:
         }
 
     def serve(self, control_fd: int) -> None:
-        """Serves until the control ends."""
+        """Serves until the control input ends."""
         self._poller.add(self._listener.fileno(), READ)
         self._poller.add(control_fd, READ)
         listener_fd = self._listener.fileno()
@@ -286,7 +286,7 @@ class Server:
                     for line in lines:
                         self._command(line)
             if self._due:
-                self._speak()
+                self._send_due()
 
     def _command(self, line: bytes) -> None:
         if line == b"reset":
@@ -318,14 +318,14 @@ class Server:
         try:
             connection.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # an offer of HTTP/2 is not taken up; llhttp stops there, and the call has been seen whole
+            # an upgrade to HTTP/2 is not accepted; llhttp stops there, after the complete request
             connection.parser = httptools.HttpRequestParser(connection)
         except httptools.HttpParserError:
             self._close(connection)
 
     def on_request(self, connection: Connection) -> None:
         """Begins to answer."""
-        if connection.waiting:  # no gateway pipelines calls
+        if connection.waiting:  # gateways do not pipeline calls
             self._close(connection)
             return
         self._requests += 1
@@ -364,8 +364,8 @@ class Server:
         self._send(connection, _answer(connection.script.content_bytes))
         self._end(connection)
 
-    def _speak(self) -> None:
-        """Sends the events that are due, a bounded number of them."""
+    def _send_due(self) -> None:
+        """Sends the events that are due, up to a limit."""
         due, pop, replace, clock = self._due, heapq.heappop, heapq.heapreplace, time.monotonic_ns
         for _ in range(MAX_EVENTS_PER_TURN):
             if not due:
@@ -399,7 +399,7 @@ class Server:
             self._late_ns += late
             if late > self._latest_ns:
                 self._latest_ns = late
-            # without an interval there is no schedule to be late on
+            # without an interval there is no schedule to be late for
             next_ns = due_ns + script.interval_ns if script.interval_ns else now
             try:
                 sent = connection.sock.send(data)
@@ -468,7 +468,7 @@ class Server:
 
 
 def listen(port: int, *, shared: bool = False) -> socket.socket:
-    """Listens on the loopback interface; ``shared``: beside other processes on the same port."""
+    """Listens on the loopback interface; ``shared``: together with other processes on the same port."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if shared:

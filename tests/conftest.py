@@ -1,7 +1,7 @@
-"""The fixtures that all tests share.
+"""The fixtures of all tests.
 
 An ERROR in the log fails a test that does not expect it, and no test touches the user's own store. Tests in virtual
-time ask for ``autojump_clock`` *by name*: a fixture cannot set the clock for them.
+time request ``autojump_clock`` *by name*: a fixture cannot set the clock for them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trigate.store import opening
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# For processes as well that are not started through tests/support/processes.py.
+# for processes too that are not started through tests/support/processes.py
 os.environ["TRIGATE_STORE"] = opening.MEMORY
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Fails a test that takes too long for one that is not marked slow; see `tests.support.slow`."""
+    """Fails a test that is too slow without the mark ``slow``; see `tests.support.slow`."""
     stopwatch = slow.Stopwatch()
     try:
         result = yield

@@ -1,4 +1,4 @@
-"""Verification: a request is from who holds the secret and from now, or it is `Unverified`."""
+"""Verification: a request comes from a holder of the secret and is recent, or it is `Unverified`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ OTHER = "another-secret-of-some-32-bytes-"
 
 @attrs.frozen(kw_only=True)
 class Vector:
-    """A request that is as it should be.
+    """A valid signed request.
 
     Attributes:
-        flipped: The headers of which no bit may change.
-        source: Who says so.
+        flipped: The headers in which every changed bit must be refused.
+        source: Where the vector is published.
     """
 
     scheme: Scheme
@@ -153,7 +153,7 @@ def _hex(secret: str, content: bytes) -> bytes:
 
 
 def _signed(scheme: Scheme, body: bytes, *, timestamp: bytes = b"1000", event_id: bytes = b"msg_1") -> Vector:
-    """A request that is signed as its scheme says, whatever it says."""
+    """A request that is signed for its scheme, with any content."""
     match scheme:
         case "standard-webhooks":
             key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
@@ -174,24 +174,24 @@ def _signed(scheme: Scheme, body: bytes, *, timestamp: bytes = b"1000", event_id
 
 
 def _flips(data: bytes) -> Iterator[bytes]:
-    """The data with one bit changed, for every bit."""
-    for place in range(len(data)):
+    """Copies of the data, each with one bit changed."""
+    for position in range(len(data)):
         for bit in range(8):
-            yield data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+            yield data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
 
 
-# -- what holds for all schemes ---------------------------------------------------------------------------------------
+# -- all schemes ------------------------------------------------------------------------------------------------------
 
 
 @each_vector
 def test_published_vectors(vector: Vector) -> None:
-    """What the authors of a scheme say is signed, is; and the event's id is the scheme's own."""
+    """The published examples of each scheme verify, and the event's id is the scheme's own."""
     assert vector.verify() == Verified(event_id=vector.event_id)
 
 
 @each_signed
 def test_any_bit_of_the_body(vector: Vector) -> None:
-    """No bit of a signed body can change."""
+    """A signed body is refused when any bit changes."""
     for body in _flips(vector.body):
         with pytest.raises(Unverified):
             vector.verify(body=body)
@@ -199,7 +199,7 @@ def test_any_bit_of_the_body(vector: Vector) -> None:
 
 @each_vector
 def test_any_bit_of_the_headers(vector: Vector) -> None:
-    """Nor can one of a signature, a timestamp or a signed id: also not into another text of the same bytes."""
+    """So is a changed bit of a signature, a timestamp or a signed id, even if the text decodes to the same bytes."""
     for name in vector.flipped:
         for value in _flips(vector.headers[name]):
             with pytest.raises(Unverified):
@@ -209,14 +209,14 @@ def test_any_bit_of_the_headers(vector: Vector) -> None:
 @each_signed
 @pytest.mark.parametrize("body", [b"", b"\n", b" "], ids=["nothing", "more", "more"])
 def test_another_length_of_the_body(vector: Vector, body: bytes) -> None:
-    """A body that was cut or grew is another one, even if it is the same JSON."""
+    """A body that was truncated or extended is refused, even if it is the same JSON."""
     with pytest.raises(Unverified):
         vector.verify(body=body and vector.body + body)
 
 
 @each_vector
 def test_any_missing_header(vector: Vector) -> None:
-    """Without one of its headers, or with an empty one, a request is refused, and the message names the header."""
+    """A request with a missing or empty header is refused, and the message names the header."""
     for name in {*vector.headers} - {b"x-github-delivery"}:
         rest = {other: value for other, value in vector.headers.items() if other != name}
         for headers in (rest, {**rest, name: b""}):
@@ -226,7 +226,7 @@ def test_any_missing_header(vector: Vector) -> None:
 
 @each_vector
 def test_rotation(vector: Vector) -> None:
-    """Each of several secrets is good, whatever its place; without it the request is refused."""
+    """Each of several secrets verifies at any position. Without it the request is refused."""
     other = base64.b64encode(OTHER.encode()).decode() if vector.scheme == "standard-webhooks" else OTHER
     assert vector.verify(vector.secret, other) == vector.verify(other, vector.secret) == vector.verify()
     with pytest.raises(Unverified, match="does not match"):
@@ -235,7 +235,7 @@ def test_rotation(vector: Vector) -> None:
 
 @each_vector
 def test_every_secret_is_compared(vector: Vector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time reveals nothing: all secrets are compared, whether the first one matches, the last one, or none."""
+    """The timing reveals nothing: all secrets are compared, whichever of them matches, or none."""
     compared: list[int] = []
     compare = hmac.compare_digest
 
@@ -259,7 +259,7 @@ def test_every_secret_is_compared(vector: Vector, monkeypatch: pytest.MonkeyPatc
 @each_timed
 @pytest.mark.parametrize("age_s", [-300, -299.5, 0, 300])
 def test_within_the_tolerance(vector: Vector, age_s: float) -> None:
-    """A request may be 300 seconds old, and as far in the future."""
+    """A request may be 300 seconds old, or 300 seconds in the future."""
     assert vector.timestamp is not None
     assert vector.verify(now=vector.timestamp + age_s).event_id == vector.event_id
 
@@ -283,7 +283,7 @@ def test_beyond_the_tolerance(vector: Vector, age_s: float) -> None:
     ],
 )
 def test_absurd_timestamps(scheme: Scheme, timestamp: bytes) -> None:
-    """A timestamp is digits, a dozen at most: what is anything else is refused, even if it is signed."""
+    """A timestamp has a dozen digits at most. Anything else is refused, even if it is signed."""
     assert _signed(scheme, b"{}").verify() is not None
     with pytest.raises(Unverified):
         _signed(scheme, b"{}", timestamp=timestamp).verify()
@@ -291,7 +291,7 @@ def test_absurd_timestamps(scheme: Scheme, timestamp: bytes) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_verifier_needs_secrets(scheme: Scheme) -> None:
-    """There is no verifier without a good secret: not by mistake, and not that lets everything pass."""
+    """No verifier can be made without a usable secret, so none accepts everything by mistake."""
     for secrets in ((), ("",), ("short",), (OTHER, "")):
         with pytest.raises(ValueError, match=r"secret"):
             Verifier(scheme, secrets)
@@ -314,7 +314,7 @@ def test_secrets_are_not_shown(vector: Vector) -> None:
 
 
 def test_bearer_in_any_case() -> None:
-    """The word Bearer may be written in any case (RFC 9110 section 11.1), the secret may not."""
+    """The word Bearer may have any case (RFC 9110 section 11.1). The secret may not."""
     for value in (b"bearer " + BEARER.secret.encode(), b"BEARER  " + BEARER.secret.encode()):
         assert BEARER.verify(headers={b"authorization": value}) == Verified()
     for value in (b"Basic " + BEARER.secret.encode(), BEARER.secret.encode(), b"Bearer", b"Bearer ", b"Bearer \xff"):
@@ -323,14 +323,14 @@ def test_bearer_in_any_case() -> None:
 
 
 def test_any_bit_of_a_bearer_secret() -> None:
-    """No bit of it can change."""
+    """A bearer secret is refused when any bit changes."""
     for secret in _flips(BEARER.secret.encode()):
         with pytest.raises(Unverified):
             BEARER.verify(headers={b"authorization": b"Bearer " + secret})
 
 
 def test_several_standard_signatures() -> None:
-    """Of several signatures one must match; only those of v1 count."""
+    """One of several signatures must match. Only those of v1 count."""
     good = STANDARD.headers[b"webhook-signature"]
     bad = b"v1,Ceo5qEr07ixe2NLpvHk3FH9bwy/WavXrAFQ/9tdO6mc="
     for value in (bad + b" " + good, good + b" " + bad, b"v1a,x v2,y garbage " + good, b" " + good + b" "):
@@ -342,14 +342,14 @@ def test_several_standard_signatures() -> None:
 
 @pytest.mark.parametrize("secret", ["MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", STANDARD.secret])
 def test_the_prefix_of_a_standard_secret(secret: str) -> None:
-    """It may be left off."""
+    """The prefix may be left out."""
     assert STANDARD.verify(secret).event_id
     signed = sign_standard(secret, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, STANDARD.body)
     assert signed.encode() == STANDARD.headers[b"webhook-signature"]
 
 
-def test_the_parts_of_a_standard_signature_cannot_be_shifted() -> None:
-    """What is signed is joined by dots. An id with a dot could begin in one part and end in the next."""
+def test_the_parts_of_a_standard_signature_stay_separate() -> None:
+    """The signed parts are joined by dots, so an id with a dot could move text from one part to the next."""
     vector = _signed("standard-webhooks", b"1300.{}")
     assert vector.verify().event_id == "msg_1"
     shifted = {**vector.headers, b"webhook-id": b"msg_1.1000", b"webhook-timestamp": b"1300"}
@@ -359,15 +359,16 @@ def test_the_parts_of_a_standard_signature_cannot_be_shifted() -> None:
 
 @pytest.mark.parametrize("event_id", [b"a b", b"\xc3\xa9", b"a\n", b"\x7f", b"x" * 257])
 def test_ids_are_visible_ascii(event_id: bytes) -> None:
-    """An id is kept, logged and shown: one that is long, or not visible ASCII, is refused, even if it is signed."""
+    """An id is stored, logged and shown. A long id, or one that is not visible ASCII, is refused even if it is
+    signed."""
     with pytest.raises(Unverified, match="visible ASCII"):
         _signed("standard-webhooks", b"{}", event_id=event_id).verify()
     with pytest.raises(Unverified, match="visible ASCII"):
         GITHUB.verify(headers={**GITHUB.headers, b"x-github-delivery": event_id})
 
 
-def test_what_github_does_not_sign() -> None:
-    """The id of a delivery is not signed, so it can be exchanged, or be absent; and nothing makes a request old."""
+def test_github_does_not_sign_the_id() -> None:
+    """The id of a delivery is not signed, so it may be changed or missing. Nothing limits the age of a request."""
     assert GITHUB.verify(headers={**GITHUB.headers, b"x-github-delivery": b"other"}) == Verified(event_id="other")
     signature = {b"x-hub-signature-256": GITHUB.headers[b"x-hub-signature-256"]}
     assert GITHUB.verify(headers=signature, now=1e10) == Verified(event_id=None)
@@ -375,14 +376,14 @@ def test_what_github_does_not_sign() -> None:
 
 @pytest.mark.parametrize("value", [b"sha1=" + b"0" * 40, b"sha256=", b"sha256", b"\xff" * 71])
 def test_github_signatures_of_another_form(value: bytes) -> None:
-    """Nothing but ``sha256=`` and the digest in lower-case hex is one."""
+    """A signature is ``sha256=`` and the digest in lower-case hex, and nothing else."""
     for each in (value, GITHUB.headers[b"x-hub-signature-256"].upper(), GITHUB.headers[b"x-hub-signature-256"][7:]):
         with pytest.raises(Unverified):
             GITHUB.verify(headers={b"x-hub-signature-256": each})
 
 
 def test_one_slack_signature() -> None:
-    """Slack sends one signature: a list of them is none."""
+    """Slack sends one signature. A list of them is refused."""
     good = SLACK.headers[b"x-slack-signature"]
     for value in (good + b"," + good, good + b" " + good, good[3:], b"v1" + good[2:]):
         with pytest.raises(Unverified):
@@ -390,7 +391,7 @@ def test_one_slack_signature() -> None:
 
 
 def test_several_stripe_signatures() -> None:
-    """Of several v1 one must match, other schemes do not count, and there is one timestamp."""
+    """One of several v1 signatures must match, other schemes do not count, and there must be one timestamp."""
     timestamp, good = STRIPE.headers[b"stripe-signature"].split(b",")
     bad = b"v1=" + b"0" * 64
     for items in ([timestamp, bad, good], [good, timestamp], [timestamp, good, b"v0=" + b"1" * 64, b"x", b""]):
@@ -412,7 +413,7 @@ def test_several_stripe_signatures() -> None:
 
 @pytest.mark.parametrize(("scheme", "name"), [("slack", b"event_id"), ("stripe", b"id")])
 def test_ids_in_bodies(scheme: Scheme, name: bytes) -> None:
-    """A signed body that has no such id, or one that is no id, or that is no JSON, is good; it has no id then."""
+    """A signed body without an id, with an invalid id, or that is no JSON is accepted and has no id."""
     assert _signed(scheme, b'{"%b":"e1"}' % name).verify().event_id == "e1"
     for value in (b"1", b"null", b'""', b'"a b"', b'"%b"' % (b"x" * 257), b'["e1"]', b'"\\ud800"', b'"\xff"', b'"a'):
         assert _signed(scheme, b'{"%b":%b}' % (name, value)).verify().event_id is None, value
@@ -425,7 +426,7 @@ def test_ids_in_bodies(scheme: Scheme, name: bytes) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_secret_problems(scheme: Scheme) -> None:
-    """An empty or short secret is refused whatever the scheme; one with as many bytes as it takes is not."""
+    """An empty or short secret is refused in every scheme. One of the minimum length is accepted."""
 
     def made(size: int) -> str:
         return base64.b64encode(b"x" * size).decode() if scheme == "standard-webhooks" else "x" * size
@@ -459,12 +460,13 @@ def test_secret_problems(scheme: Scheme) -> None:
     ],
 )
 def test_secrets_of_each_scheme(scheme: Scheme, secret: str, problem: str | None) -> None:
-    """Base64 is counted decoded, Stripe's without its prefix; what could never match is refused from the start."""
+    """Base64 is measured decoded, and Stripe's without its prefix. A secret that could never match is refused from the
+    start."""
     assert secret_problem(scheme, secret) == problem
 
 
-def test_what_cannot_be_signed() -> None:
-    """To sign with a bad secret, or an id that no receiver should take, is a mistake of ours."""
+def test_signing_errors() -> None:
+    """Signing with an invalid secret, or an id that receivers should refuse, is a programming error."""
     for secret, message_id in (("", "a"), ("whsec_AAAA", "a"), (STANDARD.secret, "a.b"), (STANDARD.secret, "")):
         with pytest.raises(ValueError, match=r"secret|id"):
             sign_standard(secret, message_id, 1, b"")
@@ -472,15 +474,15 @@ def test_what_cannot_be_signed() -> None:
 
 @settings(deadline=None)
 @given(body=st.binary(max_size=64), message_id=st.text("azAZ09_-!~", min_size=1, max_size=40))
-def test_what_is_signed_verifies(body: bytes, message_id: str) -> None:
-    """A signature of ours holds where ours are verified."""
+def test_own_signatures_verify(body: bytes, message_id: str) -> None:
+    """Trigate's own signatures verify."""
     signature = sign_standard(STANDARD.secret, message_id, 1000, body)
     headers = {b"webhook-id": message_id.encode(), b"webhook-timestamp": b"1000"}
     headers |= {b"webhook-signature": signature.encode()}
     assert STANDARD.verify(headers=headers, body=body, now=1000) == Verified(event_id=message_id)
 
 
-# -- anything ---------------------------------------------------------------------------------------------------------
+# -- random input -----------------------------------------------------------------------------------------------------
 
 NAMES = sorted({name for vector in VECTORS for name in vector.headers})
 pieces = st.sampled_from(
@@ -497,8 +499,8 @@ bodies = st.one_of(
 @each_vector
 @settings(deadline=None)
 @given(headers=requests, body=bodies, now=st.floats(allow_nan=False))
-def test_nothing_else_is_raised(vector: Vector, headers: dict[bytes, bytes], body: bytes, now: float) -> None:
-    """Whatever the bytes of a request are, it is refused with `Unverified`."""
+def test_only_unverified_is_raised(vector: Vector, headers: dict[bytes, bytes], body: bytes, now: float) -> None:
+    """Whatever bytes a request has, it is refused with `Unverified`."""
     with pytest.raises(Unverified):
         vector.verify(headers=headers, body=body, now=now)
 
@@ -507,7 +509,7 @@ def test_nothing_else_is_raised(vector: Vector, headers: dict[bytes, bytes], bod
 @settings(deadline=None)
 @given(body=bodies)
 def test_any_signed_body(scheme: Scheme, body: bytes) -> None:
-    """A body is good whatever it is, if it is signed."""
+    """A signed body is accepted whatever it contains."""
     assert isinstance(_signed(scheme, body).verify(), Verified)
 
 
@@ -517,8 +519,8 @@ TOKENS = (OTHER, GITHUB.secret)
 HUB = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": OTHER}
 
 
-def test_a_challenge_is_no_page() -> None:
-    """It is answered as plain text, which no browser may take for anything else."""
+def test_a_challenge_is_answered_as_plain_text() -> None:
+    """A browser must not take the answer for a page."""
     status, headers, body = Challenge(text="<b>").to_response()
     assert (status, body) == (200, b"<b>")
     assert dict(headers) == {b"content-type": b"text/plain", b"x-content-type-options": b"nosniff"}
@@ -526,7 +528,7 @@ def test_a_challenge_is_no_page() -> None:
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
 def test_hub_challenge(scheme: Scheme | None) -> None:
-    """A subscription is confirmed to who brings one of the tokens, whatever the scheme."""
+    """A subscription is confirmed to a request that has one of the tokens, in every scheme."""
     for token in TOKENS:
         query = {**HUB, "hub.verify_token": token}
         assert challenge(scheme, "GET", query, b"", tokens=TOKENS) == Challenge(text="1158201444")
@@ -535,7 +537,7 @@ def test_hub_challenge(scheme: Scheme | None) -> None:
 @pytest.mark.parametrize("token", ["", "x", OTHER[:-1], OTHER + "x", OTHER.upper(), "\ud800", "é"])
 @pytest.mark.parametrize("tokens", [TOKENS, (), ("",)])
 def test_hub_challenge_with_another_token(token: str, tokens: tuple[str, ...]) -> None:
-    """Without one of them it is refused, also where there is none."""
+    """Without one of the tokens it is refused, also when no token is configured."""
     for query in ({**HUB, "hub.verify_token": token}, {"hub.mode": "subscribe", "hub.challenge": "1"}):
         with pytest.raises(Unverified):
             challenge("github", "GET", query, b"", tokens=tokens)
@@ -543,7 +545,7 @@ def test_hub_challenge_with_another_token(token: str, tokens: tuple[str, ...]) -
 
 @pytest.mark.parametrize("text", [None, "", "x" * (MAX_CHALLENGE_BYTES + 1), "é", "a\nb", "a\x00", "\x7f", "\ud800"])
 def test_challenges_that_cannot_be_answered(text: str | None) -> None:
-    """A challenge that is long, or not printable ASCII, is not reflected."""
+    """A challenge that is long or not printable ASCII is not reflected."""
     query = {key: value for key, value in {**HUB, "hub.challenge": text}.items() if value is not None}
     with pytest.raises(BadRequest, match="printable ASCII") as caught:
         challenge(None, "GET", query, b"", tokens=TOKENS)
@@ -551,7 +553,7 @@ def test_challenges_that_cannot_be_answered(text: str | None) -> None:
 
 
 def test_slack_challenge() -> None:
-    """Slack's question is answered with what it asks; of its bounds the same holds."""
+    """Slack's challenge is returned as it came. The same limits apply."""
     body = b'{"token":"Jhj5dZrVaK7ZwHHjRyZWjbDl","challenge":"3eZbrw1aBm2rZgRNFdxV2595","type":"url_verification"}'
     assert challenge("slack", "POST", {}, body, tokens=()) == Challenge(text="3eZbrw1aBm2rZgRNFdxV2595")
     for text in (b'"\xc3\xa9"', b'"a\\n"', b"1", b"null", b'"%b"' % (b"x" * 257)):
@@ -559,8 +561,8 @@ def test_slack_challenge() -> None:
             challenge("slack", "POST", {}, b'{"type":"url_verification","challenge":%b}' % text, tokens=())
 
 
-def test_what_is_no_challenge() -> None:
-    """Ordinary requests are none, nor is the one platform's question put to the other's hook."""
+def test_requests_that_are_no_challenge() -> None:
+    """Ordinary requests are no challenge, and neither is one platform's challenge to the other platform's hook."""
     slack = b'{"type":"url_verification","challenge":"x"}'
     for scheme in SCHEMES:
         assert challenge(scheme, "POST", HUB, b"{}", tokens=TOKENS) is None
@@ -575,8 +577,8 @@ def test_what_is_no_challenge() -> None:
 @given(
     query=st.dictionaries(st.sampled_from(sorted(HUB)), st.text()), body=bodies, method=st.sampled_from(["GET", "POST"])
 )
-def test_no_challenge_breaks_anything(query: dict[str, str], body: bytes, method: str) -> None:
-    """Whatever is asked, the answer is one of the three: it is none, it is refused, or it is answered as it came."""
+def test_any_challenge_has_a_defined_answer(query: dict[str, str], body: bytes, method: str) -> None:
+    """For any input the result is one of three: no challenge, refused, or returned as it came."""
     try:
         found = challenge("slack", method, query, body, tokens=TOKENS)
     except (Unverified, BadRequest):

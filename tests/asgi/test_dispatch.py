@@ -1,4 +1,4 @@
-"""Who may come in, what a request's head and body may be, and, over sockets, how soon a client's end is acted on."""
+"""Authentication, the request head and body, and, over sockets, how soon a disconnect takes effect."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KEYED = make_config(keys={"one": "key-number-one", "two": "key-number-two"})
 
 
 def assert_refused(served: Served, call: ClientCall, status: int, code: str) -> None:
-    """The client got an OpenAI error, and nobody upstream was asked."""
+    """The client got an OpenAI error, and no upstream was called."""
     assert (call.status, call.error["code"]) == (status, code)
     assert set(call.error) == {"message", "type", "param", "code"}
     assert call.header("content-type") == "application/json"
@@ -73,7 +73,7 @@ def assert_refused(served: Served, call: ClientCall, status: int, code: str) -> 
 )
 @pytest.mark.parametrize(("method", "path"), [("POST", CHAT), ("GET", "/v1/models"), ("GET", "/status"), ("GET", "/x")])
 async def test_without_the_key_nothing_is_served(open_app: OpenApp, given: str | None, method: str, path: str) -> None:
-    """401 in OpenAI's shape, whatever the path, and without a word on what the key is."""
+    """Every path answers 401 in OpenAI's shape, without a hint about the key."""
     async with open_app(KEYED) as served:
         headers = {} if given is None else {"authorization": given}
         call = await served.client.ask(method, path, chat() if method == "POST" else b"", headers=headers)
@@ -83,19 +83,19 @@ async def test_without_the_key_nothing_is_served(open_app: OpenApp, given: str |
 
 
 @pytest.mark.parametrize("given", ["Bearer key-number-one", "bearer key-number-two", "Bearer  key-number-one "])
-async def test_any_key_opens(open_app: OpenApp, given: str) -> None:
-    """Each of the configured keys is one; with a key the client may be anywhere, under any name."""
+async def test_any_configured_key_is_accepted(open_app: OpenApp, given: str) -> None:
+    """Each configured key is accepted. With a key the client may come from any address under any host name."""
     async with open_app(KEYED) as served:
         served.client.client, served.client.server = ("203.0.113.9", 1), ("203.0.113.1", 80)
         headers = {"authorization": given, "host": "gateway.example", "origin": "https://app.example"}
         call = await served.client.ask("POST", CHAT, chat(), headers=headers)
         assert call.status == 200
         sent = served.providers["up"].calls[0].headers
-        assert "key-number" not in repr(sent), "the gateway's key is nobody else's"
+        assert "key-number" not in repr(sent), "the gateway's key stays in the gateway"
 
 
 async def test_health_needs_no_key(open_app: OpenApp) -> None:
-    """A probe has none."""
+    """A health probe sends none."""
     async with open_app(KEYED) as served:
         call = await served.client.ask("GET", "/health", headers={"host": "anything"})
         assert (call.status, call.json) == (200, {"status": "ok"})
@@ -115,8 +115,8 @@ async def test_health_needs_no_key(open_app: OpenApp) -> None:
         ("fe80::1%eth0", "fe80::2%eth0"),
     ],
 )
-async def test_without_a_key_others_are_refused(open_app: OpenApp, client: str, server: str) -> None:
-    """403, with what to do about it."""
+async def test_without_a_key_other_machines_are_refused(open_app: OpenApp, client: str, server: str) -> None:
+    """The answer is a 403 that says what to do."""
     async with open_app() as served:
         served.client.client, served.client.server = (client, 5000), (server, 80)
         call = await served.client.ask("POST", CHAT, chat())
@@ -130,7 +130,7 @@ async def test_without_a_key_others_are_refused(open_app: OpenApp, client: str, 
     [("127.0.0.1", "127.0.0.1"), ("127.9.9.9", "127.0.0.1"), ("::1", "::1"), ("::ffff:127.0.0.1", "::1"), (None, None)],
 )
 async def test_without_a_key_this_machine_is_served(open_app: OpenApp, client: str | None, server: str | None) -> None:
-    """Loopback in all its spellings, and a Unix socket, which has no address."""
+    """Loopback addresses in all spellings are served, and so are Unix sockets, which have no address."""
     async with open_app() as served:
         served.client.client = (client, 5000) if client else None
         served.client.server = (server, 80) if server else None
@@ -155,7 +155,7 @@ async def test_without_a_key_this_machine_is_served(open_app: OpenApp, client: s
     ids=str,
 )
 async def test_without_a_key_pages_and_proxies_are_refused(open_app: OpenApp, headers: dict[str, str]) -> None:
-    """DNS rebinding, foreign pages, and a proxy that makes everybody look like this machine."""
+    """This covers DNS rebinding, foreign pages, and proxies that make every client look local."""
     async with open_app() as served:
         call = await served.client.ask("POST", CHAT, chat(), headers=headers)
         assert_refused(served, call, 403, "forbidden")
@@ -176,14 +176,14 @@ async def test_without_a_key_pages_and_proxies_are_refused(open_app: OpenApp, he
     ids=str,
 )
 async def test_without_a_key_own_names_and_allowed_ones_are_served(open_app: OpenApp, headers: dict[str, str]) -> None:
-    """This machine's own names, and those that the configuration allows."""
+    """The machine's own names are served, and those that the configuration allows."""
     config = make_config(server={"allowed_hosts": ["gateway.lan"], "cors_origins": ["https://app.example"]})
     async with open_app(config) as served:
         assert (await served.client.ask("POST", CHAT, chat(), headers=headers)).status == 200
 
 
-async def test_insecure_is_for_everybody(open_app: OpenApp) -> None:
-    """Who says so gets it."""
+async def test_insecure_serves_every_client(open_app: OpenApp) -> None:
+    """With ``insecure`` set, clients without a key are served from anywhere."""
     async with open_app(make_config(server={"insecure": True})) as served:
         served.client.client, served.client.server = ("203.0.113.9", 1), ("203.0.113.1", 80)
         call = await served.client.ask(
@@ -203,7 +203,7 @@ PREFLIGHT = {
 
 
 async def test_cors_is_off_by_default(open_app: OpenApp) -> None:
-    """No header, and a preflight is no special request."""
+    """No CORS header is sent, and a preflight gets no special treatment."""
     async with open_app() as served:
         call = await served.client.ask("GET", "/v1/models", headers={"origin": "http://localhost:3000"})
         assert call.status == 200
@@ -211,8 +211,8 @@ async def test_cors_is_off_by_default(open_app: OpenApp) -> None:
         assert (await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)).status == 403
 
 
-async def test_cors_for_an_allowed_page(open_app: OpenApp) -> None:
-    """Answers, streams and errors alike may be read by it, and by no other."""
+async def test_cors_for_an_allowed_origin(open_app: OpenApp) -> None:
+    """The allowed page can read answers, streams and errors. Other pages cannot."""
     async with open_app(CORS) as served:
         origin = {"origin": "https://app.example"}
         preflight = await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)
@@ -235,7 +235,7 @@ async def test_cors_for_an_allowed_page(open_app: OpenApp) -> None:
 
 
 async def test_a_preflight_needs_no_key(open_app: OpenApp) -> None:
-    """Browsers send none with it; the call itself needs one, and its 401 can be read."""
+    """Browsers send no key with it. The call itself needs one, and the page can read its 401."""
     config = make_config(server={"cors_origins": ["*"]}, keys={"one": "key-number-one"})
     async with open_app(config) as served:
         assert (await served.client.ask("OPTIONS", CHAT, headers=PREFLIGHT)).status == 204
@@ -244,12 +244,12 @@ async def test_a_preflight_needs_no_key(open_app: OpenApp) -> None:
         assert call.header("access-control-allow-origin") == "https://app.example"
 
 
-# -- the head ---------------------------------------------------------------------------------------------------------
+# -- the request head -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"])
 async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, method: str) -> None:
-    """On the data plane; `test_api` has the rest."""
+    """On the data plane; `tests/asgi/test_routes.py` has the control plane."""
     async with open_app() as served:
         call = await served.client.ask(method, CHAT)
         assert call.status == 405
@@ -261,7 +261,7 @@ async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, method: str
     "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/json"]
 )
 async def test_a_body_that_is_not_declared_as_json_is_a_415(open_app: OpenApp, content_type: str | None) -> None:
-    """Which is also what keeps a page from sending one without a preflight."""
+    """This also keeps a page from sending a body without a preflight."""
     async with open_app() as served:
         headers = {} if content_type is None else {"content-type": content_type}
         call = await served.client.ask("POST", CHAT, b'{"model":"up/m","messages":[]}', headers=headers)
@@ -270,7 +270,7 @@ async def test_a_body_that_is_not_declared_as_json_is_a_415(open_app: OpenApp, c
 
 @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "APPLICATION/JSON", "application/x+json"])
 async def test_json_has_several_spellings(open_app: OpenApp, content_type: str) -> None:
-    """Parameters and case do not matter."""
+    """Parameters and case are ignored."""
     async with open_app() as served:
         assert (await served.client.ask("POST", CHAT, chat(), headers={"content-type": content_type})).status == 200
 
@@ -289,7 +289,7 @@ async def test_json_has_several_spellings(open_app: OpenApp, content_type: str) 
 async def test_an_ambiguous_head_is_refused_and_the_connection_closed(
     open_app: OpenApp, extra: list[tuple[str, str]]
 ) -> None:
-    """What a proxy in front may have read differently is not read at all."""
+    """A head that a proxy in front may have read differently is not processed."""
     async with open_app() as served:
         call = await served.client.ask("POST", CHAT, chat(), headers=[*extra])
         assert_refused(served, call, 400, "ambiguous_request")
@@ -297,8 +297,8 @@ async def test_an_ambiguous_head_is_refused_and_the_connection_closed(
 
 
 @pytest.mark.parametrize("given", ["abc", "a-b_c.d:1", "x" * 128, "0198f0c2-5d0a-7000-8000-000000000000"])
-async def test_a_sane_request_id_is_kept(open_app: OpenApp, logs: Logs, given: str) -> None:
-    """In the answer, upstream, and in the log."""
+async def test_a_valid_request_id_is_kept(open_app: OpenApp, logs: Logs, given: str) -> None:
+    """It is used in the answer, upstream and in the log."""
     async with open_app() as served:
         call = await served.client.ask("POST", CHAT, chat(), headers={"x-request-id": given})
         assert call.header("x-request-id") == given
@@ -307,8 +307,8 @@ async def test_a_sane_request_id_is_kept(open_app: OpenApp, logs: Logs, given: s
 
 
 @pytest.mark.parametrize("given", ["", " ", "x" * 129, "a b", "a\tb", "é", "<script>", "a;b"])
-async def test_an_insane_request_id_is_replaced(open_app: OpenApp, given: str) -> None:
-    """By one of ours; and every answer has one, refusals too."""
+async def test_an_invalid_request_id_is_replaced(open_app: OpenApp, given: str) -> None:
+    """The gateway makes a new id. Every answer has one, refusals too."""
     async with open_app() as served:
         for call in (
             await served.client.ask("POST", CHAT, chat(), headers={"x-request-id": given}),
@@ -318,7 +318,7 @@ async def test_an_insane_request_id_is_replaced(open_app: OpenApp, given: str) -
             assert call.header("x-request-id").startswith("req_")
 
 
-# -- the body ---------------------------------------------------------------------------------------------------------
+# -- the request body -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ async def test_an_insane_request_id_is_replaced(open_app: OpenApp, given: str) -
 async def test_a_bad_body_is_a_400(
     open_app: OpenApp, autojump_clock: MockClock, body: bytes, param: str | None
 ) -> None:
-    """At once, naming the field; the connection may go on, since the body has been read."""
+    """The error comes at once and names the field. The connection stays open, since the body has been read."""
     async with open_app() as served:
         begun = trio.current_time()
         call = await served.client.ask("POST", CHAT, body, headers={"content-type": "application/json"})
@@ -360,8 +360,8 @@ async def test_a_bad_body_is_a_400(
         assert call.header("connection") == ""
 
 
-async def test_a_model_that_nobody_has_is_a_404(open_app: OpenApp) -> None:
-    """With the closest ids that there are."""
+async def test_an_unknown_model_is_a_404(open_app: OpenApp) -> None:
+    """The error suggests the closest ids."""
     async with open_app() as served:
         call = await served.client.chat(model="up2/m").wait()
         assert (call.status, call.error["code"], call.error["param"]) == (404, "model_not_found", "model")
@@ -370,7 +370,7 @@ async def test_a_model_that_nobody_has_is_a_404(open_app: OpenApp) -> None:
 
 
 async def test_a_body_in_pieces_is_put_together(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """However it was split, and however slowly it came."""
+    """Neither the segmentation nor the speed of the body matters."""
     body = b'{"model":"up/m","messages":[{"role":"user","content":"Hi"}]}'
     async with open_app(providers=Provider(answers(completion("x")))) as served:
         raw = [piece for i in range(len(body)) for piece in (body[i : i + 1], Pause(0.5))]
@@ -379,7 +379,7 @@ async def test_a_body_in_pieces_is_put_together(open_app: OpenApp, autojump_cloc
 
 
 async def test_a_body_declared_too_large_is_refused_unread(open_app: OpenApp) -> None:
-    """413, before a byte of it is taken; the rest is discarded, and the connection closed."""
+    """A 413 is sent before any of it is read. The rest is discarded and the connection closed."""
     async with open_app(make_config(limits={"body_bytes": 1000})) as served:
         headers = {"content-type": "application/json", "content-length": "1001"}
         call = served.client.start("POST", CHAT, headers=headers, raw=[Stall()])
@@ -392,7 +392,7 @@ async def test_a_body_declared_too_large_is_refused_unread(open_app: OpenApp) ->
 
 
 async def test_an_endless_body_is_refused_at_the_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Chunked, without a declared length: it is counted, refused at the limit, and what follows is thrown away."""
+    """A chunked body without a declared length is counted, refused at the limit, and the rest is discarded."""
     async with open_app(make_config(limits={"body_bytes": 1000})) as served:
         raw = [b"x" * 600] * 2 + [b"x" * 600, Pause(0.1)] * 100
         call = await served.client.ask("POST", CHAT, raw=raw, headers={"content-type": "application/json"})
@@ -401,7 +401,7 @@ async def test_an_endless_body_is_refused_at_the_limit(open_app: OpenApp, autoju
         assert trio.current_time() < 5
 
 
-async def test_a_body_of_just_the_limit_is_served(open_app: OpenApp) -> None:
+async def test_a_body_of_exactly_the_limit_is_served(open_app: OpenApp) -> None:
     """The limit is the largest size that is served, declared or not."""
     body = b'{"model":"up/m","messages":[{"role":"user","content":"Hi"}]}'
     headers = {"content-type": "application/json"}
@@ -412,7 +412,7 @@ async def test_a_body_of_just_the_limit_is_served(open_app: OpenApp) -> None:
 
 
 async def test_a_body_that_does_not_end_is_a_408(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """After the body timeout, however lively it trickles."""
+    """The body timeout applies even while bytes keep trickling in."""
     for raw in ([b'{"model"', Stall()], [b" ", Pause(1)] * 100):
         async with open_app(make_config(limits={"body_timeout_s": 10})) as served:
             begun = trio.current_time()
@@ -422,8 +422,8 @@ async def test_a_body_that_does_not_end_is_a_408(open_app: OpenApp, autojump_clo
             assert call.header("connection") == "close"
 
 
-async def test_a_client_that_leaves_in_its_body_is_no_exchange(open_app: OpenApp) -> None:
-    """Nobody is answered, asked or counted."""
+async def test_a_disconnect_during_the_body_makes_no_exchange(open_app: OpenApp) -> None:
+    """No answer is sent, no upstream is called, and nothing is counted."""
     async with open_app() as served:
         call = served.client.start("POST", CHAT, raw=[b"{", Stall()], headers={"content-type": "application/json"})
         await wait_all_tasks_blocked()
@@ -435,7 +435,7 @@ async def test_a_client_that_leaves_in_its_body_is_no_exchange(open_app: OpenApp
 
 
 async def test_a_refusal_reads_the_rest_of_the_body_first(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The error is out at once; its end waits for the body, so that no reset can erase it."""
+    """The error is sent at once, but the response ends only after the body, so that no reset can erase it."""
     async with open_app(KEYED) as served:
         call = await served.client.ask(
             "POST", CHAT, raw=[b"x" * 100, Pause(1), b"x"], headers={"content-type": "application/json"}
@@ -445,10 +445,10 @@ async def test_a_refusal_reads_the_rest_of_the_body_first(open_app: OpenApp, aut
         assert call.ended_at - call.committed_at == pytest.approx(1)
 
 
-async def test_a_defect_before_the_exchange_is_a_500(
+async def test_an_internal_error_before_the_exchange_is_a_500(
     open_app: OpenApp, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever breaks, the client gets an OpenAI error, and the log the traceback."""
+    """The client gets an OpenAI error, and the log gets the traceback."""
     logs.expect_error("request_crashed")
     async with open_app() as served:
         monkeypatch.setattr("trigate.asgi.data_plane.decode_call", None)
@@ -485,15 +485,17 @@ async def _dial(client: httpx2.AsyncClient, *, stream: bool) -> trio.SocketStrea
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize("phase", SOCKET_PHASES)
 async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: OpenServer, phase: str, how: str) -> None:
-    """FIN and RST, in every phase, from one socket to the other."""
+    """This holds for FIN and RST in every phase, measured from socket to socket."""
     script, stream, first = SOCKET_PHASES[phase]
     async with (
         open_socket_provider(script) as (provider, url),
         open_server(make_config({"up": {"base_url": url}})) as (client, app),
     ):
         connection = await _dial(client, stream=stream)
-        said = sum(isinstance(step, Say) for step in script)
-        await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said == said)
+        pieces_read = sum(isinstance(step, Say) for step in script)
+        await provider.wait_until(
+            lambda provider: provider.opened == 1 and provider.calls[0].pieces_read == pieces_read
+        )
         received = b""
         while first not in received:
             received += await connection.receive_some()
@@ -519,7 +521,7 @@ async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: Ope
     ids=["between events", "mid-event", "no DONE"],
 )
 async def test_a_killed_upstream_is_an_error_event(open_server: OpenServer, how: Any, rest: Script) -> None:
-    """And the response has its proper end: chunked framing is complete, the connection can be used again."""
+    """The response ends properly: the chunked framing is complete and the connection can be reused."""
     async with (
         open_socket_provider((Say(content("a")), Pause(0.02), *rest, Break(how)), says("x")) as (_, url),
         open_server(make_config({"up": {"base_url": url}})) as (client, _app),
@@ -535,7 +537,7 @@ async def test_a_killed_upstream_is_an_error_event(open_server: OpenServer, how:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fin", "rst"])
 async def test_an_upstream_killed_before_its_head_is_a_502(open_server: OpenServer, how: Any) -> None:
-    """As is one where nobody listens."""
+    """A refused connection is a 502 too."""
     async with (
         open_socket_provider((Break(how),)) as (_, url),
         open_server(make_config({"up": {"base_url": url}})) as (client, _app),
@@ -549,7 +551,7 @@ async def test_an_upstream_killed_before_its_head_is_a_502(open_server: OpenServ
 
 @pytest.mark.slow
 async def test_an_upstream_connection_serves_many_calls(open_server: OpenServer) -> None:
-    """A complete answer leaves its connection for the next call, streamed or not; so does an error."""
+    """A complete answer, streamed or not, leaves its connection open for the next call. So does an error."""
     connections = set()
     scripts = (says("x"), answers(completion("y")), answers(b'{"error":{"message":"m"}}', status=400), says("z"))
     async with (
@@ -563,27 +565,27 @@ async def test_an_upstream_connection_serves_many_calls(open_server: OpenServer)
         assert len(connections) == 1
 
 
-# httpx2 leaves a generator of its own behind where a reply is closed between two reads; its connection is closed.
+# httpx2 leaves a generator behind when a reply is closed between two reads. The connection itself is closed.
 @pytest.mark.filterwarnings("ignore:.*PoolByteStream:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
-    """A client that reads nothing: the gateway takes no more than the buffers hold, closes the upstream in time, and
-    gives its place back while the client still holds its socket."""
+    """When the client reads nothing, the gateway reads no more than its buffers hold, closes the upstream in time, and
+    frees the slot while the client still holds its socket."""
     piece = content("x" * 100_000)
     script = (*(Say(piece) for _ in range(2000)), Say(DONE))
     async with open_socket_provider(script) as (provider, url):
         config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.5})
         async with open_server(config) as (client, app):
             connection = await _dial(client, stream=True)
-            await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said > 0)
+            await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].pieces_read > 0)
             begun = time.perf_counter()
             with trio.fail_after(5):
                 await provider.wait_until(lambda provider: provider.open_now == 0)
             assert provider.calls[0].ended == "closed"
             assert time.perf_counter() - begun < 2
-            assert provider.calls[0].said < 500, "200 MB were offered"
+            assert provider.calls[0].pieces_read < 500, "200 MB were offered"
             with trio.fail_after(2):
-                while app.gateway.live:  # noqa: ASYNC110 - nothing tells
+                while app.gateway.live:  # noqa: ASYNC110 - nothing notifies
                     await trio.sleep(0.01)
             assert app.gateway.generations.current.upstreams["up"].in_flight == 0
             connection.socket.close()
@@ -591,7 +593,7 @@ async def test_a_stalled_reader_over_sockets(open_server: OpenServer) -> None:
 
 @pytest.mark.slow
 async def test_a_slow_reader_over_sockets_is_not_stalled(open_server: OpenServer) -> None:
-    """A client that reads slowly, but reads, keeps its stream beyond the stall limit; one that stops does not."""
+    """A client that reads slowly keeps its stream beyond the stall limit. A client that stops reading does not."""
     piece = content("x" * 100_000)
     async with open_socket_provider((*(Say(piece) for _ in range(2000)), Say(DONE))) as (provider, url):
         config = make_config({"up": {"base_url": url}}, limits={"stall_timeout_s": 0.4})
@@ -605,14 +607,14 @@ async def test_a_slow_reader_over_sockets_is_not_stalled(open_server: OpenServer
             with trio.fail_after(5):
                 await provider.wait_until(lambda provider: provider.open_now == 0)
             with trio.fail_after(2):
-                while app.gateway.live:  # noqa: ASYNC110 - nothing tells
+                while app.gateway.live:  # noqa: ASYNC110 - nothing notifies
                     await trio.sleep(0.01)
             connection.socket.close()
 
 
 @pytest.mark.slow
 async def test_a_pipelined_stream_of_refusals_keeps_its_connection(open_server: OpenServer) -> None:
-    """A 400 whose body was read costs no connection, and no time: ten of them go over one in well under a second."""
+    """A 400 whose body was read keeps the connection open: ten of them on one connection take well under a second."""
     async with open_server(make_config()) as (client, _app):
         begun = time.perf_counter()
         for _ in range(10):

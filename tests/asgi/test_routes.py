@@ -1,4 +1,4 @@
-"""The control plane: models, health, readiness, status, and the errors of paths that are none."""
+"""The control plane: models, health, readiness, status, and the errors of unknown paths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROVIDERS = {"openrouter": Provider(), "qwen": Provider(), "off": Provider()}
 
 
 async def test_health_is_exactly_this(open_app: OpenApp) -> None:
-    """The contract."""
+    """The body is part of the contract."""
     async with open_app() as served:
         call = await served.client.ask("GET", "/health")
         assert (call.status, call.json) == (200, {"status": "ok"})
@@ -39,7 +39,8 @@ async def test_health_is_exactly_this(open_app: OpenApp) -> None:
 
 
 async def test_the_models_of_all_upstreams(open_app: OpenApp) -> None:
-    """Each under its upstream's name, aliases too, in OpenAI's shape; what is switched off is not there."""
+    """Each model has its upstream's name as prefix, aliases are included, and the shape is OpenAI's. Disabled upstreams
+    are left out."""
     async with open_app(MODELS, PROVIDERS) as served:
         call = await served.client.ask("GET", "/v1/models")
         assert call.status == 200
@@ -60,7 +61,7 @@ async def test_the_models_of_all_upstreams(open_app: OpenApp) -> None:
 
 
 async def test_default_is_listed_without_an_alias(open_app: OpenApp) -> None:
-    """It is what the first upstream that can serve has."""
+    """It stands for the models of the first upstream that can serve."""
     async with open_app() as served:
         rows = (await served.client.ask("GET", "/v1/models")).json["data"]
         assert [(row["id"], row["owned_by"]) for row in rows] == [("default", "up"), ("up/m", "up")]
@@ -72,7 +73,7 @@ async def test_default_is_listed_without_an_alias(open_app: OpenApp) -> None:
     ids=lambda m: m.replace("/", "|"),
 )
 async def test_one_model_by_its_id(open_app: OpenApp, model: str) -> None:
-    """Slashes and all; a server has decoded ``%2F`` in ASGI's path."""
+    """The id may contain slashes. In ASGI's path a server has already decoded ``%2F``."""
     async with open_app(MODELS, PROVIDERS) as served:
         call = await served.client.ask("GET", f"/v1/models/{model}")
         assert (call.status, call.json["id"], call.json["object"]) == (200, model, "model")
@@ -83,14 +84,14 @@ async def test_one_model_by_its_id(open_app: OpenApp, model: str) -> None:
 async def test_one_model_by_its_id_over_a_socket(
     open_server: Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, object]]], model: str
 ) -> None:
-    """Encoded or not, as the SDKs send it (npm's encodes, Python's does not)."""
+    """The id may be encoded or not, as the SDKs send it (npm's encodes, Python's does not)."""
     async with open_server(MODELS) as (client, _):
         response = await client.get(f"/v1/models/{model}")
         assert (response.status_code, response.json()["id"]) == (200, "openrouter/google/gemini-flash")
 
 
 async def test_a_model_that_is_not_listed_is_a_404(open_app: OpenApp) -> None:
-    """With the closest that are, and their full ids."""
+    """The error suggests the closest models with their full ids."""
     async with open_app(MODELS, PROVIDERS) as served:
         call = await served.client.ask("GET", "/v1/models/qwen/qwen-turb")
         assert (call.status, call.error["code"]) == (404, "model_not_found")
@@ -100,7 +101,7 @@ async def test_a_model_that_is_not_listed_is_a_404(open_app: OpenApp) -> None:
 @pytest.mark.parametrize("path", ["/", "/v1", "/v2/models", "/v1/chat", "/v1/chat/completions/", "/%00", "/é"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: str) -> None:
-    """In OpenAI's shape."""
+    """The error has OpenAI's shape."""
     async with open_app() as served:
         call = await served.client.ask(method, path)
         assert (call.status, call.error["code"]) == (404, "not_found")
@@ -111,7 +112,7 @@ async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: st
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/up/m", "/health", "/ready", "/status"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, path: str, method: str) -> None:
-    """Allow names what there is."""
+    """The ``Allow`` header lists the allowed methods."""
     async with open_app() as served:
         call = await served.client.ask(method, path)
         assert (call.status, call.error["code"]) == (405, "method_not_allowed")
@@ -119,13 +120,13 @@ async def test_a_wrong_method_is_a_405_with_allow(open_app: OpenApp, path: str, 
 
 
 async def test_head_is_answered_as_get_is(open_app: OpenApp) -> None:
-    """As probes send it; leaving the body out is the server's part."""
+    """Probes send HEAD. The server leaves out the body."""
     async with open_app() as served:
         assert (await served.client.ask("HEAD", "/health")).status == 200
 
 
 async def test_a_large_body_for_the_control_plane_is_not_kept(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Nobody there reads one; the client is left, or refused, before it fills the memory."""
+    """Its handlers read no body. The client is answered or refused before the body fills the memory."""
     async with open_app() as served:
         raw: list[Piece] = [b"x" * 65536, Pause(0.001)] * 200
         call = served.client.start("POST", "/v1/models", raw=raw)
@@ -137,7 +138,8 @@ async def test_a_large_body_for_the_control_plane_is_not_kept(open_app: OpenApp,
 
 
 async def test_ready_while_one_upstream_can_serve(open_app: OpenApp) -> None:
-    """One that is down does not make the gateway unready; all of them do, and each says why."""
+    """One upstream that is down does not make the gateway unready. When all are down it is unready, and each states
+    why."""
     config = make_config({"a": {}, "b": {}})
     async with open_app(config, {"a": Provider((Refuse(),)), "b": Provider((Refuse(),), says("x"))}) as served:
         assert (await served.client.ask("GET", "/ready")).json == {"status": "ready", "reasons": []}
@@ -151,9 +153,9 @@ async def test_ready_while_one_upstream_can_serve(open_app: OpenApp) -> None:
         assert (await served.client.ask("GET", "/ready")).status == 200
 
 
-async def test_a_failure_is_not_for_ever(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """One bad moment of the only upstream, whose models are configured: ``default`` and readiness come back, though
-    nobody asks for it by its own name."""
+async def test_readiness_recovers_after_a_failure(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """After one failure of the only upstream, whose models are configured, ``default`` and readiness recover although
+    no call names the upstream."""
     async with open_app(providers=Provider((Refuse(),), says("x"))) as served:
         assert (await served.client.chat(model="default").wait()).status == 502
         await trio.sleep(300)
@@ -166,8 +168,9 @@ async def test_a_failure_is_not_for_ever(open_app: OpenApp, autojump_clock: Mock
     [b"[" * 100_000, b"{}", b"", b"\xff", b'{"data":[5]}', b'{"data":null}', b"<html>"],
     ids=lambda b: repr(b)[:20],
 )
-async def test_a_bad_model_list_harms_nobody(open_app: OpenApp, autojump_clock: MockClock, body: bytes) -> None:
-    """Whatever an upstream says to ``GET /models``, the gateway serves, and says what is wrong with that upstream."""
+async def test_a_bad_model_list_is_harmless(open_app: OpenApp, autojump_clock: MockClock, body: bytes) -> None:
+    """Whatever an upstream answers to ``GET /models``, the gateway serves and reports what is wrong with that
+    upstream."""
     config = make_config({"bad": {"models": "discover"}, "good": {}})
     async with open_app(config, {"bad": Provider(answers(body)), "good": Provider(says("x"))}) as served:
         await trio.sleep(200)
@@ -178,7 +181,7 @@ async def test_a_bad_model_list_harms_nobody(open_app: OpenApp, autojump_clock: 
 
 
 async def test_not_ready_without_any_upstream(open_app: OpenApp) -> None:
-    """Nothing is configured, or everything is switched off: it says which."""
+    """When nothing is configured or everything is disabled, the answer says which."""
     async with open_app(make_config({}), {}) as served:
         call = await served.client.ask("GET", "/ready")
         assert (call.status, call.json["reasons"]) == (503, ["no upstream is configured"])
@@ -194,19 +197,19 @@ async def test_not_ready_without_any_upstream(open_app: OpenApp) -> None:
         assert "NOT_SET" in refused.error["message"]
 
 
-# -- discovery of models ----------------------------------------------------------------------------------------------
+# -- model discovery --------------------------------------------------------------------------------------------------
 
 DISCOVER = make_config({"up": {"models": "discover"}})
 
 
 def model_list(*models: str) -> tuple[Head | Say, ...]:
-    """What ``GET /models`` of an upstream answers."""
+    """The answer of an upstream to ``GET /models``."""
     data = [{"id": model, "object": "model"} for model in models]
     return (Head(200, "application/json"), Say(event({"object": "list", "data": data}).removeprefix(b"data: ").strip()))
 
 
 async def test_an_upstream_is_asked_for_its_models(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """At the start, and every minute; the new list replaces the old one."""
+    """The gateway asks at the start and every minute. The new list replaces the old one."""
     async with open_app(DISCOVER, Provider(model_list("one"), model_list("one", "two"))) as served:
         ids = [row["id"] for row in (await served.client.ask("GET", "/v1/models")).json["data"]]
         assert ids == ["default", "up/one"]
@@ -216,10 +219,8 @@ async def test_an_upstream_is_asked_for_its_models(open_app: OpenApp, autojump_c
         assert ids == ["default", "up/one", "up/two"]
 
 
-async def test_an_upstream_that_is_down_keeps_its_list_and_delays_nobody(
-    open_app: OpenApp, autojump_clock: MockClock
-) -> None:
-    """``GET /v1/models`` asks nobody; the last known list stands until there is another."""
+async def test_an_upstream_that_is_down_keeps_its_list(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """``GET /v1/models`` calls no upstream. The last known list stays until there is a new one."""
     async with open_app(DISCOVER, Provider(model_list("one"), (Stall(),))) as served:
         await trio.sleep(75)
         begun = trio.current_time()
@@ -231,8 +232,8 @@ async def test_an_upstream_that_is_down_keeps_its_list_and_delays_nobody(
         assert "10 s" in upstream["reason"]
 
 
-async def test_a_start_waits_for_no_slow_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A moment at most, whoever does not answer."""
+async def test_the_start_does_not_wait_for_a_slow_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The start waits a moment at most for upstreams that do not answer."""
     begun = trio.current_time()
     async with open_app(DISCOVER, Provider((Stall(),))) as served:
         assert trio.current_time() - begun < 1
@@ -243,7 +244,7 @@ async def test_a_start_waits_for_no_slow_upstream(open_app: OpenApp, autojump_cl
 
 
 async def test_status_of_an_idle_gateway(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The contract: version, uptime twice, workers, channels, sessions, the store, upstreams, streams, totals."""
+    """The contract: version, uptime twice, workers, channels, sessions, the store, upstreams, streams and totals."""
     async with open_app() as served:
         await trio.sleep(3_661)
         status = (await served.client.ask("GET", "/status")).json
@@ -265,7 +266,7 @@ async def test_status_of_an_idle_gateway(open_app: OpenApp, autojump_clock: Mock
 
 
 async def test_status_shows_what_is_in_flight(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Each live exchange with its phase, age, events and bytes, and nothing of what is said in it."""
+    """Each live exchange has its phase, age, events and bytes, and none of its content."""
     config = make_config({"up": {"max_connections": 2}})
     scripts = ((Say(content("SECRET")), Say(content("b")), Stall()), (Stall(),))
     async with open_app(config, Provider(*scripts)) as served:
@@ -297,7 +298,7 @@ async def test_status_shows_what_is_in_flight(open_app: OpenApp, autojump_clock:
 
 
 async def test_status_counts_and_remembers_the_last_error(open_app: OpenApp) -> None:
-    """Totals by outcome, tokens, and what each upstream said last."""
+    """Totals by outcome, tokens, and the last error of each upstream."""
     scripts = (says("x"), answers(b'{"error":{"message":"boom"}}', status=500), (Stall(),))
     async with open_app(providers=Provider(*scripts)) as served:
         await served.client.chat().wait()

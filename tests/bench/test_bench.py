@@ -1,4 +1,4 @@
-"""The bench: its statistics, its peers' files, its two tools over real sockets, and a short run of the whole."""
+"""The bench: its statistics, the peers' files, its two tools over real sockets, and a short complete run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BENCH_PYTHON = Path(os.environ.get("TRIGATE_BENCH_PYTHON") or ROOT / ".venv-benc
 PURE = ("distribution", "gateways", "load", "report", "scenarios", "upstream")
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
+# -- statistics -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -43,7 +43,7 @@ def test_examples(name: str) -> None:
     assert doctest.testmod(module).failed == 0
 
 
-def test_a_percentile_is_within_a_bucket_of_the_truth() -> None:
+def test_a_percentile_is_within_a_bucket_of_the_value() -> None:
     """No percentile is off by more than a bucket's width, 1/64 of the value."""
     values = [int(1.01**step) for step in range(1, 1500)]
     histogram = Histogram(values)
@@ -53,8 +53,8 @@ def test_a_percentile_is_within_a_bucket_of_the_truth() -> None:
     assert histogram.percentile(100) == pytest.approx(values[-1], rel=1 / 64)
 
 
-def test_histograms_of_parts_merge_to_that_of_the_whole() -> None:
-    """What several processes have counted is what one would have counted."""
+def test_merged_histograms_equal_the_histogram_of_all_values() -> None:
+    """The merged counts of several processes equal those of one."""
     whole, left, right = Histogram(range(5000)), Histogram(range(0, 5000, 2)), Histogram(range(1, 5000, 2))
     left.merge(right)
     left.merge(Histogram())
@@ -62,27 +62,27 @@ def test_histograms_of_parts_merge_to_that_of_the_whole() -> None:
     assert Histogram.from_json(json.loads(json.dumps(left.to_json()))).to_json() == whole.to_json()
 
 
-def test_nothing_measured_is_no_number() -> None:
+def test_without_values_there_is_no_number() -> None:
     """An empty histogram has no percentile, and rounds without a value have no spread."""
     assert math.isnan(Histogram().percentile(50))
     assert Spread.of([None, math.nan]) is None
     assert pair_ratios([1.0], [0.0]) is None
 
 
-def test_a_ratio_is_of_one_round() -> None:
-    """A round in which everything is three times slower leaves the ratio as it is."""
+def test_a_ratio_is_taken_within_a_round() -> None:
+    """A round in which everything is three times slower does not change the ratio."""
     assert pair_ratios([2.0, 6.0, 2.2], [1.0, 3.0, 1.1]) == Spread(2.0, 2.0, 2.0)
 
 
-def test_recovery_that_was_not_seen() -> None:
-    """Calls that are slow to the end have no time of recovery; without a burst's effect it is 0."""
+def test_recovery_that_did_not_happen() -> None:
+    """Calls that stay slow have no recovery time. Without an effect of the burst it is 0."""
     calm = [(at, 10) for at in range(0, 1000, 10)]
     assert recovery([*calm, *((at, 99) for at in range(1000, 2000, 10))], burst_at=1000, slice_width=50) is None
     assert recovery([*calm, *((at, 11) for at in range(1000, 2000, 10))], burst_at=1000, slice_width=50) == 0
 
 
 def test_poisson_arrivals_come_at_their_rate() -> None:
-    """Random arrivals have the mean that was asked for, and are the same for the same seed."""
+    """Random arrivals have the requested mean and are the same for the same seed."""
     job = Job(kind="open", port=1, body="", rate=1000, poisson=True, window_s=10)
     due = list(arrivals(job))
     assert due == list(arrivals(job))
@@ -92,7 +92,7 @@ def test_poisson_arrivals_come_at_their_rate() -> None:
 
 
 def test_shares_add_up() -> None:
-    """What is split among processes is as much as it was, and evenly spaced arrivals interleave."""
+    """The parts of a job that is split among processes add up to the job, and evenly spaced arrivals interleave."""
     job = Job(kind="open", port=1, body="", connections=7, rate=100, window_s=1, burst_calls=5, burst_at_s=0.5)
     parts = share(job, 3)
     assert sum(part.connections for part in parts) == 7
@@ -107,7 +107,7 @@ def test_shares_add_up() -> None:
 
 @pytest.mark.parametrize("file", sorted(gateways.PEERS.glob("*.toml")), ids=lambda file: file.stem)
 def test_a_peer_s_file(file: Path) -> None:
-    """It can be read, says everything, and names no place of the machine that it was written on."""
+    """It can be read, has every field, and names no path of the machine on which it was written."""
     peer = gateways.read_peer(file)
     assert peer.name == file.stem
     assert "{port}" in " ".join(peer.command)
@@ -120,7 +120,7 @@ def test_a_peer_s_file(file: Path) -> None:
 
 
 def test_a_peer_s_file_with_a_mistake(tmp_path: Path) -> None:
-    """An unknown key is not passed over."""
+    """An unknown key is an error."""
     file = tmp_path / "x.toml"
     file.write_text('title = "x"\ninstall = "x"\nprogram = "x"\ncommand = ["x"]\nmodle = "x"\n')
     with pytest.raises(cattrs.BaseValidationError):
@@ -129,18 +129,18 @@ def test_a_peer_s_file_with_a_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["http://example.org/v1", "https://127.0.0.1:1", "http://192.168.0.1:80"])
 def test_only_this_machine_is_loaded(url: str) -> None:
-    """Load is for one's own machine, and its clock is the only one that events are timed by."""
+    """The bench must not put load on other machines, and only this machine's clock times the events."""
     with pytest.raises(ValueError, match=r"127\.0\.0\.1"):
         gateways.running(url, model="m", path="/v1/chat/completions", headers={}, pid=None)
 
 
 @pytest.mark.slow
 async def test_a_gateway_that_does_not_start(tmp_path: Path) -> None:
-    """Its last words are in the error."""
+    """The error contains the end of its output."""
     command = (sys.executable, "-c", "raise SystemExit('no licence {port}')")
     peer = gateways.Peer(title="Broken", install="-", program="{python}", command=command)
     with pytest.raises(GatewayFailed, match=r"Broken exited with 1:\nno licence \d+"):
-        async with gateways.open_gateway(peer, upstream_port=1, room=tmp_path, watch=False):
+        async with gateways.open_gateway(peer, upstream_port=1, directory=tmp_path, watch=False):
             pass
 
 
@@ -159,7 +159,7 @@ def _job(port: int, says: str, **changes: Any) -> Job:
 
 @pytest.mark.slow
 async def test_calls_are_counted_and_timed() -> None:
-    """Of plain calls and of streams: how many, how long, and no errors; the upstream has seen as many."""
+    """Plain calls and streams are counted and timed without errors, and the upstream counts the same number."""
     async with open_upstream(processes=1) as upstream, open_generator(processes=2) as generator:
         job = _job(upstream.port, directive(answer_ms=20), connections=4)
         report = await generator.report(await generator.start(job))
@@ -183,8 +183,8 @@ async def test_calls_are_counted_and_timed() -> None:
 
 
 @pytest.mark.slow
-async def test_a_late_call_counts_from_when_it_was_due() -> None:
-    """Two connections, and answers that take 100 ms: of 40 calls a second most wait, and their waiting is counted."""
+async def test_latency_counts_from_the_due_time() -> None:
+    """With two connections and answers that take 100 ms, most of 40 calls a second wait, and their wait counts."""
     async with open_upstream(processes=1) as upstream, open_generator(processes=1) as generator:
         says = directive(answer_ms=100)
         job = _job(upstream.port, says, kind="open", rate=40, connections=2, window_s=0.5)
@@ -196,7 +196,7 @@ async def test_a_late_call_counts_from_when_it_was_due() -> None:
 
 @pytest.mark.slow
 async def test_a_wrong_answer_is_an_error() -> None:
-    """A stream of another length, and a path that answers something else, count as errors and not as calls."""
+    """A stream of another length and a path with another answer count as errors, not as calls."""
     async with open_upstream(processes=1) as upstream, open_generator(processes=1) as generator:
         job = _job(upstream.port, directive(events=3), stream=True, events=4, window_s=0.05)
         report = await generator.report(await generator.start(job))
@@ -209,8 +209,8 @@ async def test_a_wrong_answer_is_an_error() -> None:
 
 
 @pytest.mark.slow
-async def test_refusals_are_counted_by_themselves() -> None:
-    """They are no errors and no calls, and the connection stays."""
+async def test_refusals_are_counted_separately() -> None:
+    """They are neither errors nor calls, and the connection stays open."""
     async with open_upstream(processes=1) as upstream, open_generator(processes=1) as generator:
         job = _job(upstream.port, "", refusals=(200,), window_s=0.1, connections=2)
         report = await generator.report(await generator.start(job))
@@ -219,8 +219,8 @@ async def test_refusals_are_counted_by_themselves() -> None:
 
 
 @pytest.mark.slow
-async def test_too_much_is_asked() -> None:
-    """Two thirds are refused, at least; the rest is served, about as much as can be."""
+async def test_overload() -> None:
+    """At least two thirds are refused. The rest is served, about as much as the capacity."""
     [measured] = await overload.run(rounds=1, window_s=1.0)
     assert measured.refused_share > 0.5
     assert measured.served_share > 0.5
@@ -228,8 +228,8 @@ async def test_too_much_is_asked() -> None:
 
 
 @pytest.mark.slow
-async def test_a_closed_stream_is_seen_by_its_number() -> None:
-    """The generator says when it closed each stream, the upstream when it saw that."""
+async def test_a_closed_stream_is_reported_by_its_number() -> None:
+    """The generator reports when it closed each stream, and the upstream when it noticed that."""
     async with open_upstream(processes=1) as upstream, open_generator(processes=2) as generator:
         says = directive(events=1000, interval_ms=50).replace("}", " id=@ID@}")
         job = _job(upstream.port, says, kind="hold", connections=9, stream=True, events=1000, window_s=10)
@@ -244,12 +244,12 @@ async def test_a_closed_stream_is_seen_by_its_number() -> None:
         assert all(0 < seen[key] - report.closed_ns[key] < 1_000_000_000 for key in seen)
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- a complete run ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def result_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of a short run: Trigate and the "hello" app, a few scenarios, with figures."""
+    """The result of a short run with figures: Trigate and the "hello" app in a few scenarios."""
     if not BENCH_PYTHON.exists():
         pytest.skip("scripts/test makes .venv-bench")
     room = tmp_path_factory.mktemp("bench")
@@ -265,7 +265,7 @@ def result_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_run(result_file: Path) -> None:
-    """One command measures: no errors, and numbers that can be."""
+    """One command measures without errors and gives plausible numbers."""
     result = json.loads(result_file.read_text(encoding="utf-8"))
     assert result["schema"] == session.SCHEMA
     assert list(result["gateways"]) == ["trigate", "hello", "direct"]
@@ -288,7 +288,7 @@ def test_a_run(result_file: Path) -> None:
 
 @pytest.mark.slow
 def test_the_figures_of_a_run(result_file: Path) -> None:
-    """Each figure is there, as PNG and as SVG."""
+    """Each figure exists as PNG and as SVG."""
     for name in ("latency", "first-token-among", "idle"):
         png = result_file.with_name(f"{result_file.stem}-{name}.png")
         assert png.read_bytes().startswith(b"\x89PNG")
@@ -297,7 +297,7 @@ def test_the_figures_of_a_run(result_file: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tables_of_a_run(result_file: Path) -> None:
-    """The page's tables are made from the result; each gateway has its row, and each number its place."""
+    """The page's tables are made from the result, with a row for each gateway and a cell for each number."""
     from bench import report
 
     result = json.loads(result_file.read_text(encoding="utf-8"))
@@ -309,7 +309,7 @@ def test_the_tables_of_a_run(result_file: Path) -> None:
 
 
 def test_a_comparison() -> None:
-    """Two results get a verdict where their ranges are apart, and none where they overlap or nothing is better."""
+    """Two results get a verdict where their ranges are apart, and none where they overlap or no direction is better."""
     from bench import report
 
     def result(latency: list[float], late: list[float]) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def test_a_comparison() -> None:
 
 
 def test_scenarios_name_their_metrics() -> None:
-    """Every column is a metric that exists, names are unique, and a beginning that means nothing is an error."""
+    """Every column is an existing metric, names are unique, and a prefix without a match is an error."""
     everything = scenarios.scenarios(QUICK)
     assert len({scenario.name for scenario in everything}) == len(everything)
     for scenario in everything:
@@ -359,7 +359,7 @@ def test_the_docstring_names_every_module() -> None:
 
 
 def test_the_page_has_every_option_and_scenario() -> None:
-    """docs/performance.md knows what the command line and the scenarios are called."""
+    """docs/performance.md names the options of the command line and the scenarios."""
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     source = (ROOT / "bench/cli.py").read_text(encoding="utf-8")
     options = {part.split('"')[0] for part in source.split('click.option("')[1:]}
@@ -369,7 +369,7 @@ def test_the_page_has_every_option_and_scenario() -> None:
 
 
 async def test_jobs_survive_json() -> None:
-    """A job and a report are the same after they have been lines of JSON."""
+    """A job and a report stay the same when they are sent as lines of JSON."""
     await trio.lowlevel.checkpoint()
     job = Job(kind="open", port=1, body="x", headers={"a": "b"}, rate=2.5)
     assert load.converter.structure(json.loads(json.dumps(load.converter.unstructure(job))), Job) == job

@@ -1,4 +1,4 @@
-"""The store, sessions, hooks and channels in the configuration: what is refused, and what is kept of secrets."""
+"""The store, sessions, hooks and channels in the configuration: invalid settings, and how secrets are kept."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _problems(text: str, env: dict[str, str] | None = None) -> tuple[str, ...]:
     return caught.value.problems
 
 
-def test_without_hooks_any_name_will_do() -> None:
-    """No section is not an empty section: with one, names that are not in it are unknown."""
+def test_without_hooks_any_name_is_accepted() -> None:
+    """A missing section differs from an empty one: with the section, names that are not in it are unknown."""
     assert _structure("").hooks is None
     assert _structure("[hooks]").hooks == {}
 
 
 def test_the_smallest_hook() -> None:
-    """An empty table is a hook under the gateway's key, with all actions."""
+    """An empty table is a hook with the gateway's key and all actions."""
     hooks = _structure("[hooks.h]").hooks
     assert hooks == {"h": HookConfig()}
     assert hooks is not None
@@ -46,8 +46,8 @@ def test_the_smallest_hook() -> None:
     assert hooks["h"].actions == get_args(sections.Action)
 
 
-def test_every_setting_can_be_written() -> None:
-    """Each field of the tables is a key of them, under its own name."""
+def test_every_setting_can_be_set() -> None:
+    """Each field of a section is a key of its table, under the same name."""
     text = """
         [store]
         path = "/data/t.db"
@@ -166,7 +166,7 @@ def test_every_setting_can_be_written() -> None:
     ],
 )
 def test_one_problem(text: str, problem: str | None) -> None:
-    """Each fault is one line that begins with its path; what is none is taken."""
+    """Each fault gives one line that begins with its path. Valid settings give none."""
     if problem is None:
         assert _structure(text).hooks is not None
         return
@@ -174,8 +174,8 @@ def test_one_problem(text: str, problem: str | None) -> None:
     assert line.startswith(problem)
 
 
-def test_secrets_are_looked_up() -> None:
-    """Those of hooks and channels, wherever they are kept."""
+def test_secrets_are_resolved() -> None:
+    """This covers the secrets of hooks and channels, wherever they are stored."""
     env = {"ONE": SECRET, "TWO": f"{SECRET}-2", "TOKEN": "12:abc"}
     text = '[hooks.h]\nverification = "bearer"\nsecrets = [{env = "ONE"}, {env = "TWO"}]\n'
     text += BOT.replace('"12:abc"', '{env = "TOKEN"}')
@@ -187,14 +187,15 @@ def test_secrets_are_looked_up() -> None:
 
 
 def test_a_channel_without_its_token_is_off() -> None:
-    """As an upstream without its key is: the others start. A hook without its secret would be open, and is refused."""
+    """Like an upstream without its key, the channel is disabled and the others start. A hook without its secret would
+    be open, so it is refused."""
     config = _structure(BOT.replace('"12:abc"', '{env = "NOPE"}') + TEAM)
     assert config.disabled == {"channels.bot": "token: the environment variable NOPE is not set"}
     assert _structure(BOT + "enabled = false").disabled == {"channels.bot": "switched off in the configuration"}
 
 
 def test_no_repr_and_no_problem_shows_a_secret() -> None:
-    """What is logged of a configuration cannot be used to get in."""
+    """The log of a configuration contains no secret."""
     shown = repr(_structure(HOOK + BOT + TEAM + CALLBACK.replace("hooks.h", "hooks.i")))
     assert SECRET not in shown
     assert CALLBACK_SECRET not in shown
@@ -215,6 +216,6 @@ def test_no_repr_and_no_problem_shows_a_secret() -> None:
     ],
 )
 def test_secrets_that_verify_nothing(verification: str, secret: str, problem: str) -> None:
-    """A hook does not start with a secret that can be guessed, or that its scheme cannot use."""
+    """A hook does not start with a secret that can be guessed or that its scheme cannot use."""
     text = f'[hooks.h]\nverification = "{verification}"\nsecrets = [{{ env = "A" }}]\n'
     assert _problems(text, {"A": secret}) == (f"hooks.h.secrets.0: {problem}",)

@@ -1,4 +1,4 @@
-"""The configuration: what works as it stands, what is refused, and that every fault is told at once by its path."""
+"""The configuration: minimal files, invalid files, and the report of all faults at once by their paths."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _problems(text: str, env: dict[str, str] | None = None) -> tuple[str, ...]:
     return caught.value.problems
 
 
-def test_the_example_works_as_it_stands(tmp_path: Path) -> None:
-    """The smallest configuration: one upstream, and what ``default`` means."""
+def test_the_example_is_valid(tmp_path: Path) -> None:
+    """The smallest configuration has one upstream and defines ``default``."""
     path = tmp_path / "trigate.toml"
     path.write_text(EXAMPLE)
     config = read(path, env={})
@@ -54,14 +54,14 @@ def test_the_example_works_as_it_stands(tmp_path: Path) -> None:
     assert config.limits.keep_alive_s == sections.Seconds(15.0)
 
 
-def test_nothing_is_a_configuration() -> None:
-    """An empty file is the defaults, and those are what the class says."""
+def test_an_empty_file_is_valid() -> None:
+    """An empty file gives the defaults of the classes."""
     config = _structure("")
     assert config == Config(source="test.toml")
 
 
-def test_every_setting_can_be_written() -> None:
-    """Each section's fields are read, integers where seconds are asked for too."""
+def test_every_setting_can_be_set() -> None:
+    """The fields of each section are read. Integers are accepted for seconds."""
     config = _structure(
         """
         [server]
@@ -123,7 +123,7 @@ def test_every_setting_can_be_written() -> None:
 
 
 def test_a_wrong_type_hides_nothing() -> None:
-    """What does not go together is named beside what has a wrong type, in the same table."""
+    """Contradictory settings are reported beside a wrong type in the same table."""
     text = """
         [upstreams.a]
         max_connections = "many"
@@ -143,7 +143,7 @@ def test_a_wrong_type_hides_nothing() -> None:
 
 
 def test_a_configuration_is_frozen() -> None:
-    """Running requests keep the configuration that they started with: it cannot change under them."""
+    """A running request keeps the configuration that it started with, so it must not change."""
     config = _structure(EXAMPLE)
     for value in (config, config.server, config.limits, config.upstreams["mock"], config.models["default"]):
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
@@ -151,7 +151,7 @@ def test_a_configuration_is_frozen() -> None:
 
 
 def test_all_problems_at_once() -> None:
-    """Everything that is wrong is named in one go, each by its path."""
+    """Every fault is reported in one go, each with its path."""
     problems = _problems(
         """
         sever = 1
@@ -250,7 +250,7 @@ def test_all_problems_at_once() -> None:
     ],
 )
 def test_one_problem(text: str, problem: str) -> None:
-    """Each fault is one line that begins with its path and says what is expected."""
+    """Each fault gives one line that begins with its path and says what is expected."""
     [line] = _problems(text)
     assert line.startswith(problem)
 
@@ -273,7 +273,7 @@ def test_one_problem(text: str, problem: str) -> None:
     ],
 )
 def test_bad_urls(url: str) -> None:
-    """What is not a plain http or https base URL is refused."""
+    """Anything but a plain http or https base URL is refused."""
     [line] = _problems(f"[upstreams.u]\nbase_url = '{url}'")
     assert line.startswith("upstreams.u.base_url: ")
 
@@ -287,19 +287,19 @@ def test_bad_urls(url: str) -> None:
     ],
 )
 def test_a_password_in_a_url_is_not_quoted(url: str) -> None:
-    """Credentials in a URL are refused, and the message, which may end in a log, does not repeat them."""
+    """Credentials in a URL are refused, and the message, which may be logged, does not repeat them."""
     [line] = _problems(f"[upstreams.u]\nbase_url = '{url}'")
     assert SECRET not in line
 
 
 @pytest.mark.parametrize("url", ["http://[::1]:8000/v1", "https://api.example", "http://127.0.0.1:1/a/b/"])
 def test_good_urls(url: str) -> None:
-    """IPv6, no path, any path; the last slash is dropped."""
+    """IPv6 addresses, no path and any path are valid. A trailing slash is dropped."""
     assert _structure(f"[upstreams.u]\nbase_url = '{url}'").upstreams["u"].base_url == url.rstrip("/")
 
 
 def test_hosts_and_origins_are_compared_in_lower_case() -> None:
-    """As browsers send them, however they are written in the file."""
+    """Browsers send them in lower case, so the file's spelling does not matter."""
     server = _structure(
         "[server]\nallowed_hosts = ['MyBox.lan', '[::1]', '10.0.0.1']\n"
         "cors_origins = ['https://App.Example:8443', '*', 'http://[::1]:3000', 'moz-extension://0a']"
@@ -312,7 +312,7 @@ def test_hosts_and_origins_are_compared_in_lower_case() -> None:
 
 
 def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
-    """Each of the three ways gives the value, without the white space around it."""
+    """Each of the three gives the value, without white space around it."""
     path = tmp_path / "key"
     path.write_text(f"{SECRET}\n")
     for api_key in (f"' {SECRET} '", "{env = 'KEY'}", f"{{file = '{path}'}}"):
@@ -333,7 +333,7 @@ def test_a_secret_is_a_literal_a_variable_or_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_secret_disables_that_upstream_only(api_key: str, reason: str) -> None:
-    """The rest of the file stands; the upstream has the reason."""
+    """The rest of the file stays valid. The upstream is disabled with the reason."""
     config = _structure(f"{MOCK}api_key = {api_key}\n[upstreams.other]\nkind = 'echo'\n", {"KEY": ""})
     assert list(config.disabled) == ["mock"]
     assert config.disabled["mock"].startswith(reason)
@@ -341,14 +341,15 @@ def test_a_missing_secret_disables_that_upstream_only(api_key: str, reason: str)
 
 
 def test_every_missing_secret_is_named() -> None:
-    """A key and a header that are both missing are both in the reason."""
+    """When a key and a header are both missing, the reason names both."""
     config = _structure(MOCK + "api_key = {env = 'A'}\nheaders = {x-b = {env = 'B'}}")
     assert "headers.x-b: the environment variable B is not set" in config.disabled["mock"]
     assert "api_key: the environment variable A is not set" in config.disabled["mock"]
 
 
 def test_an_unreadable_file_of_a_secret(tmp_path: Path) -> None:
-    """A file that is empty, a directory, not text, or of a name that cannot be is a missing secret, not a crash."""
+    """An empty file, a directory, a file that is no text and an impossible name are a missing secret and do not
+    crash."""
     empty = tmp_path / "empty"
     empty.write_text(" \n")
     binary = tmp_path / "binary"
@@ -358,7 +359,7 @@ def test_an_unreadable_file_of_a_secret(tmp_path: Path) -> None:
             Secret(file=path).reveal({})
 
 
-def test_a_secret_s_file_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_s_file_may_be_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``~`` is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "key").write_text(SECRET)
@@ -366,7 +367,7 @@ def test_a_secret_s_file_may_be_at_home(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_no_repr_shows_a_secret() -> None:
-    """No repr of a configuration, or of a part of it, shows a literal, a revealed value or a gateway key."""
+    """No repr of a configuration or of a part of it shows a literal, a resolved value or a gateway key."""
     config = _structure(
         MOCK + "api_key = {env = 'KEY'}\n[upstreams.b]\nbase_url = 'http://b/v1'\n"
         f"api_key = '{SECRET}'\nheaders = {{x-key = '{SECRET}'}}\n[keys]\nalice = '{SECRET}'\n",
@@ -380,7 +381,7 @@ def test_no_repr_shows_a_secret() -> None:
 
 
 def test_no_problem_quotes_a_secret() -> None:
-    """A message about a bad value of a secret's kind does not show the value."""
+    """A message about an invalid value of a secret does not show the value."""
     text = f"[upstreams.u]\nbase_url = 'x'\napi_key = {{evn = '{SECRET}'}}\nheaders = {{x = ['{SECRET}']}}\n"
     text += f"[keys]\nk = ['{SECRET}']"
     with pytest.raises(ConfigError) as caught:
@@ -389,8 +390,8 @@ def test_no_problem_quotes_a_secret() -> None:
     assert SECRET not in str(caught.value)
 
 
-def test_with_upstreams_looks_secrets_up() -> None:
-    """Upstreams that were found get their secrets, or their reason, like configured ones."""
+def test_with_upstreams_resolves_secrets() -> None:
+    """Discovered upstreams get their secrets, or a reason, like configured ones."""
     found = {
         "a": UpstreamConfig(base_url=Url("http://a/v1"), api_key=Secret(env="A")),
         "b": UpstreamConfig(base_url=Url("http://b/v1"), api_key=Secret(env="B")),
@@ -402,7 +403,7 @@ def test_with_upstreams_looks_secrets_up() -> None:
 
 
 def test_the_gateway_s_key_from_the_environment() -> None:
-    """``TRIGATE_API_KEY`` is a key beside those of the file; set but empty is a fault: it would open the gateway."""
+    """``TRIGATE_API_KEY`` is an additional key. Set but empty it is a fault, since it would open the gateway."""
     assert _structure("", {"TRIGATE_API_KEY": "k"}).keys == {"TRIGATE_API_KEY": "k"}
     assert _structure("[keys]\na = 'b'", {"TRIGATE_API_KEY": "k"}).keys == {"a": "b", "TRIGATE_API_KEY": "k"}
     assert _structure("", {"TRIGATE_API_KEY": " k\n"}).keys == {"TRIGATE_API_KEY": "k"}
@@ -416,7 +417,7 @@ def test_the_gateway_s_key_from_the_environment() -> None:
 
 
 def test_timeouts() -> None:
-    """An upstream's own timeout goes before the limits'; 0 switches either off."""
+    """An upstream's own timeout takes precedence over the limits. 0 disables either."""
     config = _structure(
         MOCK + "connect_timeout_s = 2\nidle_timeout_s = 0\n[limits]\nconnect_timeout_s = 7\nqueue_timeout_s = 0"
     )
@@ -436,7 +437,7 @@ def test_timeouts() -> None:
     ],
 )
 def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> None:
-    """The message names the file, and the place in it."""
+    """The message names the file and the position in it."""
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=says) as caught:
@@ -445,14 +446,14 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes, says: str) -> N
 
 
 def test_a_byte_order_mark_opens_the_file(tmp_path: Path) -> None:
-    """As some editors write it."""
+    """Some editors write one."""
     path = tmp_path / "trigate.toml"
     path.write_text(EXAMPLE, encoding="utf-8-sig")
     assert set(read(path, env={}).upstreams) == {"mock"}
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """A file that is not there, and a directory, are told as the system tells it."""
+def test_an_unreadable_file(tmp_path: Path) -> None:
+    """For a missing file and for a directory, the message is the system's."""
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read(tmp_path / "none.toml", env={})
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -460,7 +461,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``TRIGATE_CONFIG``, whether it is there or not, else ``./trigate.toml`` if it is, else none."""
+    """It is ``TRIGATE_CONFIG``, whether that file exists or not, else ``./trigate.toml`` if it exists, else none."""
     monkeypatch.chdir(tmp_path)
     assert locate({}) is None
     assert locate({"TRIGATE_CONFIG": ""}) is None
@@ -471,7 +472,7 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_password_of_a_proxy_is_not_shown() -> None:
-    """A proxy's URL may hold credentials; neither what is printed of a configuration nor a problem repeats them."""
+    """The URL of a proxy may contain credentials. Neither the printed configuration nor an error repeats them."""
     good = "http://user:hidden-word@proxy.example:3128"
     table = {"base_url": "http://x/v1", "proxy": good + "/"}
     made = configuration.structure({"upstreams": {"a": table}}, env={}, source="test")

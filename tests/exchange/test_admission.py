@@ -1,4 +1,4 @@
-"""Who may come in, who waits, and who is refused. Time is virtual."""
+"""Admission: which calls are admitted, which wait in the queue, and which are refused. Time is virtual."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def ask(served: Served, name: str = "", **headers: str) -> Any:  # Any: a Client
     return served.client.start("POST", "/v1/chat/completions", body, headers={**fields, **headers})
 
 
-async def test_a_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Beyond the limit a call waits; where the queue is full as well, it is refused at once and told when to come."""
+async def test_calls_beyond_the_limit_are_queued(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Calls beyond the limit wait. When the queue is full too, a call is refused at once with a retry time."""
     config = make_config(limits={"max_exchanges": 1, "max_queued": 1})
     async with open_app(config, Provider(SLOW)) as served:
         begun = trio.current_time()
@@ -47,8 +47,8 @@ async def test_a_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
         assert served.gateway.exchange_services.admission.slots.taken == 0
 
 
-async def test_a_hopeless_wait_is_not_begun(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Calls take ten seconds: who may wait for five is refused now, not in five."""
+async def test_a_wait_that_would_time_out_is_refused_at_once(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Calls take ten seconds, so a call that may wait for five is refused now and not after five seconds."""
     config = make_config(limits={"max_exchanges": 1, "queue_timeout_s": 5})
     async with open_app(config, Provider(SLOW)) as served:
         await ask(served).wait()
@@ -62,7 +62,7 @@ async def test_a_hopeless_wait_is_not_begun(open_app: OpenApp, autojump_clock: M
 
 
 async def test_a_refusal_after_a_wait_is_a_status(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """However long the wait was: no keep-alive comment goes out in the queue, and a status says when to come back."""
+    """However long the wait was, no keep-alive is sent in the queue, and the refusal is a status with a retry time."""
     limits = {"max_exchanges": 1, "max_queued": 1, "queue_timeout_s": 5, "keep_alive_s": 1}
     async with open_app(make_config(limits=limits), Provider((Stall(),))) as served:
         ask(served)
@@ -74,8 +74,8 @@ async def test_a_refusal_after_a_wait_is_a_status(open_app: OpenApp, autojump_cl
         assert int(call.header("retry-after-ms")) > 0
 
 
-async def test_silence_counts_from_the_admission(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who has waited longer than that is not at once committed to an answer, and gets comments from then on."""
+async def test_the_keep_alive_timer_starts_at_admission(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A wait longer than ``keep_alive_s`` does not commit the response at admission. Keep-alives start from there."""
     limits = {"max_exchanges": 1, "max_queued": 1, "queue_timeout_s": 20, "keep_alive_s": 4}
     async with open_app(make_config(limits=limits), Provider((Pause(10), *says("x")))) as served:
         ask(served)
@@ -88,7 +88,7 @@ async def test_silence_counts_from_the_admission(open_app: OpenApp, autojump_clo
 
 
 async def test_a_deadline_bounds_the_wait(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The client's time goes on in the queue; where it will not do, the call is refused at once."""
+    """The client's deadline keeps running in the queue. A call that cannot meet it is refused at once."""
     async with open_app(make_config(limits={"max_exchanges": 1}), Provider((Stall(),))) as served:
         ask(served)
         await wait_all_tasks_blocked()
@@ -99,9 +99,9 @@ async def test_a_deadline_bounds_the_wait(open_app: OpenApp, autojump_clock: Moc
         assert served.gateway.exchange_services.admission.slots.queued == 0
 
 
-@pytest.mark.parametrize("leave", [True, False], ids=["the client leaves", "it is ended"])
-async def test_who_waits_can_leave(open_app: OpenApp, autojump_clock: MockClock, leave: bool) -> None:
-    """Its place in the queue is free, and the upstream never heard of it."""
+@pytest.mark.parametrize("leave", [True, False], ids=["the client disconnects", "an operator cancels it"])
+async def test_a_queued_call_can_be_cancelled(open_app: OpenApp, autojump_clock: MockClock, leave: bool) -> None:
+    """Its queue slot is freed, and the upstream never gets the call."""
     async with open_app(make_config(limits={"max_exchanges": 1, "max_queued": 2}), Provider(SLOW)) as served:
         first = ask(served)
         await wait_all_tasks_blocked()
@@ -119,8 +119,8 @@ async def test_who_waits_can_leave(open_app: OpenApp, autojump_clock: MockClock,
         served.assert_clean()
 
 
-async def test_a_keys_own_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It is a 429; another key goes on."""
+async def test_the_limit_of_a_key(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A key over its own limit gets a 429, and calls of other keys are served."""
     config = make_config(keys=KEYS, limits={"max_exchanges_per_key": 1, "max_queued": 0})
     async with open_app(config, Provider(SLOW)) as served:
         first = ask(served, "ada")
@@ -132,8 +132,8 @@ async def test_a_keys_own_limit(open_app: OpenApp, autojump_clock: MockClock) ->
         assert (await first.wait()).status == 200
 
 
-async def test_a_busy_key_starves_nobody(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Ten calls of one key wait; the single one of another is the next or the one after."""
+async def test_a_busy_key_does_not_starve_others(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """While ten calls of make_call key wait, the only call of another key is served next or second."""
     config = make_config({"up": {"max_connections": 1}}, keys=KEYS)
     for limits in ({"max_exchanges": 1}, {}):
         config = make_config(
@@ -153,7 +153,8 @@ async def test_a_busy_key_starves_nobody(open_app: OpenApp, autojump_clock: Mock
 
 
 async def test_a_busy_key_does_not_fill_the_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Another key's call gets the place of its last one, as long as it has fewer; who is sent away is told at once."""
+    """A call of another key evicts the busy key's last queued call, as long as it has fewer queued. The evicted call is
+    refused at once."""
     config = make_config(keys=KEYS, limits={"max_exchanges": 1, "max_queued": 3, "queue_timeout_s": 60})
     async with open_app(config, Provider(SLOW)) as served:
         busy = []
@@ -162,10 +163,10 @@ async def test_a_busy_key_does_not_fill_the_queue(open_app: OpenApp, autojump_cl
             await wait_all_tasks_blocked()
         begun = trio.current_time()
         others = [ask(served, "bob")]
-        sent_away = await busy[3].wait()
-        assert (sent_away.status, sent_away.error["code"], trio.current_time()) == (503, "overloaded", begun)
-        assert "most calls in the queue" in sent_away.error["message"]
-        assert (await ask(served, "bob").wait()).status == 503  # they would change places, and no more
+        evicted = await busy[3].wait()
+        assert (evicted.status, evicted.error["code"], trio.current_time()) == (503, "overloaded", begun)
+        assert "most calls in the queue" in evicted.error["message"]
+        assert (await ask(served, "bob").wait()).status == 503  # an eviction would only swap the two keys
         for call in (*busy[:3], *others):
             assert (await call.wait()).status == 200
         served.assert_clean()
@@ -173,7 +174,7 @@ async def test_a_busy_key_does_not_fill_the_queue(open_app: OpenApp, autojump_cl
 
 
 async def test_the_rate_of_a_key(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Three at once, then one each half second; it says exactly when the next one may come."""
+    """Three calls at once, then make_call every half second. A refusal states exactly when the next call is allowed."""
     config = make_config(keys=KEYS, limits={"key_rate_per_s": 2, "key_burst": 3})
     async with open_app(config, Provider(says("x"))) as served:
         assert [(await ask(served, "ada").wait()).status for _ in range(4)] == [200, 200, 200, 429]
@@ -186,7 +187,7 @@ async def test_the_rate_of_a_key(open_app: OpenApp, autojump_clock: MockClock) -
 
 
 async def test_limits_follow_a_reload(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who waits is let in."""
+    """A reload with a higher limit admits queued calls."""
     async with open_app(make_config(limits={"max_exchanges": 1}), Provider(SLOW)) as served:
         begun = trio.current_time()
         first = ask(served)
@@ -199,14 +200,15 @@ async def test_limits_follow_a_reload(open_app: OpenApp, autojump_clock: MockClo
         assert trio.current_time() - begun == pytest.approx(10)
 
 
-async def test_an_event_loop_that_is_late(
+async def test_a_late_event_loop_refuses_new_calls(
     open_app: OpenApp, autojump_clock: MockClock, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it lags behind, new calls are refused at once; those that run go on; then they are let in again."""
+    """While the event loop lags, new calls are refused at once and running calls continue. Then calls are admitted
+    again."""
     async with open_app(
         make_config(limits={"loop_lag_s": 0.3}), Provider((Say(content("x")), Pause(60), Say(DONE)))
     ) as (served):
-        door = served.gateway.exchange_services.admission
+        admission = served.gateway.exchange_services.admission
         first = ask(served)
         await first.wait_for(b'"x"')
         real = trio.sleep_until
@@ -216,25 +218,25 @@ async def test_an_event_loop_that_is_late(
 
         monkeypatch.setattr(trio, "sleep_until", late)
         await trio.sleep(6)
-        assert door.is_late
+        assert admission.is_late
         refused = await ask(served).wait()
         assert (refused.status, refused.error["code"], refused.header("retry-after-ms")) == (503, "overloaded", "1000")
         monkeypatch.setattr(trio, "sleep_until", real)
         await trio.sleep(5)
-        assert not door.is_late
+        assert not admission.is_late
         assert [entry["late"] for entry in logs.named("event_loop_late")] == [True, False]  # type: ignore[unreachable] # is_late changed
         assert (await first.wait()).body.endswith(DONE)
 
 
 @pytest.mark.slow
-async def test_who_is_let_in_is_served_in_time(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """At three times what can be served: less than twice the time that a call takes without load, for all that are let
-    in; the others are refused at once, and as many are served as can be."""
+async def test_admitted_calls_are_served_in_time(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Load is three times the capacity. Every admitted call takes less than twice its time without load, the others are
+    refused at once, and the number served is close to the capacity."""
     chance = random.Random(20_261_127)
     took: list[float] = []
     refused: list[float] = []
 
-    async def one(served: Served) -> None:
+    async def make_call(served: Served) -> None:
         begun = trio.current_time()
         call = await ask(served).wait()
         (took if call.status == 200 else refused).append(trio.current_time() - begun)
@@ -243,8 +245,8 @@ async def test_who_is_let_in_is_served_in_time(open_app: OpenApp, autojump_clock
         open_app(make_config(limits={"max_exchanges": 20}), Provider(*[(Pause(1), *says("x"))] * 3000)) as served,
         trio.open_nursery() as clients,
     ):
-        for _ in range(1200):  # in twenty seconds, in which four hundred can be served
-            clients.start_soon(one, served)
+        for _ in range(1200):  # over twenty seconds, with a capacity of four hundred calls
+            clients.start_soon(make_call, served)
             await trio.sleep(chance.expovariate(60))
     assert len(took) + len(refused) == 1200
     assert max(refused) == 0

@@ -1,4 +1,4 @@
-"""Several attempts at one call, under one deadline: what a client sees, and what providers do. Time is virtual."""
+"""Several attempts at one call under one deadline: what the client sees and what the providers get. Time is virtual."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def two(*, retries: Any = None, limits: Any = None, breaker: Any = None, **model
 
 
 def text_of(body: bytes) -> str:
-    """What a stream says."""
+    """The text of a stream."""
     import json
 
-    said = []
+    parts = []
     for line in body.split(b"\n"):
         if line.startswith(b"data: {"):
             for choice in json.loads(line[6:]).get("choices", []):
-                said.append(choice["delta"].get("content") or "")
-    return "".join(said)
+                parts.append(choice["delta"].get("content") or "")
+    return "".join(parts)
 
 
 def whys(served: Served, number: int = 0) -> list[tuple[str, str, str | None]]:
-    """The attempts of an exchange: target, why, outcome."""
+    """The attempts of an exchange: target, reason and outcome."""
     return [(str(each.target), each.step.why, each.outcome) for each in served.settled[number].attempts]
 
 
@@ -73,8 +73,8 @@ def whys(served: Served, number: int = 0) -> list[tuple[str, str, str | None]]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_provider_that_was_busy(open_app: OpenApp, autojump_clock: MockClock, stream: bool) -> None:
-    """It is tried again after a pause, and the client does not notice."""
+async def test_a_busy_provider_is_retried(open_app: OpenApp, autojump_clock: MockClock, stream: bool) -> None:
+    """The gateway retries after a pause, and the client does not notice."""
     good = says("yes") if stream else answers(completion("yes"))
     async with open_app(make_config(retries={}), Provider(BUSY, BUSY, good)) as served:
         call = await served.client.chat(stream=stream).wait()
@@ -101,7 +101,7 @@ async def test_a_provider_that_was_busy(open_app: OpenApp, autojump_clock: MockC
 async def test_retry_after_is_honoured(
     open_app: OpenApp, autojump_clock: MockClock, headers: dict[str, str], waits: float, status: int
 ) -> None:
-    """The target is left alone for exactly so long, whatever status says it."""
+    """The target is not called for exactly that time, whichever status carries the header."""
     busy = answers(b"{}", status=status, headers=headers)
     config = make_config(retries={"backoff_s": 0})
     async with open_app(config, Provider(busy, says("yes"))) as served:
@@ -111,8 +111,8 @@ async def test_retry_after_is_honoured(
         assert trio.current_time() - begun == pytest.approx(waits, abs=1e-6)
 
 
-async def test_a_long_retry_after_is_the_clients(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The call fails at once, and says when; the calls meanwhile do not reach the provider."""
+async def test_a_long_retry_after_is_passed_to_the_client(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The call fails at once with the retry time, and calls made before then do not reach the provider."""
     busy = answers(b'{"error":{"message":"slow down"}}', status=429, headers={"retry-after": "30"})
     async with open_app(make_config(retries={}), Provider(busy, says("yes"))) as served:
         call = await served.client.chat().wait()
@@ -127,8 +127,8 @@ async def test_a_long_retry_after_is_the_clients(open_app: OpenApp, autojump_clo
         assert (await served.client.chat().wait()).status == 200
 
 
-async def test_a_broken_target_is_passed_over(open_app: OpenApp) -> None:
-    """After five failures in a row its calls go to the next one without asking it."""
+async def test_a_target_with_an_open_breaker_is_skipped(open_app: OpenApp) -> None:
+    """After five failures in a row its calls go straight to the next target."""
     async with open_app(two(), {"a": Provider((Refuse(),)), "b": Provider(says("b"))}) as served:
         for _ in range(8):
             assert (await served.client.chat(model="both").wait()).status == 200
@@ -136,8 +136,8 @@ async def test_a_broken_target_is_passed_over(open_app: OpenApp) -> None:
         assert served.settled[-1].attempts[0].step.why == "first"
 
 
-async def test_all_attempts_are_told(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """In order, on the error."""
+async def test_the_error_lists_all_attempts(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The attempts are listed in order."""
     providers = {"a": Provider((Refuse(),)), "b": Provider((Stall(),))}
     async with open_app(two(limits={"total_timeout_s": 5}), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -149,8 +149,8 @@ async def test_all_attempts_are_told(open_app: OpenApp, autojump_clock: MockCloc
         assert call.error["attempts"][1]["duration_s"] == pytest.approx(5)
 
 
-async def test_never_after_content(open_app: OpenApp) -> None:
-    """What the client has had cannot be taken back."""
+async def test_there_is_no_failover_after_content(open_app: OpenApp) -> None:
+    """Content that the client has received cannot be taken back."""
     providers = {"a": Provider((Say(content("x")), Break())), "b": Provider(says("b"))}
     async with open_app(two(retries={}), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -158,8 +158,8 @@ async def test_never_after_content(open_app: OpenApp) -> None:
         assert not served.providers["b"].calls
 
 
-async def test_a_client_that_leaves_in_a_pause(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """There is no next attempt, and nothing is left of the one that was to come."""
+async def test_a_disconnect_during_a_backoff_pause(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """There is no next attempt, and nothing stays reserved for it."""
     busy = answers(b"{}", status=503, headers={"retry-after": "2"})
     async with open_app(make_config(retries={}), Provider(busy)) as served:
         call = served.client.chat()
@@ -198,7 +198,8 @@ def ask(served: Served, *, stream: Any = True, model: str = "up/m", **headers: s
 async def test_the_clients_deadline(
     open_app: OpenApp, autojump_clock: MockClock, stream: bool, name: str, given: str
 ) -> None:
-    """It spans everything before the answer, and is sent upstream. Who waits by its own clock hears a little before."""
+    """It spans everything before the answer and is sent upstream. A client with its own timer gets the error slightly
+    earlier."""
     async with open_app(make_config(), Provider((Stall(),))) as served:
         begun = trio.current_time()
         call = await ask(served, stream=stream, **{name: given}).wait()
@@ -210,50 +211,52 @@ async def test_the_clients_deadline(
         served.assert_clean()
 
 
-@pytest.mark.parametrize(("name", "cut"), [("x_request_timeout", True), ("x_stainless_read_timeout", False)])
-async def test_a_stream_that_has_begun(open_app: OpenApp, autojump_clock: MockClock, name: str, cut: bool) -> None:
-    """``x-request-timeout`` bounds it; what an SDK waits for its beginning does not."""
+@pytest.mark.parametrize(("name", "truncated"), [("x_request_timeout", True), ("x_stainless_read_timeout", False)])
+async def test_which_deadlines_bound_a_running_stream(
+    open_app: OpenApp, autojump_clock: MockClock, name: str, truncated: bool
+) -> None:
+    """``x-request-timeout`` bounds the whole stream. An SDK's timeout for the first byte does not."""
     script = (Say(content("a")), Pause(3), Say(content("b")), Say(DONE))
     async with open_app(make_config(), Provider(script)) as served:
         call = await ask(served, **{name: "2"}).wait()
-        assert call.body.endswith(DONE) is not cut
-        assert (b'"phase":"total"' in call.body) is cut
+        assert call.body.endswith(DONE) is not truncated
+        assert (b'"phase":"total"' in call.body) is truncated
 
 
 async def test_the_deadline_spans_attempts_and_pauses(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Each attempt is told what is left."""
+    """Each attempt is sent the remaining time."""
     slow = (Pause(1), Head(503, "application/json", {"retry-after": "1"}), Say(b"{}"))
     async with open_app(make_config(retries={"max_attempts": 9}), Provider(slow)) as served:
         begun = trio.current_time()
         call = await ask(served, x_request_timeout="4.5").wait()
         assert trio.current_time() - begun == pytest.approx(4.5, abs=0.01)
         assert call.status == 504
-        told = [float(each.headers["x-request-timeout"]) for each in served.providers["up"].calls]
-        assert told == pytest.approx([4.5, 2.5, 0.5], abs=0.01)
+        deadlines = [float(each.headers["x-request-timeout"]) for each in served.providers["up"].calls]
+        assert deadlines == pytest.approx([4.5, 2.5, 0.5], abs=0.01)
 
 
-async def test_an_upstream_is_told_its_own_deadline(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Where it is cut before the call is over, the time until then is what its answer is of use."""
+async def test_an_upstream_is_sent_its_own_deadline(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """An attempt that ends before the call's deadline is sent the time until its own end."""
     config = make_config(
         {"a": {"total_timeout_s": 3}, "b": {"total_timeout_s": 20}}, models={"both": {"targets": ["a/m", "b/m"]}}
     )
     async with open_app(config, {"a": Provider((Stall(),)), "b": Provider(says("b"))}) as served:
         assert (await ask(served, model="both").wait()).status == 200
-        told = [float(served.providers[name].calls[0].headers["x-request-timeout"]) for name in "ab"]
-        assert told == pytest.approx([3, 17], abs=0.01)
+        deadlines = [float(served.providers[name].calls[0].headers["x-request-timeout"]) for name in "ab"]
+        assert deadlines == pytest.approx([3, 17], abs=0.01)
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", "", "1s", "1_0"])
-async def test_a_deadline_that_is_none(open_app: OpenApp, value: str) -> None:
-    """A client that says nonsense is told so; an SDK that does is not listened to."""
+async def test_an_invalid_deadline(open_app: OpenApp, value: str) -> None:
+    """An invalid ``x-request-timeout`` is a 400. An invalid SDK header is ignored."""
     async with open_app(make_config(), Provider(says("x"))) as served:
         call = await ask(served, x_request_timeout=value).wait()
         assert (call.status, call.error["param"]) == (400, "x-request-timeout")
         assert (await ask(served, x_stainless_read_timeout=value).wait()).status == 200
 
 
-async def test_the_head_has_a_limit_of_its_own(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A provider that does not even begin to answer is left early."""
+async def test_the_response_head_has_its_own_timeout(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The gateway gives up early on a provider that does not begin to answer."""
     providers = {"a": Provider((Stall(),)), "b": Provider(says("b"))}
     async with open_app(two(limits={"response_head_timeout_s": 2}), providers) as served:
         begun = trio.current_time()
@@ -267,8 +270,8 @@ async def test_the_head_has_a_limit_of_its_own(open_app: OpenApp, autojump_clock
         assert text_of((await app.client.chat(model="both").wait()).body) == "a"
 
 
-async def test_a_model_has_limits_of_its_own(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """They go before those of the upstream."""
+async def test_a_model_has_its_own_limits(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """They take precedence over those of the upstream."""
     async with open_app(two(total_timeout_s=3), {"a": Provider((Stall(),)), "b": Provider()}) as served:
         begun = trio.current_time()
         assert (await served.client.chat(model="both").wait()).status == 504
@@ -281,16 +284,17 @@ HEDGE = {"strategy": "hedge", "hedge_delay_s": 1}
 
 
 async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
-    """A role, an empty delta and a comment are no content; the loser is closed at that very moment."""
+    """A role, an empty delta and a comment are not content. The superseded attempt is closed at the moment of the first
+    content."""
     slow = (Say(role()), Say(b": ping\n\n"), Pause(5), *says("slow"))
     providers = {"a": Provider(slow), "b": Provider((Pause(1), Say(content("quick")), Pause(2), Say(DONE)))}
     async with open_app(two(**HEDGE), providers) as served:
         begun = trio.current_time()
         call = await served.client.chat(model="both").wait()
         assert text_of(call.body) == "quick"
-        [lost] = served.providers["a"].calls
-        assert lost.ended == "closed"
-        assert lost.ended_at - begun == pytest.approx(2)
+        [superseded] = served.providers["a"].calls
+        assert superseded.ended == "closed"
+        assert superseded.ended_at - begun == pytest.approx(2)
         assert whys(served) == [("a/m", "first", "superseded"), ("b/m", "hedge", "complete")]
         assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
         [line] = logs.named("exchange")
@@ -298,15 +302,15 @@ async def test_the_first_content_wins(open_app: OpenApp, autojump_clock: MockClo
         served.assert_clean()
 
 
-async def test_who_is_quick_is_alone(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """There is no second attempt where the first one speaks in time."""
+async def test_a_quick_answer_starts_no_hedge(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """There is no second attempt when the first one sends content in time."""
     async with open_app(two(**HEDGE), {"a": Provider((Pause(0.5), *says("a"))), "b": Provider()}) as served:
         assert text_of((await served.client.chat(model="both").wait()).body) == "a"
         assert not served.providers["b"].calls
 
 
-async def test_an_error_does_not_win(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """An error frame, a status, a cut: the other attempt goes on."""
+async def test_an_error_does_not_win_the_race(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """After an error event, an error status or a broken connection, the other attempt continues."""
     for bad in (
         (Say(event({"error": {"message": "no"}})),),
         (Head(500), Say(b"{}")),
@@ -322,8 +326,8 @@ async def test_an_error_does_not_win(open_app: OpenApp, autojump_clock: MockCloc
             served.assert_clean()
 
 
-async def test_both_fail(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Then the client is told, with both attempts."""
+async def test_both_attempts_fail(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The client gets an error that lists both attempts."""
     providers = {"a": Provider((Pause(3), Break())), "b": Provider((Pause(1), Break()))}
     async with open_app(two(**HEDGE), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -332,8 +336,8 @@ async def test_both_fail(open_app: OpenApp, autojump_clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize("leave_at", [0.5, 1.5, 2.5])
-async def test_who_leaves_ends_both(open_app: OpenApp, autojump_clock: MockClock, leave_at: float) -> None:
-    """Whenever that is."""
+async def test_a_disconnect_ends_both_attempts(open_app: OpenApp, autojump_clock: MockClock, leave_at: float) -> None:
+    """This holds at any time."""
     providers = {"a": Provider((Stall(),)), "b": Provider((Pause(1), Say(content("b")), Stall()))}
     async with open_app(two(**HEDGE), providers) as served:
         call = served.client.chat(model="both")
@@ -348,8 +352,8 @@ async def test_who_leaves_ends_both(open_app: OpenApp, autojump_clock: MockClock
         )
 
 
-async def test_json_answers_race_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The first whole answer wins."""
+async def test_json_answers_are_hedged_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The first complete answer wins."""
     slow = (Head(200, "application/json"), Pause(5), Say(completion("slow")))
     providers = {"a": Provider(slow), "b": Provider(answers(completion("quick")))}
     async with open_app(two(**HEDGE), providers) as served:
@@ -359,8 +363,8 @@ async def test_json_answers_race_too(open_app: OpenApp, autojump_clock: MockCloc
         served.assert_clean()
 
 
-async def test_a_deadline_ends_a_race(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """One deadline for both."""
+async def test_a_deadline_ends_both_attempts(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Both attempts share one deadline."""
     providers = {"a": Provider((Stall(),)), "b": Provider((SlowConnect(),))}
     async with open_app(two(**HEDGE, total_timeout_s=4), providers) as served:
         begun = trio.current_time()
@@ -370,7 +374,7 @@ async def test_a_deadline_ends_a_race(open_app: OpenApp, autojump_clock: MockClo
         served.assert_clean()
 
 
-# -- a stream that breaks off -----------------------------------------------------------------------------------------
+# -- truncated streams ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -378,8 +382,8 @@ async def test_a_deadline_ends_a_race(open_app: OpenApp, autojump_clock: MockClo
     [b"data: [DONE]\n\n", b"", FINISH],
     ids=["no finish_reason", "nothing", "no [DONE]"],
 )
-async def test_both_proofs_are_needed(open_app: OpenApp, end: bytes) -> None:
-    """A stream is complete with ``finish_reason`` and ``[DONE]``; else the client is told that it is not."""
+async def test_a_complete_stream_needs_finish_reason_and_done(open_app: OpenApp, end: bytes) -> None:
+    """A stream is complete with ``finish_reason`` and ``[DONE]``. Otherwise the client gets an error."""
     async with open_app(make_config(), Provider((Say(content("a")), Say(end)))) as served:
         call = await served.client.chat().wait()
         assert call.error["code"] == "upstream_truncated"
@@ -387,8 +391,8 @@ async def test_both_proofs_are_needed(open_app: OpenApp, end: bytes) -> None:
         assert served.settled[0].outcome == "upstream_truncated"
 
 
-async def test_every_choice_has_to_finish(open_app: OpenApp) -> None:
-    """With two choices, one ``finish_reason`` is half of it."""
+async def test_every_choice_must_finish(open_app: OpenApp) -> None:
+    """With two choices, one ``finish_reason`` does not complete the stream."""
 
     def choice(index: int, **more: Any) -> Say:
         return Say(event({"choices": [{"index": index, "delta": {}, **more}]}))
@@ -404,8 +408,8 @@ async def test_every_choice_has_to_finish(open_app: OpenApp) -> None:
 CONTINUE = {"on_truncation": "continue"}
 
 
-def cut(*texts: str, end: Any = BROKEN) -> Script:  # Any: a step
-    """A stream that breaks off."""
+def truncated(*texts: str, end: Any = BROKEN) -> Script:  # Any: a step
+    """A script whose stream breaks off after these texts."""
     return (Say(role()), *(Say(content(text)) for text in texts), end)
 
 
@@ -414,11 +418,11 @@ def cut(*texts: str, end: Any = BROKEN) -> Script:  # Any: a step
     [Break("fin"), Break("rst"), Say(event({"error": {"message": "overloaded"}})), Say(b"data: [DONE]\n\n"), Stall()],
     ids=["fin", "rst", "error event", "no finish_reason", "silence"],
 )
-async def test_the_next_target_goes_on(open_app: OpenApp, autojump_clock: MockClock, end: Any) -> None:
-    """In the same response, from the last character that the client has, under the same id; and it is told once who
-    speaks."""
+async def test_the_next_target_continues_the_stream(open_app: OpenApp, autojump_clock: MockClock, end: Any) -> None:
+    """It continues in the same response, from the client's last character and under the same id. The role is sent
+    once."""
     second = (Say(role()), Say(content(" wörld").replace(b"chatcmpl-1", b"other")), Say(usage(9, 4)), Say(DONE))
-    providers = {"a": Provider(cut("Héllo", ",", end=end)), "b": Provider(second)}
+    providers = {"a": Provider(truncated("Héllo", ",", end=end)), "b": Provider(second)}
     async with open_app(two(**CONTINUE), providers) as served:
         call = await served.client.chat(model="both", temperature=0.5).wait()
         assert text_of(call.body) == "Héllo, wörld"
@@ -436,9 +440,9 @@ async def test_the_next_target_goes_on(open_app: OpenApp, autojump_clock: MockCl
         served.assert_clean()
 
 
-async def test_it_goes_on_more_than_once(open_app: OpenApp) -> None:
-    """As long as there are attempts."""
-    providers = {"a": Provider(cut("one "), says("three")), "b": Provider(cut("two "))}
+async def test_a_stream_is_continued_more_than_once(open_app: OpenApp) -> None:
+    """A stream is continued as long as attempts remain."""
+    providers = {"a": Provider(truncated("one "), says("three")), "b": Provider(truncated("two "))}
     async with open_app(two(retries={}, **CONTINUE), providers) as served:
         call = await served.client.chat(model="both").wait()
         assert text_of(call.body) == "one two three"
@@ -457,8 +461,8 @@ async def test_it_goes_on_more_than_once(open_app: OpenApp) -> None:
     ],
     ids=["tool call", "reasoning", "finished", "too long", "thoughts among the parts", "half a character"],
 )
-async def test_what_cannot_be_gone_on_with(open_app: OpenApp, first: Script) -> None:
-    """It fails honestly."""
+async def test_streams_that_cannot_be_continued(open_app: OpenApp, first: Script) -> None:
+    """The client gets an error event."""
     config = two(limits={"buffered_bytes": 2000}, **CONTINUE)
     async with open_app(config, {"a": Provider(first), "b": Provider(says("b"))}) as served:
         call = await served.client.chat(model="both").wait()
@@ -467,17 +471,17 @@ async def test_what_cannot_be_gone_on_with(open_app: OpenApp, first: Script) -> 
         assert not served.providers["b"].calls
 
 
-async def test_who_speaks_is_said_once(open_app: OpenApp) -> None:
-    """Also where the second one says it together with its first words, as a few providers do."""
+async def test_the_role_is_sent_once(open_app: OpenApp) -> None:
+    """This also holds when the second target sends the role together with its first content, as a few providers do."""
     second = (Say(chunk({"role": "assistant", "content": ' "role" \u00fc'})), Say(DONE))
-    async with open_app(two(**CONTINUE), {"a": Provider(cut("a")), "b": Provider(second)}) as served:
+    async with open_app(two(**CONTINUE), {"a": Provider(truncated("a")), "b": Provider(second)}) as served:
         call = await served.client.chat(model="both").wait()
         assert text_of(call.body) == 'a "role" \u00fc'
         assert call.body.count(b'"role"') == 1
 
 
-async def test_a_character_in_two_halves(open_app: OpenApp) -> None:
-    """What came in two events is one character for who goes on, who may send its own in that way, too."""
+async def test_a_character_split_between_two_events(open_app: OpenApp) -> None:
+    """The continuing target gets the two parts as one character, and it may split its own characters too."""
     halves = [content("X").replace(b"X", half) for half in (b"\\ud83d", b"\\ude00")]
     first: Script = (*(Say(half) for half in halves), Break())
     second: Script = (*(Say(half.replace(b"chatcmpl-1", b"other")) for half in halves), Say(DONE))
@@ -491,9 +495,11 @@ async def test_a_character_in_two_halves(open_app: OpenApp) -> None:
 
 
 @pytest.mark.parametrize("refusal", [BUSY, (Refuse(),), (Say(role()), Break())], ids=["503", "refused", "role only"])
-async def test_the_one_after_goes_on(open_app: OpenApp, autojump_clock: MockClock, refusal: Script) -> None:
-    """Where the next target fails before it has said anything, it is the turn of the one behind it."""
-    providers = {"a": Provider(cut("one ")), "b": Provider(refusal), "c": Provider(says("two"))}
+async def test_the_target_after_a_failed_continuation_continues(
+    open_app: OpenApp, autojump_clock: MockClock, refusal: Script
+) -> None:
+    """When the next target fails before its first content, the target after it continues the stream."""
+    providers = {"a": Provider(truncated("one ")), "b": Provider(refusal), "c": Provider(says("two"))}
     config = make_config(
         {"a": {}, "b": {}, "c": {}},
         models={"all": {"targets": ["a/m", "b/m", "c/m"], **CONTINUE}},
@@ -508,8 +514,8 @@ async def test_the_one_after_goes_on(open_app: OpenApp, autojump_clock: MockCloc
         served.assert_clean()
 
 
-async def test_who_hears_a_keep_alive_waits(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """What an SDK waits for is the next byte: after a comment, there is still time for another target."""
+async def test_a_keep_alive_ends_the_first_byte_deadline(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """An SDK's read timeout is for the next byte, so after a comment there is time for another target."""
     config = two(limits={"keep_alive_s": 3, "first_token_timeout_s": 8})
     async with open_app(config, {"a": Provider((Stall(),)), "b": Provider(says("b"))}) as served:
         call = await ask(served, model="both", x_stainless_read_timeout="5").wait()
@@ -517,22 +523,22 @@ async def test_who_hears_a_keep_alive_waits(open_app: OpenApp, autojump_clock: M
         assert call.body.endswith(DONE)
 
 
-async def test_nobody_goes_on(open_app: OpenApp) -> None:
-    """The next one fails as well: an error event, and what was said stays as it was."""
-    async with open_app(two(**CONTINUE), {"a": Provider(cut("a")), "b": Provider(BUSY)}) as served:
+async def test_a_failed_continuation(open_app: OpenApp) -> None:
+    """When the next target fails too, the client gets an error event and its partial answer is unchanged."""
+    async with open_app(two(**CONTINUE), {"a": Provider(truncated("a")), "b": Provider(BUSY)}) as served:
         call = await served.client.chat(model="both").wait()
         assert text_of(call.body.split(b'data: {"error"')[0]) == "a"
         assert len(call.error["attempts"]) == 2
         served.assert_clean()
 
 
-# -- who leaves -------------------------------------------------------------------------------------------------------
+# -- clients that disconnect ------------------------------------------------------------------------------------------
 
 FINISHING = {"on_disconnect": "finish", "finish_timeout_s": 10}
 
 
-async def test_the_answer_is_taken_to_its_end(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The provider bills it anyway: so at least its usage is known."""
+async def test_the_answer_is_read_to_its_end(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The provider bills the answer anyway, so the gateway at least records its usage."""
     script = (Say(content("a")), Pause(5), Say(content("b")), Say(usage(3, 4)), Say(DONE))
     async with open_app(two(**FINISHING), {"a": Provider(script), "b": Provider()}) as served:
         call = served.client.chat(model="both")
@@ -543,15 +549,17 @@ async def test_the_answer_is_taken_to_its_end(open_app: OpenApp, autojump_clock:
         [exchange] = served.settled
         assert (exchange.outcome, exchange.usage.completion_tokens) == ("finished", 4)
         totals = served.gateway.live.totals
-        assert (totals.exchanges, totals.cancelled, totals.failed) == (1, 1, 0), "it is the client who left"
+        assert (totals.exchanges, totals.cancelled, totals.failed) == (1, 1, 0), "the client disconnected"
         assert served.providers["a"].calls[0].ended == "complete"
         served.assert_clean()
 
 
 @pytest.mark.parametrize("script", [(Stall(),), (Say(content("a")), Stall())], ids=["before", "after content"])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_not_for_ever(open_app: OpenApp, autojump_clock: MockClock, script: Script, stream: bool) -> None:
-    """After its time it is cancelled."""
+async def test_finishing_has_a_time_limit(
+    open_app: OpenApp, autojump_clock: MockClock, script: Script, stream: bool
+) -> None:
+    """After the finish timeout the exchange is cancelled."""
     async with open_app(two(**FINISHING), {"a": Provider(script), "b": Provider()}) as served:
         begun = trio.current_time()
         call = served.client.chat(model="both", stream=stream)
@@ -563,8 +571,9 @@ async def test_not_for_ever(open_app: OpenApp, autojump_clock: MockClock, script
         served.assert_clean()
 
 
-async def test_nothing_is_begun_for_nobody(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Where the client leaves before an upstream is asked, or its attempt fails after that, nobody else is asked."""
+async def test_no_attempt_begins_after_a_disconnect(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """When the client disconnects before the first attempt, or the attempt fails after the disconnect, no other target
+    is tried."""
     slow, failing = (Pause(5), *says("x")), (Pause(5), *answers(b'{"error":{"message":"no"}}', status=500))
     model = {"targets": ["a/m", "b/m"], **FINISHING}
     config = make_config({"a": {"max_connections": 1}, "b": {}}, models={"both": model})
@@ -588,8 +597,8 @@ async def test_nothing_is_begun_for_nobody(open_app: OpenApp, autojump_clock: Mo
 # -- headers ----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_overhead_is_without_the_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Waiting for an upstream is not the gateway's; pauses are."""
+async def test_the_overhead_excludes_the_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The time spent waiting for an upstream is not overhead; backoff pauses are."""
     slow = (Pause(3), Head(503, "application/json", {"retry-after": "1"}), Say(b"{}"))
     good = (Pause(2), *says("x"))
     async with open_app(make_config(retries={}), Provider(slow, good)) as served:

@@ -1,7 +1,7 @@
-"""The sweep: a client that leaves at the n-th scheduling step of its request, for every n.
+"""The sweep: a client that disconnects at the n-th scheduling step of its request, for every n.
 
-Whatever the moment: afterwards nothing is open upstream, no place is taken, no exchange lives, each was settled exactly
-once, no error was logged, and the gateway serves the next request.
+Afterwards, whatever the moment was, nothing is open upstream, no slot is taken, no exchange is live, each exchange was
+settled exactly once, no error was logged, and the gateway serves the next request.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 @attrs.frozen(kw_only=True)
 class Scene:
-    """A request, and what its upstreams do with it.
+    """A request and the scripts of its upstreams.
 
     Attributes:
-        outcomes: Which ways it may end, whenever the client leaves.
+        outcomes: The outcomes that are allowed, whenever the client disconnects.
     """
 
     a: Script
@@ -78,7 +78,7 @@ SCENES = {
     "refused": Scene(
         a=(Pause(1), *answers(b'{"error":{"message":"no"}}', status=400)), outcomes=("cancelled", "upstream_rejected")
     ),
-    "cut": Scene(a=(Say(content("a")), Pause(1), Break()), outcomes=("cancelled", "upstream_truncated")),
+    "truncated": Scene(a=(Say(content("a")), Pause(1), Break()), outcomes=("cancelled", "upstream_truncated")),
     "error event": Scene(
         a=(Say(content("a")), Pause(1), Say(event({"error": {"message": "m"}}))),
         outcomes=("cancelled", "upstream_error"),
@@ -90,8 +90,8 @@ SCENES = {
 
 @pytest.fixture(autouse=True)
 def steady_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes Trio's order of tasks the same in each run, so that "the n-th step" names one moment, and a failure can be
-    looked at again."""
+    """Makes Trio's task order the same in each run, so that "the n-th step" names one moment and a failure can be
+    reproduced."""
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
     monkeypatch.setattr("trio._core._run._r", random.Random(2))
 
@@ -150,10 +150,10 @@ def is_whole(received: bytes) -> bool:
 
 
 async def sweep(open_app: OpenApp, scene: Scene, trial: Trial) -> int:
-    """Runs trials with n = 1, 2, … until the client stays to the end; returns how many there were.
+    """Runs trials with n = 1, 2, … until the client stays to the end, and returns the number of trials.
 
     Raises:
-        AssertionError: Something was left of one of them.
+        AssertionError: A trial left something behind.
     """
     config = make_config(
         {"a": {"max_connections": 1}, "b": {"max_connections": 1}},
@@ -186,37 +186,35 @@ async def sweep(open_app: OpenApp, scene: Scene, trial: Trial) -> int:
         call = await served.client.chat(model="a/m").wait()
         assert call.body.endswith(DONE)
         outcomes = {exchange.outcome for exchange in served.settled}
-        assert outcomes == {*scene.outcomes, "complete"}, "the sweep met every way to end"
+        assert outcomes == {*scene.outcomes, "complete"}, "the sweep reached every outcome"
         return steps
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["disconnect", "cancel"])
 @pytest.mark.parametrize("scene", SCENES)
-async def test_a_client_that_leaves_at_any_step(
-    open_app: OpenApp, autojump_clock: MockClock, scene: str, how: str
-) -> None:
-    """Told by ``http.disconnect``, or by the server that cancels the request's task."""
+async def test_a_disconnect_at_any_step(open_app: OpenApp, autojump_clock: MockClock, scene: str, how: str) -> None:
+    """The end arrives as ``http.disconnect``, or as the server's cancellation of the request's task."""
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:
         return await _asgi_trial(served, scene, steps, how)
 
-    told = "cancelled" if how == "disconnect" else "draining"  # it was not the client that ended it
-    left = attrs.evolve(SCENES[scene], outcomes=(told, *SCENES[scene].outcomes[1:]))
-    assert await sweep(open_app, left, trial) > 15
+    outcome = "cancelled" if how == "disconnect" else "draining"  # the server ended it, not the client
+    expected = attrs.evolve(SCENES[scene], outcomes=(outcome, *SCENES[scene].outcomes[1:]))
+    assert await sweep(open_app, expected, trial) > 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 async def test_a_connection_that_breaks_at_any_step(open_app: OpenApp, autojump_clock: MockClock, scene: str) -> None:
-    """Through the server's own protocol: the connection task ends too, and nothing escapes from it."""
+    """With the server's own protocol code, the connection task ends too and raises nothing."""
     assert await sweep(open_app, SCENES[scene], _server_trial) > 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock, scene: str) -> None:
-    """``cut`` at every step: the client always has a proper end, and the upstream is let go."""
+    """``cut`` at every step: the client always gets a proper end, and the upstream is closed."""
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:
         call = served.client.start("POST", scene.path, scene.body)
@@ -229,19 +227,19 @@ async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock,
             assert call.body.endswith(DONE) != (b'"error"' in call.body)
         return bomb.fired
 
-    cut = attrs.evolve(SCENES[scene], outcomes=("draining", *SCENES[scene].outcomes[1:]))
-    assert await sweep(open_app, cut, trial) > 15
+    expected = attrs.evolve(SCENES[scene], outcomes=("draining", *SCENES[scene].outcomes[1:]))
+    assert await sweep(open_app, expected, trial) > 15
 
 
 async def _leaky_acquire_slot(self: Any, owner: str) -> None:
     self._slots.acquire_nowait(owner)
-    await trio.lowlevel.checkpoint()  # the gap: cancelled here, the place is never given back
+    await trio.lowlevel.checkpoint()  # the gap: a cancellation here leaks the slot
 
 
 async def test_the_sweep_finds_a_leak(
     open_app: OpenApp, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A place that leaks when the client leaves at one certain step is found: the sweep can fail."""
+    """A slot that leaks when the client disconnects at one particular step is found, so the sweep can fail."""
     monkeypatch.setattr("trigate.upstream.upstream.Upstream._acquire_slot", _leaky_acquire_slot)
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:

@@ -1,4 +1,5 @@
-"""One request, end to end, in memory and in virtual time: what the client gets, and when the upstream is let go."""
+"""One request end to end, in memory and in virtual time: what the client receives and when the upstream connection is
+closed."""
 
 from __future__ import annotations
 
@@ -48,17 +49,17 @@ def two(**limits: Any) -> Any:  # Any: a Config of any limits
     return make_config({"a": {}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}}, limits=limits)
 
 
-# -- a good answer ----------------------------------------------------------------------------------------------------
+# -- complete answers -------------------------------------------------------------------------------------------------
 
 
-async def test_a_stream_is_relayed_as_it_came(open_app: OpenApp) -> None:
-    """Every byte of every event, under the public model id, with the headers of an event stream."""
+async def test_a_stream_is_relayed_byte_for_byte(open_app: OpenApp) -> None:
+    """The stream carries every byte of every event, with the public model id and the headers of an event stream."""
     script = says("Hello", "!")
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat().wait()
-        said = b"".join(step.data for step in script if isinstance(step, Say))
+        sent = b"".join(step.data for step in script if isinstance(step, Say))
         assert call.status == 200
-        assert call.body == said.replace(b'"model":"m"', b'"model":"up/m"')
+        assert call.body == sent.replace(b'"model":"m"', b'"model":"up/m"')
         assert call.header("content-type") == "text/event-stream; charset=utf-8"
         assert call.header("cache-control") == "no-cache"
         assert call.header("x-accel-buffering") == "no"
@@ -69,8 +70,8 @@ async def test_a_stream_is_relayed_as_it_came(open_app: OpenApp) -> None:
         served.assert_clean()
 
 
-async def test_what_goes_upstream(open_app: OpenApp) -> None:
-    """The client's fields untouched, the upstream's own model id, identity encoding, the request id."""
+async def test_the_request_that_is_sent_upstream(open_app: OpenApp) -> None:
+    """It has the client's fields unchanged, the upstream's model id, identity encoding and the request id."""
     config = make_config({"up": {"api_key": "secret-of-up", "headers": {"X-Org": "o"}}})
     async with open_app(config, Provider(answers(completion("x")))) as served:
         body = chat(stream=False, seed=12345678901234567890, unknown={"deep": [None]})
@@ -91,7 +92,7 @@ async def test_what_goes_upstream(open_app: OpenApp) -> None:
 
 
 async def test_a_json_answer_has_the_public_model_id_and_usage(open_app: OpenApp) -> None:
-    """``model`` is what was asked for; the rest is the upstream's; usage is counted."""
+    """``model`` is the requested id, everything else comes from the upstream, and the usage is counted."""
     async with open_app(providers=Provider(answers(completion("Hi", model="m-2025")))) as served:
         call = await served.client.chat(stream=False).wait()
         assert call.status == 200
@@ -105,7 +106,7 @@ async def test_a_json_answer_has_the_public_model_id_and_usage(open_app: OpenApp
 
 
 async def test_usage_comes_in_the_last_chunk_and_is_counted(open_app: OpenApp) -> None:
-    """The usage chunk stands before ``[DONE]`` as the upstream sent it."""
+    """The usage chunk comes before ``[DONE]``, as the upstream sent it."""
     script = (Say(content("x")), Say(chunk({}, finish_reason="stop")), Say(usage(7, 11)), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat(stream_options={"include_usage": True}).wait()
@@ -114,8 +115,8 @@ async def test_usage_comes_in_the_last_chunk_and_is_counted(open_app: OpenApp) -
         assert (totals.prompt_tokens, totals.completion_tokens, totals.complete) == (7, 11, 1)
 
 
-async def test_an_alias_is_the_answers_model(open_app: OpenApp) -> None:
-    """Whatever stands behind an alias, the client sees the alias."""
+async def test_an_answer_carries_the_alias_as_its_model(open_app: OpenApp) -> None:
+    """The client sees the alias, whichever target serves the call."""
     async with open_app(two(), {"a": Provider(), "b": Provider()}) as served:
         call = await served.client.chat(model="both").wait()
         assert call.body.count(b'"model":"both"') == 3
@@ -123,7 +124,8 @@ async def test_an_alias_is_the_answers_model(open_app: OpenApp) -> None:
 
 
 async def test_the_role_waits_for_the_first_content(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """An event without content commits nothing; it leaves together with the first content, and first."""
+    """An event without content does not commit the response. It is sent together with the first content, ahead of
+    it."""
     script = (Say(role()), Pause(5), Say(content("a")), Pause(1), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         begun = trio.current_time()
@@ -133,8 +135,8 @@ async def test_the_role_waits_for_the_first_content(open_app: OpenApp, autojump_
         assert b'"a"' in call.pieces[0][1]
 
 
-async def test_an_event_leaves_when_it_is_whole(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Half an event is held; events that arrive together leave together."""
+async def test_an_event_is_sent_when_it_is_complete(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """An incomplete event is held. Events that arrive together are sent together."""
     whole = content("whole") + content("second")
     script = (Say(content("a")), Say(whole[:10]), Pause(2), Say(whole[10:]), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
@@ -145,7 +147,7 @@ async def test_an_event_leaves_when_it_is_whole(open_app: OpenApp, autojump_cloc
 
 
 async def test_audio_passes_through_byte_for_byte(open_app: OpenApp) -> None:
-    """Bytes are no events: they go as they come, with their content type and length."""
+    """Audio has no events: bytes are relayed as they arrive, with their content type and length."""
     sound = bytes(range(256)) * 4
     script = (
         Head(200, "audio/mpeg", {"content-length": str(len(sound))}),
@@ -160,8 +162,9 @@ async def test_audio_passes_through_byte_for_byte(open_app: OpenApp) -> None:
         served.assert_clean()
 
 
-async def test_audio_that_is_cut_has_no_proper_end(open_app: OpenApp) -> None:
-    """Bytes cannot carry an error, so the response is left without its end: the server breaks the connection."""
+async def test_truncated_audio_has_no_final_message(open_app: OpenApp) -> None:
+    """Audio cannot carry an error event, so the response gets no final body message and the server breaks the
+    connection."""
     script = (Head(200, "audio/mpeg"), Say(b"abc"), Break())
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.ask("POST", "/v1/audio/speech", {"model": "up/m", "input": "x", "voice": "v"})
@@ -180,15 +183,15 @@ async def test_audio_that_is_cut_has_no_proper_end(open_app: OpenApp) -> None:
         ("images/generations", {"prompt": "x"}),
     ],
 )
-async def test_the_other_endpoints_are_the_same_exchange(open_app: OpenApp, path: str, fields: dict[str, str]) -> None:
-    """They reach the upstream under the same path and bring its answer back."""
+async def test_the_other_endpoints_are_relayed(open_app: OpenApp, path: str, fields: dict[str, str]) -> None:
+    """They reach the upstream under the same path, and the client gets the upstream's answer."""
     async with open_app(providers=Provider(answers(b'{"object":"x","model":"m","data":[1]}'))) as served:
         call = await served.client.ask("POST", f"/v1/{path}", {"model": "up/m", **fields})
         assert (call.status, call.json) == (200, {"object": "x", "model": "up/m", "data": [1]})
         assert served.providers["up"].calls[0].path == f"/v1/{path}"
 
 
-# -- the client leaves ------------------------------------------------------------------------------------------------
+# -- the client disconnects -------------------------------------------------------------------------------------------
 
 PHASES: dict[str, tuple[Script, bool]] = {
     "connecting": ((SlowConnect(),), True),
@@ -203,35 +206,35 @@ PHASES: dict[str, tuple[Script, bool]] = {
 
 @pytest.mark.parametrize("how", ["disconnect", "cancel"])
 @pytest.mark.parametrize("phase", PHASES)
-async def test_the_client_goes_and_so_does_the_upstream(
+async def test_a_disconnect_closes_the_upstream_at_once(
     open_app: OpenApp, autojump_clock: MockClock, phase: str, how: str
 ) -> None:
-    """In every phase the upstream is closed in the same moment, and the exchange settled: as cancelled, or, where the
-    server ended it, as that."""
+    """In every phase the upstream is closed at the same moment. The exchange is settled as cancelled, or as draining
+    where the server cancelled it."""
     script, stream = PHASES[phase]
     limits = {"connect_timeout_s": 0, "keep_alive_s": 0}
     async with open_app(make_config(limits=limits), Provider(script)) as served:
         call = served.client.chat(stream=stream)
         await trio.sleep(3)
         assert served.providers["up"].open_now == 1
-        left = trio.current_time()
+        ended_at = trio.current_time()
         if how == "disconnect":
             call.disconnect()
         else:
             call.scope.cancel()
         await call.wait()
-        assert served.providers["up"].closed_at == [left]
-        assert call.returned_at == left
+        assert served.providers["up"].closed_at == [ended_at]
+        assert call.returned_at == ended_at
         outcome = "cancelled" if how == "disconnect" else "draining"
         assert [exchange.outcome for exchange in served.settled] == [outcome]
         served.assert_clean()
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_server_that_stops_leaves_the_client_a_last_word(
+async def test_a_request_cancelled_by_the_server_gets_a_final_error(
     open_app: OpenApp, autojump_clock: MockClock, phase: str
 ) -> None:
-    """Cancelled by the server and not by its client, a request still ends with a status or an error event."""
+    """A request that the server cancels still ends with a status or an error event."""
     script, stream = PHASES[phase]
     async with open_app(make_config(limits={"connect_timeout_s": 0, "keep_alive_s": 0}), Provider(script)) as served:
         call = served.client.chat(stream=stream)
@@ -245,8 +248,10 @@ async def test_a_server_that_stops_leaves_the_client_a_last_word(
         assert [exchange.outcome for exchange in served.settled] == ["draining"]
 
 
-async def test_a_server_that_stops_waits_for_no_stalled_client(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A last word that cannot be said within a moment is not said."""
+async def test_a_stopping_server_does_not_wait_for_a_stalled_client(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """A final message that cannot be sent promptly is not sent."""
     async with open_app(providers=Provider((Say(content("a")), Stall()))) as served:
         call = served.client.chat()
         await call.wait_for(b"data")
@@ -260,15 +265,16 @@ async def test_a_server_that_stops_waits_for_no_stalled_client(open_app: OpenApp
         served.assert_clean()
 
 
-async def test_a_queued_client_goes_and_its_place_is_not_taken(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who leaves the queue leaves nothing in it: the next one is served when its turn comes."""
+async def test_a_queued_client_that_disconnects_takes_no_slot(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A client that disconnects leaves nothing in the queue, and the next call is served in its turn."""
     config = make_config({"up": {"max_connections": 1}})
     async with open_app(config, Provider((Stall(),), says("x"))) as served:
         first = served.client.chat()
         await wait_all_tasks_blocked()
         queued = [served.client.chat(), served.client.chat()]
         await wait_all_tasks_blocked()
-        assert [view.phase(exchange) for exchange in served.gateway.live].count("queued") == 2
+        phases: list[str] = [view.phase(exchange) for exchange in served.gateway.live]
+        assert phases.count("queued") == 2
         queued[0].disconnect()
         await queued[0].wait()
         assert (queued[0].status, queued[0].body) == (0, b"")
@@ -279,7 +285,7 @@ async def test_a_queued_client_goes_and_its_place_is_not_taken(open_app: OpenApp
         served.assert_clean()
 
 
-async def test_a_client_that_leaves_after_the_answer_cancels_nothing(open_app: OpenApp) -> None:
+async def test_a_disconnect_after_the_answer_cancels_nothing(open_app: OpenApp) -> None:
     """The upstream's framing is read to its end, and the exchange is complete."""
     async with open_app(providers=Provider(says("x"))) as served:
         call = served.client.chat()
@@ -316,7 +322,7 @@ async def test_a_client_that_leaves_after_the_answer_cancels_nothing(open_app: O
 async def test_before_commit_a_failure_is_a_status(
     open_app: OpenApp, script: Script, status: int, code: str | None, stream: bool
 ) -> None:
-    """Whatever goes wrong before the first content is a status with an OpenAI error that blames the upstream."""
+    """Any failure before the first content becomes a status with an OpenAI error that blames the upstream."""
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat(stream=stream).wait()
         assert call.status == status
@@ -343,7 +349,7 @@ async def test_before_commit_a_failure_is_a_status(
     ids=["fin", "rst", "end", "empty", "half and fin", "half and end"],
 )
 async def test_a_stream_without_content_is_a_status(open_app: OpenApp, script: Script) -> None:
-    """A stream that ends, in whatever way, before it said anything is a 502 and not an empty 200."""
+    """A stream that ends in any way before its first content is a 502, not an empty 200."""
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat().wait()
         assert (call.status, call.error["code"]) == (502, "upstream_truncated")
@@ -367,11 +373,12 @@ async def test_a_stream_without_content_is_a_status(open_app: OpenApp, script: S
     ],
     ids=[
         "fin", "rst", "end", "mid-event fin", "mid-event rst", "mid-event end", "no DONE", "no DONE fin",
-        "no DONE rst", "half a DONE", "DONE without its blank line, cut",
+        "no DONE rst", "incomplete DONE", "DONE without its blank line, truncated",
     ],
 )  # fmt: skip
-async def test_after_commit_a_cut_is_an_error_event(open_app: OpenApp, rest: Script) -> None:
-    """What was whole has arrived; then one error event, no ``[DONE]``, and the response's own end."""
+async def test_after_commit_a_truncated_stream_ends_in_an_error_event(open_app: OpenApp, rest: Script) -> None:
+    """The client gets every complete event, then one error event without ``[DONE]``, then the proper end of the
+    response."""
     async with open_app(providers=Provider((Say(content("a")), *rest))) as served:
         call = await served.client.chat().wait()
         assert call.status == 200
@@ -388,8 +395,8 @@ async def test_after_commit_a_cut_is_an_error_event(open_app: OpenApp, rest: Scr
 
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
-async def test_a_cut_after_the_last_event_harms_nobody(open_app: OpenApp, how: Any) -> None:
-    """After ``[DONE]`` the answer is complete, however its connection then ends."""
+async def test_a_connection_broken_after_done_is_harmless(open_app: OpenApp, how: Any) -> None:
+    """After ``[DONE]`` the answer is complete, however its connection ends."""
     async with open_app(providers=Provider((*says("x"), Break(how)))) as served:
         call = await served.client.chat().wait()
         assert call.body.endswith(DONE)
@@ -399,8 +406,8 @@ async def test_a_cut_after_the_last_event_harms_nobody(open_app: OpenApp, how: A
 
 
 @pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n"])
-async def test_done_without_its_blank_line_is_done(open_app: OpenApp, end: bytes) -> None:
-    """A body that ends well, right behind ``[DONE]``, was complete."""
+async def test_done_without_a_blank_line_completes_the_stream(open_app: OpenApp, end: bytes) -> None:
+    """A body that ends properly right after ``[DONE]`` is complete."""
     async with open_app(providers=Provider((Say(content("a")), Say(FINISH), Say(end)))) as served:
         call = await served.client.chat().wait()
         assert call.body.endswith(b"data: [DONE]\n\n")
@@ -408,7 +415,8 @@ async def test_done_without_its_blank_line_is_done(open_app: OpenApp, end: bytes
 
 
 async def test_an_upstream_that_never_ends_its_body_is_closed(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """After ``[DONE]`` the client has its end at once; the upstream gets a moment, and is closed."""
+    """After ``[DONE]`` the client's response ends at once. The upstream gets a short grace period and is then
+    closed."""
     async with open_app(providers=Provider((*says("x"), Stall()))) as served:
         begun = trio.current_time()
         call = await served.client.chat().wait()
@@ -419,7 +427,7 @@ async def test_an_upstream_that_never_ends_its_body_is_closed(open_app: OpenApp,
 
 
 async def test_an_error_event_first_is_a_status(open_app: OpenApp) -> None:
-    """A stream that opens with an error has not begun: the client gets a status, and the upstream's words."""
+    """A stream that opens with an error has not begun: the client gets a status and the upstream's message."""
     script = (Say(event({"error": {"message": "overloaded now", "code": "busy", "type": "t"}})),)
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat().wait()
@@ -429,7 +437,7 @@ async def test_an_error_event_first_is_a_status(open_app: OpenApp) -> None:
 
 
 async def test_an_error_event_later_is_passed_on_and_ends_the_stream(open_app: OpenApp) -> None:
-    """Its words reach the client in one error event; a ``[DONE]`` after it does not."""
+    """The client gets the upstream's message in one error event. A ``[DONE]`` after it is dropped."""
     script = (Say(content("a")), Say(event({"error": {"message": "died", "code": "x"}}) + DONE))
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat().wait()
@@ -443,7 +451,7 @@ async def test_an_error_event_later_is_passed_on_and_ends_the_stream(open_app: O
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422, 429, 451])
 async def test_upstream_4xx_bodies_pass_through(open_app: OpenApp, status: int, stream: bool) -> None:
-    """Status and body are the upstream's, byte for byte, and so is ``retry-after``."""
+    """Status and body are the upstream's byte for byte, and so is ``retry-after``."""
     body = b'{"error": {"message":"their words","type":"their_type","param":"p","code":"their_code"}, "more": 1.0}'
     async with open_app(providers=Provider(answers(body, status=status, headers={"retry-after": "9"}))) as served:
         call = await served.client.chat(stream=stream).wait()
@@ -462,7 +470,7 @@ async def test_a_4xx_that_is_not_json_is_wrapped(open_app: OpenApp) -> None:
 
 
 async def test_a_secret_that_the_upstream_quotes_is_not_passed_on(open_app: OpenApp) -> None:
-    """Some providers quote the key that they refuse."""
+    """Some providers quote the key that they reject; the gateway removes it."""
     config = make_config({"up": {"api_key": "sk-very-secret-1"}})
     body = b'{"error":{"message":"Incorrect API key provided: sk-very-secret-1."}}'
     async with open_app(config, Provider(answers(body, status=401))) as served:
@@ -486,28 +494,28 @@ async def test_an_event_over_the_limit_is_refused(open_app: OpenApp) -> None:
         served.assert_clean()
 
 
-async def test_an_endless_stream_of_nothing_is_refused(open_app: OpenApp) -> None:
-    """Events without content are held, but not without bound."""
+async def test_an_endless_stream_without_content_is_refused(open_app: OpenApp) -> None:
+    """Events without content are held only up to a limit."""
     config = make_config(limits={"event_bytes": 2000})
     async with open_app(config, Provider((Say(role()),) * 50)) as served:
         call = await served.client.chat().wait()
         assert (call.status, call.error["code"]) == (502, "upstream_garbled")
-        assert served.providers["up"].calls[0].said < 20
+        assert served.providers["up"].calls[0].pieces_read < 20
         served.assert_clean()
 
 
 async def test_a_json_answer_over_the_limit_is_refused(open_app: OpenApp) -> None:
-    """It is not read further than the limit."""
+    """The body is read no further than the limit."""
     config = make_config(limits={"response_bytes": 1000})
     script = (Head(200, "application/json"), *(Say(b"x" * 400),) * 50)
     async with open_app(config, Provider(script)) as served:
         call = await served.client.chat(stream=False).wait()
         assert (call.status, call.error["code"]) == (502, "upstream_garbled")
-        assert served.providers["up"].calls[0].said == 3
+        assert served.providers["up"].calls[0].pieces_read == 3
         served.assert_clean()
 
 
-# -- the next target --------------------------------------------------------------------------------------------------
+# -- failover to the next target --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -526,12 +534,24 @@ async def test_a_json_answer_over_the_limit_is_refused(open_app: OpenApp) -> Non
         (Head(200, "application/json"), Say(b'{"a'), Break()),
         (Head(200, "application/json"), Say(b'{"a'), Stall()),
     ],
-    ids=["refused", "slow connect", "fin", "rst", "stall", "500", "503", "429", "html", "cut JSON", "stalled JSON"],
+    ids=[
+        "refused",
+        "slow connect",
+        "fin",
+        "rst",
+        "stall",
+        "500",
+        "503",
+        "429",
+        "html",
+        "truncated JSON",
+        "stalled JSON",
+    ],
 )
 async def test_a_retryable_failure_goes_to_the_next_target(
     open_app: OpenApp, autojump_clock: MockClock, script: Script, stream: bool
 ) -> None:
-    """Before COMMIT another target may be tried; the client sees only its answer, under the same model id."""
+    """Before COMMIT another target may be tried. The client sees only that target's answer, under the same model id."""
     good = says("from b") if stream else answers(completion("from b"))
     config = two(first_token_timeout_s=5, idle_timeout_s=5, connect_timeout_s=5, keep_alive_s=0)
     async with open_app(config, {"a": Provider(script), "b": Provider(good)}) as served:
@@ -558,12 +578,13 @@ async def test_a_retryable_failure_goes_to_the_next_target(
         (Say(event({"error": {"message": "no"}})),),
         (Head(200, "application/json"), Say(b"{}")),
     ],
-    ids=["cut after the role", "stalled after the head", "stalled after the role", "error event", "JSON"],
+    ids=["truncated after the role", "stalled after the head", "stalled after the role", "error event", "JSON"],
 )
-async def test_a_stream_that_never_spoke_goes_to_the_next_target(
+async def test_a_stream_without_content_goes_to_the_next_target(
     open_app: OpenApp, autojump_clock: MockClock, script: Script
 ) -> None:
-    """Up to the first content nothing is out, so the next target may speak; nothing of the first one is left over."""
+    """Nothing is sent before the first content, so the next target can still answer. Nothing of the first stream
+    remains."""
     providers = {"a": Provider(script), "b": Provider((Say(content("from b")), Say(DONE)))}
     async with open_app(two(first_token_timeout_s=5), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -573,7 +594,7 @@ async def test_a_stream_that_never_spoke_goes_to_the_next_target(
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 async def test_a_refusal_does_not_go_to_the_next_target(open_app: OpenApp, status: int) -> None:
-    """The same call would be refused again, and the client must see why."""
+    """The next target would refuse the same call, and the client must see the reason."""
     providers = {"a": Provider(answers(b'{"error":{"message":"bad"}}', status=status)), "b": Provider()}
     async with open_app(two(), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -582,7 +603,7 @@ async def test_a_refusal_does_not_go_to_the_next_target(open_app: OpenApp, statu
 
 
 async def test_after_commit_there_is_no_next_target(open_app: OpenApp) -> None:
-    """Half of one answer and all of another is nobody's answer."""
+    """The client must not get a part of one answer followed by another."""
     async with open_app(two(), {"a": Provider((Say(content("a")), Break())), "b": Provider()}) as served:
         call = await served.client.chat(model="both").wait()
         assert call.error["code"] == "upstream_truncated"
@@ -590,7 +611,7 @@ async def test_after_commit_there_is_no_next_target(open_app: OpenApp) -> None:
 
 
 async def test_all_targets_fail(open_app: OpenApp) -> None:
-    """The client is told, and told not to multiply the retries."""
+    """The client gets the error, with a header that asks its SDK not to retry."""
     providers = {"a": Provider((Refuse(),)), "b": Provider(answers(b"{}", status=503))}
     async with open_app(two(), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -600,7 +621,7 @@ async def test_all_targets_fail(open_app: OpenApp) -> None:
 
 
 async def test_the_next_target_may_come_after_a_keep_alive(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A keep-alive commits the status, not the answer: failing over is still right, and there is one head."""
+    """A keep-alive commits the status but not the answer, so failover is still possible, and only one head is sent."""
     providers = {"a": Provider((Pause(20), Break())), "b": Provider(says("from b"))}
     async with open_app(two(), providers) as served:
         call = await served.client.chat(model="both").wait()
@@ -614,7 +635,7 @@ async def test_the_next_target_may_come_after_a_keep_alive(open_app: OpenApp, au
 
 
 async def test_keep_alive_before_the_first_token(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """After each 15 s of silence one comment line, with one newline; the first one commits 200."""
+    """After each 15 s of silence one comment line ending in one newline is sent. The first one commits status 200."""
     async with open_app(providers=Provider((Pause(40), *says("x")))) as served:
         begun = trio.current_time()
         call = await served.client.chat().wait()
@@ -630,7 +651,7 @@ async def test_keep_alive_before_the_first_token(open_app: OpenApp, autojump_clo
 async def test_keep_alive_in_the_middle_counts_from_the_last_event(
     open_app: OpenApp, autojump_clock: MockClock
 ) -> None:
-    """Events reset the silence; the upstream's own comments do not count as speech, and are not passed on."""
+    """An event restarts the keep-alive timer. The upstream's own comments do not, and they are not passed on."""
     script = (Say(content("a")), Pause(10), Say(content("b")), Pause(10), Say(b": upstream\n\n"), Pause(6), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         begun = trio.current_time()
@@ -640,7 +661,7 @@ async def test_keep_alive_in_the_middle_counts_from_the_last_event(
 
 
 async def test_keep_alive_while_queued(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Also who waits for a place hears that somebody is there."""
+    """A call that waits for an upstream slot gets keep-alives too."""
     config = make_config({"up": {"max_connections": 1}})
     async with open_app(config, Provider((Pause(20), *says("x")))) as served:
         served.client.chat()
@@ -651,7 +672,7 @@ async def test_keep_alive_while_queued(open_app: OpenApp, autojump_clock: MockCl
 
 
 async def test_keep_alive_is_for_streams_only(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A JSON answer has nothing to put it in; and 0 switches it off."""
+    """A JSON answer cannot carry keep-alives, and 0 switches them off for streams."""
     async with open_app(providers=Provider((Pause(100), *answers(completion("x"))))) as served:
         call = await served.client.chat(stream=False).wait()
         assert (call.status, call.json["model"]) == (200, "up/m")
@@ -661,7 +682,7 @@ async def test_keep_alive_is_for_streams_only(open_app: OpenApp, autojump_clock:
 
 
 async def test_a_failure_after_a_keep_alive_is_an_error_event(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The status is out, so there is only the event left: with the words that the body would have had."""
+    """The status is already sent, so the failure is an error event with the message that the body would have had."""
     body = b'{"error":{"message":"their words","code":"c"}}'
     async with open_app(providers=Provider((Pause(20), *answers(body, status=400)))) as served:
         call = await served.client.chat().wait()
@@ -672,7 +693,7 @@ async def test_a_failure_after_a_keep_alive_is_an_error_event(open_app: OpenApp,
 
 @pytest.mark.parametrize("attempt", range(8))
 async def test_a_keep_alive_never_lands_in_a_status(open_app: OpenApp, autojump_clock: MockClock, attempt: int) -> None:
-    """An answer that comes in the very moment of the first keep-alive is a status or a stream, never half of each."""
+    """An answer that arrives at the moment of the first keep-alive is a status or a stream, never a mix of both."""
     scripts = ((Break(),), answers(b'{"error":{"message":"m"}}', status=400), says("x"), (Head(200, "text/html"),))
     async with open_app(providers=Provider(*((Pause(15), *script) for script in scripts))) as served:
         for call in [served.client.chat() for _ in scripts]:
@@ -686,9 +707,9 @@ async def test_a_keep_alive_never_lands_in_a_status(open_app: OpenApp, autojump_
         served.assert_clean()
 
 
-async def test_a_keep_alive_is_never_sent_behind_the_end(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A keep-alive that falls due in the moment in which an event has to wait for the client is not sent at all: the
-    silence is over, and the end of the answer may come before its turn."""
+async def test_a_keep_alive_never_follows_the_final_frame(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A keep-alive that falls due while an event waits for the client is not sent. The silence is over, and the
+    keep-alive could otherwise follow the final frame."""
     script = (Say(content("a")), Pause(15), Say(content("b")), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         calls = [served.client.chat() for _ in range(16)]
@@ -734,7 +755,7 @@ async def test_a_deadline_before_commit_is_a_504(
     after_s: float,
     where: str,
 ) -> None:
-    """Each deadline fires when it is due, from ``[limits]`` or from the upstream's own, and closes the upstream."""
+    """Each deadline, from ``[limits]`` or from the upstream's own table, fires on time and closes the upstream."""
     off = {"keep_alive_s": 0}
     config = make_config(limits={**limits, **off}) if where == "limits" else make_config({"up": limits}, limits=off)
     async with open_app(config, Provider(script)) as served:
@@ -762,7 +783,7 @@ async def test_a_deadline_after_commit_is_an_error_event(
     phase: str,
     after_s: float,
 ) -> None:
-    """Said in the stream, at the moment; the upstream is closed then."""
+    """The timeout is reported in the stream at that moment, and the upstream is closed."""
     async with open_app(make_config(limits=limits), Provider((Say(content("a")), *rest))) as served:
         begun = trio.current_time()
         call = await served.client.chat().wait()
@@ -774,7 +795,7 @@ async def test_a_deadline_after_commit_is_an_error_event(
 
 
 async def test_the_queue_deadline(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """No place in time is a 504 that says so, and the next target is tried."""
+    """A call that gets no upstream slot in time is a 504 with that phase, and the next target is tried."""
     config = make_config(
         {"a": {"max_connections": 1, "queue_timeout_s": 5}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}}
     )
@@ -790,7 +811,7 @@ async def test_the_queue_deadline(open_app: OpenApp, autojump_clock: MockClock) 
 
 
 async def test_the_first_token_deadline_begins_after_the_queue(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who waited for a place still has all of it."""
+    """Waiting for a slot does not count against the first-token deadline."""
     config = make_config({"up": {"max_connections": 1}}, limits={"first_token_timeout_s": 10})
     script = (Pause(8), *says("x"))
     async with open_app(config, Provider(script)) as served:
@@ -801,15 +822,15 @@ async def test_the_first_token_deadline_begins_after_the_queue(open_app: OpenApp
 
 @pytest.mark.slow
 async def test_slow_but_steady_is_not_idle(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """An hour of events, each within the idle deadline, is a good stream; comments count as life."""
+    """An hour of events, each within the idle deadline, is a good stream. Comments reset the deadline too."""
     script = (*(Say(content("x")), Pause(50), Say(b": ping\n\n"), Pause(50)) * 30, Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat().wait()
         assert call.body.endswith(DONE)
 
 
-async def test_who_is_kept_waiting_by_the_client_is_not_idle(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The gap between two events counts from when the upstream is read again, not from before the client's pause."""
+async def test_waiting_for_a_slow_client_does_not_count_as_idle(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The idle time counts from when the gateway resumes reading the upstream, not from before the client's pause."""
     script = (Say(content("a")), Pause(1), Say(content("b")), Pause(3), Say(content("c")), Say(DONE))
     config = make_config(limits={"idle_timeout_s": 5, "keep_alive_s": 1})
     async with open_app(config, Provider(script)) as served:
@@ -824,7 +845,7 @@ async def test_who_is_kept_waiting_by_the_client_is_not_idle(open_app: OpenApp, 
 
 
 async def test_each_target_has_its_own_deadlines(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The second target's shorter deadline fires when it is due, not when the first one's would have."""
+    """The second target's shorter deadline fires on time, not when the first target's deadline would have fired."""
     config = make_config({"a": {}, "b": {"first_token_timeout_s": 2}}, models={"both": {"targets": ["a/m", "b/m"]}})
     async with open_app(config, {"a": Provider((Refuse(),)), "b": Provider((Stall(),))}) as served:
         begun = trio.current_time()
@@ -834,7 +855,7 @@ async def test_each_target_has_its_own_deadlines(open_app: OpenApp, autojump_clo
 
 
 async def test_the_total_deadline_spans_all_attempts(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It is not given anew to the next target."""
+    """It does not restart for the next target."""
     config = two(total_timeout_s=8, first_token_timeout_s=5)
     async with open_app(config, {"a": Provider((Stall(),)), "b": Provider((Stall(),))}) as served:
         begun = trio.current_time()
@@ -847,7 +868,8 @@ async def test_the_total_deadline_spans_all_attempts(open_app: OpenApp, autojump
 
 
 async def test_a_stalled_reader_ends_its_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """At the stall limit the upstream is closed, with the client's send still waiting; nothing piled up meanwhile."""
+    """At the stall limit the upstream is closed while the send to the client still waits. Nothing piles up
+    meanwhile."""
     script = (*(Say(content("x" * 1000)) for _ in range(1000)), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         call = served.client.chat()
@@ -857,12 +879,12 @@ async def test_a_stalled_reader_ends_its_upstream(open_app: OpenApp, autojump_cl
         await trio.sleep(29)
         [upstream] = served.providers["up"].calls
         assert not served.providers["up"].closed_at
-        said = upstream.said
-        assert said < 10
+        pieces_read = upstream.pieces_read
+        assert pieces_read < 10
         await trio.sleep(5)
         assert upstream.ended == "closed"
         assert upstream.ended_at - begun == pytest.approx(30, abs=0.1)
-        assert upstream.said == said
+        assert upstream.pieces_read == pieces_read
         call.release()
         await call.wait()
         assert call.error["code"] == "client_stalled"
@@ -870,8 +892,8 @@ async def test_a_stalled_reader_ends_its_upstream(open_app: OpenApp, autojump_cl
         served.assert_clean()
 
 
-async def test_a_stalled_reader_that_leaves_frees_everything(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Its connection ends, and nothing is left."""
+async def test_a_stalled_reader_that_disconnects_frees_everything(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """When the connection ends, nothing stays allocated or open."""
     script = (*(Say(content("x")) for _ in range(100)), Say(DONE))
     async with open_app(providers=Provider(script)) as served:
         call = served.client.chat()
@@ -884,10 +906,10 @@ async def test_a_stalled_reader_that_leaves_frees_everything(open_app: OpenApp, 
         served.assert_clean()
 
 
-async def test_a_reader_that_stalls_in_a_silence_ends_its_upstream_too(
+async def test_a_reader_that_stalls_during_a_silence_ends_its_upstream(
     open_app: OpenApp, autojump_clock: MockClock
 ) -> None:
-    """The send that waits may be a keep-alive: the stall limit holds for it, and the upstream is closed."""
+    """The waiting send may be a keep-alive: the stall limit applies to it, and the upstream is closed."""
     async with open_app(providers=Provider((Say(content("x")), Stall()))) as served:
         call = served.client.chat()
         await call.wait_for(b"data")
@@ -902,10 +924,11 @@ async def test_a_reader_that_stalls_in_a_silence_ends_its_upstream_too(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_who_does_not_read_the_end_is_ended_too(
+async def test_a_client_that_does_not_read_the_final_frame_is_ended(
     open_app: OpenApp, autojump_clock: MockClock, stream: bool
 ) -> None:
-    """The stall limit holds for the last frame, and for a JSON answer: no place is kept until the client leaves."""
+    """The stall limit applies to the last frame and to a JSON answer, so no slot is held until the client
+    disconnects."""
     script = (Say(content("x")), Pause(1), Say(DONE), Stall()) if stream else (Pause(1), *answers(completion("x")))
     async with open_app(providers=Provider(script)) as served:
         call = served.client.chat(stream=stream)
@@ -922,10 +945,10 @@ async def test_who_does_not_read_the_end_is_ended_too(
         served.assert_clean()
 
 
-async def test_who_reads_the_end_late_keeps_no_place_at_the_upstream(
+async def test_a_slow_reader_of_a_complete_answer_holds_no_upstream_slot(
     open_app: OpenApp, autojump_clock: MockClock
 ) -> None:
-    """A JSON answer that has come whole holds up nobody else there."""
+    """A JSON answer that has arrived completely frees its upstream slot for other calls."""
     config = make_config({"up": {"max_connections": 1}})
     async with open_app(config, Provider((Pause(1), *answers(completion("x"))))) as served:
         late = served.client.chat(stream=False)
@@ -941,10 +964,11 @@ async def test_who_reads_the_end_late_keeps_no_place_at_the_upstream(
 # -- drain ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_drain_refuses_new_calls_and_lets_running_ones_end(
+async def test_a_drain_refuses_new_calls_and_finishes_running_ones(
     open_app: OpenApp, autojump_clock: MockClock
 ) -> None:
-    """``begin`` turns readiness to 503 and new calls away, with ``Connection: close``; the running stream completes."""
+    """``begin`` turns readiness to 503 and refuses new calls with ``Connection: close``. The running stream
+    completes."""
     async with open_app(providers=Provider((Say(content("a")), Pause(5), *says("b")))) as served:
         running = served.client.chat()
         await running.wait_for(b"data")
@@ -979,8 +1003,11 @@ async def test_a_call_leaves_no_reference_cycle(open_app: OpenApp, stream: bool,
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_cut_tells_every_client(open_app: OpenApp, autojump_clock: MockClock, phase: str) -> None:
-    """``cut`` closes every upstream at once; its client gets a 503, or an error event and the proper end."""
+async def test_ending_the_drain_sends_every_client_an_error(
+    open_app: OpenApp, autojump_clock: MockClock, phase: str
+) -> None:
+    """``cut`` closes every upstream at once. Each client gets a 503, or an error event and the proper end of the
+    response."""
     script, stream = PHASES[phase]
     config = make_config(limits={"connect_timeout_s": 0, "keep_alive_s": 0})
     async with open_app(config, Provider(script)) as served:
@@ -988,18 +1015,18 @@ async def test_a_cut_tells_every_client(open_app: OpenApp, autojump_clock: MockC
         await trio.sleep(3)
         served.state["drain"].begin()
         served.state["drain"].cut()
-        cut = trio.current_time()
+        cancelled_at = trio.current_time()
         await call.wait()
-        assert served.providers["up"].closed_at == [cut]
-        assert call.ended_at == cut
+        assert served.providers["up"].closed_at == [cancelled_at]
+        assert call.ended_at == cancelled_at
         assert call.status == (200 if phase == "streaming" else 503)
         assert call.error["code"] == "draining"
         assert b"[DONE]" not in call.body
         served.assert_clean()
 
 
-async def test_a_cut_reaches_the_queue_and_goes_to_no_next_target(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A call that waits for its place is told, and is not sent elsewhere."""
+async def test_ending_the_drain_reaches_queued_calls(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A call that waits for a slot gets the error and is not sent to the next target."""
     config = make_config({"a": {"max_connections": 1}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}})
     async with open_app(config, {"a": Provider((Stall(),)), "b": Provider()}) as served:
         calls = [served.client.chat(model="both"), served.client.chat(model="both")]
@@ -1024,11 +1051,11 @@ async def test_each_client_of_a_drain_gets_an_error_of_its_own(open_app: OpenApp
         assert first.error is not second.error
 
 
-# -- admission, and defects -------------------------------------------------------------------------------------------
+# -- admission and internal errors ------------------------------------------------------------------------------------
 
 
-async def test_too_many_exchanges_are_refused_with_a_time_to_come_back(open_app: OpenApp) -> None:
-    """Beyond ``max_exchanges`` a call is a 503 at once, and the others go on."""
+async def test_too_many_exchanges_are_refused_with_a_retry_time(open_app: OpenApp) -> None:
+    """Beyond ``max_exchanges`` a call gets a 503 at once, and the running calls continue."""
     async with open_app(make_config(limits={"max_exchanges": 1, "max_queued": 0}), Provider((Stall(),))) as served:
         served.client.chat()
         await wait_all_tasks_blocked()
@@ -1039,10 +1066,11 @@ async def test_too_many_exchanges_are_refused_with_a_time_to_come_back(open_app:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_defect_of_the_gateway_is_a_500_with_its_request_id(
+async def test_an_internal_error_is_a_500_with_its_request_id(
     open_app: OpenApp, logs: Logs, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """The client gets an OpenAI error, the log the traceback; the exchange is settled and nothing stays open."""
+    """The client gets an OpenAI error and the log gets the traceback. The exchange is settled and nothing stays
+    open."""
     logs.expect_error("exchange_crashed")
     async with open_app() as served:
         monkeypatch.setattr("trigate.exchange.translation.StreamReader", None)
@@ -1055,8 +1083,8 @@ async def test_a_defect_of_the_gateway_is_a_500_with_its_request_id(
         served.assert_clean()
 
 
-async def test_the_log_has_one_line_an_exchange_and_no_text(open_app: OpenApp, logs: Logs) -> None:
-    """Outcome, target, sizes and counts; nothing of what was said."""
+async def test_the_log_has_one_line_per_exchange_and_no_text(open_app: OpenApp, logs: Logs) -> None:
+    """The line has outcome, target, sizes and counts, and no text of the messages."""
     async with open_app() as served:
         call = await served.client.chat().wait()
         [entry] = logs.named("exchange")

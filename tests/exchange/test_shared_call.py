@@ -1,4 +1,4 @@
-"""Single-flight: who shares an upstream call, what each of them gets, and when it ends."""
+"""Shared calls: which clients share an upstream call, what each of them gets, and when the call ends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SLOWLY: Script = (
 
 
 def config(upstream: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **sections: Any) -> Any:
-    """One upstream, and the model ``shared`` before it; no keep-alives unless they are asked for."""
+    """One upstream with the model ``shared``, without keep-alives unless they are asked for."""
     limits = {"keep_alive_s": 0, **sections.pop("limits", {})}
     return make_config(
         {"up": upstream or {}}, models={"shared": {**SHARED, **(model or {})}}, limits=limits, **sections
@@ -65,8 +65,8 @@ def ask(served: Served, text: str = "Hi", *, stream: Any = True, key: str = "", 
     return served.client.start("POST", "/v1/chat/completions", body, headers={**more, **headers})
 
 
-def said(script: Script) -> bytes:
-    """What a client gets of a script, all of it."""
+def full_body(script: Script) -> bytes:
+    """The complete body that a client gets from a script."""
     return b"".join(step.data for step in script if isinstance(step, Say)).replace(b'"model":"m"', b'"model":"shared"')
 
 
@@ -76,19 +76,21 @@ def outcomes(served: Served) -> list[Any]:
 
 
 async def is_quiet(served: Served) -> None:
-    """Waits for the ends of flights, and looks that nothing is left."""
+    """Waits until the shared calls have ended, and checks that nothing is left."""
     await wait_all_tasks_blocked()
     served.assert_clean()
     assert repr(served.gateway.exchange_services.shared_calls) == "<SharedCalls 0 open>"
 
 
-# -- one call for all -------------------------------------------------------------------------------------------------
+# -- one upstream call for all subscribers ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
-async def test_fifty_wait_for_one_call(open_app: OpenApp, autojump_clock: MockClock, logs: Logs, stream: bool) -> None:
-    """One upstream call, one place there, and for each the very bytes of an answer of its own."""
+async def test_fifty_clients_share_one_call(
+    open_app: OpenApp, autojump_clock: MockClock, logs: Logs, stream: bool
+) -> None:
+    """There is one upstream call in one slot, and every client gets the same bytes as from a call of its own."""
     script = SLOWLY if stream else (Pause(1), *answers(completion("Hi")))
     async with open_app(config({"max_connections": 1}), Provider(script)) as served:
         own = await ask(served, stream=stream, **{"x-coalesce": "false"}).wait()
@@ -112,7 +114,7 @@ async def test_fifty_wait_for_one_call(open_app: OpenApp, autojump_clock: MockCl
 
 
 async def test_tokens_are_accounted_once(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
-    """What the provider has counted stands in one line, and once in the totals; which line belongs to whom is said."""
+    """The provider's usage is in one log line and once in the totals. The lines name the shared call."""
     async with open_app(config(), Provider(SLOWLY)) as served:
         calls = [ask(served) for _ in range(3)]
         for call in calls:
@@ -127,10 +129,11 @@ async def test_tokens_are_accounted_once(open_app: OpenApp, autojump_clock: Mock
 
 
 @pytest.mark.parametrize("is_reported", [True, False])
-async def test_each_has_a_record_and_one_the_tokens(
+async def test_each_subscriber_has_a_record_and_one_has_the_tokens(
     open_app: OpenApp, autojump_clock: MockClock, is_reported: bool
 ) -> None:
-    """Reported or counted, of a flight that is complete, and of one whose last client has left."""
+    """This holds for reported and for estimated tokens, for a shared call that completed and for one whose last client
+    disconnected."""
     script = (*SLOWLY[:3], *((Say(usage(3, 50)),) if is_reported else ()), Pause(1), Say(content("end")), Say(DONE))
     async with open_app(config(), Provider(script)) as served:
         calls = [ask(served) for _ in range(3)]
@@ -143,16 +146,19 @@ async def test_each_has_a_record_and_one_the_tokens(
             await call.wait()
         records = await served.gateway.ledger.list(limit=10)
         assert [record.outcome for record in records] == ["cancelled"] * 3 + ["complete"] * 3
-        for flight in (records[:3], records[3:]):
-            [billed] = [record for record in flight if record.completion_tokens is not None]
+        for shared in (records[:3], records[3:]):
+            [billed] = [record for record in shared if record.completion_tokens is not None]
             assert billed.counted is not is_reported
             assert (billed.completion_tokens == 50) is is_reported
-            assert all(record.bytes and len(record.attempts) == 1 for record in flight)
+            assert all(record.bytes and len(record.attempts) == 1 for record in shared)
 
 
 @pytest.mark.parametrize("after_s", [0.5, 1.5, 2.5, 5.5, 6.5])
-async def test_a_late_joiner_gets_all_of_it(open_app: OpenApp, autojump_clock: MockClock, after_s: float) -> None:
-    """What was sent already at once, then the rest as it comes. What has ended is not in flight: another call."""
+async def test_a_late_subscriber_gets_the_whole_answer(
+    open_app: OpenApp, autojump_clock: MockClock, after_s: float
+) -> None:
+    """A late subscriber gets everything sent so far at once, then the rest as it comes. A call that has ended cannot be
+    joined."""
     async with open_app(config(), Provider(SLOWLY)) as served:
         begun = trio.current_time()
         first = ask(served)
@@ -160,25 +166,25 @@ async def test_a_late_joiner_gets_all_of_it(open_app: OpenApp, autojump_clock: M
         late = ask(served)
         await first.wait()
         await late.wait()
-        assert first.body == late.body == said(SLOWLY)
+        assert first.body == late.body == full_body(SLOWLY)
         is_late = after_s > 6
         assert served.providers["up"].opened == (2 if is_late else 1)
         assert late.header("x-trigate-coalesced") == ("leader" if is_late else "joined")
         if 1 < after_s < 6:
             assert late.pieces[0][0] == begun + after_s
-            assert late.pieces[0][1] == said(SLOWLY[: 2 * math.ceil(after_s) - 1])
+            assert late.pieces[0][1] == full_body(SLOWLY[: 2 * math.ceil(after_s) - 1])
             assert late.ended_at == first.ended_at
         await is_quiet(served)
 
 
-async def test_bytes_are_shared_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Speech, where it is allowed: with its type and length, and without its end where it breaks."""
+async def test_audio_is_shared_too(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Where speech may be shared, it has its type and length, and no proper end where the upstream breaks off."""
     allowed = config(model={"coalesce_sampled": True})
     sound = bytes(range(256))
     whole = (Head(200, "audio/mpeg", {"content-length": "512"}), Say(sound), Pause(1), Say(sound))
-    cut = (Head(200, "audio/mpeg"), Say(sound), Pause(1), Break())
+    truncated = (Head(200, "audio/mpeg"), Say(sound), Pause(1), Break())
     body = {"model": "shared", "input": "x", "voice": "v"}
-    async with open_app(allowed, Provider(whole, cut)) as served:
+    async with open_app(allowed, Provider(whole, truncated)) as served:
         for is_whole in (True, False):
             calls = [served.client.start("POST", "/v1/audio/speech", body)]
             await trio.sleep(0.5)
@@ -191,11 +197,11 @@ async def test_bytes_are_shared_too(open_app: OpenApp, autojump_clock: MockClock
         await is_quiet(served)
 
 
-# -- who shares -------------------------------------------------------------------------------------------------------
+# -- which calls are shared -------------------------------------------------------------------------------------------
 
 
-async def test_keys_do_not_share(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Another principal's call is another call, however equal it is."""
+async def test_two_keys_do_not_share_a_call(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A call of another principal is never shared, even with an equal body."""
     keyed = config(keys={"ada": "key-of-ada", "bob": "key-of-bob"})
     async with open_app(keyed, Provider(SLOWLY)) as served:
         calls = [ask(served, key=key) for key in ("key-of-ada", "key-of-bob", "key-of-ada", "key-of-bob")]
@@ -224,7 +230,7 @@ async def test_keys_do_not_share(open_app: OpenApp, autojump_clock: MockClock) -
 async def test_settings_and_headers(
     open_app: OpenApp, autojump_clock: MockClock, model: str, header: str | None, fields: Any, shared: bool
 ) -> None:
-    """The header goes before the model's setting; neither makes chance repeat itself."""
+    """The header takes precedence over the model's setting. Neither shares a call with a random answer."""
     models = {"shared": SHARED, "sampled": {**SHARED, "coalesce_sampled": True}}
     async with open_app(make_config(models=models), Provider(SLOWLY)) as served:
         headers = {"x-coalesce": header} if header is not None else {}
@@ -236,15 +242,15 @@ async def test_settings_and_headers(
         assert (calls[0].header("x-trigate-coalesced") != "") is shared
 
 
-async def test_a_header_that_says_neither(open_app: OpenApp) -> None:
-    """It is a 400 that names it."""
+async def test_an_invalid_coalesce_header(open_app: OpenApp) -> None:
+    """It is a 400 that names the header."""
     async with open_app(config()) as served:
         call = await ask(served, **{"x-coalesce": "yes"}).wait()
         assert (call.status, call.error["param"]) == (400, "x-coalesce")
 
 
-async def test_turns_of_sessions_are_not_shared(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Each is remembered by its own session."""
+async def test_session_turns_are_not_shared(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Each session stores its own turn."""
     async with open_app(config(), Provider(SLOWLY)) as served:
         calls = [ask(served, **{"x-session-key": key, "x-coalesce": "true"}) for key in ("one", "two")]
         for call in calls:
@@ -252,8 +258,8 @@ async def test_turns_of_sessions_are_not_shared(open_app: OpenApp, autojump_cloc
         assert served.providers["up"].opened == 2
 
 
-async def test_each_has_its_own_admission(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who shares an upstream call takes a place at the door all the same."""
+async def test_each_subscriber_is_admitted_separately(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A subscriber takes an admission slot too."""
     async with open_app(config(limits={"max_exchanges": 2, "max_queued": 0}), Provider(SLOWLY)) as served:
         calls = [ask(served) for _ in range(3)]
         for call in calls:
@@ -263,29 +269,29 @@ async def test_each_has_its_own_admission(open_app: OpenApp, autojump_clock: Moc
         assert served.providers["up"].opened == 1
 
 
-async def test_a_reload_begins_another_flight(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Whoever comes after a reload is served by the new configuration; those before keep the old one."""
+async def test_a_reload_begins_a_new_shared_call(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Calls after a reload use the new configuration. Calls before it keep the old one."""
     async with open_app(config(), Provider(SLOWLY)) as served:
         first = ask(served)
         await trio.sleep(1.5)
         old = served.gateway.generations.current
         served.gateway.reloader.request()
-        while served.gateway.generations.current is old:  # noqa: ASYNC110 - nobody tells
+        while served.gateway.generations.current is old:  # noqa: ASYNC110 - a reload does not notify
             await trio.sleep(0.01)
         second = ask(served)
         await first.wait()
         await second.wait()
-        assert first.body == second.body == said(SLOWLY)
+        assert first.body == second.body == full_body(SLOWLY)
         assert served.providers["up"].opened == 2
         await is_quiet(served)
         assert old.exchanges == 0
 
 
-# -- who leaves -------------------------------------------------------------------------------------------------------
+# -- clients that disconnect ------------------------------------------------------------------------------------------
 
 
-async def test_the_first_leaves_and_the_others_stay(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who began it has no part in it that the others have not."""
+async def test_the_first_client_disconnects_and_the_others_stay(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The client that began the call has no special part in it."""
     async with open_app(config(), Provider(SLOWLY)) as served:
         first = ask(served)
         await trio.sleep(1.5)
@@ -297,8 +303,8 @@ async def test_the_first_leaves_and_the_others_stay(open_app: OpenApp, autojump_
         third = ask(served)
         await second.wait()
         await third.wait()
-        assert second.body == third.body == said(SLOWLY)
-        assert said(SLOWLY).startswith(first.body)
+        assert second.body == third.body == full_body(SLOWLY)
+        assert full_body(SLOWLY).startswith(first.body)
         assert served.providers["up"].opened == 1
         assert served.gateway.live.totals.completion_tokens == 5
         await is_quiet(served)
@@ -315,10 +321,10 @@ PHASES: dict[str, tuple[Script, bool]] = {
 
 @pytest.mark.parametrize("how", ["disconnect", "cancel"])
 @pytest.mark.parametrize("phase", PHASES)
-async def test_the_last_leaves_and_the_upstream_is_closed(
+async def test_the_last_disconnect_closes_the_upstream(
     open_app: OpenApp, autojump_clock: MockClock, phase: str, how: str
 ) -> None:
-    """At once, in every phase, and not before; whoever asks then gets another flight."""
+    """The upstream is closed at once and not earlier, in every phase. The next call begins a new shared call."""
     script, stream = PHASES[phase]
     async with open_app(config(limits={"connect_timeout_s": 0}), Provider(script)) as served:
         calls = [ask(served, stream=stream) for _ in range(3)]
@@ -330,34 +336,35 @@ async def test_the_last_leaves_and_the_upstream_is_closed(
             else:
                 call.scope.cancel()
             await call.wait()
-        left = trio.current_time()
+        gone = trio.current_time()
         await is_quiet(served)
-        assert served.providers["up"].closed_at == [left]
+        assert served.providers["up"].closed_at == [gone]
         assert outcomes(served) == ["cancelled" if how == "disconnect" else "draining"] * 3
         served.providers["up"].play(says("x"))
-        assert (await ask(served).wait()).body == said(says("x"))
+        assert (await ask(served).wait()).body == full_body(says("x"))
 
 
-async def test_a_deadline_is_the_waiters_own(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Whose time is over gets the error; the others, and the upstream, go on."""
+async def test_a_deadline_applies_to_one_subscriber(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The client whose deadline passes gets the error. The other subscribers and the upstream continue."""
     async with open_app(config(), Provider((Pause(4), *SLOWLY))) as served:
         begun = trio.current_time()
         hurried = ask(served, **{"x-request-timeout": "2"})
         patient = ask(served)
-        cut = ask(served, **{"x-request-timeout": "6.5"})
-        for call in (hurried, patient, cut):
+        late = ask(served, **{"x-request-timeout": "6.5"})
+        for call in (hurried, patient, late):
             await call.wait()
         assert (hurried.status, hurried.error["phase"], hurried.returned_at - begun) == (504, "total", 2)
-        assert (cut.status, cut.error["phase"], cut.returned_at - begun) == (200, "total", 6.5)
+        assert (late.status, late.error["phase"], late.returned_at - begun) == (200, "total", 6.5)
         assert hurried.error["attempts"][0]["phase"] == "connecting"
-        assert patient.body == said(SLOWLY)
+        assert patient.body == full_body(SLOWLY)
         assert float(served.providers["up"].calls[0].headers["x-request-timeout"]) == pytest.approx(3600)
         assert outcomes(served) == ["complete", "upstream_timeout", "upstream_timeout"]
         await is_quiet(served)
 
 
-async def test_finish_holds_for_the_last(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who leaves others to it may go; the last one's flight is taken to its end, and joined meanwhile."""
+async def test_finish_applies_to_the_last_subscriber(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A client that disconnects before the last one is detached. After the last one the call is read to its end and can
+    still be joined."""
     async with open_app(config(model={"on_disconnect": "finish"}), Provider(SLOWLY)) as served:
         first, last = ask(served), ask(served)
         await trio.sleep(2.5)
@@ -368,7 +375,7 @@ async def test_finish_holds_for_the_last(open_app: OpenApp, autojump_clock: Mock
         await trio.sleep(1)
         late = ask(served)
         await late.wait()
-        assert late.body == said(SLOWLY)
+        assert late.body == full_body(SLOWLY)
         assert late.header("x-trigate-coalesced") == "joined"
         await last.wait()
         assert outcomes(served) == ["cancelled", "complete", "finished"]
@@ -377,23 +384,23 @@ async def test_finish_holds_for_the_last(open_app: OpenApp, autojump_clock: Mock
         await is_quiet(served)
 
 
-async def test_finish_has_its_own_bound(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A flight that nobody waits for any more ends with the time for that."""
+async def test_finish_has_its_own_time_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A shared call without a client ends at the finish timeout."""
     model = {"on_disconnect": "finish", "finish_timeout_s": 10}
     async with open_app(config(model=model), Provider((Say(content("a")), Stall()))) as served:
         calls = [ask(served), ask(served)]
         await trio.sleep(1)
         for call in calls:
             call.disconnect()
-        left = trio.current_time()
+        gone = trio.current_time()
         for call in calls:
             await call.wait()
         await is_quiet(served)
-        assert served.providers["up"].closed_at == [left + 10]
+        assert served.providers["up"].closed_at == [gone + 10]
         assert outcomes(served) == ["cancelled", "cancelled"]
 
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
+# -- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -406,10 +413,10 @@ async def test_finish_has_its_own_bound(open_app: OpenApp, autojump_clock: MockC
         ((Pause(1), Head(200, "text/html"), Say(b"<html>")), 502, "upstream_garbled"),
     ],
 )
-async def test_an_error_before_commit_is_everybodys_status(
+async def test_an_error_before_commit_is_a_status_for_all(
     open_app: OpenApp, autojump_clock: MockClock, script: Script, status: int, code: str, stream: bool
 ) -> None:
-    """With the same body, and each as the outcome of its own."""
+    """Every client gets the same body, and every exchange has that outcome."""
     async with open_app(config(), Provider(script)) as served:
         calls = [ask(served, stream=stream) for _ in range(5)]
         for call in calls:
@@ -421,8 +428,8 @@ async def test_an_error_before_commit_is_everybodys_status(
         await is_quiet(served)
 
 
-async def test_an_error_after_commit_is_everybodys_event(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Behind all that came before it, also for who joined late; and no ``[DONE]``."""
+async def test_an_error_after_commit_is_an_event_for_all(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It follows everything sent before it, for late subscribers too, and there is no ``[DONE]``."""
     script = (*SLOWLY[:5], Pause(1), Break())
     async with open_app(config(), Provider(script)) as served:
         first = ask(served)
@@ -430,7 +437,7 @@ async def test_an_error_after_commit_is_everybodys_event(open_app: OpenApp, auto
         late = ask(served)
         for call in (first, late):
             await call.wait()
-            assert call.body.startswith(said(script))
+            assert call.body.startswith(full_body(script))
             assert call.error["code"] == "upstream_truncated"
             assert b"[DONE]" not in call.body
             assert call.ended
@@ -438,8 +445,9 @@ async def test_an_error_after_commit_is_everybodys_event(open_app: OpenApp, auto
         await is_quiet(served)
 
 
-async def test_keep_alives_are_each_ones_own(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who waits in silence for long gets a comment, and then an error event; who has just come, a status."""
+async def test_each_subscriber_has_its_own_keep_alives(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A client that has waited long in silence gets a comment and then an error event. A client that has just joined
+    gets a status."""
     script = (Pause(5), *answers(b'{"error":{"message":"broken"}}', status=500))
     async with open_app(config(limits={"keep_alive_s": 2}), Provider(script)) as served:
         early = ask(served)
@@ -471,8 +479,8 @@ async def test_an_upstream_that_waits_for_its_subscribers_is_not_idle(
         await is_quiet(served)
 
 
-async def test_attempts_are_the_flights(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Failover happens once, for all; who joins meanwhile is served by it."""
+async def test_attempts_belong_to_the_shared_call(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Failover happens once for all. A client that joins meanwhile is served by the second attempt."""
     settings = make_config({"a": {}, "b": {}}, models={"shared": {"targets": ["a/m", "b/m"], "coalesce": True}})
     down = (Pause(1), *answers(b"", status=503))
     async with open_app(settings, {"a": Provider(down), "b": Provider(SLOWLY)}) as served:
@@ -481,31 +489,31 @@ async def test_attempts_are_the_flights(open_app: OpenApp, autojump_clock: MockC
         late = ask(served)
         for call in (first, late):
             await call.wait()
-            assert call.body == said(SLOWLY)
+            assert call.body == full_body(SLOWLY)
             assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
         assert [provider.opened for provider in served.providers.values()] == [1, 1]
-        # of the time until its head, the late one waited for the upstream all of it
+        # the late subscriber waited for the upstream during the whole time until its response head
         assert float(late.header("x-trigate-overhead-ms")) == pytest.approx(0, abs=1)
         await is_quiet(served)
 
 
-async def test_a_hedge_is_the_flights(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The second attempt is begun once, and the first content wins for all."""
+async def test_a_hedge_belongs_to_the_shared_call(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The second attempt is started once, and the first content wins for all."""
     model = {"targets": ["a/m", "b/m"], "coalesce": True, "strategy": "hedge", "hedge_delay_s": 1, "hedge_budget": 1}
     settings = make_config({"a": {}, "b": {}}, models={"shared": model})
     async with open_app(settings, {"a": Provider((Stall(),)), "b": Provider(SLOWLY)}) as served:
         calls = [ask(served) for _ in range(5)]
         for call in calls:
             await call.wait()
-            assert call.body == said(SLOWLY)
+            assert call.body == full_body(SLOWLY)
             assert (call.header("x-trigate-upstream"), call.header("x-trigate-attempts")) == ("b", "2")
         assert [provider.opened for provider in served.providers.values()] == [1, 1]
         assert [call.ended for call in served.providers["a"].calls] == ["closed"]
         await is_quiet(served)
 
 
-async def test_a_stream_that_goes_on_elsewhere(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The seam is the flight's, and everybody's bytes are the same."""
+async def test_a_continued_stream_is_shared(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The continuation head belongs to the shared call, and all clients get the same bytes."""
     model = {"targets": ["a/m", "b/m"], "coalesce": True, "on_truncation": "continue"}
     settings = make_config({"a": {}, "b": {}}, models={"shared": model})
     scripts = {"a": (*SLOWLY[:5], Break()), "b": says("and on")}
@@ -519,10 +527,10 @@ async def test_a_stream_that_goes_on_elsewhere(open_app: OpenApp, autojump_clock
         assert [provider.opened for provider in served.providers.values()] == [1, 1]
 
 
-async def test_a_defect_is_told_to_all(
+async def test_an_internal_error_reaches_all_subscribers(
     open_app: OpenApp, autojump_clock: MockClock, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One traceback in the log, and for each the error that says so."""
+    """The log has one traceback, and every client gets an error."""
     logs.expect_error("exchange_crashed")
 
     def crash(*_: object) -> bool:
@@ -538,7 +546,7 @@ async def test_a_defect_is_told_to_all(
         await is_quiet(served)
 
 
-async def test_a_drain_is_told_to_all(open_app: OpenApp, autojump_clock: MockClock) -> None:
+async def test_a_drain_reaches_all_subscribers(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """Each gets the error event, and the upstream is closed."""
     async with open_app(config(), Provider((Say(content("a")), Stall()))) as served:
         calls = [ask(served) for _ in range(3)]
@@ -552,14 +560,15 @@ async def test_a_drain_is_told_to_all(open_app: OpenApp, autojump_clock: MockClo
         assert served.providers["up"].closed_at == [trio.current_time()]
 
 
-# -- who is slow ------------------------------------------------------------------------------------------------------
+# -- slow clients -----------------------------------------------------------------------------------------------------
 
 LONG: Script = (*(step for number in range(100) for step in (Say(content(f"{number:0100}")), Pause(0.1))), Say(DONE))
 AT_ONCE: Script = tuple(step for step in LONG if isinstance(step, Say))
 
 
-async def test_a_slow_one_is_cut_off_and_slows_nobody(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """The others get every event when it comes. It gets an error behind what it was sent, once it reads again."""
+async def test_a_slow_client_is_ended_and_delays_no_other(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The others get every event as it comes. The slow client gets an error after what it was sent, once it reads
+    again."""
     async with open_app(config(limits={"buffered_bytes": 5000}), Provider(LONG)) as served:
         calls = [ask(served) for _ in range(3)]
         slow, *quick = calls
@@ -568,13 +577,13 @@ async def test_a_slow_one_is_cut_off_and_slows_nobody(open_app: OpenApp, autojum
         begun = trio.current_time()
         for call in quick:
             await call.wait()
-            assert call.body == said(LONG)
+            assert call.body == full_body(LONG)
             assert call.ended_at - begun == pytest.approx(10, abs=0.01)
         assert len(served.settled) == 2
         slow.release()
         await slow.wait()
         frame = b'data: {"error":'
-        assert said(LONG).startswith(slow.body[: slow.body.index(frame)])
+        assert full_body(LONG).startswith(slow.body[: slow.body.index(frame)])
         assert (slow.error["code"], slow.ended) == ("client_too_slow", True)
         assert b"[DONE]" not in slow.body
         assert outcomes(served) == ["client_too_slow", "complete", "complete"]
@@ -582,8 +591,8 @@ async def test_a_slow_one_is_cut_off_and_slows_nobody(open_app: OpenApp, autojum
         await is_quiet(served)
 
 
-async def test_one_that_is_slow_for_a_while_gets_all(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Within the bound, it has its own pace."""
+async def test_a_client_that_is_slow_for_a_while_gets_everything(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Within the buffer limit, each client reads at its own pace."""
     async with open_app(config(limits={"buffered_bytes": 5000}), Provider(LONG)) as served:
         calls = [ask(served) for _ in range(3)]
         for _ in range(15):
@@ -592,29 +601,31 @@ async def test_one_that_is_slow_for_a_while_gets_all(open_app: OpenApp, autojump
             calls[0].release()
             await trio.sleep(0.2)
         for call in calls:
-            assert (await call.wait()).body == said(LONG)
+            assert (await call.wait()).body == full_body(LONG)
 
 
-async def test_the_upstream_is_read_as_fast_as_the_fastest_reads(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Where all are slow, or there is one only, nobody is cut off, and what is kept stays within the bound."""
+async def test_the_upstream_is_read_at_the_pace_of_the_fastest_client(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """When all clients are slow, or there is only one, none is ended, and the buffer stays within its limit."""
     for count in (1, 3):
         async with open_app(config(limits={"buffered_bytes": 5000, "idle_timeout_s": 3}), Provider(AT_ONCE)) as served:
             calls = [ask(served) for _ in range(count)]
             for call in calls:
                 call.stall()
-            await trio.sleep(20)  # far over the upstream's limit for silence, which is not its fault
+            await trio.sleep(20)  # far beyond the upstream's idle timeout, but the clients cause the silence
             provider = served.providers["up"]
-            assert provider.calls[0].said < 30
+            assert provider.calls[0].pieces_read < 30
             assert provider.open_now == 1
             for call in calls:
                 call.release()
             for call in calls:
-                assert (await call.wait()).body == said(AT_ONCE)
+                assert (await call.wait()).body == full_body(AT_ONCE)
             await is_quiet(served)
 
 
-async def test_nobody_joins_what_is_not_kept(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Once the beginning is let go, the same call begins a flight of its own."""
+async def test_a_call_without_its_beginning_is_not_joined(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Once the beginning of the answer is dropped from the buffer, the same call begins a new shared call."""
     async with open_app(config(limits={"buffered_bytes": 5000}), Provider(LONG)) as served:
         first = ask(served)
         await trio.sleep(1)
@@ -623,29 +634,30 @@ async def test_nobody_joins_what_is_not_kept(open_app: OpenApp, autojump_clock: 
         third = ask(served)
         fourth = ask(served)
         for call in (first, second, third, fourth):
-            assert (await call.wait()).body == said(LONG)
+            assert (await call.wait()).body == full_body(LONG)
         assert served.providers["up"].opened == 2
         roles = [call.header("x-trigate-coalesced") for call in (first, second, third, fourth)]
         assert (roles[:2], sorted(roles[2:])) == (["leader", "joined"], ["joined", "leader"])
         await is_quiet(served)
 
 
-async def test_one_that_stops_reading_is_ended(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """As everywhere, after `stall_timeout_s`; the flight is the others'."""
+async def test_a_stalled_client_is_ended(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It ends after `stall_timeout_s`, like any client. The shared call continues for the others."""
     limits = {"stall_timeout_s": 3, "buffered_bytes": 10**6}
     async with open_app(config(limits=limits), Provider(LONG)) as served:
         calls = [ask(served) for _ in range(2)]
         await calls[0].wait_for(b"data")
         calls[0].stall()
-        assert (await calls[1].wait()).body == said(LONG)
+        assert (await calls[1].wait()).body == full_body(LONG)
         calls[0].disconnect()
         await calls[0].wait()
         assert outcomes(served) == ["client_stalled", "complete"]
         await is_quiet(served)
 
 
-async def test_a_gone_client_keeps_nobody_waiting(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """With ``finish`` and nobody there, the flight goes on at its own pace; who joins then has his own."""
+async def test_a_disconnected_client_delays_no_other(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """With ``finish`` and no client, the shared call runs at its own pace. A client that joins then reads at its own
+    pace."""
     settings = config(model={"on_disconnect": "finish"}, limits={"buffered_bytes": 5000})
     async with open_app(settings, Provider((Say(content("a")), Pause(1), *AT_ONCE))) as served:
         gone = ask(served)
@@ -658,17 +670,18 @@ async def test_a_gone_client_keeps_nobody_waiting(open_app: OpenApp, autojump_cl
         assert served.providers["up"].open_now == 1
         late.release()
         await late.wait()
-        assert late.body == said((Say(content("a")), *AT_ONCE))
+        assert late.body == full_body((Say(content("a")), *AT_ONCE))
         await gone.wait()
         assert outcomes(served) == ["complete", "finished"]
         await is_quiet(served)
 
 
-# -- seen and ended ---------------------------------------------------------------------------------------------------
+# -- status and cancellation by an operator ---------------------------------------------------------------------------
 
 
-async def test_status_shows_the_flight(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Each who waits is there, with the flight, and with its phase and attempts; to end one ends that one."""
+async def test_status_shows_the_shared_call(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Every subscriber has a row with the shared call and its phase and attempts. Cancelling one row ends only that
+    subscriber."""
     async with open_app(config({"max_connections": 1}), Provider((Say(content("a")), Stall()))) as served:
         other = ask(served, "another question", **{"x-request-id": "other"})
         await trio.sleep(1)
@@ -689,7 +702,7 @@ async def test_status_shows_the_flight(open_app: OpenApp, autojump_clock: MockCl
             ("one", "streaming", "up/m", 1),
             ("two", "streaming", "up/m", 1),
         ]
-        # the flight's, as seen from the start of each
+        # the attempts of the shared call, relative to each subscriber's start
         [[own], [shared]] = (row["attempts"] for row in rows)
         assert (own.pop("started_s"), shared.pop("started_s")) == (0, -1)
         assert own == shared
@@ -703,19 +716,19 @@ async def test_status_shows_the_flight(open_app: OpenApp, autojump_clock: MockCl
         await is_quiet(served)
 
 
-# -- any order of things ----------------------------------------------------------------------------------------------
+# -- random order of events -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-async def test_comings_and_goings(open_app: OpenApp, autojump_clock: MockClock, seed: int) -> None:
-    """Whenever they come, leave, stall and read on: who is told that the answer is complete has all its bytes, who is
-    cut off has the beginning of it, and each upstream call ends with the last who waits for it."""
+async def test_random_joins_disconnects_and_stalls(open_app: OpenApp, autojump_clock: MockClock, seed: int) -> None:
+    """Clients join, disconnect, stall and read on at random. A client with a complete answer has all its bytes, a
+    client that was ended has the beginning of it, and each upstream call ends with its last subscriber."""
     chance = random.Random(seed)
     settings = config(limits={"buffered_bytes": 5000, "stall_timeout_s": 0})
     async with open_app(settings, Provider(LONG)) as served, trio.open_nursery() as nursery:
         calls: list[ClientCall] = []
-        left: list[ClientCall] = []
+        gone: list[ClientCall] = []
 
         async def come(at_s: float, stays_s: list[float], leaves: bool) -> None:
             await trio.sleep(at_s)
@@ -727,7 +740,7 @@ async def test_comings_and_goings(open_app: OpenApp, autojump_clock: MockClock, 
                 await trio.sleep(seconds)
                 call.release()
             if leaves:
-                left.append(call)
+                gone.append(call)
                 call.disconnect()
             await call.wait()
 
@@ -739,11 +752,11 @@ async def test_comings_and_goings(open_app: OpenApp, autojump_clock: MockClock, 
         ended = {exchange.id: exchange.outcome for exchange in served.settled}
         for call in calls:
             text, _, error = call.body.partition(b'data: {"error":')
-            assert said(LONG).startswith(text)
+            assert full_body(LONG).startswith(text)
             if call.status:
                 outcome = ended[call.header("x-request-id")]
                 assert outcome in ("complete", "cancelled", "client_too_slow")
-                assert call in left or (text == said(LONG)) is (outcome == "complete")
+                assert call in gone or (text == full_body(LONG)) is (outcome == "complete")
                 assert bool(error) <= (outcome == "client_too_slow")
         assert {"complete", "cancelled"} <= set(ended.values())
         assert served.providers["up"].opened < 30
@@ -756,8 +769,8 @@ OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient,
 
 
 @pytest.mark.slow
-async def test_over_sockets(open_server: OpenServer) -> None:
-    """Twenty clients of one upstream call; some leave, and the others have every byte."""
+async def test_a_shared_call_over_sockets(open_server: OpenServer) -> None:
+    """Twenty clients share one upstream call. Some disconnect, and the others get every byte."""
     script = tuple(Pause(0.02) if isinstance(step, Pause) else step for step in SLOWLY)
     async with open_socket_provider(script) as (provider, base_url):
         settings = make_config({"up": {"base_url": base_url}}, models={"shared": SHARED})
@@ -773,9 +786,9 @@ async def test_over_sockets(open_server: OpenServer) -> None:
 
             for number in range(20):
                 nursery.start_soon(partial(read, leaves=number % 4 == 0))
-            while len(bodies) < 15:  # noqa: ASYNC110 - nobody tells
+            while len(bodies) < 15:  # noqa: ASYNC110 - nothing notifies
                 await trio.sleep(0.01)
-            assert set(bodies) == {said(script)}
+            assert set(bodies) == {full_body(script)}
             assert provider.opened == 1
             while app.gateway.live:  # noqa: ASYNC110 - as above
                 await trio.sleep(0.01)
@@ -783,8 +796,8 @@ async def test_over_sockets(open_server: OpenServer) -> None:
 
 
 @pytest.mark.slow
-async def test_a_socket_that_is_not_read(open_server: OpenServer) -> None:
-    """The others have tens of megabytes before it has read on; then it is told."""
+async def test_a_socket_that_does_not_read(open_server: OpenServer) -> None:
+    """The other clients get tens of megabytes before it reads on. Then it gets an error."""
     text = "x" * 65_000
     script = (*(Say(content(text)) for _ in range(600)), Say(DONE))
     async with open_socket_provider(script) as (provider, base_url):
@@ -804,7 +817,7 @@ async def test_a_socket_that_is_not_read(open_server: OpenServer) -> None:
                 "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
             )
             assert whole.headers["x-trigate-coalesced"] == "joined"
-            assert whole.content == said(script)
+            assert whole.content == full_body(script)
             assert provider.opened == 1
             rest = b""
             async for piece in slow:

@@ -1,4 +1,4 @@
-"""The relay engine on real sockets: what goes in comes out, and of what ends nothing is left."""
+"""The fast path (the socket relay) on real sockets: every byte arrives, and an ended stream leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ HEADS = {
 
 
 def public(*events: bytes) -> bytes:
-    """What the client is to have of such events."""
+    """The bytes that the client must receive for these events."""
     return b"".join(events).replace(b'"model":"m"', b'"model":"pub"')
 
 
 @attrs.define(eq=False)
 class Owner:
-    """What an exchange does for the engine, noted."""
+    """Records what the relay reports to its exchange."""
 
     relayed: list[tuple[float, int]] = attrs.field(factory=list)
     parked: list[float | None] = attrs.field(factory=list)
@@ -58,18 +58,18 @@ class Owner:
 
     @property
     def is_parked(self) -> bool:
-        """Whether the engine waits for the client."""
+        """Whether the relay waits for the client."""
         return bool(self.parked) and self.parked[-1] is not None
 
 
 @attrs.define(eq=False)
 class Scene:
-    """A stream, its engine, and the two far ends.
+    """A stream, its relay, and the two far ends.
 
     Attributes:
         provider: The far end of the upstream.
         client: The far end of the client.
-        near: The ends that the engine has.
+        near: The relay's ends of both connections.
         ended: Set when `RelayedStream.run` has returned or raised.
     """
 
@@ -92,7 +92,7 @@ class Scene:
     received: bytearray = attrs.field(factory=bytearray)
 
     async def run(self) -> None:
-        """Is the exchange's task."""
+        """Runs as the exchange's task."""
         try:
             with self.scope:
                 await self.stream.run(self.owner)
@@ -102,16 +102,16 @@ class Scene:
             self.ended.set()
 
     async def until(self, holds: Callable[[], object]) -> None:
-        """Waits for what the engine's task brings about, and reads nothing."""
-        while not holds():  # noqa: ASYNC110 - it is made by a callback that knows nothing of this task
+        """Waits for a condition that the relay's task brings about, and reads nothing."""
+        while not holds():  # noqa: ASYNC110 - the condition changes in a callback that cannot notify this task
             await trio.sleep(0.001)
 
     def framed(self, data: bytes) -> bytes:
-        """As the provider sends a piece of its body."""
+        """Frames a piece of the body as the provider sends it."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self.encoding == "chunked" else data
 
     async def say(self, data: bytes, *, raw: bool = False, step: int | None = None) -> None:
-        """Sends a piece of the provider's body, so many bytes at a time."""
+        """Sends a piece of the provider's body, this many bytes at a time."""
         wire = data if raw else self.framed(data)
         for at in range(0, len(wire), step or max(len(wire), 1)):
             rest = wire[at : at + (step or len(wire))]
@@ -121,7 +121,7 @@ class Scene:
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(self.provider)
             if step is not None:
-                await trio.sleep(0)  # noqa: ASYNC115 - as on a network: now and then it is the engine's turn
+                await trio.sleep(0)  # noqa: ASYNC115 - lets the relay run now and then, as a network would
 
     async def end(self, how: str = "fin") -> None:
         """Ends the provider's connection."""
@@ -131,21 +131,21 @@ class Scene:
         await trio.lowlevel.checkpoint()
 
     def take(self) -> bytes:
-        """What the client has received so far, and what it can read now."""
+        """Everything the client has received, including what it can read now."""
         with contextlib.suppress(BlockingIOError):
             while data := self.client.recv(2**20):
                 self.received += data
         return bytes(self.received)
 
     async def take_until(self, holds: Callable[[], object]) -> bytes:
-        """Reads at the client until something holds."""
+        """Reads at the client until a condition holds."""
         while not holds():
             self.take()
             await trio.sleep(0.001)
         return self.take()
 
     async def take_all(self) -> bytes:
-        """What the client has when all that was sent has arrived. Nothing can be sent afterwards."""
+        """Everything the client has when all sent bytes have arrived. Nothing can be sent afterwards."""
         self.near[1].shutdown(socket.SHUT_WR)
         while True:
             try:
@@ -156,20 +156,20 @@ class Scene:
                 await trio.lowlevel.wait_readable(self.client)
 
     def body(self, wire: bytes) -> bytes:
-        """The client's body out of its wire, which must be whole frames."""
+        """The client's body, decoded from its wire bytes, which must be complete frames."""
         if not self.chunked:
             return wire
         found = b""
         while wire:
             size, _, wire = wire.partition(b"\r\n")
             length = int(size, 16)
-            assert wire[length : length + 2] == b"\r\n", "half a chunk"
+            assert wire[length : length + 2] == b"\r\n", "incomplete chunk"
             found += wire[:length]
             wire = wire[length + 2 :]
         return found
 
     def assert_empty(self) -> None:
-        """The engine knows nothing of it any more, and the sockets are still the exchange's."""
+        """Checks that the relay has forgotten the stream and that the exchange still owns the sockets."""
         assert self.relay.streams == 0
         assert len(self.poller) == 0
         assert all(each.fileno() >= 0 for each in self.near)
@@ -177,7 +177,7 @@ class Scene:
 
 
 def _tcp_pair(buffer_bytes: int | None) -> tuple[socket.socket, socket.socket]:
-    """Two ends of a connection, whose kernel holds about so much in each direction."""
+    """Two ends of a connection whose kernel buffers hold about this much in each direction."""
     with socket.socket() as listener, contextlib.ExitStack() as opened:
         far = opened.enter_context(socket.socket())
         for each in (listener, far):
@@ -199,7 +199,7 @@ def _tcp_pair(buffer_bytes: int | None) -> tuple[socket.socket, socket.socket]:
 async def open_scene(
     encoding: str = "chunked", *, chunked: bool = True, buffer_bytes: int | None = None, start: bool = True
 ) -> AsyncIterator[Scene]:
-    """A stream that has said its first content, and whose exchange has just begun to sleep."""
+    """A stream that has sent its first content, with its exchange waiting in the relay."""
     async with open_poller() as poller, trio.open_nursery() as nursery:
         assert poller is not None
         upstream, provider = _tcp_pair(buffer_bytes if start else None)
@@ -244,7 +244,7 @@ EVENTS = (content("a"), content("Grüße \u2028🌍"), b": ping\n\n", content("x
 
 
 def whole(pieces: Iterable[bytes]) -> bytes:
-    """What the client is to have of `EVENTS`: no comments of the upstream."""
+    """What the client must receive for `EVENTS`: the upstream's comments are dropped."""
     return public(*(piece for piece in pieces if not piece.startswith(b":")))
 
 
@@ -255,8 +255,8 @@ def whole(pieces: Iterable[bytes]) -> bytes:
 @pytest.mark.parametrize("encoding", HEADS)
 @pytest.mark.parametrize("step", [None, 7], ids=["event by event", "by 7 bytes"])
 async def test_a_whole_stream(encoding: str, chunked: bool, step: int | None) -> None:
-    """Whatever the framing on either side and however it arrives: byte for byte what the provider said, under the
-    public id, in whole frames; usage is seen, and the exchange wakes at the last event."""
+    """With any framing on either side and any segmentation, the client gets the provider's bytes under the public id in
+    complete frames. Usage is read, and the exchange wakes at the last event."""
     async with open_scene(encoding, chunked=chunked) as scene:
         for piece in EVENTS:
             await scene.say(piece, step=step)
@@ -273,19 +273,19 @@ async def test_a_whole_stream(encoding: str, chunked: bool, step: int | None) ->
         assert sum(sent for _, sent in scene.owner.relayed) == len(whole(EVENTS))
 
 
-async def test_what_arrived_together_leaves_together() -> None:
-    """Several events, and the end of the framing behind the last one, in one piece: one frame."""
+async def test_events_that_arrive_together_are_sent_together() -> None:
+    """Several events and the end of the framing in one read make one frame."""
     async with open_scene() as scene:
         await scene.say(b"".join(map(scene.framed, (content("a"), content("b"), DONE))) + b"0\r\n\r\n", raw=True)
         await scene.ended.wait()
         data = public(content("a"), content("b"), DONE)
         assert await scene.take_all() == b"%x\r\n%b\r\n" % (len(data), data)
         assert scene.framing.complete
-        assert scene.framing.keep_alive, "its connection can serve the next call"
+        assert scene.framing.keep_alive, "the connection can serve the next call"
 
 
 async def test_many_streams_at_once() -> None:
-    """Fifty streams of one engine do not mix, and each ends by itself."""
+    """Fifty streams of one relay do not mix, and each ends on its own."""
     async with contextlib.AsyncExitStack() as stack:
         scenes = [await stack.enter_async_context(open_scene(chunked=bool(n % 2))) for n in range(20)]
         for number in range(10):
@@ -299,7 +299,7 @@ async def test_many_streams_at_once() -> None:
             )
 
 
-# -- streams that break -----------------------------------------------------------------------------------------------
+# -- truncated streams and errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,11 +317,11 @@ async def test_many_streams_at_once() -> None:
         ("HTTP/1.0", b"", "fin", None),
     ],
 )
-async def test_a_stream_that_breaks(
+async def test_a_truncated_stream(
     encoding: str, rest: bytes, how: str, failure: type[httpx2.TransportError] | None
 ) -> None:
-    """The client has every whole event that came, and not a byte more; the exchange is woken, and told how it broke.
-    Where the framing had its proper end, that the stream is not complete is for the exchange to say."""
+    """The client gets every complete event and no byte more. The exchange is woken with the kind of break. Where the
+    framing ended properly, the exchange decides whether the stream is complete."""
     async with open_scene(encoding) as scene:
         await scene.say(content("a"))
         await scene.until(lambda: scene.owner.relayed)
@@ -341,8 +341,8 @@ async def test_a_stream_that_breaks(
             assert isinstance(scene.stream.failure, failure)
 
 
-async def test_a_fault_behind_the_last_event_takes_nothing_away() -> None:
-    """What came before something that is no chunk, in the same piece, goes out; a complete stream is complete."""
+async def test_a_framing_error_after_the_last_event_loses_nothing() -> None:
+    """Data before an invalid chunk in the same read is sent. A complete stream stays complete."""
     async with open_scene() as scene:
         await scene.say(scene.framed(content("a")) + scene.framed(DONE) + b"nonsense\r\n", raw=True)
         await scene.ended.wait()
@@ -351,7 +351,7 @@ async def test_a_fault_behind_the_last_event_takes_nothing_away() -> None:
 
 
 async def test_an_error_event_ends_the_stream() -> None:
-    """The events before it go out, also those in the same piece; the error is for the exchange to tell."""
+    """Events before it are sent, including those from the same read. The exchange reports the error."""
     async with open_scene() as scene:
         await scene.say(content("a") + event({"error": {"message": "m"}}) + content("b"))
         await scene.ended.wait()
@@ -359,8 +359,8 @@ async def test_an_error_event_ends_the_stream() -> None:
         assert isinstance(scene.reader.error, StreamError)
 
 
-async def test_an_event_beyond_the_bound_ends_the_stream() -> None:
-    """It is not held any longer than that: the exchange is woken with the reader's error."""
+async def test_an_event_over_the_limit_ends_the_stream() -> None:
+    """The event is held no longer than the limit allows: the exchange is woken with the reader's error."""
     async with open_scene() as scene:
         scene.reader._splitter._max = 1000
         await scene.say(content("a") + b"data: " + b"x" * 2000)
@@ -369,8 +369,9 @@ async def test_an_event_beyond_the_bound_ends_the_stream() -> None:
         assert isinstance(scene.reader.error, ProtocolViolation)
 
 
-async def test_a_defect_is_the_exchange_s_affair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a reader should not raise is raised in its exchange; the engine goes on, and has forgotten the stream."""
+async def test_an_internal_error_is_raised_in_its_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception of a reader is raised in its exchange. The relay keeps running and has forgotten the
+    stream."""
 
     def crash(self: object, piece: bytes) -> bytes:
         raise ZeroDivisionError("in a reader")
@@ -391,49 +392,50 @@ async def test_a_defect_is_the_exchange_s_affair(monkeypatch: pytest.MonkeyPatch
 
 
 async def _park(scene: Scene, *, size: int = 4000) -> tuple[list[bytes], trio.CancelScope]:
-    """Has the provider say events until the client's socket is full; the provider's task goes on in the nursery."""
-    said: list[bytes] = []
+    """Makes the provider send events until the client's socket is full. The provider's task continues in the
+    nursery."""
+    sent: list[bytes] = []
     scope = trio.CancelScope()
 
     async def talk() -> None:
         with scope:
             while True:
-                said.append(content(f"{len(said)}:" + "x" * size))
-                await scene.say(said[-1])
+                sent.append(content(f"{len(sent)}:" + "x" * size))
+                await scene.say(sent[-1])
                 await trio.sleep(0)  # noqa: ASYNC115 - as in `say`
 
     scene.nursery.start_soon(talk)
     await scene.until(lambda: scene.owner.is_parked)
-    return said, scope
+    return sent, scope
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
 async def test_a_client_that_does_not_read_parks_the_stream(chunked: bool) -> None:
-    """The upstream is not read meanwhile, so its provider is held up, and what is held is one piece; when the client
-    reads on, so does the engine, and not a byte is lost, doubled or out of order."""
+    """The upstream is not read meanwhile, so its provider blocks and only one read is held. When the client reads again
+    the relay resumes, and no byte is lost, duplicated or out of order."""
     async with open_scene(chunked=chunked, buffer_bytes=8192) as scene:
-        said, talking = await _park(scene)
+        sent, talking = await _park(scene)
         relayed = len(scene.owner.relayed)
         assert len(scene.poller) == 1
-        await wait_all_tasks_blocked(0.02)  # the provider too
+        await wait_all_tasks_blocked(0.02)  # the provider is blocked too
         assert scene.owner.is_parked
         assert len(scene.owner.relayed) == relayed
         assert len(scene.owner.parked) == 1
         assert len(scene.stream._rest) <= 64 * 1024 + 16
-        count = len(said)
-        await scene.take_until(lambda: len(said) > count + 20)
+        count = len(sent)
+        await scene.take_until(lambda: len(sent) > count + 20)
         talking.cancel()
         await scene.take_until(lambda: not scene.owner.is_parked)
         scene.scope.cancel()
         assert set(map(type, scene.owner.parked[::2])) == {float}
-        assert set(scene.owner.parked[1::2]) == {None}, "in turns"
+        assert set(scene.owner.parked[1::2]) == {None}, "parked and resumed several times"
         body = scene.body(await scene.take_all())
-        assert body == public(*said)[: len(body)]
+        assert body == public(*sent)[: len(body)]
         assert len(body) > 20 * 4000
 
 
 async def test_a_slow_client_has_every_byte() -> None:
-    """A stream many times larger than all buffers, read in small sips: complete and byte for byte."""
+    """A stream many times larger than all buffers, read in small pieces, arrives complete and byte for byte."""
     async with open_scene(buffer_bytes=8192) as scene:
         events = [content(f"{n}:" + "y" * 2000) for n in range(200)]
 
@@ -452,8 +454,9 @@ async def test_a_slow_client_has_every_byte() -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
-async def test_the_last_frame_may_not_fit(chunked: bool) -> None:
-    """A stream that ends in a frame that the client does not take: the exchange is woken at once, and owes the rest."""
+async def test_a_final_frame_that_does_not_fit(chunked: bool) -> None:
+    """When the client does not take the final frame, the exchange is woken at once and the rest of the frame is
+    queued."""
     async with open_scene(chunked=chunked, buffer_bytes=8192, start=False) as scene:
         last = content("z" * 50_000) + DONE
         await scene.say(last)
@@ -466,10 +469,10 @@ async def test_the_last_frame_may_not_fit(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("sipped", [0, 1, 5, 3000, 20_000])
-async def test_a_cancellation_while_parked_owes_the_rest(sipped: int) -> None:
-    """The frame that was begun is its owner's to finish: what the client has, and what is owed, are whole frames."""
+async def test_a_cancellation_while_parked_queues_the_rest(sipped: int) -> None:
+    """The exchange has to finish a frame that was begun: the bytes sent and the queued rest are complete frames."""
     async with open_scene(buffer_bytes=8192) as scene:
-        said, talking = await _park(scene)
+        sent, talking = await _park(scene)
         while len(scene.received) < sipped:
             with contextlib.suppress(BlockingIOError):
                 scene.received += scene.client.recv(sipped - len(scene.received))
@@ -477,21 +480,21 @@ async def test_a_cancellation_while_parked_owes_the_rest(sipped: int) -> None:
         await scene.until(lambda: scene.owner.is_parked)
         talking.cancel()
         scene.scope.cancel()
-        scene.assert_empty()  # in the same moment
+        scene.assert_empty()  # at the same moment
         await scene.ended.wait()
         assert scene.plain.partial
         body = scene.body(await scene.take_all() + scene.plain.partial)
-        assert body == public(*said)[: len(body)]
+        assert body == public(*sent)[: len(body)]
         assert body.endswith(b"\n\n")
 
 
-# -- cancellation and the client's end --------------------------------------------------------------------------------
+# -- cancellation and client disconnects ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pieces", range(8))
-async def test_a_cancellation_between_two_pieces(pieces: int) -> None:
-    """After however many pieces, in the middle of events or between them: both sockets are the exchange's at once,
-    the client has whole frames, and what the provider says later is not taken."""
+async def test_a_cancellation_between_two_reads(pieces: int) -> None:
+    """After any number of reads, within an event or between two, the exchange gets both sockets back at once. The
+    client has complete frames, and bytes that the provider sends later are not read."""
     async with open_scene() as scene:
         wire = b"".join(map(scene.framed, (content("a"), content("b"), content("c"))))
         step = len(wire) // 8
@@ -506,11 +509,11 @@ async def test_a_cancellation_between_two_pieces(pieces: int) -> None:
         body = scene.body(await scene.take_all())
         assert body in [public(*(content("a"), content("b"))[:n]) for n in range(3)]
         assert scene.plain.partial == b""
-        assert scene.near[0].recv(2**16) == wire[pieces * step :], "it is still to be read"
+        assert scene.near[0].recv(2**16) == wire[pieces * step :], "the bytes are still unread"
 
 
 async def test_a_cancellation_before_it_begins() -> None:
-    """An exchange that is cancelled already never sleeps, and nothing is read."""
+    """An exchange that is already cancelled does not wait, and nothing is read."""
     async with open_scene(start=False) as scene:
         await scene.say(content("a"))
         scene.scope.cancel()
@@ -522,7 +525,7 @@ async def test_a_cancellation_before_it_begins() -> None:
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize("parked", [False, True], ids=["reading", "parked"])
 async def test_a_client_that_is_gone_raises_nothing(how: str, parked: bool) -> None:
-    """Who watches the client cancels; until then the engine only finds that nobody takes the frames."""
+    """The task that watches the client cancels. Until then the relay only finds that the client takes no frames."""
     async with open_scene(buffer_bytes=8192) as scene:
         if parked:
             _, talking = await _park(scene)
@@ -544,12 +547,12 @@ async def test_a_client_that_is_gone_raises_nothing(how: str, parked: bool) -> N
         assert scene.plain.partial == b""
 
 
-# -- what the gateway says in between ---------------------------------------------------------------------------------
+# -- keep-alive comments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["client chunked", "client HTTP/1.0"])
 async def test_a_comment_between_two_events(chunked: bool) -> None:
-    """It is a frame of its own, also while an event has only come in part."""
+    """A comment is a frame of its own, even while an event is incomplete."""
     async with open_scene(chunked=chunked) as scene:
         wire = scene.framed(content("a")) + scene.framed(content("b"))
         scene.stream.inject(COMMENT)
@@ -561,10 +564,10 @@ async def test_a_comment_between_two_events(chunked: bool) -> None:
         assert scene.body(await scene.take_all()) == public(COMMENT, content("a"), COMMENT, content("b"), DONE)
 
 
-async def test_a_comment_is_not_said_to_a_client_that_does_not_read() -> None:
-    """While a frame waits, nothing is put behind it: it would wait too, and pile up."""
+async def test_a_blocked_client_is_sent_no_comment() -> None:
+    """While a frame waits, no comment is queued: comments would wait too and pile up."""
     async with open_scene(buffer_bytes=8192) as scene:
-        said, talking = await _park(scene)
+        sent, talking = await _park(scene)
         rest = scene.stream._rest
         for _ in range(1000):
             scene.stream.inject(COMMENT)
@@ -572,11 +575,11 @@ async def test_a_comment_is_not_said_to_a_client_that_does_not_read() -> None:
         talking.cancel()
         await scene.take_until(lambda: not scene.owner.is_parked)
         assert COMMENT not in scene.take()
-        assert said
+        assert sent
 
 
 async def test_a_comment_that_goes_out_partly_parks_the_stream() -> None:
-    """Its rest goes out before the next event, and the bytes are those of whole frames in their order."""
+    """The rest of the comment is sent before the next event, and the bytes are complete frames in order."""
     async with open_scene(buffer_bytes=8192) as scene:
         comment = b": " + b"k" * 5000 + b"\n"
         count = 0
@@ -591,8 +594,8 @@ async def test_a_comment_that_goes_out_partly_parks_the_stream() -> None:
         assert scene.owner.parked == [scene.owner.parked[0], None]
 
 
-async def test_a_cancellation_owes_the_rest_of_a_comment() -> None:
-    """Parked by a comment, cancelled: its rest is owed like that of any frame."""
+async def test_a_cancellation_queues_the_rest_of_a_comment() -> None:
+    """The relay is parked by a comment and cancelled: the rest is queued like that of any frame."""
     async with open_scene(buffer_bytes=8192) as scene:
         comment = b": " + b"k" * 5000 + b"\n"
         count = 0
@@ -605,7 +608,7 @@ async def test_a_cancellation_owes_the_rest_of_a_comment() -> None:
         assert scene.body(await scene.take_all() + scene.plain.partial) == comment * count
 
 
-def test_a_relay_says_how_many_streams_it_has() -> None:
-    """Its repr shows the count that assertions and people look for."""
+def test_the_repr_of_a_relay_shows_its_streams() -> None:
+    """Assertions and people look for the count."""
     poller: Any = None
     assert repr(SocketRelay(poller)) == "<SocketRelay of 0 streams>"

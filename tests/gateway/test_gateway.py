@@ -1,4 +1,4 @@
-"""Generations and their reload: atomic, refused as a whole, and never under a request's feet."""
+"""Generations and their reload: a reload is atomic, is refused as a whole, and never affects a running request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def toml(*upstreams: str, **limits: float) -> str:
 
 
 class Files:
-    """A gateway that serves a file, and what became of the transports of its upstreams."""
+    """A gateway that serves a file, and the transports of its upstreams."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,35 +46,35 @@ class Files:
         self.client: AsgiClient
 
     def transport(self, name: str, config: UpstreamConfig) -> MemoryTransport:
-        """Makes a transport, and remembers it."""
+        """Makes a transport and remembers it."""
         made = self.providers.setdefault(name, Provider()).transport()
         self.transports.append((name, made))
         return made
 
     @property
     def open_transports(self) -> list[str]:
-        """Which upstreams have an open one."""
+        """The upstreams that have an open transport."""
         return [name for name, transport in self.transports if not transport.closed]
 
     def write(self, text: str) -> None:
-        """Replaces the file in one step: a file seen half written would be read twice."""
+        """Replaces the file in one step, since a half-written file would be read twice."""
         new = self.path.with_suffix(".new")
         new.write_text(text)
         new.replace(self.path)
 
     async def reload(self, text: str) -> None:
-        """Changes the file, and waits until the change has been dealt with."""
+        """Changes the file and waits until the gateway has processed the change."""
         self.write(text)
         self.gateway.reloader.request()
         await trio.sleep(0.5)
 
     async def wait_watched(self) -> None:
-        """Waits until the file has been looked at several times more."""
+        """Waits until the gateway has checked the file several more times."""
         enough = self.looks + 3
         await _until(lambda: self.looks >= enough)
 
     async def models(self) -> list[str]:
-        """What is listed."""
+        """The listed models."""
         return [row["id"] for row in (await self.client.ask("GET", "/v1/models")).json["data"]]
 
 
@@ -85,7 +85,8 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 
 async def _without_a_thread(sync: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What `trio.to_thread.run_sync` does, at once: a virtual clock does not wait for threads."""
+    """Replaces `trio.to_thread.run_sync` and runs the function at once, because a virtual clock does not wait for
+    threads."""
     await trio.lowlevel.checkpoint()
     return sync(*args)
 
@@ -112,12 +113,12 @@ async def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         try:
             yield found
         finally:
-            found.client.leave()
+            found.client.cancel_all()
             nursery.cancel_scope.cancel()
 
 
-async def test_a_reload_swaps_everything(files: Files, autojump_clock: MockClock) -> None:
-    """New upstreams serve, old ones are gone and closed, and the log says so."""
+async def test_a_reload_replaces_everything(files: Files, autojump_clock: MockClock) -> None:
+    """The new upstreams serve, the old ones are removed and closed, and the reload is logged."""
     assert await files.models() == ["default", "a/m"]
     await files.reload(toml("b"))
     assert await files.models() == ["default", "b/m"]
@@ -142,7 +143,7 @@ async def test_a_reload_swaps_everything(files: Files, autojump_clock: MockClock
 async def test_a_bad_file_changes_nothing(
     files: Files, logs: Logs, autojump_clock: MockClock, text: str, why: str
 ) -> None:
-    """The old configuration goes on, ``/status`` says why, and a good file makes it forgotten."""
+    """The old configuration stays, ``/status`` gives the reason, and the next good file clears it."""
     logs.expect_error("reload_refused")
     generation = files.gateway.generations.current
     await files.reload(text)
@@ -162,7 +163,7 @@ async def test_a_bad_file_changes_nothing(
 async def test_upstreams_that_cannot_be_opened_change_nothing(
     files: Files, logs: Logs, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, grouped: bool
 ) -> None:
-    """A file that is right as a text may still not be put to use, for whatever reason: the old one goes on."""
+    """A file that parses may still fail to be applied, for any reason. The old configuration stays."""
     make = files.transport
 
     def transport(name: str, config: UpstreamConfig) -> MemoryTransport:
@@ -181,10 +182,10 @@ async def test_upstreams_that_cannot_be_opened_change_nothing(
     assert files.open_transports == ["c"]
 
 
-async def test_certificate_authorities_that_are_not_there(
+async def test_missing_certificate_authorities(
     files: Files, logs: Logs, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are looked for when the first ``https:`` upstream comes, which may be at a reload: that is refused."""
+    """They are looked up with the first ``https:`` upstream. When that comes with a reload, the reload is refused."""
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
     monkeypatch.setattr(files, "make", http_transport)
@@ -194,7 +195,7 @@ async def test_certificate_authorities_that_are_not_there(
     assert await files.models() == ["default", "a/m"]
 
 
-async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs, autojump_clock: MockClock) -> None:
+async def test_a_missing_file_changes_nothing(files: Files, logs: Logs, autojump_clock: MockClock) -> None:
     """Editors remove a file before they write it."""
     logs.expect_error("reload_refused")
     await files.wait_watched()
@@ -208,7 +209,7 @@ async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs, aut
 
 
 async def test_a_running_exchange_keeps_its_generation(files: Files, autojump_clock: MockClock) -> None:
-    """Its upstream, limits and connections stay until its end; then they are closed. New calls have the new ones."""
+    """Its upstream, limits and connections stay until it ends and are then closed. New calls use the new generation."""
     files.providers["a"] = files.providers["a"]
     files.providers["a"].play((Say(content("one")), Pause(10), *says("two")))
     old = files.gateway.generations.current
@@ -226,7 +227,7 @@ async def test_a_running_exchange_keeps_its_generation(files: Files, autojump_cl
 
 
 async def test_the_old_generation_waits_for_its_last_exchange(files: Files, autojump_clock: MockClock) -> None:
-    """And not only for the first one that ends after the reload."""
+    """It does not close when the first exchange ends after the reload."""
     files.providers["a"].play((Say(content("x")), Pause(5), Say(DONE)), (Say(content("x")), Pause(10), Say(DONE)))
     calls = [files.client.chat(model="a/m"), files.client.chat(model="a/m")]
     for call in calls:
@@ -241,8 +242,8 @@ async def test_the_old_generation_waits_for_its_last_exchange(files: Files, auto
     assert files.open_transports == ["b"]
 
 
-async def test_a_client_that_leaves_frees_the_old_generation(files: Files, autojump_clock: MockClock) -> None:
-    """However the last exchange ends."""
+async def test_a_disconnect_frees_the_old_generation(files: Files, autojump_clock: MockClock) -> None:
+    """The old generation is freed however its last exchange ends."""
     files.providers["a"].play((Stall(),))
     running = files.client.chat(model="a/m")
     await wait_all_tasks_blocked()
@@ -256,7 +257,7 @@ async def test_a_client_that_leaves_frees_the_old_generation(files: Files, autoj
 
 
 async def test_many_reloads_leave_one_generation(files: Files, autojump_clock: MockClock) -> None:
-    """Whether each was waited for or not, the last file is the one that is served."""
+    """The last file is the one in use, whether the reloads were awaited or not."""
     for round_ in range(10):
         files.write(toml(f"u{round_}"))
         files.gateway.reloader.request()
@@ -268,7 +269,7 @@ async def test_many_reloads_leave_one_generation(files: Files, autojump_clock: M
 
 
 async def test_a_changed_file_is_noticed(files: Files, autojump_clock: MockClock) -> None:
-    """Without a signal, within seconds; a file that did not change reloads nothing."""
+    """A change is noticed within seconds without a signal. An unchanged file is not reloaded."""
     await files.wait_watched()
     assert len(files.transports) == 1
     files.write(toml("a", "b"))
@@ -280,7 +281,7 @@ async def test_a_changed_file_is_noticed(files: Files, autojump_clock: MockClock
 
 
 async def test_a_drain_survives_a_reload(files: Files, autojump_clock: MockClock) -> None:
-    """Draining is the gateway's, not a generation's; a cut reaches the exchanges of every generation."""
+    """The drain belongs to the gateway and not to a generation: a cut reaches the exchanges of every generation."""
     files.providers["a"].play((Stall(),))
     running = files.client.chat(model="a/m")
     await wait_all_tasks_blocked()
@@ -292,7 +293,7 @@ async def test_a_drain_survives_a_reload(files: Files, autojump_clock: MockClock
 
 
 async def test_limits_follow_the_generation(files: Files, autojump_clock: MockClock) -> None:
-    """The next call has them."""
+    """The new limits apply to the next call."""
     files.providers["a"].play((Stall(),))
     await files.reload(toml("a", first_token_timeout_s=2))
     begun = trio.current_time()
@@ -302,7 +303,7 @@ async def test_limits_follow_the_generation(files: Files, autojump_clock: MockCl
 
 
 async def test_keys_follow_a_reload(files: Files, autojump_clock: MockClock) -> None:
-    """A key that is added is asked for at once."""
+    """A new key is required at once."""
     assert (await files.client.ask("GET", "/v1/models")).status == 200
     await files.reload(toml("a") + '\n[keys]\nme = "a-new-key"')
     assert (await files.client.ask("GET", "/v1/models")).status == 401
@@ -311,7 +312,7 @@ async def test_keys_follow_a_reload(files: Files, autojump_clock: MockClock) -> 
 
 
 async def test_a_gateway_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
-    """At the start there is no old configuration to keep: it says what is wrong."""
+    """At the start there is no old configuration to keep. The error says what is wrong."""
     path = tmp_path / "trigate.toml"
     path.write_text("[limits]\nnonsense = 1\nkeep_alive_s = true")
     with pytest.raises(ConfigError) as caught:
@@ -322,7 +323,7 @@ async def test_a_gateway_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
 
 
 async def test_a_lifespan_that_cannot_start_says_why(tmp_path: Path, logs: Logs) -> None:
-    """In words, to the server."""
+    """The server gets the reason as text."""
     logs.expect_error("startup_failed")
     path = tmp_path / "trigate.toml"
     path.write_text("nonsense = 1")
@@ -333,7 +334,7 @@ async def test_a_lifespan_that_cannot_start_says_why(tmp_path: Path, logs: Logs)
     assert "nonsense" in logs.named("startup_failed")[0]["error"]
 
 
-# -- the way to an upstream -------------------------------------------------------------------------------------------
+# -- the route to an upstream -----------------------------------------------------------------------------------------
 
 
 def _way(base_url: str, **settings: object) -> tuple[str, str | None]:
@@ -344,7 +345,7 @@ def _way(base_url: str, **settings: object) -> tuple[str, str | None]:
 
 @pytest.fixture
 def set_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the environment's proxy variables to these, and no others."""
+    """Sets exactly these proxy variables in the environment."""
 
     def set_to(**variables: str) -> None:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUEST_METHOD"):
@@ -356,15 +357,15 @@ def set_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_to
 
 
-def test_the_way_is_direct(set_proxies: Callable[..., None]) -> None:
-    """Without a proxy and without HTTP/2, requests go by Trigate's own transport; with HTTP/2, by httpx2's."""
+def test_the_route_is_direct(set_proxies: Callable[..., None]) -> None:
+    """Without a proxy and HTTP/2 requests use Trigate's own transport. With HTTP/2 they use httpx2's."""
     set_proxies()
     assert _way("http://up.example/v1") == _way("https://up.example/v1") == ("SocketTransport", None)
     assert _way("https://up.example/v1", http2=True) == ("AsyncHTTPTransport", None)
 
 
-def test_the_way_by_a_proxy_of_its_own(set_proxies: Callable[..., None]) -> None:
-    """What the configuration says of an upstream goes before the environment, for loopback addresses too."""
+def test_the_route_through_the_upstreams_own_proxy(set_proxies: Callable[..., None]) -> None:
+    """The upstream's setting takes precedence over the environment, for loopback addresses too."""
     set_proxies(ALL_PROXY="http://all.example:1", NO_PROXY="*")
     proxy = "http://user:word@proxy.example:3128"
     for url in ("http://up.example/v1", "https://up.example/v1", "http://127.0.0.1:1/v1"):
@@ -373,8 +374,8 @@ def test_the_way_by_a_proxy_of_its_own(set_proxies: Callable[..., None]) -> None
     assert _way("http://up.example/v1", proxy="direct") == ("SocketTransport", None)
 
 
-def test_the_way_by_the_environments_proxy(set_proxies: Callable[..., None]) -> None:
-    """By scheme, past the names of NO_PROXY, and never for this machine."""
+def test_the_route_through_the_environments_proxy(set_proxies: Callable[..., None]) -> None:
+    """The proxy is chosen by scheme, names in NO_PROXY bypass it, and loopback addresses never use it."""
     set_proxies(HTTP_PROXY="plain.example:1", HTTPS_PROXY="http://tls.example:2", NO_PROXY="near.example,10.0.0.1")
     assert _way("http://up.example/v1") == ("AsyncHTTPTransport", "http://plain.example:1")
     assert _way("https://up.example/v1") == ("AsyncHTTPTransport", "http://tls.example:2")
@@ -393,7 +394,7 @@ def test_the_way_by_the_environments_proxy(set_proxies: Callable[..., None]) -> 
 
 
 async def test_a_proxy_that_is_not_http(set_proxies: Callable[..., None]) -> None:
-    """It is that upstream's trouble, told when it is called, and no reason not to start."""
+    """The error concerns only that upstream and is reported when it is called. The gateway still starts."""
     set_proxies(ALL_PROXY="socks5://user:word@all.example:1")
     upstreams = structure({"upstreams": {"u": {"base_url": "http://up.example/v1"}}}, env={}, source="test").upstreams
     transport = http_transport("u", upstreams["u"])
@@ -402,7 +403,7 @@ async def test_a_proxy_that_is_not_http(set_proxies: Callable[..., None]) -> Non
 
 
 async def test_a_request_goes_through_a_proxy(set_proxies: Callable[..., None]) -> None:
-    """The proxy gets it with the whole URL, and the upstream's name is looked up there."""
+    """The proxy gets the whole URL and looks up the upstream's name."""
     set_proxies()
     lines = []
 
@@ -425,7 +426,7 @@ async def test_a_request_goes_through_a_proxy(set_proxies: Callable[..., None]) 
 
 
 async def test_idle_connections_of_a_generation_expire(mock_clock: MockClock) -> None:
-    """The gateway runs what closes them."""
+    """The gateway runs the task that closes them."""
     ended = trio.Event()
 
     async def play(stream: trio.SocketStream) -> None:

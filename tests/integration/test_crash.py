@@ -34,16 +34,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _toml(room: Path, receiver: int) -> str:
+def _toml(directory: Path, receiver: int) -> str:
     return f"""
 [store]
-path = "{room / "trigate.db"}"
+path = "{directory / "trigate.db"}"
 [upstreams.echo]
 kind = "echo"
 words_per_s = 200
 [hooks.plain]
 rate_per_s = 0
-[hooks.told]
+[hooks.callback]
 rate_per_s = 0
 reply = "callback"
 callback_url = "http://127.0.0.1:{receiver}/"
@@ -56,7 +56,7 @@ callback_private = true
 class Receiver:
     """Receives callbacks, and records the run of each id."""
 
-    told: dict[str, set[str]] = attrs.field(factory=dict)
+    received: dict[str, set[str]] = attrs.field(factory=dict)
 
     async def serve(self, listeners: list[trio.SocketListener]) -> None:
         """Serves until it is cancelled."""
@@ -78,7 +78,7 @@ class Receiver:
                     while len(data) < length:
                         data += await stream.receive_some()
                     body, data = json.loads(data[:length]), data[length:]
-                    self.told.setdefault(body["data"]["id"], set()).add(fields[b"webhook-id"].decode())
+                    self.received.setdefault(body["data"]["id"], set()).add(fields[b"webhook-id"].decode())
                     await stream.send_all(b"HTTP/1.1 204 No Content\r\n\r\n")
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return  # the gateway was killed meanwhile
@@ -99,7 +99,7 @@ async def _send(client: httpx2.AsyncClient, book: Book, sender: int) -> None:
     while not book.stop:
         number += 1
         text = f"message {number} of {sender}"
-        hook = "told" if sender % 2 else "plain"
+        hook = "callback" if sender % 2 else "plain"
         headers = {"idempotency-key": f"{sender}-{number}"}
         if number % 2:
             headers["prefer"] = "respond-async"
@@ -132,13 +132,13 @@ async def _talk(client: httpx2.AsyncClient, book: Book, talker: int) -> None:
             book.turns.append((key, text))
 
 
-async def _kill_again_and_again(room: Path, port: int, receiver: int) -> list[float]:
+async def _kill_again_and_again(directory: Path, port: int, receiver: int) -> list[float]:
     """Starts and kills the gateway again and again. Returns how long each start took, in seconds."""
     chance = random.Random(SEED)
     took = []
     for _ in range(KILLS):
         began = time.monotonic()
-        running = run_gateway(_toml(room, receiver), room, command=(*SERVE[:-1], str(port)))
+        running = run_gateway(_toml(directory, receiver), directory, command=(*SERVE[:-1], str(port)))
         gateway: Gateway = await trio.to_thread.run_sync(running.__enter__)
         took.append(time.monotonic() - began)
         await trio.sleep(chance.uniform(0.05, 0.6))
@@ -195,12 +195,12 @@ async def test_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path) -> None:
             took = await _kill_again_and_again(tmp_path, port, receiver_port)
             book.stop = True
             senders.cancel_scope.cancel()
-        assert len(book.runs) > KILLS, "the senders hardly got through"
+        assert len(book.runs) > KILLS, "too few messages were acknowledged"
         with run_gateway(_toml(tmp_path, receiver_port), tmp_path, command=(*SERVE[:-1], str(port))) as gateway:
             ended = await _until_all_have_ended(client, book)
             assert Counter(run["state"] for run in ended.values()) == {"completed": len(ended)}
             for sender in range(SENDERS):
-                hook = "told" if sender % 2 else "plain"
+                hook = "callback" if sender % 2 else "plain"
                 stored = Counter(await _texts(client, f"hook:{hook}:s{sender}"))
                 assert [text for text, times in stored.items() if times > 1] == []
                 sent = {text for _, text in book.runs.values() if text.endswith(f"of {sender}")}
@@ -208,9 +208,9 @@ async def test_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path) -> None:
             for key in {key for key, _ in book.turns}:
                 stored = Counter(await _texts(client, key))
                 assert {text for at, text in book.turns if at == key} - set(stored) == set()
-            told = {run_id for run_id, (hook, _) in book.runs.items() if hook == "told"}
-            assert told - set(receiver.told) == set()
-            assert {run_id: ids for run_id, ids in receiver.told.items() if len(ids) > 1} == {}
+            received = {run_id for run_id, (hook, _) in book.runs.items() if hook == "callback"}
+            assert received - set(receiver.received) == set()
+            assert {run_id: ids for run_id, ids in receiver.received.items() if len(ids) > 1} == {}
             gateway.stop()
         nursery.cancel_scope.cancel()
     database = sqlite3.connect(tmp_path / "trigate.db")

@@ -40,7 +40,7 @@ words_per_s = {WORDS}
 """
 TEXT = " ".join(f"word{number}" for number in range(WORDS))
 GONE_S = 20.0
-"""How long a predecessor may take to go, at most: longer than its drain, whose end would show in its log."""
+"""The longest time in which a replaced gateway exits. It exceeds the drain, whose end would be logged."""
 
 
 # -- real processes under load ----------------------------------------------------------------------------------------
@@ -54,11 +54,11 @@ def port() -> int:
 
 
 @attrs.define(eq=False)
-class House:
+class Restarts:
     """Starts gateways on one port, one after another."""
 
     port: int
-    room: Path
+    directory: Path
     stack: contextlib.ExitStack
     env: dict[str, str] = attrs.field(factory=dict)
     count: int = 0
@@ -66,15 +66,15 @@ class House:
     def start(self, *options: str, config: str = CONFIG) -> Gateway:
         """Starts the next gateway, and waits until it serves."""
         self.count += 1
-        room = self.room / str(self.count)
-        room.mkdir()
+        directory = self.directory / str(self.count)
+        directory.mkdir()
         command = (sys.executable, "-m", "trigate", "serve", "--port", str(self.port), *options)
-        return self.stack.enter_context(run_gateway(config, room, command=command, env=self.env))
+        return self.stack.enter_context(run_gateway(config, directory, command=command, env=self.env))
 
     def try_to_start(self, *options: str, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
         """Starts a gateway that is expected to fail."""
         self.count += 1
-        path = self.room / f"{self.count}.toml"
+        path = self.directory / f"{self.count}.toml"
         path.write_text(config)
         return subprocess.run(
             [sys.executable, "-m", "trigate", "serve", "--port", str(self.port), *options],
@@ -91,10 +91,10 @@ class House:
 
 
 @pytest.fixture
-def house(port: int, tmp_path: Path) -> Iterator[House]:
-    """A `House` whose gateways are killed at the end."""
+def restarts(port: int, tmp_path: Path) -> Iterator[Restarts]:
+    """A `Restarts` whose gateways are killed at the end."""
     with contextlib.ExitStack() as stack:
-        yield House(port, tmp_path, stack)
+        yield Restarts(port, tmp_path, stack)
 
 
 @attrs.define(eq=False)
@@ -102,8 +102,8 @@ class Load:
     """Clients that send requests all the time.
 
     Attributes:
-        answered: How many calls successors, by the kind of client.
-        failed: What was wrong with the others.
+        answered: How many calls succeeded, by the kind of client.
+        failed: What went wrong with the others.
     """
 
     url: str
@@ -163,13 +163,13 @@ async def open_load(url: str) -> AsyncIterator[Load]:
         load.finish = True
 
 
-async def roll(house: House, starts: Sequence[Sequence[str]]) -> Load:
+async def roll(restarts: Restarts, starts: Sequence[Sequence[str]]) -> Load:
     """Starts one gateway after another under load; all but the last one exit by themselves, in order."""
-    gateways = [await trio.to_thread.run_sync(house.start, *starts[0])]
+    gateways = [await trio.to_thread.run_sync(restarts.start, *starts[0])]
     async with open_load(gateways[0].url) as load:
         for options in starts[1:]:
             await trio.sleep(0.5)
-            gateways.append(await trio.to_thread.run_sync(house.start, *options))
+            gateways.append(await trio.to_thread.run_sync(restarts.start, *options))
             before = gateways[-2].process
             assert await trio.to_thread.run_sync(before.wait, GONE_S) == 0, gateways[-2].log()
         await trio.sleep(0.5)
@@ -184,29 +184,29 @@ async def roll(house: House, starts: Sequence[Sequence[str]]) -> Load:
 
 
 @pytest.mark.slow
-async def test_ten_rolling_restarts_under_load(house: House) -> None:
+async def test_ten_rolling_restarts_under_load(restarts: Restarts) -> None:
     """No call fails, with kept connections or new ones, streamed or not."""
-    load = await roll(house, [()] * 11)
+    load = await roll(restarts, [()] * 11)
     assert load.failed == []
     assert min(load.answered.values()) >= 10, load.answered
 
 
 @pytest.mark.slow
-async def test_workers_take_over_from_workers(house: House) -> None:
+async def test_workers_take_over_from_workers(restarts: Restarts) -> None:
     """No call fails with several workers, whatever their number was before."""
-    load = await roll(house, [(f"--workers={count}",) for count in (2, 2, 1, 3, 2)])
+    load = await roll(restarts, [(f"--workers={count}",) for count in (2, 2, 1, 3, 2)])
     assert load.failed == []
     assert min(load.answered.values()) >= 3, load.answered
 
 
 @pytest.mark.slow
-def test_a_session_continues(house: House) -> None:
+def test_a_session_continues(restarts: Restarts) -> None:
     """A turn at the new gateway that waits for one at the old gateway follows it, and the session has both."""
     with tempfile.TemporaryDirectory(
         prefix="tri"
     ) as directory:  # pytest's own paths are too long for the name of a socket
-        house.env["TRIGATE_STORE"] = str(Path(directory) / "trigate.db")
-        first = house.start()
+        restarts.env["TRIGATE_STORE"] = str(Path(directory) / "trigate.db")
+        first = restarts.start()
         url = f"{first.url}/v1/chat/completions"
 
         def body(text: str, *, stream: bool) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def test_a_session_continues(house: House) -> None:
         with httpx2.stream("POST", url, json=body(TEXT, stream=True), **options) as response:
             pieces = response.iter_text()
             text = next(pieces)
-            second = house.start()
+            second = restarts.start()
             wait_logged(first, "draining")
             with ThreadPoolExecutor(1) as threads:
                 waiting = threads.submit(httpx2.post, url, json=body("Then", stream=False), **options)
@@ -236,27 +236,27 @@ NO_CERTIFICATES = CONFIG + '[upstreams.far]\nbase_url = "https://far.invalid/v1"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failed_start_changes_nothing(house: House, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_changes_nothing(restarts: Restarts, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old gateway keeps serving if the configuration of the new one is invalid, or fails at its start."""
     options = (f"--workers={workers}",)
-    first = house.start(*options)
-    failed = house.try_to_start(*options, config=BAD_CONFIG)
+    first = restarts.start(*options)
+    failed = restarts.try_to_start(*options, config=BAD_CONFIG)
     assert failed.returncode == 1
     assert "no-such-kind" in failed.stderr
     assert "takeover" not in first.log()  # it has received no request
     with monkeypatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", str(house.room / "nothing"))
-        failed = house.try_to_start(*options, config=NO_CERTIFICATES)
+        patch.setenv("SSL_CERT_FILE", str(restarts.directory / "nothing"))
+        failed = restarts.try_to_start(*options, config=NO_CERTIFICATES)
     assert failed.returncode == 1
     assert "SSL_CERT_FILE" in failed.stderr
-    assert house.health() == 200
+    assert restarts.health() == 200
     assert first.process.poll() is None
     assert "takeover_begun" in first.log()
     wait_logged(first, "takeover_failed")
     assert "draining" not in first.log()
-    second = house.start(*options)  # and it can still be replaced
+    second = restarts.start(*options)  # and it can still be replaced
     assert first.process.wait(GONE_S) == 0
-    assert house.health() == 200
+    assert restarts.health() == 200
     assert second.stop()[0] == 0
 
 
@@ -269,17 +269,17 @@ def wait_logged(gateway: Gateway, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_port_of_another_program(house: House) -> None:
+def test_a_port_in_use_by_another_program(restarts: Restarts) -> None:
     """If a program that is no gateway uses the port, the error says so."""
-    with socket.create_server(("127.0.0.1", house.port)):
-        failed = house.try_to_start()
+    with socket.create_server(("127.0.0.1", restarts.port)):
+        failed = restarts.try_to_start()
     assert failed.returncode == 1
-    assert f"127.0.0.1:{house.port} is in use by another program" in failed.stderr
+    assert f"127.0.0.1:{restarts.port} is in use by another program" in failed.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_gateway_of_another_user(house: House) -> None:
+def test_a_gateway_of_another_user(restarts: Restarts) -> None:
     """It cannot be replaced; the error names its user, and its log has the attempt."""
     script = f"""
 import encodings.idna, os  # the other user may not be able to import them
@@ -287,36 +287,36 @@ from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_listening
 os.setuid(12345)
 try:
-    open_listening(ServerConfig(port={house.port}))
+    open_listening(ServerConfig(port={restarts.port}))
 except ListenError as error:
     print(error)
 """
-    first = house.start()
+    first = restarts.start()
     tried = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30, check=False
     )
-    assert f"127.0.0.1:{house.port} is served by a gateway of another user (uid 0)" in tried.stdout, tried.stderr
+    assert f"127.0.0.1:{restarts.port} is served by a gateway of another user (uid 0)" in tried.stdout, tried.stderr
     wait_logged(first, "takeover_refused")
-    assert house.health() == 200
+    assert restarts.health() == 200
     assert "taken_over" not in first.log()
 
 
 @pytest.mark.slow
-def test_a_gateway_that_was_killed_leaves_nothing(house: House) -> None:
+def test_a_gateway_that_was_killed_leaves_nothing(restarts: Restarts) -> None:
     """After SIGKILL, the next gateway starts as if there had been none."""
-    first = house.start()
+    first = restarts.start()
     first.process.kill()
     first.process.wait()
-    second = house.start()
+    second = restarts.start()
     assert "took_over" not in second.log()
-    assert house.health() == 200
+    assert restarts.health() == 200
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_end(house: House) -> None:
+def test_a_signal_to_a_replaced_gateway(restarts: Restarts) -> None:
     """A replaced gateway keeps serving its open connections until it gets a signal. As it is the first one, it drains,
     and its streams finish."""
-    first = house.start("--workers=2")
+    first = restarts.start("--workers=2")
     body = {"model": "parrot/echo", "messages": [{"role": "user", "content": TEXT}], "stream": True}
     with (
         httpx2.Client(base_url=first.url, trust_env=False, timeout=20) as client,
@@ -324,26 +324,26 @@ def test_a_signal_during_the_end(house: House) -> None:
     ):
         pieces = response.iter_text()
         text = next(pieces)
-        house.start("--workers=2")
+        restarts.start("--workers=2")
         wait_logged(first, "taken_over")
         first.process.send_signal(signal.SIGTERM)
         assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
     assert first.process.wait(GONE_S) == 0
     assert "again=False" in first.log()
     assert "cut=0" in first.log()
-    assert house.health() == 200
+    assert restarts.health() == 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_gateway_that_is_stopped_at_its_start(house: House, workers: int, tmp_path: Path) -> None:
+def test_a_gateway_that_is_stopped_at_its_start(restarts: Restarts, workers: int, tmp_path: Path) -> None:
     """A gateway that is stopped during its start exits soon and replaces nothing; the old one keeps serving."""
-    first = house.start()
+    first = restarts.start()
     config, log = tmp_path / "second.toml", tmp_path / "second.log"
     # an upstream that does not list its models delays the start
     with socket.create_server(("127.0.0.1", 0)) as mute, log.open("wb") as output:
         config.write_text(CONFIG + f'[upstreams.mute]\nbase_url = "http://127.0.0.1:{mute.getsockname()[1]}"\n')
-        command = [sys.executable, "-m", "trigate", "serve", f"--port={house.port}", f"--workers={workers}"]
+        command = [sys.executable, "-m", "trigate", "serve", f"--port={restarts.port}", f"--workers={workers}"]
         with subprocess.Popen(command, stdout=output, stderr=output, env=environment(config)) as second:
             wait_logged(first, "takeover_begun")
             mute.accept()[0].close()  # the gateway is starting
@@ -351,15 +351,15 @@ def test_a_gateway_that_is_stopped_at_its_start(house: House, workers: int, tmp_
             assert second.wait(GONE_S) == 0, log.read_text()
     wait_logged(first, "takeover_failed")
     assert "taken_over" not in first.log()
-    assert house.health() == 200
+    assert restarts.health() == 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notice_s", [0, 5])
-def test_a_gateway_that_is_stopping(house: House, notice_s: int) -> None:
+def test_a_gateway_that_is_stopping(restarts: Restarts, notice_s: int) -> None:
     """A new gateway can start during the notice and the drain of the old one."""
     config = CONFIG.replace("[server]", f"[server]\ndrain_notice_s = {notice_s}")
-    first = house.start(config=config)
+    first = restarts.start(config=config)
     body = {"model": "parrot/echo", "messages": [{"role": "user", "content": TEXT}], "stream": True}
     with (
         httpx2.Client(base_url=first.url, trust_env=False, timeout=20) as client,
@@ -369,11 +369,11 @@ def test_a_gateway_that_is_stopping(house: House, notice_s: int) -> None:
         text = next(pieces)
         first.process.terminate()
         wait_logged(first, "drain_announced" if notice_s else "draining")
-        second = house.start()
+        second = restarts.start()
         assert ("took_over" in second.log()) == bool(notice_s)
         assert (text + "".join(pieces)).endswith("data: [DONE]\n\n")
     assert first.process.wait(GONE_S) == 0
-    assert house.health() == 200
+    assert restarts.health() == 200
 
 
 # -- in one process ---------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_a_gateway_that_is_stopping(house: House, notice_s: int) -> None:
 
 @attrs.define(eq=False)
 class Old:
-    """A gateway, as far as it listens and serves a handover socket.
+    """The part of a gateway that listens and serves a handover socket.
 
     Attributes:
         listening: Its sockets.
@@ -422,7 +422,7 @@ async def open_old(host: str = "127.0.0.1", workers: int = 1) -> AsyncIterator[O
                 sock.close()
 
 
-async def test_sockets_change_hands() -> None:
+async def test_sockets_are_handed_over() -> None:
     """All sockets are handed over, also a hundred; a connection that waits meanwhile is accepted afterwards."""
     async with open_old(workers=100) as old:
         client = socket.create_connection(("127.0.0.1", old.config.port))
@@ -467,7 +467,7 @@ async def test_the_serving_process_is_known() -> None:
             nursery.cancel_scope.cancel()
 
 
-async def test_one_after_another() -> None:
+async def test_repeated_hot_restarts() -> None:
     """The handover socket is handed over too: the new gateway can be replaced in turn."""
     async with open_old() as old:
         first = await old.ask()
@@ -487,7 +487,7 @@ async def test_one_after_another() -> None:
         assert await old.ask() is None
 
 
-async def test_the_old_gateway_exits_meanwhile() -> None:
+async def test_the_old_gateway_exits_during_the_handover() -> None:
     """A process that has the sockets does not need the old gateway: it serves, and can be replaced."""
     async with open_old() as old:
         predecessor = await old.ask()
@@ -506,7 +506,7 @@ async def test_the_old_gateway_exits_meanwhile() -> None:
         predecessor.close()
 
 
-async def test_two_at_once(logs: Any) -> None:
+async def test_a_second_successor_is_refused(logs: Any) -> None:
     """A second successor is refused while there is a first one, and accepted when that has failed."""
     async with open_old() as old:
         first = await old.ask()
@@ -522,7 +522,7 @@ async def test_two_at_once(logs: Any) -> None:
         assert old.successors == []
 
 
-async def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway refuses a request of another version, and says so."""
     async with open_old() as old:
 

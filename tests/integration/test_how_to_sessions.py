@@ -1,4 +1,4 @@
-"""Every command of the page on sessions, run in its order as it stands there."""
+"""Every command of the how-to page on sessions, run in order as written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ HERE = "http://127.0.0.1:18888"
 
 @pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
-    """Two turns, the list, the session, its messages, a reset, the archive, the end; nothing is left."""
+    """The page makes two turns, then lists the session, its messages, a reset, the archive and the end. Nothing is
+    left."""
     expected = (
         '"content"',
         "data: [DONE]",

@@ -1,4 +1,4 @@
-"""A thousand clients that are killed at random moments: what is left of them, on real sockets."""
+"""A thousand clients that are killed at random moments, on real sockets: nothing stays behind."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.slow
 
 
 class Upstream:
-    """A provider that speaks an event every few milliseconds.
+    """A provider that sends an event every few milliseconds.
 
     Attributes:
-        open_now: Its connections that the gateway has not closed, and which are in a request.
+        open_now: Its connections that are in a request and that the gateway has not closed.
     """
 
     def __init__(self, chance: random.Random) -> None:
@@ -95,7 +95,7 @@ class Upstream:
 
 
 async def _killed_client(chance: random.Random, port: int, number: int, outcomes: collections.Counter[str]) -> None:
-    """Asks, and is gone at some moment: closed or reset, after a while or after some bytes."""
+    """Makes a request and closes or resets the connection, after a random time or number of bytes."""
     body = json.dumps(
         {"model": "up/m", "stream": chance.random() < 0.8, "messages": [{"role": "user", "content": "Hi"}]}
     ).encode()
@@ -110,9 +110,9 @@ async def _killed_client(chance: random.Random, port: int, number: int, outcomes
             await trio.sleep(chance.random() * EVENTS * 0.003)
             outcomes["after a while"] += 1
         else:
-            wanted = chance.randrange(1, EVENTS * 170)
-            while wanted > 0 and (data := await stream.receive_some(wanted)):
-                wanted -= len(data)
+            remaining = chance.randrange(1, EVENTS * 170)
+            while remaining > 0 and (data := await stream.receive_some(remaining)):
+                remaining -= len(data)
             outcomes["after some bytes"] += 1
             if chance.random() < 0.5:  # the next packet is a reset
                 stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -125,19 +125,19 @@ def _descriptors() -> int:
 
 @attrs.frozen
 class Baseline:
-    """What a gateway has open while nothing is asked of it."""
+    """The resources of an idle gateway."""
 
     descriptors: int
     tasks: int
 
 
 def _at_rest(idle: int) -> Baseline:
-    """What there is besides connections that wait for the next call: two ends of each, and the provider's task."""
+    """The resources besides idle connections, of which each has two ends and one task of the provider."""
     return Baseline(_descriptors() - 2 * idle, trio.lowlevel.current_statistics().tasks_living - idle)
 
 
 async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
-    """Afterwards the pool, the file descriptors and the tasks are what they were, and there are a thousand records."""
+    """Afterwards the pool, the file descriptors and the tasks are as before, and there are a thousand records."""
     chance = random.Random(SEED)
     provider = Upstream(chance)
     outcomes: collections.Counter[str] = collections.Counter()
@@ -160,13 +160,13 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
         async def many(count: int, first: int) -> None:
             limit = trio.CapacityLimiter(AT_ONCE)
 
-            async def one(number: int) -> None:
+            async def run_client(number: int) -> None:
                 async with limit:
                     await _killed_client(chance, port, number, outcomes)
 
             async with trio.open_nursery() as clients:
                 for number in range(first, first + count):
-                    clients.start_soon(one, number)
+                    clients.start_soon(run_client, number)
 
         async def quiet() -> None:
             with trio.fail_after(10):
@@ -176,7 +176,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
                     await trio.sleep(0.01)
 
         async def settled() -> Baseline:
-            """What there is once it does not change any more."""
+            """The resources once they no longer change."""
             await quiet()
             seen = [_at_rest(transport.statistics().idle)]
             with trio.move_on_after(10):
@@ -185,7 +185,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
                     seen.append(_at_rest(transport.statistics().idle))
             return seen[-1]
 
-        await many(20, -20)  # what is made once, is made now: the store, threads
+        await many(20, -20)  # objects that are made once are made before the baseline: the store, threads
         await gateway.ledger.flush()
         before = await settled()
         await many(CLIENTS, 0)
@@ -206,7 +206,7 @@ async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
             ended = collections.Counter(each["outcome"] for each in records)
             assert set(ended) == {"cancelled", "complete"}, ended
             assert ended["cancelled"] > CLIENTS / 2
-            assert provider.requests <= CLIENTS + 20  # nothing was asked twice
+            assert provider.requests <= CLIENTS + 20  # no request was made twice
             totals = (await client.get("/status")).json()["totals"]
             assert totals["exchanges"] == CLIENTS + 20
         nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there."""
+"""Every command of the README, run as written."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ pytestmark = [
 
 
 def _environment() -> dict[str, str]:
-    # No provider of the person who runs the tests is asked for anything.
+    # The tests call no real provider of the person who runs them.
     keep = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
-    keep["TRIGATE_STORE"] = ":memory:"  # and nothing is left in their home directory
+    keep["TRIGATE_STORE"] = ":memory:"  # and leave nothing in their home directory
     return {**keep, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -54,9 +54,9 @@ def _served(command: str) -> Iterator[None]:
             time.sleep(0.05)
         yield
         process.send_signal(signal.SIGTERM)
-        # uvicorn shuts down in order, then raises the signal again for whoever started it
+        # uvicorn shuts down cleanly, then raises the signal again for its parent process
         well = -signal.SIGTERM if "uvicorn" in command else 0
-        assert process.wait(20) == well, f"{command} did not end well on SIGTERM"
+        assert process.wait(20) == well, f"{command} did not exit cleanly on SIGTERM"
     finally:
         process.kill()
         process.wait()
@@ -74,13 +74,13 @@ def _only(part: str) -> str:
 
 
 @pytest.mark.parametrize("command", [text for text in SERVERS if text != "./scripts/serve"])
-def test_served_by(command: str) -> None:
-    """Each of the other ways to serve it works, and ends well."""
+def test_other_servers(command: str) -> None:
+    """Every other command that serves the gateway works and exits cleanly."""
     with _served(command):
         assert _run("sh", "-c", _only("curl -N")).rstrip().endswith("data: [DONE]")
 
 
-# The rest shares one gateway, so it comes after those that need the port for themselves.
+# The remaining tests share one gateway, so they come after the tests that need the port.
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,13 @@ def test_curl_lists_models(served: None) -> None:
 
 
 def test_curl_status(served: None) -> None:
-    """The status has what the contract names."""
+    """The status has the fields of the contract."""
     answer = _run("sh", "-c", _only("18888/status"))
     assert all(f'"{name}"' in answer for name in ("uptime", "channels", "sessions"))
 
 
-def test_curl_is_remembered(served: None) -> None:
-    """A call with the header makes a session, which is listed."""
+def test_curl_makes_a_session(served: None) -> None:
+    """A call with the session header makes a session, which is listed."""
     assert '"choices"' in _run("sh", "-c", _only("x-session-key"))
     assert '"ada"' in _run("sh", "-c", _only("/v1/sessions"))
 
@@ -149,5 +149,5 @@ def test_terminal(served: None) -> None:
 
 
 def test_check() -> None:
-    """`trigate check` says what the configuration amounts to."""
+    """`trigate check` prints a summary of the configuration."""
     assert "upstreams:" in _run("sh", "-c", _only("trigate check"))

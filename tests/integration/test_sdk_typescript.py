@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What Node's test runner says of the file, as TAP."""
+    """The TAP report of Node's test runner on the file."""
     assert NODE is not None
     with open_upstream() as upstream:
         config = configuration(upstream, more=f'[keys]\ntests = "{KEY}"')
@@ -49,7 +49,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_file_has_tests() -> None:
-    """Every test of the file is known here by its name."""
+    """The list of names here is the list of tests in the file."""
     assert len(NAMES) == len(set(NAMES)) == FILE.read_text(encoding="utf-8").count("\ntest(") > 10
 
 

@@ -76,7 +76,7 @@ def _text(stream: Iterable[Any]) -> str:
 def _read_for(at_most_s: float, stream: Iterable[Any]) -> None:
     give_up_at = time.monotonic() + at_most_s
     for _ in stream:
-        assert time.monotonic() < give_up_at, f"the stream still goes on after {at_most_s} s"
+        assert time.monotonic() < give_up_at, f"the stream still runs after {at_most_s} s"
 
 
 def _closing_times(gateway: Gateway, upstream: str) -> list[float]:
@@ -100,7 +100,8 @@ def _closing_times(gateway: Gateway, upstream: str) -> list[float]:
     [(way, workers) for way in WAYS for workers in (1, 2) if (way, workers) != ("python -m trigate", 2)],
 )
 def test_serves(way: str, workers: int, tmp_path: Path) -> None:
-    """Health, models, an answer and a stream work; a disconnect ends the upstream call; SIGTERM ends it with 0."""
+    """Health, models, an answer and a stream work. A disconnect ends the upstream call. SIGTERM makes the process exit
+    with 0."""
     command = _command(way, workers)
     with open_upstream() as upstream, run_gateway(configuration(upstream), tmp_path, command=command) as gateway:
         assert _get(f"{gateway.url}/health") == {"status": "ok"}
@@ -112,7 +113,7 @@ def test_serves(way: str, workers: int, tmp_path: Path) -> None:
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("nobody/has-this")
         late = _closing_times(gateway, upstream)
-        assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client had left"
+        assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client disconnected"
         assert max(late) < 1
         code, took_s = gateway.stop()
         assert code in EXITS[way], gateway.log()
@@ -270,13 +271,13 @@ def _agreed(url: str, holds: Callable[[Any], bool]) -> Any:
     give_up_at = time.monotonic() + 20
     with ThreadPoolExecutor(16) as threads:
         while time.monotonic() < give_up_at:
-            heard = list(threads.map(_status, [url] * 16))
-            who = {row["id"] for status in heard for row in status["workers"] if row["report_age_s"] == 0}
-            first = _lasting(heard[0])
-            if len(who) == 2 and holds(heard[0]) and all(_lasting(status) == first for status in heard):
-                return heard[0]
+            statuses = list(threads.map(_status, [url] * 16))
+            reporters = {row["id"] for status in statuses for row in status["workers"] if row["report_age_s"] == 0}
+            first = _lasting(statuses[0])
+            if len(reporters) == 2 and holds(statuses[0]) and all(_lasting(status) == first for status in statuses):
+                return statuses[0]
             time.sleep(0.05)
-    pytest.fail(f"they do not agree: {heard}")
+    pytest.fail(f"they do not agree: {statuses}")
 
 
 def _lasting(status: Any) -> Any:

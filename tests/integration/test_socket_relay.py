@@ -1,6 +1,6 @@
-"""Streams end to end over real sockets, on both ways: carried by the relay engine, and by the exchange's own loop.
+"""Streams end to end over real sockets, on both paths: the fast path (the socket relay) and the exchange's own loop.
 
-What the client gets, how the exchange ends and what is left of it must not tell the two ways apart.
+What the client gets, how the exchange ends and what it leaves behind must be the same on both paths.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from trigate.gateway.gateway import Gateway
 OpenServer = Callable[..., AbstractAsyncContextManager[Any]]
 
 KEEP_ALIVE = b": keep-alive\n"
-BOTH = ("engine", "loop") if hasattr(select, "epoll") else ("loop",)
+BOTH = ("relay", "loop") if hasattr(select, "epoll") else ("loop",)
 
 
 def public(*events: bytes) -> bytes:
-    """What the client is to have of such events."""
+    """The bytes that the client must receive for these events."""
     return b"".join(events).replace(b'"model":"m"', b'"model":"up/m"')
 
 
 @attrs.define(eq=False)
 class Client:
-    """One call on a connection of its own.
+    """One call on its own connection.
 
     Attributes:
-        wire: All that has come.
+        wire: All bytes received.
         over: The connection is closed.
     """
 
@@ -69,7 +69,7 @@ class Client:
     over: bool = False
 
     async def read(self) -> None:
-        """Reads what comes next."""
+        """Reads the next bytes."""
         try:
             data = await self.stream.receive_some()
         except trio.BrokenResourceError:
@@ -78,7 +78,7 @@ class Client:
         self.over = not data
 
     async def read_until(self, text: bytes) -> None:
-        """Reads until this has come."""
+        """Reads until these bytes have arrived."""
         while text not in self.wire:
             assert not self.over, bytes(self.wire)
             await self.read()
@@ -88,7 +88,7 @@ class Client:
         while not self.over:
             await self.read()
 
-    def leave(self, how: str) -> None:
+    def close(self, how: str) -> None:
         """Closes the connection, synchronously."""
         if how == "rst":
             self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -96,12 +96,12 @@ class Client:
 
     @property
     def status(self) -> int:
-        """Of the answer."""
+        """The status of the answer."""
         return int(self.wire.split(b" ", 2)[1])
 
     @property
     def body(self) -> tuple[bytes, bool]:
-        """The body out of its framing, and whether it has its proper end (one without a framing never has)."""
+        """The decoded body and whether it has its proper end (a body without framing never has)."""
         head, _, wire = bytes(self.wire).partition(b"\r\n\r\n")
         if b"transfer-encoding: chunked" not in head:
             return wire, False
@@ -111,9 +111,9 @@ class Client:
             length = int(size, 16)
             if len(wire) < length + 2:
                 return found + wire[:length], False
-            assert wire[length : length + 2] == b"\r\n", "half a chunk"
+            assert wire[length : length + 2] == b"\r\n", "incomplete chunk"
             if not length:
-                assert wire == b"\r\n", "something behind the end"
+                assert wire == b"\r\n", "bytes after the end"
                 return found, True
             found += wire[:length]
             wire = wire[length + 2 :]
@@ -121,15 +121,15 @@ class Client:
 
 
 @attrs.define(eq=False)
-class House:
-    """A gateway that serves on a port, one upstream on another, and what is known of both."""
+class Setup:
+    """A gateway on one port and an upstream on another, with what the test observes of both."""
 
     gateway: Gateway
     provider: Provider
     port: int
-    way: str
+    path: str
     logs: Logs
-    carried: int = 0
+    relayed: int = 0
     clients: list[Client] = attrs.field(factory=list)
 
     async def call(self, *, version: str = "1.1", buffer_bytes: int | None = None) -> Client:
@@ -137,7 +137,7 @@ class House:
         plain = socket.socket()
         if buffer_bytes is not None:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        plain.connect(("127.0.0.1", self.port))  # the kernel accepts
+        plain.connect(("127.0.0.1", self.port))  # the kernel accepts the connection
         client = Client(trio.SocketStream(trio.socket.from_stdlib_socket(plain)))
         self.clients.append(client)
         body = msgspec.json.encode(chat())
@@ -147,23 +147,23 @@ class House:
 
     @property
     def poller_size(self) -> int:
-        """How many sockets the engine has."""
+        """How many sockets the relay's poller has."""
         return (
             len(self.gateway.exchange_services.upstream.socket_relay.poller)
             if self.gateway.exchange_services.upstream.socket_relay is not None
             else 0
         )
 
-    def assert_carried(self, streams: int = 1) -> None:
-        """It goes the way that is tested."""
-        if self.way == "engine":
+    def assert_path(self, streams: int = 1) -> None:
+        """Checks that the stream is on the tested path."""
+        if self.path == "relay":
             assert self.gateway.exchange_services.upstream.socket_relay is not None
             assert self.gateway.exchange_services.upstream.socket_relay.streams == streams
         else:
-            assert self.carried == 0
+            assert self.relayed == 0
 
     def assert_clean(self) -> None:
-        """Nothing is left of any call, and each exchange was settled once."""
+        """Checks that no call has left anything and that each exchange was settled once."""
         assert not self.gateway.live
         assert self.gateway.generations.current.exchanges == 0
         [upstream] = self.gateway.generations.current.upstreams.values()
@@ -178,44 +178,45 @@ class House:
 
     @property
     def outcomes(self) -> list[str]:
-        """How each exchange ended."""
+        """The outcome of each exchange."""
         return [entry["outcome"] for entry in self.logs.named("exchange")]
 
 
 @pytest.fixture
-def open_house(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Opens a house whose streams go one of the two ways: ``async with open_house(way, script, idle_timeout_s=…)``."""
+def open_setup(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Opens a setup whose streams use one of the two paths: ``async with open_setup(way, script,
+    idle_timeout_s=…)``."""
 
     @contextlib.asynccontextmanager
-    async def opened(way: str, *scripts: Script, **limits: Any) -> AsyncIterator[House]:
+    async def opened(path: str, *scripts: Script, **limits: Any) -> AsyncIterator[Setup]:
         async with open_socket_provider(*scripts) as (provider, url):
             config = make_config({"up": {"base_url": url, "models": ["m"]}}, limits=limits)
-            if way == "loop":
+            if path == "loop":
                 monkeypatch.setattr(gateway_module, "open_poller", contextlib.nullcontext)
             async with open_server(config) as (client, app):
-                house = House(app.gateway, provider, client.base_url.port, way, logs)
+                setup = Setup(app.gateway, provider, client.base_url.port, path, logs)
                 carry = RelayedStream.run
 
                 async def counted(self: RelayedStream, owner: Any) -> None:
-                    house.carried += 1
+                    setup.relayed += 1
                     await carry(self, owner)
 
                 monkeypatch.setattr(RelayedStream, "run", counted)
                 try:
-                    yield house
+                    yield setup
                 finally:
-                    for each in house.clients:
+                    for each in setup.clients:
                         each.stream.socket.close()
                 await trio.sleep(1)
-                house.assert_clean()
-                assert bool(house.carried) == (way == "engine")
+                setup.assert_clean()
+                assert bool(setup.relayed) == (path == "relay")
 
     return opened
 
 
 @pytest.fixture
 def clock(autojump_clock: MockClock) -> MockClock:
-    """Virtual time that waits for the kernel: a byte on its way between two sockets is not silence."""
+    """A virtual clock that waits for the kernel, so that bytes between two sockets do not count as silence."""
     autojump_clock.autojump_threshold = 0.003
     return autojump_clock
 
@@ -229,8 +230,8 @@ class Scene:
     """A stream after its first event and a second of silence.
 
     Attributes:
-        body: What the client gets besides that event; without the error event, if there is one.
-        code: Of the error event that follows; None = the answer is complete.
+        body: What the client gets after that event, without the error event, if there is one.
+        code: The code of the error event that follows; None = the answer is complete.
         after_s: When it ends.
     """
 
@@ -285,7 +286,7 @@ SCENES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize(
     ("scene", "version"),
     [
@@ -293,16 +294,18 @@ SCENES = {
         *((scene, "1.0") for scene in ("complete", "RST in an event", "keep-alive")),
     ],
 )
-async def test_the_client_gets_the_same(open_house: Any, clock: MockClock, scene: str, way: str, version: str) -> None:
-    """Byte for byte, with the same last word, at the same time, and the exchange ends in the same way."""
+async def test_both_paths_give_the_same_answer(
+    open_setup: Any, clock: MockClock, scene: str, path: str, version: str
+) -> None:
+    """The bytes, the final message, its time and the outcome are the same on both paths."""
     expected = SCENES[scene]
     script = (Say(A), Pause(1), *expected.script)
-    async with open_house(way, script, **{**LIMITS, **expected.limits}) as house:
+    async with open_setup(path, script, **{**LIMITS, **expected.limits}) as setup:
         began = trio.current_time()
-        client = await house.call(version=version)
+        client = await setup.call(version=version)
         await client.read_until(b'"a"')
         await trio.sleep(0.5)
-        house.assert_carried()
+        setup.assert_path()
         await client.read_all()
         assert trio.current_time() - began == pytest.approx(expected.after_s, abs=0.3)
         body, ended = client.body
@@ -312,124 +315,124 @@ async def test_the_client_gets_the_same(open_house: Any, clock: MockClock, scene
             body, _, last = body.rpartition(b"data: ")
             assert msgspec.json.decode(last)["error"]["code"] == expected.code
         assert body == public(A, expected.body)
-    assert house.outcomes == [expected.outcome]
+    assert setup.outcomes == [expected.outcome]
     if scene == "usage":
-        assert (house.gateway.live.totals.prompt_tokens, house.gateway.live.totals.completion_tokens) == (7, 11)
+        assert (setup.gateway.live.totals.prompt_tokens, setup.gateway.live.totals.completion_tokens) == (7, 11)
 
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_client_that_leaves_ends_its_upstream(open_house: Any, clock: MockClock, way: str, how: str) -> None:
-    """In a silence of the stream, at once."""
-    async with open_house(way, (Say(A), Stall()), **LIMITS) as house:
-        client = await house.call()
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_disconnect_closes_the_upstream(open_setup: Any, clock: MockClock, path: str, how: str) -> None:
+    """It does so at once, even while the stream is silent."""
+    async with open_setup(path, (Say(A), Stall()), **LIMITS) as setup:
+        client = await setup.call()
         await client.read_until(b'"a"')
         await trio.sleep(0.5)
-        house.assert_carried()
+        setup.assert_path()
         left = trio.current_time()
-        client.leave(how)
-        await house.provider.wait_until(lambda provider: provider.open_now == 0)
+        client.close(how)
+        await setup.provider.wait_until(lambda provider: provider.open_now == 0)
         assert trio.current_time() - left < 0.3
-    assert house.outcomes == ["cancelled"]
+    assert setup.outcomes == ["cancelled"]
 
 
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_cut_tells_the_client(open_house: Any, clock: MockClock, way: str) -> None:
-    """A drain that is over ends the upstream at once; the client has an error and a proper end."""
-    async with open_house(way, (Say(A), Pause(1), Say(B[:9]), Stall()), **LIMITS) as house:
-        client = await house.call()
+@pytest.mark.parametrize("path", BOTH)
+async def test_ending_a_drain_sends_an_error(open_setup: Any, clock: MockClock, path: str) -> None:
+    """When the drain ends, the upstream is closed at once, and the client gets an error event and a proper end."""
+    async with open_setup(path, (Say(A), Pause(1), Say(B[:9]), Stall()), **LIMITS) as setup:
+        client = await setup.call()
         await client.read_until(b'"a"')
         await trio.sleep(2)
-        house.assert_carried()
-        house.gateway.drain.cut()
+        setup.assert_path()
+        setup.gateway.drain.cut()
         await client.read_all()
         body, ended = client.body
         assert ended
         body, _, last = body.rpartition(b"data: ")
         assert body == public(A)
         assert msgspec.json.decode(last)["error"]["code"] == "draining"
-    assert house.outcomes == ["draining"]
+    assert setup.outcomes == ["draining"]
 
 
 MUCH = tuple(Say(content(f"{n}:" + "x" * 50_000)) for n in range(200))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_reader_that_stalls_ends_its_upstream(open_house: Any, clock: MockClock, way: str) -> None:
-    """After the limit, not before, and at most half of it later; its connection is closed, and what it has is whole
-    frames but for the last."""
-    async with open_house(way, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as house:
-        client = await house.call(buffer_bytes=8192)
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_reader_that_stalls_ends_its_upstream(open_setup: Any, clock: MockClock, path: str) -> None:
+    """The client's connection is closed after the stall limit, at most half of it later. The client has complete
+    frames, except for the last one."""
+    async with open_setup(path, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as setup:
+        client = await setup.call(buffer_bytes=8192)
         await client.read_until(b'"a"')
         await trio.sleep(25)
-        house.assert_carried()
-        assert house.provider.open_now == 1
-        [exchange] = house.gateway.live
+        setup.assert_path()
+        assert setup.provider.open_now == 1
+        [exchange] = setup.gateway.live
         assert exchange.client.sending_since is not None
         await trio.sleep(21)
-        assert house.provider.open_now == 0
+        assert setup.provider.open_now == 0
         await client.read_all()
         body, ended = client.body
         assert not ended
         assert body == public(A, *(step.data for step in MUCH))[: len(body)]
-    assert house.outcomes == ["client_stalled"]
+    assert setup.outcomes == ["client_stalled"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_reader_that_stalls_for_a_while_misses_nothing(open_house: Any, clock: MockClock, way: str) -> None:
-    """It reads on before the limit: no keep-alive came in between, and every byte is there."""
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_reader_that_stalls_for_a_while_misses_nothing(open_setup: Any, clock: MockClock, path: str) -> None:
+    """It reads again before the limit. No keep-alive was sent meanwhile, and every byte arrives."""
     limits = {**LIMITS, "keep_alive_s": 5}
-    async with open_house(way, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **limits) as house:
-        client = await house.call(buffer_bytes=8192)
+    async with open_setup(path, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **limits) as setup:
+        client = await setup.call(buffer_bytes=8192)
         await client.read_until(b'"a"')
         await trio.sleep(20)
-        house.assert_carried()
+        setup.assert_path()
         await client.read_all()
         body, ended = client.body
         assert ended
         assert body == public(A, *(step.data for step in MUCH), DONE)
-    assert house.outcomes == ["complete"]
+    assert setup.outcomes == ["complete"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_slow_reader_is_not_a_stalled_one(open_house: Any, clock: MockClock, way: str) -> None:
-    """It takes a part of what waits, again and again: however long the whole takes, it is not cut off."""
-    async with open_house(way, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as house:
-        client = await house.call(buffer_bytes=8192)
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_slow_reader_is_not_stalled(open_setup: Any, clock: MockClock, path: str) -> None:
+    """It reads a part of the waiting bytes again and again, and its stream continues however long that takes."""
+    async with open_setup(path, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as setup:
+        client = await setup.call(buffer_bytes=8192)
         await client.read_until(b'"a"')
         for _ in range(8):
             await trio.sleep(15)
             before = len(client.wire)
             while len(client.wire) < before + 300_000:
                 await client.read()
-        assert house.provider.open_now == 1
+        assert setup.provider.open_now == 1
         await client.read_all()
         body, ended = client.body
         assert ended
         assert body == public(A, *(step.data for step in MUCH), DONE)
-    assert house.outcomes == ["complete"]
+    assert setup.outcomes == ["complete"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fin", "rst", "cut"])
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_stalled_reader_and_the_end(open_house: Any, clock: MockClock, way: str, how: str) -> None:
-    """It leaves, or the server cuts: the upstream is ended at once. Who reads on after a cut has whole frames, and then
-    the error and a proper end."""
-    async with open_house(way, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as house:
-        client = await house.call(buffer_bytes=8192)
+@pytest.mark.parametrize("path", BOTH)
+async def test_the_end_of_a_stalled_reader(open_setup: Any, clock: MockClock, path: str, how: str) -> None:
+    """When the client disconnects or the server cancels, the upstream is closed at once. A client that reads on after
+    the cancellation gets complete frames, then the error and a proper end."""
+    async with open_setup(path, (Say(A), Pause(1), *MUCH, Say(DONE)), stall_timeout_s=30, **LIMITS) as setup:
+        client = await setup.call(buffer_bytes=8192)
         await client.read_until(b'"a"')
         await trio.sleep(10)
-        house.assert_carried()
+        setup.assert_path()
         if how == "cut":
-            house.gateway.drain.cut()
+            setup.gateway.drain.cut()
             await trio.sleep(1)
             assert (
-                house.gateway.exchange_services.upstream.socket_relay is None
-                or house.gateway.exchange_services.upstream.socket_relay.streams == 0
+                setup.gateway.exchange_services.upstream.socket_relay is None
+                or setup.gateway.exchange_services.upstream.socket_relay.streams == 0
             )
             await client.read_all()
             body, ended = client.body
@@ -439,19 +442,19 @@ async def test_a_stalled_reader_and_the_end(open_house: Any, clock: MockClock, w
             assert body == public(A, *(step.data for step in MUCH))[: len(body)]
             assert body.endswith(b"\n\n")
         else:
-            client.leave(how)
+            client.close(how)
             await trio.sleep(1)
-        assert house.provider.open_now == 0
-    assert house.outcomes == ["draining" if how == "cut" else "cancelled"]
+        assert setup.provider.open_now == 0
+    assert setup.outcomes == ["draining" if how == "cut" else "cancelled"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", BOTH)
-async def test_a_late_keep_alive_goes_the_way_of_the_stream(
-    open_house: Any, clock: MockClock, monkeypatch: pytest.MonkeyPatch, way: str
+@pytest.mark.parametrize("path", BOTH)
+async def test_a_late_keep_alive_uses_the_path_of_the_stream(
+    open_setup: Any, clock: MockClock, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """One that was begun before its stream was carried comes as a frame of its own, by the engine and not past it, and
-    returns at once; where the client does not read, it is not said at all."""
+    """A keep-alive that was due before its stream moved to the fast path is sent by the relay as a frame of its own and
+    returns at once. When the client does not read, it is not sent."""
     sends = 0
     send = ClientResponse.send
 
@@ -460,16 +463,16 @@ async def test_a_late_keep_alive_goes_the_way_of_the_stream(
         sends += 1
         await send(self, data)
 
-    async with open_house(way, (Say(A), Pause(10), *MUCH, Say(DONE)), stall_timeout_s=0, **LIMITS) as house:
-        client = await house.call(buffer_bytes=8192)
+    async with open_setup(path, (Say(A), Pause(10), *MUCH, Say(DONE)), stall_timeout_s=0, **LIMITS) as setup:
+        client = await setup.call(buffer_bytes=8192)
         await client.read_until(b'"a"')
         await trio.sleep(0.5)
-        house.assert_carried()
-        [exchange] = house.gateway.live
+        setup.assert_path()
+        [exchange] = setup.gateway.live
         sent_at = trio.current_time()
         monkeypatch.setattr(ClientResponse, "send", counted)
-        await exchange._client_sink._keep_alive()
-        assert sends == (way == "loop")
+        await exchange._keep_alive()
+        assert sends == (path == "loop")
         await client.read_until(KEEP_ALIVE)
         await trio.sleep(20)
         assert exchange.client.sending_since is not None
@@ -494,39 +497,39 @@ SWEPT: dict[str, tuple[Script, str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fin", "rst", "cut"])
 @pytest.mark.parametrize("script", SWEPT)
-async def test_the_end_at_any_step(
-    open_house: Any, clock: MockClock, monkeypatch: pytest.MonkeyPatch, script: str, how: str
+async def test_a_disconnect_or_cancellation_at_any_step(
+    open_setup: Any, clock: MockClock, monkeypatch: pytest.MonkeyPatch, script: str, how: str
 ) -> None:
-    """A client that leaves, or a server that cuts, at the n-th step of any task, for every n: nothing is left in the
-    engine, the poller, the pool and the gateway, each exchange was settled once, and the next call is served."""
+    """At the n-th step of any task, for every n, the client disconnects or the server cancels. Nothing is left in the
+    relay, the poller, the pool and the gateway, each exchange is settled once, and the next call is served."""
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
     monkeypatch.setattr("trio._core._run._r", random.Random(2))
     clock.autojump_threshold = 0.001
-    limits = {"idle_timeout_s": 50, "keep_alive_s": 15, "loop_lag_s": 0}  # whose looks are no steps of a call
-    async with open_house(BOTH[0], SWEPT[script][0], **limits) as house:
+    limits = {"idle_timeout_s": 50, "keep_alive_s": 15, "loop_lag_s": 0}  # so that its checks are no steps of a call
+    async with open_setup(BOTH[0], SWEPT[script][0], **limits) as setup:
         steps = 0
         met = set()
         while True:
             steps += 1
-            client = await house.call()
+            client = await setup.call()
 
             def end(client: Client = client) -> None:
                 met.add(
-                    house.gateway.exchange_services.upstream.socket_relay.streams
-                    if house.gateway.exchange_services.upstream.socket_relay is not None
+                    setup.gateway.exchange_services.upstream.socket_relay.streams
+                    if setup.gateway.exchange_services.upstream.socket_relay is not None
                     else 0
                 )
                 if how == "cut":
-                    house.gateway.drain.cut()
+                    setup.gateway.drain.cut()
                 else:
-                    client.leave(how)
+                    client.close(how)
 
-            # Not by the instrument itself: a task cannot close the socket that it waits for.
+            # The instrument cannot close the socket: a task would still wait for it.
             bomb = Bomb(steps, partial(trio.lowlevel.current_trio_token().run_sync_soon, end))
             with armed(bomb), contextlib.suppress(trio.ClosedResourceError, OSError):
                 await client.read_all()
             await trio.sleep(1)
-            house.assert_clean()
+            setup.assert_clean()
             if how == "cut" and client.wire:
                 body, ended = client.body
                 assert client.status != 200 or (ended and body.endswith(DONE) != (b'"error"' in body)), steps
@@ -534,10 +537,12 @@ async def test_the_end_at_any_step(
             if not bomb.fired:
                 break
         assert steps > 20
-        assert met == ({0, 1} if BOTH[0] == "engine" else {0}), "it met the stream before, with and behind the engine"
-        assert set(house.outcomes) == {"draining" if how == "cut" else "cancelled", SWEPT[script][1]}
-        house.provider.play((Say(A), Say(DONE)))
-        client = await house.call()
+        assert met == ({0, 1} if BOTH[0] == "relay" else {0}), (
+            "the sweep reached the stream before, during and after the fast path"
+        )
+        assert set(setup.outcomes) == {"draining" if how == "cut" else "cancelled", SWEPT[script][1]}
+        setup.provider.play((Say(A), Say(DONE)))
+        client = await setup.call()
         await client.read_all()
         assert client.body == (public(A, DONE), True)
 

@@ -1,4 +1,4 @@
-"""The ledger: one record for each exchange, whatever happened to it."""
+"""The ledger: one record for each exchange, however it ends."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"
 
 
 async def listed(served: Served, query: str = "", **headers: str) -> Any:  # Any: JSON
-    """What ``GET /status/ledger`` says."""
+    """The response of ``GET /status/ledger``."""
     return (await served.client.ask("GET", f"/status/ledger{query}", headers=headers)).json
 
 
 async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Who asked for what, when, what became of it, at which target, and what it cost."""
+    """It has the owner, the request, the time, the outcome, the target and the cost."""
     provider = Provider((Say(content("a")), Say(content("b")), Say(USAGE), Say(DONE)))
     async with open_app(make_config(), provider) as served:
         await served.client.start("POST", "/v1/chat/completions", chat(), headers={"x-request-id": "mine"}).wait()
@@ -76,10 +76,11 @@ async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
     ],
     ids=["refused", "truncated", "no usage"],
 )
-async def test_what_became_of_it(
+async def test_the_outcome_of_a_record(
     open_app: OpenApp, autojump_clock: MockClock, script: Any, expected: tuple[Any, ...]
 ) -> None:
-    """The outcome, the status, and tokens: counted, where no upstream has reported them, and something has come."""
+    """It has the outcome, the status and the tokens, which are estimated when the upstream has sent content without a
+    usage."""
     async with open_app(make_config(), Provider(script)) as served:
         await served.client.chat().wait()
         [record] = (await listed(served))["data"]
@@ -87,8 +88,8 @@ async def test_what_became_of_it(
         assert record["counted"] == (record["prompt_tokens"] is not None) == (expected[3] is not None)
 
 
-async def test_one_whose_client_left(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """It is cancelled, with what it had got; nobody was given a status."""
+async def test_a_record_of_a_disconnected_client(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is cancelled, has the size of the partial answer, and has no status."""
     async with open_app(make_config(), Provider((Say(content("a")), Stall()))) as served:
         call = served.client.chat()
         await call.wait_for(b'"a"')
@@ -98,8 +99,8 @@ async def test_one_whose_client_left(open_app: OpenApp, autojump_clock: MockCloc
         assert (record["outcome"], record["status"], record["completion_tokens"]) == ("cancelled", None, 1)
 
 
-async def test_one_who_left_and_whose_answer_was_taken_on(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Whatever becomes of the answer, it was nobody's: there is no status."""
+async def test_a_record_of_a_finished_answer(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """When the answer is read to its end after a disconnect, no client got it, so there is no status."""
     model = {"targets": ["up/m"], "on_disconnect": "finish", "finish_timeout_s": 10}
     scripts = (Say(content("a")), Pause(5), Say(content("b")), Say(DONE)), (Say(content("a")), Stall())
     async with open_app(make_config(models={"m": model}), Provider(*scripts)) as served:
@@ -112,8 +113,8 @@ async def test_one_who_left_and_whose_answer_was_taken_on(open_app: OpenApp, aut
         assert [(each["outcome"], each["status"]) for each in records] == [("cancelled", None), ("finished", None)]
 
 
-async def test_those_who_are_refused_have_records(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """A model that there is not, a gateway that is full."""
+async def test_refused_calls_have_records(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """This covers an unknown model and a gateway that is full."""
     config = make_config(limits={"max_exchanges": 1, "max_queued": 0})
     async with open_app(config, Provider((Say(content("a")), Stall()))) as served:
         await served.client.chat(model="nobody/knows").wait()
@@ -127,8 +128,8 @@ async def test_those_who_are_refused_have_records(open_app: OpenApp, autojump_cl
         ]
 
 
-async def test_a_key_sees_its_own(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """Pages of it, and by outcome; bad numbers are a 400."""
+async def test_a_key_sees_its_own_records(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Records can be paged and filtered by outcome. Invalid numbers are a 400."""
     config = make_config(keys={"a": "key-of-a", "b": "key-of-b"})
     async with open_app(config, Provider(*[says("a")] * 3)) as served:
         for key, model in (("a", "up/m"), ("b", "up/m"), ("a", "up/m"), ("a", "no/model")):
@@ -148,8 +149,8 @@ async def test_a_key_sees_its_own(open_app: OpenApp, autojump_clock: MockClock) 
         assert bad["error"]["param"] == "limit"
 
 
-async def test_switched_off(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """No record, and ``/status`` says so."""
+async def test_a_disabled_ledger(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """There are no records, and ``/status`` says so."""
     async with open_app(make_config(ledger={"enabled": False}), Provider(says("a"))) as served:
         await served.client.chat().wait()
         assert (await listed(served))["data"] == []
@@ -157,10 +158,10 @@ async def test_switched_off(open_app: OpenApp, autojump_clock: MockClock) -> Non
         assert status["ledger"] == {"state": "off", "begun": 0, "settled": 0, "lost": 0, "dropped": 0, "error": None}
 
 
-async def test_a_store_that_fails_delays_nobody(
+async def test_a_failing_store_delays_no_call(
     open_app: OpenApp, autojump_clock: MockClock, logs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records wait; those that there is no room for, here or in a journal, are counted, and said."""
+    """Records wait in memory. Those that fit neither there nor in a journal are counted and reported."""
     logs.expect_error("records_dropped")
     monkeypatch.setattr(ledger, "MAX_WAITING", 2)
     async with open_app(make_config(), Provider(*[says("a")] * 3)) as served:
@@ -178,10 +179,10 @@ async def test_a_store_that_fails_delays_nobody(
         assert (status["ledger"]["settled"], status["ledger"]["dropped"]) == (3, 1)
 
 
-async def test_what_there_is_no_room_for_is_in_the_journal(
+async def test_records_that_exceed_memory_go_to_the_journal(
     open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is read from there."""
+    """They are read from the journal."""
     monkeypatch.setattr(ledger, "MAX_WAITING", 2)
     async with open_app(make_config(), Provider(*[says("a")] * 9), store=tmp_path / "a.db") as served:
         for _ in range(9):
@@ -190,8 +191,8 @@ async def test_what_there_is_no_room_for_is_in_the_journal(
         assert (await served.client.ask("GET", "/status")).json["ledger"]["dropped"] == 0
 
 
-async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Path, logs: Any) -> None:
-    """Calls are served; it is said once, and again when it can be written. Its records wait in memory meanwhile."""
+async def test_an_unwritable_journal(open_app: OpenApp, tmp_path: Path, logs: Any) -> None:
+    """Calls are served. The failure is logged once, and so is the recovery. Records wait in memory meanwhile."""
     logs.expect_error("ledger_degraded")
     blocked = tmp_path / "room"
     blocked.write_text("not a directory")
@@ -207,14 +208,14 @@ async def test_a_journal_that_cannot_be_written(open_app: OpenApp, tmp_path: Pat
         await served.client.chat().wait()
         assert len(logs.named("ledger_restored")) == 1
         with trio.fail_after(5):
-            while (found := await listed(served)).get("error"):  # noqa: ASYNC110 - the store opens again by itself
+            while (found := await listed(served)).get("error"):  # noqa: ASYNC110 - the store reopens without notice
                 await trio.sleep(0.1)
         assert len(found["data"]) == 3
     assert [path.name for path in blocked.glob("*-exchanges-*")] == []
 
 
 async def test_long_journals_are_replaced(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is live goes on in the next one, and is settled there."""
+    """Records of running exchanges move to the next journal and are settled there."""
     monkeypatch.setattr(ledger, "ROTATE_BYTES", 1)
     provider = Provider((Say(content("a")), Stall()), says("b"))
     async with open_app(make_config(), provider, store=tmp_path / "a.db") as served:
@@ -236,8 +237,8 @@ def _rows(path: Path) -> list[tuple[str, str, str | None]]:
 
 
 @pytest.mark.slow
-def test_killed(tmp_path: Path) -> None:
-    """After SIGKILL the next process finds what had ended as it ended, and what had not as lost; each once."""
+def test_records_after_sigkill(tmp_path: Path) -> None:
+    """After SIGKILL the next process finds each exchange once: ended ones with their outcome, running ones as lost."""
     store = tmp_path / "a.db"
     config = """
         [upstreams.slow]
@@ -273,8 +274,8 @@ def test_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_second_signal(tmp_path: Path, workers: int) -> None:
-    """Streams end at once, and nothing is lost: clients are told, and it is known what became of their calls."""
+def test_records_after_a_second_signal(tmp_path: Path, workers: int) -> None:
+    """Streams end at once, every client gets an error, and each record has its outcome."""
     store = tmp_path / "a.db"
     config = f"""
         [server]

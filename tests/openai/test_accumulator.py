@@ -1,4 +1,5 @@
-"""An answer is put together from its events as the SDKs do it; what must not come back to a provider is left out."""
+"""The accumulator builds an answer from its events as the SDKs do, without the parts that must not go back to a
+provider."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from tests.support.provider import DONE, chunk, completion, content, event, role
 from trigate.openai.accumulator import AnswerAccumulator
 
 
-def heard(*frames: bytes) -> AnswerAccumulator:
-    """A record that has heard these."""
+def accumulate(*frames: bytes) -> AnswerAccumulator:
+    """An accumulator that has received these events."""
     answer = AnswerAccumulator()
     for each in frames:
         answer.feed(each)
@@ -22,12 +23,12 @@ def heard(*frames: bytes) -> AnswerAccumulator:
 
 
 def said(answer: AnswerAccumulator) -> Any:  # Any: JSON
-    """Its message, decoded."""
+    """The decoded message of an accumulator."""
     return msgspec.json.decode(answer.message())
 
 
 def tool_call(index: int | None, **fields: Any) -> bytes:  # Any: JSON
-    """An event with a piece of a tool call."""
+    """An event with a part of a tool call."""
     name, arguments = fields.pop("name", None), fields.pop("arguments", None)
     function = {key: value for key, value in {"name": name, "arguments": arguments}.items() if value is not None}
     return chunk({"tool_calls": [{**({} if index is None else {"index": index}), **fields, "function": function}]})
@@ -48,8 +49,8 @@ CALLS = [
 
 
 def test_text() -> None:
-    """The pieces of the content are added up; a role, a usage event and ``[DONE]`` add nothing."""
-    answer = heard(role(), content("Hel"), content("lo"), chunk({}, finish_reason="stop"), usage(3, 2), DONE)
+    """The pieces of the content are joined. A role, a usage event and ``[DONE]`` add nothing."""
+    answer = accumulate(role(), content("Hel"), content("lo"), chunk({}, finish_reason="stop"), usage(3, 2), DONE)
     assert answer.text == "Hello"
     assert answer.finish_reason == "stop"
     assert answer.has_content
@@ -59,14 +60,14 @@ def test_text() -> None:
 
 
 def test_frames_with_several_events() -> None:
-    """Events that come together, with comments between them and other line ends, are taken apart."""
+    """Events that arrive together are separated, with comments between them and other line ends too."""
     frames = content("a") + b": keep-alive\n" + content("b").replace(b"\n", b"\r\n") + b": x\n\n" + content("c") + DONE
-    assert heard(frames).text == "abc"
+    assert accumulate(frames).text == "abc"
 
 
-def test_nothing_yet() -> None:
-    """Before the first content there is nothing to keep, and a message can be made nevertheless."""
-    answer = heard(role(), b": keep-alive\n")
+def test_before_the_first_content() -> None:
+    """There is nothing to store yet, but a message can still be made."""
+    answer = accumulate(role(), b": keep-alive\n")
     assert not answer.has_content
     assert answer.is_truncated
     assert answer.text == ""
@@ -74,46 +75,50 @@ def test_nothing_yet() -> None:
 
 
 def test_an_error_event_adds_nothing() -> None:
-    """The text before it stays, and the answer is cut."""
-    answer = heard(content("a"), event({"error": {"message": "m", "type": "upstream_error"}}))
+    """The text before it stays, and the answer counts as truncated."""
+    answer = accumulate(content("a"), event({"error": {"message": "m", "type": "upstream_error"}}))
     assert answer.is_truncated
     assert said(answer) == {"role": "assistant", "content": "a"}
 
 
 def test_reasoning_is_not_kept() -> None:
-    """Providers refuse it when it comes back; a field that nobody knows is not kept either."""
-    answer = heard(chunk({"reasoning_content": "hm", "x_new": [1]}), content("a"), DONE)
+    """Providers refuse it in a later request. An unknown field is not stored either."""
+    answer = accumulate(chunk({"reasoning_content": "hm", "x_new": [1]}), content("a"), DONE)
     assert said(answer) == {"role": "assistant", "content": "a"}
-    assert not heard(chunk({"reasoning_content": "hm"})).has_content
+    assert not accumulate(chunk({"reasoning_content": "hm"})).has_content
 
 
 def test_a_refusal() -> None:
-    """It is kept beside the content, which is null."""
-    answer = heard(chunk({"refusal": "I can"}), chunk({"refusal": "not."}), chunk({}, finish_reason="stop"), DONE)
+    """It is stored beside the content, which is null."""
+    answer = accumulate(chunk({"refusal": "I can"}), chunk({"refusal": "not."}), chunk({}, finish_reason="stop"), DONE)
     assert answer.has_content
     assert said(answer) == {"role": "assistant", "content": None, "refusal": "I cannot."}
 
 
 def test_tool_calls_are_merged_by_index() -> None:
-    """Arguments are added up for each call, however the pieces of several are mixed."""
-    answer = heard(*WEATHER, chunk({}, finish_reason="tool_calls"), DONE)
+    """The arguments of each call are joined, however the pieces of several calls are mixed."""
+    answer = accumulate(*WEATHER, chunk({}, finish_reason="tool_calls"), DONE)
     assert answer.has_tool_calls
     assert answer.has_content
     assert said(answer) == {"role": "assistant", "content": None, "tool_calls": CALLS}
 
 
-def test_tool_calls_of_a_cut_answer_are_left_out() -> None:
-    """Their arguments may be half; the text stays. A ``finish_reason`` alone does not make the answer complete."""
+def test_tool_calls_of_a_truncated_answer_are_dropped() -> None:
+    """Their arguments may be incomplete. The text stays. A ``finish_reason`` alone does not make the answer
+    complete."""
     for end in ((), (chunk({}, finish_reason="tool_calls"),)):
-        answer = heard(*WEATHER, *end)
+        answer = accumulate(*WEATHER, *end)
         assert answer.has_tool_calls
         assert not answer.has_content
-        assert said(heard(content("Let me see."), *WEATHER, *end)) == {"role": "assistant", "content": "Let me see."}
+        assert said(accumulate(content("Let me see."), *WEATHER, *end)) == {
+            "role": "assistant",
+            "content": "Let me see.",
+        }
 
 
-def test_ids_and_names_that_are_repeated() -> None:
-    """Some providers send them with each piece: they are not added up."""
-    answer = heard(
+def test_repeated_ids_and_names() -> None:
+    """Some providers send them with each piece. They are not joined."""
+    answer = accumulate(
         tool_call(0, id="call_a", name="f", arguments="{"), tool_call(0, id="call_a", name="f", arguments="}"), DONE
     )
     assert said(answer)["tool_calls"] == [
@@ -122,8 +127,8 @@ def test_ids_and_names_that_are_repeated() -> None:
 
 
 def test_tool_calls_without_an_index() -> None:
-    """An id begins the next call; what has none goes on with the last one."""
-    answer = heard(
+    """An id begins the next call. A piece without an id continues the last one."""
+    answer = accumulate(
         tool_call(None, id="call_a", type="function", name="f", arguments="{"),
         tool_call(None, arguments="}"),
         tool_call(None, id="call_b", type="function", name="g", arguments="{}"),
@@ -135,16 +140,16 @@ def test_tool_calls_without_an_index() -> None:
     ]
 
 
-def test_what_a_provider_adds_to_a_call() -> None:
-    """It is kept: a provider that signs its calls wants the signature back."""
+def test_extra_fields_of_a_tool_call() -> None:
+    """They are stored: a provider that signs its tool calls needs the signature back."""
     extra = {"google": {"thought_signature": "c2ln"}}
-    answer = heard(tool_call(0, id="a", type="function", name="f", arguments="{}", extra_content=extra), DONE)
+    answer = accumulate(tool_call(0, id="a", type="function", name="f", arguments="{}", extra_content=extra), DONE)
     assert said(answer)["tool_calls"][0]["extra_content"] == extra
 
 
 def test_a_function_call() -> None:
-    """The older way to ask for a tool is merged as well."""
-    answer = heard(
+    """The older way to call a tool is merged too."""
+    answer = accumulate(
         chunk({"function_call": {"name": "f", "arguments": "{"}}), chunk({"function_call": {"arguments": "}"}}), DONE
     )
     assert answer.has_content
@@ -154,15 +159,15 @@ def test_a_function_call() -> None:
 
 
 def test_only_the_first_choice() -> None:
-    """Others are passed over, whatever their order."""
+    """Other choices are ignored, in any order."""
     both = [{"index": 1, "delta": {"content": "no"}}, {"index": 0, "delta": {"content": "yes"}}]
-    assert heard(event({"choices": both}), event({"choices": both[:1]})).text == "yes"
+    assert accumulate(event({"choices": both}), event({"choices": both[:1]})).text == "yes"
 
 
 def test_content_in_parts() -> None:
-    """Of a content that is a list, the texts are kept and the thoughts are not."""
+    """Of a list of content parts, texts are stored and thoughts are not."""
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "a"}]
-    assert heard(chunk({"content": parts}), content("b")).text == "ab"
+    assert accumulate(chunk({"content": parts}), content("b")).text == "ab"
 
 
 @pytest.mark.parametrize(
@@ -176,26 +181,26 @@ def test_content_in_parts() -> None:
     ],
 )  # fmt: skip
 def test_unexpected_shapes(value: object) -> None:
-    """They are passed over; the gateway passes them on to a client, who may know more."""
-    answer = heard(event(value), b"data: {\n\n", content("a"), DONE)
+    """They are ignored here and still passed on to the client, which may understand them."""
+    answer = accumulate(event(value), b"data: {\n\n", content("a"), DONE)
     assert answer.text == "a"
     assert said(answer)["content"] == "a"
 
 
-def test_half_surrogate_pairs() -> None:
-    """The halves of an emoji that was cut are put together; one that stays alone is replaced."""
-    answer = heard(rb'data: {"choices":[{"delta":{"content":"\ud83d"}}]}' b"\n\n")
+def test_split_surrogate_pairs() -> None:
+    """The two halves of a split emoji are joined. A single half is replaced."""
+    answer = accumulate(rb'data: {"choices":[{"delta":{"content":"\ud83d"}}]}' b"\n\n")
     assert answer.text == "\ufffd"
     answer.feed(rb'data: {"choices":[{"delta":{"content":"\ude00"}}]}' b"\n\n")
     assert answer.text == "\U0001f600"
     assert said(answer)["content"] == "\U0001f600"
     raw = rb'data: {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"\ud83d","function":{"name":"\ud83d"}}]}}]}'
-    [call] = said(heard(raw + b"\n\n", DONE))["tool_calls"]
+    [call] = said(accumulate(raw + b"\n\n", DONE))["tool_calls"]
     assert (call["id"], call["function"]["name"]) == ("?", "\ufffd")
 
 
 def test_a_json_answer() -> None:
-    """It is complete by being there."""
+    """A JSON answer is always complete."""
     answer = AnswerAccumulator()
     answer.feed_answer(completion("Hi"))
     assert (answer.text, answer.finish_reason, answer.is_truncated) == ("Hi", "stop", False)
@@ -203,7 +208,7 @@ def test_a_json_answer() -> None:
 
 
 def test_a_json_answer_with_tools() -> None:
-    """Its tool calls are those of the answer, in its order; annotations and audio are not kept."""
+    """Its tool calls are those of the answer, in order. Annotations and audio are not stored."""
     answer = AnswerAccumulator()
     message = {"role": "assistant", "content": None, "tool_calls": CALLS, "annotations": [], "audio": {"id": "a"}}
     answer.feed_answer(msgspec.json.encode({"choices": [{"index": 0, "message": message}]}))
@@ -212,8 +217,8 @@ def test_a_json_answer_with_tools() -> None:
 
 @pytest.mark.slow
 @given(st.lists(st.text(max_size=5), max_size=20), st.integers(1, 20))
-def test_however_events_are_grouped(texts: list[str], size: int) -> None:
-    """The same events give the same answer, one by one or many at once."""
+def test_the_grouping_of_events_does_not_matter(texts: list[str], size: int) -> None:
+    """The same events give the same answer, one by one or together."""
     events = [*map(content, texts), DONE]
     groups = [b"".join(events[at : at + size]) for at in range(0, len(events), size)]
-    assert heard(*groups).text == "".join(texts) == heard(*events).text
+    assert accumulate(*groups).text == "".join(texts) == accumulate(*events).text

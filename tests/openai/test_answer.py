@@ -15,7 +15,7 @@ from trigate.openai.answer import Usage, decode_answer
 
 
 def test_an_answer_gets_the_public_model_id() -> None:
-    """Of a JSON answer only the model changes; usage is read from it."""
+    """Only the model of a JSON answer changes, and its usage is read."""
     body = b'{"id":"c","model":"up","choices":[{"message":{"content":"\\"model\\":\\"up\\""}}],'
     body += b'"usage":{"prompt_tokens":3,"completion_tokens":4,"x":1.0}}'
     data, usage = decode_answer(body, model="mock/up", upstream="mock")
@@ -26,7 +26,7 @@ def test_an_answer_gets_the_public_model_id() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.dictionaries(text, json_values, max_size=4), model_ids)
 def test_an_answer_is_otherwise_untouched(more: dict[str, Any], public: str) -> None:
-    """Any answer keeps every field but its top-level model; without one it is passed on as it came."""
+    """Every field but the top-level model is kept. An answer without a model passes unchanged."""
     more.pop("model", None)
     more["object"] = "x"
     body = json.dumps(more).encode()
@@ -50,7 +50,7 @@ def test_an_answer_is_otherwise_untouched(more: dict[str, Any], public: str) -> 
     ids=repr,
 )
 def test_usage(usage: object, read: tuple[int, int] | None) -> None:
-    """Counts are read in both spellings; what is not a count is no usage, and never an error."""
+    """Counts are read in both spellings. Invalid counts mean no usage and never an error."""
     body = json.dumps({"object": "x", "usage": usage}).encode()
     expected = Usage(prompt_tokens=read[0], completion_tokens=read[1]) if read else None
     assert decode_answer(body, model="m", upstream="mock")[1] == expected
@@ -73,14 +73,14 @@ def test_usage(usage: object, read: tuple[int, int] | None) -> None:
     ],
     ids=lambda body: repr(body)[:30],
 )
-def test_an_answer_that_is_none(body: bytes) -> None:
-    """Under a 200, what is not a JSON object, and an error object, is the provider's failure."""
+def test_an_invalid_answer(body: bytes) -> None:
+    """Under a 200, an error object and anything but a JSON object are the provider's failure."""
     with pytest.raises(ProtocolViolation, match="mock"):
         decode_answer(body, model="m", upstream="mock")
 
 
-def test_an_answer_that_is_merely_odd() -> None:
-    """A byte order mark is dropped; half a surrogate pair, as it is where an emoji was cut, passes through."""
+def test_an_unusual_answer() -> None:
+    """A byte order mark is dropped. Half a surrogate pair, as in a split emoji, passes through."""
     body = b'{"model": "up", "choices": [{"text": "\\ud83d"}], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
     data, usage = decode_answer(b"\xef\xbb\xbf" + body, model="m", upstream="mock")
     assert data == body.replace(b"up", b"m")

@@ -1,4 +1,4 @@
-"""What a stream reports of itself: content, its end, errors and usage."""
+"""What a stream reports about itself: content, its end, errors and usage."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from trigate.openai.stream import StreamReader
     ids=repr,
 )
 def test_content(event: bytes, has_content: bool) -> None:
-    """The first token is the first event with something of the answer in it, or the end of it."""
+    """The first token is the first event that carries a part of the answer, or its end."""
     reader = make_reader()
     reader.read(event)
     assert reader.has_content is has_content
     assert reader.error is None
 
 
-def test_content_stays() -> None:
-    """Once there was content there was content."""
+def test_has_content_stays_true() -> None:
+    """Once there was content, later events do not change that."""
     reader = make_reader()
     reader.read(make_delta(content="H"))
     reader.read(make_delta(content=""))
@@ -58,8 +58,8 @@ def test_content_stays() -> None:
 
 
 @pytest.mark.parametrize("more", [b"", b"id: 7\n"])
-def test_an_event_that_is_named_error(more: bytes) -> None:
-    """It is an error also where no key of its data says so."""
+def test_an_event_of_type_error(more: bytes) -> None:
+    """It is an error even if its data has no such key."""
     reader = make_reader()
     reader.read(make_delta(content="H"))
     assert reader.read(b"event: error\n" + more + b'data: {"message": "it broke"}\n\n') == b""
@@ -68,7 +68,7 @@ def test_an_event_that_is_named_error(more: bytes) -> None:
 
 
 def test_comments_are_dropped() -> None:
-    """An upstream's comments, and events without data, are not for the client: the gateway sends its own keep-alive."""
+    """Upstream comments and events without data do not reach the client. The gateway sends its own keep-alives."""
     reader = make_reader()
     for event in (b": ping\n\n", b"\n\n", b"event: ping\n\n", b"retry: 5\n\n"):
         assert reader.read(event) == b""
@@ -76,7 +76,7 @@ def test_comments_are_dropped() -> None:
 
 
 def test_an_event_with_empty_data_is_dropped() -> None:
-    """Data that is empty makes no event by the standard: clients that dispatch it all the same fail to parse it."""
+    """By the standard, empty data makes no event. Clients that dispatch it anyway fail to parse it."""
     reader = make_reader()
     for event in (b"data:\n\n", b"data: \n\n", b"event: ping\ndata: \n\n"):
         assert reader.read(event) == b""
@@ -87,7 +87,7 @@ def test_an_event_with_empty_data_is_dropped() -> None:
 
 @pytest.mark.parametrize("done", [b"data: [DONE]\n\n", b"data:[DONE]\r\n\r\n", b"data: [DONE] \n\n"], ids=repr)
 def test_done_ends_a_chat_stream(done: bytes) -> None:
-    """``[DONE]`` completes the stream, and goes to the client as it came."""
+    """``[DONE]`` completes the stream and reaches the client unchanged."""
     reader = make_reader()
     reader.read(make_event({"choices": [{"index": 0, "delta": {"content": "H"}, "finish_reason": "stop"}]}))
     before = reader.complete
@@ -96,8 +96,8 @@ def test_done_ends_a_chat_stream(done: bytes) -> None:
     assert reader.error is None
 
 
-def test_each_choice_has_to_end() -> None:
-    """Of two that were asked for, one that has not ended is a stream that was cut."""
+def test_each_choice_must_end() -> None:
+    """When one of two requested choices has not ended, the stream is truncated."""
     for last, complete in (([], False), ([1], True)):
         reader = StreamReader(CHAT, model="m", upstream="mock", choices=2)
         said = [
@@ -112,7 +112,8 @@ def test_each_choice_has_to_end() -> None:
 
 
 def test_a_finish_reason_is_not_the_end() -> None:
-    """Usage may follow the last choice: only ``[DONE]`` completes a chat stream, and ``[DONE]`` in a text does not."""
+    """Usage may follow the last choice. Only ``[DONE]`` completes a chat stream, and ``[DONE]`` within a text does
+    not."""
     reader = make_reader()
     reader.read(make_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
     reader.read(make_delta(content="[DONE]"))
@@ -131,7 +132,7 @@ def test_a_finish_reason_is_not_the_end() -> None:
     ],
 )
 def test_other_streams_end_with_a_type(path: str, kind: str) -> None:
-    """Streams without ``[DONE]`` end with an event of a known type; that type inside a text ends nothing."""
+    """Streams without ``[DONE]`` end with an event of a known type. That type within a text ends nothing."""
     reader = make_reader(ENDPOINTS[path])
     reader.read(make_event({"type": "response.output_text.delta", "delta": json.dumps({"type": kind})}))
     reader.read(make_event({"type": "x", "inner": {"type": kind}}))
@@ -144,7 +145,8 @@ def test_other_streams_end_with_a_type(path: str, kind: str) -> None:
 
 
 def test_a_stream_of_images_may_close_after_each() -> None:
-    """Several images each have their own last event: the stream is whole if it closes after one, or it goes on."""
+    """Each of several images has its own final event. The stream is complete if it closes after one, and it may
+    continue."""
     reader = make_reader(ENDPOINTS["/v1/images/generations"])
     reader.read(make_event({"type": "image_generation.partial_image", "b64_json": "x"}))
     assert not reader.may_end
@@ -156,7 +158,7 @@ def test_a_stream_of_images_may_close_after_each() -> None:
 
 
 def test_usage_of_a_response_is_inside_it() -> None:
-    """The responses API reports usage in ``response.usage`` of its last event."""
+    """The responses API reports usage in ``response.usage`` of its final event."""
     reader = make_reader(RESPONSES)
     reader.read(
         make_event({"type": "response.completed", "response": {"usage": {"input_tokens": 3, "output_tokens": 4}}})
@@ -165,7 +167,7 @@ def test_usage_of_a_response_is_inside_it() -> None:
 
 
 def test_the_last_usage_counts() -> None:
-    """Some upstreams count along with every event, or send null until the last: the last count is the usage."""
+    """Some upstreams send a count with every event, or null until the last one. The last count is the usage."""
     reader = make_reader()
     for usage in (
         None,
@@ -179,7 +181,7 @@ def test_the_last_usage_counts() -> None:
 
 @pytest.mark.parametrize("before", [[], [make_delta(content="H")]], ids=["before content", "after content"])
 def test_an_error_event(before: list[bytes]) -> None:
-    """An error event is kept as the reader's error, its own type and code with it, and not returned."""
+    """An error event is kept as the reader's error with its type and code, and is not returned."""
     reader = make_reader()
     for event in before:
         reader.read(event)
@@ -194,8 +196,8 @@ def test_an_error_event(before: list[bytes]) -> None:
 @pytest.mark.parametrize(
     ("error", "message"), [("busy", "busy"), ({}, None), ({"message": None}, "sent an error"), (5, "5")]
 )
-def test_odd_error_events(error: object, message: str | None) -> None:
-    """An error of any shape has a message; an empty one is no error."""
+def test_unusual_error_events(error: object, message: str | None) -> None:
+    """An error of any shape gives a message. An empty one is no error."""
     reader = make_reader()
     reader.read(make_event({"error": error}))
     if message is None:
@@ -207,7 +209,7 @@ def test_odd_error_events(error: object, message: str | None) -> None:
 
 
 def test_the_word_error_in_a_text_is_no_error() -> None:
-    """Neither text that quotes an error event, nor ``error: null``, is an error."""
+    """Neither a text that quotes an error event nor ``error: null`` is an error."""
     reader = make_reader()
     reader.read(make_delta(content="H"))
     for event in (make_delta(content='{"error": {"message": "no"}}'), make_event({"choices": [], "error": None})):
@@ -216,7 +218,7 @@ def test_the_word_error_in_a_text_is_no_error() -> None:
 
 
 def test_an_error_event_of_the_responses_api() -> None:
-    """The responses API's error event has its code and message beside ``type: error``, not inside ``error``."""
+    """The error event of the responses API has its code and message beside ``type: error``, not within ``error``."""
     reader = make_reader(RESPONSES)
     reader.read(make_event({"type": "response.created", "response": {}}))
     reader.read(
@@ -231,7 +233,7 @@ def test_an_error_event_of_the_responses_api() -> None:
     "data", [b"hello", b"[1]", b'"x"', b'{"choices": ', b"[" * 100_000], ids=lambda data: repr(data)[:20]
 )
 def test_a_first_event_that_is_not_an_object(data: bytes) -> None:
-    """Before any content, data that is not a JSON object means that the upstream speaks something else."""
+    """Before any content, data that is not a JSON object means that the upstream does not speak this protocol."""
     reader = make_reader()
     assert reader.read(b"data: " + data + b"\n\n") == b""
     assert isinstance(reader.error, ProtocolViolation)

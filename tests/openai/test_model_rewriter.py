@@ -13,7 +13,7 @@ from trigate.openai import sse
 
 
 def test_every_event_gets_the_public_model_id() -> None:
-    """The upstream's id is replaced in each event, whatever its spelling; every other byte stays."""
+    """The upstream's id is replaced in each event, however it is escaped. Every other byte stays."""
     reader = make_reader(model="my/model")
     for key, value in (
         (b'"model":', b'"up"'),
@@ -39,7 +39,7 @@ def test_a_pretty_printed_event_is_renamed() -> None:
 
 
 def test_a_response_s_model_is_replaced_inside_it() -> None:
-    """In the responses API the model stands inside ``response``."""
+    """In the responses API the model is within ``response``."""
     out = make_reader(RESPONSES).read(make_event({"type": "response.created", "response": {"id": "r", "model": "up"}}))
     assert json.loads(out[6:])["response"]["model"] == "mock/up"
 
@@ -61,7 +61,7 @@ def test_an_event_without_a_model_is_untouched() -> None:
 def test_only_the_model_of_an_event_changes(
     events: list[tuple[str, list[str]]], upstream_s: str, public: str, ascii_only: bool, separators: tuple[str, str]
 ) -> None:
-    """Whatever a text quotes, and in whatever order the keys come, only the model id changes."""
+    """Only the model id changes, whatever a text quotes and in whatever order the keys come."""
     reader = make_reader(model=public)
     for content, order in events:
         choices = [{"index": 0, "delta": {"content": content, "tool_calls": [{"function": {"arguments": content}}]}}]
@@ -79,7 +79,7 @@ def test_only_the_model_of_an_event_changes(
     "inner", [{"model": "whisper"}, {"model": "up"}, {'"model': "up"}], ids=["another", "the same", "a quoted key"]
 )
 def test_a_model_inside_the_content_is_not_the_stream_s(inner: dict[str, str], order: tuple[str, str]) -> None:
-    """A ``model`` deeper in an event belongs to whatever it is in: only the top-level one is replaced."""
+    """A ``model`` deeper in an event belongs to its own object. Only the top-level one is replaced."""
     values = {"model": "up", "choices": [{"delta": {"content": "a", "x": inner}}]}
     chunk = {name: values[name] for name in order}
     out = make_reader().read(make_event(chunk))
@@ -87,7 +87,7 @@ def test_a_model_inside_the_content_is_not_the_stream_s(inner: dict[str, str], o
 
 
 def test_an_event_on_several_lines_stays_one() -> None:
-    """Taken apart and put together again, an object over several ``data`` lines has each of its lines in ``data``."""
+    """When an object over several ``data`` lines is rewritten, each of its lines is still in ``data``."""
     value = {"choices": [{"delta": {"content": "a"}, "model": "inner"}], "model": "up"}
     event = "".join(f"data: {line}\n" for line in json.dumps(value, indent=1).split("\n")).encode() + b"\n"
     out = make_reader().read(event)

@@ -1,4 +1,4 @@
-"""A client's request: invalid bodies are refused by name, everything else passes through byte for byte."""
+"""A client's request: an invalid body is refused with the field's name, and everything else passes byte for byte."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ from trigate.openai.request import decode_call
     ids=lambda value: repr(value)[:60],
 )
 def test_bad_input(body: bytes, param: str | None, says: str) -> None:
-    """Each malformed body is a 400 that says what is wrong and where, within 100 ms."""
+    """Each malformed body is a 400 within 100 ms that says what is wrong and where."""
     started = time.perf_counter()
     with pytest.raises(BadRequest) as caught:
         decode_call(CHAT, body)
@@ -86,7 +86,7 @@ def test_bad_input(body: bytes, param: str | None, says: str) -> None:
 
 
 def test_a_model_id_is_bounded() -> None:
-    """It is logged and shown for every call, so it cannot be as large as a body."""
+    """The id is logged and shown for every call, so its size is limited."""
     longest = "m" * 4096
     assert decode_call(CHAT, f'{{"model":"{longest}",{HELLO}}}'.encode()).model == longest
     with pytest.raises(UnknownModel) as caught:
@@ -96,8 +96,8 @@ def test_a_model_id_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=list(ENDPOINTS))
-def test_each_endpoint_names_what_it_needs(endpoint: Any) -> None:
-    """A field without which no upstream could serve the call is asked for by name; with it the call is taken."""
+def test_each_endpoint_names_its_required_fields(endpoint: Any) -> None:
+    """A missing field without which no upstream could serve the call is named. With it the call is accepted."""
     fields: dict[str, object] = {"model": "m", "messages": [{"role": "user"}], "prompt": "p", "input": "i"}
     assert decode_call(endpoint, json.dumps(fields).encode()).endpoint is endpoint
     for name in endpoint.required:
@@ -106,8 +106,8 @@ def test_each_endpoint_names_what_it_needs(endpoint: Any) -> None:
         assert caught.value.param == name
 
 
-def test_messages_are_chat_s_alone() -> None:
-    """Where messages are not the input, a field of that name is anybody's and passes through."""
+def test_messages_are_checked_for_chat_only() -> None:
+    """On other endpoints a field of that name passes through."""
     body = b'{"model":"m","input":"i","messages":5}'
     assert decode_call(RESPONSES, body).body_for("m") == body
 
@@ -118,20 +118,20 @@ def test_messages_are_chat_s_alone() -> None:
     ids=repr,
 )
 def test_stream(more: dict[str, object], stream: bool) -> None:
-    """Only ``stream: true`` asks for events; null is as good as absent."""
+    """Only ``stream: true`` asks for events. Null counts as absent."""
     body = json.dumps({"model": "m", "messages": [{"role": "user"}], **more}).encode()
     assert decode_call(CHAT, body).stream is stream
 
 
 def test_speech_streams_by_its_format() -> None:
-    """``stream_format: "sse"`` is how audio/speech asks for events, and nobody else."""
+    """Only audio/speech uses ``stream_format: "sse"`` to ask for events."""
     assert decode_call(SPEECH, b'{"model":"m","input":"i","stream_format":"sse"}').stream
     assert not decode_call(SPEECH, b'{"model":"m","input":"i","stream_format":"audio"}').stream
     assert not decode_call(CHAT, f'{{"model":"m",{HELLO},"stream_format":"sse"}}'.encode()).stream
 
 
 def test_values_pass_through_byte_for_byte() -> None:
-    """Numbers of any size and spelling, escapes, key order, inner spaces and inner duplicates are kept."""
+    """Numbers of any size and spelling, escapes, key order, inner spaces and nested duplicate keys are kept."""
     body = (
         '{"z":1.0,"a":1,"big":123456789012345678901234567890,"exp":1E+2,"huge":1e999,"model":"m","neg":-0.0,'
         '"esc":"\\u00e9\\/\\ud83d\\ude00","raw":"é","inner":{ "b" : 1 , "a":2,"b":3 },' + HELLO + "}"
@@ -141,15 +141,15 @@ def test_values_pass_through_byte_for_byte() -> None:
     assert call.body_for('up/"x"') == body.replace(b'"model":"m"', b'"model":"up/\\"x\\""')
 
 
-def test_duplicate_keys_leave_one() -> None:
-    """Of a repeated top-level key the last value counts, for the gateway and for the upstream alike."""
+def test_the_last_duplicate_key_counts() -> None:
+    """Of a repeated top-level key the last value counts, for the gateway and the upstream alike."""
     call = decode_call(CHAT, f'{{"model":"a","stream":true,{HELLO},"model":"b","stream":false}}'.encode())
     assert (call.model, call.stream) == ("b", False)
     assert call.body_for("up") == f'{{"model":"up","stream":false,{HELLO}}}'.encode()
 
 
 def test_white_space_around_the_body_is_allowed() -> None:
-    """JSON may be surrounded by white space, and pretty-printed."""
+    """JSON may be surrounded by white space and may be pretty-printed."""
     body = json.dumps({"model": "m", "messages": [{"role": "user"}]}, indent=2).encode()
     assert decode_call(CHAT, b"\r\n " + body + b"\n").model == "m"
 
@@ -157,7 +157,7 @@ def test_white_space_around_the_body_is_allowed() -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.dictionaries(text, json_values, max_size=4), model_ids, model_ids, st.booleans())
 def test_only_the_model_changes(more: dict[str, Any], asked: str, upstream_s: str, ascii_only: bool) -> None:
-    """Whatever other fields a call has, the upstream gets them, in their order, under its own model id."""
+    """The upstream gets all other fields in their order, under its own model id."""
     fields = {**more, "model": asked, "messages": [{"role": "user"}]}
     for name in ("stream", "stream_options"):
         fields.pop(name, None)
@@ -172,7 +172,7 @@ def test_only_the_model_changes(more: dict[str, Any], asked: str, upstream_s: st
 
 
 def test_a_call_s_repr_has_no_content() -> None:
-    """What people said is not in a repr, and so not in a log."""
+    """The content of messages is not in a repr, and so not in a log."""
     assert "Hello" not in repr(decode_call(CHAT, f'{{"model":"m",{HELLO}}}'.encode()))
 
 
@@ -188,6 +188,6 @@ def test_a_call_s_repr_has_no_content() -> None:
         ('"prompt":[],"n":"x"', 1),
     ],
 )
-def test_how_many_choices_are_asked_for(more: str, choices: int) -> None:
-    """``n`` for each prompt, of which a completion may have several, as texts or as tokens."""
+def test_the_number_of_requested_choices(more: str, choices: int) -> None:
+    """It is ``n`` for each prompt. A completion may have several prompts, as texts or as tokens."""
     assert decode_call(ENDPOINTS["/v1/completions"], f'{{"model":"m",{more}}}'.encode()).choices == choices

@@ -1,4 +1,4 @@
-"""Server-sent events: cut at blank lines and nowhere else, however the bytes arrive."""
+"""Server-sent events: split at blank lines and nowhere else, however the bytes arrive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from trigate.openai.sse import BOM, EventSplitter, EventTooLarge, comment, data_of, without_resumption
 
-# Made of what matters to the splitter, so that every order of line ends, half a BOM and half a U+2028 turn up.
+# Built from the bytes that matter to the splitter, so that every order of line ends, half a BOM and half a U+2028
+# occur.
 streams = st.lists(
     st.sampled_from(
         [b"\n", b"\r", b"\r\n", b"\n\n", b"data: x", b":", b"\xef", b"\xbb", b"\xbf", BOM, b"\xe2\x80\xa8"]
@@ -36,7 +37,7 @@ def _feed(pieces: Iterable[bytes]) -> tuple[list[bytes], int]:
 
 
 def _every_way(data: bytes) -> list[list[bytes]]:
-    """Whole, byte by byte, cut in two at every place."""
+    """The whole data, byte by byte, and split in two at every place."""
     return [
         [data],
         [bytes([byte]) for byte in data],
@@ -50,12 +51,12 @@ def _with_lf(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("eol", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 def test_each_line_end_ends_events(eol: bytes) -> None:
-    """LF, CRLF and CR each end lines, and two in a row an event, however the bytes are cut."""
+    """LF, CRLF and CR each end a line, and two in a row end an event, however the bytes are split."""
     stream = eol.join([b"data: 1", b"", b"event: e", b"data: 2", b"", b": c", b"", b"data: 3"])
     for pieces in _every_way(stream):
         events, pending_bytes = _feed(pieces)
         assert [data_of(event) for event in events] == [b"1", b"2", None], pieces
-        # When a CR ends both an event and a piece, the LF that may follow it is not there to be waited for.
+        # When a CR ends both an event and a piece, the reader must not wait for a LF that may follow.
         assert pending_bytes == len(b"data: 3"), pieces
 
 
@@ -73,21 +74,21 @@ def test_mixed_line_ends_make_one_blank_line(blank: bytes) -> None:
 
 
 def test_a_byte_order_mark_opens_the_stream() -> None:
-    """A BOM before the first event is dropped, also when it arrives in pieces, and only there."""
+    """A BOM before the first event is dropped, even when it arrives in pieces, and only there."""
     for pieces in _every_way(BOM + b"data: 1\n\n" + BOM + b"data: 2\n\n"):
         events, _ = _feed(pieces)
         assert events == [b"data: 1\n\n", BOM + b"data: 2\n\n"], pieces
 
 
 def test_half_a_byte_order_mark_is_content() -> None:
-    """What only begins like a BOM is kept."""
+    """Bytes that only begin like a BOM are kept."""
     for pieces in _every_way(BOM[:2] + b"data: 1\n\n"):
         assert _feed(pieces) == ([BOM[:2] + b"data: 1\n\n"], 0), pieces
     assert _feed([BOM[:2]]) == ([], 2)
 
 
 def test_unicode_line_separators_are_text() -> None:
-    """U+2028, U+2029, U+0085 and the control characters at which `str.splitlines` splits are part of the data."""
+    """U+2028, U+2029, U+0085 and the control characters at which `str.splitlines` splits belong to the data."""
     text = json.dumps({"content": LINE_SEPARATORS_IN_TEXT}, ensure_ascii=False).encode()
     assert LINE_SEPARATORS_IN_TEXT[:3].encode() in text
     stream = b"data: " + text + b"\n\n"
@@ -98,7 +99,7 @@ def test_unicode_line_separators_are_text() -> None:
 
 
 def test_trailing_bytes_stay() -> None:
-    """What follows the last blank line is held, counted, and completed by the next piece."""
+    """Bytes after the last blank line are held and counted, and the next piece completes them."""
     splitter = EventSplitter(max_event_bytes=100)
     assert splitter.feed(b"data: 1\n\ndata: 2") == [b"data: 1\n\n"]
     assert splitter.pending_bytes == len(b"data: 2")
@@ -107,8 +108,8 @@ def test_trailing_bytes_stay() -> None:
     assert splitter.pending_bytes == 0
 
 
-def test_one_lf_is_swallowed_after_a_cr() -> None:
-    """The LF that completes a CRLF in the next piece is dropped, once; the one after it is a line of its own."""
+def test_one_lf_is_dropped_after_a_cr() -> None:
+    """The LF that completes a CRLF in the next piece is dropped once. The next LF is a line of its own."""
     splitter = EventSplitter(max_event_bytes=100)
     assert splitter.feed(b"data: 1\r\r") == [b"data: 1\r\r"]
     assert splitter.feed(b"") == []
@@ -121,8 +122,8 @@ def test_one_lf_is_swallowed_after_a_cr() -> None:
 @settings(deadline=None, max_examples=60)
 @given(streams, st.lists(st.integers(0, 1000), max_size=8))
 def test_any_split_gives_the_same_events(stream: bytes, cuts: list[int]) -> None:
-    """The events do not depend on the pieces, and are those of the plain definition: LF for every line end, cut after
-    each blank line."""
+    """The events do not depend on the pieces and match the plain definition: LF for every line end, split after each
+    blank line."""
     expected = re.findall(rb".*?\n\n", _with_lf(stream.removeprefix(BOM)), re.S)
     for pieces in ([stream], [bytes([byte]) for byte in stream], _split(stream, cuts)):
         events, _ = _feed(pieces)
@@ -132,8 +133,8 @@ def test_any_split_gives_the_same_events(stream: bytes, cuts: list[int]) -> None
 @settings(deadline=None, max_examples=60)
 @given(streams, st.lists(st.integers(0, 1000), max_size=8))
 def test_nothing_is_lost_or_added(stream: bytes, cuts: list[int]) -> None:
-    """The events and what is pending are the input, byte for byte, but for a leading BOM and for an LF that opens a
-    piece where the piece before ended an event with CR."""
+    """The events and the pending bytes equal the input byte for byte, except for a leading BOM and for a LF that opens
+    a piece after an event that ended with CR."""
     splitter = EventSplitter(max_event_bytes=10_000)
     joined = kept = b""
     after_cr = False
@@ -147,8 +148,8 @@ def test_nothing_is_lost_or_added(stream: bytes, cuts: list[int]) -> None:
     assert len(kept) == len(joined) + splitter.pending_bytes
 
 
-def test_a_giant_event_is_refused_when_it_passes_the_bound() -> None:
-    """An unfinished event holds no more than the bound and one piece; an event of exactly the bound passes."""
+def test_an_event_over_the_limit_is_refused() -> None:
+    """An unfinished event holds at most the limit and one piece. An event of exactly the limit passes."""
     splitter = EventSplitter(max_event_bytes=1000)
     for _ in range(10):
         assert splitter.feed(b"x" * 100) == []
@@ -160,8 +161,8 @@ def test_a_giant_event_is_refused_when_it_passes_the_bound() -> None:
     assert EventSplitter(max_event_bytes=1000).feed(exact) == [exact]
 
 
-def test_a_giant_event_that_comes_whole_is_refused_too() -> None:
-    """The bound holds for an event that is complete in its first piece, also behind a small one."""
+def test_a_complete_event_over_the_limit_is_refused_too() -> None:
+    """The limit applies to an event that is complete in its first piece, even after a small one."""
     with pytest.raises(EventTooLarge):
         EventSplitter(max_event_bytes=1000).feed(b"data: 1\n\n" + b"x" * 999 + b"\n\n")
 
@@ -189,14 +190,15 @@ def test_a_giant_event_that_comes_whole_is_refused_too() -> None:
     ],
 )
 def test_data_of(event: bytes, data: bytes | None) -> None:
-    """The ``data`` fields of an event joined by LF, one leading space of each dropped; None where there is none."""
+    """The ``data`` fields of an event are joined by LF, without one leading space each. Without such fields it is
+    None."""
     assert data_of(event) == data
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])), min_size=1, max_size=4))
 def test_data_survives_the_round_trip(lines: list[str]) -> None:
-    """Any text in any number of lines is read back as it was written."""
+    """Any text in any number of lines is read back as written."""
     event = b"".join(b"data: " + line.encode() + b"\n" for line in lines) + b"\n"
     assert data_of(event) == "\n".join(lines).encode()
 
@@ -208,8 +210,8 @@ def test_a_comment_is_one_line() -> None:
     assert data_of(b": keep-alive\ndata: 1\n\n") == b"1"
 
 
-def test_resumption_fields_are_taken_out() -> None:
-    """``id`` and ``retry`` lines go, wherever they stand and however lines end; text that looks like them stays."""
+def test_resumption_fields_are_removed() -> None:
+    """``id`` and ``retry`` lines are removed at any position with any line ends. Text that looks like them stays."""
     assert without_resumption(b"data: 1\r\nid\r\nretry: 5\r\n\r\n") == b"data: 1\n\n"
     assert without_resumption(b"event: x\rid: 7\rretry\rdata: 1\r\r") == b"event: x\ndata: 1\n\n"
     assert without_resumption(b"identity: 1\ndata: id: 2\n\n") == b"identity: 1\ndata: id: 2\n\n"

@@ -1,4 +1,4 @@
-"""A stream gives the same result wherever its pieces were split, with the shortcut for plain events and without."""
+"""A stream gives the same result wherever its pieces are split, with and without the shortcut for plain events."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ _streams = st.builds(
 
 
 class _SlowReader(StreamReader):
-    """Takes each event apart."""
+    """A reader that parses each event."""
 
     def _feed_plain(self, piece: bytes) -> None:
         return None
 
 
-def _fed(pieces: list[bytes], endpoint: Any, kind: type[StreamReader], max_bytes: int) -> tuple[bytes, list[object]]:
-    """What a reader makes of a stream: what goes to the client, and all that can be known afterwards."""
+def _read(pieces: list[bytes], endpoint: Any, kind: type[StreamReader], max_bytes: int) -> tuple[bytes, list[object]]:
+    """The result of a reader for a stream: the client's bytes and the final state."""
     reader = kind(endpoint, model="pub/lic", upstream="mock", max_event_bytes=max_bytes)
     out = []
     for piece in pieces:
@@ -117,7 +117,7 @@ def _fed(pieces: list[bytes], endpoint: Any, kind: type[StreamReader], max_bytes
     ]
     given_out = b"".join(out)
     if any(b"\r" in piece for piece in pieces):
-        # An event that was split between its last CR and LF has been given out without that LF: it is the same event.
+        # An event split between its last CR and LF was passed on without that LF. It is the same event.
         given_out = re.sub(rb"\n\n+", b"\n\n", given_out.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
     return given_out, known
 
@@ -130,47 +130,47 @@ def _split(data: bytes, at: list[int]) -> list[bytes]:
 @pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(_streams, st.sampled_from([CHAT, RESPONSES]), st.lists(st.integers(0, 2**12), max_size=8), st.data())
-def test_it_is_all_the_same_how_a_stream_is_split(stream: bytes, endpoint: Any, at: list[int], data: Any) -> None:
-    """Fed whole, byte by byte, event by event or split at random, by the short way for plain events or without it: the
-    same bytes go to the client, and the same is known."""
+def test_the_split_of_a_stream_does_not_matter(stream: bytes, endpoint: Any, at: list[int], data: Any) -> None:
+    """A stream fed whole, byte by byte, event by event or split at random, with or without the shortcut for plain
+    events, gives the client the same bytes and ends in the same state."""
     max_bytes = data.draw(st.sampled_from([2**20, 700]))
     ends = [place for place in range(1, len(stream)) if stream[:place].endswith(b"\n\n")]
-    expected = _fed([stream], endpoint, _SlowReader, max_bytes)
-    ways = {
+    expected = _read([stream], endpoint, _SlowReader, max_bytes)
+    splits = {
         "whole": [stream],
         "byte by byte": _split(stream, list(range(len(stream)))),
         "event by event": _split(stream, ends),
         "some events at once": _split(stream, data.draw(st.lists(st.sampled_from(ends), max_size=4)) if ends else []),
         "at random": _split(stream, at),
     }
-    for way, pieces in ways.items():
-        assert _fed(pieces, endpoint, StreamReader, max_bytes) == expected, way
-        assert _fed(pieces, endpoint, _SlowReader, max_bytes) == expected, way
+    for split, pieces in splits.items():
+        assert _read(pieces, endpoint, StreamReader, max_bytes) == expected, split
+        assert _read(pieces, endpoint, _SlowReader, max_bytes) == expected, split
 
 
 @pytest.mark.slow
-def test_each_oddity_between_plain_events() -> None:
-    """Each odd event, in each way to write it down, ends up as when every event is taken apart: before, behind and
-    between plain ones, alone or in one piece with them."""
+def test_unusual_events_between_plain_ones() -> None:
+    """Each unusual event, in each notation, gives the same result as when every event is parsed: before, after and
+    between plain events, alone or in one piece with them."""
     plain = b"data: " + _PLAIN + b"\n\n"
     for layout in _LAYOUTS:
         for data in _ODD + _RARE:
             odd = layout % data
-            expected = _fed([plain * 3 + odd + plain * 2], CHAT, _SlowReader, 2**20)
+            expected = _read([plain * 3 + odd + plain * 2], CHAT, _SlowReader, 2**20)
             at = odd.find(b"\n") + 2
             for pieces in (
                 [plain, plain * 2, odd, plain, plain],
                 [plain, plain, plain + odd + plain, plain],
                 [plain, plain * 2, odd[:at], odd[at:], plain, plain],
             ):
-                assert _fed(pieces, CHAT, StreamReader, 2**20) == expected, odd
+                assert _read(pieces, CHAT, StreamReader, 2**20) == expected, odd
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from([data for data in _ODD if data.startswith(b"{")]), max_size=6), st.booleans())
 def test_exactly_the_model_is_replaced(found: list[bytes], one_piece: bool) -> None:
-    """Whatever else is in a stream: the JSON of each event is what it was, but for the model at its top level or that
-    of its ``response``; and where no key is escaped, so is every other byte."""
+    """The JSON of each event stays the same, except for the top-level model or that of its ``response``. Where no key
+    is escaped, every other byte stays too."""
     found = [_PLAIN, *(data for data in found if _is_json(data) and not json.loads(data).get("error"))]
     pieces = [b"data: " + data + b"\n\n" for data in found]
     reader = StreamReader(CHAT, model="pub/lic", upstream="mock")
@@ -198,8 +198,8 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def test_plain_events_take_the_short_way() -> None:
-    """Else the tests above prove nothing about it: it is taken by each piece of plain events after the first."""
+def test_plain_events_take_the_shortcut() -> None:
+    """Every piece of plain events after the first takes the shortcut. Otherwise the tests above would not cover it."""
     taken = []
 
     class Reader(StreamReader):
@@ -215,8 +215,8 @@ def test_plain_events_take_the_short_way() -> None:
     assert taken == [public, public * 3, None, public]
 
 
-def test_what_came_before_an_event_too_large_is_given_out() -> None:
-    """The bound refuses that event, and takes none of the whole ones before it away, also where all came together."""
+def test_events_before_an_oversized_event_are_passed_on() -> None:
+    """The limit refuses the oversized event only. Complete events before it are passed on, even from the same piece."""
     event = b"data: " + _PLAIN + b"\n\n"
     for pieces in ([event * 2 + b"data: " + b"x" * 500], [event, event, b"data: " + b"x" * 500]):
         reader = StreamReader(CHAT, model="up", upstream="mock", max_event_bytes=300)

@@ -1,4 +1,4 @@
-"""Values and streams that several tests of the wire format use."""
+"""Values and streams for several tests of the wire format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=8,
 )
-# Text that a careless replacement would take for the key and its value.
+# Text that a careless replacement would mistake for the key and its value.
 tricky_text = st.lists(
     st.sampled_from(
         ['"model":"up"', '\\"model\\":\\"up\\"', '"model": "', '"', "\\", "model", ":", "up", "\n", "\u2028", "é"]

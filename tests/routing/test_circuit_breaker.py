@@ -17,7 +17,7 @@ RULES = BreakerConfig(
 
 
 def tripped(at: float = 0.0) -> Breaker:
-    """One that has just opened."""
+    """A breaker that has just opened."""
     breaker = Breaker(RULES)
     for _ in range(3):
         assert breaker.enter(at)
@@ -25,8 +25,8 @@ def tripped(at: float = 0.0) -> Breaker:
     return breaker
 
 
-def test_failures_in_a_row_open_it() -> None:
-    """One that goes well in between begins the row anew."""
+def test_consecutive_failures_open_it() -> None:
+    """A success in between restarts the count."""
     breaker = Breaker(RULES)
     breaker.fail(0, "call")
     breaker.fail(0, "call")
@@ -38,7 +38,7 @@ def test_failures_in_a_row_open_it() -> None:
     assert (breaker.state(0), breaker.enter(0), breaker.opens_in_s(1)) == ("open", None, 3)
 
 
-def test_a_rate_opens_it() -> None:
+def test_a_failure_rate_opens_it() -> None:
     """Every other call fails: never three in a row, and half of ten."""
     breaker = Breaker(RULES)
     for _ in range(4):
@@ -50,8 +50,8 @@ def test_a_rate_opens_it() -> None:
     assert breaker.state(1) == "open"
 
 
-def test_old_calls_count_no_more() -> None:
-    """A window that is long over says nothing."""
+def test_old_calls_do_not_count() -> None:
+    """The calls of a past window are ignored."""
     breaker = Breaker(RULES)
     for _ in range(4):
         breaker.fail(0, "call")
@@ -63,7 +63,7 @@ def test_old_calls_count_no_more() -> None:
 
 
 def test_one_probe() -> None:
-    """After the cool-down one call tries it; the others are refused until that one has ended."""
+    """After the cool-down one call probes the target. The others are refused until it has ended."""
     breaker = tripped()
     assert not breaker.enter(3.9)
     assert breaker.state(4) == "half_open"
@@ -84,8 +84,8 @@ def test_one_probe() -> None:
     ],
     ids=["abandoned", "failed", "went well", "failed and said when"],
 )
-def test_who_entered_before_is_not_the_probe(end: Callable[[Breaker], None]) -> None:
-    """However a call ends that entered before the breaker opened, a second probe waits for the end of the first."""
+def test_an_earlier_call_is_not_the_probe(end: Callable[[Breaker], None]) -> None:
+    """However a call from before the opening ends, there is no second probe before the first one has ended."""
     breaker = tripped()
     assert breaker.enter(4) == "probe"
     end(breaker)
@@ -94,8 +94,9 @@ def test_who_entered_before_is_not_the_probe(end: Callable[[Breaker], None]) -> 
     assert breaker.enter(9) == "call"
 
 
-def test_a_probe_does_not_close_what_the_provider_has_asked_for() -> None:
-    """A call from before is told meanwhile when to come back: the probe's success is older than that."""
+def test_a_probe_does_not_override_retry_after() -> None:
+    """An earlier call gets a retry time meanwhile. The probe began before that, so its success does not close the
+    breaker."""
     breaker = tripped()
     assert breaker.enter(4) == "probe"
     breaker.fail(5, "call", retry_after_s=20)
@@ -103,8 +104,8 @@ def test_a_probe_does_not_close_what_the_provider_has_asked_for() -> None:
     assert (breaker.opens_in_s(6), breaker.enter(24), breaker.enter(25)) == (19, None, "probe")
 
 
-def test_a_probe_that_fails_doubles_the_wait() -> None:
-    """Up to a minute; once it has gone well, the wait is the first one again."""
+def test_a_failed_probe_doubles_the_wait() -> None:
+    """The wait grows to at most a minute. After a success the first wait applies again."""
     breaker, now, waits = tripped(), 0.0, []
     for _ in range(6):
         waits.append(breaker.opens_in_s(now))
@@ -120,8 +121,8 @@ def test_a_probe_that_fails_doubles_the_wait() -> None:
     assert breaker.opens_in_s(now) == 4
 
 
-def test_a_provider_that_says_when() -> None:
-    """It is taken at its word at once; a later answer of a call that was under way does not close it again."""
+def test_retry_after_opens_it() -> None:
+    """It opens at once for the given time. A later answer to an earlier call does not close it."""
     breaker = Breaker(RULES)
     assert breaker.enter(0)
     assert breaker.enter(0)
@@ -133,8 +134,8 @@ def test_a_provider_that_says_when() -> None:
 
 
 @pytest.mark.parametrize("rules", [BreakerConfig(failures=Limit(0), failure_rate=Share(0))])
-def test_switched_off(rules: BreakerConfig) -> None:
-    """It opens for nothing but a word of the provider."""
+def test_a_disabled_breaker(rules: BreakerConfig) -> None:
+    """Only a retry time of the provider opens it."""
     breaker = Breaker(rules)
     for _ in range(1000):
         breaker.fail(0, "call")
@@ -148,9 +149,9 @@ def test_switched_off(rules: BreakerConfig) -> None:
         st.tuples(st.sampled_from(["enter", "succeed", "fail", "later", "abandon"]), st.floats(0, 9), st.integers(0, 9))
     )
 )
-def test_it_never_stays_shut(steps: list[tuple[str, float, int]]) -> None:
-    """Whatever happens, in whichever order the calls end: some time after the last one has ended one is let through,
-    and there are never two probes at once."""
+def test_it_never_stays_open(steps: list[tuple[str, float, int]]) -> None:
+    """In any order of events, some time after the last call has ended a call is admitted, and there are never two
+    probes at once."""
     breaker, now = Breaker(RULES), 0.0
     inside: list[Entry] = []
     for what, pause_s, which in steps:

@@ -1,4 +1,4 @@
-"""Which target is tried next: without sockets, clocks or chance."""
+"""The choice of the next target, without sockets, clocks or randomness."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOWN = Unavailable("down", reachable=True)
 
 
 def known(targets: int = 3, *, retries: Any = None, breaker: Any = None, **model: Any) -> tuple[Targets, Any]:
-    """What is known of targets (nothing yet), and the configuration of a model ``x`` that has them."""
+    """An empty state of the targets, and the configuration of a model ``x`` that has them."""
     names = "abc"[:targets]
     config = make_config(
         {name: {} for name in names},
@@ -43,13 +43,13 @@ def known(targets: int = 3, *, retries: Any = None, breaker: Any = None, **model
 
 
 def plan_of(states: Targets, config: Any) -> Plan:
-    """A call for ``x``."""
+    """A plan for a call of ``x``."""
     targets = tuple(map(Target.parse, config.models["x"].targets))
     return Plan("x", targets, states, config)
 
 
 def walk(plan: Plan, *errors: GatewayError, now: float = 0.0, left_s: float = 100.0) -> list[Step]:
-    """The steps of a call whose attempts fail so, one after the other."""
+    """The steps of a call whose attempts fail in this way, one after the other."""
     steps = [plan.first(now, 0.5)]
     for error in errors:
         plan.end(steps[-1], now, error=error)
@@ -62,13 +62,13 @@ def walk(plan: Plan, *errors: GatewayError, now: float = 0.0, left_s: float = 10
 
 
 def test_failover() -> None:
-    """In order, at once, each once; then there are three attempts."""
+    """Each target is tried once, in order and without a pause, for three attempts."""
     steps = walk(plan_of(*known()), DOWN, DOWN, DOWN)
     assert steps == [Step(A, "first"), Step(B, "failover"), Step(C, "failover")]
 
 
 def test_the_same_target_again() -> None:
-    """After a pause that grows; the first target has had as many tries as the second then."""
+    """It is tried after a growing pause, when the second target has had as many attempts as the first."""
     states, config = known(2, retries={"max_attempts": 5, "backoff_s": 1})
     steps = walk(plan_of(states, config), *[DOWN] * 9)
     assert [(step.target, step.why, step.after_s) for step in steps] == [
@@ -92,25 +92,25 @@ def test_the_same_target_again() -> None:
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_what_is_tried_again(error: GatewayError, attempts: int) -> None:
-    """By one target alone: what may go better. Time is not wasted twice."""
+def test_which_failures_are_retried(error: GatewayError, attempts: int) -> None:
+    """On a single target, only failures that may pass are retried. A timeout is not: it would take as long again."""
     assert len(walk(plan_of(*known(1)), *[error] * 5)) == attempts
 
 
-def test_a_slow_target_is_left_for_the_next_one() -> None:
-    """A limit in time is a reason to try another one."""
+def test_a_timeout_leads_to_the_next_target() -> None:
+    """A timeout of one target is a reason to try the next one."""
     steps = walk(plan_of(*known(2)), UpstreamTimeout("slow", phase="first_token"), ProtocolViolation("nonsense"))
     assert [step.target for step in steps] == [A, B]
 
 
 def test_no_time_left() -> None:
-    """There is no attempt without time, and no pause that would use it up."""
+    """No attempt begins without time left, and no pause uses up the remaining time."""
     assert len(walk(plan_of(*known()), DOWN, left_s=0)) == 1
     assert len(walk(plan_of(*known(1, retries={"backoff_s": 10, "max_backoff_s": 10})), DOWN, left_s=4)) == 1
 
 
-def test_who_says_when_is_waited_for() -> None:
-    """Not for longer than is allowed: the client is told instead."""
+def test_retry_after_is_waited_for() -> None:
+    """A wait that exceeds the limit is passed to the client instead."""
     soon = Unavailable("busy", status=503, reachable=True, retry_after_s=1.5)
     late = Unavailable("busy", status=503, reachable=True, retry_after_s=3)
     steps = walk(plan_of(*known(1)), soon)
@@ -118,8 +118,8 @@ def test_who_says_when_is_waited_for() -> None:
     assert len(walk(plan_of(*known(1)), late)) == 1
 
 
-def test_an_open_breaker_is_passed_over() -> None:
-    """And where all are open, the call fails at once and says for how long."""
+def test_a_target_with_an_open_breaker_is_skipped() -> None:
+    """When all breakers are open, the call fails at once with a retry time."""
     states, config = known(2, retries={"max_attempts": 1}, breaker={"failures": 1, "cooldown_s": 7})
     assert [step.target for step in walk(plan_of(states, config), DOWN)] == [A]
     assert [step.target for step in walk(plan_of(states, config), DOWN)] == [B]
@@ -130,8 +130,8 @@ def test_an_open_breaker_is_passed_over() -> None:
     assert (step.target, step.why) == (A, "first")
 
 
-def test_who_came_before_the_outage_does_not_end_its_probe() -> None:
-    """A call that is under way since before the breaker opened: its end is not that of the probe."""
+def test_a_call_from_before_the_outage_does_not_end_its_probe() -> None:
+    """A call began before the breaker opened. Its end is not the end of the probe."""
     states, config = known(1, breaker={"failures": 1, "cooldown_s": 7})
     early, other, probing = (plan_of(states, config) for _ in range(3))
     long = early.first(0.0, 0.5)
@@ -145,14 +145,15 @@ def test_who_came_before_the_outage_does_not_end_its_probe() -> None:
 
 
 def test_an_outage_is_not_multiplied() -> None:
-    """A thousand calls of one target that is down: a fifth more, and the few that a budget holds."""
+    """A thousand calls to one target that is down cause a fifth more attempts, and the few that the budget holds at
+    first."""
     states, config = known(1, retries={"max_attempts": 10, "budget": 0.2}, breaker={"failures": 0, "failure_rate": 0})
     attempts = sum(len(walk(plan_of(states, config), *[DOWN] * 20)) for _ in range(1000))
     assert 1190 <= attempts <= 1211
 
 
 def test_hedging() -> None:
-    """The second attempt is at the next target, once; its budget bounds how many calls have one."""
+    """The second attempt goes to the next target, once. The budget limits how many calls have one."""
     states, config = known(2, strategy="hedge", hedge_delay_s=0.5, hedge_budget=0.1)
     hedged = 0
     for _ in range(1000):
@@ -171,7 +172,7 @@ def test_hedging() -> None:
 
 
 def test_rare_calls_are_hedged_rarely() -> None:
-    """The budget is a share of the calls, however much time is between them."""
+    """The budget is a share of the calls, however much time passes between them."""
     states, config = known(2, strategy="hedge", hedge_delay_s=0.5, hedge_budget=0.1)
     hedged = 0
     for number in range(100):
@@ -184,8 +185,8 @@ def test_rare_calls_are_hedged_rarely() -> None:
     assert 10 <= hedged <= 11
 
 
-def test_the_delay_adapts() -> None:
-    """It is what 95 of 100 take; while too little is known there is no hedging."""
+def test_the_hedge_delay_adapts() -> None:
+    """It is the time in which 95 of 100 calls are answered. Without enough data there is no hedging."""
     states, config = known(2, strategy="hedge")
     assert plan_of(states, config).hedge_delay_s() is None
     for number in range(100):
@@ -193,8 +194,8 @@ def test_the_delay_adapts() -> None:
     assert plan_of(states, config).hedge_delay_s() == pytest.approx(0.95)
 
 
-def test_the_delay_is_that_of_who_is_tried() -> None:
-    """Where the first target is passed over, how long it took says nothing."""
+def test_the_hedge_delay_is_that_of_the_first_attempt() -> None:
+    """When the first target is skipped, its latency does not count."""
     states, config = known(2, strategy="hedge")
     for _ in range(100):
         states.of(A).note_first_token(0.1, 0.0)
@@ -205,8 +206,8 @@ def test_the_delay_is_that_of_who_is_tried() -> None:
     assert plan.hedge_delay_s() == pytest.approx(3.0)
 
 
-def test_no_hedge_at_a_broken_target() -> None:
-    """Nor where there is no other one."""
+def test_no_hedge_at_an_open_breaker() -> None:
+    """There is no hedge without a second target either."""
     states, config = known(2, strategy="hedge", hedge_delay_s=0.1, max_attempts=3)
     states.of(B).breaker.fail(0.0, "call", retry_after_s=9)
     plan = plan_of(states, config)
@@ -215,7 +216,7 @@ def test_no_hedge_at_a_broken_target() -> None:
 
 
 def test_balance_follows_the_weights() -> None:
-    """Of targets that are alike: nearly as their weights say; the pair evens it out a little."""
+    """Equal targets get nearly their weights' share. Choosing from a pair evens it out slightly."""
     states, config = known(3, strategy="balance", weights=[1, 2, 5])
     chance = random.Random(7)
     got: collections.Counter[Target] = collections.Counter()
@@ -232,8 +233,8 @@ def test_balance_follows_the_weights() -> None:
     assert got[C] > 1500
 
 
-def test_weights_hold_for_calls_one_after_the_other() -> None:
-    """Targets that take nearly the same time get what their weights say, also where nothing else is in flight."""
+def test_weights_hold_for_sequential_calls() -> None:
+    """Targets of nearly equal latency get their weights' share even when nothing else is in flight."""
     states, config = known(2, strategy="balance", weights=[300, 100])
     chance = random.Random(7)
     got: collections.Counter[Target] = collections.Counter()
@@ -248,8 +249,8 @@ def test_weights_hold_for_calls_one_after_the_other() -> None:
     assert 700 <= got[A] <= 800
 
 
-def test_a_weight_is_its_targets() -> None:
-    """Also where a target before it is switched off, and so is not among those of the call."""
+def test_a_weight_belongs_to_its_target() -> None:
+    """This holds too when a target before it is disabled and not among those of the call."""
     states, config = known(3, strategy="balance", weights=[1, 1, 8])
     chance = random.Random(7)
     got: collections.Counter[Target] = collections.Counter()
@@ -261,8 +262,8 @@ def test_a_weight_is_its_targets() -> None:
     assert got[C] > 200
 
 
-def test_who_was_slow_once_is_asked_again() -> None:
-    """Time alone makes a peak less: it gets no calls that could show that it is over."""
+def test_a_once_slow_target_is_tried_again() -> None:
+    """Its estimate decays over time. Otherwise it would get no calls that show its recovery."""
     states, config = known(2, strategy="balance")
     states.of(A).note_first_token(5.0, 0.0)
     for now in range(120):
@@ -272,8 +273,9 @@ def test_who_was_slow_once_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_balance_avoids_who_hangs(answered: bool) -> None:
-    """A target that says nothing, or nothing any more, has no more calls than the other one, however long it lasts."""
+def test_balance_avoids_a_hanging_target(answered: bool) -> None:
+    """A target that does not respond, or stops responding, has no more calls than the other one, however long that
+    lasts."""
     states, config = known(2, strategy="balance")
     if answered:
         states.of(A).note_first_token(0.1, 0.0)
@@ -286,8 +288,8 @@ def test_balance_avoids_who_hangs(answered: bool) -> None:
     assert states.of(A).in_flight <= 2
 
 
-def test_balance_avoids_who_is_slow() -> None:
-    """The faster one of a pair is tried; the slow one gets few."""
+def test_balance_avoids_a_slow_target() -> None:
+    """The faster target of a pair is tried. The slow one gets few calls."""
     states, config = known(2, strategy="balance")
     states.of(A).note_first_token(5.0, 0.0)
     states.of(B).note_first_token(0.1, 0.0)
@@ -296,8 +298,8 @@ def test_balance_avoids_who_is_slow() -> None:
     assert plan.next(DOWN, 0.0, 0.3, left_s=9).target == A  # type: ignore[union-attr]
 
 
-def test_a_peak_is_forgotten() -> None:
-    """One slow answer counts at once, and less and less."""
+def test_a_latency_peak_decays() -> None:
+    """One slow answer counts at once and then less and less."""
     states, _ = known()
     state = states.of(A)
     state.note_first_token(0.1, 0.0)
@@ -307,8 +309,8 @@ def test_a_peak_is_forgotten() -> None:
     assert 0.1 < (state.first_token_s or 0) < 0.4
 
 
-def test_onward() -> None:
-    """A stream that broke off goes on at another target, and at the same one where there is no other."""
+def test_continuation() -> None:
+    """A truncated stream continues at another target, or at the same one if there is no other."""
     plan = plan_of(*known(2))
     plan.first(0.0, 0.5)
     assert plan.continuation(0.0) == Step(B, "continue")
@@ -317,8 +319,8 @@ def test_onward() -> None:
     assert alone.continuation(0.0) == Step(A, "continue")
 
 
-def test_a_client_says_nothing_of_a_target() -> None:
-    """Attempts without a verdict, errors of the gateway's, and waits for a place here open no breaker."""
+def test_unjudged_attempts_open_no_breaker() -> None:
+    """Attempts without a verdict, errors of the gateway and waits for an upstream slot open no breaker."""
     states, config = known(1, breaker={"failures": 2})
     full = UpstreamTimeout("no place", phase="queue")
     for error, judged in [(None, False), (BadRequest("x"), True), (full, True), (full, True)] * 5:
@@ -328,7 +330,7 @@ def test_a_client_says_nothing_of_a_target() -> None:
 
 
 def test_a_reload() -> None:
-    """What is known stays, with the new rules; of an upstream that has moved, nothing does."""
+    """The state of a target stays, with the new settings. An upstream with a new address starts afresh."""
     states, _ = known(2)
     states.of(A).breaker.fail(0.0, "call", retry_after_s=50)
     states.of(B).breaker.fail(0.0, "call", retry_after_s=50)
@@ -339,8 +341,8 @@ def test_a_reload() -> None:
     assert states.of(A).breaker.rules.failures == 1
 
 
-def test_made_up_models_do_not_stay() -> None:
-    """The number of targets is bounded; one that is being tried stays."""
+def test_invented_models_are_forgotten() -> None:
+    """The number of targets is bounded. One with an attempt in progress stays."""
     states, config = known(1)
     step = plan_of(states, config).first(0.0, 0.5)
     for number in range(2 * MAX_TARGETS):
@@ -357,7 +359,8 @@ def test_made_up_models_do_not_stay() -> None:
     st.randoms(use_true_random=False),
 )
 def test_any_call(targets: int, most: int, errors: list[GatewayError], strategy: str, chance: random.Random) -> None:
-    """Never more than the most attempts, no target twice before each had its turn, and nothing in flight at the end."""
+    """There are never more than the maximum of attempts, no target is tried twice before the others, and nothing is in
+    flight at the end."""
     more = {"hedge_delay_s": 1} if strategy == "hedge" else {}
     states, config = known(targets, retries={"max_attempts": most}, strategy=strategy, **more)
     plan = plan_of(states, config)

@@ -1,4 +1,4 @@
-"""Pauses, budgets, and what providers say of when to come back."""
+"""Retry pauses, retry budgets and the providers' retry times."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
         ({"retry-after": "Tue, 99 Nov 99999999999 22:00:00 GMT"}, None),
     ],
 )
-def test_when_to_come_back(headers: dict[str, str], expected: float | None) -> None:
-    """Milliseconds go first; seconds or a date; at most an hour; what cannot be understood says nothing."""
+def test_retry_times(headers: dict[str, str], expected: float | None) -> None:
+    """Milliseconds take precedence, then seconds or a date, up to an hour. Unreadable values are ignored."""
     assert retry_after_s(headers, now_epoch_s=NOW) == expected
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1))
 def test_a_pause_is_bounded(tries: int, chance: float) -> None:
-    """Never more than the longest one, whatever the chance."""
+    """It never exceeds the longest pause, whatever the random number."""
     assert 0 <= backoff_s(tries, base_s=0.1, max_s=2.0, chance=chance) <= 2.0
 
 
 @given(st.lists(st.tuples(st.sampled_from(["call", "take"]), st.floats(0, 5)), max_size=200), st.floats(0.01, 1))
 def test_a_budget_is_never_exceeded(steps: list[tuple[str, float]], share: float) -> None:
-    """Over any time: what it holds at first, a share of the calls, and one a second."""
+    """Over any time there are at most the initial budget, a share of the calls, and one retry a second."""
     budget, now, calls, taken = Budget(share), 0.0, 0, 0
     for what, pause_s in steps:
         now += pause_s
@@ -64,5 +64,5 @@ def test_a_budget_is_never_exceeded(steps: list[tuple[str, float]], share: float
 
 
 def test_no_budget() -> None:
-    """A share of 0 switches tries again off."""
+    """A share of 0 disables retries."""
     assert not Budget(0).take(0.0)

@@ -1,4 +1,4 @@
-"""Routing: four rules in their order, and never a silent re-route."""
+"""Routing: four rules in order, and never a silent re-route."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _plan(model: str, aliases: Mapping[str, tuple[Target, ...]] = ALIASES) -> li
 
 
 def test_an_alias_is_its_targets() -> None:
-    """Rule 1: an alias is its targets in their order; those that are switched off are left out, those down are not."""
+    """Rule 1: an alias stands for its targets in order. Disabled ones are left out, and those that are down are not."""
     assert _plan("fast") == ["openai/gpt-4o-mini", "local/smol"]
 
 
-def test_an_alias_goes_before_everything() -> None:
-    """An alias that reads like ``upstream/model`` is still the alias: whoever configured it meant it."""
+def test_an_alias_takes_precedence() -> None:
+    """An alias that reads like ``upstream/model`` is still the alias, since the configuration names it."""
     assert _plan("openai/gpt-4o-mini") == ["local/smol"]
     assert _plan("openai/gpt-4o-mini", {}) == ["openai/gpt-4o-mini"]
 
@@ -51,19 +51,20 @@ def test_an_alias_goes_before_everything() -> None:
     ],
 )
 def test_an_upstream_s_name_decides(model: str, target: Target) -> None:
-    """Rule 2: ``upstream/model``, split at the first slash, goes there, listed or not, down or not."""
+    """Rule 2: ``upstream/model``, split at the first slash, goes to that upstream, whether the model is listed or the
+    upstream is down."""
     assert plan(model, aliases={}, upstreams=UPSTREAMS) == (target,)
 
 
 def test_a_bare_id_of_one_upstream() -> None:
-    """Rule 3: an id that exactly one upstream lists goes there, also one with a slash in it."""
+    """Rule 3: an id that exactly one upstream lists goes there, even with a slash in it."""
     assert _plan("gpt-4o") == ["openai/gpt-4o"]
     assert _plan("google/gemini-flash") == ["openrouter/google/gemini-flash"]
     assert _plan("smol") == ["local/smol"]
 
 
 def test_a_bare_id_of_several_upstreams() -> None:
-    """An id that several upstreams list is nobody's: the client is told what it can say instead."""
+    """An id that several upstreams list is refused, and the error suggests the full ids."""
     with pytest.raises(UnknownModel, match="openai/shared, openrouter/shared") as caught:
         _plan("shared")
     assert caught.value.status == 404
@@ -73,7 +74,8 @@ def test_a_bare_id_of_several_upstreams() -> None:
     "model", ["gpt-4p", "nobody/gpt-4o", "openai/", "/gpt-4o", "/", "GPT-4o", "gpt-4o ", "\x00", "x" * 100_000]
 )
 def test_anything_else_is_unknown(model: str) -> None:
-    """Rule 4: no other spelling, case or owner is guessed at; 404 ``model_not_found``, the param is the model."""
+    """Rule 4: no other spelling, case or owner is guessed. The error is 404 ``model_not_found`` with the param
+    ``model``."""
     with pytest.raises(UnknownModel) as caught:
         _plan(model)
     assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
@@ -81,7 +83,7 @@ def test_anything_else_is_unknown(model: str) -> None:
 
 
 def test_the_closest_ids_are_named() -> None:
-    """A mistyped id gets the ids that look like it, as they can be asked for."""
+    """A mistyped id gets suggestions of similar ids in their full form."""
     with pytest.raises(UnknownModel) as caught:
         plan("openai-gpt-4o", aliases={}, upstreams=UPSTREAMS)
     assert "Closest: openai/gpt-4o, openai/gpt-4o-mini." in caught.value.message
@@ -91,8 +93,8 @@ def test_the_closest_ids_are_named() -> None:
 
 
 @pytest.mark.parametrize("model", ["qwen/qwen-turbo", "qwen-turbo", "off"])
-def test_a_model_that_is_switched_off_says_why(model: str) -> None:
-    """An upstream that cannot be used is 503 with the reason, once, and nobody else is asked instead."""
+def test_a_disabled_upstream_gives_the_reason(model: str) -> None:
+    """A disabled upstream is a 503 with the reason, and no other upstream is used instead."""
     with pytest.raises(Unavailable) as caught:
         _plan(model)
     assert caught.value.status == 503
@@ -100,7 +102,7 @@ def test_a_model_that_is_switched_off_says_why(model: str) -> None:
 
 
 def test_default_is_the_first_that_can_serve() -> None:
-    """``default`` is the first upstream, in order, that is usable, believed up and has a model."""
+    """``default`` is the first upstream that is usable, believed up and has a model."""
     assert _plan("default") == ["openai/gpt-4o-mini"]
     off = Known(models=("a",), default_model="a", unusable="off")
     down = Known(models=("b",), default_model="b", down="refused")
@@ -112,12 +114,12 @@ def test_default_is_the_first_that_can_serve() -> None:
 
 
 def test_a_default_alias_wins() -> None:
-    """``[models.default]`` is what default means where it is set."""
+    """``[models.default]`` defines ``default`` where it is set."""
     assert _plan("default", {"default": (Target("local", "smol"),)}) == ["local/smol"]
 
 
 def test_no_default_says_why() -> None:
-    """Where nobody can serve, each upstream's reason is named: 503, since it may pass."""
+    """When no upstream can serve, the error gives each one's reason. It is a 503, since it may pass."""
     upstreams = {"a": Known(unusable="no key"), "b": Known(down="refused"), "c": Known()}
     with pytest.raises(Unavailable) as caught:
         plan("default", aliases={}, upstreams=upstreams)
@@ -128,14 +130,15 @@ def test_no_default_says_why() -> None:
 
 
 def test_default_is_tried_where_all_are_down() -> None:
-    """Only a call shows that an upstream is up again, so the first one gets it; one that is not down goes first."""
+    """Only a call shows that an upstream is up again, so the first one gets it. An upstream that is not down goes
+    first."""
     down = {"a": Known(default_model="m", down="refused"), "b": Known(default_model="n", down="refused")}
     assert plan("default", aliases={}, upstreams=down) == (Target("a", "m"),)
     assert plan("default", aliases={}, upstreams={**down, "c": Known(default_model="o")}) == (Target("c", "o"),)
 
 
-def test_the_echo_stands_in_only_where_there_is_nothing_else() -> None:
-    """`default` never falls back to the echo because a real upstream is down: its answer would look like one."""
+def test_the_echo_is_used_only_without_other_upstreams() -> None:
+    """`default` never falls back to the echo because a real upstream is down: its answer would look like a model's."""
     echo = Known(default_model="echo", stands_in=True)
     down = Known(default_model="m", down="refused")
     assert plan("default", aliases={}, upstreams={"t": echo, "a": down}) == (Target("a", "m"),)
@@ -143,7 +146,8 @@ def test_the_echo_stands_in_only_where_there_is_nothing_else() -> None:
 
 
 def test_public_ids() -> None:
-    """``default`` and the aliases come first, then every model under its upstream; what is off is not listed."""
+    """``default`` and the aliases come first, then every model with its upstream's name. Disabled models are not
+    listed."""
     assert list(public_ids(aliases=ALIASES, upstreams=UPSTREAMS).items()) == [
         ("default", "openai"),
         ("fast", "openai"),
@@ -157,14 +161,14 @@ def test_public_ids() -> None:
 
 
 def test_default_is_always_listed() -> None:
-    """``default`` is an id even while nobody can serve it; then the gateway owns it."""
+    """``default`` is listed even when no upstream can serve it. Then the gateway is its owner."""
     assert public_ids(aliases={}, upstreams={}) == {"default": "trigate"}
     assert public_ids(aliases={"default": (Target("local", "smol"),)}, upstreams=UPSTREAMS)["default"] == "local"
 
 
 @pytest.mark.parametrize("model", public_ids(aliases=ALIASES, upstreams=UPSTREAMS))
-def test_what_is_listed_can_be_asked_for(model: str) -> None:
-    """Every listed id leads somewhere."""
+def test_every_listed_id_can_be_called(model: str) -> None:
+    """Every listed id has a route."""
     assert _plan(model)
 
 
@@ -173,7 +177,7 @@ def test_what_is_listed_can_be_asked_for(model: str) -> None:
     st.text(max_size=20) | st.lists(st.sampled_from(["openai", "qwen", "/", "gpt-4o", "smol", "default"])).map("".join)
 )
 def test_never_a_silent_re_route(model: str) -> None:
-    """Whatever is asked for, an upstream is only chosen if the id names it, or if it alone lists the id."""
+    """An upstream is only chosen if the id names it, or if it alone lists the id."""
     try:
         [target] = plan(model, aliases={}, upstreams=UPSTREAMS)
     except GatewayError:
@@ -184,7 +188,7 @@ def test_never_a_silent_re_route(model: str) -> None:
 
 
 def test_closest() -> None:
-    """At most three ids, by the whole or by the part after the last slash, whatever the case, each once."""
+    """At most three ids are suggested, each once, by the whole id or the part after the last slash, in any case."""
     ids = ["openai/gpt-4o", "openai/gpt-4o-mini", "qwen/qwen-turbo", "a/gpt-4.1", "b/gpt-4.1", "default"]
     assert closest("defualt", ids) == ("default",)
     assert closest("QWEN-TURB", ids) == ("qwen/qwen-turbo",)

@@ -1,4 +1,4 @@
-"""``./scripts/soak``: simulates world after world, and says how to see again what it found."""
+"""``./scripts/soak``: simulates one world after the other and prints the command that reproduces a violation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ REQUESTS = 2000
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 = something that must hold did not."""
+    """Returns the exit status; 1 means that an invariant was violated."""
     parser = argparse.ArgumentParser(prog="./scripts/soak", description="Simulates the gateway in virtual time.")
-    parser.add_argument("--seed", type=int, help="of the first world; left out, a random one")
-    parser.add_argument("--requests", type=int, default=REQUESTS, help=f"in each world; {REQUESTS} if left out")
-    parser.add_argument("--minutes", type=float, default=0.0, help="go on with the next seeds for so long")
+    parser.add_argument("--seed", type=int, help="seed of the first world; random by default")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help=f"requests in each world; {REQUESTS} by default")
+    parser.add_argument("--minutes", type=float, default=0.0, help="continue with the next seeds for this many minutes")
     options = parser.parse_args(arguments)
     first = options.seed if options.seed is not None else secrets.randbelow(10**9)
     ends_at = time.monotonic() + 60 * options.minutes

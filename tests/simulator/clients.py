@@ -1,4 +1,4 @@
-"""Clients: what they ask, how they read, how they leave; and what has come of it."""
+"""Clients: what they ask, how they read and disconnect, and the outcome of each call."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 PATIENCE_S = 60.0
-"""No answer takes so long, whatever happens."""
+"""No answer takes longer than this, whatever happens."""
 _RECEIVES_BYTES = 400
 
 
 class Answer:
-    """A response, as it comes; fed with bytes.
+    """A response that is parsed while its bytes arrive.
 
     Attributes:
-        status: 0 until its head is there.
-        complete: It has its proper end.
-        received_bytes: Of the response, its head included.
-        late: Something came behind the end.
+        status: 0 until the response head has arrived.
+        complete: The response ended properly.
+        received_bytes: Size of the response so far, including its head.
+        late: Bytes arrived after the end.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Answer:
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
-        """Takes what came. Raises httptools.HttpParserError where it is no response."""
+        """Parses the received bytes. Raises httptools.HttpParserError if they are no HTTP response."""
         if self.complete:
             self.late = True
             return
@@ -66,27 +66,27 @@ class Answer:
 
 @attrs.define(eq=False)
 class Call:
-    """One request of a client, and everything that is known of it.
+    """One request of a client and everything that is known about it.
 
     Attributes:
-        sent_at: When the last byte of its body was sent; NaN = it was not.
-        fresh: Its connection carried no request before.
-        left: The client has left before the answer's end; at ``left_at``.
-        stalled: It has not read for a while.
-        over: The client has done with it.
-        entered: The app was called.
-        returned: The app has returned; at ``returned_at``.
-        before: The request before it, on the same connection.
-        admitted: How often an exchange of it has begun; when is ``admitted_at``.
-        silent_from: Since when it may have to be told that somebody is there: it waits at the door no more.
+        sent_at: When the last byte of its body was sent; NaN = it was not sent completely.
+        fresh: Its connection carried no earlier request.
+        disconnected: The client disconnected before the answer's end, at ``disconnected_at``.
+        stalled: The client stopped reading for a while.
+        over: The client is finished with it.
+        entered: How often the app was called.
+        returned: The app has returned, at ``returned_at``.
+        before: The previous request on the same connection.
+        admitted: How many exchanges were begun for it; the last one at ``admitted_at``.
+        silent_from: Since when it is due keep-alives: it is admitted and no longer queued.
         settled: How often such an exchange was settled.
         judged: The invariants have been checked.
         outcome, events, bytes: Those of its exchange.
-        onward: A second provider has gone on with the answer of a first one.
-        total_s: How long it may take.
-        keep_alive_s: After how long a silence its stream gets a comment.
+        continued: A second provider continued the answer of the first one.
+        total_s: Its total time limit.
+        keep_alive_s: The length of silence after which its stream gets a comment.
         quiet_s: The longest silence.
-        replies: What providers did with it, in the order in which it reached them.
+        replies: The providers' replies, in the order in which the request reached them.
     """
 
     request: draws.Request
@@ -94,8 +94,8 @@ class Call:
     answer: Answer = attrs.field(factory=Answer)
     begun_at: float = attrs.field(factory=trio.current_time)
     sent_at: float = math.nan
-    left: bool = False
-    left_at: float = math.inf
+    disconnected: bool = False
+    disconnected_at: float = math.inf
     stalled: bool = False
     over: bool = False
     entered: int = 0
@@ -110,7 +110,7 @@ class Call:
     outcome: str | None = None
     events: int = 0
     bytes: int = 0
-    onward: bool = False
+    continued: bool = False
     total_s: float = math.inf
     keep_alive_s: float = math.inf
     quiet_s: float = 0.0
@@ -118,12 +118,12 @@ class Call:
 
 
 async def run_client(world: World) -> None:
-    """Asks one thing after the other, until there is no more to ask, or nobody takes it."""
+    """Makes one call after the other until there are no more requests, or the gateway does not listen."""
     end: End | SocketEnd | None = None
     call: Call | None = None
     try:
         while (request := world.next_request(kept=end is not None)) is not None:
-            await trio.sleep(request.thinks_s)
+            await trio.sleep(request.pause_s)
             fresh = end is None
             if end is None:
                 end = world.connect()
@@ -132,15 +132,15 @@ async def run_client(world: World) -> None:
                 return
             before = call if not fresh else None
             call = await _make(world, end, Call(request, fresh, before=before))
-            if not fresh and not call.answer.received_bytes and not call.entered and not call.left:
-                # An idle connection that ended in the moment in which it was used: as clients do, once more.
+            if not fresh and not call.answer.received_bytes and not call.entered and not call.disconnected:
+                # The idle connection was closed at the moment of its use. Retry once, as real clients do.
                 end.close()
                 end = world.connect()
                 if end is None:
                     world.note_turned_away(request)
                     return
                 call = await _make(world, end, Call(request))
-            if call.left or not call.answer.complete or not call.answer.keep_alive:
+            if call.disconnected or not call.answer.complete or not call.answer.keep_alive:
                 end.close()
                 end = None
     finally:
@@ -152,18 +152,18 @@ async def _make(world: World, end: End | SocketEnd, call: Call) -> Call:
     request = call.request
     world.begin(call)
     try:
-        with trio.move_on_after(PATIENCE_S) as patience:
-            with trio.move_on_after(request.leaves_s) as cancel_queue:
+        with trio.move_on_after(PATIENCE_S) as time_limit:
+            with trio.move_on_after(request.disconnect_after_s) as disconnect_timer:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await _exchange(end, call)
-            if cancel_queue.cancelled_caught:
-                call.left = True
-            if call.left:
-                await _leave(end, call)
-        if patience.cancelled_caught:
+            if disconnect_timer.cancelled_caught:
+                call.disconnected = True
+            if call.disconnected:
+                await _disconnect(end, call)
+        if time_limit.cancelled_caught:
             world.violate(f"{request.id} was not answered within {PATIENCE_S:g} s")
     except httptools.HttpParserError as error:
-        world.violate(f"{request.id} was answered with what is not HTTP: {error}")
+        world.violate(f"{request.id} got an answer that is not HTTP: {error}")
     finally:
         call.over = True
         world.judge(call)
@@ -172,11 +172,11 @@ async def _make(world: World, end: End | SocketEnd, call: Call) -> Call:
 
 async def _exchange(end: End | SocketEnd, call: Call) -> None:
     request, answer = call.request, call.answer
-    with contextlib.suppress(trio.BrokenResourceError):  # an answer may have come before
+    with contextlib.suppress(trio.BrokenResourceError):  # an early answer may have closed the connection
         await _ask(end, call)
     while not answer.complete:
-        if answer.received_bytes >= request.leaves_bytes:
-            call.left = True
+        if answer.received_bytes >= request.disconnect_after_bytes:
+            call.disconnected = True
             return
         if not call.stalled and answer.received_bytes >= request.stalls_bytes:
             call.stalled = True
@@ -203,14 +203,14 @@ async def _ask(end: End | SocketEnd, call: Call) -> None:
     call.sent_at = trio.current_time()
 
 
-async def _leave(end: End | SocketEnd, call: Call) -> None:
-    call.left_at = trio.current_time()
+async def _disconnect(end: End | SocketEnd, call: Call) -> None:
+    call.disconnected_at = trio.current_time()
     match call.request.how:
         case "close":
             end.close()
         case "reset":
             end.reset()
-        case "half-close":  # what is sent all the same is read
+        case "half-close":  # reads what is still sent
             with contextlib.suppress(trio.BrokenResourceError):
                 await end.send_eof()
                 while data := await end.receive_some():

@@ -1,7 +1,7 @@
-"""The random draws of a simulation: configurations, requests, and what a provider does with each. Pure.
+"""The random draws of a simulation: configurations, requests and the providers' replies. Pure.
 
-Every draw has a generator of its own, seeded with the simulation's seed and with what it is for. So what happens to a
-request does not depend on what else is going on, and a shorter run of a seed is the beginning of a longer one.
+Every draw has its own generator, seeded with the simulation's seed and the draw's purpose. So the fate of a request
+does not depend on concurrent events, and a shorter run of a seed is the beginning of a longer one.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ KEEP_ALIVE_TIMEOUT_S = 5
 NONSENSE = b"data: {nonsense\n\n"
 _WEATHER_S = 15.0
 
-# What stands in JSON as a text, and is none of what it looks like; and what careless readers cut in two.
+# JSON strings that look like protocol syntax, and characters that careless readers split.
 _WORDS = (
     *("so ", "it ", "goes, ", "Grüße ", "🌍 ", "\u2028", "\x85 ", "\r\n\r\n", "\\", '"', "x" * 80 + " "),
     *('"model":"m-alpha"', "data: [DONE]\n\n", '{"error":{}} ', '"finish_reason":"stop" ', '"usage":{} ', "\\u006d "),
 )
 
 
-def lot(*what: object) -> random.Random:
-    """The generator for one thing."""
+def rng_for(*what: object) -> random.Random:
+    """The random generator for one purpose."""
     return random.Random("/".join(map(str, what)))
 
 
 def is_plain(seed: int, *what: object) -> bool:
-    """Whether a connection is on a socket."""
-    return lot(seed, "plain", *what).random() < 0.7
+    """Whether a connection uses a real socket."""
+    return rng_for(seed, "plain", *what).random() < 0.7
 
 
 # -- the configuration ------------------------------------------------------------------------------------------------
 
 
 def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of TOML
-    """A configuration as its file would have it; small, so that its limits are reached."""
-    rng = lot(seed, "configuration", number)
+    """A configuration as its file would hold it, with limits low enough to be reached."""
+    rng = rng_for(seed, "configuration", number)
 
     def chance(of: float) -> bool:
         return rng.random() < of
@@ -143,19 +143,19 @@ Kind = Literal["stream", "json", "speech"]
 
 @attrs.frozen(kw_only=True)
 class Request:
-    """What a client asks for, and how it behaves; times in seconds.
+    """What a client asks for and how it behaves. Times are in seconds.
 
     Attributes:
-        text: What the whole answer says.
-        speech: What it is, where it is no text.
-        thinks_s: Before it asks.
+        text: The text of the complete answer.
+        speech: The answer's bytes, if it is audio.
+        pause_s: The pause before the request.
         uploads: The pauses between the pieces of its body.
-        leaves_s: How long after its beginning the client leaves; ``math.inf`` = it does not.
-        leaves_bytes: After how many bytes of the answer it leaves.
-        how: It leaves.
-        stalls_bytes: After how many bytes it stops reading, for ``stalls_s``.
-        ended_s: When somebody ends it through ``/status/streams``.
-        session: The conversation that it is a turn of; empty = none.
+        disconnect_after_s: The client disconnects after this time; ``math.inf`` = never.
+        disconnect_after_bytes: The client disconnects after this many bytes of the answer.
+        how: How it disconnects.
+        stalls_bytes: The client stops reading after this many bytes, for ``stalls_s``.
+        cancel_after_s: An operator cancels it after this time through ``/status/streams``.
+        session: The session whose turn it is; empty = none.
     """
 
     number: int
@@ -165,21 +165,21 @@ class Request:
     key: str
     text: str
     speech: bytes = attrs.field(repr=lambda speech: f"<{len(speech)} bytes>")
-    thinks_s: float
+    pause_s: float
     uploads: tuple[float, ...]
     timeout_s: float | None
     sdk_timeout_s: float | None
-    leaves_s: float
-    leaves_bytes: float
+    disconnect_after_s: float
+    disconnect_after_bytes: float
     how: Literal["close", "reset", "half-close"]
     stalls_bytes: float
     stalls_s: float
-    ended_s: float
+    cancel_after_s: float
     session: str
 
     @property
     def wire(self) -> tuple[bytes, bytes]:
-        """Its head and its body."""
+        """The encoded head and body of the request."""
         body: dict[str, object] = {"model": self.model, "request": self.number}
         if self.kind == "speech":
             path, body["input"] = "audio/speech", "Say it."
@@ -205,8 +205,8 @@ class Request:
 
 
 def request(seed: int, number: int) -> Request:
-    """The request of that number."""
-    rng = lot(seed, "request", number)
+    """The request with this number."""
+    rng = rng_for(seed, "request", number)
     fate = rng.random()
     stream = rng.random()
     stalls = 0.18 <= fate < 0.24
@@ -218,16 +218,16 @@ def request(seed: int, number: int) -> Request:
         key=rng.choice(("ada", "ada", "ada", "bob", "cyd")),
         text=f"{number}: " + "".join(rng.choices(_WORDS, k=rng.randint(20, 200) if stalls else rng.randint(0, 16))),
         speech=rng.randbytes(rng.randint(1, SPEECH_BYTES)),
-        thinks_s=rng.expovariate(2.0),
+        pause_s=rng.expovariate(2.0),
         uploads=tuple(rng.expovariate(2.0) for _ in range(rng.randint(1, 3))) if rng.random() < 0.05 else (),
         timeout_s=round(rng.uniform(0.01, 2.0) ** 2 + 0.01, 3) if rng.random() < 0.08 else None,
         sdk_timeout_s=round(rng.uniform(0.1, 4.0), 3) if rng.random() < 0.08 else None,
-        leaves_s=rng.expovariate(1.0) if fate < 0.12 else math.inf,
-        leaves_bytes=rng.randint(1, 3000) if 0.12 <= fate < 0.18 else math.inf,
+        disconnect_after_s=rng.expovariate(1.0) if fate < 0.12 else math.inf,
+        disconnect_after_bytes=rng.randint(1, 3000) if 0.12 <= fate < 0.18 else math.inf,
         how=rng.choice(("close", "close", "reset", "half-close")),
         stalls_bytes=rng.randint(0, 1000) if stalls else math.inf,
         stalls_s=rng.choice((1.0, 1.2, 1.4, 4.0, 30.0)),
-        ended_s=rng.expovariate(1.0) if 0.24 <= fate < 0.26 or (stalls and rng.random() < 0.25) else math.inf,
+        cancel_after_s=rng.expovariate(1.0) if 0.24 <= fate < 0.26 or (stalls and rng.random() < 0.25) else math.inf,
         session=rng.choice("pqr") if stream < 0.93 and rng.random() < 0.06 else "",
     )
 
@@ -244,7 +244,7 @@ class Say:
 
 @attrs.frozen
 class Pause:
-    """Says nothing for a while; ``math.inf`` = for ever."""
+    """Sends nothing for a while; ``math.inf`` = for ever."""
 
     seconds: float
 
@@ -261,13 +261,13 @@ Step = Say | Pause | End
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What a provider does with one request.
+    """A provider's reply to one request.
 
     Attributes:
-        steps: In order. After the last one, the connection can carry another request, or has ended.
-        body: What a client is to have of it, under the upstream's model id: all of it, or the beginning.
-        whole: It is complete.
-        then_closes_s: How long after it the provider closes the connection; ``math.inf`` = it does not.
+        steps: In order. After the last one the connection can carry another request, or has ended.
+        body: The body that the client may get, under the upstream's model id: all of it or a prefix.
+        whole: The reply is complete.
+        then_closes_s: The provider closes the connection this long after the reply; ``math.inf`` = never.
     """
 
     steps: tuple[Step, ...]
@@ -278,19 +278,18 @@ class Reply:
 
 @functools.lru_cache(maxsize=256)
 def _chance_of_weather(seed: int, upstream: str, period: int) -> float:
-    return lot(seed, "weather", upstream, period).random()
+    return rng_for(seed, "weather", upstream, period).random()
 
 
 def weather(seed: int, upstream: str, now: float) -> Literal["fair", "rough", "out"]:
-    """How an upstream is, for some seconds: what goes wrong goes wrong together."""
+    """The state of an upstream for some seconds, so that faults come in groups."""
     chance = _chance_of_weather(seed, upstream, int(now / _WEATHER_S))
     return "fair" if chance < 0.8 else "rough" if chance < 0.93 else "out"
 
 
 def connecting(seed: int, upstream: str, number: int, now: float) -> tuple[float, bool]:
-    """How long it takes to connect to an upstream for the so-manieth time (``math.inf`` = for ever), and whether it
-    then accepts."""
-    rng = lot(seed, "connecting", upstream, number)
+    """How long the upstream takes to accept its n-th connection (``math.inf`` = for ever), and whether it accepts."""
+    rng = rng_for(seed, "connecting", upstream, number)
     if weather(seed, upstream, now) == "out":
         return (math.inf if rng.random() < 0.2 else rng.expovariate(50.0)), False
     chance = rng.random()
@@ -302,13 +301,13 @@ _WITHIN = ("cut", "reset", "half event", "no end", "no finish", "error", "silenc
 
 
 def reply(seed: int, upstream: str, asked: Request, number: int, prefix: str, now: float) -> Reply:
-    """What an upstream does with a request.
+    """The reply of an upstream to a request.
 
     Args:
         number: How often the request has reached a provider before.
-        prefix: How much of the answer the client has already.
+        prefix: The part of the answer that the client already has.
     """
-    rng = lot(seed, "reply", asked.number, number)
+    rng = rng_for(seed, "reply", asked.number, number)
     rough = weather(seed, upstream, now) != "fair"
     fate = rng.random() * (0.4 if rough else 1.0)
     fault = "" if fate > 0.2 else rng.choice(_BEFORE if fate < 0.09 else _WITHIN)
@@ -316,29 +315,29 @@ def reply(seed: int, upstream: str, asked: Request, number: int, prefix: str, no
     script.write()
     return Reply(
         steps=tuple(script.steps),
-        body=b"".join(script.told),
+        body=b"".join(script.sent_events),
         whole=script.whole,
         then_closes_s=rng.choice((0.0, 0.1, 1.0)) if rng.random() < 0.15 else math.inf,
     )
 
 
 class _Script:
-    """Writes a reply."""
+    """Builds a reply."""
 
     def __init__(self, rng: random.Random, asked: Request, model: str, number: int, prefix: str, fault: str) -> None:
         self._rng = rng
         self._asked = asked
         self._model = model
         self._name = f"chatcmpl-{asked.number}-{number}"
-        self._left = asked.text[len(prefix) :]
+        self._remaining = asked.text[len(prefix) :]
         self._fault = fault
         self._chunked = True
         self.steps: list[Step] = []
-        self.told: list[bytes] = []
+        self.sent_events: list[bytes] = []
         self.whole = False
 
     def write(self) -> None:
-        """Writes it."""
+        """Builds the steps of the reply."""
         self._pause(often=True)
         if self._fault in _BEFORE and not self._before():
             return
@@ -361,7 +360,7 @@ class _Script:
             self.steps.append(Pause(rng.expovariate(8.0)))
 
     def _say(self, data: bytes) -> None:
-        """Says it in one piece, or in two."""
+        """Sends the data in one piece or in two."""
         rng = self._rng
         if len(data) > 1 and rng.random() < 0.1:
             at = rng.randrange(1, len(data))
@@ -392,7 +391,7 @@ class _Script:
     # -- the faults before the head
 
     def _before(self) -> bool:
-        """Says whether an answer follows all the same."""
+        """Writes the fault and returns whether an answer still follows."""
         match self._fault:
             case "hang":
                 self.steps.append(Pause(math.inf))
@@ -422,14 +421,14 @@ class _Script:
         return events.event(events.chunk(delta, finish, model=self._model, id=self._name))
 
     def _events(self) -> list[bytes]:
-        """All of a good stream but its last event."""
+        """All events of a good stream but ``[DONE]``."""
         stream = [self._chunk({"role": "assistant", "content": ""})]
-        left = self._left
-        longest = self._rng.choice((40, 40, 700))  # so that one of them may be more than what a socket takes at once
-        while left:
+        remaining = self._remaining
+        longest = self._rng.choice((40, 40, 700))  # so that an event may exceed what a socket takes at once
+        while remaining:
             size = self._rng.randint(1, longest)
-            stream.append(self._chunk({"content": left[:size]}))
-            left = left[size:]
+            stream.append(self._chunk({"content": remaining[:size]}))
+            remaining = remaining[size:]
         stream.append(self._chunk({}, "stop"))
         if self._rng.random() < 0.3:
             usage = b'data: {"id":"%b","model":"%b","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
@@ -451,7 +450,7 @@ class _Script:
                 self._body(b": keep-alive\n\n")
             if fault == "no finish" and b'"finish_reason":"stop"}' in event:
                 continue
-            self.told.append(event)
+            self.sent_events.append(event)
             self._body(event)
         if fault == "no end":
             self._close()
@@ -460,7 +459,7 @@ class _Script:
             self._body(events.DONE)
             self._close()
             return
-        self.told.append(events.DONE)
+        self.sent_events.append(events.DONE)
         self.whole = True
         after = rng.random()
         if after < 0.05:
@@ -473,7 +472,7 @@ class _Script:
             self._close()
 
     def _break(self, event: bytes) -> bool:
-        """A fault in the place of an event; says whether the reply ends with it."""
+        """Writes a fault in place of an event and returns whether the reply ends with it."""
         match self._fault:
             case "cut":
                 self._end()
@@ -489,8 +488,8 @@ class _Script:
                 self.steps.append(Pause(math.inf))
             case "large":
                 self._body(b"data: " + b"x" * 5000)
-            case "nonsense":  # behind the first content nobody looks into it: it is passed on
-                self.told.append(NONSENSE)
+            case "nonsense":  # after the first content events are not inspected but passed on
+                self.sent_events.append(NONSENSE)
                 self._body(NONSENSE)
             case "bad chunk":
                 self.steps += [Say(b"xyz\r\n"), End("fin")]
@@ -502,7 +501,7 @@ class _Script:
 
     def _json(self) -> None:
         rng, fault = self._rng, self._fault
-        choice = events.choice(message={"role": "assistant", "content": self._left}, finish_reason="stop")
+        choice = events.choice(message={"role": "assistant", "content": self._remaining}, finish_reason="stop")
         body = events.encode(events.completion(choice, events.tokens(3, 5), model=self._model, id=self._name))
         if fault == "large":
             body = body[:-1] + b',"padding":"%b"}' % (b"x" * 30_000)
@@ -522,7 +521,7 @@ class _Script:
         self._body(body)
         self._close()
         if fault not in ("large", "nonsense", "bad chunk", "error"):
-            self.told.append(body)
+            self.sent_events.append(body)
             self.whole = True
 
     def _speech(self) -> None:
@@ -533,7 +532,7 @@ class _Script:
         while at < breaks_at:
             self._pause()
             piece = speech[at : min(breaks_at, at + rng.randint(1, 1000))]
-            self.told.append(piece)
+            self.sent_events.append(piece)
             self._body(piece)
             at += len(piece)
         if fault == "silence":

@@ -1,11 +1,11 @@
-"""Connections in memory: two ends, a bounded number of bytes on the way, and the ways in which one breaks.
+"""Connections in memory: two ends, a bounded number of bytes in transit, and the ways in which a connection breaks.
 
-There are two kinds. `pair` is a stream of Python: for the gateway it is one on which something stands between it and
-the socket, as TLS does. It is lighter than those of `trio.testing`, and has what matters here and is missing there: a
-bound, so that who does not read keeps who sends waiting; a reset, which takes with it what has not been read; and an
-end that is seen at once, from outside and without a task.
+There are two kinds. `pair` is a Python stream. The gateway treats it as a stream with a layer above the socket, such as
+TLS. It is lighter than the streams of `trio.testing` and adds what the simulation needs: a bound, so that a sender
+blocks while the peer does not read; a reset, which discards unread bytes; and a close that the peer sees at once, from
+outside and without a task.
 
-`socket_pair` is `socket.socketpair`: bytes that the kernel keeps, without a network and so without a delay. The gateway
+`socket_pair` is `socket.socketpair`: the kernel holds the bytes, without a network and so without a delay. The gateway
 relays streams between these plain sockets on the fast path (`trigate.exchange.socket_relay`).
 """
 
@@ -19,13 +19,13 @@ import trio
 Address = tuple[str, int]
 
 
-class _Way:
-    """The bytes that go one way.
+class _Direction:
+    """The bytes in one direction.
 
     Attributes:
-        ended: There will be no more.
-        unread: Nobody will read them.
-        reset: It broke.
+        ended: No more bytes follow.
+        unread: The reader has closed its end.
+        reset: The connection was reset.
     """
 
     __slots__ = ("capacity", "data", "ended", "reader", "reset", "unread", "writer")
@@ -38,15 +38,15 @@ class _Way:
         self.writer: trio.lowlevel.Task | None = None
 
     def wake(self) -> None:
-        """Lets who waits at either end look again."""
+        """Wakes the tasks that wait at either end."""
         for task in (self.reader, self.writer):
             if task is not None:
                 trio.lowlevel.reschedule(task)
         self.reader = self.writer = None
 
 
-class _Names:
-    """What a server asks the socket of an accepted connection."""
+class _Addresses:
+    """The part of a socket that a server uses of an accepted connection."""
 
     def __init__(self, near: Address, far: Address) -> None:
         self._near, self._far = near, far
@@ -62,27 +62,27 @@ class End(trio.abc.HalfCloseableStream):
     """One end of a connection.
 
     Attributes:
-        closed: It has been closed from this side.
-        left: Set when the other side has closed or reset it.
+        closed: This side has closed it.
+        peer_closed: Set when the other side has closed or reset it.
     """
 
-    def __init__(self, incoming: _Way, outgoing: _Way, near: Address, far: Address) -> None:
+    def __init__(self, incoming: _Direction, outgoing: _Direction, near: Address, far: Address) -> None:
         self._in, self._out = incoming, outgoing
-        self.socket = _Names(near, far)
+        self.socket = _Addresses(near, far)
         self.closed = False
-        self.left = trio.Event()
-        self._other: End  # to be told
+        self.peer_closed = trio.Event()
+        self._other: End  # notified when this end closes
 
     def __repr__(self) -> str:
         return f"<End at {self.socket.getsockname()}{', closed' if self.closed else ''}>"
 
     @property
     def is_quiet(self) -> bool:
-        """Neither bytes nor an end wait to be received."""
+        """Whether there is nothing to receive, neither bytes nor an end."""
         return not (self._in.data or self._in.ended or self._in.reset)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Sends, and waits while the way is full."""
+        """Sends, and waits while the buffer is full."""
         await trio.lowlevel.checkpoint()
         way, rest = self._out, memoryview(data)
         while True:
@@ -92,10 +92,10 @@ class End(trio.abc.HalfCloseableStream):
                 raise trio.BrokenResourceError
             if not rest:
                 return
-            room = int(min(len(rest), max(0.0, way.capacity - len(way.data))))
-            if room:
-                way.data += rest[:room]
-                rest = rest[room:]
+            free = int(min(len(rest), max(0.0, way.capacity - len(way.data))))
+            if free:
+                way.data += rest[:free]
+                rest = rest[free:]
                 if way.reader is not None:
                     trio.lowlevel.reschedule(way.reader)
                     way.reader = None
@@ -104,11 +104,11 @@ class End(trio.abc.HalfCloseableStream):
                 await trio.lowlevel.wait_task_rescheduled(self._stop_sending)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Not needed by anybody here."""
+        """The simulation does not need this."""
         await trio.lowlevel.checkpoint()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Receives what is there, or waits for something."""
+        """Receives the bytes that have arrived, or waits for some."""
         await trio.lowlevel.checkpoint()
         way = self._in
         while True:
@@ -145,22 +145,22 @@ class End(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
-        """Closes it."""
+        """Closes the end."""
         self.close()
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """Closes it, at once. Twice does nothing."""
+        """Closes the end at once. A second call does nothing."""
         if not self.closed:
             self.closed = True
             self._out.ended = self._in.unread = True
             self._in.data.clear()
             self._out.wake()
             self._in.wake()
-            self._other.left.set()
+            self._other.peer_closed.set()
 
     def reset(self) -> None:
-        """Breaks it: what the other side has not read is lost."""
+        """Resets the connection: bytes that the other side has not read are lost."""
         if not self.closed:
             self._out.reset = self._in.reset = True
             self._out.data.clear()
@@ -171,33 +171,33 @@ def pair(near: Address, far: Address, *, capacity: float = math.inf) -> tuple[En
     """Makes a connection.
 
     Args:
-        capacity: How many bytes may be on their way to the near end, unread.
+        capacity: How many unread bytes may be in transit to the near end.
 
     Returns:
-        The end at ``near``, and the one at ``far``.
+        The end at ``near`` and the end at ``far``.
     """
-    there, back = _Way(math.inf), _Way(capacity)
+    there, back = _Direction(math.inf), _Direction(capacity)
     one, other = End(back, there, near, far), End(there, back, far, near)
     one._other, other._other = other, one
     return one, other
 
 
 class SocketEnd:
-    """The end of a pair of sockets that is not the gateway's; as `End`, but that it cannot reset: it closes.
+    """The end of a socket pair that the gateway does not hold. Like `End`, but a reset only closes it.
 
     Attributes:
-        left: To be set by who closes the other end.
+        peer_closed: To be set by the code that closes the other end.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        self.left = trio.Event()
+        self.peer_closed = trio.Event()
         self.send_all = self._stream.send_all
         self.receive_some = self._stream.receive_some
         self.send_eof = self._stream.send_eof
 
     def close(self) -> None:
-        """Closes it, at once. Twice does nothing."""
+        """Closes the end at once. A second call does nothing."""
         self._stream.socket.close()
 
     reset = close
@@ -207,7 +207,7 @@ def socket_pair(*, capacity: int | None = None) -> tuple[socket.socket, socket.s
     """Makes a pair of non-blocking sockets.
 
     Args:
-        capacity: About how many bytes may be on their way from the first one, unread.
+        capacity: About how many unread bytes from the first socket may be in transit.
     """
     one, other = socket.socketpair()
     if capacity is not None:

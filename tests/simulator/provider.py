@@ -1,4 +1,4 @@
-"""The far end of the gateway's connections to upstreams: what it is asked, what it says, and what is open there."""
+"""The far end of the gateway's upstream connections: the requests received, the replies sent, and the open requests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _THERE = ("10.0.0.2", 80)
 
 
 class Dialled(Connection):
-    """The gateway's end of a connection to an upstream: `trigate.upstream.connect.Connection`, in memory. For
-    `trigate.upstream.transport` it is one on which something stands between HTTP and the socket, as with TLS."""
+    """The gateway's end of an upstream connection in memory: a `trigate.upstream.connect.Connection`.
+    `trigate.upstream.transport` sees a layer between HTTP and the socket, as with TLS."""
 
     def __init__(self, origin: Origin, end: End) -> None:
         self.origin = origin
         self.end = end
-        self.socket = None  # type: ignore[assignment] # there is none
-        self.stream = end  # type: ignore[assignment] # a stream, if not of TLS
+        self.socket = None  # type: ignore[assignment] # there is no socket
+        self.stream = end  # type: ignore[assignment] # a stream, but not a TLS stream
         self.reused = False
         self.idle_since = -math.inf
 
@@ -41,7 +41,7 @@ class Dialled(Connection):
 
     @property
     def closed(self) -> bool:
-        """The gateway has closed it."""
+        """Whether the gateway has closed it."""
         return self.end.closed
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Dialled(Connection):
 
 
 class Plain(Connection):
-    """The gateway's end of a connection on a socket; tells the other one when it is closed."""
+    """The gateway's end of a connection on a socket. Closing it notifies the other end."""
 
     def __init__(self, origin: Origin, sock: socket.socket, far: SocketEnd) -> None:
         super().__init__(origin, sock, None)
@@ -57,12 +57,12 @@ class Plain(Connection):
 
     @property
     def closed(self) -> bool:
-        """The gateway has closed it."""
+        """Whether the gateway has closed it."""
         return self.socket.fileno() == -1
 
     def close(self) -> None:
         super().close()
-        self.far.left.set()
+        self.far.peer_closed.set()
 
 
 @attrs.define(eq=False)
@@ -71,7 +71,7 @@ class Line:
 
     Attributes:
         plain: They are sockets.
-        dialling: How many are being made.
+        dialling: How many are being opened.
         made: The gateway's ends.
     """
 
@@ -94,7 +94,7 @@ class Line:
     async def dial(
         self, origin: Origin, trust: Callable[[], object], *, timeout_s: float = math.inf, refuse: object = None
     ) -> Connection:
-        """As `trigate.upstream.connect.dial`."""
+        """Opens a connection with the signature of `trigate.upstream.connect.dial`."""
         world = self.world
         takes_s, accepts = draws.connecting(world.seed, self.upstream, next(world.dials), trio.current_time())
         self.dialling += 1
@@ -122,7 +122,7 @@ class Line:
 
 @attrs.define(eq=False)
 class Open:
-    """A request that a provider has taken, and not answered to its end."""
+    """A request that a provider has received and not yet answered completely."""
 
     id: str
     upstream: str
@@ -130,8 +130,8 @@ class Open:
 
     @property
     def is_wanted(self) -> bool:
-        """The gateway has not closed its connection."""
-        return not self.end.left.is_set()
+        """Whether the gateway has kept its connection open."""
+        return not self.end.peer_closed.is_set()
 
 
 async def _serve(world: World, upstream: str, end: End | SocketEnd) -> None:
@@ -142,13 +142,13 @@ async def _serve(world: World, upstream: str, end: End | SocketEnd) -> None:
             if not await _answer(world, upstream, end, head, body):
                 return
     except (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass  # the gateway has closed or we have
+        pass  # one of the two ends is closed
     finally:
         end.close()
 
 
 async def _read(end: End | SocketEnd, received: bytearray) -> tuple[dict[str, str], bytes] | None:
-    """Reads a request; None where the gateway closes instead."""
+    """Reads a request; None if the gateway closes the connection instead."""
     while b"\r\n\r\n" not in received:
         data = await end.receive_some()
         if not data:
@@ -169,21 +169,21 @@ async def _read(end: End | SocketEnd, received: bytearray) -> tuple[dict[str, st
 
 
 async def _answer(world: World, upstream: str, end: End | SocketEnd, headers: dict[str, str], body: bytes) -> bool:
-    """Answers a request; says whether the connection can carry another one."""
-    if end.left.is_set():
-        return False  # the gateway has sent it, and left
+    """Answers a request and returns whether the connection can carry another one."""
+    if end.peer_closed.is_set():
+        return False  # the gateway sent it and then closed the connection
     call = world.calls[headers["x-request-id"]]
     if call.returned or not call.entered:
-        world.violate(f"{call.request.id} reached {upstream}, and nobody asks for it")
+        world.violate(f"{call.request.id} reached {upstream}, but its client does not wait for it")
     asked = call.request
-    said = msgspec.json.decode(body)
+    decoded = msgspec.json.decode(body)
     prefix = ""
-    if "messages" in said and said["messages"][-1]["role"] == "assistant":
-        prefix = said["messages"][-1]["content"]
+    if "messages" in decoded and decoded["messages"][-1]["role"] == "assistant":
+        prefix = decoded["messages"][-1]["content"]
         if not asked.text.startswith(prefix):
-            world.violate(f"{asked.id} is to be gone on with behind {prefix!r}, which is not how {asked.text!r} begins")
-    if said["model"] != f"m-{upstream}" or said["request"] != asked.number:
-        world.violate(f"{asked.id} reached {upstream} as {said['model']} {said['request']}")
+            world.violate(f"{asked.id} is to be continued after {prefix!r}, which is no prefix of {asked.text!r}")
+    if decoded["model"] != f"m-{upstream}" or decoded["request"] != asked.number:
+        world.violate(f"{asked.id} reached {upstream} as {decoded['model']} {decoded['request']}")
     number = len(call.replies)
     reply = draws.reply(world.seed, upstream, asked, number, prefix, trio.current_time())
     call.replies.append((upstream, reply))
@@ -191,14 +191,14 @@ async def _answer(world: World, upstream: str, end: End | SocketEnd, headers: di
     taken = Open(asked.id, upstream, end)
     world.open[taken] = None
     try:
-        goes_on = await _play(end, reply)
+        reusable = await _play(end, reply)
     finally:
         del world.open[taken]
-        world.trace.note("answered", asked.id, upstream, number, "left" if end.left.is_set() else "")
-    if goes_on and reply.then_closes_s < math.inf:
+        world.trace.note("answered", asked.id, upstream, number, "disconnected" if end.peer_closed.is_set() else "")
+    if reusable and reply.then_closes_s < math.inf:
         await _sleep(end, reply.then_closes_s)
         return False
-    return goes_on
+    return reusable
 
 
 async def _play(end: End | SocketEnd, reply: draws.Reply) -> bool:
@@ -208,7 +208,7 @@ async def _play(end: End | SocketEnd, reply: draws.Reply) -> bool:
                 await end.send_all(data)
             case draws.Pause(seconds):
                 await _sleep(end, seconds)
-                if end.left.is_set():
+                if end.peer_closed.is_set():
                     return False
             case draws.End("rst"):
                 end.reset()
@@ -219,13 +219,13 @@ async def _play(end: End | SocketEnd, reply: draws.Reply) -> bool:
 
 
 async def _sleep(end: End | SocketEnd, seconds: float) -> None:
-    """Sleeps, or until the gateway closes its end."""
+    """Sleeps until the time has passed or the gateway closes its end."""
     with trio.move_on_after(seconds):
-        await end.left.wait()
+        await end.peer_closed.wait()
 
 
 def lines(world: World) -> Callable[[str, object], SocketTransport]:
-    """Makes the transports of a generation, as `trigate.gateway.gateway.open_gateway` asks for them."""
+    """Makes the transports of a generation for `trigate.gateway.gateway.open_gateway`."""
 
     def make(name: str, _: object) -> SocketTransport:
         line = Line(world, name, plain=draws.is_plain(world.seed, "line", len(world.lines)))

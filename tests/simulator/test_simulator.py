@@ -1,4 +1,4 @@
-"""`simulator`: a slice of it; that a seed is a world; and that it finds what it is to find."""
+"""The simulator: a short run, reproducibility from a seed, and the detection of planted bugs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from trigate.upstream.pool import ConnectionPool, Opening
 
 SOMEWHERE = ("10.0.0.1", 1), ("10.0.0.2", 2)
 
-# -- a slice ----------------------------------------------------------------------------------------------------------
+# -- a short run ------------------------------------------------------------------------------------------------------
 
 
 ALWAYS = {
@@ -62,8 +62,8 @@ OUTCOMES = ALWAYS | {
 
 
 @pytest.mark.slow
-def test_a_slice_of_it() -> None:
-    """Nothing that must hold is broken, and what is common occurs. (What is rarer depends on the seed: see below.)"""
+def test_a_short_run() -> None:
+    """No invariant is violated, and the common outcomes occur. (Rarer ones depend on the seed: see below.)"""
     reports = [simulate(seed, 400) for seed in (1, 2)]
     outcomes = {outcome for report in reports for outcome in report.outcomes}
     assert ALWAYS <= outcomes <= OUTCOMES | CODES
@@ -75,8 +75,8 @@ def test_a_slice_of_it() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_thousand_requests_in_a_minute() -> None:
-    """Of the processor's time: it is one thread, and waits for nothing. All that is to be tried is tried: each way in
-    which a gateway makes attempts, and all in which a call can end."""
+    """The limit is on CPU time: it runs in one thread and never waits. Every reason for an attempt and every outcome of
+    a call occurs."""
     begun = time.process_time()
     report = simulate(4, 10_000)
     assert report.asked + report.turned_away == 10_000
@@ -88,12 +88,12 @@ def test_ten_thousand_requests_in_a_minute() -> None:
     assert report.moved > 100
 
 
-# -- a seed is a world ------------------------------------------------------------------------------------------------
+# -- reproducibility --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_seed_gives_the_same_trace() -> None:
-    """Twice in one process; another seed gives another one."""
+    """Two runs in one process have the same trace. Another seed has another trace."""
     report = simulate(5, 100)
     assert simulate(5, 100) == report
     assert simulate(6, 100).digest != report.digest
@@ -101,7 +101,7 @@ def test_a_seed_gives_the_same_trace() -> None:
 
 @pytest.mark.slow
 def test_a_seed_gives_the_same_trace_in_another_process() -> None:
-    """Where strings hash otherwise, and things have other addresses."""
+    """In another process strings have other hashes and objects other addresses."""
     code = "from tests.simulator import simulate; print(simulate(5, 400).digest)"
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     digests = {
@@ -117,22 +117,22 @@ def test_a_seed_gives_the_same_trace_in_another_process() -> None:
     assert digests == {simulate(5, 400).digest}
 
 
-def test_the_order_of_tasks_is_put_back() -> None:
-    """What is switched for a simulation is as before afterwards."""
+def test_the_task_order_is_restored() -> None:
+    """The settings that a simulation changes are restored after it."""
     scheduler: Any = trio._core._run
     state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
     simulate(5, 20)
     assert state == (scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate())
 
 
-# -- it finds what it is to find --------------------------------------------------------------------------------------
+# -- planted bugs are found -------------------------------------------------------------------------------------------
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 @attrs.define
 class Sometimes:
-    """Says yes at each so-manieth time that it is asked."""
+    """A flag that is true at every n-th check."""
 
     every: int
     _asked: Iterator[int] = attrs.field(factory=lambda: itertools.count(1))
@@ -142,12 +142,12 @@ class Sometimes:
 
 
 def replace(owner: type, name: str, make: Callable[[Any], Any]) -> Patch:
-    """Replaces a method by one that is made of it."""
+    """Replaces a method by one that wraps it."""
     return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
 
 
-def left_out(owner: type, name: str, when: Callable[..., bool]) -> Patch:
-    """Leaves calls of a synchronous method out."""
+def skip_calls(owner: type, name: str, when: Callable[..., bool]) -> Patch:
+    """Skips some calls of a synchronous method."""
 
     def make(method: Any) -> Any:  # Any: whichever method
         def replacement(*args: Any, **kwargs: Any) -> Any:  # Any: as above
@@ -158,8 +158,8 @@ def left_out(owner: type, name: str, when: Callable[..., bool]) -> Patch:
     return replace(owner, name, make)
 
 
-def place_is_kept(leave: Any) -> Any:
-    """An exchange that fails keeps its place."""
+def keep_slot(leave: Any) -> Any:
+    """An exchange that fails keeps its slot."""
 
     async def replacement(self: Any, kind: Any, *rest: Any) -> None:
         if kind is None:
@@ -168,8 +168,8 @@ def place_is_kept(leave: Any) -> Any:
     return replacement
 
 
-def settled_twice(settle: Any) -> Any:
-    """One whose client has left is settled again."""
+def settle_twice(settle: Any) -> Any:
+    """An exchange whose client has disconnected is settled again."""
 
     def _settle(self: Exchange) -> None:
         settle(self)
@@ -179,8 +179,8 @@ def settled_twice(settle: Any) -> Any:
     return _settle
 
 
-def sent_twice(feed: Any) -> Any:
-    """Now and then a piece of a stream is sent twice."""
+def send_twice(feed: Any) -> Any:
+    """A piece of a stream is sent twice at times."""
     sometimes = Sometimes(20)
 
     def replacement(self: StreamReader, piece: bytes) -> bytes:
@@ -190,8 +190,8 @@ def sent_twice(feed: Any) -> Any:
     return replacement
 
 
-def more_after_the_end(end: Any) -> Any:
-    """Something is sent behind ``[DONE]``."""
+def send_after_done(end: Any) -> Any:
+    """An event is sent after ``[DONE]``."""
 
     async def replacement(self: ClientResponse, data: bytes = b"") -> None:
         await end(self, data + b"data: {}\n\n" if data.endswith(b"data: [DONE]\n\n") else data)
@@ -199,8 +199,8 @@ def more_after_the_end(end: Any) -> Any:
     return replacement
 
 
-def dropped(feed: Any) -> Any:
-    """Now and then what an upstream sent does not arrive."""
+def drop_events(feed: Any) -> Any:
+    """Bytes from an upstream are dropped at times."""
     sometimes = Sometimes(100)
 
     def replacement(self: StreamReader, piece: bytes) -> bytes:
@@ -210,8 +210,8 @@ def dropped(feed: Any) -> Any:
     return replacement
 
 
-def cut_is_complete(feed_end: Any) -> Any:
-    """A stream that ends is complete."""
+def accept_truncated(feed_end: Any) -> Any:
+    """A truncated stream counts as complete."""
 
     def replacement(self: StreamReader) -> bytes:
         self._tracker.complete = True
@@ -220,13 +220,13 @@ def cut_is_complete(feed_end: Any) -> Any:
     return replacement
 
 
-def shifted_seam(continued_from: Any) -> Any:
-    """Who goes on with an answer is told one character too few."""
+def shift_continuation(continued_from: Any) -> Any:
+    """The prefix for a continuation lacks its last character."""
     return lambda self, text: continued_from(self, text[:-1])
 
 
-def loser_goes_on(lose: Any) -> Any:
-    """An attempt that has lost is not ended."""
+def keep_superseded(lose: Any) -> Any:
+    """A superseded attempt is not ended."""
 
     def replacement(self: Attempt) -> None:
         self.is_superseded = self.failed_with is None
@@ -234,8 +234,8 @@ def loser_goes_on(lose: Any) -> Any:
     return replacement
 
 
-def given_back(release: Any) -> Any:
-    """A connection is used again whatever is still to come on it."""
+def reuse_early(release: Any) -> Any:
+    """A connection is reused although bytes of its response are still to come."""
 
     def replacement(self: Opening) -> None:
         if self._response is not None and self._response.begun:
@@ -245,8 +245,8 @@ def given_back(release: Any) -> Any:
     return replacement
 
 
-def forgotten_rest(let_go: Any) -> Any:
-    """The engine forgets what is left of a frame that it has begun."""
+def forget_rest(let_go: Any) -> Any:
+    """The relay forgets the rest of a frame that it has begun."""
 
     def replacement(self: RelayedStream) -> None:
         self._rest = b""
@@ -255,13 +255,13 @@ def forgotten_rest(let_go: Any) -> Any:
     return replacement
 
 
-def anybodys_end(leave: Any) -> Any:
-    """Whatever call ends, the probe is taken to have ended."""
+def end_probe_always(leave: Any) -> Any:
+    """Every call that ends counts as the end of the probe."""
     return lambda self, entry: leave(self, "probe")
 
 
-def in_a_hurry(wait_gone: Any) -> Any:
-    """Nobody waits until clients have moved to the next gateway."""
+def skip_wait(wait_gone: Any) -> Any:
+    """The shutdown does not wait until clients have moved to the next gateway."""
 
     async def replacement(self: Any, *rest: Any) -> None:
         await trio.lowlevel.checkpoint()
@@ -269,90 +269,98 @@ def in_a_hurry(wait_gone: Any) -> Any:
     return replacement
 
 
-def no_limits(look: Any) -> Any:
-    """No limit in time is kept."""
+def ignore_limits(look: Any) -> Any:
+    """No time limit is enforced."""
     return lambda self, now: [now + 1.0]
 
 
-kept = Sometimes(20)
+sometimes_leaked = Sometimes(20)
 PLANTED: dict[str, tuple[Patch, str]] = {
-    "a place is kept": (replace(_Slot, "__aexit__", place_is_kept), "<FairLimiter"),
-    "a place at an upstream is kept": (
-        left_out(FairLimiter, "release", lambda self, key, held_s=None: held_s is None and bool(kept)),
-        "places taken",
+    "a slot is kept": (replace(_Slot, "__aexit__", keep_slot), "<FairLimiter"),
+    "an upstream slot is kept": (
+        skip_calls(FairLimiter, "release", lambda self, key, held_s=None: held_s is None and bool(sometimes_leaked)),
+        "slots taken",
     ),
     "an exchange is not settled": (
-        left_out(Exchange, "_settle", lambda self: self.outcome == "cancelled"),
-        "is live, and its call is not|settled 0 times",
+        skip_calls(Exchange, "_settle", lambda self: self.outcome == "cancelled"),
+        "is live, but its call is not|settled 0 times",
     ),
-    "an exchange is settled twice": (replace(Exchange, "_settle", settled_twice), "settled 2 times"),
+    "an exchange is settled twice": (replace(Exchange, "_settle", settle_twice), "settled 2 times"),
     "a record is not kept": (
-        left_out(Ledger, "settle", lambda self, exchange: exchange.outcome == "cancelled"),
+        skip_calls(Ledger, "settle", lambda self, exchange: exchange.outcome == "cancelled"),
         "the ledger has",
     ),
-    "an event is sent twice": (replace(StreamReader, "feed", sent_twice), "its answer is|it says"),
-    "an event is lost": (replace(StreamReader, "feed", dropped), "its answer is|it says|not HTTP|counts"),
+    "an event is sent twice": (replace(StreamReader, "feed", send_twice), "its answer is|it says"),
+    "an event is lost": (replace(StreamReader, "feed", drop_events), "its answer is|it says|not HTTP|counts"),
     "something follows [DONE]": (
-        replace(ClientResponse, "end", more_after_the_end),
+        replace(ClientResponse, "end", send_after_done),
         "something follows the last event",
     ),
     "a reply is not closed": (
-        left_out(Opening, "release", lambda self: self._response is not None and not self._response.complete),
+        skip_calls(Opening, "release", lambda self: self._response is not None and not self._response.complete),
         "an orphan|calls use it",
     ),
-    "it is not noticed that a client leaves": (
-        left_out(ClientStream, "note_disconnect", lambda self: True),
-        "its client has left",
+    "a disconnect is not noticed": (
+        skip_calls(ClientStream, "note_disconnect", lambda self: True),
+        "its client disconnected",
     ),
-    "who has lost goes on": (replace(Attempt, "supersede", loser_goes_on), "an orphan"),
-    "a cut stream is complete": (replace(StreamReader, "feed_end", cut_is_complete), r"\[DONE\]|was not"),
-    "a seam has a character twice": (replace(Call, "continued_from", shifted_seam), "it says"),
-    "a connection is given back too early": (replace(Opening, "release", given_back), ""),
+    "a superseded attempt continues": (replace(Attempt, "supersede", keep_superseded), "an orphan"),
+    "a truncated stream is complete": (replace(StreamReader, "feed_end", accept_truncated), r"\[DONE\]|was not"),
+    "a continuation repeats a character": (replace(Call, "continued_from", shift_continuation), "it says"),
+    "a connection is reused too early": (replace(Opening, "release", reuse_early), ""),
     "the rest of a frame is forgotten": (
-        replace(RelayedStream, "_let_go", forgotten_rest),
+        replace(RelayedStream, "_let_go", forget_rest),
         "not HTTP|no proper end|its answer|ends with neither|before the error",
     ),
-    "silences are not broken": (left_out(ClientSink, "_may_keep_alive", lambda self: True), "it was quiet for"),
-    "limits are not kept": (replace(Exchange, "_check_limits", no_limits), "after its time| waits for "),
-    "who reads nothing is kept": (
+    "keep-alives are not sent": (skip_calls(ClientSink, "_may_keep_alive", lambda self: True), "it was quiet for"),
+    "limits are not enforced": (replace(Exchange, "_check_limits", ignore_limits), "after its deadline| waits for "),
+    "a stalled client is kept": (
         replace(StallDetector, "due_at", lambda due_at: lambda self, now, **send: math.inf),
         "its client reads nothing",
     ),
-    "a timer goes on": (left_out(Timer, "stop", lambda self: True), "timers run"),
-    "a slot is lost": (left_out(ConnectionPool, "_free_slot", lambda self: True), "connections are open"),
-    "a probe is not ended": (left_out(Breaker, "abandon", lambda self, entry: True), "waits for its probe"),
-    "a probe is forgotten": (replace(Breaker, "_leave", anybodys_end), "probes are at"),
+    "a timer is not stopped": (skip_calls(Timer, "stop", lambda self: True), "timers run"),
+    "a slot is lost": (skip_calls(ConnectionPool, "_free_slot", lambda self: True), "connections are open"),
+    "a probe is not ended": (skip_calls(Breaker, "abandon", lambda self, entry: True), "waits for its probe"),
+    "a probe is forgotten": (replace(Breaker, "_leave", end_probe_always), "probes are at"),
     "an attempt is not ended": (
-        left_out(Plan, "end", lambda self, step, now, *, judged=True, **more: not judged),
+        skip_calls(Plan, "end", lambda self, step, now, *, judged=True, **more: not judged),
         "have not ended",
     ),
-    "a generation is kept": (left_out(Generation, "let_go", lambda self: bool(kept)), "hold a generation"),
-    "clients are not told of a takeover": (
-        left_out(Http2Service, "announce_close", lambda self: True),
-        "its client is not told",
+    "a generation is kept": (
+        skip_calls(Generation, "let_go", lambda self: bool(sometimes_leaked)),
+        "hold a generation",
     ),
-    "a takeover leaves no time": (replace(shutdown.ShutdownSequence, "_wait_moved", in_a_hurry), "left to move"),
-    "a drain does not cut": (replace(Drain, "cut", lambda cut: lambda self: []), "has no proper end"),
+    "clients are not notified of a hot restart": (
+        skip_calls(Http2Service, "announce_close", lambda self: True),
+        "its client was not notified",
+    ),
+    "a hot restart leaves no time": (replace(shutdown.ShutdownSequence, "_wait_moved", skip_wait), "left to move"),
+    "a drain does not cancel": (replace(Drain, "cut", lambda cut: lambda self: []), "has no proper end"),
 }
 SLOW = {
-    *("silences are not broken", "the rest of a frame is forgotten", "a record is not kept"),
-    *("a place at an upstream is kept", "an event is lost", "a cut stream is complete"),
-    *("a seam has a character twice", "limits are not kept", "a probe is not ended", "an attempt is not ended"),
-    *("a generation is kept", "a drain does not cut"),
-    *("clients are not told of a takeover", "a takeover leaves no time"),
-    *("who reads nothing is kept", "who has lost goes on", "a probe is forgotten"),
+    *("keep-alives are not sent", "the rest of a frame is forgotten", "a record is not kept"),
+    *("an upstream slot is kept", "an event is lost", "a truncated stream is complete"),
+    *(
+        "a continuation repeats a character",
+        "limits are not enforced",
+        "a probe is not ended",
+        "an attempt is not ended",
+    ),
+    *("a generation is kept", "a drain does not cancel"),
+    *("clients are not notified of a hot restart", "a hot restart leaves no time"),
+    *("a stalled client is kept", "a superseded attempt continues", "a probe is forgotten"),
 }
 
 
 @pytest.fixture
 def untidy() -> Iterator[None]:
-    """Has what a world that ended early left open collected here, where its warnings are ignored."""
+    """Collects the objects that an interrupted world left open here, where their warnings are ignored."""
     yield
     gc.collect()
 
 
 def violation_of(seed: int) -> Violation | None:
-    """What is found in a world."""
+    """The first violation in a world, if any."""
     try:
         simulate(seed, 400)
     except Violation as violation:
@@ -360,24 +368,26 @@ def violation_of(seed: int) -> Violation | None:
     return None
 
 
-@pytest.mark.filterwarnings("ignore")  # what is left open, is
+@pytest.mark.filterwarnings("ignore")  # an interrupted world leaves objects open
 @pytest.mark.usefixtures("untidy")
 @pytest.mark.parametrize(
     "planted", [pytest.param(each, marks=pytest.mark.slow if each in SLOW else ()) for each in PLANTED]
 )
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
-    """Within some worlds, and by the invariant that is about it; the same seed finds it again."""
-    patch, says = PLANTED[planted]
+    """It is found within a few worlds, by the matching invariant."""
+    patch, pattern = PLANTED[planted]
     patch(monkeypatch)
     violation = next(filter(None, map(violation_of, range(20, 60))), None)
     assert violation is not None
-    assert re.search(says, violation.what), violation.what
+    assert re.search(pattern, violation.what), violation.what
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("untidy")
-def test_soak_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command that it prints finds the same."""
+def test_soak_prints_a_command_that_reproduces(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The printed command finds the same violation."""
     PLANTED["an exchange is not settled"][0](monkeypatch)
     assert main(["--seed", "20", "--requests", "400"]) == 1
     first = capsys.readouterr().out
@@ -387,17 +397,17 @@ def test_soak_says_how_to_see_it_again(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == first
 
 
-def test_soak_is_content(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a violation it says what has happened."""
+def test_soak_without_a_violation(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints the totals of the run."""
     assert main(["--seed", "5", "--requests", "30"]) == 0
     assert simulate(5, 30).digest[:16] in capsys.readouterr().out
 
 
-# -- the harness ------------------------------------------------------------------------------------------------------
+# -- connections and replies ------------------------------------------------------------------------------------------
 
 
-async def test_a_way_is_bounded(autojump_clock: MockClock) -> None:
-    """Who sends waits for who reads; nothing is lost, and a close is the end of what was sent before."""
+async def test_a_connection_is_bounded(autojump_clock: MockClock) -> None:
+    """A sender waits for the reader, nothing is lost, and a close follows the bytes sent before it."""
     near, far = pair(*SOMEWHERE, capacity=10)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(far.send_all, bytes(range(25)))
@@ -406,15 +416,15 @@ async def test_a_way_is_bounded(autojump_clock: MockClock) -> None:
         await wait_all_tasks_blocked()
         assert await near.receive_some() == bytes(range(10, 20))
     far.close()
-    assert near.left.is_set()
+    assert near.peer_closed.is_set()
     assert not near.is_quiet
     assert [await near.receive_some(), await near.receive_some()] == [bytes(range(20, 25)), b""]
     with pytest.raises(trio.BrokenResourceError):
         await near.send_all(b"x")
 
 
-async def test_a_reset_takes_what_was_not_read(autojump_clock: MockClock) -> None:
-    """And wakes who waits."""
+async def test_a_reset_discards_unread_bytes(autojump_clock: MockClock) -> None:
+    """It also wakes a waiting sender."""
     near, far = pair(*SOMEWHERE, capacity=10)
     await far.send_all(b"unread")
     far.reset()
@@ -432,8 +442,8 @@ async def test_a_reset_takes_what_was_not_read(autojump_clock: MockClock) -> Non
         near.reset()
 
 
-def test_a_reply_goes_on_where_it_is_told_to() -> None:
-    """What one provider has not said of a text, the next one says: together, the text."""
+def test_a_reply_continues_after_its_prefix() -> None:
+    """The prefix and the reply make the whole text."""
     wholes = 0
     for number in range(40):
         asked = attrs.evolve(draws.request(1, number), kind="stream")

@@ -1,8 +1,8 @@
-"""One simulated world: gateways that open, serve, reload and end, and clients and providers around them.
+"""One simulated world: gateways that open, serve, reload and end, with clients and providers around them.
 
-What is real: the gateway with all its services, its HTTP server (`server._Server`, `http1`), its HTTP client
-(`transport`, llhttp) and its engine (`relay`). What is not: the network, the time, chance. Everything happens in one
-thread, in virtual time, in an order that follows from the seed.
+The gateway is real, with all its services, its HTTP server (`trigate.server.server._Server`), its HTTP client
+(`trigate.upstream.transport`, llhttp) and its fast path (`trigate.exchange.socket_relay`). The network, the time and
+the randomness are simulated. Everything runs in one thread, in virtual time, in an order that follows from the seed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trigate.asgi.application import create_app
 from trigate.concurrency import poller
 from trigate.config import structure as configuration
 from trigate.config.sections import Config
-from trigate.exchange.exchange import Exchange
+from trigate.exchange.state import ExchangeState
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.server import lifespan, server, shutdown
 from trigate.store import opening
@@ -40,15 +40,15 @@ CALLS_OF_A_LIFE = (50, 350)
 _LAST_LINES = 60
 _CLIENT_BYTES = 700
 _SETTLES_S = 30.0
-"""So long after the end of its server, nothing may go on in a gateway."""
+"""Nothing may run in a gateway this long after its server has ended."""
 _ERRORS = ("error", "critical", "exception")
 
 
 class Violation(AssertionError):
-    """Something that must hold did not.
+    """A violated invariant.
 
     Attributes:
-        lines: What happened last.
+        lines: The last lines of the trace.
     """
 
     def __init__(self, what: str, *, seed: int, requests: int, lines: list[str]) -> None:
@@ -59,7 +59,7 @@ class Violation(AssertionError):
 
 
 class Trace:
-    """Everything that happens, in a hash."""
+    """A hash of everything that happens, with the last lines."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -67,7 +67,7 @@ class Trace:
         self.lines: deque[str] = deque(maxlen=_LAST_LINES)
 
     def note(self, what: str, *details: object) -> None:
-        """Adds a line, unless it has been closed."""
+        """Adds a line, unless the trace is closed."""
         if self.closed:
             return
         line = f"{trio.current_time():.6f} {what} {' '.join(map(str, details))}"
@@ -76,26 +76,26 @@ class Trace:
 
     @property
     def digest(self) -> str:
-        """Of all lines."""
+        """The hash of all lines."""
         return self._hash.hexdigest()
 
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """A simulation without a violation.
+    """The result of a simulation without a violation.
 
     Attributes:
         asked: How many requests the clients made.
-        turned_away: How many of those that were to be made found nobody who took them.
-        outcomes: Of the exchanges.
-        statuses: Of the answers; 0 = none.
-        whys: Of the attempts.
-        steps: After how many the invariants were checked.
-        lives: How many gateways there were, one after the other.
-        moved: How many requests were made of a gateway that another one has taken over from.
-        reloads: How many configurations besides the first ones of the gateways.
-        virtual_s: How long it took there.
-        digest: Of the trace.
+        turned_away: How many further requests could not be made because no gateway listened.
+        outcomes: Counts by outcome of the exchanges.
+        statuses: Counts by status of the answers; 0 = no answer.
+        whys: Counts by reason of the attempts.
+        steps: After how many steps the invariants were checked.
+        lives: How many gateways ran, one after the other.
+        moved: How many requests went to a gateway after another one took over from it.
+        reloads: How many reloads were requested.
+        virtual_s: The virtual time that passed.
+        digest: The hash of the trace.
     """
 
     asked: int
@@ -113,7 +113,7 @@ class Report:
     def __str__(self) -> str:
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in self.outcomes.most_common())
         return (
-            f"{self.asked} requests ({outcomes}), {self.lives} gateways ({self.moved} requests after a takeover), "
+            f"{self.asked} requests ({outcomes}), {self.lives} gateways ({self.moved} requests after a hot restart), "
             f"{self.reloads} reloads, {self.steps} steps, {self.virtual_s:.0f} virtual seconds, "
             f"trace {self.digest[:16]}"
         )
@@ -123,7 +123,7 @@ def simulate(seed: int, requests: int) -> Report:
     """Runs a world to its end.
 
     Raises:
-        Violation: Something that must hold did not.
+        Violation: An invariant does not hold.
     """
     world = World(seed, requests)
     try:
@@ -139,12 +139,11 @@ def simulate(seed: int, requests: int) -> Report:
 
 @contextlib.contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
-    """Makes Trio's order of tasks follow from the seed: tasks that can run run in a shuffled order, as they do for
-    Hypothesis."""
+    """Makes Trio's task order follow from the seed: runnable tasks run in a shuffled order, as under Hypothesis."""
     before, state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc] # as trio's own switch for it does
     scheduler._r.seed(f"{seed}/order")
-    close_s, poller.CLOSE_S = poller.CLOSE_S, 0.0  # the poller looks at the real clock for this only
+    close_s, poller.CLOSE_S = poller.CLOSE_S, 0.0  # the poller reads the real clock only for this
     try:
         yield
     finally:
@@ -155,7 +154,7 @@ def _deterministic(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(world: World) -> Iterator[None]:
-    """Has the world hear the log."""
+    """Sends the log to the world."""
     before = structlog.get_config()
     structlog.configure(processors=[world.feed], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
     try:
@@ -165,7 +164,7 @@ def _listening(world: World) -> Iterator[None]:
 
 
 class _Steps(trio.abc.Instrument):
-    """Has the invariants checked after each step: when no task can run until something comes, or time goes on."""
+    """Checks the invariants after each step: when no task can run before an event arrives or time advances."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -176,7 +175,7 @@ class _Steps(trio.abc.Instrument):
 
 
 class _Ordered(dict[Any, None]):
-    """A set that keeps the order in which things were added: the order of sets follows addresses."""
+    """A set in insertion order. The order of a plain set depends on addresses."""
 
     def add(self, each: Any) -> None:
         self[each] = None
@@ -186,7 +185,7 @@ class _Ordered(dict[Any, None]):
 
 
 class World:
-    """See the module."""
+    """See the module docstring."""
 
     def __init__(self, seed: int, requests: int) -> None:
         self.seed = seed
@@ -221,21 +220,21 @@ class World:
         self._ports = itertools.count(10_000)
         self._ended_s = 0.0
 
-    # -- what goes wrong ----------------------------------------------------------------------------------------------
+    # -- violations ---------------------------------------------------------------------------------------------------
 
     def violate(self, what: str) -> None:
-        """Notes that something does not hold, and ends the world; only the first counts."""
+        """Records a violation and ends the world. Only the first one counts."""
         if self.violation is None:
             self.violation = what
             self.trace.closed = True
             self._scope.cancel()
 
     def as_violation(self, what: str) -> Violation:
-        """What `simulate` raises."""
+        """The exception that `simulate` raises."""
         return Violation(what, seed=self.seed, requests=self.requests, lines=list(self.trace.lines))
 
     def check(self) -> None:
-        """After each step."""
+        """Checks the invariants after a step."""
         gateway = self._gateway
         if gateway is None or self.violation is not None:
             return
@@ -253,7 +252,7 @@ class World:
             self.violate(what)
 
     def _note_queue(self, gateway: Gateway) -> None:
-        """Silence counts from when a call has its place."""
+        """Restarts the silence of calls at their admission."""
         queued = self._queued
         if not queued and not gateway.exchange_services.admission.slots.queued:
             return
@@ -273,7 +272,7 @@ class World:
         raise structlog.DropEvent
 
     def report(self) -> Report:
-        """What has happened."""
+        """The result so far."""
         return Report(
             asked=self._asked,
             turned_away=self._turned_away,
@@ -292,19 +291,19 @@ class World:
 
     @property
     def is_stopped(self) -> bool:
-        """It was told to stop, or is broken off."""
+        """The gateway got the signal to stop, or was stopped abruptly."""
         return self.broken_off or self._end.stop.is_set()
 
     @property
     def stopping(self) -> bool:
-        """What goes on may be cut short: that, or its clients have had the time to move."""
+        """Whether running calls may be ended early: the gateway stops, or its clients have had the time to move."""
         return self.is_stopped or (self._gateway is not None and self._gateway.live.is_draining)
 
     def next_request(self, *, kept: bool) -> draws.Request | None:
-        """What a client asks next; None = nothing more, in this life.
+        """The next request of a client; None = no more requests for this gateway.
 
         Args:
-            kept: It has a connection. So it knows of no end: not until it is told, where another gateway takes over.
+            kept: The client holds a connection. It learns of a hot restart only from an answer on it.
         """
         if self._asked + self._turned_away >= self._life_ends_at:
             return None
@@ -326,7 +325,7 @@ class World:
         return draws.request(self.seed, number)
 
     def connect(self) -> End | SocketEnd | None:
-        """Connects to the gateway; None = nobody listens."""
+        """Connects to the gateway; None = no gateway listens."""
         if self._accept is None:
             return None
         port = next(self._ports)
@@ -342,29 +341,29 @@ class World:
         return near
 
     def note_turned_away(self, request: draws.Request) -> None:
-        """Nobody listened."""
+        """Counts a request that found no listening gateway."""
         self._asked -= 1
         self._turned_away += 1
         self.trace.note("turned away", request.id)
 
     def begin(self, call: Call) -> None:
-        """A client makes a call."""
+        """Begins a call of a client."""
         self.calls[call.request.id] = call
         if self.succeeded_at < math.inf:
             self._moved += 1
         self.trace.note("call", call.request.id, call.request.model, call.request.kind)
-        if call.request.ended_s < 60.0:
+        if call.request.cancel_after_s < 60.0:
             self.nursery.start_soon(self._end_call, call)
 
     async def _end_call(self, call: Call) -> None:
-        await trio.sleep(call.request.ended_s)
+        await trio.sleep(call.request.cancel_after_s)
         gateway = self._gateway
         if gateway is not None and not call.over:
             found = await gateway.inflight.cancel(owner=call.request.key, stream=call.request.id)
             self.trace.note("end", call.request.id, found.cancelled)
 
     def judge(self, call: Call) -> None:
-        """Judges a call that is over at both ends."""
+        """Checks the invariants of a call that is over at both ends."""
         if not call.over or call.returned < call.entered or self.violation is not None:
             return
         answer = call.answer
@@ -373,17 +372,17 @@ class World:
             call.request.id,
             answer.status,
             call.outcome,
-            "left" if call.left else "complete" if answer.complete else "broken",
+            "disconnected" if call.disconnected else "complete" if answer.complete else "broken",
             hashlib.sha256(answer.body).hexdigest()[:16],
         )
         if not call.judged:
             self._statuses[answer.status] += 1
-        call.judged = True  # it may come again: a server reads what a client that has left has asked
+        call.judged = True  # it may run again: a server reads a request whose client has already disconnected
         for what in invariants.of_call(self, call):
             self.violate(f"{call.request.id}, {call.request.kind} of {call.request.model}: {what}")
 
     def _app(self, app: Any) -> Any:  # Any: an ASGI app
-        """The app, as far as one can see from outside when a call is in it."""
+        """Wraps the app to note when a call enters and leaves it."""
 
         async def watched(scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI
             name = dict(scope["headers"])[b"x-request-id"].decode()
@@ -401,10 +400,10 @@ class World:
         return watched
 
     def _watch(self, gateway: Gateway) -> None:
-        """Sees each exchange come and go."""
+        """Notes each exchange that begins or is settled."""
         admit, settle = gateway.live.begin, gateway.live.settle
 
-        def admitted(exchange: Exchange) -> None:
+        def admitted(exchange: ExchangeState) -> None:
             call = self.calls[exchange.id]
             admit(exchange)
             call.admitted += 1
@@ -412,7 +411,7 @@ class World:
             call.keep_alive_s = exchange.generation.config.limits.keep_alive_s
             call.total_s = exchange.generation.route(exchange.call.model).total_timeout_s
 
-        def settled(exchange: Exchange) -> None:
+        def settled(exchange: ExchangeState) -> None:
             call = self.calls[exchange.id]
             was_live = exchange in gateway.live
             settle(exchange)
@@ -420,28 +419,28 @@ class World:
             if was_live or call.settled:
                 call.settled += 1
             call.outcome, call.events, call.bytes = exchange.outcome, exchange.events, exchange.bytes_sent
-            call.onward = any(attempt.step.why == "continue" for attempt in exchange.attempts)
+            call.continued = any(attempt.step.why == "continue" for attempt in exchange.attempts)
             self._outcomes[str(exchange.outcome)] += 1
             self._whys.update(attempt.step.why for attempt in exchange.attempts)
             self.trace.note("settled", exchange.id, exchange.outcome, len(exchange.attempts), exchange.bytes_sent)
 
         gateway.live.begin, gateway.live.settle = admitted, settled  # type: ignore[method-assign]
 
-    # -- its life -----------------------------------------------------------------------------------------------------
+    # -- the life of the gateways -------------------------------------------------------------------------------------
 
     def _configuration(self) -> Config:
         tables = draws.configuration(self.seed, self._configurations)
         return configuration.structure(tables, env={}, source="simulator")
 
     async def run(self) -> None:
-        """Has one gateway after the other, until all requests have been made."""
+        """Runs one gateway after the other until all requests have been made."""
         with self._scope:
             while self._asked + self._turned_away < self.requests:
                 await self._live()
         self._ended_s = trio.current_time()
 
     async def _live(self) -> None:
-        rng = draws.lot(self.seed, "life", self._lives)
+        rng = draws.rng_for(self.seed, "life", self._lives)
         self._lives += 1
         self._configurations += 1
         self._config = self._configuration()
@@ -464,7 +463,7 @@ class World:
                 env={"TRIGATE_STORE": opening.MEMORY},
                 transports=provider.lines(self),
                 adjust=lambda _: self._config,
-                chance=draws.lot(self.seed, "chance", self._lives).random,
+                chance=draws.rng_for(self.seed, "chance", self._lives).random,
             )
         )
         self.trace.note("opens", self._lives, calls)
@@ -487,8 +486,8 @@ class World:
         self.trace.note("closed")
 
     async def _serve(self, app: Any, state: Any, rng: random.Random) -> None:  # Any: ASGI
-        """Serves, until the end has ended: a drain, or a takeover. A takeover may turn into a stop, and each may be
-        broken off."""
+        """Serves until the gateway has ended, by a drain or by a hot restart. A hot restart may turn into a stop, and
+        each of them may be interrupted."""
         serving = server._Server(app, self._config.server, None, state)
         serving.connections.live = _Ordered()  # type: ignore[assignment] # as far as it is used
         breaks_off, stops_after_all = rng.random() < 0.25, rng.random() < 0.3
@@ -500,7 +499,7 @@ class World:
                 ended.set()
 
             await nursery.start(run)
-            self._accept = lambda end: serving._start(end, nursery)  # type: ignore[arg-type] # a stream with a name
+            self._accept = lambda end: serving._start(end, nursery)  # type: ignore[arg-type] # a stream with addresses
             for _ in range(CLIENTS):
                 clients.start_soon(run_client, self)
             await self._end.begun.wait()

@@ -1,7 +1,7 @@
-"""A client that drives an ASGI app directly, under Trio and its clock, and can misbehave at a given moment.
+"""A client that drives an ASGI app directly, under Trio and its clock, and can misbehave at a chosen moment.
 
-It is as strict as a server: a message that ASGI does not allow at its place is an `AssertionError` in the app. Like
-hypercorn it tells ``http.disconnect`` from inside the app's last ``send``.
+It is as strict as a server: a message that ASGI does not allow at that point is an `AssertionError` in the app. Like
+hypercorn it delivers ``http.disconnect`` during the app's last ``send``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Piece = bytes | Pause | Stall
 
 @attrs.define(eq=False)
 class ClientCall:
-    """One request, and what has come back so far.
+    """One request and the response so far.
 
     Attributes:
-        pieces: The body's pieces with the moments (Trio's time) at which they were sent.
-        committed_at: When the head was sent.
-        ended_at: When the last piece was sent, as such.
-        returned_at: When the app returned; without ``ended_at``, a server would break the connection then.
-        scope: Cancel it to end the app as a server does that has no patience left.
+        pieces: The pieces of the body, each with the Trio time at which it was sent.
+        committed_at: When the response head was sent.
+        ended_at: When the final piece was sent.
+        returned_at: When the app returned. Without ``ended_at``, a server would break the connection then.
+        scope: Cancel it to end the app, as a server does whose grace period has passed.
     """
 
     _app: Any
@@ -53,55 +53,55 @@ class ClientCall:
         self._flows.set()
         self._unsent = iter(self._body)
 
-    # -- what the client does -----------------------------------------------------------------------------------------
+    # -- actions of the client ----------------------------------------------------------------------------------------
 
     def disconnect(self) -> None:
-        """Leaves. Synchronous; the app may be told from now on."""
+        """Disconnects. Synchronous; the app may be notified from now on."""
         self._gone.set()
         self._flows.set()
 
     def stall(self) -> None:
-        """Stops reading: sends wait."""
+        """Stops reading, so that sends wait."""
         self._flows = trio.Event()
 
     def release(self) -> None:
-        """Reads on."""
+        """Reads again."""
         self._flows.set()
 
     async def wait_for(self, text: bytes, *, times: int = 1) -> None:
-        """Waits until the body has this text in it."""
+        """Waits until the body contains these bytes."""
         while self.body.count(text) < times:
             assert not self._returned.is_set(), f"{text!r} never came: {self.status} {self.body!r}"
             await self._news.wait()
 
     async def wait_committed(self) -> None:
-        """Waits for the head."""
+        """Waits for the response head."""
         while not self.status:
-            assert not self._returned.is_set(), "no head came"
+            assert not self._returned.is_set(), "no response head arrived"
             await self._news.wait()
 
     async def wait(self) -> ClientCall:
-        """Waits until the app has returned; raises what it raised."""
+        """Waits until the app has returned, and raises what it raised."""
         await self._returned.wait()
         if self.crash is not None:
             raise self.crash
         return self
 
-    # -- what came back -----------------------------------------------------------------------------------------------
+    # -- the response -------------------------------------------------------------------------------------------------
 
     @property
     def body(self) -> bytes:
-        """What has come of the body."""
+        """The body received so far."""
         return b"".join(data for _, data in self.pieces)
 
     @property
     def json(self) -> Any:  # Any: an answer of any shape
-        """The body, decoded."""
+        """The decoded body."""
         return msgspec.json.decode(self.body)
 
     @property
     def error(self) -> Any:  # Any: as json
-        """The error object of a JSON answer, or of a stream's last event."""
+        """The error object of a JSON answer or of a stream's last event."""
         if self.header("content-type").startswith("text/event-stream"):
             last = self.body.rstrip(b"\n").rpartition(b"\n")[2]
             assert last.startswith(b"data: {"), f"the stream does not end with an error: {self.body!r}"
@@ -110,13 +110,13 @@ class ClientCall:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer has its proper end."""
+        """Whether the answer ended properly."""
         return not math.isnan(self.ended_at)
 
     def header(self, name: str) -> str:
-        """A header of the answer, ``""`` if it is not there; it must not be there twice."""
+        """The value of a header, ``""`` if it is missing. It must not occur twice."""
         found = [value for key, value in self.headers if key.decode().lower() == name]
-        assert len(found) < 2, f"{name} stands {len(found)} times"
+        assert len(found) < 2, f"{name} occurs {len(found)} times"
         return found[0].decode("latin-1") if found else ""
 
     # -- the server's part --------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class AsgiClient:
     """Makes requests to an app.
 
     Args:
-        nursery: Where apps run that are not waited for.
+        nursery: Runs the apps in the background.
     """
 
     app: Any
@@ -190,8 +190,8 @@ class AsgiClient:
     server: tuple[str, int] | None = ("127.0.0.1", 18888)
     calls: list[ClientCall] = attrs.field(factory=list)
 
-    def leave(self) -> None:
-        """Ends every call, so that none can outlive its test."""
+    def cancel_all(self) -> None:
+        """Cancels every call, so that none outlives its test."""
         for call in self.calls:
             call.disconnect()
 
@@ -260,5 +260,5 @@ class AsgiClient:
 
 
 def chat(*, stream: bool = True, model: str = "up/m", **fields: Any) -> dict[str, Any]:  # Any: JSON
-    """The body of a chat completion."""
+    """The body of a chat completion request."""
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "stream": stream, **fields}

@@ -1,4 +1,4 @@
-"""What the sweeps of cancellations share: something that happens after a certain number of steps."""
+"""Used by the cancellation sweeps: calls a function after a given number of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 
 
 class Bomb(trio.abc.Instrument):
-    """Calls something after the n-th step that any task makes."""
+    """Calls a function after the n-th step of any task."""
 
     def __init__(self, steps: int, fuse: Callable[[], object]) -> None:
         self._left = steps
@@ -25,7 +25,7 @@ class Bomb(trio.abc.Instrument):
 
 @contextlib.contextmanager
 def armed(bomb: Bomb) -> Iterator[None]:
-    """Has the bomb count steps during the block."""
+    """Counts steps during the block."""
     trio.lowlevel.add_instrument(bomb)
     try:
         yield

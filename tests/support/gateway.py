@@ -123,7 +123,7 @@ async def open_app(
         try:
             yield Served(app, client, by_name, state)
         finally:
-            client.leave()
+            client.cancel_all()
             nursery.cancel_scope.cancel()
 
 

@@ -1,4 +1,4 @@
-"""The client's end of a relayed stream: `trigate.exchange.sink.PlainSocket`, noted."""
+"""A recording client end of a relayed stream: a `trigate.exchange.sink.PlainSocket`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PlainClient:
     partial: bytes = b""
 
     def note_sent(self, now: float) -> None:
-        """Nothing is noted: the owner notes what is relayed."""
+        """Records nothing: the owner records what is relayed."""
 
     def note_blocked(self, since: float | None) -> None:
-        """Nothing is noted: the owner is told as well."""
+        """Records nothing: the owner is notified too."""
 
     def queue_partial(self, rest: bytes) -> None:
-        """Notes the rest of a frame; there is one at most."""
+        """Records the rest of a frame. There is one at most."""
         assert not self.partial
         self.partial = rest

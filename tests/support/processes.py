@@ -1,4 +1,4 @@
-"""Gateways as people start them: a real process, asked over real sockets."""
+"""Gateways as people start them: a real process that serves real sockets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ START_S = 20.0
 STOP_S = 15.0
 
 SERVE = (sys.executable, "-m", "trigate", "serve", "--port", "0")
-"""The command that serves, on a port of the system's choice."""
+"""The command that serves on a port of the system's choice."""
 
 
 def configuration(upstream: str, *, more: str = "") -> str:
-    """A configuration in TOML: the scripted upstream as ``mock``, and ``default``."""
+    """A configuration in TOML with the scripted upstream as ``mock`` and a ``default``."""
     return f"""
 [retries]
 budget = 0
@@ -48,9 +48,9 @@ class Gateway:
     """A running gateway.
 
     Attributes:
-        url: Without ``/v1``.
-        process: What was started: it, or the parent of its workers.
-        log: What it has written so far, when called.
+        url: Its base URL, without ``/v1``.
+        process: The started process: the gateway, or the parent of its workers.
+        log: Returns what the process has written so far.
     """
 
     url: str
@@ -58,10 +58,10 @@ class Gateway:
     log: Callable[[], str]
 
     def stop(self) -> tuple[int, float]:
-        """Sends SIGTERM; gives the exit code (-N = signal N) and the seconds that it took.
+        """Sends SIGTERM and returns the exit code (-N = signal N) and the seconds until the exit.
 
         Raises:
-            subprocess.TimeoutExpired: It is still there after `STOP_S`.
+            subprocess.TimeoutExpired: The process still runs after `STOP_S`.
         """
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
@@ -69,7 +69,7 @@ class Gateway:
 
 
 def environment(config: Path | None = None, **more: str) -> dict[str, str]:
-    """This process's environment without keys and settings that a gateway would pick up; what it keeps, in memory."""
+    """This process's environment without keys and settings that a gateway would use. The store is in memory."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -86,22 +86,22 @@ def environment(config: Path | None = None, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def run_gateway(
-    config_toml: str, room: Path, *, command: Sequence[str] = SERVE, env: dict[str, str] | None = None
+    config_toml: str, directory: Path, *, command: Sequence[str] = SERVE, env: dict[str, str] | None = None
 ) -> Iterator[Gateway]:
     """Runs a gateway until the end of the block.
 
     Args:
         config_toml: Its configuration.
-        room: A directory for its files, and the working directory.
-        command: What to run; it names a free port in what it writes.
+        directory: A directory for its files, and its working directory.
+        command: The command to run; its output names a free port.
         env: Further variables.
 
     Raises:
-        AssertionError: It did not come up in `START_S`; the message holds what it wrote.
+        AssertionError: The gateway did not start within `START_S`; the message holds its output.
     """
-    config = room / "trigate.toml"
+    config = directory / "trigate.toml"
     config.write_text(config_toml, encoding="utf-8")
-    log_path = room / "gateway.log"
+    log_path = directory / "gateway.log"
 
     def log() -> str:
         return log_path.read_text(encoding="utf-8", errors="replace")
@@ -112,14 +112,14 @@ def run_gateway(
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            cwd=room,
+            cwd=directory,
             env=environment(config, **(env or {})),
             start_new_session=True,
         )
     try:
         yield Gateway(_wait_up(process, log), process, log)
     finally:
-        # The whole group: a parent that is killed leaves its workers behind.
+        # Kill the whole group: killing the parent alone leaves its workers running.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

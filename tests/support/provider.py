@@ -1,8 +1,8 @@
 """A provider that plays a script: the far end of every test of the exchange.
 
-A script is a tuple of steps, one script a call; the last script repeats. `Provider.transport` plays it in memory (its
-clock is Trio's, so `MockClock` rules it); `open_socket_provider` plays the same script over a real socket. Both count
-what they have open: a gateway that leaks shows up there.
+A script is a tuple of steps. Each call gets one script, and the last script repeats. `Provider.transport` plays it in
+memory, on Trio's clock and so on a `MockClock`. `open_socket_provider` plays the same script over a real socket. Both
+count what they have open, so a leak of the gateway shows up there.
 
 Steps before the first `Head` or `Say` happen before the reply's head. A `Say` without a `Head` before it implies the
 head of a stream. A script that ends without `Break` or `Stall` ends its reply properly.
@@ -27,7 +27,7 @@ from bench import events
 from bench.events import event as event
 
 FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-"""The event that finishes a choice. It has no model id in it that the gateway would have to replace."""
+"""The event that finishes a choice. It contains no model id for the gateway to replace."""
 DONE = FINISH + events.DONE
 """The end of a complete stream."""
 
@@ -38,7 +38,7 @@ def chunk(delta: Mapping[str, Any], *, finish_reason: str | None = None, model: 
 
 
 def role() -> bytes:
-    """Makes the event that opens a stream; it has no content yet."""
+    """Makes the event that opens a stream. It has no content."""
     return chunk({"role": "assistant", "content": ""})
 
 
@@ -48,12 +48,12 @@ def content(text: str) -> bytes:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> bytes:
-    """Makes the event before ``[DONE]`` that ``stream_options.include_usage`` asks for."""
+    """Makes the usage event that ``stream_options.include_usage`` asks for, before ``[DONE]``."""
     return event(events.usage_chunk(events.tokens(prompt_tokens, completion_tokens)))
 
 
 def completion(text: str, *, model: str = "m") -> bytes:
-    """Makes a whole chat completion."""
+    """Makes a complete chat completion."""
     message = {"role": "assistant", "content": text}
     return events.encode(
         events.completion(events.choice(message=message, finish_reason="stop"), events.tokens(3, 2), model=model)
@@ -81,26 +81,26 @@ class Say:
 
 @attrs.frozen
 class Pause:
-    """Says nothing for some seconds."""
+    """Sends nothing for some seconds."""
 
     seconds: float
 
 
 @attrs.frozen
 class Stall:
-    """Says nothing for ever."""
+    """Sends nothing for ever."""
 
 
 @attrs.frozen
 class Break:
-    """Ends the connection, whatever was promised."""
+    """Ends the connection, whatever the framing has announced."""
 
     how: Literal["fin", "rst"] = "fin"
 
 
 @attrs.frozen
 class Refuse:
-    """Accepts no connection (in memory only: over a socket, that is a port where nobody listens)."""
+    """Accepts no connection (in memory only: over a socket, use a port that is not listening)."""
 
 
 @attrs.frozen
@@ -115,7 +115,7 @@ Script = tuple[Step, ...]
 
 
 def says(*texts: str) -> Script:
-    """A stream that ends well, one event a text."""
+    """A stream that ends properly, with one event for each text."""
     return (Say(role()), *(Say(content(text)) for text in texts), Say(DONE))
 
 
@@ -132,11 +132,11 @@ class Served:
     """One call that reached the provider.
 
     Attributes:
-        connection: Which connection carried it; 0 in memory.
-        said: How many pieces of the body were taken.
-        ended: None while it runs; then ``complete`` (its reply was taken to the end), ``broken`` (by the script) or
-            ``closed`` (the gateway left).
-        ended_at: When, in Trio's time.
+        connection: The number of its connection; 0 in memory.
+        pieces_read: How many pieces of the body the gateway has read.
+        ended: None while it runs; then ``complete`` (the reply was read to its end), ``broken`` (by the script) or
+            ``closed`` (by the gateway).
+        ended_at: When it ended, in Trio time.
     """
 
     method: str
@@ -145,22 +145,22 @@ class Served:
     body: bytes
     _tell: Callable[[], None]
     connection: int = 0
-    said: int = 0
+    pieces_read: int = 0
     ended: str | None = None
     ended_at: float = math.nan
 
     @property
     def json(self) -> Any:  # Any: a request body of any shape
-        """The body, decoded."""
+        """The decoded body."""
         return msgspec.json.decode(self.body)
 
     def take(self) -> None:
-        """Notes that a piece was taken."""
-        self.said += 1
+        """Counts a piece that was read."""
+        self.pieces_read += 1
         self._tell()
 
     def end(self, how: str) -> None:
-        """Notes how it ended; only the first one counts."""
+        """Records how the call ended. Only the first end counts."""
         if self.ended is None:
             self.ended, self.ended_at = how, trio.current_time()
             self._tell()
@@ -170,7 +170,7 @@ class Provider:
     """A scripted provider.
 
     Attributes:
-        calls: Everything that was asked, in order.
+        calls: The calls received, in order.
     """
 
     def __init__(self, *scripts: Script) -> None:
@@ -182,26 +182,26 @@ class Provider:
         return f"<Provider {self.open_now} open of {len(self.calls)}>"
 
     def play(self, *scripts: Script) -> None:
-        """Replaces what it will do from now on."""
+        """Replaces the scripts for the following calls."""
         self._scripts = list(scripts)
 
     @property
     def open_now(self) -> int:
-        """How many calls have a connection or a reply open."""
+        """How many calls have an open connection or reply."""
         return sum(call.ended is None for call in self.calls)
 
     @property
     def opened(self) -> int:
-        """How many calls there were."""
+        """How many calls were received."""
         return len(self.calls)
 
     @property
     def closed_at(self) -> list[float]:
-        """When the gateway left a call before its reply was at its end."""
+        """When the gateway closed calls before the end of their reply."""
         return [call.ended_at for call in self.calls if call.ended == "closed"]
 
     def begin(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[Served, Script]:
-        """Takes a call, and the script that it gets."""
+        """Records a call and returns its script."""
         call = Served(method, path, headers, body, self._tell)
         self.calls.append(call)
         self._tell()
@@ -213,12 +213,12 @@ class Provider:
         self._news = trio.Event()
 
     async def wait_until(self, holds: Callable[[Provider], bool]) -> None:
-        """Waits until something is true of it."""
+        """Waits until a condition on the provider holds."""
         while not holds(self):
             await self._news.wait()
 
     def transport(self) -> MemoryTransport:
-        """Makes the memory twin."""
+        """Makes the in-memory transport."""
         return MemoryTransport(self)
 
 
@@ -289,7 +289,7 @@ class _MemoryBody(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        assert not self._reading, "two tasks read one reply"
+        assert not self._reading, "two tasks read the same reply"
         self._reading = True
         try:
             await trio.lowlevel.checkpoint()
@@ -318,7 +318,7 @@ class _MemoryBody(httpx2.AsyncByteStream):
         assert not self._reading, "closed by one task while another one reads"
         await (
             trio.lowlevel.checkpoint()
-        )  # a close that is cancelled here closes nothing, as one that says goodbye first
+        )  # a close that is cancelled here closes nothing, like a close that first sends a goodbye
         self._call.end("closed")
 
 
@@ -329,7 +329,7 @@ async def _wait(step: Step) -> None:
         case Stall():
             await trio.sleep_forever()
         case _:
-            raise AssertionError(f"{step} cannot stand here")
+            raise AssertionError(f"{step} is not allowed here")
 
 
 # -- over a socket ----------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ async def _wait(step: Step) -> None:
 
 @contextlib.asynccontextmanager
 async def open_socket_provider(*scripts: Script) -> AsyncIterator[tuple[Provider, str]]:
-    """Serves a scripted provider on loopback, as raw HTTP/1.1 with chunked replies; gives it and its base URL."""
+    """Serves a scripted provider on loopback, as raw HTTP/1.1 with chunked replies. Yields it and its base URL."""
     provider = Provider(*scripts)
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(
@@ -397,7 +397,7 @@ async def _read_request(
 async def _watch(stream: trio.SocketStream, call: Served, received: bytearray, scope: trio.CancelScope) -> None:
     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         while data := await stream.receive_some():
-            received.extend(data)  # the next request: this reply has just reached its end there
+            received.extend(data)  # the next request: the previous reply has just ended
     call.end("closed")
     scope.cancel()
 
@@ -435,6 +435,6 @@ async def _play(stream: trio.SocketStream, call: Served, script: Script) -> None
                 await _wait(step)
     if not headed:
         await say_head(Head())
-    call.end("complete")  # before the last bytes: whoever has them may look at once
+    call.end("complete")  # before the last bytes, since the reader may check at once
     if framed:
         await stream.send_all(b"0\r\n\r\n")

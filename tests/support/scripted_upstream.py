@@ -1,23 +1,23 @@
 """A scripted OpenAI-compatible upstream for clients of any kind: the synchronous SDK, another interpreter, Node.
 
-It serves on a thread, and its scripts are not fed by the test: the *model id* says what happens. What stands behind
-the first dot of an id only keeps the records of two tests apart: ``endless.a1`` and ``endless.b2`` play the same part.
+It runs on a thread, and the *model id* of a call selects its script. The part of the id after the first dot only
+separates the records of two tests: ``endless.a1`` and ``endless.b2`` select the same script.
 
 ====================  ==================================================================================================
-``hello``             says `TEXT`, in one piece or word by word
-``tools``             asks for a tool; once a tool's result is in the messages, says it
+``hello``             sends `TEXT`, in one piece or word by word
+``tools``             asks for a tool; once a tool's result is in the messages, sends it
 ``endless``           streams a word every 5 ms, for ever
-``silent``            takes the call and says nothing
+``silent``            reads the call and sends nothing
 ``cut``, ``reset``    streams two words, then closes the connection, or resets it
 ``short``             streams two words, then ends the reply properly, but without ``[DONE]``
 ``status-N``          refuses with that status and `REFUSAL`; 429 with ``retry-after: 7``
 ====================  ==================================================================================================
 
-``GET /seen/MODEL`` tells what reached a model: ``hits``, the ``bodies`` as text, ``open`` (calls that are being served)
-and ``closed_at`` (POSIX time at which the gateway was last seen to have closed a connection, or null).
+``GET /seen/MODEL`` returns what reached a model: ``hits``, the ``bodies`` as text, ``open`` (calls that are being
+served) and ``closed_at`` (POSIX time at which the gateway last closed a connection, or null).
 
-`provider` scripts the same far end step by step, on Trio; this one is for tests whose clients have no Trio to share.
-Standard library only: `sdk_scenarios` imports it in environments where nothing of this project is installed.
+`provider` scripts the same far end step by step on Trio. This one is for clients that do not run on Trio. It uses the
+standard library only: `sdk_scenarios` imports it in environments without this project's dependencies.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import Any
 from bench import events
 
 MODELS = ("hello", "org/deep/model", "tools", "endless")
-# U+2028 and U+0085 end a line for careless readers of server-sent events, and may stand raw in JSON.
+# Careless readers of server-sent events take U+2028 and U+0085 for line ends. Both may appear raw in JSON.
 WORDS = ("Grüße,", " liebe", "\u2028Welt", " 🌍\u0085!")
 TEXT = "".join(WORDS)
 REFUSAL = {"error": {"message": "said the upstream", "type": "some_type", "param": "p", "code": "some_code"}}
@@ -54,7 +54,7 @@ TOOL_ARGUMENTS = '{"city": "Köln"}'
 
 @dataclasses.dataclass
 class Seen:
-    """What reached one model id."""
+    """The calls that reached one model id."""
 
     hits: int = 0
     bodies: list[str] = dataclasses.field(default_factory=list)
@@ -244,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _wait_gone(self, at_most_s: float) -> None:
         readable, _, _ = select.select([self.connection], [], [], at_most_s)
         if readable:
-            raise _Gone  # nobody pipelines here: what can be read is the end
+            raise _Gone  # clients do not pipeline here, so readable means the end of the connection
 
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
@@ -278,14 +278,14 @@ class _Server(ThreadingHTTPServer):
         return self.seen.get(model, Seen())
 
     def handle_error(self, request: object, client_address: object) -> None:
-        # A connection that the gateway gives up while it is idle is no error; all else is.
+        # The gateway may close an idle connection. Every other error is reported.
         if not isinstance(sys.exc_info()[1], OSError | ValueError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
 def open_upstream() -> Iterator[str]:
-    """Serves the provider of this module's docstring on a free port; gives its URL, without ``/v1``."""
+    """Serves the provider of this module's docstring on a free port and yields its URL, without ``/v1``."""
     with _Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -297,13 +297,13 @@ def open_upstream() -> Iterator[str]:
 
 
 def seen(upstream: str, model: str) -> dict[str, Any]:
-    """What reached a model of `open_upstream`."""
+    """The record of a model of `open_upstream`."""
     with urllib.request.urlopen(f"{upstream}/seen/{model}", timeout=5) as response:
         return json.load(response)  # type: ignore[no-any-return]
 
 
 def wait_closed(upstream: str, model: str) -> float:
-    """Waits until the gateway has closed the connection of a model; gives the POSIX time at which it did."""
+    """Waits until the gateway has closed the connection of a model and returns the POSIX time of that."""
     give_up_at = time.monotonic() + 5.0
     while time.monotonic() < give_up_at:
         state = seen(upstream, model)

@@ -1,7 +1,7 @@
-"""Runs every scenario with the SDK of this interpreter, whichever version it has, and prints what came of it.
+"""Runs every scenario with this interpreter's SDK, of whichever version, and prints the results.
 
-``python -m tests.support.sdk_legacy FLAVOUR BASE_URL KEY UPSTREAM_URL``, where the flavour is ``sync`` or
-``asyncio``: one line of JSON, ``{"version": …, "faults": {SCENARIO: null or a traceback}}``.
+``python -m tests.support.sdk_legacy FLAVOUR BASE_URL KEY UPSTREAM_URL``, where the flavour is ``sync`` or ``asyncio``,
+prints one line of JSON: ``{"version": …, "faults": {SCENARIO: null or a traceback}}``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support.sdk_scenarios import SCENARIOS, Case
 
 
 async def run_all(flavour: str, base_url: str, key: str, upstream: str) -> dict[str, str | None]:
-    """Runs the scenarios one after the other; gives the traceback of each, or None."""
+    """Runs the scenarios one after the other and returns the traceback of each, or None."""
     faults: dict[str, str | None] = {}
     client = (openai.OpenAI if flavour == "sync" else openai.AsyncOpenAI)(base_url=base_url, api_key=key)
     for name, scenario in SCENARIOS.items():

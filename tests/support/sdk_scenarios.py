@@ -1,8 +1,8 @@
-"""What the official Python SDK does with a gateway: one set of scenarios for every version and flavour of it.
+"""Scenarios of the official Python SDK with a gateway: one set for every version and flavour of it.
 
-A scenario is an async function of a `Case`. The synchronous client runs in the same ones: `ask` and `following` await
-only what can be awaited. `sdk_legacy` runs them with another version of the SDK in another interpreter, so there is
-nothing here but `openai`, the standard library and `scripted_upstream`.
+A scenario is an async function of a `Case`. The synchronous client runs the same ones: `ask` and `following` await only
+awaitable values. `sdk_legacy` runs them with another version of the SDK in another interpreter, so this module uses
+only `openai`, the standard library and `scripted_upstream`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.scripted_upstream import (
 )
 
 CLOSES_WITHIN_S = 0.05
-"""How soon the upstream's connection is closed after the client's, at the best of `TRIES`: the machine may be busy."""
+"""The upstream's connection is closed this soon after the client's in the best of `TRIES`: the machine may be busy."""
 TRIES = 3
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -58,12 +58,12 @@ ERRORS = {
 
 @dataclasses.dataclass
 class Case:
-    """What a scenario works with.
+    """The arguments of a scenario.
 
     Attributes:
         client: `openai.OpenAI` or `openai.AsyncOpenAI`. Any: what it returns depends on which.
         upstream: The URL of the scripted upstream.
-        tag: Tells this run from others at the upstream.
+        tag: Separates this run from others at the upstream.
     """
 
     client: Any
@@ -71,11 +71,11 @@ class Case:
     tag: str
 
     def model(self, part: str) -> str:
-        """The public id of a part of the scripted upstream, in this case's own copy."""
+        """The public id of a script of the upstream, in this case's own copy."""
         return f"mock/{part}.{self.tag}"
 
     def seen(self, part: str) -> dict[str, Any]:
-        """What reached that copy."""
+        """The upstream's record of that copy."""
         return seen(self.upstream, f"{part}.{self.tag}")
 
     async def chat(self, part: str, **more: Any) -> Any:
@@ -84,7 +84,7 @@ class Case:
 
 
 async def ask(value: Any) -> Any:
-    """Awaits what an asynchronous client returns; what a synchronous one returns is there already."""
+    """Awaits the result of an asynchronous client. That of a synchronous one is already there."""
     return await value if inspect.isawaitable(value) else value
 
 
@@ -108,11 +108,11 @@ async def refused(call: Callable[[], Any], kind: type[openai.OpenAIError]) -> An
         came = await ask(call())
     except openai.OpenAIError as error:
         came = error
-    assert type(came) is kind, f"{came!r} in place of {kind.__name__}"
+    assert type(came) is kind, f"{came!r} instead of {kind.__name__}"
     return came
 
 
-# -- what works -------------------------------------------------------------------------------------------------------
+# -- successful calls -------------------------------------------------------------------------------------------------
 
 
 async def models_are_listed(case: Case) -> None:
@@ -134,14 +134,14 @@ async def model_is_retrieved(case: Case) -> None:
 
 
 async def unknown_model_is_not_retrieved(case: Case) -> None:
-    """An id that is not listed is a NotFoundError that says so by its code."""
+    """An unlisted id is a NotFoundError with the code of an unknown model."""
     error = await refused(lambda: case.client.models.retrieve("mock/org/deep/modell"), openai.NotFoundError)
     assert error.code == "model_not_found"
     assert "mock/org/deep/model" in error.message
 
 
 async def chat_answers(case: Case) -> None:
-    """An answer carries the text, the usage, the public model id, and fields that nobody here knows."""
+    """An answer has the text, the usage, the public model id, and unknown fields."""
     answer = await case.chat("hello")
     assert answer.choices[0].message.content == TEXT
     assert answer.choices[0].finish_reason == "stop"
@@ -152,13 +152,13 @@ async def chat_answers(case: Case) -> None:
 
 
 async def default_answers(case: Case) -> None:
-    """The model ``default`` answers, under that name."""
+    """The model ``default`` answers under that name."""
     answer = await ask(case.client.chat.completions.create(model="default", messages=HELLO))
     assert (answer.model, answer.choices[0].message.content) == ("default", TEXT)
 
 
 async def chat_streams(case: Case) -> None:
-    """The deltas of a stream join to the text; it ends cleanly, and says nothing of usage that was not asked for."""
+    """The deltas of a stream join to the text. It ends cleanly, without a usage that was not requested."""
     chunks = await all_of(await case.chat("hello", stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
     assert chunks[-1].choices[0].finish_reason == "stop"
@@ -167,7 +167,7 @@ async def chat_streams(case: Case) -> None:
 
 
 async def stream_reports_usage(case: Case) -> None:
-    """With ``include_usage`` the last chunk has the usage, and no choices."""
+    """With ``include_usage`` the last chunk has the usage and no choices."""
     chunks = await all_of(await case.chat("hello", stream=True, stream_options={"include_usage": True}))
     assert [chunk.usage.to_dict() for chunk in chunks if chunk.usage] == [USAGE]
     assert chunks[-1].choices == []
@@ -187,7 +187,7 @@ async def tools_make_a_round_trip(case: Case) -> None:
 
 
 async def tools_are_streamed(case: Case) -> None:
-    """The arguments of a streamed tool call join to what the model said; so does the answer to its result."""
+    """The arguments of a streamed tool call join to the model's text, and so does the answer to its result."""
     chunks = await all_of(await case.chat("tools", tools=TOOLS, stream=True))
     fragments = [tool for chunk in chunks for tool in chunk.choices[0].delta.tool_calls or []]
     assert [fragment.id for fragment in fragments if fragment.id] == ["call-1"]
@@ -202,7 +202,7 @@ async def tools_are_streamed(case: Case) -> None:
 
 
 async def unknown_fields_pass_through(case: Case) -> None:
-    """The upstream gets, byte for byte, what the client sent, but for the model's id."""
+    """The upstream gets what the client sent byte for byte, except for the model's id."""
     odd = {
         "x_big": 123456789012345678901234567890,
         "x_float": [0.1, 1e300, -0.0, 2.0],
@@ -223,7 +223,7 @@ async def unknown_fields_pass_through(case: Case) -> None:
 
 
 async def request_id_comes_back(case: Case) -> None:
-    """A request id of the client's is the answer's; without one, the gateway makes one."""
+    """The client's request id is in the answer. Without one the gateway makes one."""
     create = case.client.chat.completions.with_raw_response.create
     call = {"model": case.model("hello"), "messages": HELLO}
     raw = await ask(create(**call, extra_headers={"x-request-id": "mine-1.a"}))
@@ -234,7 +234,7 @@ async def request_id_comes_back(case: Case) -> None:
 
 
 async def stream_has_its_headers(case: Case) -> None:
-    """A stream's head says what it is, and that nobody shall hold it back."""
+    """A stream's head has its content type and tells proxies not to buffer it."""
     raw = await ask(
         case.client.chat.completions.with_raw_response.create(model=case.model("hello"), messages=HELLO, stream=True)
     )
@@ -246,7 +246,7 @@ async def stream_has_its_headers(case: Case) -> None:
 
 
 async def embeddings_answer(case: Case) -> None:
-    """Embeddings come as the SDK asks for them: as base64, which it decodes, or as numbers."""
+    """Embeddings have the encoding that the SDK requests: base64, which it decodes, or numbers."""
     for more in ({}, {"encoding_format": "float"}):
         answer = await ask(case.client.embeddings.create(model=case.model("hello"), input=["a"], **more))
         assert answer.data[0].embedding == list(EMBEDDING)
@@ -264,7 +264,7 @@ async def completions_answer(case: Case) -> None:
 
 
 async def responses_answer(case: Case) -> None:
-    """The responses API answers and streams, with its own kinds of events; the model inside them is the public one."""
+    """The responses API answers and streams with its own event types and the public model id."""
     create = case.client.responses.create
     answer = await ask(create(model=case.model("hello"), input="a"))
     assert (answer.output_text, answer.model) == (TEXT, case.model("hello"))
@@ -282,7 +282,7 @@ async def moderations_answer(case: Case) -> None:
 
 
 async def speech_answers(case: Case) -> None:
-    """Speech comes as the bytes that the upstream made, with their content type."""
+    """Speech consists of the upstream's bytes with their content type."""
     answer = await ask(case.client.audio.speech.create(model=case.model("hello"), voice="alloy", input="a"))
     assert answer.content == SPEECH
     assert answer.response.headers["content-type"] == "audio/mpeg"
@@ -294,11 +294,11 @@ async def images_answer(case: Case) -> None:
     assert answer.data[0].b64_json == IMAGE
 
 
-# -- what does not ----------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 async def wrong_key_is_refused(case: Case) -> None:
-    """A key that the gateway does not know is an AuthenticationError, and nothing reaches the upstream."""
+    """An unknown key is an AuthenticationError, and nothing reaches the upstream."""
     stranger = Case(case.client.with_options(api_key="wrong"), case.upstream, case.tag)
     error = await refused(lambda: stranger.chat("hello"), openai.AuthenticationError)
     assert error.code == "invalid_api_key"
@@ -307,14 +307,14 @@ async def wrong_key_is_refused(case: Case) -> None:
 
 
 async def bad_call_is_refused(case: Case) -> None:
-    """A call that cannot be served is a BadRequestError that names the field, and nothing reaches the upstream."""
+    """An invalid call is a BadRequestError that names the field, and nothing reaches the upstream."""
     error = await refused(lambda: case.chat("hello", messages=[]), openai.BadRequestError)
     assert (error.code, error.param, error.type) == ("invalid_request", "messages", "invalid_request_error")
     assert case.seen("hello")["hits"] == 0
 
 
 async def unknown_model_is_refused(case: Case) -> None:
-    """A bare id that nobody has is a NotFoundError with the closest ones."""
+    """An unknown bare id is a NotFoundError that suggests the closest ids."""
     create = case.client.chat.completions.create
     error = await refused(lambda: create(model="helo", messages=HELLO), openai.NotFoundError)
     assert (error.code, error.param) == ("model_not_found", "model")
@@ -322,9 +322,9 @@ async def unknown_model_is_refused(case: Case) -> None:
 
 
 async def upstream_refusals_keep_their_class(case: Case) -> None:
-    """What the upstream refuses raises the SDK's class for that status; a 4xx keeps its body; nothing is retried.
+    """An upstream's refusal raises the SDK's class for its status. A 4xx keeps its body, and nothing is retried.
 
-    The client is as it comes: it would try 409, 429 and 5xx twice more, if it were not told not to.
+    The client has its default settings: without the gateway's header it would retry 409, 429 and 5xx twice.
     """
     for status, kind in ERRORS.items():
         for stream in (False, True):
@@ -338,7 +338,8 @@ async def upstream_refusals_keep_their_class(case: Case) -> None:
             assert "said the upstream" in error.message
             assert error.response.headers["x-should-retry"] == "false"
             assert error.response.headers.get("retry-after") == ("7" if status == 429 else None)
-            # a provider that said when to come back is not asked before: the second answer is the first one's words
+            # A target with a retry time is not called before that time: the second answer repeats the first one's
+            # message.
             assert case.seen(part)["hits"] == (1 if status == 429 else 1 + stream)
 
 
@@ -347,8 +348,8 @@ async def _take_words(stream: Any, words: list[str]) -> None:
         words.append(chunk.choices[0].delta.content or "")
 
 
-async def cut_stream_is_an_error(case: Case) -> None:
-    """A stream cut by FIN, RST or want of ``[DONE]`` gives its words and then an APIError: no clean end."""
+async def truncated_stream_is_an_error(case: Case) -> None:
+    """A stream that ends by FIN, RST or without ``[DONE]`` gives its text and then an APIError, not a clean end."""
     for part in ("cut", "reset", "short"):
         stream = await case.chat(part, stream=True)
         words: list[str] = []
@@ -360,23 +361,23 @@ async def cut_stream_is_an_error(case: Case) -> None:
 
 
 async def timeout_closes_upstream(case: Case) -> None:
-    """A client that has waited long enough gets an APITimeoutError, and the upstream's connection is closed."""
+    """A client that times out gets an APITimeoutError, and the upstream's connection is closed."""
     for stream in (False, True):
         late = []
         for attempt in range(TRIES):
-            # the gateway is not told: otherwise it would answer before
+            # the gateway does not get the timeout: otherwise it would answer before
             untold = {"x-stainless-read-timeout": "600"}
             client = case.client.with_options(timeout=0.15, max_retries=0)
             hurried = Case(client, case.upstream, f"{case.tag}-{stream}-{attempt}")
             await refused(partial(hurried.chat, "silent", stream=stream, extra_headers=untold), openai.APITimeoutError)
             left_at = time.time()
             late.append(wait_closed(case.upstream, f"silent.{hurried.tag}") - left_at)
-        assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client had left"
+        assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client disconnected"
         assert max(late) < 1
 
 
 async def abort_closes_upstream(case: Case) -> None:
-    """A client that closes a stream in the middle has closed the upstream's connection, too."""
+    """When a client closes a stream in the middle, the upstream's connection is closed too."""
     late = []
     for attempt in range(TRIES):
         copy = Case(case.client, case.upstream, f"{case.tag}-{attempt}")
@@ -386,7 +387,7 @@ async def abort_closes_upstream(case: Case) -> None:
         left_at = time.time()
         await ask(stream.close())
         late.append(wait_closed(case.upstream, f"endless.{copy.tag}") - left_at)
-    assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client had left"
+    assert min(late) < CLOSES_WITHIN_S, f"closed {late} s after the client disconnected"
     assert max(late) < 1
 
 
@@ -415,7 +416,7 @@ SCENARIOS: dict[str, Callable[[Case], Awaitable[None]]] = {
         bad_call_is_refused,
         unknown_model_is_refused,
         upstream_refusals_keep_their_class,
-        cut_stream_is_an_error,
+        truncated_stream_is_an_error,
         timeout_closes_upstream,
         abort_closes_upstream,
     )

@@ -1,4 +1,4 @@
-"""The scripted provider does what its script says, in memory and over a socket alike."""
+"""The scripted provider plays its script, both in memory and over a socket."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ async def _over_socket(*scripts: Script) -> AsyncIterator[tuple[Provider, httpx2
 
 @pytest.fixture(params=[_in_memory, _over_socket], ids=["memory", "socket"])
 def opener(request: pytest.FixtureRequest) -> Opener:
-    """Opens a provider of each sort, with a client for it."""
+    """Opens a provider of each kind with a client for it."""
     found: Opener = request.param
     return found
 
 
-async def test_a_stream_is_said_whole(opener: Opener) -> None:
-    """Every event of a script arrives, the call is kept as it came, and nothing stays open."""
+async def test_a_stream_is_sent_completely(opener: Opener) -> None:
+    """Every event of a script arrives, the call is recorded as it came, and nothing stays open."""
     async with opener(says("a", "b")) as (provider, client):
         response = await client.post("/chat/completions", json={"model": "m"})
         assert response.headers["content-type"] == "text/event-stream"
@@ -65,12 +65,12 @@ async def test_a_stream_is_said_whole(opener: Opener) -> None:
         assert response.content.count(b"data: ") == 5
         [call] = provider.calls
         assert (call.method, call.path, call.json) == ("POST", "/v1/chat/completions", {"model": "m"})
-        assert (provider.opened, provider.open_now, call.ended, call.said) == (1, 0, "complete", 4)
+        assert (provider.opened, provider.open_now, call.ended, call.pieces_read) == (1, 0, "complete", 4)
         assert provider.closed_at == []
 
 
-async def test_scripts_go_in_order_and_the_last_one_repeats(opener: Opener) -> None:
-    """One script a call; a kept connection carries several."""
+async def test_scripts_are_played_in_order_and_the_last_one_repeats(opener: Opener) -> None:
+    """Each call gets one script. A kept connection carries several calls."""
     async with opener(answers(b'{"error":{}}', status=429), answers(completion("x"))) as (provider, client):
         statuses = [(await client.post("/x")).status_code for _ in range(3)]
         assert statuses == [429, 200, 200]
@@ -81,7 +81,7 @@ async def test_scripts_go_in_order_and_the_last_one_repeats(opener: Opener) -> N
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
 async def test_a_break_after_the_head_is_a_transport_error(opener: Opener, how: str) -> None:
-    """A reply that is cut is told from one that ended, and its first piece has arrived."""
+    """A truncated reply can be told from a complete one, and its first piece has arrived."""
     async with opener((Say(content("a")), Pause(0.01), Break(how))) as (provider, client):  # type: ignore[arg-type]
         async with client.stream("POST", "/x") as response:
             pieces = response.aiter_raw()
@@ -94,7 +94,7 @@ async def test_a_break_after_the_head_is_a_transport_error(opener: Opener, how: 
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
 async def test_a_break_before_the_head_is_a_transport_error(opener: Opener, how: str) -> None:
-    """No reply at all, in the two ways that there are."""
+    """There is no reply at all, for each of the two kinds of break."""
     async with opener((Break(how),)) as (provider, client):  # type: ignore[arg-type]
         with pytest.raises(httpx2.RemoteProtocolError if how == "fin" else httpx2.ReadError):
             await client.post("/x")
@@ -102,10 +102,10 @@ async def test_a_break_before_the_head_is_a_transport_error(opener: Opener, how:
 
 
 @pytest.mark.parametrize(
-    "script", [(Stall(),), (Head(), Stall()), (Say(b"x"), Stall())], ids=["connected", "headed", "said"]
+    "script", [(Stall(),), (Head(), Stall()), (Say(b"x"), Stall())], ids=["connected", "head sent", "streaming"]
 )
-async def test_a_client_that_leaves_is_seen(opener: Opener, script: Script) -> None:
-    """Whatever the provider is doing, it notices that it was left, and when."""
+async def test_a_disconnect_is_noticed(opener: Opener, script: Script) -> None:
+    """Whatever the provider is doing, it notices the disconnect and its time."""
     async with opener(script) as (provider, client), trio.open_nursery() as nursery:
 
         async def call() -> None:
@@ -117,8 +117,10 @@ async def test_a_client_that_leaves_is_seen(opener: Opener, script: Script) -> N
                         await cast(httpx2.AsyncByteStream, response.stream).aclose()
 
         nursery.start_soon(call)
-        said = sum(isinstance(step, Say) for step in script)
-        await provider.wait_until(lambda provider: provider.opened == 1 and provider.calls[0].said == said)
+        pieces_read = sum(isinstance(step, Say) for step in script)
+        await provider.wait_until(
+            lambda provider: provider.opened == 1 and provider.calls[0].pieces_read == pieces_read
+        )
         assert provider.open_now == 1
         nursery.cancel_scope.cancel()
     with trio.fail_after(1):
@@ -128,7 +130,7 @@ async def test_a_client_that_leaves_is_seen(opener: Opener, script: Script) -> N
 
 
 async def test_memory_connections_can_be_refused_or_slow(autojump_clock: trio.testing.MockClock) -> None:
-    """What a socket does before there is a connection, with the connect timeout as the client sets it."""
+    """The errors are those of a socket before it is connected, with the client's connect timeout."""
     async with _in_memory((Refuse(),), (SlowConnect(5), *says("x")), (SlowConnect(),)) as (provider, client):
         with pytest.raises(httpx2.ConnectError):
             await client.post("/x")
@@ -141,7 +143,7 @@ async def test_memory_connections_can_be_refused_or_slow(autojump_clock: trio.te
 
 
 async def test_pauses_take_virtual_time_in_memory(autojump_clock: trio.testing.MockClock) -> None:
-    """A minute of script costs no minute."""
+    """A minute of script takes no real time."""
     async with _in_memory((Say(b"a"), Pause(60), Say(b"b"))) as (_, client):
         begun = trio.current_time()
         assert (await client.post("/x")).content == b"ab"
