@@ -19,7 +19,6 @@ import structlog
 import trio
 
 from trigate.concurrency.timers import Timers
-from trigate.config.sections import TimeoutPhase
 from trigate.errors import GatewayError, Unavailable, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
 from trigate.exchange.attempt import Answer, Attempt, UpstreamClock, UpstreamRequest
@@ -233,7 +232,9 @@ class UpstreamCall:
                 attempt.scope.cancel()
             await attempt.run(upstream, self._request_for(attempt), self._answer(), sink)
             if attempt.scope.cancelled_caught and not attempt.is_superseded and not attempt.is_delivered:
-                raise self._cause_of(attempt)
+                cause = self.cancelled_with or attempt.failed_with
+                assert cause is not None, "only fail() and supersede() cancel an attempt"
+                raise cause
             if not attempt.is_superseded:
                 upstream.note_up()
         except GatewayError as error:
@@ -244,11 +245,6 @@ class UpstreamCall:
                 raise cause from error  # a cancelled reply looks like a broken one to its reader
             _note_failure(upstream, error)
             raise
-
-    def _cause_of(self, attempt: Attempt) -> GatewayError:
-        cause = self.cancelled_with or attempt.failed_with
-        assert cause is not None, "an attempt is cancelled by fail() and supersede() only"
-        return cause
 
     def claim(self, attempt: Attempt) -> bool:
         """Makes an attempt that has content the winner, and cancels all others at once.
@@ -312,7 +308,7 @@ class UpstreamCall:
                 count=self._count,
                 socket_relay=self.services.socket_relay,
                 max_event_bytes=limits.event_bytes,
-                keep_bytes=limits.buffered_bytes if self._may_continue() else 0,
+                keep_bytes=limits.buffered_bytes if _may_be_continued(self.request) else 0,
                 continues=self._continuation.head,
             )
         if call.endpoint.answer == "json":
@@ -329,9 +325,6 @@ class UpstreamCall:
         self.bytes_sent += sent_bytes
 
     # -- continuation -------------------------------------------------------------------------------------------------
-
-    def _may_continue(self) -> bool:
-        return self.request.model.on_truncation == "continue" and self.request.call.endpoint.path == "/chat/completions"
 
     def _continue(self, plan: Plan, error: GatewayError, now: float) -> Step | None:
         """Returns the step by which another target continues a truncated stream; None = the stream cannot be continued.
@@ -418,7 +411,7 @@ class UpstreamCall:
         for attempt in self.live:
             if attempt.is_sending and attempt.last_byte_at < math.inf:
                 attempt.last_byte_at = now  # it waits for the client, so the upstream is not idle
-            for due in self._limits_of(attempt.target.upstream).due(
+            for due in _attempt_limits(self.request, attempt.target.upstream).due(
                 head_due_from=attempt.head_due_from,
                 waiting_since=attempt.waiting_since,
                 last_byte_at=attempt.last_byte_at,
@@ -429,19 +422,6 @@ class UpstreamCall:
                     attempt.fail(UpstreamTimeout(message, phase=due.phase))
                 due_at.append(due.at)
         return due_at
-
-    def _limits_of(self, upstream: str) -> AttemptLimits:
-        config, model = self.request.generation.config, self.request.call.model
-
-        def limit_s(phase: TimeoutPhase) -> float:
-            return config.timeout_s(upstream, phase, model)
-
-        return AttemptLimits(
-            response_head_s=limit_s("response_head"),
-            first_token_s=limit_s("first_token"),
-            idle_s=limit_s("idle"),
-            total_s=limit_s("total"),
-        )
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -496,3 +476,19 @@ def _note_failure(upstream: Upstream, error: GatewayError) -> None:
         upstream.note_down(error)
     elif error.blame == "provider":
         upstream.note_error(error)
+
+
+def _attempt_limits(request: ExchangeRequest, upstream: str) -> AttemptLimits:
+    """How long an attempt at an upstream may take."""
+    config, model = request.generation.config, request.call.model
+    return AttemptLimits(
+        response_head_s=config.timeout_s(upstream, "response_head", model),
+        first_token_s=config.timeout_s(upstream, "first_token", model),
+        idle_s=config.timeout_s(upstream, "idle", model),
+        total_s=config.timeout_s(upstream, "total", model),
+    )
+
+
+def _may_be_continued(request: ExchangeRequest) -> bool:
+    """Whether another target may continue a stream that breaks off, so that its events have to be kept."""
+    return request.model.on_truncation == "continue" and request.call.endpoint.path == "/chat/completions"
