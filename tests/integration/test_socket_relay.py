@@ -369,7 +369,7 @@ async def test_a_reader_that_stalls_ends_its_upstream(open_setup: Any, clock: Mo
         setup.assert_path()
         assert setup.provider.open_now == 1
         [exchange] = setup.gateway.live
-        assert exchange.down.sending_since is not None
+        assert exchange.client.sending_since is not None
         await trio.sleep(21)
         assert setup.provider.open_now == 0
         await client.read_all()
@@ -471,12 +471,12 @@ async def test_a_late_keep_alive_uses_the_path_of_the_stream(
         [exchange] = setup.gateway.live
         sent_at = trio.current_time()
         monkeypatch.setattr(ClientResponse, "send", counted)
-        await exchange._keep_alive()
+        await exchange._client_sink._keep_alive()
         assert sends == (path == "loop")
         await client.read_until(KEEP_ALIVE)
         await trio.sleep(20)
-        assert exchange.down.sending_since is not None
-        await exchange._keep_alive()
+        assert exchange.client.sending_since is not None
+        await exchange._client_sink._keep_alive()
         assert trio.current_time() - sent_at < 21
         await client.read_all()
         assert client.body == (public(A, KEEP_ALIVE, *(step.data for step in MUCH), DONE), True)
