@@ -471,7 +471,7 @@ async def test_a_late_keep_alive_uses_the_path_of_the_stream(
         [exchange] = setup.gateway.live
         sent_at = trio.current_time()
         monkeypatch.setattr(ClientResponse, "send", counted)
-        await exchange._keep_alive()
+        await exchange._client_sink._keep_alive()
         assert sends == (path == "loop")
         await client.read_until(KEEP_ALIVE)
         await trio.sleep(20)
