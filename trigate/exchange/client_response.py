@@ -20,13 +20,15 @@ import contextlib
 import math
 import socket
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
-from hypercorn.typing import ASGISendCallable
 
 from trigate.errors import Header
 from trigate.server.client_capabilities import Client
+
+if TYPE_CHECKING:  # hypercorn imports multiprocessing
+    from hypercorn.typing import ASGISendCallable
 
 
 class ClientResponse:
