@@ -9,7 +9,7 @@ import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -39,6 +39,8 @@ _NAME = re.compile(rb'"id":"chatcmpl-(\d+)-(\d+)"')
 _PASSED_ON = re.compile(r"s4\d\d")  # provider errors that the client gets unchanged
 _REPORTED = "s0"
 
+Live = Mapping[Exchange, Sequence[Attempt]]
+
 
 # -- after each step --------------------------------------------------------------------------------------------------
 
@@ -46,19 +48,19 @@ _REPORTED = "s0"
 def of_step(world: World, gateway: Gateway) -> Iterator[str]:
     """What must hold at each moment at which no task can run."""
     live, now = _live(gateway), trio.current_time()
-    for exchange in live:
+    for exchange, attempts in live.items():
         call = world.calls.get(exchange.id)
         if call is None or call.returned or not call.entered:
             yield f"{exchange.id} is live, but its call is not"
         elif call.disconnected_at + (_REST_S if exchange.is_ended else 0.0) < now and not _finishes(exchange):
             yield f"{exchange.id} is live, but its client disconnected {now - call.disconnected_at:.6f} s ago"
-        yield from _of_limits(exchange, now)
+        yield from _of_limits(exchange, attempts, now)
     yield from _of_admission(gateway, live)
     yield from _of_upstreams(world, gateway, live)
     wanted = Counter(
         (exchange.id, attempt.target.upstream)
-        for exchange in live
-        for attempt in _attempts(exchange)
+        for exchange, attempts in live.items()
+        for attempt in attempts
         if not attempt.is_superseded
     )
     for taken in world.open:
@@ -68,8 +70,8 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
                 yield f"{taken.upstream} answers {taken.id}, but no attempt reads it: an orphan"
     probes = Counter(
         attempt.target
-        for exchange in live
-        for attempt in _attempts(exchange)
+        for exchange, attempts in live.items()
+        for attempt in attempts
         if attempt.step.entry == "probe"
         and exchange.generation is gateway.generations.current  # a reload may begin anew
     )
@@ -87,12 +89,12 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
         yield from _of_idle(world, gateway)
 
 
-def _live(gateway: Gateway) -> list[Exchange]:
-    """The exchanges in flight."""
-    live = []
+def _live(gateway: Gateway) -> Live:
+    """The exchanges in flight, with their attempts in progress. (The simulation has no shared calls.)"""
+    live: dict[Exchange, Sequence[Attempt]] = {}
     for exchange in gateway.live:
         assert isinstance(exchange, Exchange)
-        live.append(exchange)
+        live[exchange] = exchange.source.live if isinstance(exchange.source, UpstreamCall) else ()
     return live
 
 
@@ -102,17 +104,12 @@ def _sending_since(exchange: Exchange) -> float | None:
     return exchange.client.sending_since
 
 
-def _attempts(exchange: Exchange) -> list[Attempt]:
-    """The exchange's attempts in progress. (The simulation has no shared calls.)"""
-    return exchange.source.live if isinstance(exchange.source, UpstreamCall) else []
-
-
 def _finishes(exchange: Exchange) -> bool:
     """Whether the answer is read to its end although the client has disconnected."""
     return exchange.request.model.on_disconnect == "finish" and exchange._may_finish()
 
 
-def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
+def _of_limits(exchange: Exchange, attempts: Sequence[Attempt], now: float) -> Iterator[str]:
     """An exchange past its time limit has ended, unless its client keeps it waiting or already has the answer."""
     stall_s = exchange.generation.config.limits.stall_timeout_s
     sending_since = _sending_since(exchange)
@@ -122,21 +119,21 @@ def _of_limits(exchange: Exchange, now: float) -> Iterator[str]:
         return
     if exchange.deadline_at + _EPSILON_S < now:
         yield f"{exchange.id} is live {now - exchange.deadline_at:.3f} s after its deadline"
-    for attempt in _attempts(exchange):
-        phases: tuple[tuple[Literal["first_token", "idle"], float], ...] = (
-            ("first_token", attempt.waiting_since),
-            ("idle", attempt.last_byte_at),
-        )
+    for attempt in attempts:
+        phases: list[tuple[Literal["first_token", "idle"], float]] = [("first_token", attempt.waiting_since)]
+        if attempt.waiting_since == math.inf:  # the first token has come
+            phases.append(("idle", attempt.last_byte_at))
         for phase, since in phases:
+            if since > now:  # not yet
+                continue
             limit_s = exchange.generation.config.timeout_s(attempt.target.upstream, phase, exchange.call.model)
-            silent = phase == "first_token" or attempt.waiting_since == math.inf  # idle starts later
-            if silent and since + limit_s + _EPSILON_S < now:
+            if since + limit_s + _EPSILON_S < now:
                 yield f"{exchange.id} waits for {attempt.target} for {now - since:.3f} s; {phase} is {limit_s:g} s"
 
 
-def _of_admission(gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
+def _of_admission(gateway: Gateway, live: Live) -> Iterator[str]:
     slots = gateway.exchange_services.admission.slots
-    at_work = sum(1 for exchange in live if _attempts(exchange))
+    at_work = sum(1 for attempts in live.values() if attempts)
     if not at_work <= slots.taken <= len(live) - slots.queued:
         yield f"{slots}, but {len(live)} exchanges are live, of which {at_work} make attempts"
     if sum(slots.taken_by.values()) != slots.taken:
@@ -146,14 +143,14 @@ def _of_admission(gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
             yield f"{slots}, but {key} waits although a slot is free"
 
 
-def _of_upstreams(world: World, gateway: Gateway, live: list[Exchange]) -> Iterator[str]:
+def _of_upstreams(world: World, gateway: Gateway, live: Live) -> Iterator[str]:
     held: Counter[int] = Counter()
     waiting: Counter[int] = Counter()
     let_go: Counter[int] = Counter()
     users: Counter[int] = Counter()
-    for exchange in live:
+    for exchange, attempts in live.items():
         users[id(exchange.generation)] += 1
-        for attempt in _attempts(exchange):
+        for attempt in attempts:
             upstream = exchange.generation.upstreams[attempt.target.upstream]
             if attempt.phase != "ended":  # its answer waits for the client
                 (waiting if attempt.phase == "queued" else held)[id(upstream)] += 1
