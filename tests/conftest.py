@@ -14,11 +14,8 @@ import pytest
 
 from tests.support import gateway, slow
 from tests.support.gateway import OpenApp, OpenServer
-from tests.support.gateway import Served as Served  # re-exported until no test imports them from here
-from tests.support.gateway import make_config as make_config
 from tests.support.gateway import open_app as _open_app
-from tests.support.logs import Logs as Logs
-from tests.support.logs import capture_logs
+from tests.support.logs import Logs, capture_logs
 from trigate.store import opening
 
 # A background job of a shell ignores SIGINT, and so do its children; the processes that tests start must not.

@@ -296,6 +296,7 @@ async def test_transports(autojump_clock: trio.testing.MockClock) -> None:
     assert Scripted.alive == set()
 
 
+@pytest.mark.slow
 def test_platforms_are_imported_on_demand() -> None:
     """Importing the service, or the whole gateway, imports no platform: most gateways have no such channel."""
     code = (

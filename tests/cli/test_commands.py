@@ -397,11 +397,18 @@ def test_chat_with_an_unknown_model(ask: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["cut", "reset", "short"])
-def test_chat_that_is_truncated(ask: Run, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("cut", "The answer of the upstream mock was truncated: "),
+        ("reset", "The connection to the upstream mock broke during its answer."),
+        ("short", "The upstream mock "),
+    ],
+)
+def test_chat_that_is_truncated(ask: Run, part: str, message: str) -> None:
     """The partial answer is printed, and the command fails."""
     result = ask("chat", "Hello", "--model", f"mock/{part}.cli")
-    _assert_failed(result, "trigate: The upstream mock ")
+    _assert_failed(result, f"trigate: {message}")
     assert result.stdout == "Grüße, liebe\n"
 
 

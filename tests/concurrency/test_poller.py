@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from tests.conftest import Logs
+from tests.support.logs import Logs
 from trigate.concurrency.poller import BATCH, LINGER_S, PEER_CLOSED, READABLE, Poller, open_poller
 
 pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")

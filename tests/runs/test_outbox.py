@@ -227,6 +227,7 @@ async def test_a_successful_attempt_is_the_last(autojump_clock: MockClock, logs:
     ]
 
 
+@pytest.mark.slow
 async def test_a_receiver_sets_the_pause(autojump_clock: MockClock) -> None:
     """The outbox waits as long as it asks for, up to a day."""
     asks = [attrs.evolve(FAILED, after_s=seconds) for seconds in (60.0, 1e6)]

@@ -221,6 +221,7 @@ async def test_what_is_counted_in_the_store(open_app: OpenApp, database: Path) -
             assert datetime.datetime.fromisoformat(channel[name]).tzinfo is datetime.UTC
 
 
+@pytest.mark.slow
 async def test_hooks_under_any_name_are_bounded(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand called names make ``/status`` neither long nor slow: the store is asked for the listed ones only."""
     async with open_app() as served:

@@ -7,7 +7,10 @@ is slow as well, without what is not the test's own:
 - full garbage collections, which collect what other tests left behind.
 
 A slower machine gets more time: the limit is multiplied by what a fixed computation takes there, compared with
-`REFERENCE_S`. A property test runs its function many times and gets `PROPERTY_FACTOR` times as long.
+`REFERENCE_S`. So does an overloaded one, whose threads and processes beside the test's thread wait too: the limit is
+multiplied by its load for each processor.
+
+A property test runs its function many times and gets `PROPERTY_FACTOR` times as long.
 
 ``TRIGATE_TEST_SLOW_S`` sets another limit in seconds, for this machine; ``inf`` turns the check off.
 """
@@ -83,9 +86,14 @@ def limit_s() -> float:
     return LIMIT_S * max(1.0, best_s / REFERENCE_S)
 
 
+def _overload() -> float:
+    """How many runnable tasks each processor has, over the last minute; at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def check(item: pytest.Item, elapsed_s: float) -> None:
     """Fails the running test if it took longer than it may."""
     function: Any = getattr(item, "obj", None)  # Any: an Item need not be a function
     allowed_s = limit_s() * (PROPERTY_FACTOR if getattr(function, "is_hypothesis_test", False) else 1)
-    if elapsed_s > allowed_s and item.get_closest_marker("slow") is None:
+    if elapsed_s > allowed_s * _overload() and item.get_closest_marker("slow") is None:
         pytest.fail(f"took {elapsed_s:.2f} s (limit {allowed_s:.2f} s): speed it up or mark it slow", pytrace=False)

@@ -563,6 +563,7 @@ def test_who_reads_runs_of_a_channel() -> None:
         hooks_of(config)[0].readers("bot", {}, refuse)
 
 
+@pytest.mark.slow
 def test_secrets_live_as_long_as_their_configuration() -> None:
     """One verifier is made for a hook of a configuration. A reload drops it: the new secret is accepted, the old one is
     refused, and no verifier with the old secret is left."""
