@@ -20,15 +20,21 @@ def reveal_secrets(
     revealed = []
     problems = []
     for index, secret in enumerate(secrets):
-        try:
-            value = secret.reveal(env)
-        except LookupError as error:
-            problems.append(f"{path}.{index}: {error}")
-            continue
-        revealed.append(Secret(literal=value))
-        if problem := secret_problem(scheme, value):
-            problems.append(f"{path}.{index}: {problem}")
+        known, found = reveal_secret(f"{path}.{index}", secret, env, scheme)
+        if known is not None:
+            revealed.append(known)
+        problems += found
     return tuple(revealed), problems
+
+
+def reveal_secret(path: str, secret: Secret, env: Mapping[str, str], scheme: Scheme) -> tuple[Secret | None, list[str]]:
+    """As `reveal_secrets`, for one secret; None = its value cannot be read."""
+    try:
+        value = secret.reveal(env)
+    except LookupError as error:
+        return None, [f"{path}: {error}"]
+    problem = secret_problem(scheme, value)
+    return Secret(literal=value), [f"{path}: {problem}"] if problem else []
 
 
 def gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -17,7 +17,7 @@ import attrs
 
 from trigate.config import checks
 from trigate.config.converter import convert
-from trigate.config.reveal import SCHEMES_WITHOUT_SECRET, gateway_keys, reveal_secrets, upstream_secrets
+from trigate.config.reveal import SCHEMES_WITHOUT_SECRET, gateway_keys, reveal_secret, reveal_secrets, upstream_secrets
 from trigate.config.secrets import Secret
 from trigate.config.sections import (
     MIN_RUN_RETENTION_S,
@@ -214,18 +214,16 @@ def _reveal_hook(
         problems.append("actions: expected at least one")
     callback_secret = hook.callback_secret
     if callback_secret is not None:
-        revealed, found = reveal_secrets("callback_secret", (callback_secret,), env, "standard-webhooks")
-        problems += [problem.replace("callback_secret.0", "callback_secret") for problem in found]
-        callback_secret = revealed[0] if revealed else None
+        callback_secret, found = reveal_secret("callback_secret", callback_secret, env, "standard-webhooks")
+        problems += found
     elif hook.callback_url is not None or hook.callback_hosts:
         problems.append("callback_secret: required for callbacks, which are signed with it")
     if hook.reply == "callback" and hook.callback_url is None and not hook.callback_hosts:
         problems.append("callback_url: required for reply = 'callback' (or callback_hosts)")
     verify_token = hook.verify_token
     if verify_token is not None:
-        revealed, found = reveal_secrets("verify_token", (verify_token,), env, "bearer")
-        problems += [problem.replace("verify_token.0", "verify_token") for problem in found]
-        verify_token = revealed[0] if revealed else None
+        verify_token, found = reveal_secret("verify_token", verify_token, env, "bearer")
+        problems += found
         if verify_token in secrets:
             problems.append("verify_token: is one of the secrets, but is sent in URLs, which are logged on the way")
     return attrs.evolve(hook, secrets=secrets, callback_secret=callback_secret, verify_token=verify_token), problems
