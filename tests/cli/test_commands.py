@@ -18,7 +18,7 @@ import pytest
 
 import trigate
 from tests.support.processes import SERVE, Gateway, configuration, environment, run_gateway
-from tests.support.scripted_upstream import TEXT, open_upstream, seen, wait_closed
+from tests.support.scripted_upstream import TEXT, seen, wait_closed
 from trigate.cli.commands import cli
 
 KEY = "key-of-the-gateway"
@@ -305,13 +305,6 @@ def test_without_arguments_it_serves(tmp_path: Path) -> None:
 
 
 # -- requests to a running gateway ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[str]:
-    """A provider for the gateway of this module."""
-    with open_upstream() as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
 from trio.testing import MockClock
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, make_config
 from tests.support.provider import Provider, Say, Stall, answers, content
 from trigate.cli.status_view import Overview, Table, overview, plain_lines, read
 from trigate.status.schema import Status
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 STATUS: dict[str, Any] = {
     "status": "ok",

@@ -30,7 +30,7 @@ from trio.testing import MockClock
 
 from tests.cli.test_status_view import HOSTILE, ROW, made
 from tests.support.processes import SERVE, Gateway, configuration, environment, run_gateway
-from tests.support.scripted_upstream import open_upstream, seen, wait_closed
+from tests.support.scripted_upstream import seen, wait_closed
 from trigate.cli import status_watch
 from trigate.cli.client import RequestFailed
 from trigate.cli.status_view import Overview
@@ -229,13 +229,6 @@ def run_in_terminal(
         os.close(slave)
         with contextlib.suppress(OSError):  # a test has closed it
             os.close(master)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[str]:
-    """A provider for the gateways of this module."""
-    with open_upstream() as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

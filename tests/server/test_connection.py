@@ -82,20 +82,27 @@ H2_GET = ((b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"x"), (
 H2_POST = ((b":method", b"POST"), *H2_GET[1:])
 
 
+def client_tls(authority: trustme.CA, alpn: str | None) -> ssl.SSLContext:
+    """Makes the TLS context of a client that trusts the authority and offers one protocol; None = it offers none."""
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    if alpn is not None:
+        trust.set_alpn_protocols([alpn])
+    return trust
+
+
 @contextlib.asynccontextmanager
 async def open_h2(app: Application, authority: trustme.CA, *, alpn: str = "h2") -> AsyncIterator[H2Client]:
     """Serves an app over TLS on one end of a stream, and yields an HTTP/2 client on the other."""
     server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server_tls.set_alpn_protocols(["h2", "http/1.1"])
     authority.issue_cert("gateway.test").configure_cert(server_tls)
-    client_tls = ssl.create_default_context()
-    client_tls.set_alpn_protocols([alpn])
-    authority.configure_trust(client_tls)
     client, server = trio.testing.memory_stream_pair()
     tls = trio.SSLStream(server, server_tls, server_side=True, https_compatible=True)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(serve_connection, app, tls, config=CONFIG))
-        stream = trio.SSLStream(client, client_tls, server_hostname="gateway.test", https_compatible=True)
+        trust = client_tls(authority, alpn)
+        stream = trio.SSLStream(client, trust, server_hostname="gateway.test", https_compatible=True)
         h2_client = H2Client(stream)
         if alpn == "h2":
             await h2_client.flush()

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import textwrap
@@ -23,7 +22,7 @@ import pytest
 import trio
 import trustme
 
-from tests.server.test_connection import H2_GET, H2Client
+from tests.server.test_connection import H2_GET, H2Client, client_tls
 from tests.server.test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from tests.server.test_request_head import BAD
 from tests.support.processes import environment
@@ -688,10 +687,7 @@ def tls_config(authority: trustme.CA, tmp_path: Path) -> ServerConfig:
 @pytest.mark.parametrize("alpn", ["h2", "http/1.1", None])
 async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | None) -> None:
     """With a certificate, the server speaks HTTPS, with HTTP/2 for clients that choose it; plain HTTP fails quietly."""
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    if alpn:
-        trust.set_alpn_protocols([alpn])
+    trust = client_tls(authority, alpn)
     async with open_server(App(), tls_config) as running:
         assert running.url.startswith("https://127.0.0.1:")
         async with await running.ask("/") as plain:
@@ -712,9 +708,7 @@ async def test_tls(authority: trustme.CA, tls_config: ServerConfig, alpn: str | 
 
 async def test_a_drain_lets_an_h2_stream_finish(authority: trustme.CA, tls_config: ServerConfig) -> None:
     """An HTTP/2 stream finishes too, arrives completely, and the connection ends after it."""
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    trust.set_alpn_protocols(["h2"])
+    trust = client_tls(authority, "h2")
     app = App()
     async with open_server(app, tls_config) as running:
         stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
@@ -739,9 +733,7 @@ async def test_an_h2_client_goes_to_the_successor(
 ) -> None:
     """An HTTP/2 client gets GOAWAY when it waits for no response. A request that it sends meanwhile is the last one."""
     monkeypatch.setattr(http2, "LINGER_S", 0.1)
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    trust.set_alpn_protocols(["h2"])
+    trust = client_tls(authority, "h2")
     app = App()
     async with open_server(app, tls_config) as running:
         stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
