@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import httpx2
@@ -15,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import AsgiClient, ClientCall, chat
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, OpenServer, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
@@ -33,9 +31,6 @@ from tests.support.provider import (
     role,
     says,
 )
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
-OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]
 
 CHAT = "/v1/chat/completions"
 KEYED = make_config(keys={"one": "key-number-one", "two": "key-number-two"})

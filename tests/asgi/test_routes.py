@@ -14,10 +14,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trigate
 from tests.support.asgi_client import Piece, chat
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, make_config
 from tests.support.provider import Head, Pause, Provider, Refuse, Say, Stall, answers, content, event, says
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 MODELS = make_config(
     {

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import DONE, Pause, Provider, Say, Stall, content, says
 
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 SLOW = (Pause(10), *says("x"))
 KEYS = {"ada": "key-of-ada", "bob": "key-of-bob"}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
@@ -34,8 +32,6 @@ from tests.support.provider import (
     usage,
 )
 from trigate.exchange import view
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 BROKEN = Break()
 BUSY = answers(b'{"error":{"message":"busy"}}', status=503)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import attrs
@@ -20,7 +19,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import chat
 from tests.support.bomb import Bomb, armed
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import (
     DONE,
     Break,
@@ -38,8 +37,6 @@ from tests.support.provider import (
     says,
 )
 from trigate.server.connection import serve_connection
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 
 @attrs.frozen(kw_only=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import chat
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, make_config
 from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
@@ -38,8 +36,6 @@ from tests.support.provider import (
     usage,
 )
 from trigate.exchange import view
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 KEEP_ALIVE = b": keep-alive\n"
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
-import httpx2
 import msgspec
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import ClientCall, chat
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, OpenServer, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
@@ -38,8 +35,6 @@ from tests.support.provider import (
     usage,
 )
 from trigate.exchange.upstream_call import UpstreamCall
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 SHARED = {"targets": ["up/m"], "coalesce": True}
 SLOWLY: Script = (
@@ -764,8 +759,6 @@ async def test_random_joins_disconnects_and_stalls(open_app: OpenApp, autojump_c
 
 
 # -- over real sockets ------------------------------------------------------------------------------------------------
-
-OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, Any]]]
 
 
 @pytest.mark.slow

@@ -9,8 +9,7 @@ import contextlib
 import random
 import select
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import chat
 from tests.support.bomb import Bomb, armed
-from tests.support.gateway import make_config
+from tests.support.gateway import OpenServer, make_config
 from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
@@ -43,8 +42,6 @@ from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.socket_relay import RelayedStream
 from trigate.gateway import gateway as gateway_module
 from trigate.gateway.gateway import Gateway
-
-OpenServer = Callable[..., AbstractAsyncContextManager[Any]]
 
 KEEP_ALIVE = b": keep-alive\n"
 BOTH = ("relay", "loop") if hasattr(select, "epoll") else ("loop",)
@@ -194,7 +191,9 @@ def open_setup(open_server: OpenServer, logs: Logs, monkeypatch: pytest.MonkeyPa
             if path == "loop":
                 monkeypatch.setattr(gateway_module, "open_poller", contextlib.nullcontext)
             async with open_server(config) as (client, app):
-                setup = Setup(app.gateway, provider, client.base_url.port, path, logs)
+                port = client.base_url.port
+                assert port is not None
+                setup = Setup(app.gateway, provider, port, path, logs)
                 carry = RelayedStream.run
 
                 async def counted(self: RelayedStream, owner: Any) -> None:
@@ -561,6 +560,7 @@ async def test_the_first_attempt_of_a_race_is_relayed(open_server: OpenServer, l
         async with open_server(config) as (client, app):
             gateway = app.gateway
             relay = gateway.exchange_services.upstream.socket_relay
+            assert relay is not None
             async with (
                 client.stream("POST", "/v1/chat/completions", json=chat(model="both")) as response,
                 contextlib.aclosing(response.aiter_raw()) as body,
@@ -570,6 +570,7 @@ async def test_the_first_attempt_of_a_race_is_relayed(open_server: OpenServer, l
                 assert relay.streams == 1
                 assert second.opened == 1
                 [exchange] = gateway.live
+                assert exchange.source is not None
                 assert exchange.source.inject(b": between\n\n")
                 assert await anext(body) == b": between\n\n"
             await gateway.live.wait_none_left()

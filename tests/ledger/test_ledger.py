@@ -7,8 +7,6 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ import trio
 from trio.testing import MockClock
 
 from tests.support.asgi_client import chat
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Pause, Provider, Say, Stall, answers, content, says
 from trigate.ledger import ledger
 from trigate.store.memory import MemoryStore
 
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}\n\n'
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import ClientCall
 from tests.support.bomb import Bomb, armed
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import (
     DONE,
@@ -38,8 +37,6 @@ from trigate.runs import execution
 from trigate.runs.request import RunRequest
 from trigate.runs.service import Runs
 from trigate.store.records import ENDED, Delivery, Run
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 REPLY: Script = (
     Say(content("Hel")),

@@ -21,7 +21,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.asgi_client import ClientCall, chat
 from tests.support.bomb import Bomb, armed
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.processes import configuration, run_gateway
 from tests.support.provider import (
     DONE,
@@ -54,8 +54,6 @@ from trigate.store.pending_write import PendingWrite
 from trigate.store.records import Message, Ticket, Turn
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers.membership import open_workers
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 LIMITS = SessionsConfig()
 ENDPOINT = ENDPOINTS["/v1/chat/completions"]

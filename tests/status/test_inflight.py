@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import Pause, Provider, Say, Stall, answers, content, says
 from trigate.status import inflight
 from trigate.status.schema import Stream
 
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 STREAMING = (Say(content("a")), Stall())
 
 

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import Provider, Say, Stall, answers, content
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.outcome import Phase
@@ -35,8 +34,6 @@ from trigate.status.schema import OldestStream
 from trigate.status.startup import startup_lines
 from trigate.store.memory import MemoryStore
 from trigate.store.records import Delivery, Run, Turn
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 CHAT = {"model": "up/m", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
 GATEWAY_KEY = "key-of-the-gateway"

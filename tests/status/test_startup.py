@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import attrs
 import pytest
 from trio.testing import MockClock
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import Provider, Refuse
 from trigate import __version__
 from trigate.config.sections import Config
 from trigate.status.startup import startup_lines
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 
 def lines(served: Served) -> list[str]:

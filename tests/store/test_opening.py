@@ -7,20 +7,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import make_config
 from tests.support.processes import environment
 from trigate.config.sections import Config, StoreConfig
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.store import opening, sqlite
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 HOOKED = make_config(hooks={"ci": {}})
 

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,7 +24,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from tests.support.asgi_client import ClientCall
-from tests.support.gateway import Served, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
 from trigate.errors import Unauthenticated, Unverified
@@ -34,8 +33,6 @@ from trigate.signatures import Verifier
 from trigate.upstream.generation import Generations
 from trigate.webhooks.calls import HookHead
 from trigate.webhooks.endpoint import Hooks
-
-OpenApp = Callable[..., AbstractAsyncContextManager[Served]]
 
 SECRET = "a-secret-of-thirty-two-bytes-or-so"
 WHSEC = "whsec_" + base64.b64encode(b"k" * 32).decode()

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from tests.channels.services import open_services
-from tests.support.gateway import make_config
+from tests.support.gateway import OpenServer, make_config
 from tests.support.logs import Logs
 from tests.support.processes import run_gateway
 from tests.support.provider import (
@@ -32,7 +32,6 @@ from tests.support.provider import (
     says,
 )
 from tests.support.slack_server import BOT, SECRET, TOKEN, EventSender, Workspace, open_slack
-from trigate.asgi.quart_app import GatewayApp
 from trigate.channels import service
 from trigate.channels.adapter import Channel
 from trigate.channels.live_message import Display
@@ -45,8 +44,6 @@ from trigate.runs import outbox
 from trigate.workers.membership import Workers
 
 CHAT = {"model": "up/m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-
-OpenServer = Callable[..., AbstractAsyncContextManager[tuple[httpx2.AsyncClient, GatewayApp]]]
 
 
 @attrs.frozen
