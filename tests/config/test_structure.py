@@ -26,6 +26,7 @@ targets = ["mock/some-model"]
 """
 SECRET = "sk-very-secret-0123456789"
 MOCK = '[upstreams.mock]\nbase_url = "http://127.0.0.1:9100/v1"\n'
+ALIAS = MOCK + '[models.a]\ntargets = ["mock/x"]\n'
 
 
 def _structure(text: str, env: dict[str, str] | None = None) -> Config:
@@ -245,6 +246,18 @@ def test_all_problems_at_once() -> None:
         ("[upstreams.e]\nkind = 'local'\napi_key = 'x'", "upstreams.e.api_key: not used by kind 'local'"),
         ("[models.a]\ntargets = []", "models.a.targets: expected at least one target"),
         ("[models.a]\ntargets = ['e/']", "models.a.targets.0: expected 'upstream/model', got 'e/'"),
+        ("[retries]\nbudget = 2", "retries.budget: expected 0 to 1, got 2"),
+        ("[upstreams.u]\nbase_url = 1", "upstreams.u.base_url: expected a URL, got an integer"),
+        ("[server]\nallowed_hosts = ['[']", "server.allowed_hosts: expected a host name without a port or a path"),
+        (ALIAS + "weights = [1]", "models.a.weights: not used by strategy 'failover'"),
+        (
+            ALIAS + "strategy = 'balance'\nweights = [1, 2]",
+            "models.a.weights: expected one number above 0 for each target",
+        ),
+        (
+            ALIAS + "strategy = 'balance'\nweights = [0]",
+            "models.a.weights: expected one number above 0 for each target",
+        ),
         ("[keys]\nk = ''", "keys.k: the value is empty"),
         ("[keys]\nk = {env = 'NO_SUCH'}", "keys.k: the environment variable NO_SUCH is not set"),
     ],

@@ -68,6 +68,7 @@ from trigate.openai.request import decode_call
         (f'{{"model":"m",{HELLO},"stream":"true"}}'.encode(), "stream", "true or false"),
         (f'{{"model":"m",{HELLO},"stream":1}}'.encode(), "stream", "true or false"),
         (f'{{"model":"m",{HELLO},"stream":[]}}'.encode(), "stream", "true or false"),
+        (f'{{"model":"m",{HELLO},"stream":1e999}}'.encode(), "stream", "out of range"),
         (f'{{"model":"m",{HELLO},"stream":true,"stream_options":1}}'.encode(), "stream_options", "object"),
         (f'{{"model":"m",{HELLO},"stream_options":{{}}}}'.encode(), "stream_options", "stream: true"),
     ],
