@@ -16,6 +16,7 @@ from trigate.errors import StoreUnavailable
 from trigate.store.memory import MemoryStore, open_memory_store
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_the_first_operation() -> None:
     """A gateway that uses no store does not import SQLite; its store is open nevertheless."""
     code = (

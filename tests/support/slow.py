@@ -6,21 +6,18 @@ is slow as well, without what is not the test's own:
 - the time in which the test's thread waited for a processor (Linux), so that a busy machine fails no test;
 - full garbage collections, which collect what other tests left behind.
 
-A slower machine gets more time: the limit is multiplied by what a fixed computation takes there, compared with
-`REFERENCE_S`. So does an overloaded one, whose threads and processes beside the test's thread wait too: the limit is
-multiplied by its load for each processor.
-
-A property test runs its function many times and gets `PROPERTY_FACTOR` times as long.
+A slower or busier machine gives more time: when a test exceeds the limit, a fixed computation is timed at once, and the
+limit is multiplied by what it takes, compared with `REFERENCE_S`. A property test runs its function many times and gets
+`PROPERTY_FACTOR` times as long; under the tracer of coverage, every test gets `TRACED_FACTOR` times as long.
 
 ``TRIGATE_TEST_SLOW_S`` sets another limit in seconds, for this machine; ``inf`` turns the check off.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -28,8 +25,10 @@ import pytest
 
 LIMIT_S = 0.25
 PROPERTY_FACTOR = 8
+TRACED_FACTOR = 2
 REFERENCE_S = 0.011
 """What `_compute` takes, at best, on the machine on which the limit was set."""
+_ROUNDS = 8
 
 
 class Stopwatch:
@@ -72,28 +71,33 @@ def _compute() -> None:
         total[number & 1023] = total.get(number & 511, 0) + number
 
 
-@functools.cache
-def limit_s() -> float:
-    """The limit on this machine."""
+def _given_s() -> float | None:
     given = os.environ.get("TRIGATE_TEST_SLOW_S")
-    if given:
-        return float(given)
-    best_s = math.inf
-    for _ in range(5):
-        began_s = time.perf_counter()
+    return float(given) if given else None
+
+
+def limit_s() -> float:
+    """The limit on this machine, as fast as it is now."""
+    given_s = _given_s()
+    if given_s is not None:
+        return given_s
+    began_s = time.perf_counter()
+    for _ in range(_ROUNDS):
         _compute()
-        best_s = min(best_s, time.perf_counter() - began_s)
-    return LIMIT_S * max(1.0, best_s / REFERENCE_S)
-
-
-def _overload() -> float:
-    """How many runnable tasks each processor has, over the last minute; at least 1."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    mean_s = (time.perf_counter() - began_s) / _ROUNDS
+    return LIMIT_S * max(1.0, mean_s / REFERENCE_S)
 
 
 def check(item: pytest.Item, elapsed_s: float) -> None:
     """Fails the running test if it took longer than it may."""
+    least_s = _given_s() or LIMIT_S
+    if elapsed_s <= least_s or item.get_closest_marker("slow") is not None:
+        return
     function: Any = getattr(item, "obj", None)  # Any: an Item need not be a function
-    allowed_s = limit_s() * (PROPERTY_FACTOR if getattr(function, "is_hypothesis_test", False) else 1)
-    if elapsed_s > allowed_s * _overload() and item.get_closest_marker("slow") is None:
+    allowed_s = limit_s()
+    if getattr(function, "is_hypothesis_test", False):
+        allowed_s *= PROPERTY_FACTOR
+    if sys.gettrace() is not None:
+        allowed_s *= TRACED_FACTOR
+    if elapsed_s > allowed_s:
         pytest.fail(f"took {elapsed_s:.2f} s (limit {allowed_s:.2f} s): speed it up or mark it slow", pytrace=False)
