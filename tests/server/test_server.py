@@ -222,6 +222,7 @@ POISON = {
 }
 
 
+@pytest.mark.slow
 async def test_poison_is_answered(logs: Any) -> None:
     """Requests that crash other servers get a JSON error within 100 ms, whole or in pieces; the server continues."""
     async with open_server(App()) as running:

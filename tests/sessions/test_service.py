@@ -120,6 +120,7 @@ async def test_a_turn_sees_what_was_said(sessions: Sessions, store: MemoryStore)
     assert texts(await take_turn(sessions, store, "other", "c")) == ["c"]
 
 
+@pytest.mark.slow
 async def test_turns_are_in_order(sessions: Sessions, store: MemoryStore, autojump_clock: MockClock) -> None:
     """A hundred concurrent turns of one session run in the order of their tickets, and each sees all before it."""
     async with trio.open_nursery() as nursery:
