@@ -4,7 +4,7 @@
 as one warning. (Under hypercorn's Trio worker, one malformed request can end the process.)
 
 `lifespan` starts and stops the app, `connection` serves one connection, and `shutdown` describes how a server ends.
-`serve` runs until its `Shutdown` says so; `run` adds signals, the supervisor and hot restarts.
+`serve` runs until its `Shutdown` stops it; `run` adds signals, the supervisor and hot restarts.
 """
 
 from __future__ import annotations

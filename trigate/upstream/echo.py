@@ -4,7 +4,7 @@ The echo is deterministic. It is an `httpx2.AsyncBaseTransport` that speaks Open
 through the same code as a call to any provider. It serves demonstrations and tests, as ``trigate/echo``.
 
 It supports ``n``, ``stop``, ``max_tokens`` / ``max_completion_tokens``, ``stream`` and
-``stream_options.include_usage``. Its usage counts *words*, and ``system_fingerprint`` says so. It has no tools.
+``stream_options.include_usage``. Its usage counts *words*, as ``system_fingerprint`` states. It has no tools.
 """
 
 from __future__ import annotations
