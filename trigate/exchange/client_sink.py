@@ -86,7 +86,7 @@ class ClientSink:
         self._client.headers += answer_headers(state, trio.current_time())
         state.first_byte_deadline = math.inf
         if state.source is not None:
-            state.source.first_byte_deadline = math.inf
+            state.source.note_committed()
 
     async def send(self, data: bytes) -> None:
         if not self.is_detached:

@@ -313,8 +313,6 @@ class Subscription:
     bytes_sent: int = 0
     events: int = 0
     first_content_at: float | None = None
-    first_byte_deadline: float = 0.0
-    """Not used: the deadlines of the client end its exchange, and not the shared call."""
     is_clientless: bool = False
     is_billed: bool = False
     is_delivered: bool = False
@@ -391,6 +389,9 @@ class Subscription:
         """
         self._leave()
         return False
+
+    def note_committed(self) -> None:
+        """Does nothing: the deadlines of the client end its exchange, and not the shared call."""
 
     async def close_reply(self) -> None:
         """Does nothing: this exchange has no reply of its own."""

@@ -374,6 +374,10 @@ class UpstreamCall:
         if stream is not None:
             stream.detach()
 
+    def note_committed(self) -> None:
+        """The status line is out: the answer has begun in time."""
+        self.first_byte_deadline = math.inf
+
     def abandon(self) -> bool:
         """Closes the upstream's connection now, from any task, if the fast path relays the stream.
 

@@ -23,13 +23,13 @@ def phase(state: ExchangeState) -> Phase:
 
 def describe(state: ExchangeState, now: float) -> dict[str, object]:
     """Makes a row of ``GET /status/streams``. Times are in seconds; attempts count them from the exchange's start."""
-    usage = state.usage
+    usage, phase_now = state.usage, phase(state)
     row: dict[str, object] = {
         "id": state.id,
         "model": state.call.model,
         "endpoint": state.call.endpoint.path,
         "stream": state.call.stream,
-        "phase": phase(state),
+        "phase": phase_now,
         "age_s": round(now - state.started_at, 3),
         "deadline_left_s": round(state.deadline_at - now, 3) if state.deadline_at < math.inf else None,
         "target": str(state.target) if state.target is not None else None,
@@ -39,7 +39,7 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
         "completion_tokens": usage.completion_tokens if usage is not None else None,
         "first_content_s": state.first_content_after_s,
         "client_gone": state.is_client_gone,
-        "queue_position": state.queue_position() if phase(state) is Phase.QUEUED else None,
+        "queue_position": state.queue_position() if phase_now is Phase.QUEUED else None,
         "max_attempts": state.generation.config.max_attempts(state.call.model),
         "attempts": [describe_attempt(attempt, state.started_at) for attempt in state.attempts],
     }
