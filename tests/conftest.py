@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,16 +26,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["TRIGATE_STORE"] = opening.MEMORY
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     """Fails a test that is too slow without the mark ``slow``; see `tests.support.slow`."""
-    stopwatch = slow.Stopwatch()
-    try:
-        result = yield
-    finally:
-        elapsed_s = stopwatch.stop()
-    slow.check(item, elapsed_s)
-    return result
+    slow.run(item, nextitem)
+    return True
 
 
 @pytest.fixture(autouse=True)
