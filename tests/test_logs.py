@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -106,3 +107,16 @@ def test_what_is_configured_stays() -> None:
     before = structlog.get_config()
     logs.configure({"TRIGATE_LOG_FORMAT": "json", "TRIGATE_LOG_LEVEL": "error"})
     assert structlog.get_config() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_format", ["", "json"])
+def test_the_direct_log_writes_the_same_line(log_format: str) -> None:
+    """`logs.info_log` and structlog write the same line; neither writes one below the level."""
+    script = "log.info('one', a='b c', n=1)\nlogs.info_log('trigate.test')('one', {'a': 'b c', 'n': 1})\n"
+    lines = _logged(script, TRIGATE_LOG_FORMAT=log_format).splitlines()
+    first, second = [re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", line) for line in lines]
+    assert first == second
+    assert "TIME" in first
+    assert "b c" in first
+    assert _logged(script, TRIGATE_LOG_FORMAT=log_format, TRIGATE_LOG_LEVEL="warning") == ""

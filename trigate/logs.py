@@ -10,9 +10,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
+
+InfoLog = Callable[[str, dict[str, object]], None]
+"""Logs an event and its values, at level info."""
 
 _LEVELS = {"warn": "warning", "exception": "error"}
 """The levels of methods with another name."""
@@ -34,6 +37,29 @@ def configure(env: Mapping[str, str]) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def info_log(name: str) -> InfoLog:
+    """Returns a function that logs as ``structlog.get_logger(name).info`` does, for an event of each call.
+
+    Where `configure` has configured structlog, it renders and writes the line itself: the chain of processors would
+    take two thirds of the time.
+    """
+    config = structlog.get_config()
+    render = config["processors"][-1]
+    if not isinstance(render, _JsonLine | _Line):
+        logger = structlog.get_logger(name)
+        return lambda event, values: logger.info(event, **values)
+    if not config["wrapper_class"](None, (), {}).is_enabled_for(logging.INFO):
+        return lambda event, values: None
+    stream = sys.stderr
+
+    def info(event: str, values: dict[str, object]) -> None:
+        values["event"] = event
+        stream.write(render(None, "info", values) + "\n")
+        stream.flush()
+
+    return info
 
 
 class _Clock:
@@ -58,11 +84,13 @@ class _JsonLine:
 
     def __init__(self) -> None:
         self._clock = _Clock()
+        # ASCII, since some tools take U+2028 for a line end
+        self._encode = json.JSONEncoder(default=repr).encode
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> str:
         event["level"] = _LEVELS.get(method, method)
         event["timestamp"] = self._clock.now()
-        return json.dumps(event, default=repr)  # ASCII, since some tools take U+2028 for a line end
+        return self._encode(event)
 
 
 class _Line:

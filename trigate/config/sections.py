@@ -356,6 +356,16 @@ class ChannelConfig:
 
 
 @attrs.frozen(kw_only=True)
+class AttemptTimeouts:
+    """How long an attempt may take, in each of its phases, in seconds; ``math.inf`` = no limit."""
+
+    response_head_s: float
+    first_token_s: float
+    idle_s: float
+    total_s: float
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """The whole configuration, as one value.
 
@@ -397,6 +407,15 @@ class Config:
             return general
         value: float = own or float("inf")
         return min(value, general) if phase == "total" else value
+
+    def attempt_timeouts(self, upstream: str, model: str) -> AttemptTimeouts:
+        """The timeouts of an attempt at an upstream, for a call of a public model."""
+        return AttemptTimeouts(
+            response_head_s=self.timeout_s(upstream, "response_head", model),
+            first_token_s=self.timeout_s(upstream, "first_token", model),
+            idle_s=self.timeout_s(upstream, "idle", model),
+            total_s=self.timeout_s(upstream, "total", model),
+        )
 
     def max_attempts(self, model: str) -> int:
         """How many attempts a call of a public model may take, at all its targets together."""

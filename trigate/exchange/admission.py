@@ -206,7 +206,7 @@ def _refusal(message: str, *, is_own: bool, retry_after_s: float) -> GatewayErro
 class _Slot:
     """See `Admission.slot`. A class, since a generator costs more, and every call needs one."""
 
-    __slots__ = ("_admission", "_exchange", "_since")
+    __slots__ = ("_admission", "_exchange")
 
     def __init__(self, admission: Admission, exchange: ExchangeState) -> None:
         self._admission = admission
@@ -217,9 +217,10 @@ class _Slot:
         admission.check(exchange)
         if not admission.slots.acquire_nowait(exchange.owner):
             await admission.wait(exchange)
-        self._since = trio.current_time()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._admission.slots.release(self._exchange.owner, trio.current_time() - self._since)
+        exchange = self._exchange
+        since = max(exchange.started_at, exchange.admitted_at)
+        self._admission.slots.release(exchange.owner, trio.current_time() - since)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import attrs
@@ -33,22 +34,6 @@ class Answer(Protocol):
         Raises:
             GatewayError: The reply is wrong, or ended early.
         """
-
-
-@attrs.frozen
-class UpstreamRequest:
-    """A request to an upstream.
-
-    Attributes:
-        path: Below the upstream's base URL.
-        headers: Besides the upstream's own.
-        owner: The owner of the call. The upstream's slots go round the owners.
-    """
-
-    path: str
-    body: bytes = attrs.field(repr=False)
-    headers: Mapping[str, str] = attrs.field(repr=False)
-    owner: str
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -101,8 +86,13 @@ class Attempt:
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     failed_with: GatewayError | None = None
 
-    async def run(self, upstream: Upstream, request: UpstreamRequest, answer: Answer, sink: Sink) -> None:
+    async def run(
+        self, upstream: Upstream, opening: AbstractAsyncContextManager[Reply], answer: Answer, sink: Sink
+    ) -> None:
         """Makes the attempt: a slot, a request, a reply whose answer goes to the sink.
+
+        Args:
+            opening: The block in which the request has been sent (`Upstream.open`).
 
         Returns early, with ``scope.cancelled_caught`` set, when the attempt was cancelled by `fail` or `supersede`.
 
@@ -110,14 +100,7 @@ class Attempt:
             GatewayError: It failed.
         """
         with self.scope:
-            async with upstream.open(
-                "POST",
-                request.path,
-                request.body,
-                headers=request.headers,
-                owner=request.owner,
-                on_phase=self._on_phase,
-            ) as reply:
+            async with opening as reply:
                 self.reply = reply
                 self.last_byte_at = trio.current_time()
                 self.head_due_from = math.inf
@@ -159,7 +142,8 @@ class Attempt:
         finally:
             self.is_reading = False
 
-    def _on_phase(self, phase: str) -> None:
+    def on_phase(self, phase: str) -> None:
+        """Records the phase of its request, as `Upstream.open` reports it."""
         if phase == "queued":
             self.phase = Phase.QUEUED
         else:

@@ -45,7 +45,7 @@ class ClientResponse:
         ended: The last byte of the answer has been handed over.
         gone: The client has disconnected.
         sending_since: When the send in progress began (Trio time); None = there is none.
-        last_sent_at: When the last send ended.
+        last_sent_at: When the last send ended, of a response that continues; at first ``-math.inf``.
         patience_s: How long a send may wait for the client; finite only for the final message of a server that stops.
     """
 
@@ -60,7 +60,7 @@ class ClientResponse:
         self.ended = False
         self.gone = False
         self.sending_since: float | None = None
-        self.last_sent_at = trio.current_time()
+        self.last_sent_at = -math.inf
         self.patience_s = math.inf
 
     @property
@@ -110,11 +110,11 @@ class ClientResponse:
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client has disconnected; the watch is notified, and cancels
         finally:
+            self.last_sent_at = trio.current_time()
             self._note_sent()
 
     def _note_sent(self) -> None:
         self.sending_since = None
-        self.last_sent_at = trio.current_time()
         if self._sent is not None:
             self._sent.set()
             self._sent = None

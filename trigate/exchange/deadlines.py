@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from trigate.config.sections import TimeoutPhase
+from trigate.config.sections import AttemptTimeouts, TimeoutPhase
 
 
 @attrs.frozen
@@ -32,43 +32,35 @@ class Due:
     limit_s: float
 
 
-@attrs.frozen(kw_only=True)
-class AttemptLimits:
-    """How long an attempt may take, in each of its phases."""
+def attempt_limits(
+    timeouts: AttemptTimeouts, *, head_due_from: float, waiting_since: float, last_byte_at: float, started_at: float
+) -> Iterator[Due]:
+    """Yields each limit of an attempt with the time at which it is exceeded, in the order of the checks.
 
-    response_head_s: float
-    first_token_s: float
-    idle_s: float
-    total_s: float
+    Args:
+        head_due_from: Since when the head of the reply has been awaited; infinite = it is not.
+        waiting_since: Since when the first content has been awaited; infinite = it is not. Until it arrives, the idle
+            limit does not count.
+        last_byte_at: Since when the upstream has been silent.
+        started_at: When the exchange began.
 
-    def due(
-        self, *, head_due_from: float, waiting_since: float, last_byte_at: float, started_at: float
-    ) -> Iterator[Due]:
-        """Yields each limit with the time at which it is exceeded, in the order in which they must be checked.
-
-        Args:
-            head_due_from: Since when the head of the reply has been awaited; infinite = it is not.
-            waiting_since: Since when the first content has been awaited; infinite = it is not. Until it arrives, the
-                idle limit does not count.
-            last_byte_at: Since when the upstream has been silent.
-            started_at: When the exchange began.
-
-        >>> limits = AttemptLimits(response_head_s=5.0, first_token_s=10.0, idle_s=2.0, total_s=60.0)
-        >>> [due.at for due in limits.due(head_due_from=1, waiting_since=1, last_byte_at=math.inf, started_at=0)]
-        [6.0, 11.0, inf, 60.0]
-        >>> [due.at for due in limits.due(head_due_from=math.inf, waiting_since=math.inf, last_byte_at=3, started_at=0)]
-        [inf, inf, 5.0, 60.0]
-        """
-        idle_since = last_byte_at if waiting_since == math.inf else math.inf
-        yield Due(
-            head_due_from + self.response_head_s,
-            "response_head",
-            "did not begin to answer within",
-            self.response_head_s,
-        )
-        yield Due(waiting_since + self.first_token_s, "first_token", "sent no content within", self.first_token_s)
-        yield Due(idle_since + self.idle_s, "idle", "fell silent for", self.idle_s)
-        yield Due(started_at + self.total_s, "total", "took longer than", self.total_s)
+    >>> timeouts = AttemptTimeouts(response_head_s=5.0, first_token_s=10.0, idle_s=2.0, total_s=60.0)
+    >>> limits = attempt_limits(timeouts, head_due_from=1, waiting_since=1, last_byte_at=math.inf, started_at=0)
+    >>> [limit.at for limit in limits]
+    [6.0, 11.0, inf, 60.0]
+    >>> limits = attempt_limits(timeouts, head_due_from=math.inf, waiting_since=math.inf, last_byte_at=3, started_at=0)
+    >>> [limit.at for limit in limits]
+    [inf, inf, 5.0, 60.0]
+    """
+    idle_since = last_byte_at if waiting_since == math.inf else math.inf
+    limits: tuple[tuple[TimeoutPhase, str, float, float], ...] = (
+        ("response_head", "did not begin to answer within", head_due_from, timeouts.response_head_s),
+        ("first_token", "sent no content within", waiting_since, timeouts.first_token_s),
+        ("idle", "fell silent for", idle_since, timeouts.idle_s),
+        ("total", "took longer than", started_at, timeouts.total_s),
+    )
+    for phase, what, since, limit_s in limits:
+        yield Due(since + limit_s, phase, what, limit_s)
 
 
 class StallDetector:

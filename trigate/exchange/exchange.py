@@ -40,6 +40,7 @@ from trigate.exchange.sink import Recorder, RecordingSink, Sink
 from trigate.exchange.state import ExchangeState
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
+from trigate.logs import InfoLog
 from trigate.upstream.generation import Route
 
 log = structlog.get_logger("trigate.exchange")
@@ -50,13 +51,18 @@ _FINAL_MESSAGE_S = 1.0
 
 @attrs.frozen(kw_only=True)
 class ExchangeServices:
-    """The services that exchanges use; made once by the composition root."""
+    """The services that exchanges use; made once by the composition root.
+
+    Attributes:
+        log_info: Logs the event of each call.
+    """
 
     admission: Admission
     live: LiveExchanges
     upstream: UpstreamServices
     shared_calls: SharedCalls
     cancel_queue: CancelQueue
+    log_info: InfoLog
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -157,7 +163,7 @@ class Exchange(ExchangeState):
     def _settle(self) -> None:
         """Records how the exchange ended: in the ledger, in the totals, and with one log line."""
         self.services.live.settle(self)
-        log.info("exchange", **view.log_line(self, trio.current_time()))
+        self.services.log_info("exchange", view.log_line(self, trio.current_time()))
 
     async def _note_cancelled(self) -> None:
         """Finds out why the request's nursery was cancelled, and tells the client if the server stops."""

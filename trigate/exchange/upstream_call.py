@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 
 import attrs
 import msgspec
@@ -21,8 +22,8 @@ import trio
 from trigate.concurrency.timers import Timers
 from trigate.errors import GatewayError, Unavailable, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
-from trigate.exchange.attempt import Answer, Attempt, UpstreamClock, UpstreamRequest
-from trigate.exchange.deadlines import AttemptLimits
+from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
+from trigate.exchange.deadlines import attempt_limits
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
@@ -35,6 +36,7 @@ from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
 from trigate.routing.target_state import Targets
 from trigate.upstream.generation import Route
+from trigate.upstream.reply import Reply
 from trigate.upstream.upstream import Upstream
 
 log = structlog.get_logger("trigate.exchange")
@@ -121,10 +123,11 @@ class UpstreamCall:
         """
         request, chance = self.request, self.services.chance
         plan = Plan(request.call.model, self.route.targets, self.services.targets, request.generation.config)
-        step = plan.first(trio.current_time(), chance())
+        now = trio.current_time()
+        step = plan.first(now, chance())
         while True:
             hedges = self.first_content_at is None and plan.hedge_delay_s() is not None
-            error = await self._race(plan, step, sink) if hedges else await self._attempt(plan, step, sink)
+            error = await self._race(plan, step, sink) if hedges else await self._attempt(plan, step, sink, now)
             if error is None:
                 return
             if self.cancelled_with is not None:
@@ -144,6 +147,7 @@ class UpstreamCall:
             step = following
             if step.after_s > 0:
                 await self._wait(plan, step)
+            now = trio.current_time()
 
     def _after(self, plan: Plan, error: GatewayError) -> Step | None:
         """Returns the next step after a failed attempt; None = there is none."""
@@ -167,7 +171,7 @@ class UpstreamCall:
         decided = trio.Event()
 
         async def run(step: Step) -> None:
-            error = await self._attempt(plan, step, sink, decided)
+            error = await self._attempt(plan, step, sink, trio.current_time(), decided)
             if error is not None:
                 errors.append(error)
             decided.set()
@@ -183,9 +187,9 @@ class UpstreamCall:
         return self.winner.error if self.winner is not None else errors[-1]
 
     async def _attempt(
-        self, plan: Plan, step: Step, sink: Sink, decided: trio.Event | None = None
+        self, plan: Plan, step: Step, sink: Sink, now: float, decided: trio.Event | None = None
     ) -> GatewayError | None:
-        """Makes one attempt, and records how it ended.
+        """Makes one attempt, which begins ``now``, and records how it ended.
 
         Returns:
             The error; it is returned, since a nursery would wrap it in a group.
@@ -193,7 +197,7 @@ class UpstreamCall:
         attempt = Attempt(
             step=step,
             target=step.target,
-            started_at=trio.current_time(),
+            started_at=now,
             on_connecting=self._clock.start,
             decided=decided,
         )
@@ -230,7 +234,7 @@ class UpstreamCall:
         try:
             if self.cancelled_with is not None:
                 attempt.scope.cancel()
-            await attempt.run(upstream, self._request_for(attempt), self._answer(), sink)
+            await attempt.run(upstream, self._open(attempt, upstream), self._answer(), sink)
             if attempt.scope.cancelled_caught and not attempt.is_superseded and not attempt.is_delivered:
                 cause = self.cancelled_with or attempt.failed_with
                 assert cause is not None, "only fail() and supersede() cancel an attempt"
@@ -282,20 +286,25 @@ class UpstreamCall:
 
     # -- the request --------------------------------------------------------------------------------------------------
 
-    def _request_for(self, attempt: Attempt) -> UpstreamRequest:
-        """Makes the request. Its ``x-request-timeout`` is the time that is left for the answer."""
+    def _open(self, attempt: Attempt, upstream: Upstream) -> AbstractAsyncContextManager[Reply]:
+        """Returns the block in which the request has been sent. Its ``x-request-timeout`` is the time that is left for
+        the answer."""
         request = self.request
-        call, text = request.call, self._continuation.text
-        if text:
-            call = call.continued_from(text)
-        headers = request.headers
-        total_s = request.generation.config.timeout_s(attempt.target.upstream, "total", call.model)
-        over_at = min(self.deadline_at, self.started_at + total_s)
+        call, headers = request.call, request.headers
+        if self._continuation.text:
+            call = call.continued_from(self._continuation.text)
+        over_at = min(self.deadline_at, self.started_at + self.route.timeouts[attempt.target.upstream].total_s)
         if over_at < math.inf:
-            left_s = max(0.001, over_at - trio.current_time())
+            left_s = max(0.001, over_at - attempt.started_at)
             headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
-        body = PASS_THROUGH.body(call, attempt.target.model)
-        return UpstreamRequest(PASS_THROUGH.path(call), body, headers, request.owner)
+        return upstream.open(
+            "POST",
+            PASS_THROUGH.path(call),
+            PASS_THROUGH.body(call, attempt.target.model),
+            headers=headers,
+            owner=request.owner,
+            on_phase=attempt.on_phase,
+        )
 
     def _answer(self) -> Answer:
         """Makes the object that moves the answer from a reply to the sink."""
@@ -415,7 +424,8 @@ class UpstreamCall:
         for attempt in self.live:
             if attempt.is_sending and attempt.last_byte_at < math.inf:
                 attempt.last_byte_at = now  # it waits for the client, so the upstream is not idle
-            for due in _attempt_limits(self.request, attempt.target.upstream).due(
+            for due in attempt_limits(
+                self.route.timeouts[attempt.target.upstream],
                 head_due_from=attempt.head_due_from,
                 waiting_since=attempt.waiting_since,
                 last_byte_at=attempt.last_byte_at,
@@ -480,17 +490,6 @@ def _note_failure(upstream: Upstream, error: GatewayError) -> None:
         upstream.note_down(error)
     elif error.blame == "provider":
         upstream.note_error(error)
-
-
-def _attempt_limits(request: ExchangeRequest, upstream: str) -> AttemptLimits:
-    """How long an attempt at an upstream may take."""
-    config, model = request.generation.config, request.call.model
-    return AttemptLimits(
-        response_head_s=config.timeout_s(upstream, "response_head", model),
-        first_token_s=config.timeout_s(upstream, "first_token", model),
-        idle_s=config.timeout_s(upstream, "idle", model),
-        total_s=config.timeout_s(upstream, "total", model),
-    )
 
 
 def _may_be_continued(request: ExchangeRequest) -> bool:

@@ -16,7 +16,7 @@ import httpx2
 import trio
 
 from trigate.concurrency.notify import open_service
-from trigate.config.sections import Config, TimeoutPhase, UpstreamConfig
+from trigate.config.sections import AttemptTimeouts, Config, UpstreamConfig
 from trigate.routing import routes
 from trigate.routing.routes import Known, Target
 from trigate.upstream import echo
@@ -39,11 +39,13 @@ class Route:
 
     Attributes:
         targets: The targets in the order in which they are tried; at least one.
+        timeouts: The timeouts of an attempt, by the name of its upstream.
         shortest_limit_s: The shortest time limit of all targets; ``math.inf`` = no limit.
         total_timeout_s: How long a call may take in all.
     """
 
     targets: tuple[Target, ...]
+    timeouts: Mapping[str, AttemptTimeouts]
     shortest_limit_s: float
     total_timeout_s: float
 
@@ -91,11 +93,10 @@ class Generation:
         if found is not None:
             return found
         targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
-        phases: tuple[TimeoutPhase, ...] = ("response_head", "first_token", "idle", "total")
-        limits_s = [self.config.timeout_s(target.upstream, phase, model) for target in targets for phase in phases]
+        timeouts = {target.upstream: self.config.attempt_timeouts(target.upstream, model) for target in targets}
+        shortest_s = min(min(attrs.astuple(each)) for each in timeouts.values())
         # All attempts share one deadline: the longest total timeout of the targets.
-        total_s = max(self.config.timeout_s(target.upstream, "total", model) for target in targets)
-        found = Route(targets, min(limits_s), total_s)
+        found = Route(targets, timeouts, shortest_s, max(each.total_s for each in timeouts.values()))
         if model != "default" or model in self.aliases:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()  # clients choose the ids, so their number has no other bound

@@ -190,7 +190,7 @@ class Reply:
         """Returns the whole body.
 
         Args:
-            on_piece: Called for each piece when it has been received.
+            on_piece: Called for each piece that is received after the head.
 
         Raises:
             ProtocolViolation: The body is larger than ``max_bytes``; or as `receive`.
@@ -199,7 +199,6 @@ class Reply:
         response = self._source.response
         if response is not None and response.complete and self._inflate is None and self._encoding == "identity":
             # The body was received together with its head, like that of most short answers.
-            on_piece()
             body = b"".join(response.pieces)
             response.pieces.clear()
             if len(body) <= max_bytes:

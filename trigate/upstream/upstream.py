@@ -122,6 +122,7 @@ class Upstream:
             "user-agent": "trigate",
             **config.secrets.get(name, {}),
         }
+        self._fields = _fields(self._headers)
         self._pool: ConnectionPool | None = transport.pool if isinstance(transport, SocketTransport) else None
         self._local_model = local_model
         self._connect_timeout_s = config.timeout_s(name, "connect")
@@ -257,7 +258,7 @@ class Upstream:
                     address = self._address = _Address.of(base_url)
                 opening = self._pool.open(
                     address.origin,
-                    _serialized(method, address, path, {**self._headers, **headers}, body),
+                    self._serialized(method, address, path, headers, body),
                     method=method,
                     connect_timeout_s=self._connect_timeout_s,
                 )
@@ -272,6 +273,18 @@ class Upstream:
             return Httpx2Source(await self.transport.handle_async_request(request))
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise translated(error, self.name, answered=False) from error
+
+    def _serialized(self, method: str, address: _Address, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
+        """Returns the request as it is sent, head and body. The values come from a validated configuration and from a
+        parsed request, so they contain no line breaks."""
+        if self._headers.keys().isdisjoint(headers):
+            fields = self._fields + _fields(headers)
+        else:
+            fields = _fields({**self._headers, **headers})
+        if body or method != "GET":
+            fields = f"{fields}content-length: {len(body)}\r\n"
+        head = f"{method} {address.path}{path} HTTP/1.1\r\nhost: {address.netloc}\r\n{fields}\r\n"
+        return head.encode("latin-1") + body
 
     # -- error replies
 
@@ -381,14 +394,9 @@ class _Address:
         return cls(base_url, Origin.of(url), "" if path == "/" else path, url.netloc.decode("ascii"))
 
 
-def _serialized(method: str, address: _Address, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
-    """Returns the request as it is sent, head and body. The values come from a validated configuration and from a
-    parsed request, so they contain no line breaks."""
-    lines = [f"{method} {address.path}{path} HTTP/1.1\r\nhost: {address.netloc}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    if body or method != "GET":
-        lines.append(f"content-length: {len(body)}")
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+def _fields(headers: Mapping[str, str]) -> str:
+    """Formats header fields, each with its line end."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
 def _finite(seconds: float) -> float | None:
