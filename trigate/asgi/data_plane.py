@@ -120,9 +120,11 @@ async def read_body(
         raise Draining("The gateway is shutting down. Try again: another instance will answer.")
     if (head.content_length or 0) > max_bytes:
         raise too_large(max_bytes)
-    if response.client is not None and response.client.body_is_here and head.content_length is not None:
+    client = response.client
+    if client is not None and client.body_is_here and head.content_length is not None:
         # The usual case, without the cost of a cancel scope: the body has arrived with the head.
-        return (await request_body.receive()).get("body", b"")  # type: ignore[no-any-return]
+        request_body.complete = True
+        return client.take_body()
     return await request_body.read(max_bytes=max_bytes, timeout_s=gateway.generations.config.limits.body_timeout_s)
 
 

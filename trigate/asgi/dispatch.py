@@ -9,8 +9,8 @@ ids and error bodies.
 from __future__ import annotations
 
 import functools
+import random
 import re
-import secrets
 from typing import Any
 
 import structlog
@@ -45,7 +45,7 @@ class GatewayConnection(TrioASGIHTTPConnection):
         scope: Any = self.scope  # Any: hypercorn's type does not know our extension
         head = RequestHead(scope)
         given = head.headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
+        request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{random.getrandbits(96):024x}"
         client = scope.get("extensions", {}).get("trigate.client")
         response = ClientResponse(send, [(b"x-request-id", request_id.encode())], client)
         body = RequestBody(receive)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import attrs
+from typing import NamedTuple
+
 import msgspec
 
 from trigate.errors import ProtocolViolation
@@ -10,8 +11,7 @@ from trigate.openai import sse
 from trigate.openai.raw_json import decode_any, split_provider_fields, with_model
 
 
-@attrs.frozen(kw_only=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts as the upstream reported them."""
 
     prompt_tokens: int

@@ -24,9 +24,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
-
-import attrs
+from typing import Literal, NamedTuple
 
 from trigate.config.sections import Config
 from trigate.errors import GatewayError, ProtocolViolation, Throttled, Unavailable, UpstreamTimeout
@@ -42,8 +40,7 @@ _SIMILAR = 1.25
 """Costs within this factor count as equal: times to the first token vary by more than that."""
 
 
-@attrs.frozen
-class Step:
+class Step(NamedTuple):
     """The next attempt: its target, why it is made, the pause before it in seconds, and how its breaker admitted it."""
 
     target: Target

@@ -19,7 +19,13 @@ class Responder(Protocol):
     """Sends responses on a connection."""
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
-        """Sends a whole response to the current request."""
+        """Sends a whole response to the current request, and adds its content-length.
+
+        **Cancels:** not at all, so a caller may record the response as sent before it calls this.
+        """
+
+    def take_body(self) -> bytes:
+        """Returns the rest of the current request's body, which has been received."""
 
     async def flush(self) -> None:
         """Sends the head of the response if it still waits for the first piece of the body."""
@@ -37,14 +43,16 @@ class Client:
         chunked: Whether the body of the current response is sent in chunks, which the app must make itself where it
             writes to `socket`. If not, the length of the body is declared, or the body ends with the connection
             (HTTP/1.0). Valid after ``http.response.start``.
+        respond: Sends a whole response, in place of ASGI's two messages (`Responder.respond`).
     """
 
-    __slots__ = ("_parser", "_responder", "_stream", "chunked")
+    __slots__ = ("_parser", "_responder", "_stream", "chunked", "respond")
 
     def __init__(self, stream: ClientStream, parser: RequestParser, responder: Responder) -> None:
         self._stream = stream
         self._parser = parser
         self._responder = responder
+        self.respond = responder.respond
         self.chunked = False
 
     @property
@@ -58,8 +66,12 @@ class Client:
 
     @property
     def body_is_here(self) -> bool:
-        """Whether ``receive`` returns the rest of the current request's body without waiting."""
+        """Whether the rest of the current request's body has been received, so that `take_body` may be called."""
         return self._parser.is_whole
+
+    def take_body(self) -> bytes:
+        """Returns the rest of the current request's body, in place of ``receive``."""
+        return self._responder.take_body()
 
     @property
     def taken_bytes(self) -> int | None:
@@ -82,13 +94,6 @@ class Client:
         if stream.disconnected:
             stream.note_disconnect()
         return True
-
-    async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
-        """Sends a whole response, in place of ASGI's two messages, and adds its content-length.
-
-        **Cancels:** not at all, so a caller may record the response as sent before it calls this.
-        """
-        await self._responder.respond(status, headers, body)
 
     async def flush(self) -> None:
         """Sends the head of the response if it still waits for the first piece of the body.

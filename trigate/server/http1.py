@@ -303,7 +303,7 @@ class Connection:
         self._refused = True
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
-        """Sends a whole response to the current request, and adds its content-length; see `Client.respond`."""
+        """Sends a whole response to the current request, and adds its content-length."""
         if self.client_stream.broken or self._refused or self._phase != _NOTHING:
             return
         request = self._parser.head
@@ -361,6 +361,11 @@ class Connection:
             finally:
                 self._reading_ahead = None  # also if the app is cancelled: the next request starts its own
         await event.wait()
+
+    def take_body(self) -> bytes:
+        """Returns the rest of the body, which has been received; see `Client.take_body`."""
+        self._body_delivered = True
+        return self._parser.next_piece()
 
     async def _receive(self) -> Message:
         parser, stream = self._parser, self.client_stream

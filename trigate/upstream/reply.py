@@ -61,6 +61,9 @@ class Source(Protocol):
     def headers(self) -> Mapping[str, str]:
         """The header fields by their names in lower case."""
 
+    def header(self, name: str) -> str:
+        """The value of a header field, by its name in lower case; empty = there is none."""
+
     @property
     def response(self) -> Response | None:
         """The response of our own pool; None for another transport."""
@@ -75,14 +78,22 @@ class Source(Protocol):
 class SocketSource:
     """A response of the pool. Its connection is owned by the ``async with`` of `pool.Opening`."""
 
-    __slots__ = ("headers", "receive", "release", "response", "status")
+    __slots__ = ("_fields", "receive", "release", "response", "status")
 
     def __init__(self, opening: Opening, response: Response) -> None:
         self.release = opening.release
         self.response = response
         self.receive = response.receive
         self.status = response.status
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
+        self._fields = dict(response.headers)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self._fields.items()}
+
+    def header(self, name: str) -> str:
+        value = self._fields.get(name.encode())
+        return value.decode("latin-1") if value is not None else ""
 
     async def aclose(self) -> None:
         self.release()
@@ -98,6 +109,10 @@ class Httpx2Source:
         self.status = response.status_code
         self.headers = response.headers
         self._pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's is an async stream
+
+    def header(self, name: str) -> str:
+        value: str = self.headers.get(name, "")
+        return value
 
     async def receive(self) -> bytes | None:
         async for piece in self._pieces:
@@ -124,7 +139,6 @@ class Reply:
 
     Attributes:
         status: The HTTP status.
-        headers: The header fields by their names in lower case.
         content_type: In lower case, without parameters; empty if the reply has none.
     """
 
@@ -132,11 +146,15 @@ class Reply:
         self._name = name
         self._source = source
         self.status = source.status
-        self.headers = source.headers
-        self.content_type = source.headers.get("content-type", "").partition(";")[0].strip().lower()
-        self._encoding = source.headers.get("content-encoding", "identity").strip().lower()
+        self.content_type = source.header("content-type").partition(";")[0].strip().lower()
+        self._encoding = source.header("content-encoding").strip().lower() or "identity"
         self._inflate = zlib.decompressobj(wbits=47) if self._encoding in ("gzip", "x-gzip", "deflate") else None
         self._deflated = b""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The header fields by their names in lower case."""
+        return self._source.headers
 
     @property
     def plain_response(self) -> Response | None:
