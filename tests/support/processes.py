@@ -69,11 +69,15 @@ class Gateway:
 
 
 def environment(config: Path | None = None, **more: str) -> dict[str, str]:
-    """This process's environment without keys and settings that a gateway would use. The store is in memory."""
+    """This process's environment without keys and settings that a gateway would use, and without the size of the
+    terminal, which pytest-xdist sets. The store is in memory."""
     env = {
         name: value
         for name, value in os.environ.items()
-        if not name.endswith("_API_KEY") and not name.startswith("TRIGATE_") and not name.lower().endswith("_proxy")
+        if not name.endswith("_API_KEY")
+        and not name.startswith("TRIGATE_")
+        and not name.lower().endswith("_proxy")
+        and name not in ("COLUMNS", "LINES")
     }
     root = str(Path(trigate.__file__).parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
