@@ -9,8 +9,10 @@ import attrs
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.errors import Draining, GatewayError
 from trigate.exchange.outcome import Outcome
+from trigate.exchange.record import complete_record
 from trigate.exchange.state import ExchangeState
 from trigate.ledger.ledger import Ledger
+from trigate.store.records import ExchangeRecord
 
 
 @attrs.define
@@ -57,35 +59,46 @@ class LiveExchanges:
         Raises:
             Draining: The gateway is shutting down.
         """
-        self._ledger.begin(exchange)
+        request = exchange.request
+        call = request.call
+        exchange.record = self._ledger.begin(
+            request_id=request.id,
+            owner=request.owner,
+            endpoint=call.endpoint.path,
+            model=call.model,
+            stream=call.stream,
+        )
         if self.is_draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         self._live[exchange] = None
-        exchange.request.generation.hold()
+        request.generation.hold()
 
-    def settle(self, exchange: ExchangeState) -> None:
+    def settle(self, exchange: ExchangeState) -> ExchangeRecord:
         """Records how an exchange ended, once, even if it was refused. Synchronous, so that a cancellation of the
         exchange's task cannot prevent it."""
+        record = exchange.record
+        assert record is not None, "an exchange is settled after it has begun"
+        complete_record(record, exchange)
         if exchange in self._live:
             del self._live[exchange]
             exchange.request.generation.let_go()
             if not self._live:
                 self._none_left.set()
-        self._ledger.settle(exchange)
+        self._ledger.settle(record)
         totals = self.totals
         totals.exchanges += 1
-        totals.events += exchange.events
-        totals.bytes += exchange.bytes_sent
-        usage = exchange.usage
-        if usage is not None:
-            totals.prompt_tokens += usage.prompt_tokens
-            totals.completion_tokens += usage.completion_tokens
-        if exchange.outcome == Outcome.COMPLETE:
+        totals.events += record.events
+        totals.bytes += record.bytes
+        if not record.counted:
+            totals.prompt_tokens += record.prompt_tokens or 0
+            totals.completion_tokens += record.completion_tokens or 0
+        if record.outcome == Outcome.COMPLETE:
             totals.complete += 1
-        elif exchange.outcome in (Outcome.CANCELLED, Outcome.FINISHED):
+        elif record.outcome in (Outcome.CANCELLED, Outcome.FINISHED):
             totals.cancelled += 1
         else:
             totals.failed += 1
+        return record
 
     def cancel_all(self, error: GatewayError) -> list[str]:
         """Cancels all exchanges with an error, which their clients get. Returns the request ids."""

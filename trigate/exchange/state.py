@@ -19,6 +19,7 @@ from trigate.exchange.upstream_call import UpstreamCall
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.routing.routes import Target
+from trigate.store.records import ExchangeRecord
 from trigate.upstream.generation import Generation
 
 
@@ -37,6 +38,7 @@ class ExchangeState:
         cancelled_with: Why it was cancelled.
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
+        record: Its record in the ledger.
         task: The task that serves it.
     """
 
@@ -52,6 +54,7 @@ class ExchangeState:
     cancelled_with: GatewayError | None = None
     is_finishing: bool = False
     admitted_at: float = -math.inf
+    record: ExchangeRecord | None = None
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
     _queue: trio.CancelScope | None = None
     _position: Callable[[], int | None] | None = None

@@ -11,6 +11,7 @@ from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
+from trigate.store.records import ExchangeRecord
 
 
 def phase(state: ExchangeState) -> Phase:
@@ -66,29 +67,28 @@ def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:
     return row
 
 
-def log_line(state: ExchangeState, now: float) -> dict[str, object]:
+def log_line(state: ExchangeState, record: ExchangeRecord, now: float) -> dict[str, object]:
     """Makes the values of the log event ``exchange``."""
-    source, call, attempts, usage = state.source, state.request.call, state.attempts, state.usage
-    target, first_content_s = state.target, state.first_content_after_s
+    source, attempts = state.source, len(record.attempts)
     line: dict[str, object] = {
-        "request_id": state.request.id,
-        "model": call.model,
-        "target": str(target) if target is not None else None,
-        "stream": call.stream,
-        "outcome": str(state.outcome),  # an enum would be logged with its name
+        "request_id": record.request_id,
+        "model": state.request.call.model,
+        "target": record.target,
+        "stream": record.stream,
+        "outcome": str(record.outcome),  # an enum would be logged with its name
         "duration_s": round(now - state.started_at, 4),
-        "bytes": state.bytes_sent,
-        "attempts": len(attempts),
+        "bytes": record.bytes,
+        "attempts": attempts,
     }
-    if len(attempts) > 1:
-        line["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in attempts]
-    if call.stream:
-        line["events"] = state.events
-    if first_content_s is not None:
-        line["first_content_s"] = round(first_content_s, 4)
-    if usage is not None:
-        line["prompt_tokens"] = usage.prompt_tokens
-        line["completion_tokens"] = usage.completion_tokens
+    if attempts > 1:
+        line["tried"] = [f"{attempt.target} {attempt.outcome}" for attempt in record.attempts]
+    if record.stream:
+        line["events"] = record.events
+    if record.first_content_s is not None:
+        line["first_content_s"] = round(record.first_content_s, 4)
+    if record.prompt_tokens is not None and not record.counted:
+        line["prompt_tokens"] = record.prompt_tokens
+        line["completion_tokens"] = record.completion_tokens
     if isinstance(source, Subscription):
         line["coalesced"] = source.role
         line["shared_call"] = source.shared.id

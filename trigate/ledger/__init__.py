@@ -4,6 +4,6 @@ It reads the state of an exchange (`LedgerEntry`), and must not contain how one 
 `journal` is a file that survives the process.
 """
 
-from trigate.ledger.ledger import Ledger, LedgerEntry, LedgerStatistics, open_ledger
+from trigate.ledger.ledger import Ledger, LedgerStatistics, open_ledger
 
-__all__ = ["Ledger", "LedgerEntry", "LedgerStatistics", "open_ledger"]
+__all__ = ["Ledger", "LedgerStatistics", "open_ledger"]

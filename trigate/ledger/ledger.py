@@ -21,7 +21,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal, Protocol
+from typing import Literal
 
 import attrs
 import structlog
@@ -29,16 +29,11 @@ import trio
 
 from trigate.concurrency.notify import Wakeup, open_service
 from trigate.config.sections import LedgerConfig
-from trigate.errors import GatewayError, StoreUnavailable
+from trigate.errors import StoreUnavailable
 from trigate.ledger.journal import Journal, take_orphans
-from trigate.openai.answer import Usage
-from trigate.openai.request import Call
-from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
-from trigate.routing.plan import Step
-from trigate.routing.routes import Target
 from trigate.store.interface import Store
 from trigate.store.opening import MEMORY
-from trigate.store.records import LOST, AttemptRecord, ExchangeRecord
+from trigate.store.records import LOST, ExchangeRecord
 
 log = structlog.get_logger("trigate.ledger")
 
@@ -54,66 +49,6 @@ ROTATE_BYTES = 4 * 1024 * 1024
 MAX_WAITING = 50_000
 """The largest number of records that wait in memory."""
 _MAX_MODEL_CHARS = 256  # of a model id: clients send any text
-
-
-class AttemptEntry(Protocol):
-    """The fields of an attempt that the ledger records."""
-
-    step: Step
-    target: Target
-    started_at: float
-    ended_at: float | None
-    outcome: str | None
-    error: GatewayError | None
-    first_content_after_s: float | None
-
-
-class LedgerEntry(Protocol):
-    """The fields of an exchange that the ledger records (`exchange.state.ExchangeState`)."""
-
-    started_at: float
-    outcome: str | None
-    error: GatewayError | None
-
-    @property
-    def id(self) -> str:
-        """The request id."""
-
-    @property
-    def owner(self) -> str:
-        """The name of the gateway key."""
-
-    @property
-    def call(self) -> Call:
-        """The client's call."""
-
-    @property
-    def target(self) -> Target | None:
-        """The target that answered."""
-
-    @property
-    def attempts(self) -> Sequence[AttemptEntry]:
-        """In the order in which they began."""
-
-    @property
-    def usage(self) -> Usage | None:
-        """The token counts that the upstream has reported."""
-
-    @property
-    def is_billed(self) -> bool:
-        """Whether the tokens are recorded with it, and not with another exchange that shared the upstream call."""
-
-    @property
-    def events(self) -> int:
-        """How many events were sent."""
-
-    @property
-    def bytes_sent(self) -> int:
-        """How many bytes of the answer were sent."""
-
-    @property
-    def first_content_after_s(self) -> float | None:
-        """From its start."""
 
 
 @attrs.frozen(kw_only=True)
@@ -144,7 +79,7 @@ class Ledger:
         self._worker = secrets.token_hex(6)
         self._numbers = itertools.count(1)
         self._settings = LedgerConfig()
-        self._live: dict[LedgerEntry, ExchangeRecord] = {}
+        self._live: dict[str, ExchangeRecord] = {}
         self._journal: Journal | None = None
         self._retry_at = -math.inf
         self._waiting: list[bytes] = []
@@ -178,35 +113,38 @@ class Ledger:
 
     # -- one exchange -------------------------------------------------------------------------------------------------
 
-    def begin(self, exchange: LedgerEntry) -> None:
-        """Records that an exchange has begun."""
-        if not self._settings.enabled:
-            return
-        call = exchange.call
-        record = self._live[exchange] = ExchangeRecord(
+    def begin(self, *, request_id: str, owner: str, endpoint: str, model: str, stream: bool) -> ExchangeRecord:
+        """Records that an exchange has begun.
+
+        Returns:
+            Its record, which the caller completes, and passes to `settle`.
+        """
+        record = ExchangeRecord(
             id=f"ex_{self._worker}_{next(self._numbers)}",
-            request_id=exchange.id,
-            owner=exchange.owner,
+            request_id=request_id,
+            owner=owner,
             worker=self._worker,
-            endpoint=call.endpoint.path,
-            model=call.model[:_MAX_MODEL_CHARS],
-            stream=call.stream,
+            endpoint=endpoint,
+            model=model[:_MAX_MODEL_CHARS],
+            stream=stream,
             started_at=time.time(),
         )
-        self._begun += 1
-        if self._path != MEMORY:
-            self._write(record.encode())
+        if self._settings.enabled:
+            self._live[record.id] = record
+            self._begun += 1
+            if self._path != MEMORY:
+                self._write(record.encode())
+        return record
 
-    def settle(self, exchange: LedgerEntry) -> None:
-        """Records how an exchange ended, even if it was refused."""
-        begun = self._live.pop(exchange, None)
-        if begun is None:
+    def settle(self, record: ExchangeRecord) -> None:
+        """Records how an exchange ended, even if it was refused. Does nothing if the ledger was off when it began."""
+        if self._live.pop(record.id, None) is None:
             return
         self._settled += 1
-        record = _settled_record(begun, exchange).encode()
-        is_written = self._write(record)
+        line = record.encode()
+        is_written = self._write(line)
         if len(self._waiting) < MAX_WAITING:
-            self._waiting.append(record)
+            self._waiting.append(line)
         elif is_written:
             self._is_behind = True
         else:
@@ -336,59 +274,6 @@ class Ledger:
 
 def _encoded_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
     return [record.encode() for record in records if record.outcome != LOST]
-
-
-def _settled_record(begun: ExchangeRecord, exchange: LedgerEntry) -> ExchangeRecord:
-    prompt: int | None = None
-    completion: int | None = None
-    usage = exchange.usage
-    if usage is not None:
-        prompt, completion = usage.prompt_tokens, usage.completion_tokens
-    elif exchange.is_billed and (exchange.bytes_sent or exchange.events):
-        # No usage was reported: estimate one token for each event of a stream, and four bytes for each of the rest.
-        prompt = estimated_tokens(exchange.call.body)
-        completion = exchange.events if exchange.call.stream else tokens_of_size(exchange.bytes_sent)
-    return ExchangeRecord(
-        id=begun.id,
-        request_id=begun.request_id,
-        owner=begun.owner,
-        worker=begun.worker,
-        endpoint=begun.endpoint,
-        model=begun.model,
-        stream=begun.stream,
-        started_at=begun.started_at,
-        ended_at=time.time(),
-        outcome=exchange.outcome or "",
-        status=_status_of(exchange),
-        target=str(exchange.target) if exchange.target is not None else None,
-        attempts=tuple(_attempt_record(attempt, exchange.started_at) for attempt in exchange.attempts),
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        counted=usage is None and prompt is not None,
-        events=exchange.events,
-        bytes=exchange.bytes_sent,
-        first_content_s=exchange.first_content_after_s,
-    )
-
-
-def _status_of(exchange: LedgerEntry) -> int | None:
-    """The status that the client got; None = it had disconnected."""
-    if exchange.outcome in ("cancelled", "finished"):
-        return None
-    return exchange.error.status if exchange.error is not None else 200
-
-
-def _attempt_record(attempt: AttemptEntry, since: float) -> AttemptRecord:
-    error = attempt.error
-    return AttemptRecord(
-        target=str(attempt.target),
-        why=attempt.step.why,
-        started_s=attempt.started_at - since,
-        duration_s=attempt.ended_at - attempt.started_at if attempt.ended_at is not None else None,
-        outcome=attempt.outcome or "cancelled",
-        status=error.status if error is not None else None,
-        first_content_s=attempt.first_content_after_s,
-    )
 
 
 @asynccontextmanager

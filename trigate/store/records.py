@@ -252,9 +252,10 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     first_content_s: float | None
 
 
-class ExchangeRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):
     """The record of one exchange. It is a msgspec structure and not an attrs class, since there is one for each call:
-    msgspec encodes and decodes it as a JSON array, in C.
+    msgspec encodes and decodes it as a JSON array, in C. It is made when the exchange begins, and completed when it has
+    ended (`exchange.record`).
 
     Attributes:
         id: ``ex_…``; unique, unlike ``request_id``, which a client may choose.

@@ -1,0 +1,52 @@
+"""The record of an exchange, which the ledger keeps, and which the totals and the log read."""
+
+from __future__ import annotations
+
+import time
+
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.outcome import Outcome
+from trigate.exchange.state import ExchangeState
+from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
+from trigate.store.records import AttemptRecord, ExchangeRecord
+
+
+def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
+    """Completes the record of an exchange that has ended."""
+    source, call, usage = state.source, state.request.call, state.usage
+    record.ended_at = time.time()
+    record.outcome = state.outcome or ""
+    record.status = _status_of(state)
+    if source is not None:
+        record.target = str(source.target) if source.target is not None else None
+        record.attempts = tuple([_attempt_record(attempt, state.started_at) for attempt in source.attempts])
+        record.events = source.events
+        record.bytes = source.bytes_sent
+        record.first_content_s = state.first_content_after_s
+    if usage is not None:
+        record.prompt_tokens, record.completion_tokens = usage
+    elif state.is_billed and (record.bytes or record.events):
+        # No usage was reported: estimate one token for each event of a stream, and four bytes for each of the rest.
+        record.prompt_tokens = estimated_tokens(call.body)
+        record.completion_tokens = record.events if call.stream else tokens_of_size(record.bytes)
+        record.counted = True
+
+
+def _status_of(state: ExchangeState) -> int | None:
+    """The status that the client got; None = it had disconnected."""
+    if state.outcome in (Outcome.CANCELLED, Outcome.FINISHED):
+        return None
+    return state.error.status if state.error is not None else 200
+
+
+def _attempt_record(attempt: Attempt, since: float) -> AttemptRecord:
+    error = attempt.error
+    return AttemptRecord(
+        target=str(attempt.target),
+        why=attempt.step.why,
+        started_s=attempt.started_at - since,
+        duration_s=attempt.ended_at - attempt.started_at if attempt.ended_at is not None else None,
+        outcome=attempt.outcome or Outcome.CANCELLED,
+        status=error.status if error is not None else None,
+        first_content_s=attempt.first_content_after_s,
+    )
