@@ -10,8 +10,10 @@ import sys
 import pytest
 import structlog
 
+from tests.support.logs import Logs
 from tests.support.processes import environment
 from trigate import logs
+from trigate.logs import info_log
 
 SECRET = "sk-not-for-the-log"  # handed over as an argument: a traceback quotes lines of source
 
@@ -109,14 +111,31 @@ def test_what_is_configured_stays() -> None:
     assert structlog.get_config() == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("log_format", ["", "json"])
-def test_the_direct_log_writes_the_same_line(log_format: str) -> None:
-    """`logs.info_log` and structlog write the same line; neither writes one below the level."""
-    script = "log.info('one', a='b c', n=1)\nlogs.info_log('trigate.test')('one', {'a': 'b c', 'n': 1})\n"
-    lines = _logged(script, TRIGATE_LOG_FORMAT=log_format).splitlines()
+def test_the_direct_log_writes_the_same_line(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
+    """`logs.info_log` and structlog write the same line."""
+    structlog.reset_defaults()
+    logs.configure({"TRIGATE_LOG_FORMAT": log_format})
+    values = {"a": "b c", "n": 1, "r": 0.25, "yes": True, "none": None, "text": "a\n\x1b[31m"}
+    structlog.get_logger("trigate.test").info("one", **values)
+    logs.info_log("trigate.test")("one", dict(values))
+    lines = capsys.readouterr().err.splitlines()
     first, second = [re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", line) for line in lines]
     assert first == second
     assert "TIME" in first
     assert "b c" in first
-    assert _logged(script, TRIGATE_LOG_FORMAT=log_format, TRIGATE_LOG_LEVEL="warning") == ""
+    assert "\x1b" not in first
+
+
+def test_the_direct_log_respects_the_level(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written below the level."""
+    structlog.reset_defaults()
+    logs.configure({"TRIGATE_LOG_LEVEL": "warning"})
+    logs.info_log("trigate.test")("one", {"n": 1})
+    assert capsys.readouterr().err == ""
+
+
+def test_the_direct_log_of_another_configuration(logs: Logs) -> None:
+    """Where the application around the gateway has configured structlog, the event goes through its processors."""
+    info_log("trigate.test")("one", {"n": 1})
+    assert logs.named("one") == [{"event": "one", "n": 1, "log_level": "info"}]

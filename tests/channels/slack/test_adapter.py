@@ -423,6 +423,7 @@ edit_interval_s = 0.01
 # -- without a gateway ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 async def test_growing_texts_stay_within_the_limits(workers: int, autojump_clock: object) -> None:
     """Three growing texts share the edits that Slack allows, in one worker or in several, and each is complete in the
