@@ -17,7 +17,8 @@ import pytest
 import trigate
 from tests.test_layers import ROWS
 from trigate import errors
-from trigate.asgi.application import create_app
+from trigate.asgi import health
+from trigate.asgi.control_plane import create_control_plane
 from trigate.cli.commands import cli
 from trigate.config import sections, structure
 from trigate.openai import endpoints
@@ -244,7 +245,8 @@ def test_error_codes() -> None:
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
     served = {f"POST {path}" for path in endpoints.ENDPOINTS} | {"POST /hooks/{name}"}
-    for rule in create_app(sections.Config()).url_map.iter_rules():
+    served |= {f"GET {path}" for path in health.PATHS}
+    for rule in create_control_plane().url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     titles = re.findall(r"^### `(.*)`$", _page("reference/endpoints.md"), re.M)

@@ -39,7 +39,7 @@ from tests.support.provider import (
     says,
 )
 from tests.support.scripted_upstream import TEXT, open_upstream, seen
-from trigate.asgi.quart_app import GatewayApp
+from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Seconds, SessionsConfig
 from trigate.errors import GatewayError, RunStopped, SessionBusy, StoreUnavailable
 from trigate.openai.accumulator import AnswerAccumulator

@@ -15,8 +15,7 @@ import trio
 
 from tests.support.asgi_client import AsgiClient
 from tests.support.provider import Provider
-from trigate.asgi.application import create_app
-from trigate.asgi.quart_app import GatewayApp
+from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.sections import Config, Port
 from trigate.gateway.gateway import Gateway, open_gateway

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.support.gateway import make_config
-from trigate.asgi.quart_app import GatewayApp
+from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Config, HookConfig
 from trigate.errors import Unverified
 from trigate.runs.outbox import Receipt, open_outbox

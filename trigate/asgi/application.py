@@ -1,4 +1,4 @@
-"""`create_app` makes the ASGI application: lifespan, dispatch, routes, error bodies."""
+"""`create_app` makes the ASGI application. It owns the gateway, and passes each request to `dispatch`."""
 
 from __future__ import annotations
 
@@ -6,54 +6,67 @@ import contextlib
 import gc
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
-import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, LifespanScope
-from quart import Response, request
-from werkzeug.exceptions import HTTPException
-from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
-from trigate.asgi.dispatch import GatewayConnection, NoWebsocket
-from trigate.asgi.quart_app import GatewayApp
-from trigate.asgi.routes import health, hooks, models, sessions, status
+from trigate.asgi.dispatch import serve_request
+from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.status.startup import startup_lines
 
+if TYPE_CHECKING:  # hypercorn imports multiprocessing
+    from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
+
 log = structlog.get_logger("trigate.asgi.application")
 
 
-class GatewayLifespan:
-    """The ASGI lifespan. Its task owns the gateway, and so every service, for as long as the server runs."""
+class GatewayApp:
+    """The ASGI application.
 
-    def __init__(self, app: GatewayApp, scope: LifespanScope) -> None:
-        self._app = app
-        self._scope = scope
+    Attributes:
+        gateway: The open gateway; set from the start of the lifespan to its end.
+    """
 
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        app = self._app
+    gateway: Gateway
+    _control_plane: LazyControlPlane
+
+    def __init__(self, opener: Callable[[], AbstractAsyncContextManager[Gateway]]) -> None:
+        self._open_gateway = opener
+
+    async def __call__(
+        self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:  # Any: hypercorn's types do not know our entries of the scope
+        match scope["type"]:
+            case "http":
+                await serve_request(self.gateway, self._control_plane, scope, receive, send)
+            case "lifespan":
+                await self._run_lifespan(scope, receive, send)
+            case _:  # a WebSocket: there are no such endpoints, so its handshake is refused
+                await receive()
+                await send({"type": "websocket.close", "code": 1000, "reason": None})
+
+    async def _run_lifespan(self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Runs the ASGI lifespan. Its task owns the gateway, and so every service, for as long as the server runs."""
         await receive()
         async with contextlib.AsyncExitStack() as stack:
             try:
-                app.gateway = await stack.enter_async_context(app.open_gateway())
-                app.nursery = await stack.enter_async_context(trio.open_nursery())
-                await app.startup()
+                self.gateway = gateway = await stack.enter_async_context(self._open_gateway())
             except Exception as error:
                 message = errors.message_of(error)
                 log.error("startup_failed", error=message)
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
-            self._scope["state"]["drain"] = app.gateway.drain
-            for line in startup_lines(app.gateway.generations.current, store_path=app.gateway.store.statistics().path):
+            self._control_plane = LazyControlPlane(gateway)
+            scope["state"]["drain"] = gateway.drain
+            for line in startup_lines(gateway.generations.current, store_path=gateway.store.statistics().path):
                 log.info(line)
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            app.gateway.drain.begin()
-            app.gateway.drain.cut()
-            await app.shutdown()
+            gateway.drain.begin()
+            gateway.drain.cut()
         await send({"type": "lifespan.shutdown.complete"})
 
 
@@ -78,53 +91,4 @@ def create_app(
         config: The configuration; None = it is located as in `trigate.gateway.gateway.open_gateway`.
         opener: Opens the gateway in place of ``open_gateway(config)``.
     """
-    app = GatewayApp("trigate", static_folder=None)
-    app.asgi_http_class = GatewayConnection
-    app.asgi_lifespan_class = GatewayLifespan  # type: ignore[assignment]
-    app.asgi_websocket_class = NoWebsocket
-    app.open_gateway = opener or (lambda: open_gateway(config))
-    app.config["RESPONSE_TIMEOUT"] = None  # Quart would truncate a response after 60 s without a log line
-    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
-    app.url_map.merge_slashes = False  # no redirects
-    app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.register_blueprint(health.blueprint)
-    app.register_blueprint(hooks.blueprint)
-    app.register_blueprint(models.blueprint)
-    app.register_blueprint(sessions.blueprint)
-    app.register_blueprint(status.blueprint)
-
-    @app.errorhandler(errors.GatewayError)
-    async def on_gateway_error(error: errors.GatewayError) -> Response:
-        return _response_of(error)
-
-    @app.errorhandler(HTTPException)
-    async def on_http_error(error: HTTPException) -> Response:
-        return _response_of(_error_for(error))
-
-    @app.errorhandler(Exception)
-    async def on_crash(error: Exception) -> Response:
-        log.exception("request_crashed", path=request.path)
-        return _response_of(errors.Internal("The gateway failed. See its log."))
-
-    return app
-
-
-def _error_for(error: HTTPException) -> errors.GatewayError:
-    if isinstance(error, WerkzeugMethodNotAllowed):
-        allowed = tuple(sorted(error.valid_methods or ()))
-        return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
-    if error.code == 404:
-        return errors.NotFound(f"There is nothing at {request.method} {request.path[:200]}.")
-    if error.code == 413:
-        return errors.TooLarge("The body is too large.")
-    return errors.BadRequest(error.description or error.name)
-
-
-def _response_of(error: errors.GatewayError) -> Response:
-    status_code, headers, body = error.to_response()
-    response: Any = Response(body, status=status_code)  # Any: Quart's headers are untyped
-    response.headers.clear()
-    for name, value in headers:
-        response.headers.add(name.decode(), value.decode("latin-1"))
-    response.headers["content-length"] = str(len(body))
-    return response  # type: ignore[no-any-return]
+    return GatewayApp(opener or (lambda: open_gateway(config)))

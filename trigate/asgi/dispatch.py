@@ -1,9 +1,8 @@
-"""One ASGI HTTP request: access control, then the data plane, a webhook or the control plane.
+"""One ASGI HTTP request: access control, then the data plane, a webhook, a probe or the control plane.
 
-Quart-Trio makes a `GatewayConnection` for each request (``asgi_http_class``). Calls that carry model traffic
-(`openai.endpoints.ENDPOINTS`) go to `data_plane` and webhooks to `webhooks.endpoint`; both send the response
-themselves. Everything else is ordinary Quart. This module does for all three: access control (`auth`), CORS, request
-ids and error bodies.
+Calls that carry model traffic (`openai.endpoints.ENDPOINTS`) go to `data_plane`, webhooks to `webhooks.endpoint` and
+probes to `health`; all three send the response themselves. Everything else is ordinary Quart (`control_plane`). This
+module does for all of them: access control (`auth`), CORS, request ids and error bodies.
 """
 
 from __future__ import annotations
@@ -11,119 +10,130 @@ from __future__ import annotations
 import functools
 import random
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 
+from trigate.asgi import health
 from trigate.asgi.auth import authorize, cors_allows, cors_headers
 from trigate.asgi.data_plane import read_body, serve_call, watch_client
-from trigate.asgi.quart_app import GatewayApp
+from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import RequestBody
 from trigate.config.sections import Config
 from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
+from trigate.gateway.gateway import Gateway
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.webhooks.calls import HookHead
+
+if TYPE_CHECKING:  # hypercorn imports multiprocessing
+    from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 
 log = structlog.get_logger("trigate.asgi")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 
 
-class GatewayConnection(TrioASGIHTTPConnection):
-    """One HTTP request to the gateway."""
-
-    app: GatewayApp
-
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        gateway = self.app.gateway
-        config = gateway.generations.config
-        scope: Any = self.scope  # Any: hypercorn's type does not know our extension
-        head = RequestHead(scope)
-        given = head.headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{random.getrandbits(96):024x}"
-        client = scope.get("extensions", {}).get("trigate.client")
-        response = ClientResponse(send, [(b"x-request-id", request_id.encode())], client)
-        body = RequestBody(receive)
-        try:
-            head.check()
-            response.headers += cors_headers(head.origin, config)
-            if head.method == "OPTIONS" and await _answer_preflight(head, config, response):
-                return
-            endpoint = ENDPOINTS.get(head.path)
-            if endpoint is not None:
-                owner = authorize(head, config) or ""
-                await serve_call(gateway, endpoint, head, body, response, request_id=request_id, owner=owner)
-                return
-            hook, rest = _hook_of(head.path)
-            if hook and not rest:
-                await self._webhook(hook, head, body, response)
-                return
-            if hook:
-                scope["trigate.readers"] = gateway.hooks.readers(
-                    hook, head.headers, functools.partial(authorize, head, config)
-                )
-            elif head.path != "/health":
-                scope["trigate.owner"] = authorize(head, config) or ""
-            await self._control_plane(head, body, response)
-        except GatewayError as error:
-            log.info("refused", request_id=request_id, path=self.scope["path"], status=error.status, code=error.code)
-            await _refuse(error, body, response)
-        except Exception:
-            log.exception("request_crashed", request_id=request_id, path=self.scope["path"])
-            if not response.committed:
-                await response.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
-
-    async def _control_plane(self, head: RequestHead, body: RequestBody, response: ClientResponse) -> None:
-        """Passes the request to Quart."""
-
-        async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
-            piece = message.get("body", b"") if head.method != "HEAD" else b""
-            if message["type"] == "http.response.start":
-                await response.start(message["status"], list(message["headers"]))
-            elif message.get("more_body", False):
-                await response.send(piece)
-            else:
-                await response.end(piece)
-
-        await super().__call__(body.receive_bounded, send)
-
-    async def _webhook(self, name: str, head: RequestHead, body: RequestBody, response: ClientResponse) -> None:
-        gateway = self.app.gateway
-        config = gateway.generations.config
-        call = gateway.hooks.check_head(
-            HookHead(
-                name=name,
-                method=head.method,
-                headers=head.headers,
-                query=self.scope["query_string"],
-                client=head.client,
-                authorize=functools.partial(authorize, head, config),
-            )
-        )
-        data = await read_body(gateway, head, body, response, max_bytes=call.body_bytes)
-        if data is None:
+async def serve_request(
+    gateway: Gateway,
+    control_plane: LazyControlPlane,
+    scope: Any,  # Any: hypercorn's type does not know our extension
+    receive: ASGIReceiveCallable,
+    send: ASGISendCallable,
+) -> None:
+    """Serves one HTTP request to the gateway."""
+    config = gateway.generations.config
+    head = RequestHead(scope)
+    given = head.headers.get(b"x-request-id", b"")
+    request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{random.getrandbits(96):024x}"
+    client = scope.get("extensions", {}).get("trigate.client")
+    response = ClientResponse(send, [(b"x-request-id", request_id.encode())], client)
+    body = RequestBody(receive)
+    try:
+        head.check()
+        response.headers += cors_headers(head.origin, config)
+        if head.method == "OPTIONS" and await _answer_preflight(head, config, response):
             return
-        error: GatewayError | None = None
-        async with trio.open_nursery() as nursery:
+        endpoint = ENDPOINTS.get(head.path)
+        if endpoint is not None:
+            owner = authorize(head, config) or ""
+            await serve_call(gateway, endpoint, head, body, response, request_id=request_id, owner=owner)
+            return
+        hook, rest = _hook_of(head.path)
+        if hook and not rest:
+            await _serve_webhook(gateway, hook, scope["query_string"], head, body, response)
+            return
+        if hook:
+            scope["trigate.readers"] = gateway.hooks.readers(
+                hook, head.headers, functools.partial(authorize, head, config)
+            )
+        elif head.path != "/health":
+            scope["trigate.owner"] = authorize(head, config) or ""
+        if head.path in health.PATHS:
+            await health.answer_probe(gateway, head, response)
+            return
+        await _serve_control_plane(control_plane, scope, head, body, response)
+    except GatewayError as error:
+        log.info("refused", request_id=request_id, path=head.path, status=error.status, code=error.code)
+        await _refuse(error, body, response)
+    except Exception:
+        log.exception("request_crashed", request_id=request_id, path=head.path)
+        if not response.committed:
+            await response.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
 
-            def leave() -> None:
-                response.gone = True
-                if not response.ended:
-                    nursery.cancel_scope.cancel()
 
-            watch_client(nursery, body, response, leave)
-            try:
-                await call.serve(data, response)
-            except GatewayError as raised:  # not through the nursery, which would wrap it in a group
-                error = raised
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise error
+async def _serve_control_plane(
+    control_plane: LazyControlPlane, scope: Any, head: RequestHead, body: RequestBody, response: ClientResponse
+) -> None:
+    """Passes the request to Quart."""
+
+    async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
+        piece = message.get("body", b"") if head.method != "HEAD" else b""
+        if message["type"] == "http.response.start":
+            await response.start(message["status"], list(message["headers"]))
+        elif message.get("more_body", False):
+            await response.send(piece)
+        else:
+            await response.end(piece)
+
+    await control_plane(scope, body.receive_bounded, send)
+
+
+async def _serve_webhook(
+    gateway: Gateway, name: str, query: bytes, head: RequestHead, body: RequestBody, response: ClientResponse
+) -> None:
+    config = gateway.generations.config
+    call = gateway.hooks.check_head(
+        HookHead(
+            name=name,
+            method=head.method,
+            headers=head.headers,
+            query=query,
+            client=head.client,
+            authorize=functools.partial(authorize, head, config),
+        )
+    )
+    data = await read_body(gateway, head, body, response, max_bytes=call.body_bytes)
+    if data is None:
+        return
+    error: GatewayError | None = None
+    async with trio.open_nursery() as nursery:
+
+        def leave() -> None:
+            response.gone = True
+            if not response.ended:
+                nursery.cancel_scope.cancel()
+
+        watch_client(nursery, body, response, leave)
+        try:
+            await call.serve(data, response)
+        except GatewayError as raised:  # not through the nursery, which would wrap it in a group
+            error = raised
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
 
 
 def _hook_of(path: str) -> tuple[str, str]:
@@ -170,11 +180,3 @@ async def _answer_preflight(head: RequestHead, config: Config, response: ClientR
         b"",
     )
     return True
-
-
-class NoWebsocket(TrioASGIWebsocketConnection):
-    """Refuses the handshake of a WebSocket before Quart handles it: there are no WebSocket endpoints."""
-
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        await receive()
-        await send({"type": "websocket.close", "code": 1000, "reason": None})

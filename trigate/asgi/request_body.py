@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
-from hypercorn.typing import ASGIReceiveCallable
 
 from trigate.errors import BodyTimeout, TooLarge
+
+if TYPE_CHECKING:  # hypercorn imports multiprocessing
+    from hypercorn.typing import ASGIReceiveCallable
 
 _CONTROL_PLANE_BYTES = 1024 * 1024
 _LINGER_BYTES = 256 * 1024 * 1024

@@ -162,8 +162,8 @@ class Exchange(ExchangeState):
 
     def _settle(self) -> None:
         """Records how the exchange ended: in the ledger, in the totals, and with one log line."""
-        record = self.services.live.settle(self)
-        self.services.log_info("exchange", view.log_line(self, record, trio.current_time()))
+        self.services.live.settle(self)
+        self.services.log_info("exchange", view.log_line(self, trio.current_time()))
 
     async def _note_cancelled(self) -> None:
         """Finds out why the request's nursery was cancelled, and tells the client if the server stops."""

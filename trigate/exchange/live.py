@@ -12,7 +12,6 @@ from trigate.exchange.outcome import Outcome
 from trigate.exchange.record import complete_record
 from trigate.exchange.state import ExchangeState
 from trigate.ledger.ledger import Ledger
-from trigate.store.records import ExchangeRecord
 
 
 @attrs.define
@@ -73,7 +72,7 @@ class LiveExchanges:
         self._live[exchange] = None
         request.generation.hold()
 
-    def settle(self, exchange: ExchangeState) -> ExchangeRecord:
+    def settle(self, exchange: ExchangeState) -> None:
         """Records how an exchange ended, once, even if it was refused. Synchronous, so that a cancellation of the
         exchange's task cannot prevent it."""
         record = exchange.record
@@ -98,7 +97,6 @@ class LiveExchanges:
             totals.cancelled += 1
         else:
             totals.failed += 1
-        return record
 
     def cancel_all(self, error: GatewayError) -> list[str]:
         """Cancels all exchanges with an error, which their clients get. Returns the request ids."""

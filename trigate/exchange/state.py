@@ -38,7 +38,7 @@ class ExchangeState:
         cancelled_with: Why it was cancelled.
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
-        record: Its record in the ledger.
+        record: Its record in the ledger, completed when it has ended; None = it has not begun.
         task: The task that serves it.
     """
 

@@ -11,7 +11,6 @@ from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
-from trigate.store.records import ExchangeRecord
 
 
 def phase(state: ExchangeState) -> Phase:
@@ -67,9 +66,11 @@ def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:
     return row
 
 
-def log_line(state: ExchangeState, record: ExchangeRecord, now: float) -> dict[str, object]:
-    """Makes the values of the log event ``exchange``."""
-    source, attempts = state.source, len(record.attempts)
+def log_line(state: ExchangeState, now: float) -> dict[str, object]:
+    """Makes the values of the log event ``exchange``, from the completed record."""
+    record, source = state.record, state.source
+    assert record is not None, "an exchange that has ended has begun"
+    attempts = len(record.attempts)
     line: dict[str, object] = {
         "request_id": record.request_id,
         "model": state.request.call.model,

@@ -1,0 +1,49 @@
+"""The control plane is loaded by the first request to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.gateway import OpenApp
+from tests.support.processes import environment
+from trigate.asgi import lazy_control_plane
+
+HEAVY = ("quart", "flask", "werkzeug", "jinja2", "hypercorn", "h2", "multiprocessing")
+
+
+async def test_two_first_requests(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests that arrive while it is being loaded, in a thread, are answered by the same application."""
+    monkeypatch.delitem(sys.modules, lazy_control_plane._MODULE)
+    async with open_app() as served:
+        first = served.client.start("GET", "/v1/models")
+        second = served.client.start("GET", "/status")
+        assert (await first.wait()).status == 200
+        assert (await second.wait()).status == 200
+        assert lazy_control_plane._MODULE in sys.modules
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_probes(open_app: OpenApp, path: str) -> None:
+    """Probes answer GET, HEAD and OPTIONS, and refuse other methods as every path does."""
+    async with open_app() as served:
+        got = await served.client.ask("GET", path)
+        assert (got.status, got.header("content-type")) == (200, "application/json")
+        head = await served.client.ask("HEAD", path)
+        assert (head.status, head.body, head.header("content-length")) == (200, b"", str(len(got.body)))
+        options = await served.client.ask("OPTIONS", path)
+        assert (options.status, options.header("allow")) == (200, "GET, HEAD, OPTIONS")
+        post = await served.client.ask("POST", path)
+        assert (post.status, post.header("allow")) == (405, "GET, HEAD, OPTIONS")
+
+
+@pytest.mark.slow
+def test_what_a_start_imports() -> None:
+    """The application of a gateway imports neither Quart nor another web server."""
+    script = f"import sys, trigate.asgi.application; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.strip() == "[]"

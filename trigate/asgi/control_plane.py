@@ -1,0 +1,78 @@
+"""The control plane: everything but model traffic, webhooks and probes, as a Quart application.
+
+Only `lazy_control_plane` imports this module, when the first such request arrives: Quart and its packages take a
+fifth of the time to start and 10 MiB.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from quart import Response, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
+
+from trigate import errors
+from trigate.asgi.quart_app import ControlPlane
+from trigate.asgi.routes import hooks, models, sessions, status
+from trigate.gateway.gateway import Gateway
+
+log = structlog.get_logger("trigate.asgi.control_plane")
+
+
+async def open_control_plane(gateway: Gateway) -> ControlPlane:
+    """Makes the application of an open gateway, and starts it."""
+    app = create_control_plane()
+    app.gateway = gateway
+    await app.startup()
+    return app
+
+
+def create_control_plane() -> ControlPlane:
+    """Makes the application, without a gateway."""
+    app = ControlPlane("trigate", static_folder=None)
+    app.config["RESPONSE_TIMEOUT"] = None  # Quart would truncate a response after 60 s without a log line
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
+    app.url_map.merge_slashes = False  # no redirects
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.register_blueprint(hooks.blueprint)
+    app.register_blueprint(models.blueprint)
+    app.register_blueprint(sessions.blueprint)
+    app.register_blueprint(status.blueprint)
+
+    @app.errorhandler(errors.GatewayError)
+    async def on_gateway_error(error: errors.GatewayError) -> Response:
+        return _response_of(error)
+
+    @app.errorhandler(HTTPException)
+    async def on_http_error(error: HTTPException) -> Response:
+        return _response_of(_error_for(error))
+
+    @app.errorhandler(Exception)
+    async def on_crash(error: Exception) -> Response:
+        log.exception("request_crashed", path=request.path)
+        return _response_of(errors.Internal("The gateway failed. See its log."))
+
+    return app
+
+
+def _error_for(error: HTTPException) -> errors.GatewayError:
+    if isinstance(error, WerkzeugMethodNotAllowed):
+        allowed = tuple(sorted(error.valid_methods or ()))
+        return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
+    if error.code == 404:
+        return errors.NotFound(f"There is nothing at {request.method} {request.path[:200]}.")
+    if error.code == 413:
+        return errors.TooLarge("The body is too large.")
+    return errors.BadRequest(error.description or error.name)
+
+
+def _response_of(error: errors.GatewayError) -> Response:
+    status_code, headers, body = error.to_response()
+    response: Any = Response(body, status=status_code)  # Any: Quart's headers are untyped
+    response.headers.clear()
+    for name, value in headers:
+        response.headers.add(name.decode(), value.decode("latin-1"))
+    response.headers["content-length"] = str(len(body))
+    return response  # type: ignore[no-any-return]

@@ -1,0 +1,34 @@
+"""Loads the control plane when the first request to it arrives."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import trio
+
+from trigate.gateway.gateway import Gateway
+
+_MODULE = "trigate.asgi.control_plane"
+
+
+class LazyControlPlane:
+    """The control plane as an ASGI application, which is imported and made at its first call."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._opening = trio.Lock()
+        self._app: Any = None  # Any: Quart is not imported before it is needed
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI as servers type it
+        if self._app is None:
+            async with self._opening:
+                if self._app is None:
+                    self._app = await self._open()
+        await self._app(scope, receive, send)
+
+    async def _open(self) -> Any:
+        if _MODULE not in sys.modules:  # in a thread: streams go on meanwhile
+            await trio.to_thread.run_sync(importlib.import_module, _MODULE)
+        return await sys.modules[_MODULE].open_control_plane(self._gateway)
