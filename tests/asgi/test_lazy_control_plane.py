@@ -11,7 +11,7 @@ from tests.support.gateway import OpenApp
 from tests.support.processes import environment
 from trigate.asgi import lazy_control_plane
 
-HEAVY = ("quart", "flask", "werkzeug", "jinja2", "hypercorn", "h2", "multiprocessing")
+HEAVY = ("quart", "flask", "werkzeug", "jinja2", "hypercorn", "h2", "h11", "wsproto", "multiprocessing")
 
 
 async def test_two_first_requests(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ async def test_probes(open_app: OpenApp, path: str) -> None:
 @pytest.mark.slow
 def test_what_a_start_imports() -> None:
     """The application of a gateway imports neither Quart nor another web server."""
-    script = f"import sys, trigate.asgi.application; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    script = f"import sys, trigate.asgi.application, trigate.server.server; print(sorted(set({HEAVY}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30, check=True
     )

@@ -40,7 +40,7 @@ from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
 from trigate.server import shutdown
 from trigate.server.client_stream import ClientStream
-from trigate.server.http2 import Http2Service
+from trigate.server.connection import Service
 from trigate.upstream.generation import Generation
 from trigate.upstream.pool import ConnectionPool, Opening
 
@@ -327,7 +327,7 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         "hold a generation",
     ),
     "clients are not notified of a hot restart": (
-        skip_calls(Http2Service, "announce_close", lambda self: True),
+        skip_calls(Service, "announce_close", lambda self: True),
         "its client was not notified",
     ),
     "a hot restart leaves no time": (replace(shutdown.ShutdownSequence, "_wait_moved", skip_wait), "left to move"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import structlog
@@ -15,11 +15,45 @@ from trigate.concurrency.timers import Timers, open_timers
 from trigate.config.sections import ServerConfig
 from trigate.server import http1
 from trigate.server.http1 import Address, Application
-from trigate.server.http2 import Http2Connection, Http2Service, hypercorn_config
+
+if TYPE_CHECKING:  # imported where TLS is configured: hypercorn and h2 take 6 MiB
+    from trigate.server.http2 import Http2Connection, Http2Service
 
 log = structlog.get_logger("trigate.server.server")
 
 HANDSHAKE_TIMEOUT_S = 10.0
+
+
+@attrs.define(eq=False)
+class Service:
+    """What the connections of a server share.
+
+    Args:
+        http1: What the HTTP/1.1 connections share.
+    """
+
+    http1: http1.Service
+    _config: ServerConfig
+    _http2: Http2Service | None = attrs.field(init=False, default=None)
+
+    def http2(self) -> Http2Service:
+        """What the HTTP/2 connections share; made at the first call."""
+        if self._http2 is None:
+            from trigate.server.http2 import Http2Service, hypercorn_config
+
+            self._http2 = Http2Service(self.http1, hypercorn_config(self._config))
+        return self._http2
+
+    def announce_close(self) -> None:
+        """Has every connection announce its end, and end when its client knows. See `Connection.announce_close` for
+        connections that send no response."""
+        self.http1.announces_close = True
+
+    async def begin_drain(self) -> None:
+        """Has every connection end after the requests that it serves now."""
+        self.http1.announces_close = self.http1.draining = True
+        if self._http2 is not None:
+            await self._http2.context.terminated.set()
 
 
 @attrs.define(eq=False)
@@ -33,11 +67,12 @@ class Connection:
         server: The server's address, for the scope.
     """
 
-    _service: Http2Service
+    _service: Service
     _stream: trio.abc.Stream
     client: Address | None = None
     server: Address | None = None
     _protocol: http1.Connection | Http2Connection | None = attrs.field(init=False, default=None)
+    _http2: Http2Connection | None = attrs.field(init=False, default=None)
     _handshake: trio.CancelScope | None = attrs.field(init=False, default=None)
 
     async def run(self) -> None:
@@ -46,8 +81,7 @@ class Connection:
             async with aclosing(self._stream):
                 alpn = await self._shake_hands(self._stream)
                 if alpn == "h2":
-                    self._protocol = Http2Connection(self._service, self._stream, self.client, self.server)
-                    await self._protocol.run()
+                    await self._serve_http2(self._stream)
                 elif alpn is not None:
                     await self._serve_http1()
         else:
@@ -62,8 +96,8 @@ class Connection:
 
     async def announce_close(self) -> None:
         """Tells an idle HTTP/2 client that its connection ends. HTTP/1.1 announces it in the next response."""
-        if isinstance(self._protocol, Http2Connection):
-            await self._protocol.announce_close()
+        if self._http2 is not None:
+            await self._http2.announce_close()
 
     async def abort(self) -> None:
         """Closes the connection at once, even while its tasks use it."""
@@ -87,10 +121,16 @@ class Connection:
         self._protocol = http1.Connection(self._service.http1, self._stream, self.client, self.server)
         await self._protocol.run()
 
+    async def _serve_http2(self, stream: trio.SSLStream[trio.abc.Stream]) -> None:
+        from trigate.server.http2 import Http2Connection
+
+        self._protocol = self._http2 = Http2Connection(self._service.http2(), stream, self.client, self.server)
+        await self._http2.run()
+
 
 def make_service(
     app: Application, config: ServerConfig, state: Mapping[str, Any], timers: Timers, poller: Poller | None = None
-) -> Http2Service:
+) -> Service:
     """Makes what the connections of a server share.
 
     Args:
@@ -100,8 +140,7 @@ def make_service(
         timers: Close idle connections.
         poller: Reports disconnects; None = there is none.
     """
-    service = http1.Service(app, timers, config.keep_alive_timeout_s, state, poller)
-    return Http2Service(service, hypercorn_config(config))
+    return Service(http1.Service(app, timers, config.keep_alive_timeout_s, state, poller), config)
 
 
 async def serve_connection(

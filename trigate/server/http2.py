@@ -210,7 +210,7 @@ class _AppTasks:
 
 @attrs.define(eq=False)
 class Http2Service:
-    """What the connections of a server share, where some of them may be HTTP/2.
+    """What the HTTP/2 connections of a server share.
 
     Args:
         http1: What HTTP/1.1 connections share.
@@ -223,16 +223,6 @@ class Http2Service:
     http1: http1.Service
     config: HypercornConfig
     context: WorkerContext = attrs.field(init=False, factory=lambda: WorkerContext(None))
-
-    def announce_close(self) -> None:
-        """Has every connection announce its end, and end when its client knows. See `Http2Connection.announce_close`
-        for connections that send no response."""
-        self.http1.announces_close = True
-
-    async def begin_drain(self) -> None:
-        """Has every connection end after the requests that it serves now."""
-        self.http1.announces_close = self.http1.draining = True
-        await self.context.terminated.set()
 
 
 @attrs.define(eq=False)
@@ -285,7 +275,7 @@ class Http2Connection:
             self._deadline = self._receiving.deadline = -math.inf
 
     async def announce_close(self) -> None:
-        """Sends GOAWAY to an idle client (`Http2Service.announce_close`).
+        """Sends GOAWAY to an idle client (`connection.Service.announce_close`).
 
         A client that waits for a response gets it afterwards: some clients (httpcore) give up on their responses when
         they receive GOAWAY.

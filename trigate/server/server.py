@@ -25,10 +25,9 @@ from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import open_timers
 from trigate.config.sections import ServerConfig
 from trigate.server import hot_restart
-from trigate.server.connection import Connection, make_service
+from trigate.server.connection import Connection, Service, make_service
 from trigate.server.hot_restart import format_address
 from trigate.server.http1 import Address, Application
-from trigate.server.http2 import Http2Service
 from trigate.server.lifespan import StartupFailed, open_lifespan
 from trigate.server.listeners import open_sockets
 from trigate.server.shutdown import (
@@ -80,7 +79,7 @@ class _Server:
     tls: ssl.SSLContext | None
     state: Mapping[str, Any]  # Any: values of the app
     connections: OpenConnections = attrs.field(init=False, factory=OpenConnections)
-    _service: Http2Service = attrs.field(init=False)
+    _service: Service = attrs.field(init=False)
 
     async def run(
         self,
@@ -100,6 +99,8 @@ class _Server:
             trio.open_nursery() as nursery,
         ):
             self._service = make_service(self.app, self.config, self.state, timers, poller)
+            if self.tls is not None:
+                self._service.http2()  # loaded now, and not in the first handshake
             sequence = ShutdownSequence(
                 config=self.config,
                 service=self._service,

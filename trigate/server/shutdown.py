@@ -24,8 +24,7 @@ import trio
 
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.config.sections import ServerConfig
-from trigate.server.connection import Connection
-from trigate.server.http2 import Http2Service
+from trigate.server.connection import Connection, Service
 from trigate.server.supervisor import HANDED_OVER, wait_parent_gone
 
 log = structlog.get_logger("trigate.server.server")
@@ -165,7 +164,7 @@ class ShutdownSequence:
     """
 
     _config: ServerConfig
-    _service: Http2Service
+    _service: Service
     _connections: OpenConnections
     _app: Drainable | None
     _shutdown: Shutdown
