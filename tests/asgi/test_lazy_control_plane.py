@@ -42,7 +42,9 @@ async def test_probes(open_app: OpenApp, path: str) -> None:
 @pytest.mark.slow
 def test_what_a_start_imports() -> None:
     """The application of a gateway imports neither Quart nor another web server."""
-    script = f"import sys, trigate.asgi.application, trigate.server.server; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    script = (
+        f"import sys, trigate.asgi.application, trigate.server.server; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30, check=True
     )

@@ -15,6 +15,7 @@ import trio
 
 from tests.support.asgi_client import AsgiClient
 from tests.support.provider import Provider
+from trigate.asgi import control_plane  # noqa: F401 - imported here, since a virtual clock does not wait for a thread
 from trigate.asgi.application import GatewayApp, create_app
 from trigate.config import structure as configuration
 from trigate.config.sections import Config, Port
