@@ -37,14 +37,19 @@ def read_configuration(env: Mapping[str, str]) -> Config:
     Raises:
         CommandFailed: The configuration is invalid; each problem has a line of its own.
     """
-    import trio
-
-    from trigate.config.load import locate
+    from trigate.config import load
     from trigate.config.sections import ConfigError
-    from trigate.gateway.reload import read_config
 
+    path = load.locate(env)
     try:
-        return trio.run(read_config, locate(env), env)
+        if path is not None:  # as `read_config` does, without the gateway: the supervisor of workers has none
+            return load.read(path, env=env)
+
+        import trio
+
+        from trigate.gateway.reload import read_config
+
+        return trio.run(read_config, None, env)
     except ConfigError as error:
         raise CommandFailed(*(f"{error.source}: {problem}" for problem in error.problems)) from None
 
@@ -70,6 +75,8 @@ def check_certificate(server: ServerConfig) -> None:
     Raises:
         CommandFailed: The certificate or its key cannot be used.
     """
+    if server.certfile is None:
+        return
     from trigate.server.lifespan import StartupFailed
     from trigate.server.server import open_tls
 
