@@ -8,7 +8,6 @@ Two threads must not use the connection of a `Tables` at the same time.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -79,37 +78,25 @@ _CHANNELS = _Table(ChannelRecord, "channels", key=("name",))
 _WORKERS = _Table(Worker, "workers", key=("id",))
 
 _OF_EXCHANGE = ExchangeRecord.__struct_fields__
-_ATTEMPTS = _OF_EXCHANGE.index("attempts")
-_values_decoder = msgspec.json.Decoder(list[Any])
-
-_ROWS_AT_ONCE = 32
-
-
-def _put_exchanges(count: int) -> str:
-    """Makes the statement that inserts this many rows. The interpreter's lock changes hands between two statements, and
-    while the event loop is busy, that costs more than inserting a row. (To let SQLite read the rows from JSON takes
-    three times as long.)"""
-    row = f"({', '.join('?' * len(_OF_EXCHANGE))})"
-    return (
-        f"INSERT INTO exchanges ({', '.join(_OF_EXCHANGE)}) VALUES {', '.join([row] * count)}"
-        f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _OF_EXCHANGE)}"
-        f" WHERE exchanges.outcome = '{LOST}'"
-    )
-
-
-# by powers of two, so that a few statements, which the connection keeps prepared, insert any number of rows
-_PUT_EXCHANGES = {count: _put_exchanges(count) for count in (1, 2, 4, 8, 16, _ROWS_AT_ONCE)}
-
-
-def _exchange_row(record: bytes) -> list[Any]:
-    values = _values_decoder.decode(record)
-    values[_ATTEMPTS] = msgspec.json.encode(values[_ATTEMPTS]).decode()
-    return values
+# One statement inserts all rows, from JSON: the interpreter's lock changes hands between two statements, and while the
+# event loop is busy, that costs more than inserting a row. MATERIALIZED: otherwise SQLite writes out the JSON of a
+# record once for each column.
+_EXCHANGE_FROM_JSON = ", ".join(
+    f"record {'->' if name == 'attempts' else '->>'} {at}" for at, name in enumerate(_OF_EXCHANGE)
+)
+_PUT_EXCHANGES = (
+    "WITH records AS MATERIALIZED (SELECT value AS record FROM json_each(jsonb(?)))"
+    f" INSERT INTO exchanges ({', '.join(_OF_EXCHANGE)})"
+    f" SELECT {_EXCHANGE_FROM_JSON} FROM records WHERE true"
+    f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _OF_EXCHANGE)}"
+    f" WHERE exchanges.outcome = '{LOST}'"
+)
 
 
 def _exchange(row: Sequence[Any]) -> ExchangeRecord:
     values = list(row)
-    values[_ATTEMPTS] = msgspec.json.decode(values[_ATTEMPTS])
+    at = _OF_EXCHANGE.index("attempts")
+    values[at] = msgspec.json.decode(values[at])
     return msgspec.convert(values, ExchangeRecord, strict=False)
 
 
@@ -416,12 +403,7 @@ class Tables:
 
     def put_exchanges(self, records: Sequence[bytes]) -> None:
         """Keeps records, each a JSON array; a record that exists is replaced only if it is ``lost``."""
-        at = 0
-        while at < len(records):
-            count = min(_ROWS_AT_ONCE, 1 << ((len(records) - at).bit_length() - 1))
-            values = itertools.chain.from_iterable(map(_exchange_row, records[at : at + count]))
-            self._db.execute(_PUT_EXCHANGES[count], tuple(values))
-            at += count
+        self._do(_PUT_EXCHANGES, (b"[" + b",".join(records) + b"]").decode())
 
     def exchanges(
         self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
