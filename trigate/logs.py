@@ -42,8 +42,8 @@ def configure(env: Mapping[str, str]) -> None:
 def info_log(name: str) -> InfoLog:
     """Returns a function that logs as ``structlog.get_logger(name).info`` does, for an event of each call.
 
-    Where `configure` has configured structlog, it renders and writes the line itself: the chain of processors would
-    take two thirds of the time.
+    Where `configure` has configured structlog, it renders and writes the line without the chain of processors, which
+    would take two thirds of the time.
     """
     config = structlog.get_config()
     render = config["processors"][-1]
@@ -52,12 +52,11 @@ def info_log(name: str) -> InfoLog:
         return lambda event, values: logger.info(event, **values)
     if not config["wrapper_class"](None, (), {}).is_enabled_for(logging.INFO):
         return lambda event, values: None
-    stream = sys.stderr
+    write = config["logger_factory"]().msg
 
     def info(event: str, values: dict[str, object]) -> None:
         values["event"] = event
-        stream.write(render(None, "info", values) + "\n")
-        stream.flush()
+        write(render(None, "info", values))
 
     return info
 

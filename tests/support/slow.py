@@ -64,7 +64,7 @@ def run(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Runs the test and reports it, as failed if it took longer than it may."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if item.get_closest_marker("slow") is None:
+    if isinstance(item, pytest.Function) and item.get_closest_marker("slow") is None:
         least_s = _given_s() or LIMIT_S
         for runs in range(1, RUNS + 1):
             call = next((report for report in reports if report.when == "call"), None)
@@ -77,8 +77,7 @@ def run(item: pytest.Item, nextitem: pytest.Item | None) -> None:
                 call.outcome = "failed"
                 call.longrepr = f"took {call.duration:.2f} s (limit {allowed_s:.2f} s): speed it up or mark it slow"
                 break
-            item._initrequest()  # type: ignore[attr-defined] # fixtures are made anew
-            reports = runtestprotocol(item, nextitem=nextitem, log=False)
+            reports = runtestprotocol(item, nextitem=nextitem, log=False)  # with new fixtures
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

@@ -29,6 +29,7 @@ class LazyControlPlane:
         await self._app(scope, receive, send)
 
     async def _open(self) -> Any:
-        if _MODULE not in sys.modules:  # in a thread: streams go on meanwhile
-            await trio.to_thread.run_sync(importlib.import_module, _MODULE)
-        return await sys.modules[_MODULE].open_control_plane(self._gateway)
+        module: Any = sys.modules.get(_MODULE)
+        if not hasattr(module, "open_control_plane"):  # in a thread: streams go on meanwhile
+            module = await trio.to_thread.run_sync(importlib.import_module, _MODULE)
+        return await module.open_control_plane(self._gateway)

@@ -75,14 +75,14 @@ class LiveExchanges:
     def settle(self, exchange: ExchangeState) -> None:
         """Records how an exchange ended, once, even if it was refused. Synchronous, so that a cancellation of the
         exchange's task cannot prevent it."""
-        record = exchange.record
-        assert record is not None, "an exchange is settled after it has begun"
-        complete_record(record, exchange)
         if exchange in self._live:
             del self._live[exchange]
             exchange.request.generation.let_go()
             if not self._live:
                 self._none_left.set()
+        record = exchange.record
+        assert record is not None, "an exchange is settled after it has begun"
+        complete_record(record, exchange)
         self._ledger.settle(record)
         totals = self.totals
         totals.exchanges += 1

@@ -82,7 +82,7 @@ def log_line(state: ExchangeState, now: float) -> dict[str, object]:
         "attempts": attempts,
     }
     if attempts > 1:
-        line["tried"] = [f"{attempt.target} {attempt.outcome}" for attempt in record.attempts]
+        line["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in state.attempts]
     if record.stream:
         line["events"] = record.events
     if record.first_content_s is not None:
