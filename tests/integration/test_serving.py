@@ -178,6 +178,8 @@ def test_readiness_at_sigterm(workers: int, tmp_path: Path) -> None:
     ):
         call = {"model": "parrot/echo", "messages": HELLO}
         assert client.get("/ready").status_code == 200
+        while gateway.log().count("Listening on ") < workers:  # a worker that still starts would end at the signal
+            time.sleep(0.01)
         gateway.process.terminate()
         while client.get("/ready").status_code == 200:
             time.sleep(0.01)
