@@ -51,11 +51,7 @@ _FINAL_MESSAGE_S = 1.0
 
 @attrs.frozen(kw_only=True)
 class ExchangeServices:
-    """The services that exchanges use; made once by the composition root.
-
-    Attributes:
-        log_info: Logs the event of each call.
-    """
+    """The services that exchanges use; made once by the composition root. ``log_info`` logs the event of each call."""
 
     admission: Admission
     live: LiveExchanges
