@@ -107,12 +107,7 @@ class _Line:
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> str:
         name, exception = event.pop("event"), event.pop("exception", None)
-        values = "".join(
-            [
-                f" {key}={value if type(value) is int or type(value) is float else _text(value)}"
-                for key, value in event.items()
-            ]
-        )
+        values = "".join([f" {key}={_text(value)}" for key, value in event.items()])
         line = f"{self._clock.now()} {self._levels[method]} {name if name.isprintable() else repr(name)}{values}"
         return line if exception is None else f"{line}\n{exception}"
 

@@ -60,24 +60,31 @@ def _limit_of_s(item: pytest.Item) -> float:
     return allowed_s
 
 
+def _excess(item: pytest.Item, reports: list[pytest.TestReport]) -> str | None:
+    """How a test that has passed was too slow; None = it was not, or need not be quick."""
+    if not isinstance(item, pytest.Function) or item.get_closest_marker("slow") is not None:
+        return None
+    if any(report.outcome != "passed" for report in reports):
+        return None
+    [call] = [report for report in reports if report.when == "call"]
+    if call.duration <= (_given_s() or LIMIT_S):
+        return None  # the usual case, without a measurement of the machine
+    allowed_s = _limit_of_s(item)
+    if call.duration <= allowed_s:
+        return None
+    return f"took {call.duration:.2f} s (limit {allowed_s:.2f} s): speed it up or mark it slow"
+
+
 def run(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Runs the test and reports it, as failed if it took longer than it may."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if isinstance(item, pytest.Function) and item.get_closest_marker("slow") is None:
-        least_s = _given_s() or LIMIT_S
-        for runs in range(1, RUNS + 1):
-            call = next((report for report in reports if report.when == "call"), None)
-            if call is None or call.duration <= least_s or any(report.outcome != "passed" for report in reports):
-                break
-            allowed_s = _limit_of_s(item)
-            if call.duration <= allowed_s:
-                break
-            if runs == RUNS:
-                call.outcome = "failed"
-                call.longrepr = f"took {call.duration:.2f} s (limit {allowed_s:.2f} s): speed it up or mark it slow"
-                break
-            reports = runtestprotocol(item, nextitem=nextitem, log=False)  # with new fixtures
+    for _ in range(RUNS):
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)  # with new fixtures each time
+        excess = _excess(item, reports)
+        if excess is None:
+            break
     for report in reports:
+        if report.when == "call" and excess is not None:
+            report.outcome, report.longrepr = "failed", excess
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

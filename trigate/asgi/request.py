@@ -15,7 +15,6 @@ from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
-_SDK_TIMEOUTS = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 _FORWARDED = {
     b"openai-beta": "openai-beta",
     b"idempotency-key": "idempotency-key",
@@ -132,17 +131,13 @@ class RequestHead:
         again with each byte; that of openai-node (``x-stainless-timeout``) ends with the head of the response. So
         neither bounds a stream that has begun.
         """
-        if self.headers.keys().isdisjoint(_SDK_TIMEOUTS):
-            return math.inf
-        given = [self.headers.get(name, b"") for name in _SDK_TIMEOUTS]
+        given = [self.headers.get(name, b"") for name in (b"x-stainless-read-timeout", b"x-stainless-timeout")]
         waits_s = min([seconds for seconds in map(_seconds, given) if seconds is not None], default=math.inf)
         # Fail just before the SDK's own timeout; otherwise it times out first and retries silently.
         return waits_s - min(0.1 * waits_s, 0.25) if waits_s < math.inf else waits_s
 
     def forwarded(self) -> dict[str, str]:
         """The client's headers that go upstream."""
-        if self.headers.keys().isdisjoint(_FORWARDED):
-            return {}
         return {
             name: self.headers[key].decode("latin-1")
             for key, name in _FORWARDED.items()

@@ -215,7 +215,7 @@ def _run_server(
 
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # each stream takes two file descriptors
-    # Any: Quart types ASGI messages more narrowly than the server
+    # Any: hypercorn's ASGI types are not those of the server
     app: Any = create_app(opener=lambda: open_gateway(env=env, adjust=override))
     calm_collector()
     failure = ""

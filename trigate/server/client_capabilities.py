@@ -16,7 +16,7 @@ from trigate.server.request_parser import RequestParser
 
 
 class Responder(Protocol):
-    """Sends responses on a connection."""
+    """The connection of the current request: has the received part of its body, and sends its response."""
 
     async def respond(self, status: int, headers: list[Header], body: bytes) -> None:
         """Sends a whole response to the current request, and adds its content-length.

@@ -72,7 +72,6 @@ class Connection:
     client: Address | None = None
     server: Address | None = None
     _protocol: http1.Connection | Http2Connection | None = attrs.field(init=False, default=None)
-    _http2: Http2Connection | None = attrs.field(init=False, default=None)
     _handshake: trio.CancelScope | None = attrs.field(init=False, default=None)
 
     async def run(self) -> None:
@@ -96,8 +95,8 @@ class Connection:
 
     async def announce_close(self) -> None:
         """Tells an idle HTTP/2 client that its connection ends. HTTP/1.1 announces it in the next response."""
-        if self._http2 is not None:
-            await self._http2.announce_close()
+        if self._protocol is not None and not isinstance(self._protocol, http1.Connection):
+            await self._protocol.announce_close()
 
     async def abort(self) -> None:
         """Closes the connection at once, even while its tasks use it."""
@@ -124,8 +123,8 @@ class Connection:
     async def _serve_http2(self, stream: trio.SSLStream[trio.abc.Stream]) -> None:
         from trigate.server.http2 import Http2Connection
 
-        self._protocol = self._http2 = Http2Connection(self._service.http2(), stream, self.client, self.server)
-        await self._http2.run()
+        self._protocol = Http2Connection(self._service.http2(), stream, self.client, self.server)
+        await self._protocol.run()
 
 
 def make_service(

@@ -117,7 +117,6 @@ class Connection:
     _parser: RequestParser = attrs.field(init=False, factory=RequestParser)
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _idle: bool = attrs.field(init=False, default=True)
-    _is_closing: bool = attrs.field(init=False, default=False)  # idle, and its scope is cancelled
     _idle_since: float = attrs.field(init=False, factory=trio.current_time)
     _scheme: str = attrs.field(init=False)
     _client: Client = attrs.field(init=False)
@@ -150,7 +149,7 @@ class Connection:
                 with self._scope:
                     unread = await self._serve()
                 if self._request_arrived_in_time():
-                    self._scope, self._is_closing = trio.CancelScope(), False
+                    self._scope = trio.CancelScope()
                     with self._scope:
                         unread = await self._serve()
                 if not self._scope.cancelled_caught and not self.client_stream.broken:
@@ -164,11 +163,7 @@ class Connection:
     def close_if_idle(self) -> None:
         """Closes the connection unless it is serving a request."""
         if self._idle:
-            self._close_idle()
-
-    def _close_idle(self) -> None:
-        self._is_closing = True
-        self._scope.cancel()
+            self._scope.cancel()
 
     def _request_arrived_in_time(self) -> bool:
         """Whether a request arrived while the idle connection was being closed.
@@ -199,7 +194,7 @@ class Connection:
                     await checkpoint()  # the request arrived with the one before it: let other tasks run
                 elif not await self._wait_request():
                     return False
-                if self._is_closing:
+                if self._scope.cancel_called:
                     return False
                 self._idle = False
                 await self._answer()
@@ -230,7 +225,7 @@ class Connection:
             return now + timeout_s
         due_at = self._idle_since + timeout_s
         if due_at <= now:
-            self._close_idle()
+            self._scope.cancel()
             return now + timeout_s
         return due_at
 
