@@ -1,4 +1,4 @@
-"""The benchmark of Trigate and, beside it, of other gateways. See ``docs/performance.md``.
+"""The benchmark of Trigate and, beside it, of other gateways. See ``docs/explanation/performance.md``.
 
 It must not depend on the tests. Read `session` first. The modules, in the order in which a run uses them:
 

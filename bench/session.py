@@ -73,7 +73,7 @@ def tool_processes() -> int:
 
 
 async def run(settings: Settings, say: Say, wait_for_gateway: Callable[[int], Any] | None = None) -> dict[str, Any]:
-    """Runs the bench and returns the result as JSON; ``docs/performance.md`` describes it.
+    """Runs the bench and returns the result as JSON; ``docs/explanation/performance.md`` describes it.
 
     Args:
         wait_for_gateway: Called with the mock upstream's port before the first measurement, where a running gateway

@@ -359,8 +359,8 @@ def test_the_docstring_names_every_module() -> None:
 
 
 def test_the_page_has_every_option_and_scenario() -> None:
-    """docs/performance.md names the options of the command line and the scenarios."""
-    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    """docs/explanation/performance.md names the options of the command line and the scenarios."""
+    page = (ROOT / "docs/explanation/performance.md").read_text(encoding="utf-8")
     source = (ROOT / "bench/cli.py").read_text(encoding="utf-8")
     options = {part.split('"')[0] for part in source.split('click.option("')[1:]}
     assert {option for option in options if option not in page} <= {"--no-plots"}

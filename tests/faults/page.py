@@ -21,7 +21,7 @@ works. The client always gets its answer before its deadline, and the call leave
 - *what came, then an error event*: the stream had already begun (COMMIT). Its status stays 200, and it has no `[DONE]`.
   The client gets all events that had arrived completely, then the error. A second target changes nothing, except in the
   lines marked *can go on*: with `on_truncation = "continue"`, the second target continues the stream, and the client
-  does not notice the fault: [Attempts](../discussion/attempts.md).
+  does not notice the fault: [Attempts](../explanation/attempts.md).
 - —: this fault does not exist for this kind of answer.
 
 Retries at the same target and the circuit breaker are switched off in these tests. They change which target answers,

@@ -1,4 +1,4 @@
-"""A simulation of the gateway in virtual time: `simulate(seed, requests)`. See ``docs/discussion/simulation.md``."""
+"""A simulation of the gateway in virtual time: `simulate(seed, requests)`. See ``docs/explanation/simulation.md``."""
 
 from tests.simulator.world import Report, Violation, simulate
 
