@@ -325,8 +325,6 @@ def _logged() -> Iterator[tuple[str, str, set[str]]]:
                 ) if method in LEVELS:
                     keys = {keyword.arg for keyword in node.keywords if keyword.arg}
                     yield event, LEVELS[method], keys - {"exc_info"}
-                case ast.Call(func=ast.Attribute(attr="log_info"), args=[ast.Constant(value=str(event)), _]):
-                    yield event, "info", set()
 
 
 @pytest.mark.slow

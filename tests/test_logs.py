@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 
 import pytest
-import structlog
 
-from tests.support.logs import Logs
 from tests.support.processes import environment
 from trigate import logs
-from trigate.logs import info_log
+from trigate.logs import log
 
 SECRET = "sk-not-for-the-log"  # handed over as an argument: a traceback quotes lines of source
 
 START = """
-import os, sys, structlog
+import os, sys
 from trigate import logs
+from trigate.logs import log
 logs.configure(os.environ)
-log = structlog.get_logger("trigate.test")
 """
 CRASH = """
 def crash(secret):
@@ -104,38 +101,30 @@ def test_a_traceback_holds_no_values(log_format: str) -> None:
     assert SECRET not in written
 
 
-def test_what_is_configured_stays() -> None:
-    """An application around the gateway has its own way to log; these tests too."""
-    before = structlog.get_config()
+def test_a_sink_stays() -> None:
+    """An application around the gateway may take the log; these tests do."""
+    before = log.sink
     logs.configure({"TRIGATE_LOG_FORMAT": "json", "TRIGATE_LOG_LEVEL": "error"})
-    assert structlog.get_config() == before
+    assert before is not None
+    assert log.sink == before
 
 
-@pytest.mark.parametrize("log_format", ["", "json"])
-def test_the_direct_log_writes_the_same_line(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
-    """`logs.info_log` and structlog write the same line."""
-    structlog.reset_defaults()
-    logs.configure({"TRIGATE_LOG_FORMAT": log_format})
-    values = {"a": "b c", "n": 1, "r": 0.25, "yes": True, "none": None, "text": "a\n\x1b[31m"}
-    structlog.get_logger("trigate.test").info("one", **values)
-    logs.info_log("trigate.test")("one", dict(values))
-    lines = capsys.readouterr().err.splitlines()
-    first, second = [re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "TIME", line) for line in lines]
-    assert first == second
-    assert "TIME" in first
-    assert "b c" in first
-    assert "\x1b" not in first
+@pytest.mark.slow
+@pytest.mark.parametrize("closing", ["os.close(2)", "sys.stderr.close()", "os.dup2(os.open('/dev/full', 1), 2)"])
+def test_a_log_that_nobody_can_write(closing: str) -> None:
+    """A closed standard error, or a full disk, fails no call."""
+    assert _logged(f"{closing}\nlog.info('one')\nos._exit(0)\n") == ""
 
 
-def test_the_direct_log_respects_the_level(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is written below the level."""
-    structlog.reset_defaults()
-    logs.configure({"TRIGATE_LOG_LEVEL": "warning"})
-    logs.info_log("trigate.test")("one", {"n": 1})
-    assert capsys.readouterr().err == ""
-
-
-def test_the_direct_log_of_another_configuration(logs: Logs) -> None:
-    """Where the application around the gateway has configured structlog, the event goes through its processors."""
-    info_log("trigate.test")("one", {"n": 1})
-    assert logs.named("one") == [{"event": "one", "n": 1, "log_level": "info"}]
+@pytest.mark.slow
+def test_standard_error_closed_from_the_start() -> None:
+    """Nothing is written, and nothing fails."""
+    command = [sys.executable, "-c", START + "log.info('one')\nassert sys.stderr is None\nprint('alive')\n"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=30,
+    )
+    assert done.stdout == b"alive\n"

@@ -33,14 +33,10 @@ class _LazyApp:
 
 
 def _build() -> Any:
-    import os
-
     import trio
 
-    from trigate import logs
     from trigate.asgi.application import calm_collector, create_app
 
-    logs.configure(os.environ)
     built = create_app()
     calm_collector()
     if trio.lowlevel.in_trio_run():

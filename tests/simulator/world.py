@@ -13,11 +13,10 @@ import itertools
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-import structlog
 import trio
 import trio._core._run as scheduler
 from trio.testing import MockClock
@@ -31,6 +30,7 @@ from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.exchange.state import ExchangeState
 from trigate.gateway.gateway import Gateway, open_gateway
+from trigate.logs import Level, Values, log
 from trigate.server import lifespan, server, shutdown
 from trigate.store import opening
 from trigate.upstream.generation import Generation
@@ -41,7 +41,6 @@ _LAST_LINES = 60
 _CLIENT_BYTES = 700
 _SETTLES_S = 30.0
 """Nothing may run in a gateway this long after its server has ended."""
-_ERRORS = ("error", "critical", "exception")
 
 
 class Violation(AssertionError):
@@ -155,12 +154,11 @@ def _deterministic(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _listening(world: World) -> Iterator[None]:
     """Sends the log to the world."""
-    before = structlog.get_config()
-    structlog.configure(processors=[world.feed], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
+    before, log.sink = log.sink, world.feed
     try:
         yield
     finally:
-        structlog.configure(**before)
+        log.sink = before
 
 
 class _Steps(trio.abc.Instrument):
@@ -263,13 +261,12 @@ class World:
             queued[name].silent_from = trio.current_time()
         self._queued = waiting
 
-    def feed(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:  # Any: structlog's
-        """Takes a line of the log."""
-        if method in _ERRORS:
-            self.violate(f"logged at {method}: {entry}")
-        elif method == "warning":
-            self.trace.note("warning", entry["event"])
-        raise structlog.DropEvent
+    def feed(self, level: Level, event: str, values: Values) -> None:
+        """Takes an entry of the log."""
+        if level == "error":
+            self.violate(f"logged at error: {event} {values}")
+        elif level == "warning":
+            self.trace.note("warning", event)
 
     def report(self) -> Report:
         """The result so far."""

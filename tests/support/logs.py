@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
-import structlog
-
-_ERROR_LEVELS = ("error", "critical", "exception")
+from trigate.logs import Level, Values, log
 
 
 class Logs:
-    """The log entries of a test, from structlog and from `logging` (from ERROR on).
+    """The log entries of a test, from `trigate.logs` and from `logging` (from ERROR on).
 
     Attributes:
         entries: The entries in their order, each with ``event``, ``log_level`` and its values.
@@ -37,16 +35,15 @@ class Logs:
         Raises:
             AssertionError: An unexpected event was logged at ERROR, or an expected one was not.
         """
-        errors = [entry for entry in self.entries if entry["log_level"] in _ERROR_LEVELS]
+        errors = [entry for entry in self.entries if entry["log_level"] == "error"]
         unexpected = [entry for entry in errors if entry["event"] not in self._expected]
         assert not unexpected, f"logged at ERROR: {unexpected}"
         missing = self._expected - {entry["event"] for entry in errors}
         assert not missing, f"expected in the log at ERROR, but not there: {sorted(missing)}"
 
-    def take(self, logger: object, method: str, entry: MutableMapping[str, Any]) -> Mapping[str, Any]:
-        """The structlog processor: keeps the entry and writes nothing."""
-        self.entries.append({**entry, "log_level": method})
-        raise structlog.DropEvent
+    def take(self, level: Level, event: str, values: Values) -> None:
+        """The log's sink: keeps the entry and writes nothing."""
+        self.entries.append({"event": event, **values, "log_level": level})
 
 
 class _Handler(logging.Handler):
@@ -63,12 +60,12 @@ def capture_logs() -> Iterator[Logs]:
     """Captures the log within the block. At the end of a block that does not raise, calls `Logs.check`."""
     logs = Logs()
     handler = _Handler(logs)
-    # Configured and not only captured: `trigate.logs.configure` leaves a configured structlog alone.
-    structlog.configure(processors=[logs.take], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
+    before, log.sink = log.sink, logs.take  # `trigate.logs.configure` leaves it alone
+    log.set_level("debug")
     logging.getLogger().addHandler(handler)
     try:
         yield logs
         logs.check()
     finally:
         logging.getLogger().removeHandler(handler)
-        structlog.reset_defaults()
+        log.sink = before

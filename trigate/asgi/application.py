@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
-from trigate import errors
+from trigate import errors, logs
 from trigate.asgi.dispatch import serve_request
 from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
+from trigate.logs import log
 from trigate.status.startup import startup_lines
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-
-log = structlog.get_logger("trigate.asgi.application")
 
 
 class GatewayApp:
@@ -91,4 +89,5 @@ def create_app(
         config: The configuration; None = it is located as in `trigate.gateway.gateway.open_gateway`.
         opener: Opens the gateway in place of ``open_gateway(config)``.
     """
+    logs.configure(os.environ)
     return GatewayApp(opener or (lambda: open_gateway(config)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import structlog
 from quart import Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
@@ -17,8 +16,7 @@ from trigate import errors
 from trigate.asgi.quart_app import ControlPlane
 from trigate.asgi.routes import hooks, models, sessions, status
 from trigate.gateway.gateway import Gateway
-
-log = structlog.get_logger("trigate.asgi.control_plane")
+from trigate.logs import log
 
 
 async def open_control_plane(gateway: Gateway) -> ControlPlane:

@@ -12,7 +12,6 @@ import random
 import re
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import trio
 
 from trigate.asgi import health
@@ -25,13 +24,12 @@ from trigate.config.sections import Config
 from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
+from trigate.logs import log
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.webhooks.calls import HookHead
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-
-log = structlog.get_logger("trigate.asgi")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 

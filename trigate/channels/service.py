@@ -21,21 +21,19 @@ from typing import Literal
 
 import attrs
 import httpx2
-import structlog
 import trio
 
 from trigate.channels.adapter import Adapter, Channel, ChannelServices, ChannelState, PlatformError, TokenRejected
 from trigate.concurrency.notify import open_service
 from trigate.config.sections import ChannelConfig, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError, message_of
+from trigate.logs import log
 from trigate.runs.outbox import Outbox
 from trigate.runs.service import Runs
 from trigate.store.interface import Store
 from trigate.upstream.generation import Generations
 from trigate.upstream.transport import SocketTransport
 from trigate.workers.membership import Workers
-
-log = structlog.get_logger("trigate.channels.service")
 
 PAUSE_S = 1.0
 MAX_PAUSE_S = 300.0

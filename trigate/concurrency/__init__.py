@@ -1,6 +1,6 @@
 """Small tools for Trio that know nothing of HTTP or models.
 
-A module here imports Trio, the standard library and structlog, and nothing of Trigate. Read `notify` first; then
+A module here imports Trio, the standard library and the log, and nothing else of Trigate. Read `notify` first; then
 `timers`, which says when the second scheduler (`poller`, `timers`, `cancel_queue`) is the wrong tool. `fair_limiter`
 limits how much happens at once, and `rate_limiter` how often.
 

@@ -27,12 +27,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import structlog
 import trio
 
 from trigate.concurrency.notify import open_service
-
-log = structlog.get_logger("trigate.concurrency.poller")
+from trigate.logs import log
 
 BATCH = 256
 CLOSE_S = 0.0005

@@ -35,12 +35,10 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import structlog
 import trio
 
 from trigate.concurrency.notify import Wakeup, open_service
-
-log = structlog.get_logger("trigate.concurrency.timers")
+from trigate.logs import log
 
 Check = Callable[[float], float]
 """From the current time (`trio.current_time`) to the time of the next check; ``math.inf`` = none follows."""

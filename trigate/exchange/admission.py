@@ -16,7 +16,6 @@ from collections import deque
 from types import TracebackType
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.fair_limiter import Evicted, FairLimiter
@@ -25,8 +24,7 @@ from trigate.concurrency.rate_limiter import RateLimiter
 from trigate.config.sections import LimitsConfig
 from trigate.errors import GatewayError, Overloaded, RateLimited
 from trigate.exchange.state import ExchangeState
-
-log = structlog.get_logger("trigate.exchange.admission")
+from trigate.logs import log
 
 _SAMPLE_S = 0.25
 _SAMPLES = 4

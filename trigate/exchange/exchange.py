@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.cancel_queue import CancelQueue
@@ -40,10 +39,8 @@ from trigate.exchange.sink import Recorder, RecordingSink, Sink
 from trigate.exchange.state import ExchangeState
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
-from trigate.logs import InfoLog
+from trigate.logs import log
 from trigate.upstream.generation import Route
-
-log = structlog.get_logger("trigate.exchange")
 
 # How long a server that stops waits for a client to read its final message.
 _FINAL_MESSAGE_S = 1.0
@@ -51,14 +48,13 @@ _FINAL_MESSAGE_S = 1.0
 
 @attrs.frozen(kw_only=True)
 class ExchangeServices:
-    """The services that exchanges use; made once by the composition root. ``log_info`` logs the event of each call."""
+    """The services that exchanges use; made once by the composition root."""
 
     admission: Admission
     live: LiveExchanges
     upstream: UpstreamServices
     shared_calls: SharedCalls
     cancel_queue: CancelQueue
-    log_info: InfoLog
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -159,7 +155,7 @@ class Exchange(ExchangeState):
     def _settle(self) -> None:
         """Records how the exchange ended: in the ledger, in the totals, and with one log line."""
         self.services.live.settle(self)
-        self.services.log_info("exchange", view.log_line(self, trio.current_time()))
+        log.info("exchange", **view.log_line(self, trio.current_time()))
 
     async def _note_cancelled(self) -> None:
         """Finds out why the request's nursery was cancelled, and tells the client if the server stops."""

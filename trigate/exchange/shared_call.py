@@ -26,7 +26,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import RepeatedEvent, open_service
@@ -37,11 +36,10 @@ from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
+from trigate.logs import log
 from trigate.openai.answer import Usage
 from trigate.routing.routes import Target
 from trigate.upstream.generation import Generation
-
-log = structlog.get_logger("trigate.exchange")
 
 STOPPED = "The server stopped; the answer is incomplete. Try again."
 """The message to a client whose server stops without a drain."""

@@ -16,7 +16,6 @@ from contextlib import AbstractAsyncContextManager
 
 import attrs
 import msgspec
-import structlog
 import trio
 
 from trigate.concurrency.timers import Timers
@@ -29,6 +28,7 @@ from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.exchange.translation import PASS_THROUGH, Reader
+from trigate.logs import log
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.continuation import continuation_head
@@ -38,8 +38,6 @@ from trigate.routing.target_state import Targets
 from trigate.upstream.generation import Route
 from trigate.upstream.reply import Reply
 from trigate.upstream.upstream import Upstream
-
-log = structlog.get_logger("trigate.exchange")
 
 
 @attrs.frozen(kw_only=True)

@@ -31,7 +31,6 @@ from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
 from trigate.ledger.ledger import Ledger, open_ledger
-from trigate.logs import info_log
 from trigate.routing.target_state import Targets
 from trigate.runs.outbox import open_outbox
 from trigate.runs.service import Runs, open_runs
@@ -160,7 +159,6 @@ async def open_gateway(
                 upstream=upstream_services,
                 shared_calls=shared_calls,
                 cancel_queue=cancel_queue,
-                log_info=info_log("trigate.exchange"),
             )
             apply_config(first)
             async with (

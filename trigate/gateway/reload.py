@@ -13,17 +13,15 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx2
-import structlog
 import trio
 
 from trigate.concurrency.notify import RepeatedEvent, Wakeup
 from trigate.config import load
 from trigate.config.sections import Config, ConfigError
 from trigate.errors import message_of
+from trigate.logs import log
 from trigate.upstream import discovery
 from trigate.upstream.generation import Generation, Generations
-
-log = structlog.get_logger("trigate.gateway")
 
 _FILE_CHECK_S = 1.0
 

@@ -24,11 +24,9 @@ import os
 from collections.abc import Iterable, Iterator
 
 import msgspec
-import structlog
 
+from trigate.logs import log
 from trigate.store.records import ExchangeRecord
-
-log = structlog.get_logger("trigate.ledger.journal")
 
 SLICE_BYTES = 128 * 1024
 """The number of bytes that are read at once: half a millisecond of work."""

@@ -24,18 +24,16 @@ from contextlib import asynccontextmanager
 from typing import Literal
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import Wakeup, open_service
 from trigate.config.sections import LedgerConfig
 from trigate.errors import StoreUnavailable
 from trigate.ledger.journal import Journal, take_orphans
+from trigate.logs import log
 from trigate.store.interface import Store
 from trigate.store.opening import MEMORY
 from trigate.store.records import LOST, ExchangeRecord
-
-log = structlog.get_logger("trigate.ledger")
 
 FLUSH_S = 5.0
 """The longest time that a record waits before it is written to the store."""

@@ -22,7 +22,6 @@ from typing import assert_never
 
 import attrs
 import msgspec
-import structlog
 import trio
 
 from trigate.config.sections import Seconds
@@ -37,6 +36,7 @@ from trigate.errors import (
 )
 from trigate.exchange.exchange import Exchange, ExchangeServices
 from trigate.exchange.request import ExchangeRequest
+from trigate.logs import log
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
@@ -58,8 +58,6 @@ from trigate.sessions.service import Sessions, SessionTurn
 from trigate.store.interface import Store
 from trigate.store.records import Run, Turn
 from trigate.upstream.generation import Generations
-
-log = structlog.get_logger("trigate.runs.execution")
 
 MAX_STARTS = 50
 """How often a run is started. A run that crashes its process each time is not started again after that."""

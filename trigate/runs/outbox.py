@@ -23,16 +23,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import RepeatedEvent, Wakeup, open_service
 from trigate.errors import StoreUnavailable
+from trigate.logs import log
 from trigate.store.interface import Store
 from trigate.store.records import Delivery, DeliveryState
 from trigate.workers.membership import Workers
-
-log = structlog.get_logger("trigate.runs.outbox")
 
 ATTEMPT_S = 30.0
 """How long one attempt may take, in seconds."""

@@ -12,19 +12,17 @@ from __future__ import annotations
 import time
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import Wakeup
 from trigate.errors import NotFound, StoreUnavailable
+from trigate.logs import log
 from trigate.runs.outbox import Outbox
 from trigate.runs.request import RunRequest, RunResult, delivery_of
 from trigate.sessions.service import SessionTurn
 from trigate.store.interface import Store, Write
 from trigate.store.records import ENDED, Run
 from trigate.workers.membership import Workers
-
-log = structlog.get_logger("trigate.runs.records")
 
 RETRY_S = 1.0
 """The first pause before a retry, in seconds; doubles up to `RETRY_MAX_S`."""

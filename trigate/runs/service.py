@@ -27,12 +27,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import open_service
 from trigate.errors import Internal, StoreUnavailable
 from trigate.exchange.exchange import ExchangeServices
+from trigate.logs import log
 from trigate.runs.client import RunClient
 from trigate.runs.execution import RunExecution, RunServices
 from trigate.runs.outbox import Outbox
@@ -44,8 +44,6 @@ from trigate.store.interface import Store, Write
 from trigate.store.records import Claim, Run
 from trigate.upstream.generation import Generations
 from trigate.workers.membership import Workers
-
-log = structlog.get_logger("trigate.runs.service")
 
 
 @attrs.define(eq=False)

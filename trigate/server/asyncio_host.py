@@ -51,8 +51,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
 
 import attrs
 import outcome
-import structlog
 import trio
+
+from trigate.logs import log
 
 if TYPE_CHECKING:
     from hypercorn.typing import (
@@ -65,8 +66,6 @@ if TYPE_CHECKING:
         Scope,
         WWWScope,
     )
-
-log = structlog.get_logger("trigate.server.asyncio_host")
 
 _FINAL_MESSAGE_S = 1.0
 """How long a request may still send to its client after it was cancelled."""

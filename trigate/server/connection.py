@@ -7,19 +7,17 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers, open_timers
 from trigate.config.sections import ServerConfig
+from trigate.logs import log
 from trigate.server import http1
 from trigate.server.http1 import Address, Application
 
 if TYPE_CHECKING:  # imported where TLS is configured: hypercorn and h2 take 6 MiB
     from trigate.server.http2 import Http2Connection, Http2Service
-
-log = structlog.get_logger("trigate.server.server")
 
 HANDSHAKE_TIMEOUT_S = 10.0
 

@@ -40,10 +40,9 @@ from typing import Any
 
 import attrs
 import msgspec
-import structlog
 import trio
 
-log = structlog.get_logger("trigate.server.hot_restart")
+from trigate.logs import log
 
 VERSION = 1
 """The version of the protocol. A gateway refuses another version."""

@@ -29,20 +29,18 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import attrs
-import structlog
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers
 from trigate.errors import Header, Internal
+from trigate.logs import log
 from trigate.server import response_head
 from trigate.server.client_capabilities import Client
 from trigate.server.client_stream import YIELD_AFTER_BYTES, ClientStream
 from trigate.server.request_head import HeadRefused
 from trigate.server.request_parser import RequestParser
-
-log = structlog.get_logger("trigate.server.server")
 
 # Any: the values of an ASGI message depend on its type, and the specification has no narrower one.
 Message: TypeAlias = MutableMapping[str, Any]

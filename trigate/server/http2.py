@@ -30,7 +30,6 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
-import structlog
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
@@ -43,11 +42,10 @@ from hypercorn.utils import UnexpectedMessageError
 
 from trigate.config.sections import ServerConfig
 from trigate.errors import Internal
+from trigate.logs import log
 from trigate.server import http1, request_head
 from trigate.server.http1 import Address, Application, Message, Send
 from trigate.server.request_head import HeadRefused
-
-log = structlog.get_logger("trigate.server.server")
 
 _SendOrEnd: TypeAlias = Callable[[Message | None], Awaitable[None]]
 """hypercorn's ``send`` for an app; None = the app has returned."""

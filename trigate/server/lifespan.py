@@ -6,12 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import structlog
 import trio
 
+from trigate.logs import log
 from trigate.server.http1 import Application, Message
-
-log = structlog.get_logger("trigate.server.server")
 
 SHUTDOWN_TIMEOUT_S = 10.0
 """How long the shutdown of an app may take."""

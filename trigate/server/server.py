@@ -18,12 +18,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import open_timers
 from trigate.config.sections import ServerConfig
+from trigate.logs import log
 from trigate.server import hot_restart
 from trigate.server.connection import Connection, Service, make_service
 from trigate.server.hot_restart import format_address
@@ -41,8 +41,6 @@ from trigate.server.shutdown import (
     follow_supervisor,
 )
 from trigate.server.supervisor import HANDED_OVER
-
-log = structlog.get_logger("trigate.server.server")
 
 ACCEPT_PAUSE_S = 0.1
 """The pause before the next attempt to accept when file descriptors or memory are exhausted."""

@@ -19,15 +19,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.config.sections import ServerConfig
+from trigate.logs import log
 from trigate.server.connection import Connection, Service
 from trigate.server.supervisor import HANDED_OVER, wait_parent_gone
-
-log = structlog.get_logger("trigate.server.server")
 
 FINAL_ERROR_S = 2.0
 """How long the errors with which a drain ends exchanges may take to reach the clients."""

@@ -21,15 +21,13 @@ import socket
 from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.config.sections import ServerConfig
+from trigate.logs import log
 from trigate.server import hot_restart
 from trigate.server.hot_restart import Predecessor
-
-log = structlog.get_logger("trigate.server.supervisor")
 
 SETTLED_S = 5.0
 """A worker that runs this long has started successfully."""

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import attrs
 import msgspec
-import structlog
 import trio
 
 from trigate.channels.service import Channels, ChannelStatistics
@@ -25,6 +24,7 @@ from trigate.errors import StoreUnavailable
 from trigate.exchange.admission import Admission
 from trigate.exchange.live import LiveExchanges
 from trigate.ledger.ledger import Ledger
+from trigate.logs import log
 from trigate.routing.target_state import Targets
 from trigate.status import merge, schema, snapshot
 from trigate.status.merge import UNKNOWN_COUNTS, Report, StoreCounts
@@ -35,8 +35,6 @@ from trigate.store.records import ChannelRecord, Worker
 from trigate.upstream.generation import Generations
 from trigate.version import __version__
 from trigate.workers.membership import Workers
-
-log = structlog.get_logger("trigate.status.reporter")
 
 MAX_CHANNELS = 100
 """Maximum number of channels that ``/status`` lists although no configuration names them."""

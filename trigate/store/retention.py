@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 
-import structlog
 import trio
 
 from trigate.config.sections import Config, LedgerConfig, StoreConfig
 from trigate.errors import StoreUnavailable
+from trigate.logs import log
 from trigate.store.interface import Store
 from trigate.store.records import Retention
-
-log = structlog.get_logger("trigate.store.retention")
 
 PRUNE_S = 3600.0
 """Seconds between two deletions of old rows."""

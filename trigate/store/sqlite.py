@@ -29,11 +29,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import Wakeup
 from trigate.errors import StoreUnavailable
+from trigate.logs import log
 from trigate.store.interface import Write
 from trigate.store.operations.store import StoreOperations
 from trigate.store.pending_write import PendingWrite
@@ -42,8 +42,6 @@ from trigate.store.tables import Tables
 
 if TYPE_CHECKING:
     from trigate.store.sqlite_file import File
-
-log = structlog.get_logger("trigate.store.sqlite")
 
 T = TypeVar("T")
 

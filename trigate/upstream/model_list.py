@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-import structlog
 import trio
 
 from trigate.errors import GatewayError, ProtocolViolation, Rejected
+from trigate.logs import log
 from trigate.upstream.upstream import Upstream
-
-log = structlog.get_logger("trigate.upstream.model_list")
 
 MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
 

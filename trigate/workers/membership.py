@@ -22,16 +22,14 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-import structlog
 import trio
 
 from trigate.concurrency.notify import Wakeup, open_service
 from trigate.errors import StoreUnavailable
+from trigate.logs import log
 from trigate.store.interface import Store
 from trigate.store.records import Worker
 from trigate.workers.notify import NotifySocket, is_dead, open_notify_socket, remove_socket
-
-log = structlog.get_logger("trigate.workers.membership")
 
 Adopt = Callable[[str, Sequence[str]], Awaitable[None]]
 

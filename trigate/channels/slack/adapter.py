@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
 import msgspec
-import structlog
 import trio
 
 from trigate.channels import replies
@@ -27,12 +26,11 @@ from trigate.channels.slack import messages
 from trigate.channels.slack.api import RETRY_S, Conversation, ConversationWriter, WebApi
 from trigate.channels.slack.messages import Incoming, session_key
 from trigate.concurrency.notify import open_service
+from trigate.logs import log
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, RunRequest
 from trigate.signatures import Verifier, challenge
 from trigate.store.records import Delivery, Run
-
-log = structlog.get_logger("trigate.channels.slack.adapter")
 
 CHECK_S = 60.0
 """How often Slack is asked whether it accepts the token."""

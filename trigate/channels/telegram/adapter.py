@@ -24,7 +24,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import ClassVar
 
 import msgspec
-import structlog
 import trio
 
 from trigate.channels import replies
@@ -36,12 +35,11 @@ from trigate.channels.telegram.messages import Chat, Incoming, Update, incoming,
 from trigate.channels.telegram.polling import UpdatePoller
 from trigate.concurrency.notify import open_service
 from trigate.errors import BadRequest, Unavailable
+from trigate.logs import log
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, RunRequest
 from trigate.signatures import Verifier
 from trigate.store.records import Delivery, Run
-
-log = structlog.get_logger("trigate.channels.telegram.adapter")
 
 CHECK_S = 60.0
 """How often Telegram is asked for the state of the webhook."""

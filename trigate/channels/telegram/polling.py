@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 import msgspec
-import structlog
 import trio
 
 from trigate.channels.adapter import Channel
@@ -25,8 +24,7 @@ from trigate.channels.telegram.api import BotApi
 from trigate.channels.telegram.messages import User
 from trigate.concurrency.notify import open_service
 from trigate.errors import Overloaded
-
-log = structlog.get_logger("trigate.channels.telegram.polling")
+from trigate.logs import log
 
 POLL_S = 50.0
 """How long Telegram waits for an update before it answers that there is none."""

