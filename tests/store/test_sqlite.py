@@ -31,6 +31,7 @@ from trigate.store import sqlite, sqlite_file
 from trigate.store.records import StoreStatistics, Turn
 from trigate.store.schema import APPLICATION_ID, MIGRATIONS
 from trigate.store.sqlite import SqliteStore, open_sqlite_store
+from trigate.store.sqlite_connection import SqliteConnection
 
 
 @pytest.fixture
@@ -137,18 +138,17 @@ async def test_only_durable_writes_wait_for_the_disk(path: Path) -> None:
         await store.check()
         file = store._file
         assert file is not None
-        await file._writing.async_run(trace, file._writing)
+        await file._writing.call(trace)
 
         async def synchronous(*writes: Callable[[], Any]) -> int:
             for write in [write() for write in writes]:
                 await write
 
-            # the connection is synchronous in its own thread
             def pragma(db: apsw.Connection) -> int:
                 [[found]] = db.execute("PRAGMA synchronous")
                 return int(found)
 
-            return int(await file._writing.async_run(pragma, file._writing))
+            return await file._writing.call(pragma)
 
         ticket = partial(store.sessions.take_ticket, "o", "k", worker="w")
         append = partial(store.sessions.append, turn())
@@ -782,3 +782,43 @@ async def test_ten_thousand_sessions(path: Path) -> None:
         await store.sessions.take_ticket("o", "k00000", worker="w")
         await store.prune(ALL)
         assert (await store.sessions.count(active_since=0.0)).total == 1_000
+
+
+def _connection() -> SqliteConnection:
+    return SqliteConnection(lambda: apsw.Connection(":memory:"))
+
+
+async def test_nobody_waits_for_a_cancelled_call() -> None:
+    """Its function goes on; the next call waits for it."""
+    held, began, ended = threading.Event(), threading.Event(), []
+
+    def hold(db: apsw.Connection) -> None:
+        began.set()
+        held.wait()
+        ended.append(1)
+
+    connection = _connection()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.call, hold)
+        await trio.to_thread.run_sync(began.wait)
+        nursery.cancel_scope.cancel()
+    assert ended == []
+    held.set()
+    assert await connection.call(lambda db: [*ended, db.execute("SELECT 2").get]) == [1, 2]
+    await connection.aclose()
+
+
+async def test_a_cancelled_call_that_waits_is_not_made() -> None:
+    """It is not made later either."""
+    held = threading.Event()
+    made: list[object] = []
+    connection = _connection()
+    async with trio.open_nursery() as outer:
+        outer.start_soon(connection.call, lambda db: held.wait())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.call, made.append)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        held.set()
+    await connection.aclose()
+    assert made == []

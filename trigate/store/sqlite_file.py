@@ -1,35 +1,31 @@
 """One SQLite file: opened, written to in groups, read from, closed. It is imported when the first file is needed.
 
-There are two connections, each with a thread of its own (apsw's): one writes while the other reads. Every failure of
+There are two connections, each with a thread of its own: one writes while the other reads. Every failure of
 the file is a `StoreUnavailable` with SQLite's reason; after a failure, `File.has_failed` is set, and the owner has to
 close the file.
 
 After each commit and each read, the file checks that its paths still lead to the files that it has open. So no write is
 acknowledged that went into a file which has been removed or replaced.
 
-**Rules for editing this:** apsw interrupts a statement at the deadline of the task that awaits it, so `_Controller`
-says that there is none. While the database is open here, do not open its files by any other means: closing a file
+**Rule for editing this:** while the database is open here, do not open its files by any other means: closing a file
 releases all POSIX locks that the process has on it, including SQLite's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import apsw
-import apsw.aio
 import trio
 
 from trigate.errors import StoreUnavailable
 from trigate.store.schema import APPLICATION_ID, MIGRATIONS
+from trigate.store.sqlite_connection import SqliteConnection
 from trigate.store.tables import Tables
 
 T = TypeVar("T")
@@ -63,9 +59,7 @@ class File:
         has_failed: An operation has failed. The file has to be closed.
     """
 
-    def __init__(
-        self, path: str, file_ids: FileIds, *, writing: apsw.AsyncConnection, reading: apsw.AsyncConnection
-    ) -> None:
+    def __init__(self, path: str, file_ids: FileIds, *, writing: SqliteConnection, reading: SqliteConnection) -> None:
         self.has_failed = False
         self._path = path
         self._writing = writing
@@ -100,7 +94,7 @@ class File:
         await _close(self._reading)
         await _close(self._writing)
 
-    async def _hop(self, connection: apsw.AsyncConnection, function: Callable[[apsw.Connection], T]) -> T:
+    async def _hop(self, connection: SqliteConnection, function: Callable[[apsw.Connection], T]) -> T:
         try:
             return await _hop(connection, function)
         except StoreUnavailable:
@@ -170,27 +164,6 @@ def _roll_back(db: apsw.Connection) -> None:
 # -- opening and closing ----------------------------------------------------------------------------------------------
 
 
-class _Controller(apsw.aio.Trio):
-    """Runs apsw's calls in the thread of a connection, with two changes to `apsw.aio.Trio`.
-
-    The thread is a daemon: a Trio run that is abandoned (the loop that it was a guest of has ended) must not keep the
-    process alive. And a call has no deadline: apsw would raise TooSlowError at the caller's deadline, where Trio
-    cancels.
-    """
-
-    def worker_thread_run(self) -> None:
-        """Starts the daemon thread. The thread in which apsw calls this ends at once."""
-        threading.Thread(target=super().worker_thread_run, name="trigate store", daemon=True).start()
-
-    async def send(self, call: Callable[[], Any]) -> Any:
-        """Calls a function in the thread, without a deadline."""
-        token = apsw.aio.deadline.set(math.inf)
-        try:
-            return await super().send(call)
-        finally:
-            apsw.aio.deadline.reset(token)
-
-
 def _create(path: str) -> None:
     """Creates the file and the directories above it if they do not exist, for their owner alone."""
     Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -205,41 +178,35 @@ async def open_file(path: str) -> File:
         StoreUnavailable: The file cannot be opened, or it is not a store of this version or an earlier one.
     """
     async with contextlib.AsyncExitStack() as stack:
-        writing = await _connect(path)
+        writing = _connect(path)
         stack.push_async_callback(_close, writing)
         await _hop(writing, _prepare_writing)
-        reading = await _connect(path)
+        reading = _connect(path)
         stack.push_async_callback(_close, reading)
         file_ids = await _hop(reading, lambda db: _prepare_reading(db, path))
         stack.pop_all()
     return File(path, file_ids, writing=writing, reading=reading)
 
 
-async def _connect(path: str) -> apsw.AsyncConnection:
-    controller = _Controller()
-    token = apsw.async_controller.set(lambda: controller)  # type: ignore[arg-type] # a factory
-    try:
-        await controller.send(partial(_create, path))
-        return await apsw.Connection.as_async(path, apsw.SQLITE_OPEN_READWRITE)
-    except (apsw.Error, OSError) as error:
-        controller.close()  # type: ignore[no-untyped-call] # no connection ends the thread
-        raise _translate(error) from error
-    finally:
-        apsw.async_controller.reset(token)
+def _connect(path: str) -> SqliteConnection:
+    def connect() -> apsw.Connection:
+        _create(path)
+        return apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE)
+
+    return SqliteConnection(connect)
 
 
-async def _hop(connection: apsw.AsyncConnection, function: Callable[[apsw.Connection], T]) -> T:
-    """Calls a function in the thread of a connection, with that connection, which is synchronous there."""
+async def _hop(connection: SqliteConnection, function: Callable[[apsw.Connection], T]) -> T:
+    """Calls a function in the thread of a connection, with that connection."""
     try:
-        result: T = await connection.async_run(function, connection)
+        return await connection.call(function)
     except (apsw.Error, OSError) as error:
         raise _translate(error) from error
-    return result
 
 
-async def _close(connection: apsw.AsyncConnection) -> None:
+async def _close(connection: SqliteConnection) -> None:
     with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
-        await connection.aclose(force=True)
+        await connection.aclose()
 
 
 def _prepare_reading(db: apsw.Connection, path: str) -> FileIds:
