@@ -48,6 +48,7 @@ from trigate.errors import (
     Unverified,
     UpstreamError,
     UpstreamTimeout,
+    WebSocketRefused,
     message_of,
 )
 
@@ -71,6 +72,7 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (CancelledByOperator("no"), 409, "invalid_request_error", "stream_cancelled"),
     (TooLarge("no"), 413, "invalid_request_error", "body_too_large"),
     (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
+    (WebSocketRefused(), 426, "invalid_request_error", "websocket_refused"),
     (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
     (Rejected("no", status=422), 422, "invalid_request_error", "upstream_rejected"),
     (Throttled("no", status=429), 429, "rate_limit_error", "upstream_throttled"),

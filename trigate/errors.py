@@ -8,8 +8,9 @@ The tree::
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
     │                                                   SessionBusy 409 · RunStopped 409
     │                                                   CancelledByOperator 409 · IdempotencyConflict 409 · TooLarge 413
-    │                                                   UnsupportedMediaType 415 · RateLimited 429
-    │                                                   HeadersTooLarge 431 · ClientStalled 503 (TooSlow)
+    │                                                   UnsupportedMediaType 415 · WebSocketRefused 426
+    │                                                   RateLimited 429 · HeadersTooLarge 431
+    │                                                   ClientStalled 503 (TooSlow)
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · ProtocolViolation 502*
@@ -261,6 +262,19 @@ class TooLarge(CallError, status=413, code="body_too_large"):
 
 class UnsupportedMediaType(CallError, status=415, code="unsupported_media_type"):
     """The body is not declared as JSON."""
+
+
+class WebSocketRefused(CallError, status=426, code="websocket_refused"):
+    """A WebSocket handshake; no endpoint serves WebSockets.
+
+    Of the statuses that refuse one, 426 is the one on which clients that try a WebSocket first (Codex) send the same
+    request as a POST at once. RFC 9110 (15.5.22) requires the ``upgrade`` field, and (7.8) the ``connection`` field.
+    """
+
+    own_headers = ((b"upgrade", b"websocket"), (b"connection", b"upgrade, close"))
+
+    def __init__(self) -> None:
+        super().__init__("This gateway does not serve WebSockets. Send the request by HTTP: POST, with stream: true.")
 
 
 class RateLimited(CallError, status=429, code="rate_limited"):

@@ -178,9 +178,48 @@ async def test_a_refusal_is_an_error_in_openai_shape(
         nursery.start_soon(send)
         response = await read_all(client)
         assert response.startswith(b"HTTP/1.1 %d " % status)
-        assert b"\r\nconnection: close\r\n" in response
+        assert b"\r\nconnection: %bclose\r\n" % (b"upgrade, " if status == 426 else b"") in response
         assert json.loads(body_of(response))["error"]["type"] == "invalid_request_error"
         assert trio.current_time() == 0.0
+
+
+JAVA = (  # the head of Java's HTTP client
+    b"POST /v1 HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHost: x\r\n"
+    b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "body", [b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
+)
+async def test_an_offer_to_upgrade_is_ignored(autojump_clock: trio.testing.MockClock, body: bytes) -> None:
+    """The request is served as HTTP/1.1, with its whole body, and the connection serves the next one."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        data, more = b"", True
+        while more:
+            message = await receive()
+            data, more = data + message.get("body", b""), message.get("more_body", False)
+        await say(send, data + b"!")
+
+    async with open_connection(app) as client:
+        for _ in range(2):
+            await client.send_all(JAVA + body)
+            response = await read_until(client, b"!")
+            assert response.startswith(b"HTTP/1.1 200 ")
+            assert body_of(response) == b"{}!"
+
+
+async def test_a_websocket_handshake_is_a_426(autojump_clock: trio.testing.MockClock) -> None:
+    """The status on which clients that try a WebSocket first go on by HTTP, with the fields that it requires."""
+    async with open_connection(hello) as client:
+        await client.send_all(BAD["websocket"][1])
+        response = await read_all(client)
+    assert response.startswith(b"HTTP/1.1 426 Upgrade Required\r\n")
+    assert b"\r\nupgrade: websocket\r\n" in response
+    error = json.loads(body_of(response))["error"]
+    assert error["code"] == "websocket_refused"
+    assert "by HTTP" in error["message"]
 
 
 async def test_a_bad_second_request_is_refused_too(autojump_clock: trio.testing.MockClock) -> None:

@@ -209,12 +209,7 @@ POISON = {
         b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\ntrailing-data"
     ),
-    "ws-upgrade-http10": b"GET / HTTP/1.0\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
     "h2c-prior": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\ngarbage-garbage-garbage",
-    "h2c-upgrade": (
-        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
-        b"HTTP2-Settings: !!!!\r\n\r\n"
-    ),
     "garbage": b"\x16\x03\x01garbage\r\n\r\n",
     "non-ascii-path": b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
     "huge-header": b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 200_000 + b"\r\n\r\n",

@@ -42,9 +42,8 @@ class GatewayApp:
                 await serve_request(self.gateway, self._control_plane, scope, receive, send)
             case "lifespan":
                 await self._run_lifespan(scope, receive, send)
-            case _:  # a WebSocket: there are no such endpoints, so its handshake is refused
-                await receive()
-                await send({"type": "websocket.close", "code": 1000, "reason": None})
+            case _:
+                await _refuse_websocket(scope, receive, send)
 
     async def _run_lifespan(self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Runs the ASGI lifespan. Its task owns the gateway, and so every service, for as long as the server runs."""
@@ -66,6 +65,21 @@ class GatewayApp:
             gateway.drain.begin()
             gateway.drain.cut()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _refuse_websocket(scope: Any, receive: ASGIReceiveCallable, send: Any) -> None:  # Any: as above
+    """Refuses a WebSocket handshake; where the server allows it, with the status on which clients go on by HTTP.
+
+    (`trigate serve` refuses it before it reaches the application. The plain refusal of ASGI is a 403.)
+    """
+    await receive()
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close", "code": 1000, "reason": None})
+        return
+    status, headers, body = errors.WebSocketRefused().to_response()
+    headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
 
 
 def calm_collector() -> None:

@@ -6,7 +6,7 @@ how the bytes were segmented. `examine` refuses all of it. llhttp then checks th
 targets, names and values. The check costs a few searches over the whole head, and parses only the fields that affect
 the framing, the connection or the host.
 
-Source: RFC 9112 sections 2.2, 3, 5.2 and 6.1 to 6.3; RFC 9110 sections 7.2 and 10.1.1; RFC 9113 section 8.3.
+Source: RFC 9112 sections 2.2, 3, 5.2 and 6.1 to 6.3; RFC 9110 sections 7.2, 7.8 and 10.1.1; RFC 9113 section 8.3.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trigate.errors import BadRequest, Header
+from trigate.errors import BadRequest, GatewayError, Header, WebSocketRefused
 
 MAX_LINE_BYTES = 8 * 1024
 """The size of the request line, and of each header field."""
@@ -43,17 +43,18 @@ class HeadRefused(Exception):
     Args:
         status: The status of the response.
         message: The reason, for the client.
+        error: The error that the client gets; None = ``invalid_request``.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, error: GatewayError | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self._error = error
 
     def to_response(self) -> tuple[int, list[Header], bytes]:
         """Renders the refusal as status, headers and a JSON body in OpenAI's shape."""
-        _, headers, body = BadRequest(self.message[:300]).to_response()
-        return self.status, headers, body
+        return (self._error or BadRequest(self.message[:300], status=self.status)).to_response()
 
 
 class RequestHead(NamedTuple):
@@ -151,8 +152,8 @@ def examine(data: bytes) -> RequestHead | None:
         raise HeadRefused(400, "The Host header is not a host.")
     if method == b"CONNECT":
         raise HeadRefused(501, "This server is not a proxy: it does not support CONNECT.")
-    if upgrades:
-        _examine_upgrades(upgrades)
+    if upgrades and method == b"GET" and version == b"HTTP/1.1":
+        _examine_upgrade(upgrades, connection)
     if target[:1] != b"/" or b"#" in target:
         target = _origin_form(method, target, host)
     persistent = version == b"HTTP/1.1"
@@ -216,12 +217,17 @@ def _examine_coding(coding: bytes, version: bytes) -> None:
         raise HeadRefused(501, "The only Transfer-Encoding that this server supports is chunked, once.")
 
 
-def _examine_upgrades(upgrades: bytes) -> None:
-    protocols = {token.strip(b" \t") for token in upgrades.split(b",")}
-    if b"h2c" in protocols:
-        raise HeadRefused(400, "HTTP/2 is available over TLS only; omit the Upgrade header.")
-    if b"websocket" in protocols:
-        raise HeadRefused(400, "WebSockets are not supported.")
+def _examine_upgrade(upgrades: bytes, connection: bytes) -> None:
+    """Refuses a WebSocket handshake, whose client cannot go on by HTTP. Every other offer is ignored (RFC 9110 7.8):
+    Java's HTTP client and ``curl --http2`` offer ``h2c`` with each call."""
+    if _has(upgrades, b"websocket") and _has(connection, b"upgrade"):
+        error = WebSocketRefused()
+        raise HeadRefused(error.status, error.message, error=error)
+
+
+def _has(values: bytes, token: bytes) -> bool:
+    """Whether a list in lower case has a token."""
+    return any(value.strip(b" \t") == token for value in values.split(b","))
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:

@@ -2,7 +2,7 @@
 
 It rejects a head that would break the connection before a byte of it is sent: names that are not tokens, line breaks in
 values, lengths that are not numbers. Only the server decides about the framing: it drops the app's
-``transfer-encoding``, and reads only ``close`` in the app's ``connection``.
+``transfer-encoding``, and reads only ``close`` and ``upgrade`` in the app's ``connection``.
 
 Source: RFC 9112 sections 6 and 9.3; RFC 9110 sections 5.6.2, 6.6.1, 8.6, 15.3.5 and 15.4.5.
 """
@@ -73,6 +73,7 @@ def build(
     lines = [_STATUS_LINES.get(status) or _status_line(status)]
     length: int | None = None
     dated = False
+    options = b""
     for name, value in headers:
         kind = _kind_of(name)
         if kind:
@@ -85,8 +86,11 @@ def build(
             elif kind == _DATE:
                 dated = True
             else:
-                if kind == _CONNECTION and b"close" in value.lower():
-                    persistent = False
+                if kind == _CONNECTION:
+                    if b"close" in value.lower():
+                        persistent = False
+                    if b"upgrade" in value.lower():
+                        options = b"upgrade, "
                 continue
         lines.append(b"%b: %b\r\n" % (name, value))
     bodiless = method == b"HEAD" or status in (204, 304)
@@ -100,7 +104,7 @@ def build(
         else:
             persistent = persistent and bodiless
     if not persistent:
-        lines.append(b"connection: close\r\n")
+        lines.append(b"connection: %bclose\r\n" % options)
     elif version == b"HTTP/1.0":
         lines.append(b"connection: keep-alive\r\n")
     lines.append(b"\r\n")
