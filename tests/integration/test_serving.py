@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import httpx2
 import openai
 import pytest
 
+from tests.server.test_hypercorn_firewall import KILLERS, UPGRADE
 from tests.support.processes import SERVE, Gateway, configuration, environment, run_gateway
 from tests.support.scripted_upstream import MODELS, TEXT, open_upstream, wait_closed
 from tests.support.sdk_scenarios import CLOSES_WITHIN_S, HELLO, TRIES
@@ -163,6 +166,35 @@ def test_stream_at_sigterm(way: str, tmp_path: Path) -> None:
         assert gateway.process.wait(ENDS_WITHIN_S) in EXITS[way], gateway.log()
         if way == "python -m trigate":  # the report names the ended exchanges
             assert f"cut_exchanges=['{stream.response.headers['x-request-id']}']" in gateway.log()
+
+
+@pytest.mark.parametrize("way", ["python -m trigate", "hypercorn", "hypercorn -k trio", "uvicorn"])
+def test_packets_that_end_servers(way: str, tmp_path: Path) -> None:
+    """Each ends its own connection at most: a stream that runs meanwhile goes on, and calls are served."""
+    command = _command(way, 1)
+    with (
+        open_upstream() as upstream,
+        run_gateway(configuration(upstream), tmp_path, command=command) as gateway,
+        openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="not-needed") as client,
+    ):
+        port = httpx2.URL(gateway.url).port
+        stream = client.chat.completions.create(model="mock/endless", messages=HELLO, stream=True)
+        assert next(stream).choices
+        for pieces in KILLERS.values():
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock, contextlib.suppress(OSError):
+                for piece in pieces:
+                    sock.sendall(piece)
+                    sock.settimeout(0.3)
+                    with contextlib.suppress(TimeoutError):
+                        while sock.recv(65536):
+                            pass
+        assert next(stream).choices
+        answer = client.chat.completions.create(model="default", messages=HELLO)
+        assert answer.choices[0].message.content == TEXT
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            sock.sendall(UPGRADE)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 426 ")
+        stream.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -15,6 +15,7 @@ from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.logs import log
+from trigate.server import hypercorn_firewall
 from trigate.status.startup import startup_lines
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
@@ -47,6 +48,7 @@ class GatewayApp:
 
     async def _run_lifespan(self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Runs the ASGI lifespan. Its task owns the gateway, and so every service, for as long as the server runs."""
+        hypercorn_firewall.install()
         await receive()
         async with contextlib.AsyncExitStack() as stack:
             try:
