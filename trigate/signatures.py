@@ -37,7 +37,7 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Literal, assert_never
 
 import attrs
@@ -57,6 +57,14 @@ _TIMESTAMP = re.compile(rb"[0-9]{1,12}")
 _TELEGRAM = re.compile(r"[A-Za-z0-9_-]{1,256}")  # the Bot API's own bounds
 _MISMATCH = "The signature does not match."
 _WRONG_SECRET = "The secret does not match."
+
+HEADERS = frozenset(
+    {
+        *(b"webhook-id", b"webhook-timestamp", b"webhook-signature", b"x-hub-signature-256", b"x-github-delivery"),
+        *(b"x-slack-request-timestamp", b"x-slack-signature", b"stripe-signature", b"x-telegram-bot-api-secret-token"),
+    }
+)
+"""The headers that the schemes read, besides ``authorization``, of which no request may have two."""
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _string = msgspec.json.Decoder(str)
@@ -177,6 +185,19 @@ class Verifier:
         if abs(now - int(text)) > self.tolerance_s:
             raise Unverified(f"The timestamp is more than {self.tolerance_s:g} s away from this server's clock.")
         return text
+
+
+def check_unrepeated(repeated: Set[bytes]) -> None:
+    """Checks that no header that a scheme reads occurs twice: another program may read the other value.
+
+    Args:
+        repeated: The names of the request's headers that occur more than once, in lower case.
+
+    Raises:
+        Unverified: One of them is such a header.
+    """
+    for name in sorted(HEADERS & repeated):
+        raise Unverified(f"The header {name.decode()} occurs twice.")
 
 
 def _header(headers: Mapping[bytes, bytes], name: bytes) -> bytes:

@@ -140,12 +140,21 @@ async def test_without_a_key_this_machine_is_served(open_app: OpenApp, client: s
         {"host": "127.0.0.1.evil.example"},
         {"host": "localhost.evil.example"},
         {"host": "192.168.1.5"},
+        {"host": "127.0.0.1%2eevil.example"},
+        {"host": "evil.example\\@localhost"},
+        {"host": "localhost:port"},
         {"origin": "https://evil.example"},
+        {"origin": "http://evil.example\\@localhost"},
+        {"origin": "http://127.0.0.1%25.evil.example"},
+        {"origin": "http://localhost/evil.example"},
+        {"origin": ""},
         {"origin": "http://127.0.0.1.evil.example"},
         {"origin": "null"},
         {"x-forwarded-for": "203.0.113.9"},
         {"forwarded": "for=203.0.113.9"},
         {"x-real-ip": "203.0.113.9"},
+        {"x-forwarded-for": "127.0.0.1%2e203.0.113.9"},
+        {"x-forwarded-for": "unknown"},
     ],
     ids=str,
 )
@@ -175,6 +184,14 @@ async def test_without_a_key_own_names_and_allowed_ones_are_served(open_app: Ope
     config = make_config(server={"allowed_hosts": ["gateway.lan"], "cors_origins": ["https://app.example"]})
     async with open_app(config) as served:
         assert (await served.client.ask("POST", CHAT, chat(), headers=headers)).status == 200
+
+
+async def test_each_forwarding_header_counts(open_app: OpenApp) -> None:
+    """A proxy may add a field of its own before or behind that of its client."""
+    hops = [("x-forwarded-for", "203.0.113.9"), ("X-Forwarded-For", "127.0.0.1")]
+    async with open_app() as served:
+        for headers in (hops, hops[::-1]):
+            assert_refused(served, await served.client.ask("POST", CHAT, chat(), headers=headers), 403, "forbidden")
 
 
 async def test_insecure_serves_every_client(open_app: OpenApp) -> None:
@@ -229,6 +246,16 @@ async def test_cors_for_an_allowed_origin(open_app: OpenApp) -> None:
         assert other.header("vary").lower() == "origin"
 
 
+async def test_any_origin_is_any_valid_one(open_app: OpenApp) -> None:
+    """``*`` allows the pages of files and of applications, and repeats nothing that is no origin."""
+    async with open_app(make_config(server={"cors_origins": ["*"]})) as served:
+        for origin in ("null", "app://obsidian.md", "https://a.example"):
+            call = await served.client.ask("POST", CHAT, chat(), headers={"origin": origin})
+            assert (call.status, call.header("access-control-allow-origin")) == (200, origin)
+        call = await served.client.ask("POST", CHAT, chat(), headers={"origin": "https://a.example\\@b"})
+        assert (call.status, call.header("access-control-allow-origin")) == (403, "")
+
+
 async def test_a_preflight_needs_no_key(open_app: OpenApp) -> None:
     """Browsers send no key with it. The call itself needs one, and the page can read its 401."""
     config = make_config(server={"cors_origins": ["*"]}, keys={"one": "key-number-one"})
@@ -278,6 +305,7 @@ async def test_json_has_several_spellings(open_app: OpenApp, content_type: str) 
         [("transfer-encoding", "chunked")],
         [("host", "localhost")],
         [("authorization", "Bearer a"), ("Authorization", "Bearer b")],
+        [("origin", "http://localhost"), ("Origin", "https://evil.example")],
     ],
     ids=str,
 )

@@ -403,6 +403,23 @@ async def test_a_signed_request(open_app: OpenApp, scheme: str) -> None:
             assert (await served.client.ask("POST", "/hooks/h", body, headers=old)).status == 401
 
 
+@pytest.mark.parametrize("scheme", ["github", "standard-webhooks", "slack", "stripe"])
+async def test_a_doubled_signature(open_app: OpenApp, scheme: str) -> None:
+    """A header that the scheme reads and that occurs twice is a 401, whichever value is the right one, and if both are:
+    another program on the way may have read the other."""
+    secret = WHSEC if scheme == "standard-webhooks" else SECRET
+    async with open_app(hooks(h={"verification": scheme, "secrets": [secret]}), Provider(REPLY)) as served:
+        body = json.dumps(HI).encode()
+        right = list(signed(scheme, body, at=time.time()).items())
+        for name, value in right:
+            for extra in (value, "wrong"):
+                for headers in ([(name, extra), *right], [*right, (name.title(), extra)]):
+                    call = await served.client.ask("POST", "/hooks/h", body, headers=headers)
+                    assert (call.status, call.error["code"]) == (401, "invalid_signature"), headers
+                    assert "twice" in call.error["message"]
+        assert (await served.client.ask("POST", "/hooks/h", body, headers=right)).status == 200
+
+
 async def test_slack_verifies_the_url(open_app: OpenApp) -> None:
     """A signed ``url_verification`` is answered with its challenge; an unsigned one is refused."""
     async with open_app(hooks(h={"verification": "slack", "secrets": [SECRET]})) as served:
@@ -567,7 +584,15 @@ def test_secrets_live_as_long_as_their_configuration() -> None:
 
     def head(secret: str) -> HookHead:
         headers = {b"authorization": b"Bearer " + secret.encode()}
-        return HookHead(name="h", method="POST", headers=headers, query=b"", client=None, authorize=lambda: None)
+        return HookHead(
+            name="h",
+            method="POST",
+            headers=headers,
+            repeated=frozenset(),
+            query=b"",
+            client=None,
+            authorize=lambda: None,
+        )
 
     def verifiers() -> list[Verifier]:
         gc.collect()

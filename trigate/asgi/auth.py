@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hmac
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from trigate.asgi.request import RequestHead
-from trigate.config.checks import is_loopback
+from trigate.config.checks import host_of, host_of_origin, is_loopback
 from trigate.errors import (
     Forbidden,
     Header,
@@ -24,14 +22,6 @@ _EXPOSED = (
 )
 
 
-@functools.lru_cache(maxsize=256)
-def _hostname(text: str) -> str | None:
-    try:
-        return urlsplit(f"//{text}").hostname
-    except ValueError:
-        return None
-
-
 def _hops(value: bytes) -> list[str]:
     """Returns the addresses in an ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239) header.
 
@@ -43,8 +33,13 @@ def _hops(value: bytes) -> list[str]:
         pairs = [pair.partition("=")[2] for pair in hop.split(";") if pair.strip().lower().startswith("for=")]
         text = pairs[0] if pairs else hop
         if text.strip() and (pairs or "=" not in text):
-            hops.append(_hostname(text.strip().strip('"')) or text.strip())
+            hops.append(_address(text.strip().strip('"')))
     return hops
+
+
+def _address(hop: str) -> str:
+    """The host of a hop, which may have a port. What is not one stays as it is, and so is no loopback address."""
+    return host_of(hop) or host_of(f"[{hop}]") or hop
 
 
 def authorize(head: RequestHead, config: Config) -> str | None:
@@ -77,28 +72,30 @@ def authorize(head: RequestHead, config: Config) -> str | None:
             "to serve others, or start it with --insecure."
         )
     for field in (b"x-forwarded-for", b"forwarded", b"x-real-ip"):
-        if field in head.headers and not all(is_loopback(hop) for hop in _hops(head.headers.get(field, b""))):
+        if field in head.headers and not all(is_loopback(hop) for hop in _hops(head.joined(field))):
             raise Forbidden(
                 f"This request came through a proxy ({field.decode()}), and this gateway has no key configured, so it "
                 "serves this machine only. Set TRIGATE_API_KEY (or [keys]), or start it with --insecure."
             )
-    host = _hostname(head.headers.get(b"host", b"").decode("latin-1"))
-    if host and not is_loopback(host) and host not in config.server.allowed_hosts:
+    given = head.headers.get(b"host", b"").decode("latin-1")
+    host = host_of(given)
+    if given and (host is None or not (is_loopback(host) or host in config.server.allowed_hosts)):
         raise Forbidden(
-            f"The Host {host[:200]!r} is not this machine (DNS rebinding?). Add it to server.allowed_hosts, "
+            f"The Host {given[:200]!r} is not this machine (DNS rebinding?). Add it to server.allowed_hosts, "
             "or configure a key."
         )
     origin = head.origin
     if origin is not None and not cors_allows(origin, config):
-        page = _hostname(origin.partition("://")[2])
+        page = host_of_origin(origin)
         if page is None or not is_loopback(page):
             raise Forbidden(f"Pages of {origin[:200]!r} may not call this gateway. Add it to server.cors_origins.")
     return None
 
 
 def cors_allows(origin: str, config: Config) -> bool:
-    """Whether web pages of an origin may read answers."""
-    return origin in config.server.cors_origins or "*" in config.server.cors_origins
+    """Whether web pages of an origin may read answers. ``*`` allows each valid origin, and ``null``."""
+    allowed = config.server.cors_origins
+    return origin in allowed or ("*" in allowed and (origin == "null" or host_of_origin(origin) is not None))
 
 
 def cors_headers(origin: str | None, config: Config) -> list[Header]:

@@ -108,6 +108,7 @@ async def _serve_webhook(
             name=name,
             method=head.method,
             headers=head.headers,
+            repeated=head.repeated,
             query=query,
             client=head.client,
             authorize=functools.partial(authorize, head, config),

@@ -54,7 +54,7 @@ class RequestHead:
         fields, headers = self._fields, self.headers
         if len(headers) != len(fields):
             names = [name.lower() for name, _ in fields]
-            for once in (b"content-length", b"host", b"authorization", b"x-session-key"):
+            for once in (b"content-length", b"host", b"origin", b"authorization", b"x-session-key"):
                 if names.count(once) > 1:
                     raise Ambiguous(f"The header {once.decode()} occurs twice.")
         if not self.examined and (
@@ -63,6 +63,18 @@ class RequestHead:
             raise HeadersTooLarge(f"More than {MAX_FIELDS} header fields, or {MAX_FIELDS_BYTES} bytes of them.")
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise Ambiguous("A request cannot have both Content-Length and Transfer-Encoding.")
+
+    def joined(self, name: bytes) -> bytes:
+        """The values of a header that may be repeated, as one list."""
+        return b",".join([value for given, value in self._fields if given.lower() == name])
+
+    @property
+    def repeated(self) -> frozenset[bytes]:
+        """The names of the headers that occur more than once."""
+        if len(self.headers) == len(self._fields):
+            return frozenset()
+        names = [name.lower() for name, _ in self._fields]
+        return frozenset(name for name in self.headers if names.count(name) > 1)
 
     @property
     def content_length(self) -> int | None:

@@ -20,6 +20,13 @@ from trigate.config.sections import ModelConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
 """Valid names of upstreams, hooks and channels."""
+_LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST = re.compile(
+    rf"""(?: \[ (?P<address> [0-9a-f:.]+ ) \] | (?P<name> {_LABEL} (?: \. {_LABEL} )* ) \.? )
+         (?: : (?P<port> [0-9]{{0,5}} ) )?""",
+    re.ASCII | re.IGNORECASE | re.VERBOSE,
+)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*", re.ASCII | re.IGNORECASE)
 HOOK_VALUES = ("text", "from", "action")
 """The values that a template can use without an expression."""
 
@@ -96,11 +103,9 @@ def url(value: Any, _: Any) -> str:
 def host_name(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a host name, got {kind_of(value)}")
-    try:
-        host = urlsplit(f"//{value}").hostname
-    except ValueError:
-        host = None
-    if host is None or host != value.lower().strip("[]"):
+    bare = f"[{value}]" if value.count(":") > 1 and not value.startswith("[") else value
+    host = host_of(bare)
+    if host is None or re.search(r":[0-9]*\Z", bare):
         raise ValueError(f"expected a host name without a port or a path, got {value!r}")
     return host  # lower-case, as Host headers are compared
 
@@ -108,7 +113,7 @@ def host_name(value: Any, _: Any) -> str:
 def origin(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected an origin, got {kind_of(value)}")
-    if value != "*" and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#@\s]+", value):
+    if value != "*" and host_of_origin(value) is None:
         raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
     return value.lower()  # lower-case, as browsers send it
 
@@ -248,6 +253,43 @@ def weight_problems(model: ModelConfig) -> list[str]:
 
 
 @functools.lru_cache(maxsize=256)
+def host_of(text: str) -> str | None:
+    """Returns the host of ``host`` or ``host:port``, in lower case; None if the text is not exactly that.
+
+    Stricter than RFC 3986: a name is of letters, digits, ``-`` and ``_``, and nothing is percent-encoded. What other
+    parsers take for another host must not pass.
+
+    >>> host_of("App.example:8080"), host_of("[::1]:80"), host_of("localhost."), host_of("127.0.0.1")
+    ('app.example', '::1', 'localhost', '127.0.0.1')
+    >>> host_of("127.0.0.1%2eevil.example"), host_of("a@b"), host_of("a:99999"), host_of("a..b"), host_of("[::1%25a]")
+    (None, None, None, None, None)
+    """
+    found = _HOST.fullmatch(text)
+    if found is None or int(found["port"] or 0) > 65535:
+        return None
+    if found["name"] is not None:
+        name = found["name"].lower()
+        return name if len(name) <= 253 else None
+    try:
+        return str(ipaddress.IPv6Address(found["address"]))
+    except ValueError:
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def host_of_origin(text: str) -> str | None:
+    """Returns the host of a serialized origin (RFC 6454, 6.1); None if the text is not exactly one, or is ``null``.
+
+    >>> host_of_origin("https://app.example:8443"), host_of_origin("app://obsidian.md")
+    ('app.example', 'obsidian.md')
+    >>> [host_of_origin(text) for text in ("null", "http://evil.example\\\\@localhost", "http://a/", "//a")]
+    [None, None, None, None]
+    """
+    scheme, separator, rest = text.partition("://")
+    return host_of(rest) if separator and _SCHEME.fullmatch(scheme) else None
+
+
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
     """Whether a name or address is a loopback one. None and "" are: a peer without an address is a Unix socket.
 
@@ -257,7 +299,7 @@ def is_loopback(host: str | None) -> bool:
     if not host or host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost"):
         return True
     try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
     mapped = getattr(address, "ipv4_mapped", None)

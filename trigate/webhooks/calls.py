@@ -43,7 +43,8 @@ class HookHead:
     """The head of a request to a hook.
 
     Attributes:
-        headers: By lower-case name.
+        headers: By lower-case name; of a repeated name, the last value.
+        repeated: The names of the headers that occur more than once.
         query: The query of the URL, undecoded.
         client: The address of the client; None = the connection has none.
         authorize: Checks the gateway key of the request, and returns its owner (None = the gateway has no keys). Raises
@@ -53,6 +54,7 @@ class HookHead:
     name: str
     method: str
     headers: Mapping[bytes, bytes]
+    repeated: frozenset[bytes]
     query: bytes
     client: str | None
     authorize: Callable[[], str | None]

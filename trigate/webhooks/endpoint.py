@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl
 
 import trio
 
+from trigate import signatures
 from trigate.channels.adapter import Adapter
 from trigate.concurrency.rate_limiter import RateLimiter
 from trigate.config import checks
@@ -97,10 +98,12 @@ class Hooks:
                 "A token in the URL is not accepted, because URLs are logged. Send it in a header.", param="token"
             )
         self._limit_rate(head, hook)
+        verifier = self._verifier(name, hook)
+        if adapter is not None or verifier is not None:
+            signatures.check_unrepeated(head.repeated)
         if adapter is not None:
             return PlatformCall(adapter, head, hook)
         owner = f"hook:{name}"
-        verifier = self._verifier(name, hook)
         if verifier is None:
             owner = head.authorize() or ""
             _check_json(head)  # another site's page can send a form without a CORS preflight, but not JSON
