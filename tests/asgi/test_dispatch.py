@@ -89,6 +89,52 @@ async def test_any_configured_key_is_accepted(open_app: OpenApp, given: str) -> 
         assert "key-number" not in repr(sent), "the gateway's key stays in the gateway"
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-api-key": "key-number-two"},
+        {"api-key": "key-number-two"},
+        {"Api-Key": " key-number-two "},
+        {"authorization": "BEARER key-number-two"},
+        {"authorization": "Basic dTpw", "x-api-key": "key-number-two"},
+        {"authorization": "Bearer key-number-two", "x-api-key": "key-number-two", "api-key": "key-number-two"},
+        {"authorization": "Bearer key-number-two", "x-api-key": ""},
+    ],
+    ids=str,
+)
+async def test_a_key_in_another_header_is_accepted(open_app: OpenApp, headers: dict[str, str]) -> None:
+    """Clients of Anthropic and Azure have headers of their own. None of them goes upstream."""
+    async with open_app(KEYED) as served:
+        assert (await served.client.ask("POST", CHAT, chat(), headers=headers)).status == 200
+        assert "key-number" not in str(served.providers["up"].calls[0].headers)
+        assert served.settled[0].owner == "two"
+
+
+@pytest.mark.parametrize("name", ["x-api-key", "api-key"])
+async def test_a_wrong_key_in_another_header_is_a_401(open_app: OpenApp, name: str) -> None:
+    """The answer does not tell the key."""
+    async with open_app(KEYED) as served:
+        call = await served.client.ask("POST", CHAT, chat(), headers={name: "Bearer key-number-one"})
+        assert_refused(served, call, 401, "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer key-number-one", "x-api-key": "key-number-two"},
+        {"authorization": "Bearer key-number-one", "api-key": "wrong"},
+        {"x-api-key": "wrong", "api-key": "key-number-two"},
+    ],
+    ids=str,
+)
+async def test_two_keys_are_a_400(open_app: OpenApp, headers: dict[str, str]) -> None:
+    """The gateway does not choose whose call it is."""
+    async with open_app(KEYED) as served:
+        call = await served.client.ask("POST", CHAT, chat(), headers=headers)
+        assert_refused(served, call, 400, "invalid_request")
+        assert "key-number" not in call.error["message"]
+
+
 async def test_health_needs_no_key(open_app: OpenApp) -> None:
     """A health probe sends none."""
     async with open_app(KEYED) as served:
@@ -305,6 +351,7 @@ async def test_json_has_several_spellings(open_app: OpenApp, content_type: str) 
         [("transfer-encoding", "chunked")],
         [("host", "localhost")],
         [("authorization", "Bearer a"), ("Authorization", "Bearer b")],
+        [("x-api-key", "a"), ("X-Api-Key", "a")],
         [("origin", "http://localhost"), ("Origin", "https://evil.example")],
     ],
     ids=str,

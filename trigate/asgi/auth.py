@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trigate.asgi.request import RequestHead
 from trigate.config.checks import host_of, host_of_origin, is_loopback
-from trigate.errors import (
-    Forbidden,
-    Header,
-    Unauthenticated,
-)
+from trigate.errors import BadRequest, Forbidden, Header, Unauthenticated
 
 if TYPE_CHECKING:
     from trigate.config.sections import Config
@@ -42,6 +39,24 @@ def _address(hop: str) -> str:
     return host_of(hop) or host_of(f"[{hop}]") or hop
 
 
+def _given_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key of a request: OpenAI's ``Authorization: Bearer``, Anthropic's ``x-api-key`` or Azure's ``api-key``.
+
+    Raises:
+        BadRequest: There are two different ones.
+    """
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    given = token.strip() if scheme.lower() == b"bearer" else b""
+    for name in (b"x-api-key", b"api-key"):
+        other = headers.get(name, b"").strip()
+        if other and given and other != given:
+            raise BadRequest(
+                f"The request has two different keys, one of them in {name.decode()}. Send one.", param=name.decode()
+            )
+        given = given or other
+    return given
+
+
 def authorize(head: RequestHead, config: Config) -> str | None:
     """Decides whether a request is allowed.
 
@@ -50,12 +65,12 @@ def authorize(head: RequestHead, config: Config) -> str | None:
 
     Raises:
         Unauthenticated: Keys are configured, and the request has none of them.
+        BadRequest: Keys are configured, and the request has two different ones.
         Forbidden: No key is configured, and the request is not from this machine, or it is from a web page whose origin
             is not allowed.
     """
     if config.keys:
-        scheme, _, token = head.headers.get(b"authorization", b"").partition(b" ")
-        given = token.strip() if scheme.lower() == b"bearer" else b""
+        given = _given_key(head.headers)
         found = None
         for name, key in config.keys.items():  # compare all keys, so that the time does not depend on the match
             if hmac.compare_digest(given, key.encode()):

@@ -15,6 +15,7 @@ from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
+_UNIQUE = (*(b"content-length", b"host", b"origin", b"authorization", b"x-api-key", b"api-key", b"x-session-key"),)
 _FORWARDED = {
     b"openai-beta": "openai-beta",
     b"idempotency-key": "idempotency-key",
@@ -54,7 +55,7 @@ class RequestHead:
         fields, headers = self._fields, self.headers
         if len(headers) != len(fields):
             names = [name.lower() for name, _ in fields]
-            for once in (b"content-length", b"host", b"origin", b"authorization", b"x-session-key"):
+            for once in _UNIQUE:
                 if names.count(once) > 1:
                     raise Ambiguous(f"The header {once.decode()} occurs twice.")
         if not self.examined and (
