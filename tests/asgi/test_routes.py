@@ -96,7 +96,7 @@ async def test_a_model_that_is_not_listed_is_a_404(open_app: OpenApp) -> None:
         assert "qwen/qwen-turbo" in call.error["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/models", "/v1/chat", "/v1/chat/completions/", "/%00", "/é"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v2/models", "/v1/chat", "/v2/chat/completions/", "/%00", "/é"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: str) -> None:
     """The error has OpenAI's shape."""
@@ -105,6 +105,83 @@ async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: st
         assert (call.status, call.error["code"]) == (404, "not_found")
         assert set(call.error) == {"message", "type", "param", "code"}
         assert call.header("content-type") == "application/json"
+
+
+TYPED = ["/v1//chat/completions", "//v1/chat/completions", "/v1/chat/completions/", "/v1/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("path", [*TYPED, "/chat/completions", "///v1/v1//chat//completions//"])
+async def test_a_path_that_people_type(open_app: OpenApp, path: str) -> None:
+    """The call that is meant is served. For another method, the error is that of the endpoint."""
+    async with open_app() as served:
+        assert (await served.client.ask("POST", path, chat())).status == 200
+        assert (await served.client.ask("GET", path)).status == 405
+        assert served.settled[0].request.call.endpoint.path == "/chat/completions"
+
+
+@pytest.mark.parametrize("path", TYPED[:3])
+async def test_a_typed_path_needs_the_key(open_app: OpenApp, path: str) -> None:
+    """Access control does not depend on how a path is written."""
+    async with open_app(make_config(keys={"one": "key-number-one"})) as served:
+        for asked in (path, path.replace("/chat/completions", "/models"), "//status", "//hooks/x/runs/run_1"):
+            assert (await served.client.ask("GET" if asked != path else "POST", asked, chat())).status == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1//models", "//v1/models", "/models", "/v1/v1/models", "/models/"])
+async def test_the_models_by_a_path_that_people_type(open_app: OpenApp, path: str) -> None:
+    """The list is returned, and each model below such a path."""
+    async with open_app() as served:
+        assert (await served.client.ask("GET", path)).json["data"]
+        call = await served.client.ask("GET", f"{path}/up/m/")
+        assert (call.status, call.json["id"]) == (200, "up/m")
+
+
+async def test_an_id_with_two_slashes(open_app: OpenApp) -> None:
+    """Some servers have a path as an id; its slashes are its own."""
+    async with open_app(make_config({"up": {"models": ["/models/a.gguf"]}})) as served:
+        call = await served.client.ask("GET", "/v1/models/up//models/a.gguf")
+        assert (call.status, call.json["id"]) == (200, "up//models/a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/api/v1/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("/openai/deployments/gpt/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("/v1/Chat/Completions", "Did you mean /v1/chat/completions?"),
+        ("/v1/chat/completion", "Did you mean /v1/chat/completions?"),
+        ("//api/v1/models", "Did you mean /v1/models?"),
+        ("/v1/status", "Did you mean /status?"),
+        ("/status/", "Did you mean /status?"),
+        ("/v1/health", "Did you mean /health?"),
+        ("/sessions", "Did you mean /v1/sessions?"),
+        ("/v1/status/ledger/", "Did you mean /status/ledger?"),
+        ("/files", "The paths of the API begin with /v1."),
+        ("/v1", "The paths of the API begin with /v1."),
+        ("/", "The paths of the API begin with /v1."),
+    ],
+)
+async def test_a_404_names_what_was_meant(open_app: OpenApp, path: str, hint: str) -> None:
+    """It also repeats the path that was asked for, as it was."""
+    async with open_app() as served:
+        call = await served.client.ask("PATCH", path)
+        assert (call.status, call.error["code"]) == (404, "not_found")
+        assert call.error["message"] == f"There is nothing at PATCH {path}. {hint}"
+
+
+async def test_a_404_without_a_guess(open_app: OpenApp) -> None:
+    """Where nothing is similar, the message guesses nothing, and the work for a long path is bounded."""
+    async with open_app() as served:
+        call = await served.client.ask("GET", "/v1/fine-tuning")
+        assert call.error["message"] == "There is nothing at GET /v1/fine-tuning."
+        assert (await served.client.ask("GET", "/v1" + "/chat" * 1000)).status == 404
+
+
+async def test_a_run_by_a_doubled_slash(open_app: OpenApp) -> None:
+    """The path that is checked is the path that is served."""
+    async with open_app() as served:
+        call = await served.client.ask("GET", "//hooks/x/runs/run_1")
+        assert (call.status, call.error["code"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/up/m", "/health", "/ready", "/status"])

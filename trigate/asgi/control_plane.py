@@ -6,17 +6,19 @@ fifth of the time to start and 10 MiB.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from quart import Response, request
+from quart import Response, current_app, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trigate import errors
+from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
 from trigate.asgi.routes import hooks, models, sessions, status
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
+from trigate.openai.endpoints import ENDPOINTS
 
 
 async def open_control_plane(gateway: Gateway) -> ControlPlane:
@@ -60,7 +62,10 @@ def _error_for(error: HTTPException) -> errors.GatewayError:
         allowed = tuple(sorted(error.valid_methods or ()))
         return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
     if error.code == 404:
-        return errors.NotFound(f"There is nothing at {request.method} {request.path[:200]}.")
+        asked: str = cast("Any", request.scope).get("trigate.asked_path", request.path)  # Any: our own entry
+        known = [*ENDPOINTS, *health.PATHS, *(rule.rule for rule in current_app.url_map.iter_rules())]
+        hint = paths.hint(asked, [path for path in known if "<" not in path])
+        return errors.NotFound(f"There is nothing at {request.method} {asked[:200]}.{hint}")
     if error.code == 413:
         return errors.TooLarge("The body is too large.")
     return errors.BadRequest(error.description or error.name)

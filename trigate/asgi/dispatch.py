@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from trigate.asgi import health
+from trigate.asgi import health, paths
 from trigate.asgi.auth import authorize, cors_allows, cors_headers
 from trigate.asgi.data_plane import read_body, serve_call, watch_client
 from trigate.asgi.lazy_control_plane import LazyControlPlane
@@ -25,7 +25,7 @@ from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
-from trigate.openai.endpoints import ENDPOINTS
+from trigate.openai.endpoints import ENDPOINTS, Endpoint
 from trigate.webhooks.calls import HookHead
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
@@ -54,7 +54,7 @@ async def serve_request(
         response.headers += cors_headers(head.origin, config)
         if head.method == "OPTIONS" and await _answer_preflight(head, config, response):
             return
-        endpoint = ENDPOINTS.get(head.path)
+        endpoint = ENDPOINTS.get(head.path) or _find_endpoint(head, scope)
         if endpoint is not None:
             owner = authorize(head, config) or ""
             await serve_call(gateway, endpoint, head, body, response, request_id=request_id, owner=owner)
@@ -80,6 +80,14 @@ async def serve_request(
         log.exception("request_crashed", request_id=request_id, path=head.path)
         if not response.committed:
             await response.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
+
+
+def _find_endpoint(head: RequestHead, scope: Any) -> Endpoint | None:
+    """Replaces a path that people type by the one that is meant, for all that follows, and returns its endpoint."""
+    path = paths.canonical(head.path)
+    if path != head.path:
+        scope["trigate.asked_path"], head.path, scope["path"] = head.path, path, path
+    return ENDPOINTS.get(path)
 
 
 async def _serve_control_plane(

@@ -1,0 +1,61 @@
+"""Paths that people type: which path is meant by another one. Pure.
+
+A base URL with a slash too many, with ``/v1`` twice or without it leads to paths that are not those of the API. Where
+only one path of the API can be meant, `canonical` returns it, and the request is served. In all other cases `hint` says
+what was probably meant, for the message of a 404.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterable
+
+from trigate.openai.endpoints import ENDPOINTS
+
+_MODELS = re.compile(r"/*(?:v1/+)*models(?:/+(.+))?", re.DOTALL)
+_SIMILARITY = 0.85
+
+
+def canonical(path: str) -> str:
+    """Returns the path of the data plane or of the models that a path stands for, or else the path with one slash at
+    its beginning.
+
+    >>> canonical("//v1/chat/completions/"), canonical("/v1/v1//models"), canonical("/models/a//b"), canonical("//x/")
+    ('/v1/chat/completions', '/v1/models', '/v1/models/a//b', '/x/')
+    """
+    tail = "/" + "/".join(_segments(path))
+    if f"/v1{tail}" in ENDPOINTS:
+        return f"/v1{tail}"
+    models = _MODELS.fullmatch(path.rstrip("/"))
+    if models is not None:  # an id may contain two slashes, one after the other
+        return f"/v1/models/{models[1]}" if models[1] else "/v1/models"
+    return "/" + path.lstrip("/")
+
+
+def hint(path: str, known: Iterable[str]) -> str:
+    """Returns a sentence about the path that was meant, with a space before it; empty if there is nothing to say.
+
+    Args:
+        path: The path of the request, where nothing is.
+        known: The paths that exist.
+
+    >>> known = ("/v1/chat/completions", "/v1/models", "/status")
+    >>> hint("/api/v1/chat/completions", known), hint("/v1/Models", known), hint("/status/", known)
+    (' Did you mean /v1/chat/completions?', ' Did you mean /v1/models?', ' Did you mean /status?')
+    >>> hint("/v1/chat/completion", known), hint("/v1/x", known), hint("/x", known)
+    (' Did you mean /v1/chat/completions?', '', ' The paths of the API begin with /v1.')
+    """
+    asked = "/" + "/".join(_segments(path.lower()))
+    tails = {"/" + "/".join(_segments(each)): each for each in known}
+    found = [tail for tail in tails if tail != "/" and asked.endswith(tail)]
+    found = [max(found, key=len)] if found else difflib.get_close_matches(asked[:200], tails, n=1, cutoff=_SIMILARITY)
+    if found:
+        return f" Did you mean {tails[found[0]]}?"
+    return "" if path.startswith("/v1/") else " The paths of the API begin with /v1."
+
+
+def _segments(path: str) -> list[str]:
+    """The parts of a path behind the ``v1`` at its beginning, if there is one, or several."""
+    return list(itertools.dropwhile(lambda segment: segment == "v1", filter(None, path.split("/"))))
