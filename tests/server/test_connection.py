@@ -11,12 +11,14 @@ from typing import Any
 
 import h2.config
 import h2.connection
+import h2.errors
 import h2.events
 import h2.settings
 import pytest
 import trio
 import trio.testing
 import trustme
+from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 from tests.server.test_http1 import CONFIG, HELLO, body_of, hello, read_all, say
 from trigate.server import connection
@@ -157,6 +159,55 @@ async def test_h2_poison_is_refused(
         after = await client.ask(H2_GET)
         assert await client.read(h2.events.StreamEnded, after) is not None
         assert client.statuses[after] == 200
+
+
+@pytest.mark.parametrize("size", [1, 16_384])
+async def test_a_flood_of_continuation_frames_is_cut(
+    autojump_clock: trio.testing.MockClock, authority: trustme.CA, size: int
+) -> None:
+    """The connection ends after 64 KiB of header fields, or 64 frames, before anything is decoded."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await trio.lowlevel.checkpoint()
+        raise AssertionError("it was called")
+
+    piece = b"\xff" * size
+    async with open_h2(app, authority) as client:
+        await client.read(h2.events.RemoteSettingsChanged)
+        data = HeadersFrame(1, piece, flags=["END_STREAM"]).serialize()
+        data += ContinuationFrame(1, piece).serialize() * min(65_536 // size, 64)
+        await client.stream.send_all(data)
+        ended = await client.read(h2.events.ConnectionTerminated)
+        assert ended.error_code == (h2.errors.ErrorCodes.PROTOCOL_ERROR if size == 1 else 11)
+        assert await client.read(h2.events.StreamEnded) is None
+        assert trio.current_time() == 0.0
+
+
+@pytest.mark.parametrize("change", [b"\x20", b"\x3f\xe1\x1f"])
+async def test_the_table_changes_its_size_twice_at_most(
+    autojump_clock: trio.testing.MockClock, authority: trustme.CA, change: bytes
+) -> None:
+    """A block of such changes takes seconds to decode, so it is refused undecoded."""
+    async with open_h2(hello, authority) as client:
+        for times in (2, 3):
+            block = change * times + client.connection.encoder.encode(H2_GET)
+            number = client.connection.get_next_available_stream_id()
+            client.connection.send_headers(number, H2_GET, end_stream=True)
+            client.connection.data_to_send()  # its own encoding of the same request
+            await client.stream.send_all(HeadersFrame(number, block, flags=["END_STREAM", "END_HEADERS"]).serialize())
+            await client.read(h2.events.StreamEnded if times == 2 else h2.events.ConnectionTerminated)
+            assert client.statuses == {1: 200}
+
+
+async def test_large_header_fields_in_several_frames(
+    autojump_clock: trio.testing.MockClock, authority: trustme.CA
+) -> None:
+    """What is within the limits of a request head is served, however it is framed."""
+    fields = [*H2_GET, *[(b"a%d" % number, b"x" * 7_000) for number in range(4)]]
+    async with open_h2(hello, authority) as client:
+        number = await client.ask(fields)
+        assert await client.read(h2.events.StreamEnded, number) is not None
+        assert client.statuses == {number: 200}
 
 
 async def test_h2_offers_no_websocket(autojump_clock: trio.testing.MockClock, authority: trustme.CA) -> None:

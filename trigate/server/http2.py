@@ -13,12 +13,14 @@ stalled client. The rules for editing it:
 - **There is no timer task.** An idle connection has a deadline on its read, which serves as keep-alive timeout and
   drain.
 
-Bounds: `QUEUED_MESSAGES` pieces of a request body; `LINGER_BYTES` and `LINGER_S` at the end of a connection.
+Bounds: `HEADER_BLOCK_BYTES` of header fields; `QUEUED_MESSAGES` pieces of a request body; `LINGER_BYTES` and `LINGER_S`
+at the end of a connection.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
 import sys
 from collections.abc import Awaitable, Callable
@@ -31,6 +33,7 @@ import h2.events
 import h2.exceptions
 import h2.settings
 import trio
+from h2.frame_buffer import FrameBuffer
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Body
@@ -57,8 +60,32 @@ LINGER_BYTES = 1024 * 1024
 """How much input is discarded then."""
 _GOAWAY = struct.pack(">HBBBLLL", 0, 8, 7, 0, 0, 2**31 - 1, 0)
 """A GOAWAY frame that refuses nothing: the highest stream id, and NO_ERROR."""
+HEADER_BLOCK_BYTES = 64 * 1024
+"""The size of the encoded header fields of a request: a HEADERS frame and its CONTINUATION frames."""
+_HEADERS = 1  # the type of a HEADERS frame
+_TABLE_SIZES = re.compile(rb"(?: [\x20-\x3e] | \x3f [\x80-\xff]* [\x00-\x7f] ){3}", re.VERBOSE)
 QUEUED_MESSAGES = 10
 """How many pieces of a request body may wait for the app before the connection stops reading."""
+
+
+class _FrameBuffer(FrameBuffer):
+    """h2's buffer of frames, which refuses what would cost much to decode. All other connections wait meanwhile.
+
+    h2 takes 64 CONTINUATION frames, a mebibyte, and any number of changes of the table's size: together six seconds
+    (CPython 3.11, a shared core). RFC 7541 (4.2) allows two changes at the beginning of a block.
+    """
+
+    def _update_header_buffer(self, frame: Any) -> Any:  # Any: frames of hyperframe, which comes with h2
+        whole: Any = super()._update_header_buffer(frame)
+        if whole is not None and whole.type == _HEADERS:
+            size = len(whole.data)
+            if _TABLE_SIZES.match(whole.data):
+                raise h2.exceptions.DenialOfServiceError("A header block changes the table's size more than twice.")
+        else:
+            size = sum([len(piece.data) for piece in self._headers_buffer])  # of at most 64
+        if size > HEADER_BLOCK_BYTES:
+            raise h2.exceptions.DenialOfServiceError(f"A header block has more than {HEADER_BLOCK_BYTES} bytes.")
+        return whole
 
 
 class _Buffer(StreamBuffer):
@@ -83,6 +110,7 @@ class _Protocol(H2Protocol):
 
     def __init__(self, *args: Any) -> None:  # Any: passed on unchanged
         super().__init__(*args)
+        self.connection.incoming_buffer = _FrameBuffer(server=True)
         codes = h2.settings.SettingCodes
         self.connection.local_settings = h2.settings.Settings(
             client=False,
