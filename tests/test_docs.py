@@ -258,7 +258,7 @@ def test_headers() -> None:
     rows = _rows(_sections(_page("reference/endpoints.md"))["Headers"])
     told = {name.partition(":")[0] for row in [*rows, *_rows(_page("reference/errors.md"))] for name in _names(row[0])}
     used: set[str] = set()
-    for room in ("asgi.request", "asgi.auth", "exchange.client_sink", "errors"):
+    for room in ("asgi.request", "asgi.auth", "asgi.data_plane", "exchange.client_sink", "errors"):
         path = PACKAGE / f"{room.replace('.', '/')}.py"
         used |= set(re.findall(r'b"(x-[a-z-]+)"', path.read_text(encoding="utf-8")))
     assert {"x-request-timeout", "x-trigate-attempts", "x-should-retry"} <= used

@@ -19,6 +19,8 @@ github             body                                             accepted for
 bearer, telegram   nothing: the secret itself is sent               the secret has leaked       none
 =================  ===============================================  ==========================  ======================
 
+Where Slack's body has no id (a slash command is a form), the signature stands for it.
+
 Within the 300 s, only its id distinguishes a copy of a signed request from the original, so the caller must remember
 the ids. ``X-GitHub-Delivery`` is the exception: GitHub defines it for that purpose, and repeats it when it delivers an
 event again, but does not sign it. So it recognises GitHub's own repetitions. It does not recognise an attacker that
@@ -161,7 +163,8 @@ class Verifier:
                 macs = self._macs(b"v0:%b:" % timestamp, body)
                 if not _matches([signature], [b"v0=" + mac.hex().encode() for mac in macs]):
                     raise Unverified(_MISMATCH)
-                return Verified(event_id=_id_in(body, "event_id"))
+                # A slash command has no id, but its signature is over its time, too.
+                return Verified(event_id=_id_in(body, "event_id") or signature.decode())
             case "stripe":
                 text, signatures = _stripe(_header(headers, b"stripe-signature"))
                 timestamp = self._timestamp(text, now)

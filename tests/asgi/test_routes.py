@@ -16,6 +16,7 @@ import trigate
 from tests.support.asgi_client import Piece, chat
 from tests.support.gateway import OpenApp, make_config
 from tests.support.provider import Head, Pause, Provider, Refuse, Say, Stall, answers, content, event, says
+from trigate.asgi import control_plane
 
 MODELS = make_config(
     {
@@ -198,6 +199,46 @@ async def test_head_is_answered_as_get_is(open_app: OpenApp) -> None:
     """Probes send HEAD. The server leaves out the body."""
     async with open_app() as served:
         assert (await served.client.ask("HEAD", "/health")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "problem"),
+    [
+        ("GET", "/status?verbose=1", "/status has no query parameter 'verbose'. It has none."),
+        ("GET", "/status/ledger?since=2026-01-01", "no query parameter 'since'. It has limit, after, outcome."),
+        ("GET", "/status/ledger?limit=5&Outcome=lost", "no query parameter 'Outcome'"),
+        ("GET", "/status/ledger?outcome=", "'outcome' is empty"),
+        ("GET", "/status/streams?limit=1&limit=2", "'limit' is given more than once"),
+        ("GET", "/status/streams/x?limit=1", "no query parameter 'limit'"),
+        ("DELETE", "/status/streams/x?force=true", "no query parameter 'force'"),
+        ("GET", "/v1/sessions?order=desc", "no query parameter 'order'. It has limit, after."),
+        ("GET", "/v1/sessions/k?x", "no query parameter 'x'"),
+        ("GET", "/v1/sessions/k/messages?before=1", "no query parameter 'before'"),
+        ("POST", "/v1/sessions/k/reset?hard=1", "no query parameter 'hard'"),
+        ("DELETE", "/v1/sessions/k?archived=true", "no query parameter 'archived'"),
+        ("GET", "/hooks/h/runs/r?wait=1", "no query parameter 'wait'"),
+    ],
+)
+async def test_a_query_parameter_that_is_not_known(open_app: OpenApp, method: str, path: str, problem: str) -> None:
+    """It is refused, not ignored: the answer would look as if it had been applied."""
+    async with open_app() as served:
+        call = await served.client.ask(method, path)
+        assert (call.status, call.error["code"]) == (400, "invalid_request")
+        assert problem in call.error["message"]
+        assert call.error["param"] in path
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/up/m", "/health", "/ready"])
+async def test_query_parameters_that_clients_append(open_app: OpenApp, path: str) -> None:
+    """The models and the probes are answered whatever a client appends to every URL."""
+    async with open_app() as served:
+        assert (await served.client.ask("GET", f"{path}?api-version=2026-01-01&x")).status == 200
+
+
+def test_the_table_of_query_parameters() -> None:
+    """Each view in it exists."""
+    app = control_plane.create_control_plane()
+    assert control_plane.PARAMETERS.keys() <= app.view_functions.keys()
 
 
 async def test_a_large_body_for_the_control_plane_is_not_kept(open_app: OpenApp, autojump_clock: MockClock) -> None:

@@ -194,6 +194,23 @@ def test_a_file_that_is_not_there(run: Run, tmp_path: Path, command: str) -> Non
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize("content", ["", "# nothing yet\n", "[server]\nport = 0\n"])
+def test_a_file_without_an_upstream(run: Run, tmp_path: Path, command: str, content: str) -> None:
+    """Such a gateway could serve nothing: both commands refuse the file and say what to write."""
+    result = run(command, "--config", _file(tmp_path, content))
+    _assert_failed(result, "upstreams: there are none. Add [upstreams.NAME]")
+    assert result.stdout == ""
+
+
+def test_authorities_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
+    """Where an upstream has TLS, `serve` would not start. `check` names the variable, and does not say "ok" before."""
+    path = _file(tmp_path, '[server]\nport = 0\n[upstreams.a]\nbase_url = "https://a.invalid/v1"\nmodels = ["m"]\n')
+    result = run("check", "--config", path, SSL_CERT_FILE=str(tmp_path / "none.pem"))
+    _assert_failed(result, "SSL_CERT_FILE", "cannot be used")
+    assert result.stdout == ""
+
+
 @pytest.mark.slow  # local model servers get 0.3 s to answer
 def test_check_without_a_file(run: Run) -> None:
     """Discovery finds a provider by its key, which is not printed, and always the echo."""
@@ -215,6 +232,7 @@ def test_an_open_gateway_is_refused(run: Run, tmp_path: Path, host: str) -> None
     for command in ("check", "serve"):
         result = run(command, "--config", path)
         _assert_failed(result, f"refusing to listen on {host} without a key", "TRIGATE_API_KEY", "--insecure")
+        assert result.stdout == ""
     _assert_failed(run("serve", "--config", _file(tmp_path, PARROT), "--host", host), f"refusing to listen on {host}")
 
 

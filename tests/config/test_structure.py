@@ -258,6 +258,29 @@ def test_all_problems_at_once() -> None:
             ALIAS + "strategy = 'balance'\nweights = [0]",
             "models.a.weights: expected one number above 0 for each target",
         ),
+        ("[servr]", "servr: unknown section; there are server, upstreams,"),
+        ("[upstream.x]\nbase_url = 'http://x'", "upstream: unknown section; there are server, upstreams,"),
+        ("[limits]\nidle_timeout = 3", "limits: unknown key idle_timeout; did you mean idle_timeout_s?"),
+        (MOCK + "api_base = 'x'", "upstreams.mock: unknown key api_base; did you mean base_url?"),
+        (MOCK + "modles = ['x']", "upstreams.mock: unknown key modles; did you mean models?"),
+        (MOCK + "api_key_env = 'X'", "upstreams.mock: unknown key api_key_env; did you mean api_key?"),
+        ("[models]\ndefault = 'mock/x'", 'models.default: expected a table: write default = { targets = ["upstream/'),
+        *[
+            (
+                MOCK + f"api_key = '{value}'",
+                'upstreams.mock.api_key: is this text, not a variable: write {env = "A_KEY"}',
+            )
+            for value in ("env:A_KEY", "env.A_KEY", "$A_KEY", "${A_KEY}", "os.environ/A_KEY", "%A_KEY%", "$env:A_KEY")
+        ],
+        (MOCK + "api_key = 'file:/a/b'", 'upstreams.mock.api_key: is this text, not a file: write {file = "/a/b"}'),
+        (MOCK + "api_key = 'null'", "upstreams.mock.api_key: 'null' is a text: leave the setting out"),
+        (MOCK + "api_key = 'Bearer sk-1'", "upstreams.mock.api_key: the key alone, without 'Bearer'"),
+        (
+            MOCK + "headers = {authorization = 'Bearer ${A_KEY}'}",
+            "upstreams.mock.headers.authorization: variables in a",
+        ),
+        (MOCK + "default_model = 'null'", "upstreams.mock.default_model: 'null' is a text: leave the setting out"),
+        ("[keys]\nk = '$A_KEY'", 'keys.k: is this text, not a variable: write {env = "A_KEY"}'),
         ("[keys]\nk = ''", "keys.k: the value is empty"),
         ("[keys]\nk = {env = 'NO_SUCH'}", "keys.k: the environment variable NO_SUCH is not set"),
     ],
@@ -289,6 +312,45 @@ def test_bad_urls(url: str) -> None:
     """Anything but a plain http or https base URL is refused."""
     [line] = _problems(f"[upstreams.u]\nbase_url = '{url}'")
     assert line.startswith("upstreams.u.base_url: ")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("https://api.example/v1/chat/completions", "write https://api.example/v1"),
+        ("https://api.example/v1/chat/completions/", "write https://api.example/v1"),
+        ("https://api.example/v1/responses", "write https://api.example/v1"),
+        ("https://api.example/v1/models", "write https://api.example/v1"),
+        ("https://api.example/v1/chat", "write https://api.example/v1"),
+        ("http://unix:/run/llama.sock:/v1", "Unix sockets are not supported"),
+        ("unix:///run/llama.sock", "Unix sockets are not supported"),
+        ("http+unix://%2Frun%2Fllama.sock/v1", "Unix sockets are not supported"),
+        ("/run/llama.sock", "Unix sockets are not supported"),
+        ("api.example/v1", "write https://api.example/v1"),
+        ("localhost:8000/v1", "write http://localhost:8000/v1"),
+        ("127.0.0.1:8000/v1", "write http://127.0.0.1:8000/v1"),
+        ("llama:8000", "write http://llama:8000"),
+        ("null", "leave the setting out"),
+    ],
+)
+def test_what_a_url_should_be(url: str, says: str) -> None:
+    """Where it is clear what was meant, the message has the right spelling."""
+    [line] = _problems(f"[upstreams.u]\nbase_url = '{url}'")
+    assert line.startswith("upstreams.u.base_url: ")
+    assert says in line
+    assert not line.endswith("completions")
+
+
+@pytest.mark.parametrize("name", ["chat", "my-models", "embeddings.example"])
+def test_a_path_that_only_looks_like_an_endpoint(name: str) -> None:
+    """It is accepted, and so is a host of that name."""
+    assert _structure(f"[upstreams.u]\nbase_url = 'http://{name}/x-{name}'").upstreams["u"].base_url is not None
+
+
+@pytest.mark.parametrize("key", ["sk-proj-$abc", "env", "none", "not-needed", "a:b", "$2b$10$abcdefghijkl"])
+def test_secrets_that_only_look_like_a_reference(key: str) -> None:
+    """They are accepted as they are."""
+    assert _structure(MOCK + f"api_key = '{key}'").secrets["mock"] == {"authorization": f"Bearer {key}"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""The accumulator builds an answer from its events as the SDKs do, without the parts that must not go back to a
-provider."""
+"""The accumulator builds an answer from its events as the SDKs do, with the fields that a provider added."""
 
 from __future__ import annotations
 
@@ -81,11 +80,40 @@ def test_an_error_event_adds_nothing() -> None:
     assert said(answer) == {"role": "assistant", "content": "a"}
 
 
-def test_reasoning_is_not_kept() -> None:
-    """Providers refuse it in a later request. An unknown field is not stored either."""
-    answer = accumulate(chunk({"reasoning_content": "hm", "x_new": [1]}), content("a"), DONE)
-    assert said(answer) == {"role": "assistant", "content": "a"}
-    assert not accumulate(chunk({"reasoning_content": "hm"})).has_content
+def test_added_fields_are_kept() -> None:
+    """Reasoning is joined from its pieces, and an unknown field is kept as it came. Neither is an answer by itself, and
+    of a truncated answer they are left out."""
+    pieces = (chunk({"reasoning_content": "h", "x_new": [1]}), chunk({"reasoning_content": "m"}), content("a"))
+    assert said(accumulate(*pieces, DONE)) == {
+        "role": "assistant", "content": "a", "reasoning_content": "hm", "x_new": [1],
+    }  # fmt: skip
+    assert said(accumulate(*pieces)) == {"role": "assistant", "content": "a"}
+    assert not accumulate(chunk({"reasoning_content": "hm"}), DONE).has_content
+
+
+def test_signed_reasoning() -> None:
+    """The pieces of a list are joined by index and type: texts are concatenated, a signature stays, a null changes
+    nothing. A piece without an index is one of its own."""
+
+    def detail(**fields: Any) -> bytes:
+        return chunk({"reasoning_details": [fields]})
+
+    answer = accumulate(
+        detail(type="reasoning.text", index=0, text="I ", signature=None),
+        detail(type="reasoning.text", index=0, text="think"),
+        detail(type="reasoning.text", index=0, signature="c2ln", text=None),
+        detail(type="reasoning.encrypted", index=0, data="eA=="),
+        detail(type="reasoning.summary", summary="s"),
+        chunk({"extra_content": {"google": {"thought_signature": "Z28="}}}),
+        content("a"),
+        DONE,
+    )
+    assert said(answer)["reasoning_details"] == [
+        {"type": "reasoning.text", "index": 0, "text": "I think", "signature": "c2ln"},
+        {"type": "reasoning.encrypted", "index": 0, "data": "eA=="},
+        {"type": "reasoning.summary", "summary": "s"},
+    ]
+    assert said(answer)["extra_content"] == {"google": {"thought_signature": "Z28="}}
 
 
 def test_a_refusal() -> None:
@@ -208,9 +236,10 @@ def test_a_json_answer() -> None:
 
 
 def test_a_json_answer_with_tools() -> None:
-    """Its tool calls are those of the answer, in order. Annotations and audio are not stored."""
+    """Its tool calls are those of the answer, in order. Empty fields, audio and images are not stored."""
     answer = AnswerAccumulator()
-    message = {"role": "assistant", "content": None, "tool_calls": CALLS, "annotations": [], "audio": {"id": "a"}}
+    dropped = {"annotations": [], "audio": {"id": "a"}, "images": [{}]}
+    message: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": CALLS, **dropped}
     answer.feed_answer(msgspec.json.encode({"choices": [{"index": 0, "message": message}]}))
     assert said(answer) == {"role": "assistant", "content": None, "tool_calls": CALLS}
 

@@ -10,7 +10,6 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trigate.openai.token_estimate import estimated_tokens
 from trigate.sessions.compose import bounded, compose
 from trigate.store.records import Message
 
@@ -125,11 +124,6 @@ def test_unexpected_shapes() -> None:
         b'{"role":"x"}',
     ]
     assert kept(stored(odd)) == [1, 2, 3, 4]
-
-
-def test_tokens_are_estimated() -> None:
-    """A token is estimated for every four bytes, rounded up."""
-    assert [estimated_tokens(b"x" * size) for size in (0, 1, 4, 5)] == [0, 1, 1, 2]
 
 
 def composed(*messages: bytes, system: bytes = b"[]", history: Sequence[Message] = ()) -> Any:

@@ -30,6 +30,7 @@ from tests.support.provider import (
     Pause,
     Provider,
     Say,
+    Script,
     Stall,
     answers,
     chunk,
@@ -413,6 +414,70 @@ async def test_a_conversation(open_app: OpenApp, stream: bool) -> None:
         assert "x-session-key" not in second.headers
         assert (await remembered(served))[2:] == [("two", False), ("Hello", False)]
         await assert_no_turn_is_left(served)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("base_url", "configured", "goes_back"),
+    [
+        ("https://api.deepseek.com/v1", {}, True),
+        ("https://api.mistral.ai/v1", {}, False),
+        ("https://api.mistral.ai/v1", {"history_fields": ["reasoning_content"]}, True),
+        ("http://up.invalid/v1", {}, True),
+        ("http://up.invalid/v1", {"history_fields": []}, False),
+    ],
+)
+async def test_what_a_provider_wants_back(
+    open_app: OpenApp, stream: bool, base_url: str, configured: dict[str, Any], goes_back: bool
+) -> None:
+    """The reasoning of an answer that calls a tool is stored, and goes back to the providers that require it."""
+    tool = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "reasoning_content": "I need it.", "tool_calls": [tool]}
+    if stream:
+        deltas = {"reasoning_content": "I need "}, {"reasoning_content": "it."}, {"tool_calls": [{"index": 0, **tool}]}
+        end = chunk({}, finish_reason="tool_calls") + DONE
+        script: Script = (Head(), *[Say(chunk(delta)) for delta in deltas], Say(end))
+    else:
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+        script = answers(msgspec.json.encode({"choices": [choice]}))
+    config = make_config({"up": {"base_url": base_url, **configured}})
+    async with open_app(config, Provider(script)) as served:
+        await say(served, "What time is it?", stream=stream).wait()
+        await say(served, "", stream=stream, messages=[{"role": "tool", "tool_call_id": "c", "content": "10"}]).wait()
+        _, sent, *_ = served.providers["up"].calls[1].json["messages"]
+        if not goes_back:
+            del message["reasoning_content"]
+        assert sent == message
+        stored = await served.gateway.store.sessions.messages("", "k", limit=9)
+        assert stored is not None
+        assert msgspec.json.decode(stored[1].body)["reasoning_content"] == "I need it."
+
+
+async def test_a_picture_does_not_displace_the_history(open_app: OpenApp) -> None:
+    """A photo of 160 kB fits into a history of 16 000 tokens, with all that was said before it."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + "/9j/4AAQ" * 20_000}}
+    question = [{"role": "user", "content": [{"type": "text", "text": "What is in it?"}, picture]}]
+    async with open_app() as served:
+        await say(served, "My name is Ada.").wait()
+        await say(served, "", messages=question).wait()
+        last = await say(served, "Who am I?").wait()
+        messages = served.providers["up"].calls[-1].json["messages"]
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+        assert messages[2]["content"][1] == picture
+        assert last.header("x-trigate-history-omitted") == ""
+
+
+async def test_what_is_left_out_is_said(open_app: OpenApp) -> None:
+    """The response says how many of the session's messages were not sent, also where the store did not read them."""
+    config = make_config(sessions={"history_messages": 4}, server={"cors_origins": ["https://a.example"]})
+    async with open_app(config) as served:
+        said = []
+        for number in range(5):
+            origin = {"origin": "https://a.example"}
+            call = await say(served, f"{number}", headers=origin).wait()
+            said.append(call.header("x-trigate-history-omitted"))
+            assert "x-trigate-history-omitted" in call.header("access-control-expose-headers")
+        assert said == ["", "", "", "2", "4"]
 
 
 async def test_without_the_header_nothing_is_remembered(open_app: OpenApp) -> None:

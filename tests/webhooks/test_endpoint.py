@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from urllib.parse import urlencode
 
 import pytest
 import trio
@@ -292,6 +293,77 @@ async def test_a_form_is_refused_under_a_key(open_app: OpenApp) -> None:
     async with open_app(hooks(h={})) as served:
         call = await post(served, b'{"text":"x"}', content_type="text/plain")
         assert (call.status, call.error["code"]) == (415, "unsupported_media_type")
+
+
+URLENCODED = "application/x-www-form-urlencoded"
+OPENED = json.dumps({"action": "opened", "issue": {"title": "It hangs 🦊 & more"}}).encode()
+GITHUB_HOOK = {
+    "verification": "github",
+    "secrets": [SECRET],
+    "filter": "action == 'opened'",
+    "expressions": {"title": "issue.title"},
+    "template": "{title}",
+}
+
+
+def github_signature(body: bytes) -> str:
+    """The value of ``X-Hub-Signature-256`` for a body."""
+    return f"sha256={hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (OPENED, "application/json", 200),
+        (urlencode({"payload": OPENED}).encode(), URLENCODED, 200),
+        (urlencode({"payload": OPENED}).encode(), f"{URLENCODED}; charset=utf-8", 200),
+        (OPENED, URLENCODED, 200),  # as `curl -d` sends it
+        (OPENED, "text/plain", 200),
+        (OPENED, "application/cloudevents+json", 200),
+        (urlencode({"payload": b'{"action": "closed"}'}).encode(), URLENCODED, 204),
+        (b"payload=%7Bnot", URLENCODED, 400),
+        (b"payload=%7B%22a%22:%ff%7D", URLENCODED, 400),
+        (b"&" + b"a=1&" * 1001, URLENCODED, 400),
+        (b"--B\r\ncontent-disposition: form-data\r\n\r\n{}\r\n--B--\r\n", "multipart/form-data; boundary=B", 415),
+        (b"<a/>", "application/xml", 415),
+        (b"<a/>", "application/json", 400),
+    ],
+)
+async def test_content_types(open_app: OpenApp, body: bytes, content_type: str, status: int) -> None:
+    """A form is unwrapped after its bytes were verified, and means the same as JSON. What cannot be read is a 400; if
+    its type is to blame, a 415 that names the type."""
+    async with open_app(hooks(h=GITHUB_HOOK), Provider(REPLY)) as served:
+        headers = {"content_type": content_type, "x_hub_signature_256": github_signature(body)}
+        call = await post(served, body, **headers)
+        assert call.status == status, call.body
+        if status == 200:
+            assert served.providers["up"].calls[0].json["messages"][1]["content"] == '"It hangs 🦊 & more"'
+        if status == 415:
+            assert content_type.partition(";")[0] in call.error["message"]
+        headers["x_hub_signature_256"] = github_signature(body + b" ")
+        assert (await post(served, body, **headers)).status == 401
+
+
+async def test_a_slash_command(open_app: OpenApp) -> None:
+    """Its fields are values like those of JSON. A copy of the signed request, under whatever idempotency key, is the
+    same message."""
+    table = {
+        "verification": "slack",
+        "secrets": [SECRET],
+        "session": "sender",
+        "expressions": {"text": "text", "from": "user_id"},
+    }
+    body = b"command=%2Fask&text=Is+it+up%3F&user_id=U2C&response_url=https%3A%2F%2Fhooks.slack.com%2F"
+    now = f"{time.time():.0f}"
+    mac = hmac.new(SECRET.encode(), f"v0:{now}:".encode() + body, hashlib.sha256).hexdigest()
+    signed = {"content_type": URLENCODED, "x_slack_request_timestamp": now, "x_slack_signature": f"v0={mac}"}
+    async with open_app(hooks(h=table), Provider(REPLY)) as served:
+        first = await post(served, body, **signed)
+        assert (first.status, first.json["session"]) == (200, "hook:h:U2C")
+        assert served.providers["up"].calls[0].json["messages"] == [{"role": "user", "content": "Is it up?"}]
+        again = await post(served, body, **signed, idempotency_key="other")
+        assert again.header("idempotency-replayed") == "true"
+        assert again.json == first.json
 
 
 async def test_a_body_over_the_limit(open_app: OpenApp) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _EXPOSED = (
     b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-coalesced, "
-    b"retry-after, retry-after-ms, x-should-retry"
+    b"x-trigate-history-omitted, retry-after, retry-after-ms, x-should-retry"
 )
 
 

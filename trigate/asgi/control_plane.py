@@ -6,6 +6,7 @@ fifth of the time to start and 10 MiB.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from quart import Response, current_app, request
@@ -19,6 +20,15 @@ from trigate.asgi.routes import hooks, models, sessions, status
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
 from trigate.openai.endpoints import ENDPOINTS
+
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "sessions.list_sessions": ("limit", "after"),
+    "sessions.list_messages": ("limit", "after", "archived"),
+    "status.list_streams": ("limit",),
+    "status.list_records": ("limit", "after", "outcome"),
+}
+"""The query parameters of each view; a view that is not here has none. Those of OpenAI's own paths (`models`) are not
+checked, since clients append some to every URL (``api-version``)."""
 
 
 async def open_control_plane(gateway: Gateway) -> ControlPlane:
@@ -41,6 +51,8 @@ def create_control_plane() -> ControlPlane:
     app.register_blueprint(sessions.blueprint)
     app.register_blueprint(status.blueprint)
 
+    app.before_request(check_parameters)
+
     @app.errorhandler(errors.GatewayError)
     async def on_gateway_error(error: errors.GatewayError) -> Response:
         return _response_of(error)
@@ -55,6 +67,26 @@ def create_control_plane() -> ControlPlane:
         return _response_of(errors.Internal("The gateway failed. See its log."))
 
     return app
+
+
+async def check_parameters() -> None:
+    """Checks the query of the current request: an ignored parameter would look like one that selected everything.
+
+    Raises:
+        BadRequest: The endpoint does not know a parameter, or one is empty or given twice.
+    """
+    view = request.endpoint
+    if view is None or request.blueprint == "models" or request.method == "OPTIONS":
+        return
+    known = PARAMETERS.get(view, ())
+    for name, values in request.args.lists():
+        shown = name[:100]
+        if name not in known:
+            has = f"It has {', '.join(known)}." if known else "It has none."
+            raise errors.BadRequest(f"{request.path[:200]} has no query parameter {shown!r}. {has}", param=shown)
+        if len(values) > 1 or not values[0]:
+            what = "is empty" if len(values) == 1 else "is given more than once"
+            raise errors.BadRequest(f"The query parameter {shown!r} {what}.", param=shown)
 
 
 def _error_for(error: HTTPException) -> errors.GatewayError:

@@ -100,7 +100,7 @@ async def serve_call(
             await exchange_for(call).run(nursery)
         else:
             wait_s = min(timeout_s, sdk_timeout_s)
-            failure = await _take_turn(gateway, owner, session, call, exchange_for, nursery, at_most_s=wait_s)
+            failure = await _take_turn(gateway, owner, session, call, response, exchange_for, nursery, at_most_s=wait_s)
         if nursery.child_tasks:  # the watch, or a keep-alive that the client does not read
             nursery.cancel_scope.cancel()
     if failure is not None:
@@ -148,6 +148,7 @@ async def _take_turn(
     owner: str,
     key: str,
     call: Call,
+    response: ClientResponse,
     exchange_for: Callable[[Call, Recorder], Exchange],
     nursery: trio.Nursery,
     *,
@@ -173,6 +174,8 @@ async def _take_turn(
         async with gateway.sessions.open_turn(owner, key, limits=limits) as turn:
             recorder = SessionRecorder(gateway.store, turn)
             exchange = exchange_for(turn.compose(call), recorder)
+            if turn.omitted:
+                response.headers.append((b"x-trigate-history-omitted", b"%d" % turn.omitted))
             turn.stop_with(exchange.cancel)
             try:
                 await exchange.run(nursery)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from trigate.cli.configuration import (
+    check_authorities,
     check_certificate,
     config_option,
     gateway_environment,
@@ -71,12 +72,14 @@ def check(config_path: str | None) -> None:
     """Validate the configuration, and print its upstreams, models and routes.
 
     Sends no request to a provider (without a file it probes for model servers on this machine).
-    If the configuration is invalid, prints each problem on a line of its own and exits with code 1.
+    If `trigate serve` would refuse it, prints each problem on a line of its own and exits with code 1.
     """
     from trigate.store import opening
 
     config = read_configuration(gateway_environment(config_path))
+    refuse_open_gateway(config)
     check_certificate(config.server)
+    check_authorities(config)
     click.echo(f"{config.source}: ok")
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     without_keys = "none (open to everybody: insecure)" if config.server.insecure else "none (this machine only)"
@@ -88,7 +91,6 @@ def check(config_path: str | None) -> None:
             click.echo(line)
     for line in _route_lines(config):
         click.echo(line)
-    refuse_open_gateway(config)
 
 
 def _upstream_lines(name: str, upstream: UpstreamConfig, reason: str | None) -> Iterator[str]:

@@ -84,3 +84,21 @@ def check_certificate(server: ServerConfig) -> None:
         open_tls(server)
     except StartupFailed as failed:
         raise CommandFailed(str(failed)) from None
+
+
+def check_authorities(config: Config) -> None:
+    """Loads the certificate authorities, if an upstream needs them, as the gateway does at its start.
+
+    Raises:
+        CommandFailed: They cannot be used.
+    """
+    from trigate.config.sections import ConfigError
+    from trigate.upstream.factory import TrustStore, http_transport
+
+    trust = TrustStore()
+    try:
+        for name, upstream in config.upstreams.items():
+            if upstream.kind == "openai":
+                http_transport(name, upstream, trust=trust)
+    except ConfigError as error:
+        raise CommandFailed(str(error)) from None

@@ -6,11 +6,12 @@ with what was expected and what was found. The functions named ``…_problems`` 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import ipaddress
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,10 +32,61 @@ HOOK_VALUES = ("text", "from", "action")
 """The values that a template can use without an expression."""
 
 
+_ENDPOINT = re.compile(r"/(?:chat(?:/completions)?|completions|responses|embeddings|models|messages)\Z")
+_ENV_REFERENCE = re.compile(
+    r"(?:env[:.]|os\.environ/|\$env:|\$\{?)([A-Z_][A-Z0-9_]*)\}?|%([A-Z_][A-Z0-9_]*)%", re.IGNORECASE
+)
+_FILE_REFERENCE = re.compile(r"file:(?://)?(.+)", re.IGNORECASE)
+_OTHER_NAMES = {
+    **dict.fromkeys(("url", "api_base", "endpoint", "host"), "base_url"),
+    **dict.fromkeys(("key", "apikey", "token", "api_key_env"), "api_key"),
+    **dict.fromkeys(("type", "provider"), "kind"),
+    **dict.fromkeys(("target", "upstreams", "fallbacks"), "targets"),
+    **dict.fromkeys(("timeout", "timeout_s", "request_timeout"), "total_timeout_s"),
+}
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the known one that was probably meant, or nothing.
+
+    >>> did_you_mean("modles", ["models", "server"]), did_you_mean("url", ["base_url"]), did_you_mean("x", ["models"])
+    ('; did you mean models?', '; did you mean base_url?', '')
+    """
+    found = _OTHER_NAMES.get(name.lower().replace("-", "_"), "")
+    if found not in known:
+        found = next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)), "")
+    return f"; did you mean {found}?" if found else ""
+
+
+def secret_literal(value: str) -> str:
+    """Checks a secret that is written in the file itself, which may be a reference in another program's spelling.
+
+    Raises:
+        ValueError: It is one. Except for the name in the reference, the message does not repeat the value.
+    """
+    text = value.strip()
+    if (found := _ENV_REFERENCE.fullmatch(text)) is not None:
+        raise ValueError(f'is this text, not a variable: write {{env = "{found[1] or found[2]}"}}')
+    if (found := _FILE_REFERENCE.fullmatch(text)) is not None:
+        raise ValueError(f'is this text, not a file: write {{file = "{found[1]}"}}')
+    if re.search(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}", text):
+        raise ValueError('variables in a text are not replaced: write {env = "NAME"}, with the whole value in it')
+    not_null(value)
+    return value
+
+
+def not_null(value: str) -> None:
+    """Raises ValueError for a text that stands for no value: TOML has none."""
+    if value.strip().lower() in ("null", "nil", "undefined"):
+        raise ValueError(f"{value!r} is a text: leave the setting out instead")
+
+
 def exactly(kind: type, name: str) -> Any:
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             raise ValueError(f"expected {name}, got {kind_of(value)}")
+        if isinstance(value, str):
+            not_null(value)
         return value
 
     return structure
@@ -81,6 +133,9 @@ def whole(low: int, high: int) -> Any:
 def url(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a URL, got {kind_of(value)}")
+    not_null(value)
+    if re.match(r"(?:http\+)?unix:|https?://unix:|/", value, re.IGNORECASE):
+        raise ValueError("Unix sockets are not supported: let the server listen on http://127.0.0.1:PORT")
     try:
         parts = urlsplit(value)
         _ = parts.port
@@ -89,7 +144,11 @@ def url(value: Any, _: Any) -> str:
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("a base URL has no credentials, query or fragment (use api_key and headers)")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{value!r} is not an http:// or https:// URL")
+        meant = ""
+        if found := re.match(r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*(?::\d+)?(?:/|\Z)", value):
+            local = re.match(r"localhost|127\.|[^.]*:", found[0]) is not None
+            meant = f": write {'http' if local else 'https'}://{value}"
+        raise ValueError(f"{value!r} is not an http:// or https:// URL{meant}")
     if parts.hostname.replace(".", "").isdigit():
         try:
             ipaddress.ip_address(parts.hostname)
@@ -98,6 +157,13 @@ def url(value: Any, _: Any) -> str:
     if not value.isascii() or not value.isprintable() or " " in value:
         raise ValueError(f"{value!r} has characters that a URL cannot carry")
     return value.rstrip("/")
+
+
+def base_url(value: Any, kind: Any) -> str:
+    found = url(value, kind)
+    if (end := _ENDPOINT.search(found)) is not None:
+        raise ValueError(f"ends in an endpoint, which Trigate appends: write {found[: end.start()]}")
+    return found
 
 
 def host_name(value: Any, _: Any) -> str:
@@ -218,6 +284,8 @@ def kind_problems(table: Mapping[str, Any]) -> list[str]:
     found = []
     if kind == "openai" and "base_url" not in table:
         found.append("base_url: required for kind 'openai'")
+    if str(table.get("api_key")).lower().startswith("bearer "):
+        found.append("api_key: the key alone, without 'Bearer', which Trigate adds")
     found += [f"{name}: not used by kind {kind!r}" for name, user in _OF_KIND.items() if name in table and user != kind]
     headers = table.get("headers")
     for header in headers if isinstance(headers, dict) else ():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, TypeVar
 
+import attrs
 import cattrs
 from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
@@ -62,6 +63,7 @@ def _make_converter() -> cattrs.Converter:
             converter,
             _cattrs_forbid_extra_keys=True,
             models=cattrs.override(struct_hook=checks.model_list),
+            base_url=cattrs.override(struct_hook=checks.base_url),
         ),
     )
 
@@ -118,7 +120,8 @@ def convert(kind: type[_Section], table: dict[str, Any], path: str, problems: li
 
 def _explain(error: BaseException, kind: type | None) -> str:
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return "unknown key " + ", ".join(sorted(error.extra_fields))
+        known = [field.name for field in attrs.fields(error.cl)]
+        return ", ".join(f"unknown key {name}{checks.did_you_mean(name, known)}" for name in sorted(error.extra_fields))
     if isinstance(error, KeyError):
         return "required, but missing"
     if isinstance(error, ValueError):

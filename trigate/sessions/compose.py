@@ -15,8 +15,7 @@ The history is bounded. These rules decide what is left out:
   sense. It is kept regardless of its size, even if nothing else of its turn fits. Otherwise, a newest turn that is too
   large by itself is left out like any other, and the history is empty.
 
-**Units:** tokens. What no upstream has counted is estimated at four bytes for each token, rounded up. That is about
-right for English prose, and too high for an image in a data URL.
+**Units:** tokens. What no upstream has counted is estimated (`trigate.openai.token_estimate`).
 
 Source: the OpenAI API reference ("messages": the tool message) says that calls and answers belong together.
 """
@@ -46,11 +45,13 @@ class Composition:
 
     Attributes:
         messages: All messages, in the order in which they go upstream.
+        remembered: The positions of the history in ``messages``.
         new: The messages of the request that the session has to remember: all but its system messages.
         system: The request's system messages as a JSON array; None = it has none.
     """
 
     messages: tuple[bytes, ...] = attrs.field(repr=False)
+    remembered: range
     new: tuple[bytes, ...] = attrs.field(repr=False)
     system: bytes | None = attrs.field(repr=False)
 
@@ -72,8 +73,10 @@ def compose(
     new = tuple(body for body, _ in others)
     continues = bool(others) and others[0][1].answers is not None
     kept = bounded(history, max_messages=max_messages, max_tokens=max_tokens, continues=continues)
+    before = own or [bytes(body) for body in _list.decode(system)]
     return Composition(
-        messages=(*(own or map(bytes, _list.decode(system))), *(message.body for message in kept), *new),
+        messages=(*before, *(message.body for message in kept), *new),
+        remembered=range(len(before), len(before) + len(kept)),
         new=new,
         system=b"[" + b",".join(own) + b"]" if own else None,
     )

@@ -35,6 +35,7 @@ from trigate.config.sections import SessionsConfig
 from trigate.errors import BadRequest, GatewayError, NotFound, RunStopped, SessionBusy, StoreUnavailable
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
+from trigate.openai.history_fields import HISTORY_FIELDS, with_history_fields
 from trigate.openai.request import Call
 from trigate.openai.token_estimate import estimated_tokens
 from trigate.sessions.compose import Composition, compose
@@ -71,7 +72,7 @@ class SessionTurn:
         self.wakeup = Wakeup()
         self._limits = limits
         self._history: Sequence[Message] = ()
-        self._composition = Composition(messages=(), new=(), system=None)
+        self._composition = Composition(messages=(), remembered=range(0), new=(), system=None)
         self._cancel: Callable[[GatewayError], None] | None = None
         self._stopped: RunStopped | None = None
 
@@ -131,7 +132,13 @@ class SessionTurn:
             max_messages=self._limits.history_messages,
             max_tokens=self._limits.history_tokens,
         )
-        return call.with_messages(self._composition.messages)
+        composed = call.with_messages(self._composition.messages)
+        return attrs.evolve(composed, remembered=self._composition.remembered)
+
+    @property
+    def omitted(self) -> int:
+        """How many messages of the session `compose` has left out, mostly because the history is bounded."""
+        return (self.session.messages if self.session is not None else 0) - len(self._composition.remembered)
 
     def result(self, answer: AnswerAccumulator, usage: Usage | None, *, at: float, partial: bool) -> Turn:
         """Returns what the turn appends: the new messages of the composed call, and the answer.
@@ -144,9 +151,10 @@ class SessionTurn:
         messages = [Message(body=body, tokens=estimated_tokens(body), at=at) for body in self._composition.new]
         if answer.has_content:
             body = answer.message()
-            tokens = estimated_tokens(body)
+            sent_back = with_history_fields(body, HISTORY_FIELDS)
+            tokens = estimated_tokens(sent_back)
             if usage is not None and not partial:
-                tokens = min(usage.completion_tokens, len(body))  # the count includes reasoning, which is not stored
+                tokens = min(usage.completion_tokens, len(sent_back))  # the count includes reasoning that is not given
             messages.append(Message(body=body, tokens=tokens, at=at, partial=partial))
         return Turn(
             owner=self.ticket.owner,

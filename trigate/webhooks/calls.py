@@ -140,7 +140,8 @@ class MessageCall:
             return
         if head.method != "POST":
             raise MethodNotAllowed(head.method, f"/hooks/{head.name}", allowed=("POST",))
-        message = payload.read(head.name, hook, payload.decode(body))
+        kind = payload.media_type(head.headers.get(b"content-type", b""))
+        message = payload.read(head.name, hook, payload.decode(body, kind))
         if message is None:
             await response.respond(204, [], b"")
             return

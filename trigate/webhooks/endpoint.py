@@ -40,6 +40,7 @@ from trigate.errors import (
 from trigate.runs.service import Runs
 from trigate.signatures import Verifier
 from trigate.upstream.generation import Generations
+from trigate.webhooks import payload
 from trigate.webhooks.calls import HookCall, HookHead, MessageCall, PlatformCall
 
 _MAX_NAME_CHARS = 64
@@ -184,7 +185,6 @@ def find(name: str, config: Config) -> HookConfig:
 
 
 def _check_json(head: HookHead) -> None:
-    content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if head.method == "POST" and content_type != b"application/json" and not content_type.endswith(b"+json"):
-        given = content_type.decode("latin-1")[:100] or "none"
-        raise UnsupportedMediaType(f"Content-Type must be application/json; got {given}.")
+    kind = payload.media_type(head.headers.get(b"content-type", b""))
+    if head.method == "POST" and not payload.is_json(kind):
+        raise UnsupportedMediaType(f"Content-Type must be application/json; got {kind or 'none'}.")

@@ -74,9 +74,8 @@ async def delete_stream(stream: str) -> Response:
 async def list_records() -> Response:
     """Lists the ledger's records, the last settled first."""
     limit = _limit()
-    after = request.args.get("after") or None
     found = await current_gateway().ledger.list(
-        limit=limit + 1, owner=_owner(), outcome=request.args.get("outcome") or None, after=after
+        limit=limit + 1, owner=_owner(), outcome=request.args.get("outcome"), after=request.args.get("after")
     )
     return _json({"object": "list", "data": [_record(each) for each in found[:limit]], "has_more": len(found) > limit})
 
