@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
-from trigate import errors, logs
+from trigate import logs
 from trigate.asgi.dispatch import serve_request
 from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.config.sections import Config
@@ -53,7 +53,7 @@ class GatewayApp:
             try:
                 self.gateway = gateway = await stack.enter_async_context(self._open_gateway())
             except Exception as error:
-                message = errors.message_of(error)
+                message = logs.message_of(error)
                 log.error("startup_failed", error=message)
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return
