@@ -44,12 +44,12 @@ from trigate.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    Unsupported,
     UnsupportedMediaType,
     Unverified,
     UpstreamError,
     UpstreamTimeout,
     WebSocketRefused,
-    message_of,
 )
 
 ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
@@ -75,6 +75,7 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (WebSocketRefused(), 426, "invalid_request_error", "websocket_refused"),
     (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
     (Rejected("no", status=422), 422, "invalid_request_error", "upstream_rejected"),
+    (Unsupported("no", status=501), 501, "invalid_request_error", "upstream_unsupported"),
     (Throttled("no", status=429), 429, "rate_limit_error", "upstream_throttled"),
     (Unavailable("down"), 502, "upstream_error", "upstream_unavailable"),
     (Unavailable("down", status=503), 503, "upstream_error", "upstream_unavailable"),
@@ -169,7 +170,15 @@ def test_only_the_provider_s_failures_can_be_retried(error: GatewayError) -> Non
 def test_what_is_retryable() -> None:
     """A provider's 4xx is final; after 429, timeouts, failures and protocol violations another target may be tried."""
     retryable = {type(sample[0]) for sample in SAMPLES if sample[0].retryable}
-    assert retryable == {Throttled, Unavailable, UpstreamTimeout, ProtocolViolation, Truncated, StreamError}
+    assert retryable == {
+        Throttled,
+        Unsupported,
+        Unavailable,
+        UpstreamTimeout,
+        ProtocolViolation,
+        Truncated,
+        StreamError,
+    }
 
 
 @each_sample
@@ -263,9 +272,3 @@ def test_a_bad_request_with_another_status() -> None:
     """A malformed request head may have a more specific status; the class's own one does not change."""
     assert BadRequest("too long", status=414).to_response()[0] == 414
     assert BadRequest("no").status == BadRequest.status == 400
-
-
-def test_the_message_of_any_exception() -> None:
-    """A group has the message of its first leaf; an exception without a message has the name of its class."""
-    assert message_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")]), KeyError("that")])) == "this"
-    assert message_of(KeyError()) == "KeyError"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.processes import environment
 from trigate import logs
-from trigate.logs import log
+from trigate.logs import log, message_of
 
 SECRET = "sk-not-for-the-log"  # handed over as an argument: a traceback quotes lines of source
 
@@ -128,3 +128,9 @@ def test_standard_error_closed_from_the_start() -> None:
         timeout=30,
     )
     assert done.stdout == b"alive\n"
+
+
+def test_the_message_of_any_exception() -> None:
+    """A group has the message of its first leaf; an exception without a message has the name of its class."""
+    assert message_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")]), KeyError("that")])) == "this"
+    assert message_of(KeyError()) == "KeyError"

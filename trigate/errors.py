@@ -12,7 +12,7 @@ The tree::
     │                                                   RateLimited 429 · HeadersTooLarge 431
     │                                                   ClientStalled 503 (TooSlow)
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
-    │                                                   Throttled 429* · Unavailable 502/503*
+    │                                                   Throttled 429* · Unsupported 405/501* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · ProtocolViolation 502*
     │                                                   Truncated 502* · StreamError 502*
     └─ Fault                the gateway, or its state   Overloaded 503 · StoreUnavailable 503 · Draining 503
@@ -132,17 +132,6 @@ class GatewayError(Exception):
 
     def _payload_with_attempts(self) -> dict[str, object]:
         return {**self.payload, "attempts": self.attempts} if self.attempts else self.payload
-
-
-def message_of(error: BaseException) -> str:
-    """The message of any exception; for a group, that of its first leaf; for an empty message, the name of the class.
-
-    >>> message_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")])])), message_of(KeyError())
-    ('this', 'KeyError')
-    """
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error) or type(error).__name__
 
 
 # -- the client and its call ------------------------------------------------------------------------------------------
@@ -316,7 +305,7 @@ class UpstreamError(GatewayError):
 
 
 class Rejected(UpstreamError, code="upstream_rejected"):
-    """The provider answered 4xx: its status and, if it is an error object, its body are passed on to the client.
+    """The provider answered 4xx or 501: its status and, if it is an error object, its body are passed on to the client.
 
     Args:
         message: What the provider says, or that it answered with this status.
@@ -340,7 +329,7 @@ class Rejected(UpstreamError, code="upstream_rejected"):
         retry_after_s: float | None = None,
     ) -> None:
         self.status = status
-        self.retryable = status in (408, 409, 429)
+        self.retryable = status in (405, 408, 409, 429, 501)
         self.retry_after_s = retry_after_s
         self.body = body
         self._headers = headers
@@ -383,19 +372,28 @@ class Throttled(Rejected, code="upstream_throttled"):
         )
 
 
+class Unsupported(Rejected, code="upstream_unsupported"):
+    """The provider does not serve the endpoint (405, 501). Another one may."""
+
+    retryable = True
+
+
 class Unavailable(UpstreamError, code="upstream_unavailable"):
     """The provider cannot be reached (502), or reports that it is down (5xx: 502, or 503 after a 503 or 529).
 
     Args:
         reachable: The provider can be reached; only this call failed.
         retry_after_s: Seconds after which the provider allows a retry; None = unknown.
+
+    Attributes:
+        sent: The provider may have received the whole call.
     """
 
     def __init__(
         self, message: str, *, status: int = 502, reachable: bool = False, retry_after_s: float | None = None
     ) -> None:
         self.status = status
-        self.reachable = reachable
+        self.reachable = self.sent = reachable
         self.retry_after_s = retry_after_s
         super().__init__(message)
 

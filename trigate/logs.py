@@ -154,3 +154,14 @@ def _text(value: object) -> str:
     if type(value) is str and value.isprintable() and " " not in value and value:
         return value
     return repr(value)
+
+
+def message_of(error: BaseException) -> str:
+    """The message of any exception; for a group, that of its first leaf; for an empty message, the name of the class.
+
+    >>> message_of(ExceptionGroup("x", [ExceptionGroup("y", [ValueError("this")])])), message_of(KeyError())
+    ('this', 'KeyError')
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__

@@ -166,7 +166,7 @@ def test_a_ledger_with_a_problem_is_shown(change: dict[str, Any], text: str | No
 def test_breakers_and_deadlines_stand_out() -> None:
     """An open breaker of any worker, a near deadline, a queue position and a failed attempt stand out."""
     shown = made()
-    assert [row[1].tone for row in shown.targets.rows] == ["bad", "good"]
+    assert [row[2].tone for row in shown.targets.rows] == ["bad", "good"]
     tones = [
         {name: cell.tone for name, cell in zip(shown.streams.headings, row, strict=True)} for row in shown.streams.rows
     ]

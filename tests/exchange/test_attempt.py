@@ -72,7 +72,7 @@ def whys(served: Served, number: int = 0) -> list[tuple[str, str, str | None]]:
 async def test_a_busy_provider_is_retried(open_app: OpenApp, autojump_clock: MockClock, stream: bool) -> None:
     """The gateway retries after a pause, and the client does not notice."""
     good = says("yes") if stream else answers(completion("yes"))
-    async with open_app(make_config(retries={}), Provider(BUSY, BUSY, good)) as served:
+    async with open_app(make_config(retries={"resend": "always"}), Provider(BUSY, BUSY, good)) as served:
         call = await served.client.chat(stream=stream).wait()
         assert call.status == 200
         assert b"yes" in call.body
@@ -99,7 +99,7 @@ async def test_retry_after_is_honoured(
 ) -> None:
     """The target is not called for exactly that time, whichever status carries the header."""
     busy = answers(b"{}", status=status, headers=headers)
-    config = make_config(retries={"backoff_s": 0})
+    config = make_config(retries={"backoff_s": 0, "resend": "refused" if status in (429, 503) else "always"})
     async with open_app(config, Provider(busy, says("yes"))) as served:
         begun = trio.current_time()
         call = await served.client.chat().wait()
@@ -130,6 +130,63 @@ async def test_a_target_with_an_open_breaker_is_skipped(open_app: OpenApp) -> No
             assert (await served.client.chat(model="both").wait()).status == 200
         assert [len(exchange.attempts) for exchange in served.settled] == [2, 2, 2, 2, 2, 1, 1, 1]
         assert served.settled[-1].attempts[0].step.why == "first"
+
+
+async def test_one_client_s_mistake_stops_nobody_else(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
+    """Calls to an endpoint that a target does not serve get its 501, are not sent twice, and open no breaker. Failures
+    at one endpoint leave the others as they are."""
+    refused = answers(b'{"error":{"message":"no embeddings here"}}', status=501)
+    broken = answers(b'{"error":{"message":"it broke"}}', status=500)
+    provider = Provider(*[refused] * 9, *[broken] * 5, says("yes"))
+    async with open_app(make_config(retries={}, breaker={}), provider) as served:
+        for _ in range(9):
+            call = await served.client.ask("POST", "/v1/embeddings", {"model": "up/m", "input": "x"})
+            assert (call.status, call.error["message"]) == (501, "no embeddings here")
+        assert len(served.providers["up"].calls) == 9
+        assert not logs.named("breaker_opened")
+        for _ in range(6):
+            call = await served.client.ask("POST", "/v1/embeddings", {"model": "up/m", "input": "x"})
+        assert call.status == 503
+        assert (await served.client.chat().wait()).status == 200
+        assert logs.named("breaker_opened") == [
+            {
+                "event": "breaker_opened",
+                "log_level": "warning",
+                "target": "up/m",
+                "endpoint": "/embeddings",
+                "opens_in_s": 5.0,
+                "reason": "The upstream up failed (500): it broke",
+            }
+        ]
+
+
+async def test_failed_attempts_and_breakers_are_in_the_log(
+    open_app: OpenApp, autojump_clock: MockClock, logs: Logs
+) -> None:
+    """A failed attempt is a warning with its reason, whether another one follows or not; and a breaker that closes."""
+    config = two(retries={"max_attempts": 2}, breaker={"failures": 1, "cooldown_s": 5})
+    async with open_app(config, {"a": Provider((Refuse(),), says("a")), "b": Provider((Break(),))}) as served:
+        await served.client.chat(model="both").wait()
+        await trio.sleep(5)
+        await served.client.chat(model="both").wait()
+        first, second = logs.named("attempt_failed")
+        assert (first["target"], first["why"], first["outcome"]) == ("a/m", "first", "upstream_unavailable")
+        assert (second["target"], second["why"], second["log_level"]) == ("b/m", "failover", "warning")
+        assert first["error"].startswith("The upstream a cannot be reached")
+        assert [line["target"] for line in logs.named("breaker_opened")] == ["a/m", "b/m"]
+        [closed] = logs.named("breaker_closed")
+        assert (closed["target"], closed["log_level"], closed["reason"]) == ("a/m", "warning", "a call succeeded")
+
+
+@pytest.mark.parametrize(("resend", "asked"), [("never", 1), ("refused", 1), ("always", 3)])
+async def test_a_call_that_was_received_is_not_sent_again(
+    open_app: OpenApp, autojump_clock: MockClock, resend: str, asked: int
+) -> None:
+    """By default one call is one generation at a target: a failure after the whole request is not tried again there."""
+    config = make_config(retries={"resend": resend})
+    async with open_app(config, Provider((Break(),), answers(b"{}", status=500), says("yes"))) as served:
+        call = await served.client.chat().wait()
+        assert (len(served.providers["up"].calls), call.status) == (asked, 200 if asked == 3 else 502)
 
 
 async def test_the_error_lists_all_attempts(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -167,12 +224,12 @@ async def test_a_disconnect_during_a_backoff_pause(open_app: OpenApp, autojump_c
         await call.wait()
         assert len(served.providers["up"].calls) == 1
         assert served.settled[0].outcome == "cancelled"
-        assert [state.in_flight for _, state in served.gateway.exchange_services.upstream.targets.items()] == [0]
+        assert [state.in_flight for _, _, state in served.gateway.exchange_services.upstream.targets.items()] == [0]
         served.assert_clean()
         await trio.sleep(2)
         assert [
             state.breaker.enter(trio.current_time())
-            for _, state in served.gateway.exchange_services.upstream.targets.items()
+            for _, _, state in served.gateway.exchange_services.upstream.targets.items()
         ] == ["probe"]
 
 
@@ -342,7 +399,7 @@ async def test_a_disconnect_ends_both_attempts(open_app: OpenApp, autojump_clock
         await call.wait()
         assert served.settled[0].outcome == "cancelled"
         served.assert_clean()
-        assert [state.in_flight for _, state in served.gateway.exchange_services.upstream.targets.items()] in (
+        assert [state.in_flight for _, _, state in served.gateway.exchange_services.upstream.targets.items()] in (
             [0],
             [0, 0],
         )

@@ -69,6 +69,10 @@ STATUSES = (
         answer(ERROR_BODY, status="409 X"),
         Refusal(409, "it_broke", outcome="upstream_rejected", body=ERROR_BODY),
     ),
+    *(
+        status(str(code), Refusal(code, "it_broke", outcome="upstream_unsupported", body=ERROR_BODY))
+        for code in (405, 501)
+    ),
     status("429", THROTTLED),
     status("429", Refusal(429, "upstream_throttled", says="429"), PAGE, kind="text/html"),
     *(

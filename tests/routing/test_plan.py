@@ -18,14 +18,17 @@ from trigate.errors import (
     Rejected,
     Throttled,
     Unavailable,
+    Unsupported,
     UpstreamTimeout,
 )
 from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
 from trigate.routing.target_state import MAX_TARGETS, Targets
+from trigate.upstream.error_body import rejection
 
 A, B, C = Target("a", "m"), Target("b", "m"), Target("c", "m")
-DOWN = Unavailable("down", reachable=True)
+DOWN = Unavailable("down")
+CHAT = "/chat/completions"
 
 
 def known(targets: int = 3, *, retries: Any = None, breaker: Any = None, **model: Any) -> tuple[Targets, Any]:
@@ -45,7 +48,7 @@ def known(targets: int = 3, *, retries: Any = None, breaker: Any = None, **model
 def plan_of(states: Targets, config: Any) -> Plan:
     """A plan for a call of ``x``."""
     targets = tuple(map(Target.parse, config.models["x"].targets))
-    return Plan("x", targets, states, config)
+    return Plan("x", CHAT, targets, states, config)
 
 
 def walk(plan: Plan, *errors: GatewayError, now: float = 0.0, left_s: float = 100.0) -> list[Step]:
@@ -74,7 +77,7 @@ def test_the_same_target_again() -> None:
     assert [(step.target, step.why, step.after_s) for step in steps] == [
         (A, "first", 0), (B, "failover", 0), (A, "retry", 0.5), (B, "retry", 0.5), (A, "retry", 1)
     ]  # fmt: skip
-    assert [state.in_flight for _, state in states.items()] == [0, 0]
+    assert [state.in_flight for _, _, state in states.items()] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +85,13 @@ def test_the_same_target_again() -> None:
     [
         (DOWN, 3),
         (Throttled("no", status=429), 3),
-        (Rejected("no", status=408), 3),
-        (Rejected("no", status=409), 3),
+        (Unavailable("busy", status=503, reachable=True, retry_after_s=0.1), 3),
+        (Unavailable("busy", status=503, reachable=True), 1),
+        (Unavailable("broke", reachable=True), 1),
+        (Rejected("no", status=408), 1),
+        (Rejected("no", status=409), 1),
         (Rejected("no", status=400), 1),
+        (Unsupported("no", status=501), 1),
         (Rejected("no", status=401), 1),
         (BadRequest("no"), 1),
         (UpstreamTimeout("slow", phase="first_token"), 1),
@@ -93,8 +100,83 @@ def test_the_same_target_again() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_which_failures_are_retried(error: GatewayError, attempts: int) -> None:
-    """On a single target, only failures that may pass are retried. A timeout is not: it would take as long again."""
+    """On a single target, only a call that it did not receive or explicitly refused is sent again: any other one may
+    have been served."""
     assert len(walk(plan_of(*known(1)), *[error] * 5)) == attempts
+
+
+RECEIVED = Unavailable("broke", reachable=True)
+REFUSED = Throttled("no", status=429)
+
+
+@pytest.mark.parametrize(
+    ("resend", "retried"), [("never", [DOWN]), ("refused", [DOWN, REFUSED]), ("always", [DOWN, REFUSED, RECEIVED])]
+)
+def test_what_is_sent_again(resend: str, retried: list[GatewayError]) -> None:
+    """``retries.resend`` decides about the same target. Another target may be asked in any case."""
+    for error in (DOWN, REFUSED, RECEIVED):
+        again = [step.why for step in walk(plan_of(*known(1, retries={"resend": resend})), error)]
+        assert again == ["first", "retry"][: 1 + (error in retried)]
+        assert walk(plan_of(*known(2, retries={"resend": resend})), error)[1].why == "failover"
+
+
+def test_a_target_that_may_have_served_the_call_stays_out() -> None:
+    """When the last target has refused the call, the one before it, which broke off, does not get it again."""
+    steps = walk(plan_of(*known(2, retries={"max_attempts": 9})), RECEIVED, REFUSED, REFUSED)
+    assert [step.target for step in steps] == [A, B, B, B]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 415, 422, 501])
+def test_a_refusal_does_not_count(status: int) -> None:
+    """However many calls a target refuses, its breaker stays closed: one client's mistake stops nobody else."""
+    states, config = known(1, breaker={"failures": 1, "failure_rate": 0.1, "min_calls": 1})
+    for _ in range(50):
+        assert len(walk(plan_of(states, config), rejection("a", status, b""))) == 1
+    assert states.of(A, CHAT).breaker.state(0.0) == "closed"
+
+
+def test_each_endpoint_has_a_breaker() -> None:
+    """A target that fails at one endpoint is called at the others."""
+    states, config = known(1, retries={"max_attempts": 1}, breaker={"failures": 1})
+    embeddings = Plan("x", "/embeddings", (A,), states, config)
+    assert embeddings.end(embeddings.first(0.0, 0.5), 0.0, error=DOWN) == "opened"
+    with pytest.raises(Unavailable):
+        Plan("x", "/embeddings", (A,), states, config).first(1.0, 0.5)
+    assert walk(plan_of(states, config), now=1.0) == [Step(A, "first")]
+
+
+def test_the_end_of_a_call_tells_whether_a_breaker_has_changed() -> None:
+    """It opens, opens again after a failed probe, and closes after a good one; nothing else is a change."""
+    states, config = known(1, breaker={"failures": 2, "cooldown_s": 10})
+
+    def call(now: float, error: GatewayError | None) -> str | None:
+        plan = plan_of(states, config)
+        return plan.end(plan.first(now, 0.5), now, error=error)
+
+    calls = [(0, None), (0, DOWN), (0, DOWN), (10, DOWN), (30, None), (30, None)]
+    assert [call(now, error) for now, error in calls] == [None, None, "opened", "opened", "closed", None]
+
+
+@pytest.mark.parametrize("strategy", ["failover", "balance"])
+def test_a_target_that_does_not_serve_an_endpoint_comes_last(strategy: str) -> None:
+    """After a 501 the next target is tried, and for a minute it comes first; then the other one is asked again."""
+    states, config = known(2, strategy=strategy)
+    states.of(B, CHAT).in_flight = 9  # so that balancing prefers A
+    steps = walk(plan_of(states, config), Unsupported("no", status=501))
+    assert [(step.target, step.why) for step in steps] == [(A, "first"), (B, "failover")]
+    assert [step.target for step in walk(plan_of(states, config), now=59.0)] == [B]
+    assert [step.target for step in walk(plan_of(states, config), now=61.0)] == [A]
+    alone = Plan("x", CHAT, (A,), states, config)
+    assert [step.target for step in walk(alone, now=1.0)] == [A], "without another target, it is asked"
+
+
+def test_no_hedge_at_a_target_that_does_not_serve_the_endpoint() -> None:
+    """It would only cost the hedge."""
+    states, config = known(2, strategy="hedge", hedge_delay_s=1)
+    states.of(B, CHAT).unserved_until = 60.0
+    plan = plan_of(states, config)
+    plan.first(0.0, 0.5)
+    assert plan.hedge(1.0) is None
 
 
 def test_a_timeout_leads_to_the_next_target() -> None:
@@ -190,7 +272,7 @@ def test_the_hedge_delay_adapts() -> None:
     states, config = known(2, strategy="hedge")
     assert plan_of(states, config).hedge_delay_s() is None
     for number in range(100):
-        states.of(A).note_first_token(number / 100, 0.0)
+        states.of(A, CHAT).note_first_token(number / 100, 0.0)
     assert plan_of(states, config).hedge_delay_s() == pytest.approx(0.95)
 
 
@@ -198,9 +280,9 @@ def test_the_hedge_delay_is_that_of_the_first_attempt() -> None:
     """When the first target is skipped, its latency does not count."""
     states, config = known(2, strategy="hedge")
     for _ in range(100):
-        states.of(A).note_first_token(0.1, 0.0)
-        states.of(B).note_first_token(3.0, 0.0)
-    states.of(A).breaker.fail(0.0, "call", retry_after_s=50)
+        states.of(A, CHAT).note_first_token(0.1, 0.0)
+        states.of(B, CHAT).note_first_token(3.0, 0.0)
+    states.of(A, CHAT).breaker.fail(0.0, "call", retry_after_s=50)
     plan = plan_of(states, config)
     assert plan.first(0.0, 0.5).target == B
     assert plan.hedge_delay_s() == pytest.approx(3.0)
@@ -209,7 +291,7 @@ def test_the_hedge_delay_is_that_of_the_first_attempt() -> None:
 def test_no_hedge_at_an_open_breaker() -> None:
     """There is no hedge without a second target either."""
     states, config = known(2, strategy="hedge", hedge_delay_s=0.1, max_attempts=3)
-    states.of(B).breaker.fail(0.0, "call", retry_after_s=9)
+    states.of(B, CHAT).breaker.fail(0.0, "call", retry_after_s=9)
     plan = plan_of(states, config)
     plan.first(0.0, 0.5)
     assert plan.hedge(0.0) is None
@@ -255,7 +337,7 @@ def test_a_weight_belongs_to_its_target() -> None:
     chance = random.Random(7)
     got: collections.Counter[Target] = collections.Counter()
     for _ in range(300):
-        plan = Plan("x", (B, C), states, config)
+        plan = Plan("x", CHAT, (B, C), states, config)
         step = plan.first(0.0, chance.random())
         got[step.target] += 1
         plan.end(step, 0.0, first_token_s=0.1)
@@ -265,9 +347,9 @@ def test_a_weight_belongs_to_its_target() -> None:
 def test_a_once_slow_target_is_tried_again() -> None:
     """Its estimate decays over time. Otherwise it would get no calls that show its recovery."""
     states, config = known(2, strategy="balance")
-    states.of(A).note_first_token(5.0, 0.0)
+    states.of(A, CHAT).note_first_token(5.0, 0.0)
     for now in range(120):
-        states.of(B).note_first_token(0.1, float(now))
+        states.of(B, CHAT).note_first_token(0.1, float(now))
     assert plan_of(states, config).first(1.0, 0.3).target == B
     assert plan_of(states, config).first(119.0, 0.3).target == A
 
@@ -278,21 +360,21 @@ def test_balance_avoids_a_hanging_target(answered: bool) -> None:
     lasts."""
     states, config = known(2, strategy="balance")
     if answered:
-        states.of(A).note_first_token(0.1, 0.0)
+        states.of(A, CHAT).note_first_token(0.1, 0.0)
     chance = random.Random(7)
     for second in range(200):
         plan = plan_of(states, config)
         step = plan.first(float(second), chance.random())
         if step.target == B:  # A never answers
             plan.end(step, second + 0.1, first_token_s=0.1)
-    assert states.of(A).in_flight <= 2
+    assert states.of(A, CHAT).in_flight <= 2
 
 
 def test_balance_avoids_a_slow_target() -> None:
     """The faster target of a pair is tried. The slow one gets few calls."""
     states, config = known(2, strategy="balance")
-    states.of(A).note_first_token(5.0, 0.0)
-    states.of(B).note_first_token(0.1, 0.0)
+    states.of(A, CHAT).note_first_token(5.0, 0.0)
+    states.of(B, CHAT).note_first_token(0.1, 0.0)
     plan = plan_of(states, config)
     assert plan.first(0.0, 0.3).target == B
     assert plan.next(DOWN, 0.0, 0.3, left_s=9).target == A  # type: ignore[union-attr]
@@ -301,7 +383,7 @@ def test_balance_avoids_a_slow_target() -> None:
 def test_a_latency_peak_decays() -> None:
     """One slow answer counts at once and then less and less."""
     states, _ = known()
-    state = states.of(A)
+    state = states.of(A, CHAT)
     state.note_first_token(0.1, 0.0)
     state.note_first_token(4.0, 1.0)
     assert state.first_token_s == 4.0
@@ -326,19 +408,19 @@ def test_unjudged_attempts_open_no_breaker() -> None:
     for error, judged in [(None, False), (BadRequest("x"), True), (full, True), (full, True)] * 5:
         plan = plan_of(states, config)
         plan.end(plan.first(0.0, 0.5), 0.0, error=error, judged=judged)
-    assert states.of(A).breaker.state(0.0) == "closed"
+    assert states.of(A, CHAT).breaker.state(0.0) == "closed"
 
 
 def test_a_reload() -> None:
     """The state of a target stays, with the new settings. An upstream with a new address starts afresh."""
     states, _ = known(2)
-    states.of(A).breaker.fail(0.0, "call", retry_after_s=50)
-    states.of(B).breaker.fail(0.0, "call", retry_after_s=50)
+    states.of(A, CHAT).breaker.fail(0.0, "call", retry_after_s=50)
+    states.of(B, CHAT).breaker.fail(0.0, "call", retry_after_s=50)
     moved = make_config({"a": {}, "b": {"base_url": "http://else.invalid/v1"}}, breaker={"failures": 1})
     states.apply(moved)
-    assert not states.of(A).breaker.enter(0.0)
-    assert states.of(B).breaker.enter(0.0)
-    assert states.of(A).breaker.rules.failures == 1
+    assert not states.of(A, CHAT).breaker.enter(0.0)
+    assert states.of(B, CHAT).breaker.enter(0.0)
+    assert states.of(A, CHAT).breaker.rules.failures == 1
 
 
 def test_invented_models_are_forgotten() -> None:
@@ -346,9 +428,9 @@ def test_invented_models_are_forgotten() -> None:
     states, config = known(1)
     step = plan_of(states, config).first(0.0, 0.5)
     for number in range(2 * MAX_TARGETS):
-        states.of(Target("a", f"made-up-{number}"))
+        states.of(Target("a", f"made-up-{number}"), CHAT)
     assert len(states.items()) == MAX_TARGETS
-    assert states.of(step.target).in_flight == 1
+    assert states.of(step.target, CHAT).in_flight == 1
 
 
 @given(
@@ -375,4 +457,4 @@ def test_any_call(targets: int, most: int, errors: list[GatewayError], strategy:
         plan.end(steps[-1], 0.0)
     assert len(steps) <= most
     assert len({step.target for step in steps[:targets]}) == min(len(steps), targets)
-    assert all(state.in_flight == 0 for _, state in states.items())
+    assert all(state.in_flight == 0 for _, _, state in states.items())

@@ -69,17 +69,18 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
             if wanted[taken.id, taken.upstream] < 0:
                 yield f"{taken.upstream} answers {taken.id}, but no attempt reads it: an orphan"
     probes = Counter(
-        attempt.target
+        (attempt.target, exchange.call.endpoint.path)
         for exchange, attempts in live.items()
         for attempt in attempts
         if attempt.step.entry == "probe"
         and exchange.generation is gateway.generations.current  # a reload may begin anew
     )
-    for target, state in gateway.exchange_services.upstream.targets.items():
+    for target, endpoint, state in gateway.exchange_services.upstream.targets.items():
         if state.breaker._probing and not state.in_flight:
             yield f"the breaker of {target} waits for its probe, but there is none"
-        if probes[target] > state.breaker._probing:
-            yield f"{probes[target]} probes are at {target}, but its breaker counts {int(state.breaker._probing)}"
+        probing = probes[target, endpoint]
+        if probing > state.breaker._probing:
+            yield f"{probing} probes are at {target}, but its breaker counts {int(state.breaker._probing)}"
     too_early = gateway.live.is_draining and not world.is_stopped and now + _EPSILON_S < world.moved_by
     if too_early and any(is_open() for is_open in world.accepted):
         yield f"calls are refused, but clients have {world.moved_by - now:.3f} s left to move"
@@ -197,7 +198,7 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     slots = gateway.exchange_services.admission.slots
     if slots.taken or slots.queued or slots.taken_by:
         yield f"idle, but {slots}"
-    for target, state in gateway.exchange_services.upstream.targets.items():
+    for target, _, state in gateway.exchange_services.upstream.targets.items():
         if state.in_flight:
             yield f"idle, but {state.in_flight} attempts at {target} have not ended"
     for taken in world.open:

@@ -54,7 +54,7 @@ class GatewayApp:
             try:
                 self.gateway = gateway = await stack.enter_async_context(self._open_gateway())
             except Exception as error:
-                message = errors.message_of(error)
+                message = logs.message_of(error)
                 log.error("startup_failed", error=message)
                 await send({"type": "lifespan.startup.failed", "message": message})
                 return

@@ -25,7 +25,8 @@ import httpx2
 import trio
 
 from trigate.config.sections import ChannelConfig
-from trigate.errors import Header, message_of
+from trigate.errors import Header
+from trigate.logs import message_of
 from trigate.runs.outbox import Carrier, Outbox
 from trigate.runs.request import LiveView
 from trigate.runs.service import Runs

@@ -26,8 +26,8 @@ import trio
 from trigate.channels.adapter import Adapter, Channel, ChannelServices, ChannelState, PlatformError, TokenRejected
 from trigate.concurrency.notify import open_service
 from trigate.config.sections import ChannelConfig, ConfigError, UpstreamConfig, Url
-from trigate.errors import GatewayError, message_of
-from trigate.logs import log
+from trigate.errors import GatewayError
+from trigate.logs import log, message_of
 from trigate.runs.outbox import Outbox
 from trigate.runs.service import Runs
 from trigate.store.interface import Store

@@ -163,7 +163,7 @@ def _supervise(server: ServerConfig, arguments: Sequence[str]) -> bool:
 
     import trio
 
-    from trigate.errors import message_of
+    from trigate.logs import message_of
     from trigate.server.supervisor import WorkersFailed, supervise
 
     listening = _listen(server)
@@ -208,8 +208,8 @@ def _run_server(
     import trio
 
     from trigate.asgi.application import calm_collector, create_app
-    from trigate.errors import message_of
     from trigate.gateway.gateway import open_gateway
+    from trigate.logs import message_of
     from trigate.server.lifespan import StartupFailed
     from trigate.server.server import run
 

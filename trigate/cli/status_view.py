@@ -165,12 +165,13 @@ _BREAKERS: dict[str, Tone] = {"open": "bad", "half_open": "warning", "closed": "
 
 
 def _targets(targets: Sequence[TargetStatus]) -> Table:
-    """Makes one row for each target. It combines all workers, because each worker has its own circuit breakers."""
-    by_name: dict[str, list[TargetStatus]] = {}
+    """Makes one row for each target and endpoint. It combines all workers, because each worker has its own circuit
+    breakers."""
+    by_name: dict[tuple[str, str], list[TargetStatus]] = {}
     for target in targets:
-        by_name.setdefault(target.target, []).append(target)
+        by_name.setdefault((target.target, target.endpoint), []).append(target)
     rows = []
-    for name, same in by_name.items():
+    for (name, endpoint), same in by_name.items():
         counts = Counter(target.breaker for target in same)
         states = [state for state in _BREAKERS if state in counts] + sorted(counts.keys() - _BREAKERS.keys())
         breaker = ", ".join(f"{state} {counts[state]}" for state in states) if len(states) > 1 else states[0]
@@ -179,6 +180,7 @@ def _targets(targets: Sequence[TargetStatus]) -> Table:
         rows.append(
             (
                 Cell(_name(name)),
+                Cell(_name(endpoint)),
                 Cell(_name(breaker), _BREAKERS.get(states[0], "plain")),
                 Cell(duration(min(opens)) if opens else ""),
                 Cell(str(sum(target.in_flight for target in same))),
@@ -187,7 +189,7 @@ def _targets(targets: Sequence[TargetStatus]) -> Table:
         )
     return Table(
         f"targets: {len(rows)}",
-        ("target", "breaker", "tried again in", "in flight", "first token"),
+        ("target", "endpoint", "breaker", "tried again in", "in flight", "first token"),
         tuple(rows),
     )
 

@@ -221,6 +221,9 @@ class RetriesConfig:
     """The longest pause, and the longest ``Retry-After`` that the gateway waits for."""
     budget: Share = Share(0.2)
     """The share of a target's calls that may be retries, so that an outage is not multiplied."""
+    resend: Literal["never", "refused", "always"] = "refused"
+    """When a call that a target has received may be sent to it again: never; only if the target explicitly refused it
+    (429, 503 with ``Retry-After``, a kept connection that it closed before any answer); or after any failure."""
 
 
 @attrs.frozen(kw_only=True)

@@ -19,16 +19,16 @@ import msgspec
 import trio
 
 from trigate.concurrency.timers import Timers
-from trigate.errors import GatewayError, Unavailable, UpstreamTimeout
+from trigate.errors import GatewayError, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
 from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
+from trigate.exchange.attempt_log import log_end
 from trigate.exchange.deadlines import attempt_limits
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.exchange.translation import PASS_THROUGH, Reader
-from trigate.logs import log
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.continuation import continuation_head
@@ -120,7 +120,8 @@ class UpstreamCall:
             GatewayError: No attempt could serve the call, or it was cancelled (`cancel`).
         """
         request, chance = self.request, self.services.chance
-        plan = Plan(request.call.model, self.route.targets, self.services.targets, request.generation.config)
+        path = request.call.endpoint.path
+        plan = Plan(request.call.model, path, self.route.targets, self.services.targets, request.generation.config)
         now = trio.current_time()
         step = plan.first(now, chance())
         while True:
@@ -133,15 +134,6 @@ class UpstreamCall:
             following = self._after(plan, error)
             if following is None:
                 raise error
-            log.info(
-                "attempt_failed",
-                request_id=request.id,
-                target=str(step.target),
-                error=error.message,
-                next=str(following.target),
-                why=following.why,
-                after_s=round(following.after_s, 3),
-            )
             step = following
             if step.after_s > 0:
                 await self._wait(plan, step)
@@ -218,13 +210,15 @@ class UpstreamCall:
                 self._clock.stop(now)
             attempt.note_end(now)
             self._usage = attempt.reported_usage or self._usage
-            plan.end(
+            change = plan.end(
                 step,
                 now,
                 error=error,
                 first_token_s=attempt.first_content_after_s,
                 judged=attempt.outcome == Outcome.COMPLETE or (error is not None and error is not self.cancelled_with),
             )
+            if change is not None or (error is not None and error is not self.cancelled_with):
+                log_end(self.request, attempt, change, opens_in_s=plan.opens_in_s(step, now))
         return error
 
     async def _run(self, attempt: Attempt, sink: Sink) -> None:
@@ -245,7 +239,7 @@ class UpstreamCall:
             cause = self.cancelled_with or attempt.failed_with
             if cause is not None and error is not cause:
                 raise cause from error  # a cancelled reply looks like a broken one to its reader
-            _note_failure(upstream, error)
+            upstream.note_failure(error)
             raise
 
     def claim(self, attempt: Attempt) -> bool:
@@ -479,15 +473,6 @@ class UpstreamCall:
         attempt = self.live[0]
         upstream = self.request.generation.upstreams[attempt.target.upstream]
         return upstream.queue_position(self.request.owner, attempt.task)
-
-
-def _note_failure(upstream: Upstream, error: GatewayError) -> None:
-    """Records the failure of an attempt in the state of its upstream."""
-    is_unreachable = isinstance(error, Unavailable) and not error.reachable
-    if is_unreachable or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
-        upstream.note_down(error)
-    elif error.blame == "provider":
-        upstream.note_error(error)
 
 
 def _may_be_continued(request: ExchangeRequest) -> bool:

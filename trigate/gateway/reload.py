@@ -18,8 +18,7 @@ import trio
 from trigate.concurrency.notify import RepeatedEvent, Wakeup
 from trigate.config import load
 from trigate.config.sections import Config, ConfigError
-from trigate.errors import message_of
-from trigate.logs import log
+from trigate.logs import log, message_of
 from trigate.upstream import discovery
 from trigate.upstream.generation import Generation, Generations
 

@@ -19,10 +19,12 @@ MAX_COOLDOWN_S = 60.0
 State = Literal["closed", "open", "half_open"]
 Entry = Literal["call", "probe"]
 """How a call has entered; it is passed back when the call ends."""
+Change = Literal["opened", "closed"]
+"""What the end of a call has changed."""
 
 
 class Breaker:
-    """The breaker of one target."""
+    """The breaker of one target at one endpoint."""
 
     __slots__ = ("_bad", "_cooldown_s", "_good", "_in_a_row", "_open_until", "_probing", "_since", "rules")
 
@@ -58,21 +60,25 @@ class Breaker:
         self._probing = True
         return "probe"
 
-    def succeed(self, now: float, entry: Entry) -> None:
-        """Records the success of a call that entered."""
+    def succeed(self, now: float, entry: Entry) -> Change | None:
+        """Records the success of a call that entered; returns whether it has closed the breaker."""
         self._leave(entry)
         self._in_a_row = 0
+        change: Change | None = None
         if self._open_until is not None:
             if entry != "probe" or self._open_until > now:  # meanwhile another call got a Retry-After
-                return
+                return None
             self._open_until = None
             self._cooldown_s = self.rules.cooldown_s
             self._good = self._bad = 0
+            change = "closed"
         self._roll(now)
         self._good += 1
+        return change
 
-    def fail(self, now: float, entry: Entry, *, retry_after_s: float | None = None) -> None:
-        """Records a failure of the target in a call that entered.
+    def fail(self, now: float, entry: Entry, *, retry_after_s: float | None = None) -> Change | None:
+        """Records a failure of the target in a call that entered; returns whether it has opened the breaker, for the
+        first time or again after a probe.
 
         Args:
             retry_after_s: Seconds after which the provider allows a retry; None = unknown.
@@ -82,6 +88,7 @@ class Breaker:
         self._roll(now)
         self._in_a_row += 1
         self._bad += 1
+        was_open = self._open_until is not None and self._open_until > now
         if retry_after_s:
             self._open(now, max(now + retry_after_s, self._open_until or now))
         elif self._open_until is not None:
@@ -90,6 +97,8 @@ class Breaker:
                 self._open(now, now + self._cooldown_s)
         elif (rules.failures and self._in_a_row >= rules.failures) or self._fails_often():
             self._open(now, now + self._cooldown_s)
+        is_open = self._open_until is not None and self._open_until > now
+        return "opened" if is_open and not was_open else None
 
     def abandon(self, entry: Entry) -> None:
         """Records the end of a call that says nothing about the target (client disconnected, other attempt won)."""

@@ -1,8 +1,9 @@
 """Decides which target is tried next, when and why: failover, balance, hedging, retries. Pure: time and chance are
 arguments.
 
-`trigate.exchange` executes a plan and decides nothing itself. A *target* is an upstream and a model; its state
-(`trigate.routing.target_state`: circuit breaker, times to the first token, calls in flight) is shared by all plans.
+`trigate.exchange` executes a plan and decides nothing itself. A *target* is an upstream and a model; its state at the
+call's endpoint (`trigate.routing.target_state`: circuit breaker, times to the first token, calls in flight) is shared
+by all plans.
 
 The rules:
 
@@ -14,10 +15,13 @@ The rules:
   first one has not answered within its delay.
 * A target whose breaker is open is skipped. If all breakers are open, the call fails at once, and the error says when
   to retry.
+* Only failures count against a target. A refusal (`Rejected`: the request is wrong, the key is, or the target does not
+  do this) shows that it works. A target that does not serve the endpoint (`Unsupported`) comes after all others for a
+  while.
 * An error that is not `retryable` ends the call. A target that has not been tried yet is tried at once: that multiplies
   no calls. A target that has been tried is retried after a pause, out of its retry budget, unless it asked to wait for
   longer than ``retries.max_backoff_s`` or than the call has left.
-* Targets that timed out or violated their protocol are not retried; the result would be the same.
+* Whether a call may be sent again to the same target is `retry.may_resend`: it may have been served and billed.
 * At most ``max_attempts`` attempts in all, including hedges.
 """
 
@@ -27,11 +31,11 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from trigate.config.sections import Config
-from trigate.errors import GatewayError, ProtocolViolation, Throttled, Unavailable, UpstreamTimeout
-from trigate.routing.circuit_breaker import Entry
-from trigate.routing.retry import backoff_s
+from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
+from trigate.routing.circuit_breaker import Change, Entry
+from trigate.routing.retry import backoff_s, may_resend
 from trigate.routing.routes import Target
-from trigate.routing.target_state import Targets, TargetState
+from trigate.routing.target_state import UNSERVED_S, Targets, TargetState
 
 Why = Literal["first", "failover", "retry", "hedge", "continue"]
 
@@ -54,6 +58,7 @@ class Plan:
 
     Args:
         model: The public model id; its ``[models.NAME]``, if there is one, sets the strategy.
+        endpoint: The path of the call, below ``/v1``.
         targets: The targets that may serve the call; at least one.
         states: The states of all targets.
     """
@@ -61,19 +66,22 @@ class Plan:
     __slots__ = (
         "_all_states",
         "_attempts",
+        "_endpoint",
         "_hedged",
         "_max",
         "_model",
         "_name",
         "_retries",
+        "_spent",
         "_states",
         "_targets",
         "_tries",
         "_weights",
     )
 
-    def __init__(self, model: str, targets: tuple[Target, ...], states: Targets, config: Config) -> None:
+    def __init__(self, model: str, endpoint: str, targets: tuple[Target, ...], states: Targets, config: Config) -> None:
         self._name = model
+        self._endpoint = endpoint
         self._targets = targets
         self._all_states = states
         self._model = config.models.get(model)
@@ -84,6 +92,7 @@ class Plan:
         self._max = config.max_attempts(model)
         self._tries: dict[Target, int] = {}
         self._states: dict[Target, TargetState] = {}
+        self._spent: tuple[Target, ...] = ()  # the targets that must not get this call again
         self._attempts = 0
         self._hedged = False
 
@@ -95,7 +104,7 @@ class Plan:
             Throttled: All breakers are open, and the one that closes first has opened for the provider's rate limit.
         """
         for target in self._order(now, chance):
-            state = self._all_states.of(target)
+            state = self._state(target)
             entry = state.breaker.enter(now)
             if entry is not None:
                 budget = self._all_states.hedges(self._name)
@@ -107,7 +116,7 @@ class Plan:
     def _refusal(self, now: float) -> GatewayError:
         """The error of a call for which every breaker is open. For a provider's rate limit it is the provider's own
         error, which the call would have got from there."""
-        states = [self._all_states.of(target) for target in self._targets]
+        states = [self._state(target) for target in self._targets]
         first = min(states, key=lambda state: state.breaker.opens_in_s(now))
         after_s = max(0.001, first.breaker.opens_in_s(now))
         if isinstance(first.last_error, Throttled):
@@ -132,12 +141,10 @@ class Plan:
         for target in self._order(now, chance):
             if target in self._tries:
                 continue
-            state = self._all_states.of(target)
+            state = self._state(target)
             entry = state.breaker.enter(now)
             if entry is not None:
                 return self._begin(target, state, "failover", entry)
-        if isinstance(error, UpstreamTimeout | ProtocolViolation):
-            return None
         return self._again(now, chance, left_s)
 
     def _again(self, now: float, chance: float, left_s: float) -> Step | None:
@@ -146,13 +153,14 @@ class Plan:
         waits: list[tuple[int, float, int]] = []
         for index, target in enumerate(self._targets):
             tries = self._tries.get(target, 0)
-            opens_s = self._all_states.of(target).breaker.opens_in_s(now)
+            opens_s = self._state(target).breaker.opens_in_s(now)
             pause_s = backoff_s(tries, base_s=retries.backoff_s, max_s=retries.max_backoff_s, chance=chance)
-            if tries and opens_s <= retries.max_backoff_s and max(opens_s, pause_s) < left_s:
+            may_wait = opens_s <= retries.max_backoff_s and max(opens_s, pause_s) < left_s
+            if tries and may_wait and target not in self._spent:
                 waits.append((tries, max(opens_s, pause_s), index))
         for _, after_s, index in sorted(waits):
             target = self._targets[index]
-            state = self._all_states.of(target)
+            state = self._state(target)
             # It enters now, at the moment when its breaker will let it in.
             if state.budget.take(now):
                 entry = state.breaker.enter(now + after_s)
@@ -168,7 +176,7 @@ class Plan:
         if model.hedge_delay_s is not None:
             return model.hedge_delay_s
         tried = next(reversed(self._tries), self._targets[0])  # not the first target, if its breaker is open
-        return self._all_states.of(tried).quantile_s(0.95)
+        return self._state(tried).quantile_s(0.95)
 
     def hedge(self, now: float) -> Step | None:
         """The second attempt beside the first; None if the hedge budget or the other targets do not allow it."""
@@ -176,8 +184,9 @@ class Plan:
         if self._hedged or self._attempts >= self._max or budget is None:
             return None
         for target in self._targets:
-            state = self._all_states.of(target)
-            if target not in self._tries and state.breaker.state(now) == "closed":
+            state = self._state(target)
+            may_serve = state.breaker.state(now) == "closed" and state.unserved_until <= now
+            if target not in self._tries and may_serve:
                 if not budget.take(now):
                     return None
                 self._hedged = True
@@ -190,7 +199,7 @@ class Plan:
         if self._attempts >= self._max:
             return None
         for target in sorted(self._targets, key=lambda target: self._tries.get(target, 0)):
-            state = self._all_states.of(target)
+            state = self._state(target)
             entry = state.breaker.enter(now) if target not in self._tries or state.budget.take(now) else None
             if entry is not None:
                 return self._begin(target, state, "continue", entry)
@@ -204,8 +213,8 @@ class Plan:
         error: GatewayError | None = None,
         first_token_s: float | None = None,
         judged: bool = True,
-    ) -> None:
-        """Records the end of an attempt.
+    ) -> Change | None:
+        """Records the end of an attempt; returns whether it has opened or closed the breaker of its target.
 
         Args:
             error: Why it failed; None = it succeeded.
@@ -216,17 +225,30 @@ class Plan:
         state.in_flight -= 1
         if first_token_s is not None:
             state.note_first_token(first_token_s, now)
+        if error is not None and not may_resend(error, self._retries.resend):
+            self._spent = (*self._spent, step.target)
         if not judged:
             state.breaker.abandon(step.entry)
         elif error is None:
-            state.breaker.succeed(now, step.entry)
+            return state.breaker.succeed(now, step.entry)
         elif error.blame != "provider" or (isinstance(error, UpstreamTimeout) and error.phase == "queue"):
             state.breaker.abandon(step.entry)  # a full queue says nothing about the target either
+        elif isinstance(error, Unsupported):
+            state.unserved_until = now + UNSERVED_S
+            return state.breaker.succeed(now, step.entry)
         elif error.retryable:
             state.last_error = error
-            state.breaker.fail(now, step.entry, retry_after_s=error.retry_after_s)
+            return state.breaker.fail(now, step.entry, retry_after_s=error.retry_after_s)
         else:
-            state.breaker.succeed(now, step.entry)  # it answered: the request was wrong
+            return state.breaker.succeed(now, step.entry)  # it answered: the request was wrong
+        return None
+
+    def opens_in_s(self, step: Step, now: float) -> float:
+        """Seconds until the breaker of a step's target lets a call pass."""
+        return self._states[step.target].breaker.opens_in_s(now)
+
+    def _state(self, target: Target) -> TargetState:
+        return self._all_states.of(target, self._endpoint)
 
     def _begin(self, target: Target, state: TargetState, why: Why, entry: Entry, after_s: float = 0.0) -> Step:
         self._states[target] = state
@@ -240,18 +262,23 @@ class Plan:
 
     def _order(self, now: float, chance: float) -> Iterable[Target]:
         """The targets in the order in which to try them."""
-        if self._weights is None:
-            return self._targets
-        left = list(zip(self._targets, self._weights, strict=True))
+        order = self._targets if self._weights is None else self._balanced(self._weights, now, chance)
+        if len(order) > 1 and any(self._state(target).unserved_until > now for target in order):
+            return sorted(order, key=lambda target: self._state(target).unserved_until > now)
+        return order
+
+    def _balanced(self, weights: tuple[float, ...], now: float, chance: float) -> tuple[Target, ...]:
+        """The targets in order: the less costly one of two that are picked by chance, the other one, the rest."""
+        left = list(zip(self._targets, weights, strict=True))
         index, chance = _pick([weight for _, weight in left], chance)
         first = left.pop(index)
         index, _ = _pick([weight for _, weight in left], chance)
         second = left.pop(index)
-        states = [(self._all_states.of(target), weight) for target, weight in (first, second)]
+        states = [(self._state(target), weight) for target, weight in (first, second)]
         unknown_s = max(state.first_token_s or 0.0 for state, _ in states)
         costs = [state.cost(weight, now, unknown_s=unknown_s) for state, weight in states]
         pair = (second, first) if costs[0] > costs[1] * _SIMILAR else (first, second)
-        return [target for target, _ in (*pair, *left)]
+        return tuple([target for target, _ in (*pair, *left)])
 
 
 def _pick(weights: list[float], chance: float) -> tuple[int, float]:

@@ -11,6 +11,9 @@ import email.utils
 import math
 import re
 from collections.abc import Mapping
+from typing import Literal
+
+from trigate.errors import GatewayError, ProtocolViolation, Throttled, Unavailable, Unsupported, UpstreamTimeout
 
 MAX_TOKENS = 10.0
 """The most retries that can be saved up."""
@@ -56,6 +59,27 @@ def backoff_s(tries: int, *, base_s: float, max_s: float, chance: float) -> floa
     [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
     """
     return chance * min(max_s, base_s * 2.0 ** min(tries - 1, 64))
+
+
+def may_resend(error: GatewayError, rule: Literal["never", "refused", "always"]) -> bool:
+    """Whether a call that failed with this error may be sent to the same target again, by ``retries.resend``.
+
+    A provider that has received the whole call may have served it, and will bill it again. ``never``: only a call that
+    did not reach it. ``refused``: also one that it explicitly refused: 429, or 503 with a time to try again.
+    ``always``: also after any other failure. A timeout, an invalid answer and an endpoint that it does not serve would
+    only come again.
+
+    >>> [may_resend(Unavailable("down", reachable=True), rule) for rule in ("never", "refused", "always")]
+    [False, False, True]
+    """
+    if isinstance(error, UpstreamTimeout | ProtocolViolation | Unsupported):
+        return False
+    if rule == "always" or (isinstance(error, Unavailable) and not error.sent):
+        return True
+    refused = isinstance(error, Throttled) or (
+        isinstance(error, Unavailable) and error.status == 503 and error.retry_after_s is not None
+    )
+    return rule == "refused" and refused
 
 
 class Budget:

@@ -1,6 +1,9 @@
-"""The state of each target: circuit breaker, retry budget, calls in flight, times to the first content. Pure.
+"""The state of each target at each endpoint: circuit breaker, retry budget, calls in flight, times to the first
+content. Pure.
 
-All plans share it, and it outlives them. Time is an argument.
+A target that does not serve one endpoint, or is slow at it, says nothing about its others: an upstream whose embeddings
+fail still chats. So every endpoint has a state of its own. All plans share the states, and they outlive the plans. Time
+is an argument.
 """
 
 from __future__ import annotations
@@ -9,32 +12,46 @@ import math
 
 from trigate.config.sections import Config
 from trigate.errors import GatewayError
-from trigate.routing.circuit_breaker import Breaker
+from trigate.routing.circuit_breaker import MAX_COOLDOWN_S, Breaker
 from trigate.routing.retry import Budget
 from trigate.routing.routes import Target
 
 MAX_TARGETS = 1024
-"""How many targets are kept."""
+"""How many states are kept."""
+UNSERVED_S = MAX_COOLDOWN_S
+"""How long a target that has said that it does not serve an endpoint comes after all others."""
 _SAMPLES = 128
 _MIN_SAMPLES = 20
 _DECAY_S = 10.0
 
 
 class TargetState:
-    """The state of one target.
+    """The state of one target at one endpoint.
 
     Attributes:
         in_flight: How many attempts have begun and not ended.
         last_error: The error of the last attempt that counted as a failure of the target.
+        unserved_until: Until when the target comes after all others, because it does not serve the endpoint.
     """
 
-    __slots__ = ("_ewma_at", "_ewma_s", "_next", "_samples", "breaker", "budget", "in_flight", "last_error")
+    __slots__ = (
+        "_ewma_at",
+        "_ewma_s",
+        "_next",
+        "_samples",
+        "breaker",
+        "budget",
+        "in_flight",
+        "last_error",
+        "unserved_until",
+    )
 
     def __init__(self, config: Config) -> None:
         self.breaker = Breaker(config.breaker)
         self.budget = Budget(config.retries.budget)
         self.in_flight = 0
         self.last_error: GatewayError | None = None
+        self.unserved_until = -math.inf
         self._samples: list[float] = []
         self._next = 0
         self._ewma_s = 0.0
@@ -86,11 +103,11 @@ class TargetState:
 
 
 class Targets:
-    """The states of all targets; outlives a reload."""
+    """The states of all targets, by endpoint; outlives a reload."""
 
     def __init__(self) -> None:
         self._config = Config()
-        self._states: dict[Target, TargetState] = {}
+        self._states: dict[tuple[Target, str], TargetState] = {}
         self._hedges: dict[str, Budget] = {}
         self._weights: dict[str, dict[Target, float]] = {}
 
@@ -110,21 +127,28 @@ class Targets:
             name: dict(zip(map(Target.parse, model.targets), model.weights, strict=False))
             for name, model in config.models.items()
         }
-        for target in list(self._states):
-            own, old = config.upstreams.get(target.upstream), before.get(target.upstream)
+        for key in list(self._states):
+            upstream = key[0].upstream
+            own, old = config.upstreams.get(upstream), before.get(upstream)
             if own is None or old is None or own.base_url != old.base_url:
-                del self._states[target]
+                del self._states[key]
         for state in self._states.values():
             state.breaker.rules = config.breaker
             state.budget.share = config.retries.budget
 
-    def of(self, target: Target) -> TargetState:
-        """The state of a target. At most `MAX_TARGETS` are kept: clients may invent targets (``upstream/anything``)."""
-        state = self._states.get(target)
+    def of(self, target: Target, endpoint: str) -> TargetState:
+        """The state of a target at an endpoint. At most `MAX_TARGETS` are kept: clients may invent targets
+        (``upstream/anything``).
+
+        Args:
+            endpoint: The path below ``/v1``.
+        """
+        key = (target, endpoint)
+        state = self._states.get(key)
         if state is None:
             if len(self._states) >= MAX_TARGETS:
                 self._forget_idle()
-            state = self._states[target] = TargetState(self._config)
+            state = self._states[key] = TargetState(self._config)
         return state
 
     def hedges(self, model: str) -> Budget | None:
@@ -139,11 +163,11 @@ class Targets:
         return tuple([weight / mean for weight in weights])
 
     def _forget_idle(self) -> None:
-        for target, state in self._states.items():
+        for key, state in self._states.items():
             if not state.in_flight:
-                del self._states[target]
+                del self._states[key]
                 return
 
-    def items(self) -> list[tuple[Target, TargetState]]:
-        """All targets with their states, for ``/status``."""
-        return list(self._states.items())
+    def items(self) -> list[tuple[Target, str, TargetState]]:
+        """All targets with their endpoints and states, for ``/status``."""
+        return [(target, endpoint, state) for (target, endpoint), state in self._states.items()]

@@ -131,6 +131,7 @@ class TargetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     target: str
+    endpoint: str = ""
     breaker: str
     opens_in_s: float = 0.0
     in_flight: int = 0

@@ -106,7 +106,7 @@ def _oldest_stream(exchange: ExchangeState, worker: str, now: float) -> OldestSt
 
 
 def list_targets(targets: Targets, *, worker: str, now: float) -> tuple[TargetStatus, ...]:
-    """Describes the targets that this worker has tried, at most `MAX_TARGETS` of them.
+    """Describes the targets that this worker has tried, by endpoint, at most `MAX_TARGETS` of them.
 
     Args:
         worker: The id of this worker.
@@ -115,11 +115,12 @@ def list_targets(targets: Targets, *, worker: str, now: float) -> tuple[TargetSt
     return tuple(
         TargetStatus(
             target=str(target),
+            endpoint=endpoint,
             breaker=state.breaker.state(now),
             opens_in_s=round(state.breaker.opens_in_s(now), 3),
             in_flight=state.in_flight,
             first_token_s=round(state.first_token_s, 4) if state.first_token_s is not None else None,
             worker=worker,
         )
-        for target, state in targets.items()[:MAX_TARGETS]
+        for target, endpoint, state in targets.items()[:MAX_TARGETS]
     )

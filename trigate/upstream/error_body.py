@@ -7,11 +7,14 @@ an error object of the gateway's own, with that sentence as its message.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
-from trigate.errors import Header, Rejected, Throttled
+from trigate.errors import Header, Rejected, Throttled, Unsupported
 
 _MAX_MESSAGE_CHARS = 500
+_KINDS: Mapping[int, type[Rejected]] = {405: Unsupported, 429: Throttled, 501: Unsupported}
 
 
 class _ErrorObject(msgspec.Struct):
@@ -29,16 +32,16 @@ def rejection(
     headers: tuple[Header, ...] = (),
     retry_after_s: float | None = None,
 ) -> Rejected:
-    """Returns the error for a 4xx response: `Throttled` for 429, `Rejected` for the others.
+    """Returns the error for a 4xx response or 501: `Throttled` for 429, `Unsupported` for 405 and 501, else `Rejected`.
 
     Args:
         upstream: The upstream's name.
-        status: 400 to 499.
+        status: 400 to 499, or 501.
         body: The response body; b"" if it could not be read.
         headers: The response headers that are passed on to the client.
         retry_after_s: Seconds after which the provider allows a retry; None = unknown.
     """
-    kind = Throttled if status == 429 else Rejected
+    kind = _KINDS.get(status, Rejected)
     return kind(
         _message_in(body) or f"The upstream {upstream} answered {status}.",
         status=status,

@@ -13,8 +13,9 @@ to the first request of the queue, and a request that comes later finds nothing 
 of the socket, one send, one wait, one receive, and the parser's callbacks; no scope, lock, task or further checkpoint.
 
 **Retries.** A server may close an idle connection at the moment in which it is reused. If a reused connection ends
-before the first byte of the response, the request is sent once more, on a new connection. This is the only retry here.
-A request that must not arrive twice (``once``) always gets a new connection, and is not sent again.
+before the first byte of the response, the request is sent once more, on a new connection. This is the only retry here;
+``resend`` switches it off. A request that must not arrive twice (``once``) always gets a new connection, and is not
+sent again.
 
 **Rules for editing.** No ``await`` between an acquisition and the ``try`` that releases it. Everything that changes the
 pool is synchronous, except for waiting in the queue and connecting.
@@ -136,6 +137,7 @@ class Opening:
     _connect_timeout_s: float
     _steps: StepTimeouts | None = None
     _once: bool = False
+    _resend: bool = True
     _connection: Connection | None = attrs.field(default=None, init=False)
     _response: Response | None = attrs.field(default=None, init=False)
     # Whatever the response says, the connection carries no other request: this one was not sent in full.
@@ -152,11 +154,13 @@ class Opening:
             try:
                 await self._exchange(connection, response)
                 return response
-            except (httpx2.NetworkError, httpx2.RemoteProtocolError):
+            except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
                 self._connection = None
                 response.close()
-                if response.received_any or not connection.reused or self._once:
+                if response.received_any or not connection.reused or self._once or not self._resend:
                     pool._discard(connection)
+                    if self._partly_sent and not response.received_any:
+                        raise httpx2.WriteError(str(error)) from None
                     raise
                 connection.close()  # its slot is kept for the new one
                 self._partly_sent = False
@@ -313,6 +317,7 @@ class ConnectionPool:
         connect_timeout_s: float = math.inf,
         steps: StepTimeouts | None = None,
         once: bool = False,
+        resend: bool = True,
     ) -> Opening:
         """Sends a request and owns its response for as long as the block lasts.
 
@@ -322,6 +327,7 @@ class ConnectionPool:
             connect_timeout_s: The limit for a new connection, where one is needed.
             steps: Limits for the other steps; None = the caller's cancel scope is the only one.
             once: Whether the request must not arrive twice: it gets a new connection, and no retry.
+            resend: Whether a request is sent once more after its reused connection has ended without an answer.
 
         Raises:
             httpx2.ConnectTimeout: No connection in time.
@@ -329,12 +335,13 @@ class ConnectionPool:
             httpx2.PoolTimeout: No slot within ``steps.queue_s``.
             httpx2.WriteTimeout: The request was not sent within ``steps.write_s``.
             httpx2.ReadTimeout: No head within ``steps.read_s``.
+            httpx2.WriteError: The connection broke before the whole request was sent.
             httpx2.ReadError: The connection broke before the head.
             httpx2.RemoteProtocolError: The connection ended before the head, or the bytes are not HTTP.
 
         **Cancels:** at any point. The connection is reused only if its response was read to the end.
         """
-        return Opening(self, origin, request, method, connect_timeout_s, steps, once)
+        return Opening(self, origin, request, method, connect_timeout_s, steps, once, resend)
 
     async def run(self) -> None:
         """Closes connections that have been idle for too long, until it is cancelled."""

@@ -44,6 +44,10 @@ def translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, a
             return Unavailable(f"The upstream {name} closed the connection before it answered.", reachable=True)
         case httpx2.RemoteProtocolError():
             return ProtocolViolation(f"The upstream {name} did not answer with HTTP: {error}.")
+        case httpx2.WriteError() if not answered:
+            unsent = Unavailable(f"The connection to the upstream {name} broke within the request.", reachable=True)
+            unsent.sent = False
+            return unsent
         case _ if answered:
             return Truncated(f"The connection to the upstream {name} broke during its answer.")
         case _:

@@ -127,6 +127,7 @@ class Upstream:
         self._local_model = local_model
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
+        self._resend = config.retries.resend != "never"
         self._slots = FairLimiter(self.config.max_connections)
         self._address: _Address | None = None
         self.state = "unknown"
@@ -167,6 +168,14 @@ class Upstream:
         self.note_error(error)
         self.state, self.reason = "down", error.message
         self._down_at = trio.current_time()
+
+    def note_failure(self, error: GatewayError) -> None:
+        """Records the failure of an attempt."""
+        is_unreachable = isinstance(error, Unavailable) and not error.reachable
+        if is_unreachable or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
+            self.note_down(error)
+        elif error.blame == "provider":
+            self.note_error(error)
 
     def note_error(self, error: GatewayError) -> None:
         """Records the last error, without a change of the state."""
@@ -261,6 +270,7 @@ class Upstream:
                     self._serialized(method, address, path, headers, body),
                     method=method,
                     connect_timeout_s=self._connect_timeout_s,
+                    resend=self._resend,
                 )
                 return SocketSource(opening, await opening.__aenter__())
             request = httpx2.Request(
@@ -306,7 +316,7 @@ class Upstream:
             for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
             if _TIME.fullmatch(reply.headers.get(name, ""))
         )
-        if 400 <= status < 500:
+        if 400 <= status < 500 or status == 501:
             return rejection(self.name, status, body, headers=passed, retry_after_s=after_s)
         if status in (503, 529):
             return Unavailable(
@@ -358,8 +368,8 @@ class _OpenReply:
         upstream = self._upstream
         try:
             return await upstream._send(self._method, self._path, self._body, self._headers)
-        except Unavailable:
-            if upstream._local_model is None:
+        except Unavailable as error:
+            if upstream._local_model is None or error.sent:
                 raise
         # Retry outside `except`, so that the first error is not chained to the second. The local model's process has
         # probably just exited: once that has been noticed, the next process listens on another port.
