@@ -584,6 +584,52 @@ async def test_a_killed_client_closes_the_upstream_within_50_ms(open_server: Ope
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("half_close", ["cancel", "serve"])
+async def test_a_client_that_closes_its_sending_side(open_server: OpenServer, half_close: str, stream: bool) -> None:
+    """By default it has disconnected, and the upstream call is cancelled. With ``serve`` it gets its whole answer."""
+    script = (Pause(0.05), *says("x")) if stream else (Pause(0.05), *answers(completion("y")))
+    async with (
+        open_socket_provider(script) as (provider, url),
+        open_server(make_config({"up": {"base_url": url}}, limits={"half_close": half_close})) as (client, app),
+    ):
+        async with await _dial(client, stream=stream) as connection:
+            await connection.send_eof()
+            received = b"".join([bytes(data) async for data in connection])
+        await provider.wait_until(lambda provider: provider.open_now == 0 or half_close == "serve")
+        await wait_all_tasks_blocked(0.01)
+        assert not app.gateway.live
+        totals = app.gateway.live.totals
+        if half_close == "serve":
+            assert received.startswith(b"HTTP/1.1 200 ")
+            assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}")
+            assert (totals.complete, totals.cancelled) == (1, 0)
+        else:
+            assert received == b""
+            assert (totals.complete, totals.cancelled) == (0, 1)
+
+
+async def test_a_half_closed_client_that_is_reset(open_server: OpenServer) -> None:
+    """With ``serve``, too, a reset cancels the upstream call at once."""
+    async with (
+        open_socket_provider((Say(content("a")), Stall())) as (provider, url),
+        open_server(make_config({"up": {"base_url": url}}, limits={"half_close": "serve"})) as (client, app),
+    ):
+        connection = await _dial(client, stream=True)
+        await connection.send_eof()
+        received = b""
+        while b"a" not in received.partition(b"content")[2]:
+            received += await connection.receive_some()
+        await trio.sleep(0.02)
+        assert provider.open_now == 1
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await connection.aclose()
+        await provider.wait_until(lambda provider: provider.open_now == 0)
+        await wait_all_tasks_blocked(0.01)
+        assert app.gateway.live.totals.cancelled == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize(
     "rest",

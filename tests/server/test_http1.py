@@ -716,6 +716,88 @@ async def test_leaving_is_told_on_sockets(polled: bool, behind: bytes, how: str)
     assert told == ["http.disconnect"]
 
 
+async def wait_half_closed(scope: Message, receive: Receive, send: Send) -> None:
+    """Reads the body, waits for the end of the client's sending side, and responds."""
+    client = scope["extensions"]["trigate.client"]
+    client.serve_half_closed()
+    while (await receive()).get("more_body"):
+        pass
+    async with trio.open_nursery() as nursery:
+
+        async def cancel_if_disconnected() -> None:
+            assert (await receive())["type"] == "http.disconnect"
+            nursery.cancel_scope.cancel()
+
+        if not client.watch(nursery.cancel_scope.cancel):
+            nursery.start_soon(cancel_if_disconnected)
+        with trio.move_on_after(0.05):
+            await trio.sleep_forever()
+        await say(send, b"served")
+        nursery.cancel_scope.cancel()
+
+
+@each_way_to_poll
+@pytest.mark.parametrize("behind", [b"", HELLO], ids=["nothing", "a request"])
+async def test_a_half_closed_client_may_be_served(polled: bool, behind: bytes) -> None:
+    """If the app asks for it, a client that has closed its sending side gets the answers to all that it has sent; then
+    the connection ends. This also holds for the second request of a connection."""
+    async with open_sockets(wait_half_closed, polled=polled) as (client, _):
+        await client.send_all(HELLO)
+        assert (await client.receive_some()).endswith(b"served")
+        await client.send_all(HELLO + behind)
+        await client.send_eof()
+        assert (await read_all(client)).count(b"\r\n\r\nserved") == 1 + bool(behind)
+
+
+@each_way_to_poll
+async def test_a_half_closed_client_that_is_gone(polled: bool) -> None:
+    """A reset after the half-close is a disconnect: a poller reports it at once, and elsewhere a write notices it."""
+    gone, asked = trio.Event(), trio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        client = scope["extensions"]["trigate.client"]
+        client.serve_half_closed()
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if client.watch(gone.set):
+            asked.set()
+            await gone.wait()
+        else:
+            asked.set()
+            while not connection.client_stream.disconnected:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+                await trio.sleep(0.001)
+            gone.set()
+
+    async with open_sockets(app, polled=polled) as (client, connection):
+        await client.send_all(HELLO)
+        await asked.wait()
+        await client.send_eof()
+        await trio.sleep(0.01)
+        assert not gone.is_set()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await client.aclose()
+        await gone.wait()
+        assert connection.client_stream.disconnected
+
+
+async def test_half_a_request_is_never_served(autojump_clock: trio.testing.MockClock) -> None:
+    """A client that closes its sending side within the body has disconnected in any case."""
+    told = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        scope["extensions"]["trigate.client"].serve_half_closed()
+        while (message := await receive())["type"] == "http.request":
+            pass
+        told.append(message["type"])
+
+    async with open_connection(app) as client:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        await client.send_eof()
+        await read_all(client)
+    assert told == ["http.disconnect"]
+
+
 async def leave(client: trio.SocketStream, how: str) -> None:
     """Disconnects."""
     if how == "half-close":

@@ -47,6 +47,8 @@ async def serve_request(
     given = head.headers.get(b"x-request-id", b"")
     request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{random.getrandbits(96):024x}"
     client = scope.get("extensions", {}).get("trigate.client")
+    if client is not None and config.limits.half_close == "serve":
+        client.serve_half_closed()
     response = ClientResponse(send, [(b"x-request-id", request_id.encode())], client)
     body = RequestBody(receive)
     try:

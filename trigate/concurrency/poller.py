@@ -44,9 +44,11 @@ if sys.platform == "linux":
     READABLE = select.EPOLLIN
     WRITABLE = select.EPOLLOUT
     PEER_CLOSED = select.EPOLLRDHUP
-    """The peer has closed its sending side. (epoll always reports a reset: EPOLLHUP and EPOLLERR.)"""
+    """The peer has closed its sending side."""
+    RESET = select.EPOLLHUP | select.EPOLLERR
+    """The connection has ended in both directions. epoll always reports this."""
 else:
-    READABLE, WRITABLE, PEER_CLOSED = 0x1, 0x4, 0x2000
+    READABLE, WRITABLE, PEER_CLOSED, RESET = 0x1, 0x4, 0x2000, 0x18
 
 
 class Poller:

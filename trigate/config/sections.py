@@ -207,6 +207,8 @@ class LimitsConfig:
     """The silence after which a stream gets a comment line. Before the first token, this commits status 200."""
     stall_timeout_s: Seconds = Seconds(30.0)
     """How long a client may stop reading before its upstream stream is ended."""
+    half_close: Literal["cancel", "serve"] = "cancel"
+    """What happens when a client closes its sending side: it has disconnected, or it gets its answer."""
 
 
 @attrs.frozen(kw_only=True)

@@ -95,6 +95,13 @@ class Client:
             stream.note_disconnect()
         return True
 
+    def serve_half_closed(self) -> None:
+        """From now on, a client that has closed its sending side has not disconnected: it may wait for its answer.
+
+        Only a reset or a failed write shows then that a client has gone. This holds until the connection ends.
+        """
+        self._stream.serve_half_closed()
+
     async def flush(self) -> None:
         """Sends the head of the response if it still waits for the first piece of the body.
 

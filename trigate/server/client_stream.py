@@ -8,9 +8,10 @@ read is shielded, and `ClientStream.abort` ends it from another task. Where the 
 is no checkpoint. A task that may continue like that for long calls `ClientStream.yield_to_others` in between.
 
 **A disconnect** is what ASGI calls one: a FIN (also a half-close, as ASGI has one message for both), a reset, an abort.
-A `Poller` reports it behind any unread input, so bytes that the app has not asked for stay in the kernel. A socket
-stays in the poller from the first time that its app wants to know until the connection ends; so the watch costs nothing
-per request.
+After `ClientStream.serve_half_closed` a FIN is none, and only a reset, a failed write or an abort is. A `Poller`
+reports a disconnect behind any unread input, so bytes that the app has not asked for stay in the kernel. A socket stays
+in the poller from the first time that its app wants to know until the connection ends; so the watch costs nothing per
+request.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from contextlib import suppress
 import trio
 from trio.lowlevel import checkpoint, wait_readable, wait_writable
 
-from trigate.concurrency.poller import PEER_CLOSED, Poller
+from trigate.concurrency.poller import PEER_CLOSED, RESET, Poller
 
 READ_BYTES = 64 * 1024
 YIELD_AFTER_BYTES = 1024 * 1024
@@ -45,6 +46,7 @@ class ClientStream:
     Attributes:
         socket: The plain socket, if the stream is one, until it is released.
         disconnected: The client has closed its sending side, or the whole connection.
+        half_closed: The client has closed its sending side; whether the whole connection, is not known.
         broken: Nothing can be sent to the client any more.
         on_disconnect: Called once when the client disconnects.
         disconnect_event: Set when the client disconnects; made by the task that waits for it.
@@ -52,8 +54,8 @@ class ClientStream:
     """
 
     __slots__ = (
-        *("_fd", "_in_poller", "_poller", "_slowly_sent_bytes", "_stream", "_writing"),
-        *("broken", "bytes_since_wait", "disconnect_event", "disconnected", "on_disconnect", "socket"),
+        *("_fd", "_in_poller", "_poller", "_serves_half_closed", "_slowly_sent_bytes", "_stream", "_writing"),
+        *("broken", "bytes_since_wait", "disconnect_event", "disconnected", "half_closed", "on_disconnect", "socket"),
     )
 
     def __init__(self, stream: trio.abc.Stream, poller: Poller | None) -> None:
@@ -61,10 +63,12 @@ class ClientStream:
         self._poller = poller
         self._in_poller = False
         self._fd = -1
+        self._serves_half_closed = False
         self._slowly_sent_bytes = 0  # sent in writes that had to wait
         self._writing: trio.Event | None = None  # set at the end of a write that has to wait
         self.socket: socket.socket | None = None
         self.disconnected = False
+        self.half_closed = False
         self.broken = False
         self.on_disconnect: Callable[[], None] | None = None
         self.disconnect_event: trio.Event | None = None
@@ -78,7 +82,8 @@ class ClientStream:
     # -- reading and writing ------------------------------------------------------------------------------------------
 
     async def read(self) -> bytes:
-        """Waits for bytes. Returns ``b""`` if the client has disconnected."""
+        """Waits for bytes. Returns ``b""`` if the client has disconnected; the stream is broken then, or the client may
+        have closed its sending side only."""
         plain = self.socket
         try:
             if plain is None:
@@ -90,6 +95,7 @@ class ClientStream:
                 except BlockingIOError:
                     pass
         except _CONNECTION_ERRORS:
+            self.broken = True
             return b""
 
     def read_nowait(self) -> bytes:
@@ -176,15 +182,32 @@ class ClientStream:
         if not self._in_poller and not self.disconnected:
             if self._poller is None or self.socket is None:
                 return False
-            self._poller.add(self._fd, PEER_CLOSED, self._on_closed)
+            self._poller.add(self._fd, 0 if self.half_closed else PEER_CLOSED, self._on_closed)
             self._in_poller = True
         return True
 
-    def _on_closed(self, _: int) -> None:
+    def _on_closed(self, events: int) -> None:
         assert self._poller is not None
         self._poller.remove(self._fd)
         self._in_poller = False
-        self.note_disconnect()
+        if events & RESET:
+            self.note_disconnect()
+        else:
+            self.note_fin()
+
+    def serve_half_closed(self) -> None:
+        """From now on, a client that has closed its sending side has not disconnected, until a write fails."""
+        self._serves_half_closed = True
+        if self.half_closed and not self.broken:
+            self.disconnected = False
+
+    def note_fin(self) -> None:
+        """Notes that the client has closed its sending side, behind a whole request."""
+        self.half_closed = True
+        if self.broken or not self._serves_half_closed:
+            self.note_disconnect()
+        else:
+            self.watch()  # from now on, for a reset
 
     def note_disconnect(self) -> None:
         """Notes that the client has disconnected, and notifies the app."""

@@ -14,7 +14,8 @@ of them costs more than parsing a request. The rules for editing it:
 - **Reading ahead is bounded**, and not needed with a `Poller`, which reports a disconnect behind any unread input: then
   bytes behind the current request stay in the kernel. Without a poller (TLS, memory streams, systems without epoll), up
   to `READ_AHEAD_BYTES` are read while the app waits for a disconnect.
-- **A half-close counts as a disconnect**, as ASGI has one message for both. The app may still send, and it is sent.
+- **A half-close counts as a disconnect**, as ASGI has one message for both, unless the app asks for the opposite
+  (`Client.serve_half_closed`). The app may still send, and it is sent.
 - **Unread input is discarded before a connection is closed**, within bounds: closing a socket with unread input sends a
   reset, and a reset may overtake the last response.
 - **This is the hot path.** Adding an object or a call per request needs a benchmark before and after.
@@ -348,7 +349,7 @@ class Connection:
                     while self._parser.buffered < READ_AHEAD_BYTES:
                         data = await stream.read()
                         if not data:
-                            stream.note_disconnect()
+                            stream.note_fin()
                             break
                         self._parser.feed(data)
             finally:
