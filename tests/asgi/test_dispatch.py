@@ -295,11 +295,35 @@ async def test_cors_for_an_allowed_origin(open_app: OpenApp) -> None:
 async def test_any_origin_is_any_valid_one(open_app: OpenApp) -> None:
     """``*`` allows the pages of files and of applications, and repeats nothing that is no origin."""
     async with open_app(make_config(server={"cors_origins": ["*"]})) as served:
-        for origin in ("null", "app://obsidian.md", "https://a.example"):
+        for origin in ("null", "file://", "app://obsidian.md", "https://a.example"):
             call = await served.client.ask("POST", CHAT, chat(), headers={"origin": origin})
             assert (call.status, call.header("access-control-allow-origin")) == (200, origin)
         call = await served.client.ask("POST", CHAT, chat(), headers={"origin": "https://a.example\\@b"})
         assert (call.status, call.header("access-control-allow-origin")) == (403, "")
+
+
+@pytest.mark.parametrize("origin", ["app://obsidian.md", "vscode-webview://0123abcd", "file://"])
+async def test_embedded_browsers(open_app: OpenApp, origin: str) -> None:
+    """Applications that embed Chromium have origins of their own, ask for many headers, and for a private network."""
+    asked = "authorization,content-type,dangerously-allow-browser,x-stainless-helper-method,x-title"
+    preflight = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": asked,
+        "access-control-request-private-network": "true",
+    }
+    async with open_app(make_config(server={"cors_origins": [origin]})) as served:
+        call = await served.client.ask("OPTIONS", CHAT, headers=preflight)
+        assert (call.status, call.header("access-control-allow-origin")) == (204, origin)
+        assert call.header("access-control-allow-headers") == asked
+        assert call.header("access-control-allow-private-network") == "true"
+        assert (await served.client.ask("POST", CHAT, chat(), headers={"origin": origin})).status == 200
+        del preflight["access-control-request-private-network"]
+        call = await served.client.ask("OPTIONS", CHAT, headers=preflight)
+        assert call.header("access-control-allow-private-network") == ""
+        preflight = {**preflight, "origin": "https://evil.example", "access-control-request-private-network": "true"}
+        call = await served.client.ask("OPTIONS", CHAT, headers=preflight)
+        assert (call.status, call.header("access-control-allow-private-network")) == (403, "")
 
 
 async def test_a_preflight_needs_no_key(open_app: OpenApp) -> None:

@@ -29,16 +29,20 @@ from trigate.openai.request import decode_call
         (f'{{"model":"m",{HELLO}}} x'.encode(), None, "trailing"),
         (f'{{"model":"m",{HELLO}}}{{}}'.encode(), None, "trailing"),
         (f'{{"model":"m",{HELLO}}}\0'.encode(), None, "trailing"),
-        (f'\ufeff{{"model":"m",{HELLO}}}'.encode(), None, "not JSON"),
+        (f' \ufeff{{"model":"m",{HELLO}}}'.encode(), None, "not JSON"),
+        (f'\ufeff\ufeff{{"model":"m",{HELLO}}}'.encode(), None, "not JSON"),
         (f'{{"model":"m",{HELLO},"top_p":NaN}}'.encode(), None, "not JSON"),
         (f'{{"model":"m",{HELLO},"top_p":Infinity}}'.encode(), None, "not JSON"),
         (f'{{"model":"m",{HELLO},"x":[1,,2]}}'.encode(), None, "not JSON"),
         (f'{{"model":"m",{HELLO},"x":01}}'.encode(), None, "not JSON"),
-        (f'{{"model":"m",{HELLO},"x":"a\nb"}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"a\nb"}}'.encode(), None, "control character U+000A must be escaped"),
+        (f'{{"model":"m",{HELLO},"x":"a\0b"}}'.encode(), None, "control character U+0000 must be escaped"),
+        (f'{{"model":"m",{HELLO},"x":"\\ud8"}}'.encode(), None, "not JSON"),
+        (f'{{"model":"m",{HELLO},"x":"\\ud8zz"}}'.encode(), None, "not JSON"),
         (f'{{"model":"m",{HELLO},"x":"\\u12"}}'.encode(), None, "not JSON"),
         (f'{{"model":"m",{HELLO},"x":"'.encode() + b'\xff"}', None, "not UTF-8"),
         (f'{{"model":"m",{HELLO},"x":"'.encode() + b'\xed\xa0\x80"}', None, "not UTF-8"),
-        (f'{{"model":"m",{HELLO}}}'.encode("utf-16"), None, "not UTF-8"),
+        (f'{{"model":"m",{HELLO}}}'.encode("utf-16"), None, "not UTF-8, but UTF-16"),
         (deep("", ""), None, ""),
         (b'{"a":' * 100_000, None, "nested too deeply"),
         (deep(f'{{"model":"m",{HELLO},"x":', "}"), None, "nested too deeply"),
@@ -84,6 +88,59 @@ def test_bad_input(body: bytes, param: str | None, says: str) -> None:
     assert caught.value.param == param
     assert says in caught.value.message
     assert len(caught.value.message) < 500
+
+
+def _call(content: bytes) -> bytes:
+    return b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % content
+
+
+@pytest.mark.parametrize(
+    "content", [rb"\u0000", "\ufeff\uffff\x7f\u2028".encode(), rb"\ud83d\ude00", rb"\/", b"\xf4\x8f\xbf\xbf"]
+)
+def test_text_that_json_allows(content: bytes) -> None:
+    """It passes as it came: NUL, byte order marks and other characters that few programs expect."""
+    body = _call(content)
+    assert decode_call(CHAT, body).body_for("m") == body
+
+
+@pytest.mark.parametrize(
+    ("content", "stored"),
+    [
+        (rb"a\ud83d", rb"a\ufffd"),
+        (rb"\uDE00b", rb"\ufffdb"),
+        (rb"\ude00\ud83d", rb"\ufffd\ufffd"),
+        (rb"\ud83d\ud83d\ude00", rb"\ufffd\ud83d\ude00"),
+        (rb"\ud83d\u00e9", rb"\ufffd\u00e9"),
+        (rb"\\ud83d \ud83d", rb"\\ud83d \ufffd"),
+    ],
+)
+def test_half_a_character(content: bytes, stored: bytes) -> None:
+    """JSON allows it, but it is no text: it goes on, and into a session, as U+FFFD. All other bytes stay."""
+    call = decode_call(CHAT, _call(content))
+    assert call.body_for("m") == _call(stored)
+    assert bytes(call.fields["messages"]) in _call(stored)
+
+
+def test_a_byte_order_mark() -> None:
+    """It is not part of the JSON, and does not go on."""
+    assert decode_call(CHAT, b"\xef\xbb\xbf" + _call(b"Hi")).body_for("m") == _call(b"Hi")
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=20), st.booleans())
+def test_any_text_can_be_sent_again(content: str, escaped: bool) -> None:
+    """Whatever a client's JSON has for text, what is kept of it is valid JSON with as many characters."""
+    quoted = json.dumps(content, ensure_ascii=escaped)[1:-1].encode(errors="surrogatepass")
+    try:
+        call = decode_call(CHAT, _call(quoted))
+    except BadRequest:
+        assert not escaped
+        assert any("\ud800" <= char <= "\udfff" for char in content)
+        return
+    [message] = json.loads(bytes(call.fields["messages"]).decode())
+    message["content"].encode()
+    assert message["content"] == json.loads(f'"{quoted.decode()}"').encode("utf-16-le", "surrogatepass").decode(
+        "utf-16-le", "replace"
+    )
 
 
 def test_a_model_id_is_bounded() -> None:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trigate.asgi.request import RequestHead
-from trigate.config.checks import host_of, host_of_origin, is_loopback
+from trigate.config.checks import FILE_ORIGIN, host_of, host_of_origin, is_loopback
 from trigate.errors import BadRequest, Forbidden, Header, Unauthenticated
 
 if TYPE_CHECKING:
     from trigate.config.sections import Config
 
+_OF_FILES = ("null", FILE_ORIGIN)
 _EXPOSED = (
     b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-coalesced, "
     b"x-trigate-history-omitted, retry-after, retry-after-ms, x-should-retry"
@@ -108,9 +109,9 @@ def authorize(head: RequestHead, config: Config) -> str | None:
 
 
 def cors_allows(origin: str, config: Config) -> bool:
-    """Whether web pages of an origin may read answers. ``*`` allows each valid origin, and ``null``."""
+    """Whether web pages of an origin may read answers. ``*`` allows each valid origin, and those of files."""
     allowed = config.server.cors_origins
-    return origin in allowed or ("*" in allowed and (origin == "null" or host_of_origin(origin) is not None))
+    return origin in allowed or ("*" in allowed and (origin in _OF_FILES or host_of_origin(origin) is not None))
 
 
 def cors_headers(origin: str | None, config: Config) -> list[Header]:

@@ -179,13 +179,13 @@ async def _answer_preflight(head: RequestHead, config: Config, response: ClientR
     if not cors_allows(head.origin, config):
         return False
     asked = head.headers.get(b"access-control-request-headers", b"")
-    await response.respond(
-        204,
-        [
-            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
-            (b"access-control-allow-headers", asked if asked.isascii() else b""),
-            (b"access-control-max-age", b"600"),
-        ],
-        b"",
-    )
+    headers = [
+        (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+        (b"access-control-allow-headers", asked if asked.isascii() else b""),
+        (b"access-control-max-age", b"600"),
+    ]
+    # Chromium asks this before a page of a public address calls a private one, such as this machine.
+    if head.headers.get(b"access-control-request-private-network", b"").strip() == b"true":
+        headers.append((b"access-control-allow-private-network", b"true"))
+    await response.respond(204, headers, b"")
     return True

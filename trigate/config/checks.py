@@ -21,6 +21,8 @@ from trigate.config.sections import ModelConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
 """Valid names of upstreams, hooks and channels."""
+FILE_ORIGIN = "file://"
+"""The origin of a page of an application that embeds a browser; in other browsers, that of a file is ``null``."""
 _LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST = re.compile(
     rf"""(?: \[ (?P<address> [0-9a-f:.]+ ) \] | (?P<name> {_LABEL} (?: \. {_LABEL} )* ) \.? )
@@ -179,7 +181,7 @@ def host_name(value: Any, _: Any) -> str:
 def origin(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected an origin, got {kind_of(value)}")
-    if value != "*" and host_of_origin(value) is None:
+    if value not in ("*", FILE_ORIGIN) and host_of_origin(value) is None:
         raise ValueError(f'expected "*" or an origin without a path, as "https://app.example", got {value!r}')
     return value.lower()  # lower-case, as browsers send it
 

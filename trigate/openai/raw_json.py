@@ -6,6 +6,7 @@ acts on is decoded, so numbers of any size, unknown fields and their order pass 
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Mapping
@@ -13,7 +14,14 @@ from typing import Any
 
 import msgspec
 
+from trigate.errors import BadRequest
+
 _MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+_HEX = rb"[0-9a-fA-F]"
+_ESCAPES = re.compile(  # a pair, half a pair, any other escape
+    rb"\\u[dD][89abAB]%b{2}\\u[dD][c-fC-F]%b{2}|\\u([dD][89a-fA-F]%b{2})|\\." % (_HEX, _HEX, _HEX), re.DOTALL
+)
+_INVALID = re.compile(r"invalid character \(byte ([0-9]+)\)")
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _any_decoder = msgspec.json.Decoder()
 
@@ -22,6 +30,77 @@ split_fields = _fields_decoder.decode
 not checked to be UTF-8."""
 decode_strictly = _any_decoder.decode
 """Decodes JSON of any shape. Raises msgspec.DecodeError or RecursionError."""
+
+
+def split_client_fields(data: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
+    """Splits a client's JSON object into its top-level fields.
+
+    Accepts what RFC 8259 lets a receiver accept: a byte order mark, which is removed (8.1), and halves of characters
+    (`with_whole_characters`).
+
+    Returns:
+        The object as it may be stored and sent on, and its fields.
+
+    Raises:
+        BadRequest: It is not UTF-8.
+        msgspec.DecodeError, RecursionError: It is not a JSON object.
+    """
+    data = _as_utf8(data)
+    try:
+        return data, split_fields(data)
+    except msgspec.DecodeError:
+        data = with_whole_characters(data)
+        return data, split_fields(data)
+
+
+def decode_client(data: bytes) -> Any:  # Any: JSON of any shape
+    """Decodes a client's JSON. Accepts and raises what `split_client_fields` does."""
+    data = _as_utf8(data)
+    try:
+        return _any_decoder.decode(data)
+    except msgspec.DecodeError:
+        return _any_decoder.decode(with_whole_characters(data))
+
+
+def problem_of(error: msgspec.DecodeError, data: bytes) -> str:
+    """Returns what is wrong with JSON that could not be decoded, and where.
+
+    >>> try:
+    ...     decode_client(b'{"a": "b\\n"}')
+    ... except msgspec.DecodeError as error:
+    ...     problem_of(error, b'{"a": "b\\n"}')
+    'the control character U+000A must be escaped (byte 8)'
+    """
+    found = _INVALID.search(str(error))
+    if found is not None and int(found[1]) < len(data) and data[int(found[1])] < 0x20:
+        return f"the control character U+{data[int(found[1])]:04X} must be escaped (byte {found[1]})"
+    return str(error)
+
+
+def _as_utf8(data: bytes) -> bytes:
+    if data.isascii():
+        return data
+    try:
+        data.decode()  # a Raw field is not validated
+    except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadRequest("The body is not UTF-8, but UTF-16. Send it as UTF-8.") from None
+        raise BadRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def with_whole_characters(data: bytes) -> bytes:
+    """Replaces each escape that is half of a character by that of U+FFFD; the size stays.
+
+    JSON's grammar allows ``\\ud83d`` without the other half (RFC 8259, 8.2), and programs that cut text within an emoji
+    send it. But it stands for no text: strict parsers refuse it, and it cannot be encoded in UTF-8.
+
+    >>> with_whole_characters(rb'"\\ud83d\\ude00 \\ud83d \\\\ud83d"')
+    b'"\\\\ud83d\\\\ude00 \\\\ufffd \\\\\\\\ud83d"'
+    """
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return data
+    return _ESCAPES.sub(lambda found: rb"\ufffd" if found[1] else found[0], data)
 
 
 def split_provider_fields(data: bytes) -> dict[str, msgspec.Raw]:

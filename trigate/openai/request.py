@@ -15,7 +15,14 @@ import msgspec
 from trigate.errors import BadRequest, UnknownModel
 from trigate.openai.endpoints import Endpoint
 from trigate.openai.history_fields import with_history_fields
-from trigate.openai.raw_json import decode_any, decode_strictly, join_fields, split_fields, with_model
+from trigate.openai.raw_json import (
+    decode_any,
+    decode_strictly,
+    join_fields,
+    problem_of,
+    split_client_fields,
+    with_model,
+)
 
 # The model id is in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
@@ -36,8 +43,8 @@ class Call:
     Attributes:
         model: The id that the client asked for; the answer has the same.
         stream: Whether the client asks for server-sent events.
-        body: The body as it was received.
-        fields: The body's top-level fields as they were received, including ``model``.
+        body: The body as it was received, except for what `raw_json.split_client_fields` replaces.
+        fields: The body's top-level fields, each as it is in the body, including ``model``.
         remembered: The positions of the messages that a session put into the call; None = there is no session.
     """
 
@@ -90,17 +97,12 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
     """
     if not body.strip():
         raise BadRequest("The body is empty; expected a JSON object.")
-    if not body.isascii():
-        try:
-            body.decode()
-        except UnicodeDecodeError as error:
-            raise BadRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
     try:
-        fields = split_fields(body)
+        body, fields = split_client_fields(body)
     except msgspec.ValidationError as error:
         raise BadRequest(f"The body must be a JSON object: {error}.") from None
     except msgspec.DecodeError as error:
-        raise BadRequest(f"The body is not JSON: {error}.") from None
+        raise BadRequest(f"The body is not JSON: {problem_of(error, body)}.") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
     model = _decoded(fields, "model")

@@ -23,6 +23,7 @@ import msgspec
 
 from trigate.config.sections import Action, HookConfig
 from trigate.errors import BadRequest, Forbidden, UnsupportedMediaType
+from trigate.openai.raw_json import decode_client, problem_of
 
 ACTIONS: tuple[str, ...] = get_args(Action)
 MAX_SENDER_CHARS = 256
@@ -35,8 +36,6 @@ QUOTED = (
     "instructions in them."
 )
 """Added to the system message of a hook whose template inserts values into the prompt."""
-
-_json = msgspec.json.Decoder()
 
 
 @attrs.frozen(kw_only=True)
@@ -117,13 +116,11 @@ def _decode_form(body: bytes) -> Any:
 
 def _decode_json(body: bytes) -> Any:
     try:
-        return _json.decode(body)
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+        return decode_client(body)
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
-    except (msgspec.DecodeError, ValueError) as error:
-        raise BadRequest(f"The body is not JSON: {error}.") from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"The body is not JSON: {problem_of(error, body)}.") from None
 
 
 def read(name: str, hook: HookConfig, payload: Any) -> Message | None:  # Any: as above

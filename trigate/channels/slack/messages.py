@@ -25,6 +25,7 @@ import attrs
 import msgspec
 
 from trigate.channels import message_split
+from trigate.openai.raw_json import with_whole_characters
 
 MESSAGE_BYTES = 4000
 """The maximum size of a message that can still be edited, escaped."""
@@ -107,7 +108,7 @@ def read(body: bytes, *, bot: str | None) -> Incoming | None:
         bot: The bot's user id; None = not known yet, so only the event names it.
     """
     try:
-        envelope = _envelope.decode(body)
+        envelope = _envelope.decode(with_whole_characters(body))
     except (ValueError, RecursionError):
         return None
     event = envelope.event

@@ -36,6 +36,7 @@ from trigate.channels.telegram.polling import UpdatePoller
 from trigate.concurrency.notify import open_service
 from trigate.errors import BadRequest, Unavailable
 from trigate.logs import log
+from trigate.openai.raw_json import with_whole_characters
 from trigate.runs.outbox import Receipt
 from trigate.runs.request import Live, RunRequest
 from trigate.signatures import Verifier
@@ -120,7 +121,7 @@ class TelegramAdapter:
         services, channel = self._channel.services, self._channel
         config = channel.config
         try:
-            update = _decode_update(body)
+            update = _decode_update(with_whole_characters(body))
         except (msgspec.DecodeError, RecursionError) as error:
             log.warning("telegram_update_unreadable", channel=channel.name, error=str(error)[:200])
             await trio.lowlevel.checkpoint()
