@@ -52,6 +52,8 @@ async def test_the_models_of_all_upstreams(open_app: OpenApp) -> None:
             "openrouter/m": "openrouter",
             "qwen/qwen-turbo": "qwen",
             "qwen/m": "qwen",
+            "google/gemini-flash": "openrouter",
+            "qwen-turbo": "qwen",
         }
         for row in call.json["data"]:
             assert set(row) == {"id", "object", "created", "owned_by"}
@@ -63,7 +65,20 @@ async def test_default_is_listed_without_an_alias(open_app: OpenApp) -> None:
     """It stands for the models of the first upstream that can serve."""
     async with open_app() as served:
         rows = (await served.client.ask("GET", "/v1/models")).json["data"]
-        assert [(row["id"], row["owned_by"]) for row in rows] == [("default", "up"), ("up/m", "up")]
+        assert [(row["id"], row["owned_by"]) for row in rows] == [("default", "up"), ("up/m", "up"), ("m", "up")]
+
+
+async def test_bare_ids(open_app: OpenApp) -> None:
+    """A call, the list and a single model agree about the id of a model without its upstream: one upstream has it."""
+    async with open_app(MODELS, PROVIDERS) as served:
+        listed = {row["id"]: row for row in (await served.client.ask("GET", "/v1/models")).json["data"]}
+        for model, status in (("qwen-turbo", 200), ("google/gemini-flash", 200), ("m", 404), ("x", 503), ("none", 404)):
+            call = await served.client.ask("GET", f"/v1/models/{model}")
+            assert call.status == (200 if status == 200 else 404)
+            assert (call.json if status == 200 else None) == listed.get(model)
+            assert (await served.client.chat(model=model).wait()).status == status
+        ambiguous = await served.client.ask("GET", "/v1/models/m")
+        assert "openrouter/m, qwen/m" in ambiguous.error["message"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +307,7 @@ async def test_a_bad_model_list_is_harmless(open_app: OpenApp, autojump_clock: M
         await trio.sleep(200)
         assert (await served.client.chat(model="default").wait()).status == 200
         rows = (await served.client.ask("GET", "/v1/models")).json["data"]
-        assert [row["id"] for row in rows] == ["default", "good/m"]
+        assert [row["id"] for row in rows] == ["default", "good/m", "m"]
         assert (await served.client.ask("GET", "/status")).json["upstreams"][0]["state"] in ("down", "up")
 
 
@@ -328,11 +343,11 @@ async def test_an_upstream_is_asked_for_its_models(open_app: OpenApp, autojump_c
     """The gateway asks at the start and every minute. The new list replaces the old one."""
     async with open_app(DISCOVER, Provider(model_list("one"), model_list("one", "two"))) as served:
         ids = [row["id"] for row in (await served.client.ask("GET", "/v1/models")).json["data"]]
-        assert ids == ["default", "up/one"]
+        assert ids == ["default", "up/one", "one"]
         assert served.providers["up"].calls[0].path == "/v1/models"
         await trio.sleep(61)
         ids = [row["id"] for row in (await served.client.ask("GET", "/v1/models")).json["data"]]
-        assert ids == ["default", "up/one", "up/two"]
+        assert ids == ["default", "up/one", "up/two", "one", "two"]
 
 
 async def test_an_upstream_that_is_down_keeps_its_list(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -342,7 +357,7 @@ async def test_an_upstream_that_is_down_keeps_its_list(open_app: OpenApp, autoju
         begun = trio.current_time()
         rows = (await served.client.ask("GET", "/v1/models")).json["data"]
         assert trio.current_time() == begun
-        assert [row["id"] for row in rows] == ["default", "up/one"]
+        assert [row["id"] for row in rows] == ["default", "up/one", "one"]
         [upstream] = (await served.client.ask("GET", "/status")).json["upstreams"]
         assert upstream["state"] == "down"
         assert "10 s" in upstream["reason"]

@@ -48,6 +48,48 @@ def two(**limits: Any) -> Any:  # Any: a Config of any limits
 # -- complete answers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "answer"),
+    [
+        (
+            "/v1/responses",
+            b'{"prompt":{"id":"pmpt_1"},"input":"Hi"}',
+            b'{"object":"response","model":"gpt-5","output":[]}',
+        ),
+        (
+            "/v1/responses",
+            b'{"input":"Hi","stream_options":{"include_obfuscation":true}}',
+            b'{"object":"response","output":[]}',
+        ),
+        ("/v1/moderations", b'{"input":"Hi"}', b'{"id":"modr-1","model":"omni-moderation-latest","results":[]}'),
+        ("/v1/images/generations", b'{"prompt":"a","model":null}', b'{"created":1,"data":[]}'),
+    ],
+)
+async def test_a_call_without_a_model(open_app: OpenApp, path: str, body: bytes, answer: bytes) -> None:
+    """It goes to the upstream of ``default`` byte for byte, and its answer comes back as it is, with the model that the
+    upstream has chosen."""
+    config = make_config({"a": {}, "b": {}}, models={"default": {"targets": ["b/m"]}})
+    providers = {"a": Provider(), "b": Provider(answers(answer))}
+    async with open_app(config, providers) as served:
+        call = await served.client.ask("POST", path, body, headers={"content-type": "application/json"})
+        assert (call.status, call.body) == (200, answer)
+        assert call.header("x-trigate-upstream") == "b"
+        assert providers["b"].calls[0].body == body
+        assert served.settled[0].call.model == "default"
+
+
+async def test_a_stream_without_a_model(open_app: OpenApp) -> None:
+    """The events keep the upstream's model id."""
+    script = (
+        Say(event({"type": "response.created", "response": {"model": "gpt-5"}})),
+        Say(event({"type": "response.output_text.delta", "delta": "Hi"})),
+        Say(event({"type": "response.completed", "response": {"model": "gpt-5"}})),
+    )
+    async with open_app(providers=Provider(script)) as served:
+        call = await served.client.ask("POST", "/v1/responses", {"input": "Hi", "stream": True})
+        assert call.body == b"".join(step.data for step in script)
+
+
 async def test_a_stream_is_relayed_byte_for_byte(open_app: OpenApp) -> None:
     """The stream carries every byte of every event, with the public model id and the headers of an event stream."""
     script = says("Hello", "!")

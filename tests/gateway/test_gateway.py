@@ -74,8 +74,10 @@ class Files:
         await _until(lambda: self.looks >= enough)
 
     async def models(self) -> list[str]:
-        """The listed models."""
-        return [row["id"] for row in (await self.client.ask("GET", "/v1/models")).json["data"]]
+        """The listed models, without their bare ids."""
+        rows = (await self.client.ask("GET", "/v1/models")).json["data"]
+        ids = {row["id"] for row in rows}
+        return [row["id"] for row in rows if f"{row['owned_by']}/{row['id']}" not in ids]
 
 
 async def _until(holds: Callable[[], bool]) -> None:

@@ -74,7 +74,6 @@ from trigate.openai.request import decode_call
         (f'{{"model":"m",{HELLO},"stream":[]}}'.encode(), "stream", "true or false"),
         (f'{{"model":"m",{HELLO},"stream":1e999}}'.encode(), "stream", "out of range"),
         (f'{{"model":"m",{HELLO},"stream":true,"stream_options":1}}'.encode(), "stream_options", "object"),
-        (f'{{"model":"m",{HELLO},"stream_options":{{}}}}'.encode(), "stream_options", "stream: true"),
     ],
     ids=lambda value: repr(value)[:60],
 )
@@ -159,9 +158,39 @@ def test_each_endpoint_names_its_required_fields(endpoint: Any) -> None:
     fields: dict[str, object] = {"model": "m", "messages": [{"role": "user"}], "prompt": "p", "input": "i"}
     assert decode_call(endpoint, json.dumps(fields).encode()).endpoint is endpoint
     for name in endpoint.required:
-        with pytest.raises(BadRequest) as caught:
-            decode_call(endpoint, json.dumps({**fields, name: None}).encode())
-        assert caught.value.param == name
+        for body in ({**fields, name: None}, {key: value for key, value in fields.items() if key != name}):
+            if name in body and name in endpoint.nullable:
+                assert decode_call(endpoint, json.dumps(body).encode()).choices == 1
+                continue
+            with pytest.raises(BadRequest) as caught:
+                decode_call(endpoint, json.dumps(body).encode())
+            assert caught.value.param == name
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=list(ENDPOINTS))
+def test_a_call_without_a_model(endpoint: Any) -> None:
+    """Where OpenAI's API allows it, it goes to ``default`` as it came, and the answer keeps the upstream's id."""
+    fields: dict[str, object] = {"messages": [{"role": "user"}], "prompt": "p", "input": "i"}
+    for sent in (fields, {"model": None, **fields}):
+        body = json.dumps(sent).encode()
+        if endpoint.model_optional:
+            call = decode_call(endpoint, body)
+            assert (call.model, call.public_model) == ("default", None)
+            assert call.body_for("m") == body
+        else:
+            with pytest.raises(BadRequest) as caught:
+                decode_call(endpoint, body)
+            assert caught.value.param == "model"
+    assert endpoint.model_optional is (endpoint.path in ("/responses", "/moderations", "/images/generations"))
+
+
+@pytest.mark.parametrize("stream", [{}, {"stream": False}, {"stream": None}], ids=repr)
+def test_stream_options_are_the_upstreams_to_judge(stream: dict[str, object]) -> None:
+    """Also without a stream: OpenAI's document allows them, and its models differ in what they accept."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user"}], "stream_options": {}, **stream}).encode()
+    call = decode_call(CHAT, body)
+    assert not call.stream
+    assert call.body_for("m") == body
 
 
 def test_messages_are_checked_for_chat_only() -> None:

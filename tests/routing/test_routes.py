@@ -146,8 +146,8 @@ def test_the_echo_is_used_only_without_other_upstreams() -> None:
 
 
 def test_public_ids() -> None:
-    """``default`` and the aliases come first, then every model with its upstream's name. Disabled models are not
-    listed."""
+    """``default`` and the aliases come first, then every model with its upstream's name, then the models that one
+    upstream alone has by their bare ids. Disabled models are not listed."""
     assert list(public_ids(aliases=ALIASES, upstreams=UPSTREAMS).items()) == [
         ("default", "openai"),
         ("fast", "openai"),
@@ -157,7 +157,48 @@ def test_public_ids() -> None:
         ("openrouter/google/gemini-flash", "openrouter"),
         ("openrouter/shared", "openrouter"),
         ("local/smol", "local"),
+        ("gpt-4o", "openai"),
+        ("gpt-4o-mini", "openai"),
+        ("google/gemini-flash", "openrouter"),
+        ("smol", "local"),
     ]
+
+
+def test_a_bare_id_that_means_something_else_is_not_listed() -> None:
+    """Not as the model of that name: an alias, ``default``, and an id that names an upstream keep their meaning."""
+    upstreams = {
+        "a": Known(models=("default", "fast", "b/x", "a")),
+        "b": Known(models=("y",)),
+        "c": Known(models=("y",), unusable="no key"),
+    }
+    ids = public_ids(aliases={"fast": (Target("b", "y"),)}, upstreams=upstreams)
+    assert ids.keys() - {f"{name}/{model}" for name, known in upstreams.items() for model in known.models} == {
+        *("default", "fast", "a", "y")
+    }
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "m"]), st.lists(st.sampled_from(["m", "b/m", "a", "default", "x/y"]), max_size=4)
+    ),
+    st.booleans(),
+)
+def test_what_is_listed_and_what_can_be_called_agree(models: dict[str, list[str]], unusable: bool) -> None:
+    """An id that a call accepts because an upstream lists it is listed, with the same owner; and no other one is."""
+    upstreams = {
+        name: Known(models=tuple(listed), unusable="no key" if unusable and name == "b" else None)
+        for name, listed in models.items()
+    }
+    ids = public_ids(aliases={}, upstreams=upstreams)
+    for model in ["m", "b/m", "a", "x/y", *(f"{name}/{model}" for name in upstreams for model in models[name])]:
+        try:
+            [target] = plan(model, aliases={}, upstreams=upstreams)
+        except GatewayError:
+            assert model not in ids
+        else:
+            lists_it = target.model in upstreams[target.upstream].models
+            assert ids.get(model) == (target.upstream if lists_it else None)
 
 
 def test_default_is_always_listed() -> None:

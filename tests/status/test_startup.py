@@ -41,7 +41,7 @@ async def test_the_keys_are_named(open_app: OpenApp, config: Config, first: str)
         assert lines(served) == [
             f"Trigate {__version__}, configured by test; {first}; store in memory",
             "Upstreams: up: 1 models",
-            "Models: 2 listed; default is up/m",
+            "Models: 3 listed; default is up/m",
         ]
 
 

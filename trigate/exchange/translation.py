@@ -118,7 +118,7 @@ class _PassThrough:
     ) -> StreamReader:
         return StreamReader(
             call.endpoint,
-            model=call.model,
+            model=call.public_model,
             upstream=upstream,
             max_event_bytes=max_event_bytes,
             choices=call.choices,
@@ -127,7 +127,7 @@ class _PassThrough:
         )
 
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
-        return decode_answer(body, model=call.model, upstream=upstream)
+        return decode_answer(body, model=call.public_model, upstream=upstream)
 
 
 PASS_THROUGH: Translation = _PassThrough()

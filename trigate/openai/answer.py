@@ -33,12 +33,12 @@ def parse_usage(value: object) -> Usage | None:
     return None
 
 
-def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usage | None]:
+def decode_answer(body: bytes, *, model: str | None, upstream: str) -> tuple[bytes, Usage | None]:
     """Decodes an upstream's JSON answer. A byte order mark before it is dropped (RFC 8259 section 8.1).
 
     Args:
         body: The answer.
-        model: The public model id, which replaces the upstream's.
+        model: The public model id, which replaces the upstream's; None = the upstream's stays.
         upstream: The upstream's name, for messages.
 
     Returns:
@@ -60,4 +60,6 @@ def decode_answer(body: bytes, *, model: str, upstream: str) -> tuple[bytes, Usa
             f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
         )
     usage = parse_usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
-    return (with_model(body, fields, msgspec.json.encode(model)) if "model" in fields else body), usage
+    if model is None or "model" not in fields:
+        return body, usage
+    return with_model(body, fields, msgspec.json.encode(model)), usage

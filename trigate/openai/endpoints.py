@@ -20,6 +20,8 @@ class Endpoint:
         path: The path below ``/v1``.
         answer: What a call without ``stream`` gets: one JSON object, or bytes (audio).
         required: The top-level fields, besides ``model``, without which no upstream could serve the call.
+        nullable: Those of them that may be null.
+        model_optional: A call may leave the model to its provider.
         is_last_event: Whether an event with this data is the last one of a complete stream.
         end_markers: Every event for which ``is_last_event`` holds contains one of these byte strings.
         repeats_last_event: A stream may have several last events, one for each result; it is complete when it closes
@@ -30,6 +32,8 @@ class Endpoint:
     path: str
     answer: Literal["json", "bytes"] = "json"
     required: tuple[str, ...] = ()
+    nullable: tuple[str, ...] = ()
+    model_optional: bool = False
     is_last_event: Callable[[bytes], bool]
     end_markers: tuple[bytes, ...]
     repeats_last_event: bool = False
@@ -56,12 +60,18 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     f"/v1{endpoint.path}": endpoint
     for endpoint in (
         _endpoint("/chat/completions", required=("messages",), needs_finish_reason=True),
-        _endpoint("/completions", required=("prompt",), needs_finish_reason=True),
+        _endpoint("/completions", required=("prompt",), nullable=("prompt",), needs_finish_reason=True),
         _endpoint("/embeddings", required=("input",)),
-        _endpoint("/responses", "response.completed", "response.incomplete", "response.failed"),
-        _endpoint("/moderations", required=("input",)),
+        _endpoint("/responses", "response.completed", "response.incomplete", "response.failed", model_optional=True),
+        _endpoint("/moderations", required=("input",), model_optional=True),
         _endpoint("/audio/speech", "speech.audio.done", answer="bytes", required=("input",)),
-        _endpoint("/images/generations", "image_generation.completed", required=("prompt",), repeats_last_event=True),
+        _endpoint(
+            "/images/generations",
+            "image_generation.completed",
+            required=("prompt",),
+            model_optional=True,
+            repeats_last_event=True,
+        ),
     )
 }
-"""The endpoints of the data plane by their paths."""
+"""The endpoints of the data plane by their paths. Source: OpenAI's API reference, which says what a call needs."""

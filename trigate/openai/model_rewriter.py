@@ -22,7 +22,7 @@ class ModelRewriter:
     """Puts the public model id into the events of one stream.
 
     Args:
-        model: The public model id.
+        model: The public model id; None = events keep the upstream's.
         watched: A `prefix` never contains one of these.
 
     Attributes:
@@ -33,8 +33,8 @@ class ModelRewriter:
 
     __slots__ = ("_found", "_public", "_replacement", "_watched", "prefix", "public_prefix")
 
-    def __init__(self, model: str, *, watched: tuple[bytes, ...]) -> None:
-        self._public = msgspec.json.encode(model)
+    def __init__(self, model: str | None, *, watched: tuple[bytes, ...]) -> None:
+        self._public = msgspec.json.encode(model) if model is not None else b""
         self._watched = watched
         self._found = b""  # the key and the upstream's id, as the last event had them
         self._replacement = b""
@@ -53,7 +53,7 @@ class ModelRewriter:
             at = event.find(self._found)
             if _is_at_top_level(event, at):
                 return self._replace(event, at)
-        if not plain and b'"model"' not in data and b"\\u006" not in data:
+        if (not plain and b'"model"' not in data and b"\\u006" not in data) or not self._public:
             return event
         named = _find_model(data)
         if named is None:

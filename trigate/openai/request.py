@@ -26,6 +26,7 @@ from trigate.openai.raw_json import (
 
 # The model id is in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
+_DEFAULT = "default"
 
 
 class _Message(msgspec.Struct):
@@ -41,10 +42,10 @@ class Call:
     """A client's request, validated as far as the gateway acts on it.
 
     Attributes:
-        model: The id that the client asked for; the answer has the same.
+        model: The id that the client asked for; the answer has the same. ``default``, if the client named none.
         stream: Whether the client asks for server-sent events.
         body: The body as it was received, except for what `raw_json.split_client_fields` replaces.
-        fields: The body's top-level fields, each as it is in the body, including ``model``.
+        fields: The body's top-level fields, each as it is in the body.
         remembered: The positions of the messages that a session put into the call; None = there is no session.
     """
 
@@ -55,8 +56,20 @@ class Call:
     fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
     remembered: range | None = None
 
+    @property
+    def public_model(self) -> str | None:
+        """The model id of the answer; None = the upstream's own, as the client named none."""
+        return self.model if self._names_model else None
+
+    @property
+    def _names_model(self) -> bool:
+        raw = self.fields.get("model")
+        return raw is not None and bytes(raw) != b"null"
+
     def body_for(self, model: str) -> bytes:
-        """The body to send upstream: this call's, with the upstream's own model id."""
+        """The body to send upstream: this call's, with the upstream's own model id, if the client named a model."""
+        if not self._names_model:
+            return self.body
         return with_model(self.body, self.fields, msgspec.json.encode(model))
 
     @property
@@ -107,7 +120,9 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
         raise BadRequest("The body is nested too deeply.") from None
     model = _decoded(fields, "model")
     if model is None:
-        raise BadRequest("You must provide a model.", param="model")
+        if not endpoint.model_optional:
+            raise BadRequest("You must provide a model.", param="model")
+        model = _DEFAULT
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be a non-empty string.", param="model")
     if len(model) > _MAX_MODEL_CHARS:
@@ -116,16 +131,13 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
     if stream is not None and not isinstance(stream, bool):
         raise BadRequest("stream must be true or false.", param="stream")
     for name in endpoint.required:
-        if name not in fields or bytes(fields[name]) == b"null":
+        if name not in fields or (bytes(fields[name]) == b"null" and name not in endpoint.nullable):
             raise BadRequest(f"You must provide {name}.", param=name)
     if "messages" in endpoint.required:
         _check_messages(fields["messages"])
     options = _decoded(fields, "stream_options")
-    if options is not None:
-        if not isinstance(options, dict):
-            raise BadRequest("stream_options must be an object.", param="stream_options")
-        if not stream:
-            raise BadRequest("stream_options is allowed only with stream: true.", param="stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise BadRequest("stream_options must be an object.", param="stream_options")
     # audio/speech asks for events with `stream_format: "sse"`
     events = bool(stream) or (endpoint.answer == "bytes" and _decoded(fields, "stream_format") == "sse")
     return Call(endpoint=endpoint, model=model, stream=events, body=body, fields=fields)

@@ -36,7 +36,7 @@ class StreamReader:
 
     Args:
         endpoint: Decides how the stream ends.
-        model: The public model id, which replaces the upstream's in every event.
+        model: The public model id, which replaces the upstream's in every event; None = the upstream's stays.
         upstream: The upstream's name, for messages.
         max_event_bytes: The largest event, and the most bytes before the first content.
         choices: How many choices the client asked for.
@@ -67,7 +67,7 @@ class StreamReader:
         self,
         endpoint: Endpoint,
         *,
-        model: str,
+        model: str | None,
         upstream: str,
         max_event_bytes: int = 2**24,
         choices: int = 1,

@@ -115,7 +115,8 @@ def default_target(upstreams: Mapping[str, Known]) -> Target:
 
 
 def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]) -> dict[str, str]:
-    """Every id that ``GET /v1/models`` lists, with its owner: ``default`` and aliases first, then by upstream."""
+    """Every id that ``GET /v1/models`` lists, with its owner: ``default`` and aliases first, then by upstream, then the
+    bare ids of models that one upstream alone has."""
     ids = {}
     if "default" not in aliases:
         try:
@@ -130,7 +131,22 @@ def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[
         if known.unusable is None:
             for model in known.models:
                 ids.setdefault(f"{name}/{model}", name)
+    owners: dict[str, str | None] = {}
+    for name, known in upstreams.items():
+        if known.unusable is None:
+            for model in set(known.models):
+                owners[model] = None if model in owners else name
+    for name, known in upstreams.items():
+        for model in known.models:
+            if owners.get(model) == name and _is_bare(model, aliases, upstreams):
+                ids.setdefault(model, name)
     return ids
+
+
+def _is_bare(model: str, aliases: Mapping[str, object], upstreams: Mapping[str, object]) -> bool:
+    """Whether an id means the model of that name, and not an alias or ``upstream/model``."""
+    target = Target.parse(model)
+    return model not in ("", "default") and model not in aliases and not (target.model and target.upstream in upstreams)
 
 
 def closest(model: str, ids: Iterable[str]) -> tuple[str, ...]:

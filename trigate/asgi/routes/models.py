@@ -32,7 +32,7 @@ async def list_models() -> Response:
 
 @blueprint.get("/v1/models/<path:model>")
 async def retrieve_model(model: str) -> Response:
-    """Returns one model by its id; slashes in it may be encoded or not.
+    """Returns one entry of the list by its id; slashes in it may be encoded or not.
 
     Raises:
         UnknownModel: It is not listed.
@@ -42,9 +42,7 @@ async def retrieve_model(model: str) -> Response:
     if model in ids:
         return jsonify(_model(model, ids[model], generation.created))
     try:
-        target = generation.route(model).targets[0]  # a bare id that exactly one upstream lists
+        generation.route(model)  # says which upstreams have an ambiguous id
     except Unavailable as error:  # a call would get a 503; here the model is not listed
         raise UnknownModel(model, reason=error.message) from None
-    if str(target) not in ids:
-        raise UnknownModel(model, closest=routes.closest(model, ids))
-    return jsonify(_model(model, target.upstream, generation.created))
+    raise UnknownModel(model, closest=routes.closest(model, ids))
