@@ -731,6 +731,23 @@ async def test_a_hundred_turns_at_once(open_app: OpenApp, autojump_clock: MockCl
 # -- the routes -------------------------------------------------------------------------------------------------------
 
 
+async def test_text_that_is_kept_can_be_sent_again(open_app: OpenApp) -> None:
+    """NUL, byte order marks and halves of characters, from the client and from the model: what a session keeps is valid
+    JSON of valid text."""
+    half = b'data: {"choices":[{"index":0,"delta":{"content":"b\\ud83d\\u0000"}}]}\n\n'
+    async with open_app(providers=Provider((Say(half), *says("c")), says("d"))) as served:
+        body = rb'{"model":"up/m","stream":true,"messages":[{"role":"user","content":"a\ud83d\u0000"}]}'
+        headers = {"content-type": "application/json", "x-session-key": "k"}
+        for _ in range(2):
+            call = await served.client.ask("POST", "/v1/chat/completions", b"\xef\xbb\xbf" + body, headers=headers)
+            assert call.status == 200
+        sent = served.providers["up"].calls[1].json["messages"]
+        texts = [message["content"] for message in sent]
+        assert texts == ["a\ufffd\0", "b\ufffd\0c", "a\ufffd\0"]
+        rows = (await served.client.ask("GET", "/v1/sessions/k/messages")).json["data"]
+        assert [row["message"]["content"] for row in rows] == [*texts, "d"]
+
+
 async def test_the_routes(open_app: OpenApp) -> None:
     """List, get, messages, reset, delete."""
     async with open_app(providers=Provider(says("a"))) as served:

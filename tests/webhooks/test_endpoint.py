@@ -518,6 +518,30 @@ async def test_a_hub_verifies_the_url(open_app: OpenApp) -> None:
 
 # -- payloads ---------------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'\xef\xbb\xbf{"text":"Hi","from":"ada"}', "Hi"),
+        (rb'{"text":"a\ud83d","from":"\ude00"}', "a\ufffd"),
+        (rb'{"text":"a\u0000b","from":"\u0000"}', "a\0b"),
+        (b'payload={"text":"a\\ud83d","from":"ada"}', "a\ufffd"),
+    ],
+    ids=["byte order mark", "half a character", "NUL", "half a character in a form"],
+)
+async def test_text_that_json_allows(open_app: OpenApp, body: bytes, text: str) -> None:
+    """It reaches the model, is stored with the run and in the session of its sender, and can be read and sent again."""
+    kind = "application/json" if body[:1] != b"p" else "application/x-www-form-urlencoded"
+    config = hooks(h={"session": "sender", "verification": "bearer", "secrets": [SECRET]})
+    headers = {"content-type": kind, "authorization": f"Bearer {SECRET}"}
+    async with open_app(config, Provider(REPLY, REPLY)) as served:
+        for turn in (1, 2):
+            call = await served.client.ask("POST", "/hooks/h", body, headers=headers)
+            assert call.status == 200, call.body
+            sent = json.loads(served.providers["up"].calls[-1].body)["messages"]
+            assert [message["content"] for message in sent if message["role"] == "user"] == [text] * turn
+
+
 ISSUE = {"action": "opened", "issue": {"title": 'Say "{from}"', "number": 7}, "sender": {"id": 5, "login": "ada"}}
 
 
