@@ -295,7 +295,7 @@ OPENAI_ERROR = (
     [
         (400, OPENAI_ERROR, Rejected, 400, "no such tool"),
         (401, OPENAI_ERROR, Rejected, 401, "no such tool"),
-        (404, b"<html>Not found</html>", Rejected, 404, "The upstream mock answered 404."),
+        (404, b"<html>Not found</html>", Rejected, 404, "The upstream mock answered 404 with a page: Not found"),
         (422, b'{"detail": "bad"}', Rejected, 422, "bad"),
         (429, OPENAI_ERROR, Throttled, 429, "no such tool"),
         (429, b"", Throttled, 429, "The upstream mock answered 429."),
@@ -365,7 +365,11 @@ async def test_an_error_reply_that_cannot_be_read(steps: tuple[Step, ...]) -> No
     upstream = _upstream(_answering(*steps, status=404)[0])
     async with upstream.open("GET", "/") as reply:
         error = await upstream.error_of(reply)
-    assert (type(error), error.status, error.message) == (Rejected, 404, "The upstream mock answered 404.")
+    assert (type(error), error.status, error.message) == (
+        Rejected,
+        404,
+        "The upstream mock answered 404.",
+    )
 
 
 # -- the queue --------------------------------------------------------------------------------------------------------

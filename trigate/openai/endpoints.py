@@ -19,16 +19,19 @@ class Endpoint:
     Attributes:
         path: The path below ``/v1``.
         answer: What a call without ``stream`` gets: one JSON object, or bytes (audio).
+        results: The field of a JSON answer, a list, without which it is no answer.
         required: The top-level fields, besides ``model``, without which no upstream could serve the call.
         is_last_event: Whether an event with this data is the last one of a complete stream.
         end_markers: Every event for which ``is_last_event`` holds contains one of these byte strings.
         repeats_last_event: A stream may have several last events, one for each result; it is complete when it closes
             after one of them.
-        needs_finish_reason: Each choice ends with a ``finish_reason``; without it, a stream is not complete.
+        needs_finish_reason: The results are choices, each of which ends with a ``finish_reason``; without it, a stream
+            is not complete. With it, a stream that ends in order is complete without its last event.
     """
 
     path: str
     answer: Literal["json", "bytes"] = "json"
+    results: str = "data"
     required: tuple[str, ...] = ()
     is_last_event: Callable[[bytes], bool]
     end_markers: tuple[bytes, ...]
@@ -55,11 +58,11 @@ def _endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the ot
 ENDPOINTS: Mapping[str, Endpoint] = {
     f"/v1{endpoint.path}": endpoint
     for endpoint in (
-        _endpoint("/chat/completions", required=("messages",), needs_finish_reason=True),
-        _endpoint("/completions", required=("prompt",), needs_finish_reason=True),
+        _endpoint("/chat/completions", required=("messages",), results="choices", needs_finish_reason=True),
+        _endpoint("/completions", required=("prompt",), results="choices", needs_finish_reason=True),
         _endpoint("/embeddings", required=("input",)),
-        _endpoint("/responses", "response.completed", "response.incomplete", "response.failed"),
-        _endpoint("/moderations", required=("input",)),
+        _endpoint("/responses", "response.completed", "response.incomplete", "response.failed", results="output"),
+        _endpoint("/moderations", required=("input",), results="results"),
         _endpoint("/audio/speech", "speech.audio.done", answer="bytes", required=("input",)),
         _endpoint("/images/generations", "image_generation.completed", required=("prompt",), repeats_last_event=True),
     )
