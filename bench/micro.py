@@ -117,7 +117,7 @@ def test_decode_call(benchmark: Benchmark) -> None:
 
 def test_decode_answer(benchmark: Benchmark) -> None:
     """answer: decodes a whole answer and replaces its model id."""
-    benchmark(lambda: decode_answer(ANSWER, model="default", upstream="mock"))
+    benchmark(lambda: decode_answer(ANSWER, CHAT, model="default", upstream="mock"))
 
 
 @pytest.mark.parametrize("model", ["default", "mock/mock-model", MODEL])

@@ -33,10 +33,10 @@ from trigate.errors import (
     ProtocolViolation,
     RateLimited,
     Rejected,
+    Reported,
     RunStopped,
     SessionBusy,
     StoreUnavailable,
-    StreamError,
     Throttled,
     TooLarge,
     TooSlow,
@@ -82,7 +82,7 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (UpstreamTimeout("slow", phase="idle"), 504, "upstream_error", "upstream_timeout"),
     (ProtocolViolation("odd"), 502, "upstream_error", "upstream_garbled"),
     (Truncated("cut"), 502, "upstream_error", "upstream_truncated"),
-    (StreamError("mock", "busy"), 502, "upstream_error", "upstream_error"),
+    (Reported("busy", error={}), 502, "upstream_error", "upstream_error"),
     (Overloaded("full", retry_after_s=1.5), 503, "overloaded_error", "overloaded"),
     (StoreUnavailable("disk full"), 503, "server_error", "store_unavailable"),
     (Draining("bye"), 503, "server_error", "draining"),
@@ -177,7 +177,7 @@ def test_what_is_retryable() -> None:
         UpstreamTimeout,
         ProtocolViolation,
         Truncated,
-        StreamError,
+        Reported,
     }
 
 
@@ -227,24 +227,6 @@ def test_unknown_model_helps() -> None:
 def test_a_timeout_says_its_phase() -> None:
     """The payload of a timeout has the phase in which it expired."""
     assert UpstreamTimeout("slow", phase="first_token").payload["phase"] == "first_token"
-
-
-def test_a_lone_surrogate_in_an_upstream_s_error() -> None:
-    """JSON can express a lone surrogate, UTF-8 cannot: the client gets the error with a question mark in its place."""
-    for value in ({"message": "cut \ud83d", "code": ["\ud83d"]}, "cut \ud83d"):
-        error = StreamError("mock", value)
-        error.redact(("secret",))
-        assert error.message == "cut ?"
-        assert b'"message":"cut ?"' in error.to_frame()
-        assert b'"message":"cut ?"' in error.to_response()[2]
-
-
-def test_an_upstream_s_error_of_any_depth() -> None:
-    """If the error's value cannot be encoded again, the client gets a message that there was an error event."""
-    value: object = 1
-    for _ in range(100_000):
-        value = [value]
-    assert StreamError("mock", {"message": value}).message == "The upstream mock sent an error event."
 
 
 @each_sample

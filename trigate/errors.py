@@ -14,7 +14,7 @@ The tree::
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unsupported 405/501* · Unavailable 502/503*
     │                                                   UpstreamTimeout 504* · ProtocolViolation 502*
-    │                                                   Truncated 502* · StreamError 502*
+    │                                                   Truncated 502* · Reported 502*
     └─ Fault                the gateway, or its state   Overloaded 503 · StoreUnavailable 503 · Draining 503
                                                         Internal 500
 
@@ -33,7 +33,6 @@ to exceptions of the SDKs is in openai-python ``_client.py::_make_status_error``
 
 from __future__ import annotations
 
-import json
 import math
 from typing import ClassVar, Self
 
@@ -384,16 +383,13 @@ class Unavailable(UpstreamError, code="upstream_unavailable"):
     Args:
         reachable: The provider can be reached; only this call failed.
         retry_after_s: Seconds after which the provider allows a retry; None = unknown.
-
-    Attributes:
-        sent: The provider may have received the whole call.
     """
 
     def __init__(
         self, message: str, *, status: int = 502, reachable: bool = False, retry_after_s: float | None = None
     ) -> None:
         self.status = status
-        self.reachable = self.sent = reachable
+        self.reachable = self.sent = reachable  # `sent`: it may have received the whole call
         self.retry_after_s = retry_after_s
         super().__init__(message)
 
@@ -419,18 +415,18 @@ class ProtocolViolation(UpstreamError, status=502, code="upstream_garbled"):
     """The provider's answer violates its protocol."""
 
 
-class StreamError(UpstreamError, status=502, code="upstream_error"):
-    """The provider sent an error as an event of its stream; the client gets the provider's fields.
+class Reported(UpstreamError, code="upstream_error"):
+    """The provider reported an error where an answer belongs: with status 200, or as an event of its stream.
 
     Args:
-        error: The value of the event's ``error`` key.
+        error: The fields of its error object, which the client gets.
+        status: The status that the error stands for (`trigate.openai.provider_error`).
     """
 
-    def __init__(self, upstream: str, error: object) -> None:
-        error = _encodable(error)
-        message = error.get("message") if isinstance(error, dict) else error
-        super().__init__(str(message) if message else f"The upstream {upstream} sent an error event.")
-        self._error: dict[str, object] = error if isinstance(error, dict) else {}
+    def __init__(self, message: str, *, error: dict[str, object], status: int = 502) -> None:
+        self.status = status
+        self._error = error
+        super().__init__(message)
 
     def redact(self, secrets: tuple[str, ...]) -> None:
         super().redact(secrets)
@@ -442,15 +438,6 @@ class StreamError(UpstreamError, status=502, code="upstream_error"):
     @property
     def payload(self) -> dict[str, object]:
         return {**super().payload, **self._error}
-
-
-def _encodable(value: object) -> object:
-    """The value with a question mark for each lone surrogate, which JSON can express and UTF-8 cannot; None for a value
-    that cannot be encoded again."""
-    try:
-        return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
-        return None
 
 
 class Truncated(UpstreamError, status=502, code="upstream_truncated"):

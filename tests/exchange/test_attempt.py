@@ -432,16 +432,42 @@ async def test_a_deadline_ends_both_attempts(open_app: OpenApp, autojump_clock: 
 
 @pytest.mark.parametrize(
     "end",
-    [b"data: [DONE]\n\n", b"", FINISH],
-    ids=["no finish_reason", "nothing", "no [DONE]"],
+    [b"data: [DONE]\n\n", b""],
+    ids=["no finish_reason", "nothing"],
 )
-async def test_a_complete_stream_needs_finish_reason_and_done(open_app: OpenApp, end: bytes) -> None:
-    """A stream is complete with ``finish_reason`` and ``[DONE]``. Otherwise the client gets an error."""
+async def test_a_complete_stream_needs_finish_reason(open_app: OpenApp, end: bytes) -> None:
+    """A stream is complete with ``finish_reason``. Otherwise the client gets an error."""
     async with open_app(make_config(), Provider((Say(content("a")), Say(end)))) as served:
         call = await served.client.chat().wait()
         assert call.error["code"] == "upstream_truncated"
         assert b"[DONE]" not in call.body
         assert served.settled[0].outcome == "upstream_truncated"
+
+
+@pytest.mark.parametrize("end", [b"", b"data: [DONE]\n\n"])
+async def test_a_complete_stream_has_its_done(open_app: OpenApp, end: bytes) -> None:
+    """Some servers never send ``[DONE]``. The gateway adds it, and the call is complete."""
+    async with open_app(make_config(), Provider((Say(content("a")), Say(FINISH), Say(end)))) as served:
+        call = await served.client.chat().wait()
+        assert call.body.count(b"data: [DONE]\n\n") == 1
+        assert call.body.endswith(b"data: [DONE]\n\n")
+        assert (served.settled[0].outcome, served.settled[0].events) == ("complete", 3)
+
+
+async def test_heartbeats_do_not_begin_an_answer(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """Events that say nothing are no first token: while they come, its limit runs and not the idle one, the next target
+    is tried, and a hedge is not won."""
+    beats = (Say(event({"type": "ping"})), Pause(0.9)) * 9
+    providers = {"a": Provider((Head(), *beats, Say(content("late")))), "b": Provider(says("b"))}
+    async with open_app(two(limits={"first_token_timeout_s": 2, "idle_timeout_s": 1}), providers) as served:
+        begun = trio.current_time()
+        call = await served.client.chat(model="both").wait()
+        assert text_of(call.body) == "b"
+        assert trio.current_time() - begun == pytest.approx(2)
+    async with open_app(two(**HEDGE), providers) as served:
+        call = await served.client.chat(model="both").wait()
+        assert text_of(call.body) == "b"
+        assert [attempt.outcome for attempt in served.settled[0].attempts] == ["superseded", "complete"]
 
 
 async def test_every_choice_must_finish(open_app: OpenApp) -> None:

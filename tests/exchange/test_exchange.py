@@ -36,6 +36,7 @@ from tests.support.provider import (
     usage,
 )
 from trigate.exchange import view
+from trigate.openai.endpoints import ENDPOINTS
 
 KEEP_ALIVE = b": keep-alive\n"
 
@@ -223,9 +224,12 @@ async def test_truncated_audio_has_no_final_message(open_app: OpenApp) -> None:
 )
 async def test_the_other_endpoints_are_relayed(open_app: OpenApp, path: str, fields: dict[str, str]) -> None:
     """They reach the upstream under the same path, and the client gets the upstream's answer."""
-    async with open_app(providers=Provider(answers(b'{"object":"x","model":"m","data":[1]}'))) as served:
+    results = ENDPOINTS[f"/v1/{path}"].results
+    async with open_app(
+        providers=Provider(answers(b'{"object":"x","model":"m","%b":[1]}' % results.encode()))
+    ) as served:
         call = await served.client.ask("POST", f"/v1/{path}", {"model": "up/m", **fields})
-        assert (call.status, call.json) == (200, {"object": "x", "model": "up/m", "data": [1]})
+        assert (call.status, call.json) == (200, {"object": "x", "model": "up/m", results: [1]})
         assert served.providers["up"].calls[0].path == f"/v1/{path}"
 
 
@@ -351,7 +355,6 @@ async def test_a_disconnect_after_the_answer_cancels_nothing(open_app: OpenApp) 
         (answers(b'{"error":{"message":"broken"}}', status=500), 502, "upstream_unavailable"),
         (answers(b"busy", status=503), 503, "upstream_unavailable"),
         (answers(b'{"error":{"message":"m"}}', status=529), 503, "upstream_unavailable"),
-        (answers(b'{"error":{"message":"quota","code":"q"}}'), 502, "upstream_garbled"),
         (answers(b"[1]"), 502, "upstream_garbled"),
         (answers(b'{"trunc'), 502, "upstream_garbled"),
     ],
@@ -403,14 +406,13 @@ async def test_a_stream_without_content_is_a_status(open_app: OpenApp, script: S
         (Say(content("half")[:15]), Break("fin")),
         (Say(content("half")[:15]), Break("rst")),
         (Say(content("half")[:15]),),
-        (Say(chunk({}, finish_reason="stop")),),
         (Say(chunk({}, finish_reason="stop")), Break("fin")),
         (Say(chunk({}, finish_reason="stop")), Say(usage(1, 2)), Break("rst")),
         (Say(b"data: [DO"), Break("fin")),
         (Say(b"data: [DONE]\n"), Break("fin")),
     ],
     ids=[
-        "fin", "rst", "end", "mid-event fin", "mid-event rst", "mid-event end", "no DONE", "no DONE fin",
+        "fin", "rst", "end", "mid-event fin", "mid-event rst", "mid-event end", "no DONE fin",
         "no DONE rst", "incomplete DONE", "DONE without its blank line, truncated",
     ],
 )  # fmt: skip
@@ -469,7 +471,7 @@ async def test_an_error_event_first_is_a_status(open_app: OpenApp) -> None:
     script = (Say(event({"error": {"message": "overloaded now", "code": "busy", "type": "t"}})),)
     async with open_app(providers=Provider(script)) as served:
         call = await served.client.chat().wait()
-        assert call.status == 502
+        assert call.status == 503
         assert call.error["message"] == "overloaded now"
         served.assert_clean()
 
@@ -504,7 +506,7 @@ async def test_a_4xx_that_is_not_json_is_wrapped(open_app: OpenApp) -> None:
     async with open_app(providers=Provider((Head(404, "text/html"), Say(b"<h1>no</h1>")))) as served:
         call = await served.client.chat().wait()
         assert call.status == 404
-        assert call.error["message"] == "The upstream up answered 404."
+        assert call.error["message"] == "The upstream up answered 404 with a page: no"
 
 
 async def test_a_secret_that_the_upstream_quotes_is_not_passed_on(open_app: OpenApp) -> None:

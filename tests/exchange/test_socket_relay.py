@@ -19,7 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.support.plain_socket import PlainClient
 from tests.support.provider import DONE, content, event, usage
 from trigate.concurrency.poller import Poller, open_poller
-from trigate.errors import ProtocolViolation, StreamError
+from trigate.errors import ProtocolViolation, Reported
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
@@ -356,7 +356,7 @@ async def test_an_error_event_ends_the_stream() -> None:
         await scene.say(content("a") + event({"error": {"message": "m"}}) + content("b"))
         await scene.ended.wait()
         assert scene.body(await scene.take_all()) == public(content("a"))
-        assert isinstance(scene.reader.error, StreamError)
+        assert isinstance(scene.reader.error, Reported)
 
 
 async def test_an_event_over_the_limit_ends_the_stream() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
+import msgspec
 
 from tests.faults.fault import DATE, Complete, Expected, Fault, Fin, Hang, Pause, Refusal, Repeat, Send, StreamError
 from tests.faults.replies import (
@@ -168,6 +169,7 @@ EMOJI_AT = EMOJI_BODY.index("🙂".encode()) + 2
 
 WITHOUT = "without that"
 AS_IT_CAME = "that event as it came"
+DROPPED = passed(REST, note=WITHOUT)
 BARE, BARE_JSON = attrs.evolve(ALL, note=WITHOUT), attrs.evolve(ALL_JSON, note=WITHOUT)
 
 
@@ -184,7 +186,8 @@ CONTENTS = (
         None,
         passed(role(), HEL, NOT_JSON, REST, note=AS_IT_CAME),
     ),
-    text("The first event, or the answer, is `null`", b"data: null\n\n" + REST, b"null", GARBLED),
+    text("The first event, or the answer, is `null`", b"data: null\n\n" + REST, b"null", DROPPED, GARBLED),
+    text("The first event, or the answer, is `{}`", event({}) + REST, b"{}", DROPPED, GARBLED),
     text("The first event, or the answer, is an array", b"data: []\n\n" + REST, b"[" + BODY + b"]", GARBLED),
     text("The first event, or the answer, is an HTML page", b"data: " + PAGE + b"\n\n" + REST, PAGE, GARBLED),
     text("Bytes follow the JSON", HEL[:-2] + b"x\n\n" + REST, BODY + b"x", GARBLED),
@@ -250,6 +253,7 @@ OTHER = FINISH.replace(b'"index":0', b'"index":1')
 STARTED = HEL.replace(b'"index":0', b'"index":1')
 ERROR_EVENT = event({"error": {"message": "It broke.", "type": "some_error", "code": "it_broke"}})
 NULL_ERROR = LO[:-3] + b',"error":null}\n\n'
+LIMIT = "rate limit: slow down"
 UNCOUNTED = BODY.replace(b'"usage"', b'"x"')
 REPORTED = Refusal(502, "it_broke", outcome="upstream_error", says="It broke.")
 
@@ -266,8 +270,31 @@ def ends(name: str, came: bytes, rest: bytes, gets: Expected, *, asks: Mapping[s
     return fault(name, (Send(SSE), *steps, Send(END)), None, gets, asks=asks)
 
 
+IN_200: tuple[tuple[str, object, int, str | int], ...] = (
+    (
+        "`base_resp`, and no choices",
+        {"choices": None, "base_resp": {"status_code": 1002, "status_msg": LIMIT}},
+        429,
+        1002,
+    ),
+    ("`code` and `msg`", {"code": "1302", "msg": LIMIT}, 429, "1302"),
+    ("`object: error`", {"object": "error", "message": "slow down", "code": 400}, 400, 400),
+    ("`type: error`", {"type": "error", "error": {"message": "slow down"}}, 502, "upstream_error"),
+    ("an array", [{"error": {"code": 429, "message": "slow down"}}], 429, 429),
+    ("no choices beside it", {"id": "c", "choices": [], "error": {"message": LIMIT}}, 429, "upstream_error"),
+)
+
+
+def beats(name: str, beat: bytes) -> Fault:
+    """Makes a stream with heartbeats between its events, which do not reach the client."""
+    return ends(
+        f"Heartbeats {name}", beat + role() + beat + HEL + beat, beat + REST, passed(role(), HEL, REST, note=WITHOUT)
+    )
+
+
 ENDINGS = (
-    ends("No `[DONE]`", role() + HEL + FINISH, b"", truncated(role(), HEL, FINISH)),
+    ends("No `[DONE]`", role() + HEL + FINISH, b"", passed(role(), HEL, FINISH, DONE, note="with that")),
+    ends("No `[DONE]`, and no blank line at the end", HEL, FINISH[:-2], passed(HEL, FINISH, DONE, note="with both")),
     ends("No `finish_reason`", role() + HEL, DONE, truncated(role(), HEL)),
     ends("Neither `finish_reason` nor `[DONE]`", role() + HEL, b"", truncated(role(), HEL)),
     ends("Only `[DONE]`", b"", DONE, TRUNCATED),
@@ -290,13 +317,27 @@ ENDINGS = (
     ),
     ends("`finish_reason` twice", HEL + FINISH, FINISH + DONE, passed(HEL, FINISH, FINISH, DONE)),
     ends("Content after `finish_reason`", HEL + FINISH, LO + DONE, passed(HEL, FINISH, LO, DONE)),
+    beats("as events of their own", event({"type": "ping"})),
+    beats("with a name", b"event: ping\n" + event({"type": "ping"})),
+    beats("that are empty objects", event({})),
+    beats("that are `null`", b"data: null\n\n"),
+    beats("whose `choices` are null", event({"id": "c", "model": "m", "choices": None})),
     ends("No usage", role() + HEL, FINISH + DONE, passed(role(), HEL, FINISH, DONE)),
     ends("`[DONE]` twice", EVENTS, DONE, BARE),
     ends("Content after `[DONE]`", EVENTS, HEL, BARE),
     ends("An error event after `[DONE]`", EVENTS, ERROR_EVENT, BARE),
     ends("Content after `[DONE]`, in the same packet", b"", EVENTS + HEL, BARE),
     ends("`[DONE]` without its blank line", EVENTS[:-2], b"", ALL),
-    text("An error event first, or an error object with status 200", ERROR_EVENT, ERROR_BODY, REPORTED, GARBLED),
+    text("An error event first, or an error object with status 200", ERROR_EVENT, ERROR_BODY, REPORTED),
+    *(
+        text(
+            f"An error first, or with status 200: {shape}",
+            event(value),
+            msgspec.json.encode(value),
+            Refusal(code, said, outcome="upstream_error", says="slow down"),
+        )
+        for shape, value, code, said in IN_200
+    ),
     ends("An error event after the role", role(), ERROR_EVENT, REPORTED),
     ends("An error event in one packet with the first content", b"", role() + HEL + ERROR_EVENT, REPORTED),
     ends("An error event within the content", role() + HEL, ERROR_EVENT + REST, reported(role(), HEL)),

@@ -118,7 +118,7 @@ class Refusal:
     """
 
     status: int
-    code: str | None
+    code: str | int | None
     outcome: str = attrs.field(default=attrs.Factory(lambda self: self.code, takes_self=True), kw_only=True)
     says: str = attrs.field(default="", kw_only=True)
     phase: str | None = attrs.field(default=None, kw_only=True)

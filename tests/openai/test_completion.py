@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.openai.wire import CHAT, RESPONSES, make_delta, make_event, make_reader
-from trigate.errors import ProtocolViolation, Rejected, StreamError
+from trigate.errors import ProtocolViolation, Rejected, Reported, Truncated
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.stream import StreamReader
@@ -27,7 +27,9 @@ from trigate.openai.stream import StreamReader
         (make_delta(content=" "), True),
         (make_delta(reasoning_content="hm"), True),
         (make_delta(refusal="no"), True),
-        (make_delta(tool_calls=[{"index": 0}]), True),
+        (make_delta(tool_calls=[{"index": 0}]), False),
+        (make_delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": "f", "arguments": ""}}]), True),
+        (make_delta(content=[{"type": "text", "text": ""}]), False),
         (make_event({"choices": [{"index": 0, "text": "H"}]}), True),
         (make_event({"choices": [{"index": 0, "text": ""}]}), False),
         (make_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), True),
@@ -36,6 +38,12 @@ from trigate.openai.stream import StreamReader
         (make_event({"type": "response.in_progress", "response": {}}), False),
         (make_event({"type": "response.queued", "response": {}}), False),
         (make_event({"type": "response.output_text.delta", "delta": "H"}), True),
+        (make_event({"type": "response.output_item.added", "item": {"type": "message", "content": []}}), False),
+        (make_event({"type": "response.output_item.added", "item": {"type": "reasoning", "summary": []}}), False),
+        (make_event({"type": "response.output_item.added", "item": {"type": "function_call", "name": "f"}}), True),
+        (make_event({"type": "response.content_part.added", "part": {"type": "output_text", "text": ""}}), False),
+        (make_event({"type": "keepalive", "sequence_number": 3}), False),
+        (make_event({"type": "response.keep_alive"}), False),
         (b": ping\n\n", False),
         (b"id: 7\n\n", False),
     ],
@@ -43,7 +51,7 @@ from trigate.openai.stream import StreamReader
 )
 def test_content(event: bytes, has_content: bool) -> None:
     """The first token is the first event that carries a part of the answer, or its end."""
-    reader = make_reader()
+    reader = make_reader(RESPONSES if b'"type": "' in event and b'"choices"' not in event else CHAT)
     reader.read(event)
     assert reader.has_content is has_content
     assert reader.error is None
@@ -63,7 +71,7 @@ def test_an_event_of_type_error(more: bytes) -> None:
     reader = make_reader()
     reader.read(make_delta(content="H"))
     assert reader.read(b"event: error\n" + more + b'data: {"message": "it broke"}\n\n') == b""
-    assert isinstance(reader.error, StreamError)
+    assert isinstance(reader.error, Reported)
     assert reader.error.message == "it broke"
 
 
@@ -94,6 +102,108 @@ def test_done_ends_a_chat_stream(done: bytes) -> None:
     assert reader.read(done) == done
     assert (before, reader.complete) == (False, True)
     assert reader.error is None
+
+
+HEARTBEATS = [
+    b"null",
+    b"{}",
+    b'""',
+    b": OPENROUTER PROCESSING",
+    b'{"type": "ping"}',
+    b'{"type": "keepalive", "sequence_number": 3}',
+    b'{"type": "response.keep_alive"}',
+    b'{"object": "heartbeat"}',
+    b'{"id":"c","object":"chat.completion.chunk","created":1,"model":"up","choices":null}',
+    b'{"id":"c","object":"chat.completion.chunk","created":1,"model":"up"}',
+]
+
+
+@pytest.mark.parametrize("name", [b"", b"event: ping\n"])
+@pytest.mark.parametrize("data", HEARTBEATS, ids=repr)
+def test_heartbeats_are_dropped(data: bytes, name: bytes) -> None:
+    """In a chat stream an event that says nothing is no content, and never reaches the client, before and after the
+    first content, among plain events too."""
+    plain = b'data: {"id":"c","model":"up","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+    beat = name + b"data: " + data + b"\n\n"
+    for pieces in ([beat, beat], [beat + plain], [plain, plain, beat, plain], [plain, plain + beat + plain]):
+        reader = make_reader(model="up")
+        out = b"".join(map(reader.feed, pieces))
+        assert reader.error is None
+        assert out == plain * b"".join(pieces).count(plain)
+        assert reader.has_content == bool(out)
+
+
+@pytest.mark.parametrize("data", [b"null", b"{}", b": x"])
+def test_empty_events_are_dropped_everywhere(data: bytes) -> None:
+    """Other streams keep an event that has a type, which clients expect, and lose those without."""
+    reader = make_reader(RESPONSES)
+    beat = make_event({"type": "response.keep_alive"})
+    assert reader.read(beat) == beat
+    assert reader.read(b"data: " + data + b"\n\n") == b""
+    assert reader.error is None
+    assert not reader.has_content
+
+
+def test_events_of_a_relay_s_own_pass() -> None:
+    """An event without choices that is neither a heartbeat nor an error passes, and is no content."""
+    reader = make_reader()
+    own = make_event({"event": {"type": "status", "data": {"description": "Searching"}}})
+    assert reader.read(own) == own
+    assert not reader.has_content
+    reader.read(make_delta(content="H"))
+    assert reader.read(own) == own
+
+
+@pytest.mark.parametrize("usage", [b"", make_event({"choices": [], "usage": {"prompt_tokens": 1}})])
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_stream_without_done(usage: bytes, cut: int) -> None:
+    """Where every choice has ended, the end of the body completes the stream, and ``[DONE]`` is added. The last event
+    may lack its blank line."""
+    reader = make_reader()
+    end = make_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    said = make_delta(content="H") + end + usage
+    out = reader.feed(said[: len(said) - cut]) + reader.feed_end()
+    assert (reader.complete, reader.error) == (True, None)
+    assert out == said + b"data: [DONE]\n\n"
+    assert reader.events == out.count(b"data:")
+
+
+@pytest.mark.parametrize("ended", [[], [0], [1]])
+def test_a_stream_without_done_needs_every_end(ended: list[int]) -> None:
+    """Where one of the requested choices has not ended, or has not come, it is truncated."""
+    reader = StreamReader(CHAT, model="m", upstream="mock", choices=2)
+    reader.feed(make_delta(content="H"))
+    for index in ended:
+        reader.feed(make_event({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]}))
+    reader.feed_end()
+    assert isinstance(reader.error, Truncated)
+
+
+def test_other_streams_need_their_last_event() -> None:
+    """The result of a response is in its last event, so nothing can take its place."""
+    reader = make_reader(RESPONSES)
+    reader.feed(make_event({"type": "response.output_text.done", "text": "H"}))
+    reader.feed_end()
+    assert isinstance(reader.error, Truncated)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"id": "x", "choices": None, "base_resp": {"status_code": 1002, "status_msg": "rate limit"}},
+        {"code": "1302", "msg": "rate limit reached"},
+        {"choices": [{"index": 0, "delta": {}, "error": {"message": "rate limit"}, "finish_reason": "error"}]},
+    ],
+)
+@pytest.mark.parametrize("before", [b"", make_delta(content="H")])
+def test_an_error_in_another_shape(before: bytes, value: object) -> None:
+    """It is an error before and after the first content."""
+    reader = make_reader()
+    reader.feed(before)
+    assert reader.feed(make_event(value)) == b""
+    assert isinstance(reader.error, Reported)
+    assert reader.error.status == 429
+    assert "rate limit" in reader.error.message
 
 
 def test_each_choice_must_end() -> None:
@@ -154,7 +264,7 @@ def test_a_stream_of_images_may_close_after_each() -> None:
         reader.read(make_event({"type": "image_generation.completed", "b64_json": "x"}))
         assert (reader.may_end, reader.complete, reader.error) == (True, False, None)
     reader.read(make_event({"error": {"message": "the third failed"}}))
-    assert isinstance(reader.error, StreamError)
+    assert isinstance(reader.error, Reported)
 
 
 def test_usage_of_a_response_is_inside_it() -> None:
@@ -187,14 +297,14 @@ def test_an_error_event(before: list[bytes]) -> None:
         reader.read(event)
     error = {"message": "out of memory", "type": "server_error", "code": 507}
     assert reader.read(b"event: error\n" + make_event({"error": error})) == b""
-    assert isinstance(reader.error, StreamError)
+    assert isinstance(reader.error, Reported)
     assert reader.error.message == "out of memory"
     assert reader.error.payload == {"param": None, **error}
     assert not reader.complete
 
 
 @pytest.mark.parametrize(
-    ("error", "message"), [("busy", "busy"), ({}, None), ({"message": None}, "sent an error"), (5, "5")]
+    ("error", "message"), [("busy", "busy"), ({}, None), ({"message": None}, "reported an error"), (5, "reported")]
 )
 def test_unusual_error_events(error: object, message: str | None) -> None:
     """An error of any shape gives a message. An empty one is no error."""

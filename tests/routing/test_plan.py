@@ -16,6 +16,7 @@ from trigate.errors import (
     GatewayError,
     ProtocolViolation,
     Rejected,
+    Reported,
     Throttled,
     Unavailable,
     Unsupported,
@@ -132,6 +133,7 @@ def test_a_refusal_does_not_count(status: int) -> None:
     states, config = known(1, breaker={"failures": 1, "failure_rate": 0.1, "min_calls": 1})
     for _ in range(50):
         assert len(walk(plan_of(states, config), rejection("a", status, b""))) == 1
+        assert len(walk(plan_of(states, config), Reported("no", error={}, status=status))) == 1
     assert states.of(A, CHAT).breaker.state(0.0) == "closed"
 
 

@@ -231,12 +231,29 @@ async def test_quick_answers_end_the_probe(autojump_clock: MockClock) -> None:
 
 
 def test_model_lists() -> None:
-    """The ids are in their order, each once; any other body is a ValueError."""
-    assert decode_model_list(MODELS) == ("m1", "m2")
-    assert decode_model_list(b'{"data": [{"id": "b"}, {"id": "a"}, {"id": "b"}]}') == ("b", "a")
-    for body in (b"", b"[]", b"{}", b'{"data": {}}', b'{"data": [{"id": 5}]}', b'{"data": [{}]}', b"\xff"):
+    """The ids are in their order, each once. Odd rows are skipped; any other body is a ValueError."""
+    assert tuple(decode_model_list(MODELS)) == ("m1", "m2")
+    assert tuple(decode_model_list(b'{"data": [{"id": "b"}, {"id": "a"}, {"id": "b"}]}')) == ("b", "a")
+    for body in (
+        b'[{"id": "a", "type": "chat"}, {"id": "b"}]',
+        b'{"data": [{"id": "a"}, "c", {"id": "b"}]}',
+        b'{"data": [null, {"id": "a"}, {"id": 5}, {}, {"id": ""}, {"id": "x\\n"}, 7, {"id": "models/b"}]}',
+    ):
+        assert tuple(decode_model_list(body)) == ("a", "b"), body
+    for body in (b"[]", b'{"data": null}', b'{"data": [{"id": 5}]}', b'{"data": [{}]}'):
+        assert decode_model_list(body) == {}
+    for body in (b"", b"{}", b"null", b'{"data": {"a": 1}}', b"\xff", b"<html>", b"[" * 100_000):
         with pytest.raises(ValueError, match=r"."):
             decode_model_list(body)
+
+
+def test_the_fields_of_models() -> None:
+    """What clients look for is kept, and nothing else: a row may have paths and other details of the server."""
+    row = {"id": "m", "object": "model", "created": 1, "owned_by": "vllm", "max_model_len": 8, "root": "/srv/m"}
+    body = json.dumps({"data": [row | {"meta": {"n_ctx": 4}, "context_length": None}]}).encode()
+    assert decode_model_list(body) == {
+        "m": {"created": 1, "owned_by": "vllm", "max_model_len": 8, "meta": {"n_ctx": 4}}
+    }
 
 
 # -- all of it --------------------------------------------------------------------------------------------------------

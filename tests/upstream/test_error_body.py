@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -31,14 +32,13 @@ def test_a_pretty_printed_error_body_is_one_event() -> None:
     "body",
     [
         b"",
-        b"<html>Not found</html>",
         b'{"detail": "bad"}',
         b"[1]",
         b'{"error": ',
         b'{"error": "\xff"}',
         b'{"error": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
-    ids=["empty", "html", "detail", "array", "cut", "not UTF-8", "deep"],
+    ids=["empty", "detail", "array", "cut", "not UTF-8", "deep"],
 )
 def test_other_error_bodies_are_replaced(body: bytes) -> None:
     """A body that is no error object is not passed on: the status stays, the error object is the gateway's."""
@@ -46,6 +46,39 @@ def test_other_error_bodies_are_replaced(body: bytes) -> None:
     for document in (json.loads(error.to_response()[2]), json.loads(error.to_frame()[6:])):
         assert document["error"]["code"] == "upstream_rejected"
         assert document["error"]["message"] in ("The upstream mock answered 404.", "bad")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"error": {"code": 400, "status": "INVALID"}, "message": "no such tool"},
+        {"error": {"code": 400, "error": {"message": "no such tool"}}},
+        {"error": {"code": 400, "message": ["no such tool"]}},
+        {"error": {"code": 400, "message": None, "details": [{"reason": "no such tool"}]}},
+    ],
+)
+def test_a_message_is_added(value: dict[str, Any]) -> None:
+    """An error object without a message, or with something else as one, gets the sentence, and keeps its fields."""
+    error = rejection("mock", 400, json.dumps(value).encode())
+    assert error.message == "no such tool"
+    sent = json.loads(error.to_response()[2])
+    assert sent == {**value, "error": {**value["error"], "message": "no such tool"}}
+    assert json.loads(error.to_frame()[6:]) == sent
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'[{"error": {"message": "no such tool"}}]', b'{"error": "no such tool"}', b"no such tool", b"<p>no such tool"],
+)
+def test_the_sentence_is_the_message(body: bytes) -> None:
+    """Whatever the shape of the body, the client finds the sentence in ``error.message``."""
+    assert "no such tool" in json.loads(rejection("mock", 400, body).to_response()[2])["error"]["message"]
+
+
+def test_an_error_without_any_sentence() -> None:
+    """The status is all that it says, and its fields are kept."""
+    sent = json.loads(rejection("mock", 400, b'{"error": {"code": 7}}').to_response()[2])
+    assert sent == {"error": {"code": 7, "message": "The upstream mock answered 400."}}
 
 
 def test_429_is_throttling() -> None:
@@ -68,6 +101,7 @@ def test_429_is_throttling() -> None:
         (b'{"error": {"message": 5}, "detail": "bad"}', ": bad"),
         (b'{"error": {"message": "' + b"x" * 5000 + b'"}}', ": " + "x" * 500),
         (b"<html>", ""),
+        (b"<html><h1>Bad gateway</h1>", ": Bad gateway"),
         (b"[]", ""),
         (b"[" * 100_000, ""),
         (b"", ""),

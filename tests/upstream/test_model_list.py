@@ -77,19 +77,26 @@ async def test_the_last_list_stays_while_the_upstream_is_down(autojump_clock: Mo
 @pytest.mark.parametrize(
     ("answer", "state"),
     [
-        (lambda: httpx2.Response(404), "up"),
-        (lambda: httpx2.Response(401), "down"),
+        *[(lambda status=status: httpx2.Response(status), "unknown") for status in (401, 403, 404, 405, 501)],
+        (lambda: httpx2.Response(200, content=b"<html>"), "unknown"),
         (lambda: httpx2.Response(500), "down"),
-        (lambda: httpx2.Response(200, content=b"[]"), "down"),
+        (_refused, "down"),
     ],
-    ids=["no list", "wrong key", "failure", "not a list"],
+    ids=["401", "403", "404", "405", "501", "not a list", "failure", "unreachable"],
 )
-async def test_the_state_after_an_answer(autojump_clock: MockClock, answer: Answer, state: str) -> None:
-    """An upstream without a list is up; one that refuses the key, fails or answers something else is down."""
-    upstream, _, poll, changes = _polled(answer)
+@pytest.mark.parametrize("before", ["unknown", "up", "down"])
+async def test_the_state_after_an_answer(
+    autojump_clock: MockClock, answer: Answer, state: str, before: str, logs: Logs
+) -> None:
+    """An upstream that answers, but not with a list, is not down for that: calls decide. One that fails is."""
+    upstream, transport, poll, changes = _polled(answer)
+    upstream.state = before
     async with open_service(poll.run):
         await poll.tried.wait()
-    assert (upstream.state, changes) == (state, [])
+        await trio.sleep(100)
+    assert (upstream.state, changes) == ("up" if (state, before) == ("unknown", "up") else state, [])
+    assert len(transport.asked_at) > 2
+    assert len(logs.named("models_not_listed")) <= 1
 
 
 async def test_a_silent_upstream(autojump_clock: MockClock) -> None:

@@ -25,6 +25,7 @@ from trigate.errors import (
     UpstreamTimeout,
 )
 from trigate.routing.routes import Known
+from trigate.upstream.error_body import rejection
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.reply import Httpx2Source, Reply
 from trigate.upstream.response_parser import NotHttp
@@ -295,7 +296,7 @@ OPENAI_ERROR = (
     [
         (400, OPENAI_ERROR, Rejected, 400, "no such tool"),
         (401, OPENAI_ERROR, Rejected, 401, "no such tool"),
-        (404, b"<html>Not found</html>", Rejected, 404, "The upstream mock answered 404."),
+        (404, b"<html>Not found</html>", Rejected, 404, "The upstream mock answered 404 with a page: Not found"),
         (422, b'{"detail": "bad"}', Rejected, 422, "bad"),
         (429, OPENAI_ERROR, Throttled, 429, "no such tool"),
         (429, b"", Throttled, 429, "The upstream mock answered 429."),
@@ -365,7 +366,20 @@ async def test_an_error_reply_that_cannot_be_read(steps: tuple[Step, ...]) -> No
     upstream = _upstream(_answering(*steps, status=404)[0])
     async with upstream.open("GET", "/") as reply:
         error = await upstream.error_of(reply)
-    assert (type(error), error.status, error.message) == (Rejected, 404, "The upstream mock answered 404.")
+    assert (type(error), error.status, error.message) == (
+        Rejected,
+        404,
+        "The upstream mock answered 404.",
+    )
+
+
+@pytest.mark.parametrize(("status", "state"), [(401, "down"), (403, "up"), (404, "up"), (429, "up"), (500, "up")])
+async def test_a_refused_key_makes_it_down(status: int, state: str) -> None:
+    """A call that gets 401 shows that no call can be served, so ``default`` goes elsewhere; other answers do not."""
+    upstream = _upstream(_answering(status=200)[0])
+    upstream.note_up()
+    upstream.note_failure(rejection("mock", status, b"") if status < 500 else Unavailable("it broke", reachable=True))
+    assert upstream.state == state
 
 
 # -- the queue --------------------------------------------------------------------------------------------------------

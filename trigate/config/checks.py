@@ -229,6 +229,25 @@ def parameters(value: Any, _: Any) -> dict[str, Any]:
     return value
 
 
+def info(value: Any, _: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a table, got {kind_of(value)}")
+    for name in ("id", "object"):
+        if name in value:
+            raise ValueError(f"{name} cannot be set: it is the gateway's")
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be encoded as JSON: {error}") from None
+    return value
+
+
+def model_info(value: Any, kind: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a table, got {kind_of(value)}")
+    return {model: info(fields, kind) for model, fields in value.items()}
+
+
 def model_list(value: Any, _: Any) -> Any:
     if value == "discover":
         return value

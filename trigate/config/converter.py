@@ -24,6 +24,7 @@ from trigate.config.sections import (
     HookConfig,
     HostName,
     Limit,
+    ModelConfig,
     Origin,
     Port,
     ProxyUrl,
@@ -63,6 +64,7 @@ def _make_converter() -> cattrs.Converter:
             converter,
             _cattrs_forbid_extra_keys=True,
             models=cattrs.override(struct_hook=checks.model_list),
+            model_info=cattrs.override(struct_hook=checks.model_info),
             base_url=cattrs.override(struct_hook=checks.base_url),
         ),
     )
@@ -97,6 +99,15 @@ def _make_converter() -> cattrs.Converter:
 
     converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
     converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), items)
+    converter.register_structure_hook(
+        ModelConfig,
+        make_dict_structure_fn(
+            ModelConfig,
+            converter,
+            _cattrs_forbid_extra_keys=True,
+            info=cattrs.override(struct_hook=checks.info),
+        ),
+    )
     return converter
 
 

@@ -121,6 +121,8 @@ class UpstreamConfig:
     """How many exchanges may be in flight at once; further ones queue, first come first served."""
     models: tuple[str, ...] | Literal["discover"] = "discover"
     """The upstream's model ids, or ``"discover"``: request them (``GET /models``)."""
+    model_info: Mapping[str, Any] = attrs.field(factory=dict)
+    """Fields of its models in ``GET /v1/models`` by their ids, besides those that the upstream lists."""
     default_model: str | None = None
     """The model that ``default`` stands for if this upstream is the first that can serve."""
     history_fields: tuple[str, ...] | None = None
@@ -145,6 +147,8 @@ class ModelConfig:
     strategy: Literal["failover", "balance", "hedge"] = "failover"
     """In order, each after the one before it failed; spread by load and latency; or a second attempt when the first
     one is slow to answer."""
+    info: Mapping[str, Any] = attrs.field(factory=dict)
+    """Fields of the alias in ``GET /v1/models``, besides those of its first target."""
     weights: tuple[Rate, ...] = ()
     """``balance``: the share of each target, in the order of the targets; empty = equal shares."""
     hedge_delay_s: Seconds | None = None

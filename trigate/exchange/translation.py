@@ -127,7 +127,7 @@ class _PassThrough:
         )
 
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
-        return decode_answer(body, model=call.public_model, upstream=upstream)
+        return decode_answer(body, call.endpoint, model=call.public_model, upstream=upstream)
 
 
 PASS_THROUGH: Translation = _PassThrough()

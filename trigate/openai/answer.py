@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 
-from trigate.errors import ProtocolViolation
+from trigate.errors import GatewayError, ProtocolViolation
 from trigate.openai import sse
+from trigate.openai.endpoints import Endpoint
+from trigate.openai.provider_error import find_message, is_error, reported
 from trigate.openai.raw_json import decode_any, split_provider_fields, with_model
 
 
@@ -33,8 +36,23 @@ def parse_usage(value: object) -> Usage | None:
     return None
 
 
-def decode_answer(body: bytes, *, model: str | None, upstream: str) -> tuple[bytes, Usage | None]:
-    """Decodes an upstream's JSON answer. A byte order mark before it is dropped (RFC 8259 section 8.1).
+def find_usage(value: Mapping[str, Any]) -> Usage | None:  # Any: JSON of any shape
+    """Reads the counts of an answer or an event, wherever providers put them: at its top level, in the ``response`` of
+    a responses API event, in ``x_groq`` (Groq), or in a choice (Moonshot).
+
+    >>> find_usage({"choices": [{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}]})
+    Usage(prompt_tokens=3, completion_tokens=4)
+    """
+    choices = value.get("choices")
+    for holder in (value, value.get("response"), value.get("x_groq"), *(choices if isinstance(choices, list) else ())):
+        found = parse_usage(holder.get("usage")) if isinstance(holder, dict) else None
+        if found is not None:
+            return found
+    return None
+
+
+def decode_answer(body: bytes, endpoint: Endpoint, *, model: str | None, upstream: str) -> tuple[bytes, Usage | None]:
+    """Decodes an upstream's JSON answer. A byte order mark (RFC 8259 section 8.1) and blanks around it are dropped.
 
     Args:
         body: The answer.
@@ -45,21 +63,48 @@ def decode_answer(body: bytes, *, model: str | None, upstream: str) -> tuple[byt
         The answer with the public model id, and the usage in it.
 
     Raises:
-        ProtocolViolation: The answer is not a JSON object in UTF-8, or it is an error with status 200.
+        ProtocolViolation: The answer is not a JSON object in UTF-8, or has no results.
+        Reported: It is an error with status 200.
     """
-    body = body.removeprefix(sse.BOM)
+    if not body.startswith(b"{"):
+        body = body.removeprefix(sse.BOM).strip()  # blanks are a keep-alive of some providers
     try:
         fields = split_provider_fields(body)
     except (ValueError, RecursionError) as error:
+        value = decode_any(body)
+        if isinstance(value, list) and any(isinstance(item, dict) and is_error(item) for item in value[:1]):
+            raise reported(upstream, value) from None
         raise ProtocolViolation(
             f"The upstream {upstream} answered with something that is not a JSON object: {error}."
         ) from None
-    error_raw = fields.get("error")
-    if error_raw is not None and bytes(error_raw) != b"null" and "choices" not in fields and "object" not in fields:
-        raise ProtocolViolation(
-            f"The upstream {upstream} answered 200 with an error: {bytes(error_raw)[:300].decode(errors='replace')}"
-        )
+    results = bytes(fields.get(endpoint.results, b"null"))
+    if results in _NO_RESULTS or (b'"error"' in results and endpoint.needs_finish_reason):
+        _check_results(body, endpoint, upstream=upstream)
     usage = parse_usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
+    if usage is None and b'"usage"' in body:
+        usage = find_usage(decode_any(body) or {})
     if model is None or "model" not in fields:
         return body, usage
     return with_model(body, fields, msgspec.json.encode(model)), usage
+
+
+_NO_RESULTS = (b"null", b"[]")
+
+
+def _check_results(body: bytes, endpoint: Endpoint, *, upstream: str) -> None:
+    """Raises the error of an answer whose results are missing, null, empty, or all of them errors."""
+    value = decode_any(body) or {}
+    results = value.get(endpoint.results)
+    error: GatewayError | None = None
+    if results and endpoint.needs_finish_reason:
+        if all(isinstance(choice, dict) and choice.get("error") for choice in results):  # OpenRouter
+            error = reported(upstream, results[0])
+    elif is_error(value):
+        error = reported(upstream, value)
+    elif results is None or endpoint.needs_finish_reason:
+        said = find_message(value)
+        error = ProtocolViolation(
+            f"The upstream {upstream} answered 200 without {endpoint.results}{f': {said[:300]}' if said else '.'}"
+        )
+    if error is not None:
+        raise error

@@ -1,16 +1,27 @@
-"""What a stream reports of itself: its first content, its end, an error, its usage."""
+"""What a stream reports of itself: its first content, its end, an error, its usage.
+
+Providers send events that say nothing (*heartbeats*), to keep a connection open: ``null``, ``{}``,
+``{"type": "ping"}``, a chunk whose ``choices`` are null. They are no content. In a stream of choices clients fail to
+read them, so they are dropped there.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from trigate.errors import GatewayError, ProtocolViolation, StreamError, Truncated
-from trigate.openai.answer import Usage, parse_usage
+from trigate.errors import GatewayError, ProtocolViolation, Truncated
+from trigate.openai.answer import Usage, find_usage
 from trigate.openai.endpoints import DONE, Endpoint
+from trigate.openai.provider_error import is_error, reported
 from trigate.openai.raw_json import decode_any
 
 _ERROR_EVENT = re.compile(rb"event: ?error[\r\n]")
+_HEARTBEAT = re.compile(r"(?:^|[._-])(?:ping|keep[._-]?alive|heart[._-]?beat)$", re.I)
+_BEFORE_CONTENT = (".created", ".in_progress", ".queued")
+# The fields of a chunk that stand beside its choices, and say nothing without them.
+_ENVELOPE = {"id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices", "usage"}
+_LABELS = {"id", "type", "role", "index", "format", "status", "object", "phase"}
 
 
 class CompletionTracker:
@@ -71,6 +82,12 @@ class CompletionTracker:
         """At least one choice has come, and every choice that came has had its ``finish_reason``."""
         return bool(self._finished) and self._seen <= self._finished
 
+    @property
+    def lacks_only_its_end(self) -> bool:
+        """Every choice that the client asked for has ended, so only ``[DONE]`` is missing, which some servers never
+        send."""
+        return self._needs_finish_reason and self.all_finished and len(self._finished) >= self._choices
+
     def observe(self, event: bytes, data: bytes) -> bool:
         """Takes the next event.
 
@@ -82,13 +99,12 @@ class CompletionTracker:
             data: Its data; not empty.
 
         Returns:
-            Whether the event belongs to the answer; False if it set `error`.
+            Whether the event belongs to the answer; False if it is a heartbeat, or set `error`.
         """
         if event.startswith(b"event") and _ERROR_EVENT.match(event) and b'"error"' not in data:
             value = decode_any(data)  # only the event's name says that it is an error
-            self.error = StreamError(
-                self._upstream, value if isinstance(value, dict) else data.decode(errors="replace")
-            )
+            value = value if isinstance(value, dict) else data.decode(errors="replace")
+            self.error = reported(self._upstream, {"error": value})
             return False
         endpoint = self._endpoint
         if endpoint.is_last_event(data):
@@ -107,9 +123,12 @@ class CompletionTracker:
             or _has_value(data, b'"usage"')
             or (self._needs_finish_reason and (self._choices > 1 or _has_value(data, b'"finish_reason"')))
         ):
-            self._examine(data)
-            return self.error is None
-        return True
+            return self._examine(data)
+        # An event without results, after the content: all others are answered by one search.
+        if self._needs_finish_reason and not data.count(b'"choices":[') and not data.count(b'"choices": ['):
+            value = decode_any(data)
+            return self._examine(data) if isinstance(value, dict) else not _is_empty(value, data)
+        return data not in _NOTHING
 
     def may_matter(self, part: bytes) -> bool:
         """Whether an event after the first content may set an attribute, going by a part of its data.
@@ -126,32 +145,45 @@ class CompletionTracker:
             return False
         return any(part.count(marker) for marker in self._last_types)
 
-    def _examine(self, data: bytes) -> None:
+    def _examine(self, data: bytes) -> bool:
+        """Parses an event and sets the attributes; returns as `observe`."""
         value = decode_any(data)
         if not isinstance(value, dict):
-            if not self.complete:
+            if self.complete:
+                return True
+            if _is_empty(value, data):
+                return False
+            if isinstance(value, list) and value and isinstance(value[0], dict) and is_error(value[0]):
+                self.error = reported(self._upstream, value)
+            else:
                 self.error = ProtocolViolation(
                     f"The upstream {self._upstream} sent an event that is not a JSON object."
                 )
-            return
-        if value.get("error") and not self.complete:
-            self.error = StreamError(self._upstream, value["error"])
-            return
-        if value.get("type") == "error":  # the responses API puts the error's fields beside the type
-            self.error = StreamError(self._upstream, {k: v for k, v in value.items() if k != "type"})
-            return
-        inner = value.get("response")
-        inner_usage = inner.get("usage") if isinstance(inner, dict) else None
-        self.usage = parse_usage(value.get("usage")) or parse_usage(inner_usage) or self.usage
-        self.has_content = self.has_content or _carries_content(value)
+            return False
+        if (value.get("error") and not self.complete) or value.get("type") == "error":
+            self.error = reported(self._upstream, value)
+            return False
+        self.usage = find_usage(value) or self.usage
         choices = value.get("choices")
+        if not choices and self._needs_finish_reason and not self.complete:
+            if is_error(value):
+                self.error = reported(self._upstream, value)
+                return False
+            return not _is_heartbeat(value)
+        if not value:
+            return False
+        self.has_content = self.has_content or _carries_content(value)
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
+                if choice.get("error"):  # OpenRouter
+                    self.error = reported(self._upstream, choice)
+                    return False
                 index = choice.get("index", 0)
                 index = index if isinstance(index, int) else 0
                 self._seen.add(index)
                 if choice.get("finish_reason"):
                     self._finished.add(index)
+        return True
 
 
 def _has_value(data: bytes, key: bytes) -> bool:
@@ -164,29 +196,67 @@ def _has_value(data: bytes, key: bytes) -> bool:
     return found != 0 and found != data.count(key + b":null") and found != data.count(key + b": null")
 
 
+_NOTHING = (b"null", b"{}", b'""')
+
+
+def _is_empty(value: object, data: bytes) -> bool:
+    """Whether data that is no object says nothing: null, an empty text, or a comment that was sent as data."""
+    return value == "" or (value is None and (data.strip() == b"null" or data.lstrip().startswith(b":")))
+
+
+def _is_heartbeat(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
+    """Whether an event of a stream of choices that has no choices is a heartbeat.
+
+    >>> [_is_heartbeat(value) for value in ({}, {"type": "ping"}, {"choices": None}, {"object": "keepalive"})]
+    [True, True, True, True]
+    >>> [_is_heartbeat(value) for value in ({"choices": []}, {"usage": {"prompt_tokens": 1}}, {"event": {"type": "x"}})]
+    [False, False, False]
+    """
+    if any(isinstance(kind := value.get(name), str) and _HEARTBEAT.search(kind) for name in ("type", "object")):
+        return True
+    return value.get("choices") is None and not value.get("usage") and value.keys() <= _ENVELOPE
+
+
+def _is_filled(value: object) -> bool:
+    """Whether a part of an answer has anything in it besides labels.
+
+    >>> _is_filled({"type": "message", "role": "assistant", "content": []}), _is_filled([{"type": "text", "text": "a"}])
+    (False, True)
+    """
+    if isinstance(value, dict):
+        return any(_is_filled(part) for name, part in value.items() if name not in _LABELS)
+    return any(map(_is_filled, value)) if isinstance(value, list) else bool(value)
+
+
 def _carries_content(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
     """Whether an event has a part of the answer, or ends a choice.
 
-    A chunk that only announces the role, an empty delta, or an empty list of choices (as Azure opens a stream) has no
-    content.
+    A chunk that only announces the role, an empty delta, an empty list of choices (as Azure opens a stream), and an
+    item that is announced and still empty have no content.
 
     >>> _carries_content({"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
     False
-    >>> _carries_content({"choices": [{"delta": {"tool_calls": [{}]}}]}), _carries_content({"choices": [{"text": "a"}]})
-    (True, True)
+    >>> _carries_content({"choices": [{"delta": {"tool_calls": [{"function": {"name": "f"}}]}}]})
+    True
+    >>> _carries_content({"choices": [{"text": "a"}]}), _carries_content({"type": "keepalive"})
+    (True, False)
     >>> _carries_content({"type": "response.created"}), _carries_content({"type": "response.output_text.delta"})
     (False, True)
     """
     choices = value.get("choices")
     if choices is None:
         kind = value.get("type")
-        return not (isinstance(kind, str) and kind.endswith((".created", ".in_progress", ".queued")))
+        if not isinstance(kind, str):
+            return "choices" not in value
+        if kind.endswith(".added"):  # an item or a part of one
+            return _is_filled(value.get("item") or value.get("part"))
+        return not (kind.endswith(_BEFORE_CONTENT) or _HEARTBEAT.search(kind))
     if not isinstance(choices, list):
         return True
     for choice in choices:
         if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("text"):
             return True
         delta = choice.get("delta")
-        if isinstance(delta, dict) and any(part for name, part in delta.items() if name != "role"):
+        if isinstance(delta, dict) and _is_filled(delta):
             return True
     return False

@@ -19,6 +19,7 @@ class Endpoint:
     Attributes:
         path: The path below ``/v1``.
         answer: What a call without ``stream`` gets: one JSON object, or bytes (audio).
+        results: The field of a JSON answer, a list, without which it is no answer.
         required: The top-level fields, besides ``model``, without which no upstream could serve the call.
         nullable: Those of them that may be null.
         model_optional: A call may leave the model to its provider.
@@ -26,11 +27,13 @@ class Endpoint:
         end_markers: Every event for which ``is_last_event`` holds contains one of these byte strings.
         repeats_last_event: A stream may have several last events, one for each result; it is complete when it closes
             after one of them.
-        needs_finish_reason: Each choice ends with a ``finish_reason``; without it, a stream is not complete.
+        needs_finish_reason: The results are choices, each of which ends with a ``finish_reason``; without it, a stream
+            is not complete. With it, a stream that ends in order is complete without its last event.
     """
 
     path: str
     answer: Literal["json", "bytes"] = "json"
+    results: str = "data"
     required: tuple[str, ...] = ()
     nullable: tuple[str, ...] = ()
     model_optional: bool = False
@@ -59,11 +62,18 @@ def _endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the ot
 ENDPOINTS: Mapping[str, Endpoint] = {
     f"/v1{endpoint.path}": endpoint
     for endpoint in (
-        _endpoint("/chat/completions", required=("messages",), needs_finish_reason=True),
-        _endpoint("/completions", required=("prompt",), nullable=("prompt",), needs_finish_reason=True),
+        _endpoint("/chat/completions", required=("messages",), results="choices", needs_finish_reason=True),
+        _endpoint(
+            "/completions", required=("prompt",), nullable=("prompt",), results="choices", needs_finish_reason=True
+        ),
         _endpoint("/embeddings", required=("input",)),
-        _endpoint("/responses", "response.completed", "response.incomplete", "response.failed", model_optional=True),
-        _endpoint("/moderations", required=("input",), model_optional=True),
+        _endpoint(
+            "/responses",
+            *("response.completed", "response.incomplete", "response.failed"),
+            results="output",
+            model_optional=True,
+        ),
+        _endpoint("/moderations", required=("input",), results="results", model_optional=True),
         _endpoint("/audio/speech", "speech.audio.done", answer="bytes", required=("input",)),
         _endpoint(
             "/images/generations",

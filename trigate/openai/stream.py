@@ -27,6 +27,7 @@ from trigate.openai.completion import CompletionTracker
 from trigate.openai.continuation import ContinuationHead, continued
 from trigate.openai.endpoints import DONE, Endpoint
 from trigate.openai.model_rewriter import ModelRewriter
+from trigate.openai.raw_json import decode_any
 
 
 class StreamReader:
@@ -172,16 +173,27 @@ class StreamReader:
 
     def feed_end(self) -> bytes:
         """Takes the end of the body, and returns the rest for the client. Sets `complete`, or `error` if the stream was
-        truncated."""
+        truncated.
+
+        A last event may lack its blank line, and a stream whose choices have all ended may lack its ``[DONE]``, which
+        is then added.
+        """
         tracker = self._tracker
-        if not tracker.complete and tracker.error is None:
-            if tracker.may_end:
-                tracker.complete = True
-            elif sse.data_of(self._splitter.pending + b"\n\n") == DONE:
-                return self.feed(b"\n\n")  # complete, except for its last line end
-            else:
-                tracker.error = Truncated(f"The upstream {self._upstream} ended its stream before it was complete.")
-        return b""
+        rest = b""
+        pending = sse.data_of(self._splitter.pending + b"\n\n") if self._splitter.pending else None
+        if pending and not tracker.complete and (pending == DONE or isinstance(decode_any(pending), dict)):
+            rest = self.feed(b"\n\n")
+        if tracker.complete or tracker.error is not None:
+            return rest
+        if tracker.may_end:
+            tracker.complete = True
+        elif tracker.lacks_only_its_end:
+            tracker.complete = True
+            self.events += 1
+            return rest + b"data: " + DONE + b"\n\n"
+        else:
+            tracker.error = Truncated(f"The upstream {self._upstream} ended its stream before it was complete.")
+        return rest
 
     def read(self, event: bytes) -> bytes:
         """Takes one whole event, and returns it as the client gets it; ``b""`` if it is not for the client.

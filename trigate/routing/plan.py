@@ -15,9 +15,8 @@ The rules:
   first one has not answered within its delay.
 * A target whose breaker is open is skipped. If all breakers are open, the call fails at once, and the error says when
   to retry.
-* Only failures count against a target. A refusal (`Rejected`: the request is wrong, the key is, or the target does not
-  do this) shows that it works. A target that does not serve the endpoint (`Unsupported`) comes after all others for a
-  while.
+* Only failures count against a target. A refusal (`retry.REFUSALS`) shows that it works. A target that does not serve
+  the endpoint (`Unsupported`) comes after all others for a while.
 * An error that is not `retryable` ends the call. A target that has not been tried yet is tried at once: that multiplies
   no calls. A target that has been tried is retried after a pause, out of its retry budget, unless it asked to wait for
   longer than ``retries.max_backoff_s`` or than the call has left.
@@ -33,7 +32,7 @@ from typing import Literal, NamedTuple
 from trigate.config.sections import Config
 from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
 from trigate.routing.circuit_breaker import Change, Entry
-from trigate.routing.retry import backoff_s, may_resend
+from trigate.routing.retry import REFUSALS, backoff_s, may_resend
 from trigate.routing.routes import Target
 from trigate.routing.target_state import UNSERVED_S, Targets, TargetState
 
@@ -233,14 +232,13 @@ class Plan:
             return state.breaker.succeed(now, step.entry)
         elif error.blame != "provider" or (isinstance(error, UpstreamTimeout) and error.phase == "queue"):
             state.breaker.abandon(step.entry)  # a full queue says nothing about the target either
-        elif isinstance(error, Unsupported):
-            state.unserved_until = now + UNSERVED_S
-            return state.breaker.succeed(now, step.entry)
-        elif error.retryable:
+        elif error.retryable and error.status not in REFUSALS:
             state.last_error = error
             return state.breaker.fail(now, step.entry, retry_after_s=error.retry_after_s)
-        else:
-            return state.breaker.succeed(now, step.entry)  # it answered: the request was wrong
+        else:  # it answered
+            if isinstance(error, Unsupported):
+                state.unserved_until = now + UNSERVED_S
+            return state.breaker.succeed(now, step.entry)
         return None
 
     def opens_in_s(self, step: Step, now: float) -> float:

@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from trigate.errors import GatewayError, ProtocolViolation, Throttled, Unavailable, Unsupported, UpstreamTimeout
+from trigate.errors import GatewayError, ProtocolViolation, Unavailable, UpstreamTimeout
 
 MAX_TOKENS = 10.0
 """The most retries that can be saved up."""
 MAX_RETRY_AFTER_S = 3600.0
 """The longest ``Retry-After`` that is believed: a time in years is a mistake, and a day is retried once an hour."""
+REFUSALS = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422, 501})
+"""Statuses which say that the request or the key is wrong, or that the provider does not do this. It works."""
 _NUMBER = re.compile(r"[0-9]{1,40}(\.[0-9]{1,9})?", re.ASCII)
 
 
@@ -66,20 +68,19 @@ def may_resend(error: GatewayError, rule: Literal["never", "refused", "always"])
 
     A provider that has received the whole call may have served it, and will bill it again. ``never``: only a call that
     did not reach it. ``refused``: also one that it explicitly refused: 429, or 503 with a time to try again.
-    ``always``: also after any other failure. A timeout, an invalid answer and an endpoint that it does not serve would
-    only come again.
+    ``always``: also after any other failure. A timeout, an invalid answer and a refusal would only come again.
 
     >>> [may_resend(Unavailable("down", reachable=True), rule) for rule in ("never", "refused", "always")]
     [False, False, True]
     """
-    if isinstance(error, UpstreamTimeout | ProtocolViolation | Unsupported):
+    if isinstance(error, UpstreamTimeout | ProtocolViolation) or error.status in REFUSALS:
         return False
     if rule == "always" or (isinstance(error, Unavailable) and not error.sent):
         return True
-    refused = isinstance(error, Throttled) or (
-        isinstance(error, Unavailable) and error.status == 503 and error.retry_after_s is not None
+    return rule == "refused" and (
+        error.status == 429
+        or (isinstance(error, Unavailable) and error.status == 503 and error.retry_after_s is not None)
     )
-    return rule == "refused" and refused
 
 
 class Budget:

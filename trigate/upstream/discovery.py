@@ -91,7 +91,7 @@ async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]
             request = httpx2.Request("GET", f"{base_url}/models")
             reply = Reply(name, Httpx2Source(await transport.handle_async_request(request)))
             try:
-                models = decode_model_list(await reply.read(MAX_MODEL_LIST_BYTES)) if reply.status == 200 else ()
+                models = decode_model_list(await reply.read(MAX_MODEL_LIST_BYTES)) if reply.status == 200 else {}
             finally:
                 await reply.aclose()
         except (httpx2.HTTPError, GatewayError, ValueError):

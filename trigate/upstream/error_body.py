@@ -1,8 +1,9 @@
 """What a provider's error response says: its message, and whether its body can be passed on. Pure.
 
-Providers agree on no shape for an error body. The gateway looks for a sentence in the usual ones. It passes a body on
-to the client only if it is an OpenAI error object (a JSON object with an ``error`` key); everything else is replaced by
-an error object of the gateway's own, with that sentence as its message.
+Providers agree on no shape for an error body; `trigate.openai.provider_error` finds the sentence in it. A body is
+passed on to the client, byte for byte, only if it is an OpenAI error object: a JSON object whose ``error`` is an object
+with a message. If only the message is missing, or is somewhere else, it is added. Everything else is replaced by an
+error object of the gateway's own with the sentence as its message. So clients find it in ``error.message``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,11 @@ from collections.abc import Mapping
 import msgspec
 
 from trigate.errors import Header, Rejected, Throttled, Unsupported
+from trigate.openai.provider_error import message_in
+from trigate.openai.raw_json import decode_any
 
 _MAX_MESSAGE_CHARS = 500
 _KINDS: Mapping[int, type[Rejected]] = {405: Unsupported, 429: Throttled, 501: Unsupported}
-
-
-class _ErrorObject(msgspec.Struct):
-    error: msgspec.Raw
-
-
-_error_object = msgspec.json.Decoder(_ErrorObject)
 
 
 def rejection(
@@ -42,10 +38,14 @@ def rejection(
         retry_after_s: Seconds after which the provider allows a retry; None = unknown.
     """
     kind = _KINDS.get(status, Rejected)
+    found = message_in(body)
+    message = found or f"The upstream {upstream} answered {status}."
+    if found is not None and body.lstrip().startswith(b"<"):
+        message = f"The upstream {upstream} answered {status} with a page: {found}"
     return kind(
-        _message_in(body) or f"The upstream {upstream} answered {status}.",
+        message,
         status=status,
-        body=body if _is_error_object(body) else None,
+        body=_error_object(body, message),
         headers=headers,
         retry_after_s=retry_after_s,
     )
@@ -54,39 +54,28 @@ def rejection(
 def message_suffix(body: bytes) -> str:
     """The message in an error body, shortened and with a colon before it, to end a sentence; ``""`` if there is none.
 
-    >>> message_suffix(b'{"error": {"message": "no such model"}}'), message_suffix(b"<html>")
+    >>> message_suffix(b'{"error": {"message": "no such model"}}'), message_suffix(b"")
     (': no such model', '')
     """
-    found = _message_in(body)
+    found = message_in(body)
     return f": {found[:_MAX_MESSAGE_CHARS]}" if found else ""
 
 
-def _is_error_object(body: bytes) -> bool:
+def _error_object(body: bytes, message: str) -> bytes | None:
+    """The body if it is an OpenAI error object, with this message if it lacks one; None if it is none."""
+    value = decode_any(body)
+    error = value.get("error") if isinstance(value, dict) else None
+    if not isinstance(error, dict) or not _is_strict(body):
+        return None
+    if isinstance(error.get("message"), str) and error["message"]:
+        return body
+    return msgspec.json.encode({**value, "error": {**error, "message": message}})
+
+
+def _is_strict(body: bytes) -> bool:
+    """Whether it is JSON that every client can decode."""
     try:
-        _error_object.decode(body)
-        msgspec.json.decode(body)  # a Raw field is not validated
+        msgspec.json.decode(body)
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _message_in(body: bytes) -> str | None:
-    """Finds the message in a provider's error body, in any of the usual shapes.
-
-    >>> _message_in(b'{"error": {"message": "no such model"}}')
-    'no such model'
-    >>> _message_in(b'{"error": "busy"}'), _message_in(b'{"detail": "bad"}'), _message_in(b'<html>')
-    ('busy', 'bad', None)
-    """
-    try:
-        value = msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        return None
-    for key in ("error", "message", "detail"):
-        if isinstance(value, dict) and key in value:
-            inner = value[key]
-            if isinstance(inner, str):
-                return inner
-            if key == "error" and isinstance(inner, dict) and isinstance(inner.get("message"), str):
-                return str(inner["message"])
-    return None

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
+from typing import Any
 
 import attrs
 import httpx2
@@ -17,6 +18,7 @@ import trio
 
 from trigate.concurrency.notify import open_service
 from trigate.config.sections import AttemptTimeouts, Config, UpstreamConfig
+from trigate.errors import GatewayError
 from trigate.routing import routes
 from trigate.routing.routes import Known, Target
 from trigate.upstream import echo
@@ -110,6 +112,27 @@ class Generation:
     def public_ids(self) -> dict[str, str]:
         """Returns every listed model id with its owner."""
         return routes.public_ids(aliases=self.aliases, upstreams=self.known())
+
+    def model_fields(self, model: str, owner: str) -> dict[str, Any]:  # Any: JSON
+        """Returns what is known about a listed model: what its upstream says and what is configured; for an alias, that
+        of its first usable target.
+
+        Args:
+            owner: The upstream that `public_ids` names.
+        """
+        alias = self.config.models.get(model)
+        if alias is not None:
+            target = next(each for each in self.aliases[model] if self.upstreams[each.upstream].unusable is None)
+        elif model == "default":
+            try:
+                target = routes.default_target(self.known())
+            except GatewayError:
+                return {}
+        else:
+            target = Target(owner, model.removeprefix(f"{owner}/"))
+        upstream = self.upstreams[target.upstream]
+        listed, configured = upstream.model_fields.get(target.model, {}), upstream.config.model_info
+        return {**listed, **configured.get(target.model, {}), **(alias.info if alias is not None else {})}
 
     def hold(self) -> None:
         """Keeps the generation open for one exchange, until `let_go`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import msgspec
 import trio
 
-from trigate.errors import GatewayError, ProtocolViolation, Rejected
+from trigate.errors import GatewayError, ProtocolViolation, Rejected, UpstreamTimeout
 from trigate.logs import log
+from trigate.openai.raw_json import decode_any
 from trigate.upstream.upstream import Upstream
 
 MAX_MODEL_LIST_BYTES = 16 * 1024 * 1024
@@ -22,33 +23,50 @@ RETRY_S = 5.0
 _TIMEOUT_S = 10.0
 
 
-class _ModelItem(msgspec.Struct):
-    id: str
+_MAX_ID_CHARS = 4096
+_PASSED_FIELDS = (
+    *("created", "owned_by", "name", "display_name", "description", "type"),
+    *("context_length", "context_window", "max_context_length", "max_model_len"),
+    *("max_tokens", "max_output_tokens", "max_completion_tokens", "meta", "pricing", "architecture", "capabilities"),
+    *("features", "modalities", "input_modalities", "output_modalities", "supported_parameters"),
+    *("supported_features", "top_provider"),
+)
+
+ModelFields = Mapping[str, Any]
+"""What an upstream says about one of its models (Any: JSON)."""
 
 
-class _ModelList(msgspec.Struct):
-    data: list[_ModelItem]
+def decode_model_list(body: bytes) -> dict[str, ModelFields]:
+    """Returns the ids in an answer to ``GET /models``, in their order, each with the fields that clients look for.
 
+    The list is in ``data``, or the body itself (Together). Rows without an ``id`` are skipped. Google's ids begin with
+    ``models/``, which calls do not need.
 
-_decoder = msgspec.json.Decoder(_ModelList)
-
-
-def decode_model_list(body: bytes) -> tuple[str, ...]:
-    """Returns the ids in an answer to ``GET /models``, in their order, each once.
+    >>> decode_model_list(b'[{"id": "models/m", "context_length": 8192, "x": 1}, {"id": 5}, null]')
+    {'m': {'context_length': 8192}}
 
     Raises:
         ValueError: The body is not a model list.
     """
-    try:
-        return tuple(dict.fromkeys(item.id for item in _decoder.decode(body).data))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    rows = decode_any(body)
+    if isinstance(rows, dict) and "data" in rows:
+        rows = rows["data"] or []
+    if not isinstance(rows, list):
+        raise ValueError("it is neither an array nor an object with data")
+    found: dict[str, ModelFields] = {}
+    for row in rows:
+        id_ = row.get("id") if isinstance(row, dict) else None
+        if isinstance(id_, str) and 0 < len(id_) <= _MAX_ID_CHARS and id_.isprintable():
+            passed = {name: row[name] for name in _PASSED_FIELDS if row.get(name) is not None}
+            found.setdefault(id_.removeprefix("models/") or id_, passed)
+    return found
 
 
 class ModelPoll:
     """Keeps the list of models of an upstream up to date, and with it the upstream's state.
 
-    While the upstream does not answer, its last list stays in use.
+    While the upstream does not answer, its last list stays in use. An upstream that answers, but has no list, or none
+    for this key, is not down: whether it serves calls, only calls can tell.
 
     Args:
         on_change: Called after each list that was received. Synchronous.
@@ -61,6 +79,7 @@ class ModelPoll:
         self._upstream = upstream
         self._on_change = on_change
         self.tried = trio.Event()
+        self._warned: str | None = None
         upstream.polled = True
 
     def __repr__(self) -> str:
@@ -74,13 +93,17 @@ class ModelPoll:
             try:
                 await self._ask()
                 upstream.note_up()
+                self._warned = None
                 pause_s = REFRESH_S
             except GatewayError as error:
-                if isinstance(error, Rejected) and error.status not in (401, 403):
-                    upstream.note_up()  # the upstream answers, but has no list, or none for this gateway
-                elif upstream.state != "down" or upstream.reason != error.message:
-                    log.warning("models_not_listed", upstream=upstream.name, error=error.message)
+                if isinstance(error, Rejected | ProtocolViolation):
+                    upstream.note_unlisted(error)
+                else:
                     upstream.note_down(error)
+                has_no_list = isinstance(error, Rejected) and error.status in (404, 405, 501)
+                if not has_no_list and self._warned != error.message:
+                    log.warning("models_not_listed", upstream=upstream.name, error=error.message)
+                    self._warned = error.message
                 pause_s = min(pause_s * 2, REFRESH_S)
             except Exception:  # a defect in the poll of one upstream must not stop the others
                 log.exception("models_refresh_crashed", upstream=upstream.name)
@@ -96,9 +119,12 @@ class ModelPoll:
                     raise await upstream.error_of(reply)
                 body = await reply.read(MAX_MODEL_LIST_BYTES)
             try:
-                upstream.models = decode_model_list(body)
+                upstream.model_fields = decode_model_list(body)
+                upstream.models = tuple(upstream.model_fields)
             except ValueError as error:
                 raise ProtocolViolation(f"GET /models of {upstream.name} gave no model list: {error}.") from None
             self._on_change()
             return
-        raise ProtocolViolation(f"GET /models of {upstream.name} was not answered within {_TIMEOUT_S:g} s.")
+        raise UpstreamTimeout(
+            f"GET /models of {upstream.name} was not answered within {_TIMEOUT_S:g} s.", phase="response_head"
+        )

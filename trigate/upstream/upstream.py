@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
+from typing import Any
 
 import attrs
 import httpx2
@@ -32,6 +33,7 @@ from trigate.errors import (
     GatewayError,
     Header,
     ProtocolViolation,
+    Rejected,
     Truncated,
     Unavailable,
     UpstreamTimeout,
@@ -93,6 +95,7 @@ class Upstream:
 
     Attributes:
         models: The models that it serves; empty until a discovery has succeeded.
+        model_fields: What it says about them.
         state: ``up``, ``down`` or ``unknown``.
         reason: Why it is down.
         polled: Whether the upstream is asked for its models regularly, which keeps its state fresh.
@@ -114,6 +117,7 @@ class Upstream:
         self.unusable = unusable or config.disabled.get(name)
         configured = self.config.models if self.config.models != "discover" else ()
         self.models: tuple[str, ...] = configured or default_models
+        self.model_fields: Mapping[str, Mapping[str, Any]] = {}
         values = (value.removeprefix("Bearer ") for value in config.secrets.get(name, {}).values())
         # a short secret is an ordinary word, whose redaction would garble messages
         self._secrets = tuple(value for value in values if len(value) >= _MIN_SECRET_CHARS)
@@ -169,10 +173,17 @@ class Upstream:
         self.state, self.reason = "down", error.message
         self._down_at = trio.current_time()
 
+    def note_unlisted(self, error: GatewayError) -> None:
+        """Records that the upstream answers, but not with a list of models: calls decide about its state."""
+        self.note_error(error)
+        if self.state == "down":
+            self.state, self.reason = "unknown", None
+
     def note_failure(self, error: GatewayError) -> None:
         """Records the failure of an attempt."""
         is_unreachable = isinstance(error, Unavailable) and not error.reachable
-        if is_unreachable or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
+        refuses_key = isinstance(error, Rejected) and error.status == 401
+        if is_unreachable or refuses_key or (isinstance(error, UpstreamTimeout) and error.phase == "connect"):
             self.note_down(error)
         elif error.blame == "provider":
             self.note_error(error)

@@ -18,15 +18,19 @@ def _generation() -> Generation:
     return current_gateway().generations.current
 
 
-def _model(model: str, owner: str, created: int) -> dict[str, Any]:
-    return {"id": model, "object": "model", "created": created, "owned_by": owner}
+def _model(generation: Generation, model: str, owner: str) -> dict[str, Any]:
+    row = {"id": model, "object": "model", "created": generation.created, "owned_by": owner}
+    fields = generation.model_fields(model, owner)
+    if type(fields.get("created", 0)) is not int:  # the SDKs expect one
+        del fields["created"]
+    return row | fields
 
 
 @blueprint.get("/v1/models")
 async def list_models() -> Response:
     """Lists the last known models of all upstreams, without a request to any of them."""
     generation = _generation()
-    rows = [_model(model, owner, generation.created) for model, owner in generation.public_ids().items()]
+    rows = [_model(generation, model, owner) for model, owner in generation.public_ids().items()]
     return jsonify({"object": "list", "data": rows})
 
 
@@ -40,7 +44,7 @@ async def retrieve_model(model: str) -> Response:
     generation = _generation()
     ids = generation.public_ids()
     if model in ids:
-        return jsonify(_model(model, ids[model], generation.created))
+        return jsonify(_model(generation, model, ids[model]))
     try:
         generation.route(model)  # says which upstreams have an ambiguous id
     except Unavailable as error:  # a call would get a 503; here the model is not listed
