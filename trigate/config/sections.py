@@ -81,7 +81,10 @@ class ServerConfig:
     keyfile: str | None = None
     backlog: Count = Count(1024)
     keep_alive_timeout_s: Seconds = Seconds(75.0)
-    """How long an idle connection, or one with an incomplete request head, stays open."""
+    """How long an idle connection stays open."""
+    head_timeout_s: Seconds = Seconds(10.0)
+    """How long the head of a request may take from its first byte to its last one; a slower one gets 408. 0 = as long
+    as an idle connection."""
     drain_notice_s: Seconds = Seconds(0.0)
     """How long ``GET /ready`` answers 503 after SIGTERM before connections and calls are refused."""
     drain_timeout_s: Seconds = Seconds(30.0)
