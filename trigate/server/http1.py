@@ -42,6 +42,7 @@ from trigate.server.client_capabilities import Client
 from trigate.server.client_stream import YIELD_AFTER_BYTES, ClientStream
 from trigate.server.request_head import HeadRefused
 from trigate.server.request_parser import RequestParser
+from trigate.tracebacks import drop_frames
 
 # Any: the values of an ASGI message depend on its type, and the specification has no narrower one.
 Message: TypeAlias = MutableMapping[str, Any]
@@ -280,6 +281,7 @@ class Connection:
             self.client_stream.on_disconnect = None
         if crash is not None:
             log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
+            drop_frames(crash)
         if (
             self._phase < _BEGUN
             and not self.client_stream.broken
