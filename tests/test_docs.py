@@ -143,6 +143,7 @@ def test_units(title: str) -> None:
         "words_per_s": "words per second",
         "rate_per_s": "requests per second",
         "key_rate_per_s": "calls per second",
+        "body_bytes_per_s": "bytes per second",
     }
     documented = _first_names(_sections(_page("reference/configuration.md"))[title])
     for name, annotation in SECTIONS[title].__annotations__.items():  # strings, and no cattrs resolves them

@@ -38,13 +38,14 @@ ROWS = (
     ("server",),
     ("concurrency",),
     ("config",),
-    ("signatures",),
-    ("errors", "logs", "version"),
+    ("content_coding", "signatures"),
+    ("errors", "logs", "tracebacks", "version"),
 )
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
 
 PURE = (
-    *("errors", "signatures", "config", "openai", "routing", "concurrency.rate_limiter"),
+    *("errors", "tracebacks", "content_coding", "signatures", "config", "openai", "routing"),
+    "concurrency.rate_limiter",
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
     *("exchange.call_key", "sessions.compose", "webhooks.payload", "cli.status_view", "status.schema"),
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),

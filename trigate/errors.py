@@ -24,8 +24,8 @@ There are two renderers: `GatewayError.to_response` before COMMIT (the moment at
 `GatewayError.to_frame` after it. Constructing an error never logs; the code that ends the request logs once. ``code``
 comes from a closed set (`CODES`): it is a metric label, and users search the documentation for it.
 
-Errors are values. Code that keeps an error, or raises it in several tasks, raises a `GatewayError.copy` of it: a kept
-traceback keeps its frames and their buffers alive.
+Errors are values. An error that is raised in several tasks is raised as a `GatewayError.copy`. Code that catches an
+error and keeps it calls `trigate.tracebacks.drop_frames`: a traceback keeps its frames alive, and the bodies in them.
 
 Source: the error object and its types are those of the OpenAI API reference ("Error codes"). The mapping from statuses
 to exceptions of the SDKs is in openai-python ``_client.py::_make_status_error``.
@@ -185,13 +185,8 @@ class Forbidden(CallError, status=403, code="forbidden"):
 
 
 class UnknownModel(CallError, status=404, code="model_not_found"):
-    """No upstream is known to serve the model id.
-
-    Args:
-        model: The id that the client asked for.
-        closest: Similar ids that exist.
-        reason: A sentence that says why the id is not known, if there is more to say.
-    """
+    """No upstream is known to serve the model id. ``closest``: similar ids that exist. ``reason``: why it is not known,
+    if there is more to say."""
 
     def __init__(self, model: str, *, closest: tuple[str, ...] = (), reason: str = "") -> None:
         hint = f" Closest: {', '.join(closest)}." if closest else ""
@@ -249,7 +244,15 @@ class TooLarge(CallError, status=413, code="body_too_large"):
 
 
 class UnsupportedMediaType(CallError, status=415, code="unsupported_media_type"):
-    """The body is not declared as JSON."""
+    """The body is not declared as JSON, or has a content coding that is not served here (``accept_encoding`` is)."""
+
+    def __init__(self, message: str, *, accept_encoding: str = "") -> None:
+        super().__init__(message)
+        self.accept_encoding = accept_encoding
+
+    @property
+    def headers(self) -> list[Header]:
+        return [(b"accept-encoding", self.accept_encoding.encode())] if self.accept_encoding else []
 
 
 class WebSocketRefused(CallError, status=426, code="websocket_refused"):
@@ -266,11 +269,7 @@ class WebSocketRefused(CallError, status=426, code="websocket_refused"):
 
 
 class RateLimited(CallError, status=429, code="rate_limited"):
-    """The client exceeds its rate limit.
-
-    Args:
-        retry_after_s: Seconds after which the next request is allowed.
-    """
+    """The client exceeds its rate limit. The next request is allowed after ``retry_after_s`` seconds."""
 
     openai_type = "rate_limit_error"
 
@@ -395,12 +394,8 @@ class Unavailable(UpstreamError, code="upstream_unavailable"):
 
 
 class UpstreamTimeout(UpstreamError, status=504, code="upstream_timeout"):
-    """A deadline passed while the gateway waited for the provider.
-
-    Args:
-        phase: What the gateway waited for: ``queue``, ``connect``, ``response_head``, ``first_token``, ``idle`` or
-            ``total``.
-    """
+    """A deadline passed while the gateway waited for the provider, in the phase ``queue``, ``connect``,
+    ``response_head``, ``first_token``, ``idle`` or ``total``."""
 
     def __init__(self, message: str, *, phase: str) -> None:
         self.phase = phase
@@ -455,11 +450,7 @@ class Fault(GatewayError):
 
 
 class Overloaded(Fault, status=503, code="overloaded"):
-    """An admission limit is reached; a later retry may succeed.
-
-    Args:
-        retry_after_s: Seconds after which a retry makes sense.
-    """
+    """A limit of the gateway is reached. A retry makes sense after ``retry_after_s`` seconds."""
 
     openai_type = "overloaded_error"
 
@@ -469,12 +460,8 @@ class Overloaded(Fault, status=503, code="overloaded"):
 
 
 class StoreUnavailable(Fault, status=503, code="store_unavailable"):
-    """Data that must be stored cannot be stored: the disk is full, or the database cannot be read. None of it has been
-    acknowledged.
-
-    Args:
-        message: With the reason that the database gives.
-    """
+    """Data that must be stored cannot be stored: the disk is full, or the database cannot be read; the message has the
+    reason. None of it has been acknowledged."""
 
     retry_after_s = 1.0
 

@@ -467,7 +467,7 @@ async def test_a_body_in_pieces_is_put_together(open_app: OpenApp, autojump_cloc
     """Neither the segmentation nor the speed of the body matters."""
     body = b'{"model":"up/m","messages":[{"role":"user","content":"Hi"}]}'
     async with open_app(providers=Provider(answers(completion("x")))) as served:
-        raw = [piece for i in range(len(body)) for piece in (body[i : i + 1], Pause(0.5))]
+        raw = [piece for i in range(len(body)) for piece in (body[i : i + 1], Pause(0.25))]
         call = await served.client.ask("POST", CHAT, raw=raw, headers={"content-type": "application/json"})
         assert call.status == 200
 

@@ -48,7 +48,7 @@ async def open_connection(app: Application, **kwargs: Any) -> AsyncIterator[Pair
     """Serves an app on one end of a stream, and yields the other. The server must close it before the block ends."""
     client, server = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(serve_connection, app, server, config=CONFIG, **kwargs))
+        nursery.start_soon(partial(serve_connection, app, server, **{"config": CONFIG, **kwargs}))
         yield client
         await client.aclose()
 
@@ -107,9 +107,9 @@ async def test_the_scope_holds_the_state(autojump_clock: trio.testing.MockClock)
     assert scopes == [({"drain": 1}, ("10.0.0.1", 5), ("10.0.0.2", 80))] * 2
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", HELLO[:-2]])
-async def test_an_incomplete_head_has_a_deadline(autojump_clock: trio.testing.MockClock, sent: bytes) -> None:
-    """A connection on which no whole request head arrives is closed after the keep-alive timeout."""
+@pytest.mark.parametrize("sent", [b"", b"\r\n"])
+async def test_a_silent_connection_is_closed(autojump_clock: trio.testing.MockClock, sent: bytes) -> None:
+    """A connection on which no request begins is closed after the keep-alive timeout, without a response."""
     async with open_connection(hello) as client:
         if sent:
             await client.send_all(sent)
@@ -117,19 +117,58 @@ async def test_an_incomplete_head_has_a_deadline(autojump_clock: trio.testing.Mo
         assert trio.current_time() == pytest.approx(75.0)
 
 
+@pytest.mark.parametrize("before", [b"", HELLO])
+@pytest.mark.parametrize("sent", [b"G", b"GET / HT", HELLO[:-2]])
+async def test_an_incomplete_head_gets_a_408(
+    autojump_clock: trio.testing.MockClock, before: bytes, sent: bytes
+) -> None:
+    """Ten seconds after its first byte, on a new connection and on one that has served a request."""
+    async with open_connection(hello) as client:
+        if before:
+            await client.send_all(before)
+            await read_until(client, b"GET /")
+        await trio.sleep(20.0)
+        await client.send_all(sent)
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in response
+        assert b"within 10 s (server.head_timeout_s)" in response
+        assert trio.current_time() == pytest.approx(30.0)
+
+
+async def test_an_incomplete_head_behind_a_request_gets_a_408(autojump_clock: trio.testing.MockClock) -> None:
+    """Its first bytes came in one packet with the request before it."""
+    async with open_connection(hello) as client:
+        await client.send_all(HELLO + b"GET /")
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 408 " in response
+        assert trio.current_time() == pytest.approx(10.0)
+
+
 async def test_a_drip_does_not_move_the_deadline(autojump_clock: trio.testing.MockClock) -> None:
-    """A head that arrives byte by byte has the same deadline as one that does not arrive."""
+    """A head that arrives byte by byte has the same deadline as one that does not go on."""
     async with open_connection(hello) as client, trio.open_nursery() as nursery:
 
         async def drip() -> None:
             for byte in HELLO:
                 await client.send_all(bytes([byte]))
-                await trio.sleep(10.0)
+                await trio.sleep(3.0)
 
         nursery.start_soon(drip)
-        assert await read_all(client) == b""
-        assert trio.current_time() == pytest.approx(75.0)
+        assert (await read_all(client)).startswith(b"HTTP/1.1 408 ")
+        assert trio.current_time() == pytest.approx(10.0)
         nursery.cancel_scope.cancel()
+
+
+async def test_the_deadline_of_a_head_can_be_switched_off(autojump_clock: trio.testing.MockClock) -> None:
+    """Then it is that of an idle connection, counted from the head's first byte."""
+    config = ServerConfig(keep_alive_timeout_s=Seconds(75.0), head_timeout_s=Seconds(0.0))
+    async with open_connection(hello, config=config) as client:
+        await trio.sleep(20.0)
+        await client.send_all(b"GET / HT")
+        assert await read_all(client) == b""
+        assert trio.current_time() == pytest.approx(95.0)
 
 
 async def test_an_idle_connection_is_closed(autojump_clock: trio.testing.MockClock) -> None:

@@ -424,3 +424,28 @@ def test_fuzz() -> None:
     assert sum(statuses.values()) == FUZZED
     assert statuses[None] > FUZZED / 20  # it gets beyond the first check
     assert statuses[400] > FUZZED / 20
+
+
+# -- what h11 does not check ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", [b"chunked", b" chunked ", b"\tchunked\t", b" \t Chunked \t ", b"CHUNKED\t"])
+def test_whitespace_around_a_coding_is_optional(coding: bytes) -> None:
+    """RFC 9110, section 5.5: spaces and tabs around a value are not a part of it."""
+    data = POST + b"Transfer-Encoding:" + coding + b"\r\nA: b\r\n\r\n1\r\na\r\n0\r\n\r\n" + GET
+    for pieces in ([data], [data[i : i + 1] for i in range(len(data))]):
+        seen, status = parse(pieces)
+        assert status is None
+        assert [(fields, body, whole) for _, _, fields, body, whole in seen] == [
+            ([(b"host", b"x"), (b"transfer-encoding", b"chunked"), (b"a", b"b")], b"a", True),
+            ([(b"host", b"x")], b"", True),
+        ]
+
+
+@pytest.mark.parametrize("size", [2**64 - 1, 2**63, 2**63 - 1, 10**18])
+@pytest.mark.parametrize("end", [b"\r\n", b";a=b\r\n"])
+def test_a_chunk_of_an_impossible_size_is_refused_at_once(size: int, end: bytes) -> None:
+    """Before any of it arrives: no body is as long, and a sum with it may overflow in another parser."""
+    for before in (b"", b"1\r\na\r\n"):
+        assert parse([CHUNKED + before + b"%x" % size + end])[1] == 400
+    assert parse([CHUNKED + b"%x" % (10**18 - 1) + end])[1] is None

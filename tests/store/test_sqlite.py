@@ -815,6 +815,7 @@ async def test_a_cancelled_call_that_waits_is_not_made() -> None:
     connection = _connection()
     async with trio.open_nursery() as outer:
         outer.start_soon(connection.call, lambda db: held.wait())
+        await trio.testing.wait_all_tasks_blocked()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.call, made.append)
             await trio.testing.wait_all_tasks_blocked()

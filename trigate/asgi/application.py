@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trigate import errors, logs
 from trigate.asgi.dispatch import serve_request
 from trigate.asgi.lazy_control_plane import LazyControlPlane
+from trigate.asgi.request_body import BodyBudget
 from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
 from trigate.logs import log
@@ -34,13 +35,14 @@ class GatewayApp:
 
     def __init__(self, opener: Callable[[], AbstractAsyncContextManager[Gateway]]) -> None:
         self._open_gateway = opener
+        self._bodies = BodyBudget()
 
     async def __call__(
         self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:  # Any: hypercorn's types do not know our entries of the scope
         match scope["type"]:
             case "http":
-                await serve_request(self.gateway, self._control_plane, scope, receive, send)
+                await serve_request(self.gateway, self._control_plane, self._bodies, scope, receive, send)
             case "lifespan":
                 await self._run_lifespan(scope, receive, send)
             case _:

@@ -13,9 +13,16 @@ import attrs
 import trio
 
 from trigate.asgi.request import RequestHead
-from trigate.asgi.request_body import RequestBody, too_large
+from trigate.asgi.request_body import BodyLimits, RequestBody, too_large
 from trigate.config.sections import Seconds
-from trigate.errors import Draining, GatewayError, MethodNotAllowed, Overloaded, UnsupportedMediaType
+from trigate.content_coding import CODINGS
+from trigate.errors import (
+    Draining,
+    GatewayError,
+    MethodNotAllowed,
+    Overloaded,
+    UnsupportedMediaType,
+)
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
@@ -24,6 +31,7 @@ from trigate.gateway.gateway import Gateway
 from trigate.openai.endpoints import Endpoint
 from trigate.openai.request import Call, decode_call
 from trigate.sessions.service import SessionRecorder
+from trigate.tracebacks import drop_frames
 
 
 async def serve_call(
@@ -51,9 +59,7 @@ async def serve_call(
     session = head.session_key(endpoint)
     coalesce = head.coalesce()
     timeout_s, sdk_timeout_s = head.timeout_s(), head.sdk_timeout_s()
-    body = await read_body(
-        gateway, head, request_body, response, max_bytes=gateway.generations.config.limits.body_bytes
-    )
+    body = await read_body(gateway, head, request_body, response)
     if body is None:
         return
     call = decode_call(endpoint, body)
@@ -108,24 +114,42 @@ async def serve_call(
 
 
 async def read_body(
-    gateway: Gateway, head: RequestHead, request_body: RequestBody, response: ClientResponse, *, max_bytes: int
+    gateway: Gateway,
+    head: RequestHead,
+    request_body: RequestBody,
+    response: ClientResponse,
+    *,
+    max_bytes: int | None = None,
+    is_verified: bool = True,
 ) -> bytes | None:
-    """Reads the body of a call or of a webhook; None = the client disconnected meanwhile.
+    """Reads and decodes the body of a call or of a webhook; None = the client disconnected meanwhile.
+
+    Args:
+        max_bytes: Its size limit; None = that of calls.
+        is_verified: Whether the sender is known. If not, the body must not be compressed: it is signed as it came.
 
     Raises:
         Draining: New calls are refused.
-        TooLarge, BodyTimeout: As `RequestBody.read`.
+        UnsupportedMediaType: Its content coding is not served.
+        TooLarge, BadRequest, BodyTimeout, Overloaded: As `RequestBody.read`.
     """
     if gateway.live.is_draining:
         raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+    limits = gateway.generations.config.limits
+    if max_bytes is None:
+        max_bytes = limits.body_bytes
     if (head.content_length or 0) > max_bytes:
         raise too_large(max_bytes)
+    coding = head.content_coding(CODINGS if is_verified else ()) if b"content-encoding" in head.headers else "identity"
     client = response.client
-    if client is not None and client.body_is_here and head.content_length is not None:
+    if client is not None and client.body_is_here and head.content_length is not None and coding == "identity":
         # The usual case, without the cost of a cancel scope: the body has arrived with the head.
         request_body.complete = True
-        return client.take_body()
-    return await request_body.read(max_bytes=max_bytes, timeout_s=gateway.generations.config.limits.body_timeout_s)
+        body = client.take_body()
+        request_body.keep(len(body), limits)
+        return body
+    own = BodyLimits.of(limits, max_bytes=max_bytes, is_verified=is_verified)
+    return await request_body.read(own, limits, coding=coding)
 
 
 def watch_client(
@@ -182,5 +206,6 @@ async def _take_turn(
             finally:
                 recorder.settle(exchange.usage)
     except GatewayError as error:
+        drop_frames(error)
         return error
     return None

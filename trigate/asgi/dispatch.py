@@ -19,24 +19,29 @@ from trigate.asgi.auth import authorize, cors_allows, cors_headers
 from trigate.asgi.data_plane import read_body, serve_call, watch_client
 from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.asgi.request import RequestHead
-from trigate.asgi.request_body import RequestBody
-from trigate.config.sections import Config
+from trigate.asgi.request_body import BodyBudget, BodyLimits, RequestBody, too_large
+from trigate.config.sections import Config, LimitsConfig
+from trigate.content_coding import CODINGS
 from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
 from trigate.openai.endpoints import ENDPOINTS, Endpoint
+from trigate.tracebacks import drop_frames
 from trigate.webhooks.calls import HookHead
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 
+_CONTROL_PLANE_BYTES = 1024 * 1024
+_HOOK_BYTES = 1024 * 1024
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 
 
 async def serve_request(
     gateway: Gateway,
     control_plane: LazyControlPlane,
+    bodies: BodyBudget,
     scope: Any,  # Any: hypercorn's type does not know our extension
     receive: ASGIReceiveCallable,
     send: ASGISendCallable,
@@ -50,7 +55,7 @@ async def serve_request(
     if client is not None and config.limits.half_close == "serve":
         client.serve_half_closed()
     response = ClientResponse(send, [(b"x-request-id", request_id.encode())], client)
-    body = RequestBody(receive)
+    body = RequestBody(receive, bodies)
     try:
         head.check()
         response.headers += cors_headers(head.origin, config)
@@ -74,14 +79,18 @@ async def serve_request(
         if head.path in health.PATHS:
             await health.answer_probe(gateway, head, response)
             return
-        await _serve_control_plane(control_plane, scope, head, body, response)
+        await _serve_control_plane(control_plane, scope, config.limits, head, body, response)
     except GatewayError as error:
+        drop_frames(error)  # they hold what was read of the body, which is needed no more
+        body.release()
         log.info("refused", request_id=request_id, path=head.path, status=error.status, code=error.code)
         await _refuse(error, body, response)
     except Exception:
         log.exception("request_crashed", request_id=request_id, path=head.path)
         if not response.committed:
             await response.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
+    finally:
+        body.release()
 
 
 def _find_endpoint(head: RequestHead, scope: Any) -> Endpoint | None:
@@ -93,9 +102,28 @@ def _find_endpoint(head: RequestHead, scope: Any) -> Endpoint | None:
 
 
 async def _serve_control_plane(
-    control_plane: LazyControlPlane, scope: Any, head: RequestHead, body: RequestBody, response: ClientResponse
+    control_plane: LazyControlPlane,
+    scope: Any,  # Any: as above
+    limits: LimitsConfig,
+    head: RequestHead,
+    body: RequestBody,
+    response: ClientResponse,
 ) -> None:
-    """Passes the request to Quart."""
+    """Passes the request to Quart, with its whole body: Quart does not bound one that is sent in chunks.
+
+    Raises:
+        UnsupportedMediaType, TooLarge, BadRequest, BodyTimeout, Overloaded: As `data_plane.read_body`.
+    """
+    if (head.content_length or 0) > _CONTROL_PLANE_BYTES:
+        raise too_large(_CONTROL_PLANE_BYTES)
+    own = BodyLimits.of(limits, max_bytes=_CONTROL_PLANE_BYTES)
+    data = await body.read(own, limits, coding=head.content_coding(CODINGS))
+    if data is None:
+        return
+    messages: list[Any] = [{"type": "http.request", "body": data, "more_body": False}]
+
+    async def receive() -> Any:  # Any: hypercorn's union of ASGI messages
+        return messages.pop() if messages else await body.receive()
 
     async def send(message: Any) -> None:  # Any: hypercorn's union of ASGI messages
         piece = message.get("body", b"") if head.method != "HEAD" else b""
@@ -106,7 +134,7 @@ async def _serve_control_plane(
         else:
             await response.end(piece)
 
-    await control_plane(scope, body.receive_bounded, send)
+    await control_plane(scope, receive, send)
 
 
 async def _serve_webhook(
@@ -124,7 +152,8 @@ async def _serve_webhook(
             authorize=functools.partial(authorize, head, config),
         )
     )
-    data = await read_body(gateway, head, body, response, max_bytes=call.body_bytes)
+    max_bytes = call.body_bytes or (_HOOK_BYTES if call.is_verified else config.limits.unverified_body_bytes)
+    data = await read_body(gateway, head, body, response, max_bytes=max_bytes, is_verified=call.is_verified)
     if data is None:
         return
     error: GatewayError | None = None
@@ -139,6 +168,7 @@ async def _serve_webhook(
         try:
             await call.serve(data, response)
         except GatewayError as raised:  # not through the nursery, which would wrap it in a group
+            drop_frames(raised)
             error = raised
         nursery.cancel_scope.cancel()
     if error is not None:

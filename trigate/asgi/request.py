@@ -6,11 +6,8 @@ import math
 import re
 from typing import Any
 
-from trigate.errors import (
-    Ambiguous,
-    BadRequest,
-    HeadersTooLarge,
-)
+from trigate.content_coding import coding_of
+from trigate.errors import Ambiguous, BadRequest, HeadersTooLarge, UnsupportedMediaType
 from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
@@ -88,6 +85,20 @@ class RequestHead:
         """The origin of the web page that makes the request; None = the request has no such header."""
         value = self.headers.get(b"origin")
         return value.decode("latin-1") if value is not None else None
+
+    def content_coding(self, accepted: tuple[str, ...]) -> str:
+        """Returns the content coding of the body: one of those, or ``identity``.
+
+        Raises:
+            UnsupportedMediaType: It is another one, or there are several.
+        """
+        coding = coding_of(self.headers.get(b"content-encoding", b"").decode("latin-1"))
+        if coding != "identity" and coding not in accepted:
+            served = ", ".join(accepted) or "identity"
+            raise UnsupportedMediaType(
+                f"Content-Encoding {coding[:100]!r} is not served here; accepted: {served}.", accept_encoding=served
+            )
+        return coding
 
     def session_key(self, endpoint: Endpoint) -> str | None:
         """Returns the session of a call (``x-session-key``); None = it has none.

@@ -81,7 +81,10 @@ class ServerConfig:
     keyfile: str | None = None
     backlog: Count = Count(1024)
     keep_alive_timeout_s: Seconds = Seconds(75.0)
-    """How long an idle connection, or one with an incomplete request head, stays open."""
+    """How long an idle connection stays open."""
+    head_timeout_s: Seconds = Seconds(10.0)
+    """How long the head of a request may take from its first byte to its last one; a slower one gets 408. 0 = as long
+    as an idle connection."""
     drain_notice_s: Seconds = Seconds(0.0)
     """How long ``GET /ready`` answers 503 after SIGTERM before connections and calls are refused."""
     drain_timeout_s: Seconds = Seconds(30.0)
@@ -175,14 +178,27 @@ class ModelConfig:
 
 @attrs.frozen(kw_only=True)
 class LimitsConfig:
-    """``[limits]``: the resources of one exchange. 0 disables a timeout."""
+    """``[limits]``: the resources of one exchange, and of all of a worker. 0 disables a timeout."""
 
     body_bytes: Size = Size(32 * 1024 * 1024)
-    body_timeout_s: Seconds = Seconds(60.0)
+    body_timeout_s: Seconds = Seconds(30.0)
+    """How long a request body may take to arrive."""
+    body_bytes_per_s: Rate = Rate(1024.0)
+    """A body that arrives at least at this rate may take longer; 0 = none may."""
+    unverified_body_bytes: Size = Size(64 * 1024)
+    """The largest body of a request that is authenticated by its body (a signed webhook), if its hook sets no limit."""
+    unverified_body_timeout_s: Seconds = Seconds(5.0)
+    """How long such a body may take to arrive."""
+    arriving_bytes: Size = Size(32 * 1024 * 1024)
+    """How much all bodies that are arriving in one worker may take together; further ones get 503."""
+    bodies_bytes: Size = Size(512 * 1024 * 1024)
+    """How much all bodies of one worker may take together, those of the calls in flight included."""
     event_bytes: Size = Size(16 * 1024 * 1024)
     """The largest server-sent event that is accepted from an upstream."""
     response_bytes: Size = Size(256 * 1024 * 1024)
     """The largest non-streamed answer that is accepted from an upstream."""
+    decoded_bytes: Size = Size(32 * 1024 * 1024)
+    """The largest one that a compressed answer may decode to. (The gateway asks for uncompressed answers.)"""
     max_exchanges: Count = Count(5000)
     """Exchanges in flight in one worker (each uses two file descriptors); further ones queue."""
     max_exchanges_per_key: Limit = Limit(0)
@@ -329,7 +345,8 @@ class HookConfig:
     """Allow callbacks to addresses that are not public."""
     on_disconnect: Literal["cancel", "finish"] = "cancel"
     """After the client disconnects, its run is cancelled, or finished."""
-    body_bytes: Size = Size(1024 * 1024)
+    body_bytes: Size | None = None
+    """None = 1 MiB; or ``limits.unverified_body_bytes`` where the body is part of the authentication."""
     rate_per_s: Rate = Rate(50.0)
     """Sustained requests per second of each client address; 0 = no limit."""
     burst: Count = Count(100)

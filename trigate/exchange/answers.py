@@ -163,12 +163,13 @@ class JsonAnswer:
     claim: Claim
     count: Count
     max_bytes: int
+    max_decoded_bytes: int
 
     async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
         """Reads the whole answer. As `Answer.relay`."""
         attempt.phase = Phase.READING
         attempt.waiting_since = math.inf
-        body = await reply.read(self.max_bytes, on_piece=attempt.note_byte)
+        body = await reply.read(self.max_bytes, max_decoded_bytes=self.max_decoded_bytes, on_piece=attempt.note_byte)
         data, usage = self.translation.answer(self.call, body, upstream=attempt.target.upstream)
         if not self.claim(attempt):
             return None

@@ -40,6 +40,7 @@ from trigate.exchange.state import ExchangeState
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
 from trigate.logs import log
+from trigate.tracebacks import drop_frames
 from trigate.upstream.generation import Route
 
 # How long a server that stops waits for a client to read its final message.
@@ -142,6 +143,7 @@ class Exchange(ExchangeState):
 
     async def _fail(self, error: GatewayError) -> None:
         """Records the error, and sends it to the client in the form that is still possible."""
+        drop_frames(error)
         if self.source is not None and self.source.is_delivered:
             self._note_success()  # the client has its answer; the upstream's connection failed afterwards
             return

@@ -39,6 +39,7 @@ from trigate.exchange.watchdog import Watchdog, call_timed_out
 from trigate.logs import log
 from trigate.openai.answer import Usage
 from trigate.routing.routes import Target
+from trigate.tracebacks import drop_frames
 from trigate.upstream.generation import Generation
 
 STOPPED = "The server stopped; the answer is incomplete. Try again."
@@ -156,6 +157,7 @@ class SharedCall:
             with self._scope:
                 await call.fetch(self)
         except GatewayError as raised:
+            drop_frames(raised)
             error = raised
         except Exception as defect:
             log.exception("exchange_crashed", request_id=self.id, model=self._request.call.model)

@@ -35,6 +35,7 @@ from trigate.openai.continuation import continuation_head
 from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
 from trigate.routing.target_state import Targets
+from trigate.tracebacks import drop_frames
 from trigate.upstream.generation import Route
 from trigate.upstream.reply import Reply
 from trigate.upstream.upstream import Upstream
@@ -201,6 +202,7 @@ class UpstreamCall:
             if not attempt.is_superseded:
                 attempt.outcome = Outcome.COMPLETE
         except GatewayError as raised:
+            drop_frames(raised)
             error = attempt.error = raised
             attempt.outcome = raised.code
         finally:
@@ -319,6 +321,7 @@ class UpstreamCall:
                 claim=self.claim,
                 count=self._count,
                 max_bytes=limits.response_bytes,
+                max_decoded_bytes=limits.decoded_bytes,
             )
         return BinaryAnswer(claim=self.claim, count=self._count)
 

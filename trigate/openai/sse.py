@@ -48,12 +48,16 @@ class EventSplitter:
     def __init__(self, *, max_event_bytes: int) -> None:
         self._max = max_event_bytes
         self._buffer = b""
+        self._pieces: list[bytes] = []  # of the unfinished event, behind `_buffer`; none of them holds a line end
+        self._pieces_bytes = 0
         self._started = False
         self._swallow_lf = False
 
     @property
     def pending(self) -> bytes:
         """The received part of an unfinished event."""
+        if self._pieces:
+            self._join()
         return self._buffer
 
     @property
@@ -64,7 +68,7 @@ class EventSplitter:
     @property
     def pending_bytes(self) -> int:
         """The size of the received part of an unfinished event."""
-        return len(self._buffer)
+        return len(self._buffer) + self._pieces_bytes
 
     def feed(self, data: bytes) -> list[bytes]:
         """Takes the next piece, and returns the events that it completed, each with its blank line.
@@ -77,6 +81,15 @@ class EventSplitter:
             self._swallow_lf = False
             if data[0] == 0x0A:
                 data = data[1:]
+        if self._started and self._buffer and b"\n" not in data and b"\r" not in data:
+            # A part of one long line, such as a picture. Appending it to the buffer would copy the buffer each time.
+            if self.pending_bytes + len(data) > self._max:
+                raise self._too_large([])
+            self._pieces.append(data)
+            self._pieces_bytes += len(data)
+            return []
+        if self._pieces:
+            self._join()
         scan = max(0, len(self._buffer) - 3)
         buffer = self._buffer + data if self._buffer else data
         if not self._started:
@@ -97,9 +110,17 @@ class EventSplitter:
             self._swallow_lf = True
         for index, event in enumerate([*events, rest] if len(buffer) > self._max else ()):
             if len(event) > self._max:
-                raise EventTooLarge(f"an event is larger than {self._max} bytes", events[:index])
+                raise self._too_large(events[:index])
         self._buffer = rest
         return events
+
+    def _join(self) -> None:
+        self._buffer = b"".join([self._buffer, *self._pieces])
+        self._pieces.clear()
+        self._pieces_bytes = 0
+
+    def _too_large(self, before: list[bytes]) -> EventTooLarge:
+        return EventTooLarge(f"an event is larger than {self._max} bytes", before)
 
 
 def data_of(event: bytes) -> bytes | None:
@@ -134,6 +155,8 @@ def without_resumption(event: bytes) -> bytes:
     >>> without_resumption(b"id: 7\nevent: x\ndata: a\n\n"), without_resumption(b"data: id\n\n")
     (b'event: x\ndata: a\n\n', b'data: id\n\n')
     """
+    if event.startswith(b"data") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event
     if not _RESUMPTION.search(event) and b"\r" not in event:
         return event  # a search costs less than splitting lines, but does not know that a CR ends one
     lines = [line for line in _LINE.split(event) if line]

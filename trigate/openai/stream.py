@@ -133,11 +133,11 @@ class StreamReader:
                     self._keep(plain)
                 return plain
         tracker = self._tracker
-        too_large: sse.EventTooLarge | None = None
+        too_large = ""  # the message: the error itself would keep this frame
         try:
             events = self._splitter.feed(piece) if not tracker.complete else []
         except sse.EventTooLarge as error:
-            events, too_large = error.before, error
+            events, too_large = error.before, str(error)
         frames = [self._held]
         held_bytes = len(self._held)
         for event in events:
@@ -155,7 +155,7 @@ class StreamReader:
                         f"The upstream {self._upstream} sent {held_bytes} bytes without any content."
                     )
                     break
-        if too_large is not None and not tracker.complete and tracker.error is None:
+        if too_large and not tracker.complete and tracker.error is None:
             tracker.error = ProtocolViolation(f"The upstream {self._upstream} sent too much: {too_large}.")
         self.events += len(frames) - 1
         out = b"".join(frames)

@@ -57,6 +57,7 @@ from trigate.runs.request import (
 from trigate.sessions.service import Sessions, SessionTurn
 from trigate.store.interface import Store
 from trigate.store.records import Run, Turn
+from trigate.tracebacks import drop_frames
 from trigate.upstream.generation import Generations
 
 MAX_STARTS = 50
@@ -138,6 +139,7 @@ class RunExecution:
                     case action:
                         assert_never(action)
         except GatewayError as error:
+            drop_frames(error)
             await self._fail(error)
         except Exception as error:
             log.exception("run_crashed", run=self._run.id, channel=self._run.channel)

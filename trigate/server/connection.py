@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,8 @@ def make_service(
         timers: Close idle connections.
         poller: Reports disconnects; None = there is none.
     """
-    return Service(http1.Service(app, timers, config.keep_alive_timeout_s, state, poller), config)
+    head_timeout_s = config.head_timeout_s or math.inf
+    return Service(http1.Service(app, timers, config.keep_alive_timeout_s, state, poller, head_timeout_s), config)
 
 
 async def serve_connection(

@@ -23,6 +23,7 @@ of them costs more than parsing a request. The rules for editing it:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from email.utils import formatdate
@@ -42,6 +43,7 @@ from trigate.server.client_capabilities import Client
 from trigate.server.client_stream import YIELD_AFTER_BYTES, ClientStream
 from trigate.server.request_head import HeadRefused
 from trigate.server.request_parser import RequestParser
+from trigate.tracebacks import drop_frames
 
 # Any: the values of an ASGI message depend on its type, and the specification has no narrower one.
 Message: TypeAlias = MutableMapping[str, Any]
@@ -68,9 +70,10 @@ class Service:
     Args:
         app: The ASGI app.
         timers: Close connections that wait too long for a request.
-        keep_alive_timeout_s: How long a connection may wait for a (whole) request head.
+        keep_alive_timeout_s: How long a connection may wait for a request.
         state: The lifespan state, copied into the scope of each request.
         poller: Reports disconnects; None = there is none.
+        head_timeout_s: How long the head of a request may take from its first byte to its last one.
         announces_close: Each response announces the end of its connection, and is its last one. If a response had begun
             before, one more request is served: its client does not know of the end, and may have sent a request.
         draining: No connection waits for another request.
@@ -81,6 +84,7 @@ class Service:
     keep_alive_timeout_s: float
     state: Mapping[str, Any] = attrs.field(factory=dict)  # Any: values of the app
     poller: Poller | None = None
+    head_timeout_s: float = math.inf
     announces_close: bool = False
     draining: bool = False
     _date_at: int = attrs.field(init=False, default=0)
@@ -204,18 +208,34 @@ class Connection:
             return True
 
     async def _wait_request(self) -> bool:
-        """Reads the head of a request. Returns False if none arrives, or none is waited for."""
-        parser = self._parser
+        """Reads the head of a request. Returns False if none arrives, or none is waited for.
+
+        Raises:
+            HeadRefused: It is not acceptable, or not complete in time.
+        """
+        parser, timeout_s = self._parser, self._service.head_timeout_s
         if self._service.draining:
             return False
         self._idle_since = trio.current_time()
-        while True:
+        while not parser.buffered:
             data = await self.client_stream.read()
             if not data:
                 return False
             parser.feed(data)
             if parser.next_request():
                 return True
+        self._idle_since = trio.current_time()
+        with trio.move_on_after(timeout_s):  # only here: nearly every head arrives in one piece
+            while True:
+                data = await self.client_stream.read()
+                if not data:
+                    return False
+                parser.feed(data)
+                if parser.next_request():
+                    return True
+        raise HeadRefused(
+            408, f"The head of the request did not arrive within {timeout_s:g} s (server.head_timeout_s)."
+        )
 
     def _check_idle(self, now: float) -> float:
         # One timer for the connection: setting a deadline for each request would cost as much as parsing it.
@@ -262,6 +282,7 @@ class Connection:
             self.client_stream.on_disconnect = None
         if crash is not None:
             log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
+            drop_frames(crash)
         if (
             self._phase < _BEGUN
             and not self.client_stream.broken

@@ -49,6 +49,7 @@ from trigate.logs import log
 from trigate.server import http1, request_head
 from trigate.server.http1 import Address, Application, Message, Send
 from trigate.server.request_head import HeadRefused
+from trigate.tracebacks import drop_frames
 
 _SendOrEnd: TypeAlias = Callable[[Message | None], Awaitable[None]]
 """hypercorn's ``send`` for an app; None = the app has returned."""
@@ -223,6 +224,7 @@ class _AppTasks:
                 crash = group
         if crash is not None:
             log.error("app_crashed", method=scope["method"], path=scope["path"], exc_info=crash)
+            drop_frames(crash)
             await self._send_internal_error(send)
         await send(None)
 

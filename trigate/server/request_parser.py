@@ -23,6 +23,8 @@ from trigate.server.request_head import HeadRefused, RequestHead
 
 MAX_CHUNK_HEAD_BYTES = 256
 """The size of the head of a chunk: its length and its extensions."""
+MAX_CHUNK_BYTES = 10**18 - 1
+"""The declared size of a chunk; no body is as long. (A Content-Length has at most 18 digits.)"""
 MAX_EXTENSIONS_BYTES = 16 * 1024
 """The size of all chunk extensions of a body together."""
 MAX_TRAILERS_BYTES = 8 * 1024
@@ -30,6 +32,7 @@ MAX_TRAILERS_BYTES = 8 * 1024
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,16})(;[^\r\n]*)?\r\n")
+_TRANSFER_ENCODING = re.compile(rb"(\ntransfer-encoding:)[^\r\n]*(\r\n)", re.IGNORECASE)
 _CHUNKED_HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -120,6 +123,8 @@ class _ChunkWalk:
                     raise HeadRefused(400, f"The chunk extensions have more than {MAX_EXTENSIONS_BYTES} bytes.")
             position = head.end()
             length = int(head[1], 16)
+            if length > MAX_CHUNK_BYTES:
+                raise HeadRefused(400, f"A chunk is longer than {MAX_CHUNK_BYTES} bytes.")
             if length:
                 self._left = length + 2
             else:
@@ -189,8 +194,11 @@ class RequestParser:
             return False
         end = head.end
         fields = _Fields()
+        raw = data if end == len(data) else data[:end]
+        if head.chunked:  # llhttp refuses some of the whitespace that RFC 9110 allows around a value
+            raw = _TRANSFER_ENCODING.sub(b"\\1chunked\\2", raw, 1)
         try:
-            HttpRequestParser(fields).feed_data(data if end == len(data) else data[:end])
+            HttpRequestParser(fields).feed_data(raw)
         except HttpParserUpgrade:
             pass  # to another protocol; a server may ignore the offer
         except HttpParserInvalidMethodError:

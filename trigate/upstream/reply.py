@@ -7,19 +7,18 @@ A reply has one of two sources: a response of our own `pool`, or the response of
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import httpx2
 import trio
 
+from trigate.content_coding import CODINGS, Decoder, NotDecodable, coding_of
 from trigate.errors import GatewayError, ProtocolViolation, Truncated, Unavailable, UpstreamTimeout
 from trigate.upstream.pool import Opening, Response
 from trigate.upstream.response_parser import NotHttp
 
 _CLOSE_GRACE_S = 1.0
-_INFLATED_BYTES = 1024 * 1024
 
 
 def translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, answered: bool) -> GatewayError:
@@ -136,7 +135,7 @@ class Reply:
     """An upstream's answer: its head, and its body piece by piece.
 
     The gateway asks for identity encoding. The body of a provider that compresses anyway (gzip, deflate) is decoded, in
-    bounded pieces.
+    bounded pieces (`trigate.content_coding`).
 
     Args:
         name: The upstream, for error messages.
@@ -151,9 +150,8 @@ class Reply:
         self._source = source
         self.status = source.status
         self.content_type = source.header("content-type").partition(";")[0].strip().lower()
-        self._encoding = source.header("content-encoding").strip().lower() or "identity"
-        self._inflate = zlib.decompressobj(wbits=47) if self._encoding in ("gzip", "x-gzip", "deflate") else None
-        self._deflated = b""
+        self._encoding = coding_of(source.header("content-encoding"))
+        self._decoder = Decoder(self._encoding) if self._encoding in CODINGS else None
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -164,7 +162,7 @@ class Reply:
     def plain_response(self) -> Response | None:
         """The response whose socket a relay may read itself; None where TLS or compression lies between."""
         response = self._source.response
-        return response if response is not None and response.socket is not None and self._inflate is None else None
+        return response if response is not None and response.socket is not None and self._decoder is None else None
 
     def abandon(self) -> None:
         """Closes the connection at once, from any task. Does nothing for a transport that is not our own."""
@@ -182,50 +180,57 @@ class Reply:
             Truncated: The connection broke, or the body ended before its framing or its compression did.
             ProtocolViolation: The body is not HTTP, has an unknown encoding, or cannot be decoded.
         """
-        if self._inflate is None:
+        decoder = self._decoder
+        if decoder is None:
             return await self._receive_raw()
         while True:
-            deflated = self._deflated or await self._receive_raw()
-            if deflated is None:
-                if not self._inflate.eof:
-                    raise Truncated(f"The compressed answer of the upstream {self._name} was truncated.")
-                return None
             try:
-                piece = self._inflate.decompress(deflated, _INFLATED_BYTES)
-            except zlib.error as error:
+                piece = decoder.next_piece()
+            except NotDecodable as error:
                 raise ProtocolViolation(
                     f"The upstream {self._name} sent a body that cannot be decoded: {error}."
                 ) from None
-            self._deflated = self._inflate.unconsumed_tail
             if piece:
+                await trio.lowlevel.checkpoint()  # a few received bytes may become many pieces
                 return piece
+            data = await self._receive_raw()
+            if data is None:
+                if not decoder.complete:
+                    raise Truncated(f"The compressed answer of the upstream {self._name} was truncated.")
+                return None
+            decoder.feed(data)
 
     async def _receive_raw(self) -> bytes | None:
-        if self._encoding != "identity" and self._inflate is None:
+        if self._encoding != "identity" and self._decoder is None:
             raise ProtocolViolation(f"The upstream {self._name} sent a body encoded as {self._encoding[:50]!r}.")
         try:
             return await self._source.receive()
         except httpx2.TransportError as error:
             raise self.truncation_error(error) from error
 
-    async def read(self, max_bytes: int, *, on_piece: Callable[[], None] = lambda: None) -> bytes:
+    async def read(
+        self, max_bytes: int, *, max_decoded_bytes: int | None = None, on_piece: Callable[[], None] = lambda: None
+    ) -> bytes:
         """Returns the whole body.
 
         Args:
+            max_decoded_bytes: The limit for a compressed body, once it is decoded; None = ``max_bytes``.
             on_piece: Called for each piece that is received after the head.
 
         Raises:
-            ProtocolViolation: The body is larger than ``max_bytes``; or as `receive`.
+            ProtocolViolation: The body is larger than its limit; or as `receive`.
             Truncated: As `receive`.
         """
         response = self._source.response
-        if response is not None and response.complete and self._inflate is None and self._encoding == "identity":
+        if response is not None and response.complete and self._encoding == "identity":
             # The body was received together with its head, like that of most short answers.
             body = b"".join(response.pieces)
             response.pieces.clear()
             if len(body) <= max_bytes:
                 return body
             raise self._too_large(max_bytes)
+        if self._decoder is not None and max_decoded_bytes is not None:
+            max_bytes = min(max_bytes, max_decoded_bytes)
         pieces = []
         size = 0
         while (piece := await self.receive()) is not None:

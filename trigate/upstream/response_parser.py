@@ -179,7 +179,7 @@ class Framing:
         if parser.get_http_version() not in ("1.1", "1.0"):
             self._reject(f"HTTP/{parser.get_http_version()} was not asked for")
         for name, value in self.headers:
-            if name == b"transfer-encoding" and value.lower() != b"chunked":
+            if name == b"transfer-encoding" and value.rstrip(b" ").lower() != b"chunked":
                 self._reject(f"the transfer coding {value[:50]!r} was not asked for")
         self.keep_alive = parser.should_keep_alive()
         self.status = status

@@ -64,10 +64,12 @@ class HookCall(Protocol):
     """A request whose head has been checked, and whose body is yet to be read.
 
     Attributes:
-        body_bytes: The size limit of the body.
+        body_bytes: The size limit of the body that its hook sets; None = it sets none.
+        is_verified: Whether the sender is known before the body has been read.
     """
 
-    body_bytes: int
+    body_bytes: int | None
+    is_verified: bool
 
     async def serve(self, body: bytes, response: ClientResponse) -> None:
         """Answers the request. The caller cancels this when the client disconnects.
@@ -83,7 +85,8 @@ class PlatformCall:
     def __init__(self, adapter: Adapter, head: HookHead, hook: HookConfig) -> None:
         self._adapter = adapter
         self._headers = head.headers
-        self.body_bytes: int = hook.body_bytes
+        self.body_bytes: int | None = hook.body_bytes
+        self.is_verified = False
 
     async def serve(self, body: bytes, response: ClientResponse) -> None:
         """Passes the body to the adapter, and sends what it returns.
@@ -115,7 +118,8 @@ class MessageCall:
         self._prefers_async = payload.prefers_async(head.headers.get(b"prefer", b""))
         self._is_async = self._prefers_async or hook.reply == "callback"
         self._wants_events = payload.accepts_events(head.headers.get(b"accept", b""))
-        self.body_bytes: int = hook.body_bytes
+        self.body_bytes: int | None = hook.body_bytes
+        self.is_verified = verifier is None or verifier.scheme == "bearer"
 
     async def serve(self, body: bytes, response: ClientResponse) -> None:
         """Verifies the signature, then answers a challenge, or accepts the message as a run and answers with its
