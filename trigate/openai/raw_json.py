@@ -45,7 +45,8 @@ def split_client_fields(data: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
         BadRequest: It is not UTF-8.
         msgspec.DecodeError, RecursionError: It is not a JSON object.
     """
-    data = _as_utf8(data)
+    if not data.isascii():
+        data = _as_utf8(data)
     try:
         return data, split_fields(data)
     except msgspec.DecodeError:
@@ -55,7 +56,8 @@ def split_client_fields(data: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
 
 def decode_client(data: bytes) -> Any:  # Any: JSON of any shape
     """Decodes a client's JSON. Accepts and raises what `split_client_fields` does."""
-    data = _as_utf8(data)
+    if not data.isascii():
+        data = _as_utf8(data)
     try:
         return _any_decoder.decode(data)
     except msgspec.DecodeError:
@@ -78,8 +80,6 @@ def problem_of(error: msgspec.DecodeError, data: bytes) -> str:
 
 
 def _as_utf8(data: bytes) -> bytes:
-    if data.isascii():
-        return data
     try:
         data.decode()  # a Raw field is not validated
     except UnicodeDecodeError as error:

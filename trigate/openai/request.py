@@ -43,6 +43,7 @@ class Call:
 
     Attributes:
         model: The id that the client asked for; the answer has the same. ``default``, if the client named none.
+        names_model: Whether the client named a model.
         stream: Whether the client asks for server-sent events.
         body: The body as it was received, except for what `raw_json.split_client_fields` replaces.
         fields: The body's top-level fields, each as it is in the body.
@@ -51,6 +52,7 @@ class Call:
 
     endpoint: Endpoint
     model: str
+    names_model: bool = True
     stream: bool
     body: bytes = attrs.field(repr=False)
     fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
@@ -59,16 +61,11 @@ class Call:
     @property
     def public_model(self) -> str | None:
         """The model id of the answer; None = the upstream's own, as the client named none."""
-        return self.model if self._names_model else None
-
-    @property
-    def _names_model(self) -> bool:
-        raw = self.fields.get("model")
-        return raw is not None and bytes(raw) != b"null"
+        return self.model if self.names_model else None
 
     def body_for(self, model: str) -> bytes:
         """The body to send upstream: this call's, with the upstream's own model id, if the client named a model."""
-        if not self._names_model:
+        if not self.names_model:
             return self.body
         return with_model(self.body, self.fields, msgspec.json.encode(model))
 
@@ -119,6 +116,7 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
     model = _decoded(fields, "model")
+    names_model = model is not None
     if model is None:
         if not endpoint.model_optional:
             raise BadRequest("You must provide a model.", param="model")
@@ -140,7 +138,7 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
         raise BadRequest("stream_options must be an object.", param="stream_options")
     # audio/speech asks for events with `stream_format: "sse"`
     events = bool(stream) or (endpoint.answer == "bytes" and _decoded(fields, "stream_format") == "sse")
-    return Call(endpoint=endpoint, model=model, stream=events, body=body, fields=fields)
+    return Call(endpoint=endpoint, model=model, names_model=names_model, stream=events, body=body, fields=fields)
 
 
 def _decoded(fields: Mapping[str, msgspec.Raw], name: str) -> Any:  # Any: JSON of any shape, checked by the caller
