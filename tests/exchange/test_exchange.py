@@ -36,6 +36,7 @@ from tests.support.provider import (
     usage,
 )
 from trigate.exchange import view
+from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 
 KEEP_ALIVE = b": keep-alive\n"
@@ -464,6 +465,56 @@ async def test_an_upstream_that_never_ends_its_body_is_closed(open_app: OpenApp,
         assert call.returned_at - begun < 1
         assert served.providers["up"].calls[0].ended == "closed"
         served.assert_clean()
+
+
+async def test_json_for_a_streamed_call_becomes_a_stream(open_app: OpenApp) -> None:
+    """A provider that does not stream: the client gets one event with the whole answer, and ``[DONE]``."""
+    script = (Head(200, "application/json"), Say(b"\n "), Say(completion("Hel")[:50]), Say(completion("Hel")[50:]))
+    async with open_app(providers=Provider(script)) as served:
+        call = await served.client.chat(stream=True).wait()
+        assert call.header("content-type").startswith("text/event-stream")
+        assert b'"delta":{"role":"assistant","content":"Hel"}' in call.body
+        assert b'"model":"up/m"' in call.body
+        assert call.body.endswith(b"\n\ndata: [DONE]\n\n")
+        assert (served.settled[0].outcome, served.settled[0].usage) == ("complete", Usage(3, 2))
+        served.assert_clean()
+
+
+async def test_a_stream_for_a_plain_call_becomes_json(open_app: OpenApp) -> None:
+    """A provider that always streams: the client gets one JSON answer. A truncated stream is an error."""
+    async with open_app(providers=Provider(says("Hel", "lo"), (Say(content("Hel")),))) as served:
+        call = await served.client.chat(stream=False).wait()
+        assert call.header("content-type") == "application/json"
+        assert call.json["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
+        assert (call.json["object"], call.json["model"]) == ("chat.completion", "up/m")
+        cut = await served.client.chat(stream=False).wait()
+        assert (cut.status, cut.error["code"]) == (502, "upstream_truncated")
+        served.assert_clean()
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/octet-stream", "text/html"])
+async def test_a_stream_of_another_content_type(open_app: OpenApp, kind: str) -> None:
+    """What the body is decides, however it is split."""
+    body = content("Hello") + DONE
+    script = (Head(200, kind), Say(b"\xef\xbb\xbf"), Say(b"\n"), Say(body[:3]), Say(body[3:]))
+    async with open_app(providers=Provider(script)) as served:
+        assert (await served.client.chat(stream=True).wait()).body.endswith(DONE)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_error_object_with_status_200(open_app: OpenApp, stream: bool) -> None:
+    """It has the status that it stands for, and the provider's fields."""
+    async with open_app(providers=Provider(answers(b'{"error":{"message":"over quota","code":"q"}}'))) as served:
+        call = await served.client.chat(stream=stream).wait()
+        assert (call.status, call.error["message"], call.error["code"]) == (429, "over quota", "q")
+        assert call.header("x-should-retry") == "false"
+
+
+async def test_too_much_json_for_a_streamed_call(open_app: OpenApp) -> None:
+    """The limit of an event is that of the one event that it becomes."""
+    script = (Head(200, "application/json"), Say(b'{"x":"'), Say(b"a" * 3000))
+    async with open_app(make_config(limits={"event_bytes": 2000}), Provider(script)) as served:
+        assert (await served.client.chat(stream=True).wait()).error["code"] == "upstream_garbled"
 
 
 async def test_an_error_event_first_is_a_status(open_app: OpenApp) -> None:

@@ -5,7 +5,23 @@ from __future__ import annotations
 import gzip
 import zlib
 
-from tests.faults.fault import Endpoint, Expected, Fault, Fin, Hang, Pause, Repeat, Rst, Script, Send, SendSlowly, Step
+import msgspec
+
+from tests.faults.fault import (
+    Complete,
+    Endpoint,
+    Expected,
+    Fault,
+    Fin,
+    Hang,
+    Pause,
+    Repeat,
+    Rst,
+    Script,
+    Send,
+    SendSlowly,
+    Step,
+)
 from tests.faults.replies import (
     ALL,
     ALL_JSON,
@@ -254,6 +270,23 @@ def headed(name: str, start: bytes, gets: Expected, gets_json: Expected | None =
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
+AS_EVENTS = (
+    b"data: " + BODY.replace(b'completion"', b'completion.chunk"', 1).replace(b"message", b"delta") + b"\n\n" + DONE
+)
+AS_JSON = msgspec.json.encode(
+    {
+        **{name: field for name, field in msgspec.json.decode(BODY).items() if name != "choices"},
+        "choices": [
+            {
+                "index": 0,
+                "logprobs": None,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "Hello"},
+            }
+        ],
+    }
+)
+
 HEADS = (
     headed("No reason phrase", b"HTTP/1.1 200\r\n", ALL, ALL_JSON),
     headed("A few interim responses first", b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + OK, ALL, ALL_JSON),
@@ -297,10 +330,16 @@ HEADS = (
         "Content type `text/plain`",
         answer(EVENTS, kind="text/plain"),
         answer(BODY, kind="text/plain"),
-        GARBLED,
+        ALL,
         ALL_JSON,
     ),
-    fault("JSON instead of a stream, or a stream instead of JSON", GOOD_JSON, GOOD_STREAM, GARBLED),
+    fault(
+        "JSON instead of a stream, or a stream instead of JSON",
+        GOOD_JSON,
+        GOOD_STREAM,
+        Complete(AS_EVENTS, (3, 2), "as one event"),
+        Complete(AS_JSON, (3, 2), "put together"),
+    ),
 )
 
 # -- framing and codings ----------------------------------------------------------------------------------------------

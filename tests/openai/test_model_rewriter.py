@@ -64,7 +64,12 @@ def test_only_the_model_of_an_event_changes(
     """Only the model id changes, whatever a text quotes and in whatever order the keys come."""
     reader = make_reader(model=public)
     for content, order in events:
-        choices = [{"index": 0, "delta": {"content": content, "tool_calls": [{"function": {"arguments": content}}]}}]
+        choices = [
+            {
+                "index": 0,
+                "delta": {"content": content, "tool_calls": [{"index": 0, "function": {"arguments": content}}]},
+            }
+        ]
         values = {"id": content, "choices": choices, "model": upstream_s}
         chunk = {name: values[name] for name in order}
         out = reader.read(make_event(json.dumps(chunk, ensure_ascii=ascii_only, separators=separators).encode()))

@@ -55,6 +55,17 @@ _ODD = [
     b'{"x":{"model":"up"},"choices":[{"delta":{"content":"nested"}}]}',
     b'{"choices":[{"delta":{"content":"first"}}],"model":"up"}',
     b'{"choices":[{"delta":{"content":"none"}}]}',
+    _PLAIN.replace(b'{"content":"plain"}', b'{"tool_calls":[{"id":"a","function":{"name":"f"}}]}'),
+    _PLAIN.replace(b'{"content":"plain"}', b'{"content":"a","tool_calls":[{"id":"b","function":{"name":"f"}}]}'),
+    _PLAIN.replace(b'{"content":"plain"}', b'{"tool_calls":[{"index":0,"function":{"arguments":"a"}}]}'),
+    _PLAIN.replace(b'{"content":"plain"}', b'{"role":"assistant","content":"a"}'),
+    _PLAIN.replace(b'{"content":"plain"}', b'{"content":null,"reasoning":"a"}'),
+    _PLAIN.replace(b'"choices"', b'"x":null,"service_tier":"a","choices"'),
+    _PLAIN.partition(b'"choices"')[0] + b'"choices":null}',
+    _PLAIN.partition(b'"choices"')[0] + b'"choices":[]}',
+    b'{"type":"ping"}',
+    b"{}",
+    b"null",
     b'{"choices":[{"delta":{"role":"assistant"}}],"model":"up"}',
     b'[{"model":"up"}]',
     b'{"type":"response.created","response":{"model":"up"}}',
@@ -171,7 +182,7 @@ def test_unusual_events_between_plain_ones() -> None:
 def test_exactly_the_model_is_replaced(found: list[bytes], one_piece: bool) -> None:
     """The JSON of each event stays the same, except for the top-level model or that of its ``response``. Where no key
     is escaped, every other byte stays too."""
-    found = [_PLAIN, *(data for data in found if _is_json(data) and not json.loads(data).get("error"))]
+    found = [_PLAIN, *(data for data in found if _is_json(data) and not _is_changed(json.loads(data)))]
     pieces = [b"data: " + data + b"\n\n" for data in found]
     reader = StreamReader(CHAT, model="pub/lic", upstream="mock")
     out = b"".join(reader.feed(piece) for piece in ([b"".join(pieces)] if one_piece else pieces))
@@ -190,12 +201,50 @@ def test_exactly_the_model_is_replaced(found: list[bytes], one_piece: bool) -> N
             assert after == b"data: " + before.replace(was, b'"pub/lic"', 1)
 
 
+def _is_changed(value: dict[str, Any]) -> bool:
+    """Whether it is an error or a heartbeat, or has a tool call without an index."""
+    if value.get("error") or value in ({}, {"type": "ping"}) or value.get("choices", 0) is None:
+        return True
+    choices = value.get("choices") or [{}]
+    return any("index" not in call for call in choices[0].get("delta", {}).get("tool_calls", ()))
+
+
 def _is_json(data: bytes) -> bool:
     try:
         json.loads(data)
     except ValueError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        b'{"content":"%d"}',
+        b'{"role":"assistant","content":"%d"}',
+        b'{"content":null,"reasoning_content":"%d"}',
+        b'{"tool_calls":[{"index":0,"function":{"arguments":"%d"}}]}',
+    ],
+)
+@pytest.mark.parametrize("more", [b"", b'"system_fingerprint":"fp","service_tier":null,"usage":null,'])
+def test_runs_of_equal_events_are_plain(delta: bytes, more: bytes) -> None:
+    """Texts, reasoning and the arguments of tool calls take the shortcut from their second event on, in the layouts of
+    the usual providers."""
+    taken = []
+
+    class Reader(StreamReader):
+        def _feed_plain(self, piece: bytes) -> bytes | None:
+            taken.append(super()._feed_plain(piece))
+            return taken[-1]
+
+    reader = Reader(CHAT, model="pub/lic", upstream="mock")
+    event = (
+        b"data: " + _PLAIN.replace(b'{"content":"plain"}', delta).replace(b'"choices"', more + b'"choices"') + b"\n\n"
+    )
+    for piece in (b"data: " + _PLAIN + b"\n\n", event % 1, event % 2, (event % 3) * 2):
+        reader.feed(piece)
+    assert None not in taken[-2:]
+    assert taken[-1] == (event % 3).replace(b'"up"', b'"pub/lic"') * 2
 
 
 def test_plain_events_take_the_shortcut() -> None:

@@ -378,6 +378,7 @@ async def test_a_refused_key_makes_it_down(status: int, state: str) -> None:
     """A call that gets 401 shows that no call can be served, so ``default`` goes elsewhere; other answers do not."""
     upstream = _upstream(_answering(status=200)[0])
     upstream.note_up()
+    await trio.lowlevel.checkpoint()
     upstream.note_failure(rejection("mock", status, b"") if status < 500 else Unavailable("it broke", reachable=True))
     assert upstream.state == state
 

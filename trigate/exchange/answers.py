@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import attrs
 import httpx2
@@ -21,6 +22,7 @@ from trigate.exchange.outcome import Phase
 from trigate.exchange.sink import PlainSocket, Sink
 from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.translation import Reader, Translation
+from trigate.openai.conversion import BLANKS, are_events
 from trigate.openai.request import Call
 from trigate.upstream.reply import Reply
 
@@ -65,11 +67,8 @@ class StreamAnswer:
     async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
         """Moves whole events until the stream is complete. As `Answer.relay`."""
         name = attempt.target.upstream
-        if reply.content_type not in ("text/event-stream", ""):
-            raise ProtocolViolation(
-                f"The upstream {name} was asked for a stream and answered with {reply.content_type}."
-            )
         attempt.phase = Phase.WAITING
+        piece = await self._receive_first(attempt, reply)
         reader = attempt.reader = self.translation.stream_reader(
             self.call,
             upstream=name,
@@ -77,14 +76,16 @@ class StreamAnswer:
             keep_bytes=self.keep_bytes,
             continues=self.continues,
         )
-        claimed = False
+        claimed, is_first = False, True
         while True:
             if claimed and await self._run_fast_path(attempt, reply, reader, sink):
                 if reader.complete:
                     return await self._end(attempt, reply, sink, b"")
                 if reader.error is not None:
                     raise reader.error
-            piece = await attempt.receive(reply)
+            if not is_first:
+                piece = await attempt.receive(reply)
+            is_first = False
             data = reader.feed(piece) if piece is not None else reader.feed_end()
             if reader.error is not None and not claimed:
                 raise reader.error  # nothing has been sent: the next target may answer
@@ -101,6 +102,34 @@ class StreamAnswer:
                 await attempt.send(sink, data)
             if reader.error is not None:
                 raise reader.error
+
+    async def _receive_first(self, attempt: Attempt, reply: Reply) -> bytes | None:
+        """Receives the first bytes of the body; JSON is received whole, and becomes a stream.
+
+        Raises:
+            ProtocolViolation: They are neither, or too many.
+        """
+        name, kind = attempt.target.upstream, reply.content_type
+        while (piece := await attempt.receive(reply)) is not None:
+            body = piece.lstrip(BLANKS)
+            if body.startswith((b"{", b"[")):
+                pieces = [body]
+                size = len(body)
+                while (piece := await attempt.receive(reply)) is not None:
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > self.max_event_bytes:
+                        raise ProtocolViolation(
+                            f"The upstream {name} answered with JSON of more than {self.max_event_bytes} bytes."
+                        )
+                return self.translation.events(self.call, b"".join(pieces), upstream=name)
+            if body and (kind in ("text/event-stream", "") or are_events(body)):
+                return piece
+            if body:
+                break
+        if kind not in ("text/event-stream", ""):
+            raise ProtocolViolation(f"The upstream {name} was asked for a stream and answered with {kind}.")
+        return None
 
     async def _end(self, attempt: Attempt, reply: Reply, sink: Sink, data: bytes) -> bytes | None:
         """Ends the answer. The connection is kept only if the end of the reply's HTTP framing arrives soon.
@@ -170,6 +199,10 @@ class JsonAnswer:
         attempt.phase = Phase.READING
         attempt.waiting_since = math.inf
         body = await reply.read(self.max_bytes, max_decoded_bytes=self.max_decoded_bytes, on_piece=attempt.note_byte)
+        if not body.startswith(b"{") and are_events(body.lstrip(BLANKS)[:8]):
+            # rare, and as long as the answer: it must not hold other calls up
+            collect = partial(self.translation.collected, self.call, body, upstream=attempt.target.upstream)
+            body = await trio.to_thread.run_sync(collect, abandon_on_cancel=True)
         data, usage = self.translation.answer(self.call, body, upstream=attempt.target.upstream)
         if not self.claim(attempt):
             return None

@@ -15,6 +15,7 @@ import msgspec
 from trigate.config.sections import UpstreamConfig
 from trigate.errors import GatewayError
 from trigate.openai.answer import Usage, decode_answer
+from trigate.openai.conversion import answer_of, events_of
 from trigate.openai.history_fields import history_fields_of
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
@@ -87,6 +88,20 @@ class Translation(Protocol):
             continues: The fields that all events of the continued stream have in common; None = it is a new stream.
         """
 
+    def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        """Makes a stream, as the upstream would have sent it, of a JSON answer to a streamed call.
+
+        Raises:
+            GatewayError: It is not an answer, or one that no stream can be made of.
+        """
+
+    def collected(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        """Makes a JSON answer, as the upstream would have sent it, of a stream that answers a call without ``stream``.
+
+        Raises:
+            GatewayError: It is not complete, or no answer can be made of it.
+        """
+
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
         """Translates a whole JSON answer; returns it with the token counts in it.
 
@@ -125,6 +140,12 @@ class _PassThrough:
             keep_bytes=keep_bytes,
             head=continues,
         )
+
+    def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        return events_of(body, call, upstream=upstream)
+
+    def collected(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        return answer_of(body, call, upstream=upstream)
 
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
         return decode_answer(body, call.endpoint, model=call.public_model, upstream=upstream)

@@ -4,7 +4,8 @@ A request is forwarded as it came: its body is split into its top-level fields, 
 sent, and joined again with another ``model``. The package knows no server, no upstream and no configuration.
 
 Read first `request` (a client's call), then `stream` (an answer in events) and `answer` (an answer in one piece).
-`accumulator` puts a streamed answer together again; `continuation` lets a second upstream continue a stream.
+`accumulator` puts a streamed answer together again for a session; `conversion` makes events of JSON, and JSON of
+events; `continuation` lets a second upstream continue a stream. `provider_error` reads what a provider says is wrong.
 
 Source: OpenAI API reference (chat/completions, completions, embeddings, responses, moderations, audio/speech,
 images/generations); which events end a stream is from its "Streaming" pages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -71,14 +72,16 @@ def decode_answer(body: bytes, endpoint: Endpoint, *, model: str | None, upstrea
     try:
         fields = split_provider_fields(body)
     except (ValueError, RecursionError) as error:
+        if glued := _GLUED.search(body):  # some servers end JSON like a stream
+            return decode_answer(body[: glued.start()], endpoint, model=model, upstream=upstream)
         value = decode_any(body)
         if isinstance(value, list) and any(isinstance(item, dict) and is_error(item) for item in value[:1]):
             raise reported(upstream, value) from None
         raise ProtocolViolation(
             f"The upstream {upstream} answered with something that is not a JSON object: {error}."
         ) from None
-    results = bytes(fields.get(endpoint.results, b"null"))
-    if results in _NO_RESULTS or (b'"error"' in results and endpoint.needs_finish_reason):
+    results = fields.get(endpoint.results)
+    if results is None or memoryview(results).nbytes <= len(b"null") or body.count(b'"error"'):
         _check_results(body, endpoint, upstream=upstream)
     usage = parse_usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
     if usage is None and b'"usage"' in body:
@@ -88,7 +91,7 @@ def decode_answer(body: bytes, endpoint: Endpoint, *, model: str | None, upstrea
     return with_model(body, fields, msgspec.json.encode(model)), usage
 
 
-_NO_RESULTS = (b"null", b"[]")
+_GLUED = re.compile(rb"\s+data: ?\[DONE\]\s*\Z")
 
 
 def _check_results(body: bytes, endpoint: Endpoint, *, upstream: str) -> None:
@@ -96,8 +99,10 @@ def _check_results(body: bytes, endpoint: Endpoint, *, upstream: str) -> None:
     value = decode_any(body) or {}
     results = value.get(endpoint.results)
     error: GatewayError | None = None
-    if results and endpoint.needs_finish_reason:
-        if all(isinstance(choice, dict) and choice.get("error") for choice in results):  # OpenRouter
+    if results:
+        if endpoint.needs_finish_reason and all(
+            isinstance(choice, dict) and choice.get("error") for choice in results
+        ):  # OpenRouter
             error = reported(upstream, results[0])
     elif is_error(value):
         error = reported(upstream, value)

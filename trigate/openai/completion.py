@@ -128,10 +128,11 @@ class CompletionTracker:
         if self._needs_finish_reason and not data.count(b'"choices":[') and not data.count(b'"choices": ['):
             value = decode_any(data)
             return self._examine(data) if isinstance(value, dict) else not _is_empty(value, data)
-        return data not in _NOTHING
+        return len(data) > len(b"null") or data not in _NOTHING
 
     def may_matter(self, part: bytes) -> bool:
-        """Whether an event after the first content may set an attribute, going by a part of its data.
+        """Whether an event after the first content may set an attribute, or has tool calls, which may lack their
+        indexes, going by a part of its data.
 
         The part must hold every field that is not in each event of the stream. Never False where `observe` would set
         an attribute; only for streams of one choice.
@@ -139,7 +140,7 @@ class CompletionTracker:
         # `count` is faster than `in`, see trigate.openai.stream
         if part.count(b'"error"') or (part.count(b'"usage"') and _has_value(part, b'"usage"')):
             return True
-        if self._needs_finish_reason and _has_value(part, b'"finish_reason"'):
+        if self._needs_finish_reason and (part.count(b'"tool_calls"') or _has_value(part, b'"finish_reason"')):
             return True
         if not self._last_types:
             return False

@@ -16,6 +16,20 @@ from trigate.openai import sse
 from trigate.openai.raw_json import has_plain_model_key, join_fields, split_fields, split_provider_fields
 
 _NESTING_OR_LINE_END = re.compile(rb"[{}\r\n]")
+# What follows the model id in an event of a stream of choices, up to where the events of one run differ: the beginning
+# of a text, or the rest of a tool call that has its index. Fields that say something of the stream are null in it.
+_UP_TO_CONTENT = re.compile(
+    rb"""
+    (?: ,\s? " (?!choices") (?: \w+":\s?null | (?!error"|usage"|finish_reason") \w+":\s? (?: "[^"\\]*" | -?\d+ ) ) )*
+    ,\s? "choices":\s? \[ \{
+    (?: "\w+":\s? (?: null | \d+ ) ,\s? )*
+    (?: "text":\s?"
+      | "delta":\s? \{ (?: "\w+":\s? (?: null | "" | "assistant" | \[\] ) ,\s? )*
+        (?: "tool_calls":\s? \[ \{ "index":\s?\d+ ,\s? | "\w+":\s?" )
+    )
+    """,
+    re.X,
+)
 
 
 class ModelRewriter:
@@ -23,19 +37,22 @@ class ModelRewriter:
 
     Args:
         model: The public model id; None = events keep the upstream's.
-        watched: A `prefix` never contains one of these.
+        watched: The part of a `prefix` up to the model id never contains one of these.
+        in_choices: It is a stream of choices.
 
     Attributes:
-        prefix: How an event began that was rewritten in place, from ``data: {`` to the end of the upstream's model id;
-            b"" if there was none. Another event with this prefix has its model at the same place.
-        public_prefix: The same with the public id, without its closing quote.
+        prefix: How an event began that was rewritten in place, from ``data: {`` to the end of the upstream's model id,
+            or, in a stream of choices, to the beginning of its content; b"" if there was none. Another event with this
+            prefix has its model at the same place.
+        public_prefix: The same with the public id, without its last byte.
     """
 
-    __slots__ = ("_found", "_public", "_replacement", "_watched", "prefix", "public_prefix")
+    __slots__ = ("_found", "_in_choices", "_public", "_replacement", "_watched", "prefix", "public_prefix")
 
-    def __init__(self, model: str | None, *, watched: tuple[bytes, ...]) -> None:
+    def __init__(self, model: str | None, *, watched: tuple[bytes, ...], in_choices: bool) -> None:
         self._public = msgspec.json.encode(model) if model is not None else b""
         self._watched = watched
+        self._in_choices = in_choices
         self._found = b""  # the key and the upstream's id, as the last event had them
         self._replacement = b""
         self.prefix = b""
@@ -71,9 +88,10 @@ class ModelRewriter:
         end = at + len(self._found)
         public_prefix = event[:at] + self._replacement
         if event.startswith(b"data: {") and _is_at_top_level(event, at):
-            prefix = event[:end]
-            if not any(text in prefix for text in self._watched):
-                self.prefix, self.public_prefix = prefix, public_prefix[:-1]
+            rest = _UP_TO_CONTENT.match(event, end) if self._in_choices else None
+            if (rest or not self._in_choices) and not any(text in event[:end] for text in self._watched):
+                more = rest[0] if rest else b""
+                self.prefix, self.public_prefix = event[:end] + more, (public_prefix + more)[:-1]
         return public_prefix + event[end:]
 
 

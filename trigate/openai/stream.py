@@ -1,14 +1,16 @@
 """A stream on its way through the gateway: bytes of the upstream in, bytes for the client out, in whole events.
 
-Three parts work on a stream, and none of them decodes more than it needs:
+Four parts work on a stream, and none of them decodes more than it needs:
 
 - `trigate.openai.sse.EventSplitter` finds the events;
 - `trigate.openai.completion.CompletionTracker` learns what the gateway must know: the first content, the end, an error,
   the usage;
-- `trigate.openai.model_rewriter.ModelRewriter` replaces the upstream's model id by the public one.
+- `trigate.openai.model_rewriter.ModelRewriter` replaces the upstream's model id by the public one;
+- `trigate.openai.tool_calls.ToolCallIndexes` adds indexes that tool calls lack.
 
 `StreamReader` connects them, and has a shortcut. Nearly every event of nearly every stream is one line, begins like the
-one before it up to and including the model id, and holds nothing that the tracker must see. Such an event is *plain*:
+one before it up to the model id, and in a chat up to the text, and holds nothing that the tracker must see. Such an
+event is *plain*:
 the public prefix replaces the upstream's, and a few searches check that the rest is as harmless as it looks. That costs
 a quarter of the general way. An event with the same prefix as one that was parsed has its model at the same place, so
 both ways give the same result; a test feeds the same streams to both.
@@ -28,6 +30,7 @@ from trigate.openai.continuation import ContinuationHead, continued
 from trigate.openai.endpoints import DONE, Endpoint
 from trigate.openai.model_rewriter import ModelRewriter
 from trigate.openai.raw_json import decode_any
+from trigate.openai.tool_calls import ToolCallIndexes
 
 
 class StreamReader:
@@ -59,6 +62,7 @@ class StreamReader:
         "_rewriter",
         "_shortcut",
         "_splitter",
+        "_tool_calls",
         "_tracker",
         "_upstream",
         "events",
@@ -82,7 +86,9 @@ class StreamReader:
         self._head = head
         self._splitter = sse.EventSplitter(max_event_bytes=max_event_bytes)
         self._tracker = CompletionTracker(endpoint, upstream=upstream, choices=choices)
-        self._rewriter = ModelRewriter(model, watched=self._tracker.watched)
+        in_choices = endpoint.needs_finish_reason
+        self._rewriter = ModelRewriter(model, watched=self._tracker.watched, in_choices=in_choices)
+        self._tool_calls = ToolCallIndexes() if in_choices else None
         self._shortcut = choices == 1 and head is None
         self._prefix = b""  # b"" = the next piece is not tried as plain events
         self._public_prefix = b""
@@ -206,6 +212,10 @@ class StreamReader:
             return b""  # comments are the upstream's keep-alive; the gateway sends its own
         if not self._tracker.observe(event, data):
             return b""
+        if self._tool_calls is not None and data.count(b'"tool_calls"'):
+            indexed = self._tool_calls.added(data)
+            if indexed is not data:
+                event, data = sse.with_data(event, indexed), indexed
         rewritten = self._rewriter.rewrite(sse.without_resumption(event), data)
         if self._head is None:
             return rewritten
