@@ -17,6 +17,7 @@ from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.errors import (
     GatewayError,
+    Overloaded,
     ProtocolViolation,
     Rejected,
     Throttled,
@@ -25,6 +26,7 @@ from trigate.errors import (
     UpstreamTimeout,
 )
 from trigate.routing.routes import Known
+from trigate.upstream.connect import NoDescriptor
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.reply import Httpx2Source, Reply
 from trigate.upstream.response_parser import NotHttp
@@ -220,6 +222,7 @@ async def test_read_is_bounded() -> None:
     ("raised", "translated"),
     [
         (httpx2.ConnectTimeout("slow"), UpstreamTimeout),
+        (NoDescriptor("the process can open no other connection"), Overloaded),
         (httpx2.ConnectError("refused"), Unavailable),
         (httpx2.ConnectError(""), Unavailable),
         (httpx2.RemoteProtocolError("not HTTP"), ProtocolViolation),

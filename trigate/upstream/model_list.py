@@ -78,6 +78,8 @@ class ModelPoll:
             except GatewayError as error:
                 if isinstance(error, Rejected) and error.status not in (401, 403):
                     upstream.note_up()  # the upstream answers, but has no list, or none for this gateway
+                elif error.blame == "gateway":
+                    log.warning("models_not_listed", upstream=upstream.name, error=error.message)
                 elif upstream.state != "down" or upstream.reason != error.message:
                     log.warning("models_not_listed", upstream=upstream.name, error=error.message)
                     upstream.note_down(error)
