@@ -58,6 +58,10 @@ SYSTEM_FAULTS = {
     "The journal of the ledger": "Calls are served; records wait in memory for the store",
     "A journal that is cut or damaged at any byte": "Its other lines are recorded",
     "The sockets by which workers notify each other": "The worker joins the others later",
+    "Starting the process of a worker, or of the embedded model": "It is tried again after a pause",
+    "Reading the configuration at a reload": "The configuration stays, and the log says so",
+    "Loading the control plane at its first request": "503 `overloaded`; the next request tries again",
+    "Writing a line of the log": "The line is dropped",
 }
 """What fails, and what happens then."""
 
