@@ -723,7 +723,7 @@ async def test_silent_tls_connections_make_room(
     limited(monkeypatch, 3)
     async with open_server(App(), tls_config) as running:
         silent = [await running.connect() for _ in range(2)]
-        for _ in range(4):
+        for _ in range(3):
             trust = client_tls(authority, "h2")
             stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
             client = H2Client(stream)

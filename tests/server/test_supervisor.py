@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from tests.support.processes import environment
-from tests.support.shortage import os_error
+from tests.support.shortage import ERRORS, os_error
 from trigate.config.sections import Count, Port, Seconds, ServerConfig
 from trigate.server import supervisor
 from trigate.server.listeners import ListenError, open_sockets
@@ -288,8 +288,8 @@ async def test_workers_that_never_start_end_the_supervisor(logs: Any, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "EAGAIN", "ENOMEM", "EIO"])
-async def test_a_process_that_cannot_be_started(name: str, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [*map(os_error, ERRORS), RuntimeError("can't start new thread")], ids=str)
+async def test_a_process_that_cannot_be_started(error: Exception, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried again after a pause, and the other worker goes on."""
     monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
     open_process, calls = trio.lowlevel.open_process, 0
@@ -299,7 +299,7 @@ async def test_a_process_that_cannot_be_started(name: str, logs: Any, monkeypatc
         nonlocal calls
         calls += 1
         if calls in (2, 3, 4, 5):
-            raise os_error(name)
+            raise error
         process = await open_process(*arguments, **named)
         if calls > 5:
             started.set()
@@ -312,7 +312,7 @@ async def test_a_process_that_cannot_be_started(name: str, logs: Any, monkeypatc
         with trio.fail_after(10):
             await started.wait()
         nursery.cancel_scope.cancel()
-    assert [line["reason"] for line in logs.named("worker_not_started")] == [str(os_error(name))] * 4
+    assert [line["reason"] for line in logs.named("worker_not_started")] == [str(error)] * 4
     assert not logs.named("worker_died")
 
 

@@ -157,7 +157,7 @@ class _Supervisor:
         while not self.stop.is_set():
             try:
                 process = await self._start(worker, replaces)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no thread can be started
                 if self.stop.is_set():  # its sockets have just been closed
                     break
                 log.warning("worker_not_started", worker=worker.number, reason=str(error))
