@@ -222,7 +222,6 @@ async def test_read_is_bounded() -> None:
     ("raised", "translated"),
     [
         (httpx2.ConnectTimeout("slow"), UpstreamTimeout),
-        (NoDescriptor("the process can open no other connection"), Overloaded),
         (httpx2.ConnectError("refused"), Unavailable),
         (httpx2.ConnectError(""), Unavailable),
         (httpx2.RemoteProtocolError("not HTTP"), ProtocolViolation),
@@ -249,6 +248,16 @@ async def test_failures_before_the_reply(raised: Exception, translated: type[Gat
     assert upstream.in_flight == 0
     if isinstance(caught.value, UpstreamTimeout):
         assert caught.value.phase == "connect"
+
+
+async def test_no_descriptor_for_a_connection() -> None:
+    """It is a failure of the gateway, which says when to try again, and nothing that another target could avoid."""
+    upstream = _upstream(_raising(NoDescriptor("the process can open no other connection")))
+    with pytest.raises(Overloaded, match="mock") as caught:
+        async with upstream.open("POST", "/chat/completions"):
+            pytest.fail("there is no reply")
+    assert (caught.value.blame, caught.value.retryable, caught.value.retry_after_s) == ("gateway", False, 1.0)
+    assert upstream.in_flight == 0
 
 
 @pytest.mark.parametrize(

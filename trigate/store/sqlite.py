@@ -42,7 +42,6 @@ from trigate.store.records import StoreStatistics
 from trigate.store.sqlite_file import File, open_file, unavailable
 from trigate.store.tables import Tables
 
-
 T = TypeVar("T")
 
 RETRY_S = 0.25
