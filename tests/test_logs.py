@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from tests.support.processes import environment
+from tests.support.shortage import ERRORS, os_error
 from trigate import logs
 from trigate.logs import log, message_of
 
@@ -114,6 +116,31 @@ def test_a_sink_stays() -> None:
 def test_a_log_that_nobody_can_write(closing: str) -> None:
     """A closed standard error, or a full disk, fails no call."""
     assert _logged(f"{closing}\nlog.info('one')\nos._exit(0)\n") == ""
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_line_that_the_system_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system answers, no caller notices, and later lines are written."""
+
+    class Full(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise os_error(name)
+            return super().write(text)
+
+    stream = Full()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(log, "_level", 0)
+    monkeypatch.setattr(log, "sink", None)
+    logs.configure({})
+    log.info("lost")
+    log.error("lost", exc_info=ValueError("lost"))
+    stream.full = False
+    log.info("written")
+    assert stream.getvalue().endswith(" written\n")
+    assert stream.getvalue().count("\n") == 1
 
 
 @pytest.mark.slow

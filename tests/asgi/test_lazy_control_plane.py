@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.support.gateway import OpenApp
 from tests.support.processes import environment
+from tests.support.shortage import ERRORS, os_error
 from trigate.asgi import lazy_control_plane
 
 HEAVY = ("quart", "flask", "werkzeug", "jinja2", "hypercorn", "h2", "h11", "wsproto", "multiprocessing")
@@ -23,6 +25,26 @@ async def test_two_first_requests(open_app: OpenApp, monkeypatch: pytest.MonkeyP
         assert (await first.wait()).status == 200
         assert (await second.wait()).status == 200
         assert lazy_control_plane._MODULE in sys.modules
+
+
+@pytest.mark.parametrize(
+    "error", [*map(os_error, ERRORS), ImportError("no module"), RuntimeError("can't start new thread")], ids=str
+)
+async def test_it_cannot_be_loaded(open_app: OpenApp, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That request gets 503 and the time to try again; the next one tries again, and other requests are served."""
+
+    def refuse(name: str) -> None:
+        raise error
+
+    monkeypatch.delitem(sys.modules, lazy_control_plane._MODULE)
+    async with open_app() as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib, "import_module", refuse)
+            refused = await served.client.ask("GET", "/status")
+            assert (refused.status, refused.header("retry-after")) == (503, "1")
+            assert refused.json["error"]["code"] == "overloaded"
+            assert (await served.client.ask("GET", "/health")).status == 200
+        assert (await served.client.ask("GET", "/status")).status == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

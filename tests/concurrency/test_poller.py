@@ -271,8 +271,23 @@ async def test_nothing_is_left_when_it_is_closed(pairs: list[Pair]) -> None:
             raise ValueError("out of the block")
     assert _epolls() == before
     assert near.recv(1) == b"x"
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         kept[0].add(near.fileno(), READABLE, lambda _: None)
+
+
+async def test_a_removal_after_the_close_does_nothing(pairs: list[Pair], logs: Logs) -> None:
+    """A task that is cancelled after its poller was closed still removes its socket without an error. So does one whose
+    socket was closed too early, which is logged."""
+    (near, _), (early, _), *_ = pairs
+    async with open_poller() as poller:
+        assert poller is not None
+        for sock in (near, early):
+            poller.add(sock.fileno(), READABLE, lambda _: None)
+        fd = early.fileno()
+        early.close()
+        logs.expect_error("poller_lost_a_socket")
+        poller.remove(fd)
+    poller.remove(near.fileno())
 
 
 async def test_it_ends_while_sockets_are_ready(pairs: list[Pair]) -> None:

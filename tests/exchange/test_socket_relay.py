@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import select
 import socket
 import struct
@@ -386,6 +388,40 @@ async def test_an_internal_error_is_raised_in_its_exchange(monkeypatch: pytest.M
         await other.say(DONE)
         await other.ended.wait()
         assert other.reader.complete
+
+
+def _refuse_watches(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the kernel refuse every further watch of the poller."""
+
+    def refuse(fd: int, events: int, callback: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(scene.poller, "add", refuse)
+
+
+@pytest.mark.parametrize("moment", ["at the start", "parked by an event", "parked by a comment", "resumed"])
+async def test_a_refused_watch_ends_its_stream(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel refuses to watch a socket, the exchange is woken with a failure, and the relay keeps running."""
+    small = moment.startswith("parked") or moment == "resumed"
+    async with open_scene(start=moment != "at the start", buffer_bytes=8192 if small else None) as scene:
+        match moment:
+            case "at the start":
+                _refuse_watches(scene, monkeypatch)
+                scene.nursery.start_soon(scene.run)
+            case "parked by an event":
+                _refuse_watches(scene, monkeypatch)
+                await scene.say(content("x" * 2_000_000))
+            case "parked by a comment":
+                _refuse_watches(scene, monkeypatch)
+                scene.stream.inject(b":" + b"x" * 2_000_000 + b"\n")
+            case "resumed":
+                _, talking = await _park(scene)
+                talking.cancel()
+                _refuse_watches(scene, monkeypatch)
+                await scene.take_until(scene.ended.is_set)
+        await scene.ended.wait()
+        assert str(scene.stream.failure) == "No space left on device"
+        assert scene.error is None
 
 
 # -- a client that does not read --------------------------------------------------------------------------------------

@@ -30,6 +30,41 @@ but not what an answer can be.
 `tests/faults/page.py` generates this page from `tests/faults/catalogue.py`.
 """
 
+SYSTEM = """
+## The gateway's own system
+
+A failure of the system (no file descriptor, thread or memory left; a full, failing or read-only disk) is the failure of
+the operation that met it, and of nothing else. The tests inject each error in each of these places.
+
+| what fails | what happens |
+|---|---|
+"""
+SYSTEM_FAULTS = {
+    "Silent connections, more than there are [descriptors](../how-to/deploy.md#file-descriptors)": (
+        "Those that have been idle the longest are closed; calls are served"
+    ),
+    "Connections with a request, more than there are descriptors": (
+        "New ones get 503 `overloaded` or are closed; the others continue"
+    ),
+    "Accepting a connection": "Connections that wait are closed, and accepting is tried again after 0.1 s",
+    "Connecting to an upstream, for lack of a descriptor, a thread or memory": (
+        "It takes the descriptor of an idle connection, else 503 `overloaded`; "
+        "the state of the upstream and its breaker do not change"
+    ),
+    "Watching a socket": "That stream ends with an error",
+    "Opening, reading or writing the store, or a lock on it for more than 5 s": (
+        "503 `store_unavailable` for what needs the store, which is opened again after 0.25 s"
+    ),
+    "The journal of the ledger": "Calls are served; records wait in memory for the store",
+    "A journal that is cut or damaged at any byte": "Its other lines are recorded",
+    "The sockets by which workers notify each other": "The worker joins the others later",
+    "Starting the process of a worker, or of the embedded model": "It is tried again after a pause",
+    "Reading the configuration at a reload": "The configuration stays, and the log says so",
+    "Loading the control plane at its first request": "503 `overloaded`; the next request tries again",
+    "Writing a line of the log": "The line is dropped",
+}
+"""What fails, and what happens then."""
+
 
 def page() -> str:
     """Returns the text of the page."""
@@ -37,6 +72,8 @@ def page() -> str:
     for title, faults in CATALOGUE.items():
         parts.append(f"\n## {title}\n\n| what the provider does | a stream | JSON |\n|---|---|---|\n")
         parts += [f"| {fault.name} | {_cell(fault, 'one-stream')} | {_cell(fault, 'one-json')} |\n" for fault in faults]
+    parts.append(SYSTEM)
+    parts += [f"| {what} | {then} |\n" for what, then in SYSTEM_FAULTS.items()]
     return "".join(parts)
 
 

@@ -15,6 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.asgi_client import AsgiClient
 from tests.support.logs import Logs
 from tests.support.provider import DONE, MemoryTransport, Pause, Provider, Say, Stall, content, says
+from tests.support.shortage import ERRORS, os_error
 from trigate.asgi.application import create_app
 from trigate.config.sections import ConfigError, UpstreamConfig
 from trigate.config.structure import structure
@@ -182,6 +183,27 @@ async def test_upstreams_that_cannot_be_opened_change_nothing(
     await files.reload(toml("c"))
     assert files.gateway.reloader.error is None
     assert files.open_transports == ["c"]
+
+
+@pytest.mark.parametrize("error", [*map(os_error, ERRORS), RuntimeError("can't start new thread")], ids=str)
+async def test_a_file_that_the_system_does_not_read(
+    files: Files, logs: Logs, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Neither a look at the file nor a reload that fails changes anything, and the next ones work."""
+
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trio._path.run_sync", fail)
+        if isinstance(error, OSError):
+            logs.expect_error("reload_refused")
+            patch.setattr(Path, "read_text", fail)
+        await files.wait_watched()
+        assert (await files.client.chat(model="a/m").wait()).body.endswith(DONE)
+    await files.reload(toml("b"))
+    assert await files.models() == ["default", "b/m"]
+    assert files.gateway.reloader.error is None
 
 
 async def test_missing_certificate_authorities(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.shortage import ERRORS, os_error
 from trigate.ledger import journal
-from trigate.ledger.journal import Journal, Orphan, records_of, take_orphans
+from trigate.ledger.journal import Journal, Orphan, journals, records_of, take_orphan
 from trigate.store.records import ExchangeRecord
 
 
@@ -47,6 +50,17 @@ def read(written: Journal | Orphan) -> list[str]:
     return [record.id for records in written.slices() for record in records]
 
 
+def orphans(store: str) -> list[list[str]]:
+    """The ids in each journal of an exited process; removes these journals."""
+    found = []
+    for path in journals(store):
+        with take_orphan(path) as orphan:
+            if orphan is not None:
+                found.append(read(orphan))
+                orphan.remove()
+    return found
+
+
 def test_lines_come_back(store: str) -> None:
     """Records are read in order, in slices of whole lines, also a line that is longer than a slice."""
     written = Journal(store, "w")
@@ -64,12 +78,12 @@ def test_a_journal_that_is_not_removed_is_an_orphan(store: str) -> None:
     written = Journal(store, "w")
     written.write(begun(1).encode())
     assert os.stat(written.path).st_mode & 0o077 == 0
-    with take_orphans(store) as orphans:
-        assert orphans == []  # its process lives
+    assert orphans(store) == []  # its process lives
     written.close(remove=False)
-    with take_orphans(store) as orphans:
-        assert [read(orphan) for orphan in orphans] == [["ex_1"]]
-        orphans[0].remove()
+    with take_orphan(written.path) as first, take_orphan(written.path) as second:
+        assert first is not None
+        assert second is None  # another process has it
+    assert orphans(store) == [["ex_1"]]
     assert files(store) == []
 
 
@@ -122,7 +136,58 @@ def test_damage_is_left_out(logs: Any) -> None:
     logs.expect_error("journal_damaged")
     lines = begun(1).encode() + b"\n\0\0\0 nonsense\n" + begun(2).encode() + b"\n"
     assert [each.id for each in records_of(lines)] == ["ex_1", "ex_2"]
-    assert len(logs.named("journal_damaged")) == 1
+    [entry] = logs.named("journal_damaged")
+    assert (entry["lines"], entry["bytes"]) == (1, 12)
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\0", b"[", b'"'])
+def test_a_line_without_an_end(store: str, byte: bytes, logs: Any) -> None:
+    """A file that is not a journal is read within bounded memory, and what is behind it is found."""
+    logs.expect_error("journal_damaged")
+    written = Journal(store, "w")
+    written.write(begun(1).encode())
+    os.write(written._fd, byte * 3 * journal.MAX_LINE_BYTES + b"\n")
+    written.write(begun(2).encode())
+    assert read(written) == ["ex_1", "ex_2"]
+    assert len(logs.named("journal_damaged")) < 6
+    written.close(remove=True)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("call", ["os.open", "os.write", "os.fstat", "os.makedirs", "fcntl.flock"])
+def test_a_journal_that_cannot_be_opened(store: str, call: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every error of the system is an `OSError` of the journal, and leaves no descriptor open."""
+    before = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
+
+    def fail(*_: object, **__: object) -> None:
+        raise os_error(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        with pytest.raises(OSError, match=re.escape(str(os_error(name).strerror))):
+            Journal(store, "w").write(begun(1).encode())
+    if sys.platform == "linux" and call != "os.write":
+        assert os.listdir("/proc/self/fd") == before
+    written = Journal(store, "v")
+    written.write(begun(2).encode())
+    assert read(written) == ["ex_2"]
+    written.close(remove=True)
+
+
+@pytest.mark.parametrize("call", ["os.unlink", "os.close"])
+def test_a_journal_that_cannot_be_removed(store: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotation continues in the new file, and a close never fails."""
+    written = Journal(store, "w")
+
+    def fail(*_: object, **__: object) -> None:
+        raise os_error("EROFS")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        written.rotate([begun(1)])
+        written.write(begun(2).encode())
+        assert read(written) == ["ex_1", "ex_2"]
+        written.close(remove=True)
 
 
 def _write_for_ever(store: str, reports: Connection) -> None:
@@ -153,7 +218,6 @@ def test_what_a_killed_process_has_written_is_found(store: str) -> None:
             last = receiver.recv_bytes()
         except EOFError:
             break
-    with take_orphans(store) as orphans:
-        found = [each for orphan in orphans for each in read(orphan)]
+    [found] = orphans(store)
     assert found == [f"ex_{number}" for number in range(1, len(found) + 1)]
     assert len(found) - int(last) in (0, 1)

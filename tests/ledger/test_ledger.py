@@ -19,8 +19,11 @@ from tests.support.asgi_client import chat
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Pause, Provider, Say, Stall, answers, content, says
+from tests.support.shortage import ERRORS, os_error
 from trigate.ledger import ledger
 from trigate.store.memory import MemoryStore
+from trigate.store.records import AttemptRecord, ExchangeRecord
+from trigate.store.tables import Tables
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}\n\n'
 
@@ -209,6 +212,163 @@ async def test_an_unwritable_journal(open_app: OpenApp, tmp_path: Path, logs: An
                 await trio.sleep(0.1)
         assert len(found["data"]) == 3
     assert [path.name for path in blocked.glob("*-exchanges-*")] == []
+
+
+@pytest.mark.parametrize("tokens", [2**31, 2**63, 10**30, -1])
+async def test_a_count_that_is_none(open_app: OpenApp, autojump_clock: MockClock, tokens: int) -> None:
+    """An upstream's count that cannot be one of tokens is not recorded. The record and those beside it are."""
+    odd = content("a") + b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":1}}\n\n' % tokens
+    async with open_app(make_config(), Provider((Say(odd), Say(DONE)), says("b"))) as served:
+        for _ in range(2):
+            await served.client.chat().wait()
+        await trio.sleep(10)
+        records = (await listed(served))["data"]
+        assert [each["outcome"] for each in records] == ["complete"] * 2
+        assert [each["counted"] for each in records] == [True, True]
+
+
+def _journal(path: Path) -> bytes:
+    """The lines of a process with exchanges that were settled and one that was not, with text of any kind."""
+    for number in range(5):
+        record = ExchangeRecord(
+            id=f"ex_{path.name}_{number}",
+            request_id="r\u2028\0\u00fc",
+            owner="ada",
+            worker="w",
+            endpoint="/chat/completions",
+            model="\U0001f30d" * 9,
+            stream=True,
+            started_at=1.5e9,
+        )
+        lines = record.encode() + b"\n"
+        if number:
+            record.outcome, record.status, record.ended_at, record.prompt_tokens = "complete", 200, 2e9, 10**6
+            record.first_content_s = 0.25
+            record.attempts = (
+                AttemptRecord(
+                    target="up/m",
+                    why="first",
+                    started_s=0.0,
+                    duration_s=1.0,
+                    outcome="complete",
+                    status=None,
+                    first_content_s=0.25,
+                ),
+            )
+            lines += record.encode() + b"\n"
+        with path.open("ab") as file:
+            file.write(lines)
+    return path.read_bytes()
+
+
+@pytest.mark.slow
+async def test_damaged_journals(open_app: OpenApp, tmp_path: Path, logs: Any) -> None:
+    """Journals that are cut or flipped at every 64th byte: what is left of them is recorded, and the gateway serves."""
+    logs.expect_error("journal_damaged")
+    whole = _journal(tmp_path / "whole")
+    for at in range(0, len(whole), 64):
+        damaged = {"cut": whole[:at]}
+        for mask in (0x01, 0x10, 0x20, 0x80, 0xFF):
+            damaged[f"flipped{mask}"] = whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
+        for name, data in damaged.items():
+            # each with ids of its own
+            data = data.replace(b"whole", b"%b%d" % (name.encode(), at))
+            (tmp_path / f"a.db-exchanges-{name}.{at}").write_bytes(data)
+    (tmp_path / "a.db-exchanges-directory.0").mkdir()
+    async with open_app(make_config(), Provider(says("a")), store=tmp_path / "a.db") as served:
+        with trio.fail_after(30):
+            await served.gateway.ledger.flush()
+        assert (await served.client.chat().wait()).status == 200
+        after, found = "", 0
+        while (page := await listed(served, f"?limit=100{after}"))["data"]:
+            found += len(page["data"])
+            after = f"&after={page['data'][-1]['id']}"
+        statistics = served.gateway.ledger.statistics()
+    # of each journal, all but the damaged line; and of a cut one, what is in front of the cut
+    files = -(-len(whole) // 64)
+    assert found > 5 * files * (5 - 1) + files * 5 / 3
+    assert statistics.error is None
+    [entry] = logs.named("journal_unusable")
+    assert entry["reason"] == "It cannot be read: Is a directory."
+    assert [path.name for path in tmp_path.glob("a.db-exchanges-*")] == ["a.db-exchanges-directory.0"]  # noqa: ASYNC240
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("call", ["os.open", "os.pread", "os.unlink"])
+async def test_the_journal_of_another_process_cannot_be_used(
+    open_app: OpenApp, tmp_path: Path, call: str, name: str, logs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is reported once. Its records are stored once, and calls and the records of this process are not affected."""
+    monkeypatch.setattr(ledger, "ORPHANS_S", 0.0)
+    path = tmp_path / "a.db-exchanges-dead.0"
+    _journal(path)
+    function = getattr(os, call.removeprefix("os."))
+
+    def fail(at: Any, *rest: Any) -> Any:
+        if at == str(path) or (call == "os.pread" and os.readlink(f"/proc/self/fd/{at}") == str(path)):
+            raise os_error(name)
+        return function(at, *rest)
+
+    monkeypatch.setattr(call, fail)
+    async with open_app(make_config(), Provider(says("a")), store=tmp_path / "a.db") as served:
+        for _ in range(3):
+            await served.gateway.ledger.flush()
+        assert (await served.client.chat().wait()).status == 200
+        assert len((await listed(served))["data"]) == (6 if call == "os.unlink" else 1)
+        assert served.gateway.ledger.statistics().error is None
+        monkeypatch.setattr(call, function)
+        [entry] = logs.named("journal_unusable")
+        assert str(os_error(name).strerror) in entry["reason"]
+        assert len(logs.named("exchanges_lost")) == (1 if call == "os.unlink" else 0)
+        await served.gateway.ledger.flush()
+        assert len((await listed(served))["data"]) == 6
+        assert len(logs.named("exchanges_lost")) == 1
+        assert path.exists() is (call == "os.unlink")
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("call", ["os.open", "os.write", "os.pread", "fcntl.flock"])
+async def test_the_journal_of_this_process_cannot_be_used(
+    open_app: OpenApp, tmp_path: Path, call: str, name: str, logs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls are served, and their records reach the store."""
+    monkeypatch.setattr(ledger, "MAX_WAITING", 3)
+    logs.expect_error("ledger_degraded")
+
+    def fail(*_: object, **__: object) -> Any:
+        raise os_error(name)
+
+    async with open_app(make_config(), Provider(*[says("a")] * 9), store=tmp_path / "a.db") as served:
+        await served.gateway.store.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(call, fail)
+            for _ in range(4 if call == "os.pread" else 2):
+                assert (await served.client.chat().wait()).status == 200
+            await served.gateway.ledger.flush()
+            assert str(os_error(name).strerror) in (served.gateway.ledger.statistics().error or "")
+            await served.client.chat().wait()
+        served.gateway.ledger._retry_at = 0.0
+        await served.client.chat().wait()
+        await served.gateway.ledger.flush()
+        assert len((await listed(served))["data"]) == (6 if call == "os.pread" else 4)
+        assert served.gateway.ledger.statistics().error is None
+    assert len(logs.named("ledger_degraded")) == 1
+
+
+async def test_a_defect_does_not_end_the_gateway(
+    open_app: OpenApp, autojump_clock: MockClock, logs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unexpected exception while records are written is logged once, and the records are written later."""
+    logs.expect_error("ledger_crashed")
+    async with open_app(make_config(), Provider(*[says("a")] * 2)) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tables, "put_exchanges", lambda tables, records: 1 / 0)
+            await served.client.chat().wait()
+            await trio.sleep(30)
+        await trio.sleep(10)
+        assert served.gateway.ledger.statistics().error is None
+        assert len((await listed(served))["data"]) == 1
+    assert len(logs.named("ledger_crashed")) == 1
 
 
 async def test_long_journals_are_replaced(open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

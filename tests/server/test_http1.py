@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import select
 import socket
 import sys
@@ -834,6 +836,27 @@ async def test_half_a_request_is_never_served(autojump_clock: trio.testing.MockC
         await client.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
         await client.send_eof()
         await read_all(client)
+    assert told == ["http.disconnect"]
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
+async def test_leaving_is_told_where_the_kernel_refuses_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disconnect is reported also where the poller cannot watch another socket."""
+    told = []
+
+    def refuse(self: object, fd: int, events: int, callback: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        told.append((await receive())["type"])
+
+    monkeypatch.setattr(poller.Poller, "add", refuse)
+    async with open_sockets(app) as (client, _):
+        await client.send_all(HELLO)
+        await client.aclose()
+        while not told:
+            await trio.testing.wait_all_tasks_blocked(0.001)
     assert told == ["http.disconnect"]
 
 

@@ -20,14 +20,17 @@ import attrs
 import h2.events
 import pytest
 import trio
+import trio.testing
 import trustme
 
 from tests.server.test_connection import H2_GET, H2Client, client_tls
 from tests.server.test_http1 import HELLO, body_of, hello, read_all, read_until, say
 from tests.server.test_request_head import BAD
 from tests.support.processes import environment
+from tests.support.shortage import ERRORS, no_descriptors, os_error
+from trigate.concurrency import descriptors
 from trigate.config.sections import Port, Seconds, ServerConfig
-from trigate.server import http2, listeners, request_head, server, shutdown
+from trigate.server import acceptor, http2, listeners, request_head, server, shutdown
 from trigate.server.http1 import Application, Message, Receive, Send
 from trigate.server.lifespan import StartupFailed, open_lifespan
 from trigate.server.listeners import ListenError, open_sockets
@@ -631,9 +634,9 @@ async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPa
     found = []
     start = server._Server._start
 
-    def look(self: Any, stream: trio.SocketStream, connections: trio.Nursery) -> None:
+    def look(self: Any, stream: trio.SocketStream) -> None:
         found.append(stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
-        start(self, stream, connections)
+        start(self, stream)
 
     monkeypatch.setattr(server._Server, "_start", look)
     async with open_server(App(), attrs.evolve(CONFIG, tcp_user_timeout_s=Seconds(1.5))) as running:
@@ -641,24 +644,161 @@ async def test_accepted_sockets_have_a_user_timeout(monkeypatch: pytest.MonkeyPa
     assert found == [1500]
 
 
-async def test_too_many_files_are_survived(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without free file descriptors, the server keeps trying, logs one line a second, and then serves again."""
+# -- file descriptors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ERRORS)
+async def test_a_failure_to_accept_is_survived(name: str, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system answers, the server keeps trying, logs one line a second, and then serves again."""
     accept, failures = trio.SocketListener.accept, 0
 
     async def starved(self: trio.SocketListener) -> trio.SocketStream:
         nonlocal failures
         if failures < 5:
             failures += 1
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise os_error(name)
         return await accept(self)
 
     monkeypatch.setattr(trio.SocketListener, "accept", starved)
-    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.005)
+    monkeypatch.setattr(acceptor, "PAUSE_S", 0.005)
     async with open_server(App()) as running:
+        while failures < 5:  # noqa: ASYNC110 - the listener does not know this task
+            await trio.sleep(0.005)
         await running.assert_alive()
     [line] = logs.named("accept_failed")
-    assert line["reason"] == "EMFILE"
+    assert line["reason"] == name
     assert failures == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is lowered below open files")
+async def test_no_descriptor_is_left(logs: Any) -> None:
+    """New connections are closed at once, running streams continue, and there is at most one line a second in the log.
+    As soon as there are descriptors again, the server serves again."""
+    app = App()
+    async with open_server(app) as running:
+        stream = await running.ask("/stream")
+        await read_until(stream, b"data: 1\n\n\r\n")
+        port = int(running.url.rpartition(":")[2])
+        new = [trio.socket.socket() for _ in range(20)]
+        with no_descriptors(), trio.fail_after(1):
+            for sock in new:
+                await sock.connect(("127.0.0.1", port))
+            for sock in new:
+                assert await sock.recv(1) == b""
+        for sock in new:
+            sock.close()
+        with trio.fail_after(1):
+            await running.assert_alive()
+        app.go_on.set()
+        await read_until(stream, b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert 1 <= len(logs.named("accept_failed")) <= 2
+    assert {line["reason"] for line in logs.named("accept_failed")} == {"EMFILE"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is lowered below open files")
+async def test_an_idle_connection_makes_room_for_a_descriptor(logs: Any) -> None:
+    """Where no descriptor is left, an idle connection is closed for a new one."""
+    async with open_server(App()) as running:
+        idle = [await running.connect() for _ in range(3)]
+        await running.assert_alive()
+        client = trio.SocketStream(trio.socket.socket())
+        with no_descriptors(), trio.fail_after(2):
+            while True:
+                await client.socket.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+                await client.send_all(HELLO)
+                try:
+                    assert body_of(await read_until(client, b"GET /")) == b"GET /"
+                    break
+                except (AssertionError, trio.BrokenResourceError):  # it was closed: it comes again
+                    assert await idle[0].receive_some() == b""
+                    await client.aclose()
+                    client = trio.SocketStream(trio.socket.socket())
+        await client.aclose()
+
+
+async def test_silent_tls_connections_make_room(
+    authority: trustme.CA, tls_config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So do connections that do not begin their TLS handshake, and idle HTTP/2 connections."""
+    limited(monkeypatch, 3)
+    async with open_server(App(), tls_config) as running:
+        silent = [await running.connect() for _ in range(2)]
+        for _ in range(3):
+            trust = client_tls(authority, "h2")
+            stream = trio.SSLStream(await running.connect(), trust, server_hostname="127.0.0.1", https_compatible=True)
+            client = H2Client(stream)
+            number = await client.ask(H2_GET)
+            await client.read(h2.events.StreamEnded, number)
+        for each in silent:
+            with trio.fail_after(1):
+                await read_all(each)
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, connections: int) -> None:
+    """Lets a server have this many connections."""
+    monkeypatch.setattr(descriptors, "max_pairs", lambda: connections)
+
+
+async def test_idle_connections_make_room(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent connections keep nobody out: at the limit, those that have been idle the longest are closed. A connection
+    that serves a request is not."""
+    limited(monkeypatch, 10)
+    app = App()
+    async with open_server(app) as running:
+        busy = await running.ask("/stream")
+        await read_until(busy, b"data: 1\n\n\r\n")
+        silent = [await running.connect() for _ in range(9)]
+        await silent[0].send_all(b"GET / HTT")  # a part of a head is still silence
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        for _ in range(30):
+            await running.assert_alive()
+        more = [await running.connect() for _ in range(30)]
+        await running.assert_alive()
+        for stream in (*silent, *more[:20]):
+            with trio.fail_after(1):
+                await read_all(stream)
+        app.go_on.set()
+        await read_until(busy, b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert 1 <= len(logs.named("connection_limit")) <= 2
+    assert logs.named("connection_limit")[0]["limit"] == 10
+
+
+@pytest.mark.parametrize("speaks", [True, False], ids=["with a request", "silent"])
+async def test_beyond_the_limit(speaks: bool, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every connection serves a request, a new one gets 503 with the time to try again; a silent one is closed,
+    and so are those beyond the number of answers at once. Then new ones are served again."""
+    limited(monkeypatch, 2)
+    monkeypatch.setattr(acceptor, "REFUSALS", 3)
+    if not speaks:
+        monkeypatch.setattr(server, "REFUSAL_S", 0.1)
+    monkeypatch.setattr(acceptor, "PAUSE_S", 0.01)
+    app = App()
+    async with open_server(app) as running:
+        busy = [await running.ask("/stream") for _ in range(2)]
+        for stream in busy:
+            await read_until(stream, b"data: 1\n\n\r\n")
+        held = [await running.connect() for _ in range(3)]
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert await read_all(await running.connect()) == b""
+        for stream in held:
+            if speaks:
+                await stream.send_all(HELLO)
+            with trio.fail_after(1):
+                response = await read_all(stream)
+            if speaks:
+                assert response.startswith(b"HTTP/1.1 503 ")
+                assert b"\r\nretry-after: 1\r\n" in response
+                assert b"\r\nconnection: close\r\n" in response
+                assert json.loads(body_of(response))["error"]["code"] == "overloaded"
+            else:
+                assert response == b""
+        app.go_on.set()
+        for stream in busy:
+            await read_until(stream, b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        await trio.sleep(acceptor.PAUSE_S)
+        await running.assert_alive()
+    [line] = logs.named("connection_limit")
+    assert line["refused"] >= 1
 
 
 # -- TLS --------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 import trio
 
 from tests.support.processes import environment
+from tests.support.shortage import ERRORS, os_error
 from trigate.config.sections import Count, Port, Seconds, ServerConfig
 from trigate.server import supervisor
 from trigate.server.listeners import ListenError, open_sockets
@@ -235,6 +236,37 @@ def test_only_workers_of_one_gateway_share_a_port() -> None:
 
 
 @pytest.mark.slow
+async def test_a_worker_that_exits_during_a_stop(tmp_path: Path) -> None:
+    """While the others serve on for the time of notice, no connection waits for a worker that was still starting."""
+    hang = (
+        "import os, signal, sys, time\n"
+        "try:\n"
+        "    os.close(os.open(sys.argv[0] + '.first', os.O_CREAT | os.O_EXCL))\n"
+        "except FileExistsError:\n"
+        "    os.write(1, b'starts\\n')\n"
+        "    time.sleep(60)\n"
+    )
+    notice = "drain_notice_s=2.0, drain_timeout_s"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "WORKER", hang + WORKER.replace("drain_timeout_s", notice))
+        patch.setitem(globals(), "SUPERVISOR", SUPERVISOR.replace("drain_timeout_s", notice))
+        async with open_pool(tmp_path) as pool:
+            with trio.fail_after(20):
+                while True:  # until it comes to the worker that serves
+                    with trio.move_on_after(0.3):
+                        await pool.ask()
+                        break
+            await pool.wait_output(b"starts")
+            pool.process.terminate()
+            await pool.wait_output(b"worker_stopped")
+            for _ in range(20):
+                with trio.fail_after(1):
+                    await pool.ask()
+            with trio.fail_after(10):
+                assert await pool.process.wait() == 0
+
+
+@pytest.mark.slow
 async def test_sighup_is_passed_on(tmp_path: Path) -> None:
     """SIGHUP reaches each worker, and stops none."""
     async with open_pool(tmp_path) as pool:
@@ -253,6 +285,35 @@ async def test_workers_that_never_start_end_the_supervisor(logs: Any, monkeypatc
         await supervise(command, open_sockets(CONFIG), CONFIG)
     assert {entry["worker"] for entry in logs.named("worker_died")} == {1, 2}
     assert len(logs.named("worker_replaced")) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [*map(os_error, ERRORS), RuntimeError("can't start new thread")], ids=str)
+async def test_a_process_that_cannot_be_started(error: Exception, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again after a pause, and the other worker goes on."""
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
+    open_process, calls = trio.lowlevel.open_process, 0
+    started = trio.Event()
+
+    async def refuse(*arguments: Any, **named: Any) -> trio.Process:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 3, 4, 5):
+            raise error
+        process = await open_process(*arguments, **named)
+        if calls > 5:
+            started.set()
+        return process
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", refuse)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervise, command, open_sockets(CONFIG), CONFIG)
+        with trio.fail_after(10):
+            await started.wait()
+        nursery.cancel_scope.cancel()
+    assert [line["reason"] for line in logs.named("worker_not_started")] == [str(error)] * 4
+    assert not logs.named("worker_died")
 
 
 @pytest.mark.slow

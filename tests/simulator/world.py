@@ -496,7 +496,7 @@ class World:
                 ended.set()
 
             await nursery.start(run)
-            self._accept = lambda end: serving._start(end, nursery)  # type: ignore[arg-type] # a stream with addresses
+            self._accept = lambda end: serving._start(end)  # type: ignore[arg-type] # a stream with addresses
             for _ in range(CLIENTS):
                 clients.start_soon(run_client, self)
             await self._end.begun.wait()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -11,25 +9,8 @@ import trio
 from trio.testing import MockClock
 
 from tests.store.test_operations import turn
-from tests.support.processes import environment
 from trigate.errors import StoreUnavailable
 from trigate.store.memory import MemoryStore, open_memory_store
-
-
-@pytest.mark.slow
-def test_nothing_is_imported_before_the_first_operation() -> None:
-    """A gateway that uses no store does not import SQLite; its store is open nevertheless."""
-    code = (
-        "import sys\n"
-        "from trigate.store.memory import MemoryStore\n"
-        "from trigate.store.records import Turn\n"
-        "store = MemoryStore()\n"
-        "print(store.statistics().state, 'apsw' in sys.modules)\n"
-        "store.sessions.append(Turn(owner='o', key='k', messages=(), at=1.0))\n"
-        "print(store.statistics().state, 'apsw' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment(), capture_output=True, text=True)
-    assert done.stdout == "open False\nopen True\n"
 
 
 async def test_operations_run_inline(autojump_clock: MockClock) -> None:

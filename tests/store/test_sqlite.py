@@ -26,6 +26,7 @@ import trio.testing
 from tests.store.test_operations import ALL, delivery, run, texts, turn
 from tests.support.logs import Logs
 from tests.support.processes import environment
+from tests.support.shortage import ERRORS, no_descriptors, os_error
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite, sqlite_file
 from trigate.store.records import StoreStatistics, Turn
@@ -226,13 +227,6 @@ async def test_nothing_is_opened_before_it_is_needed(path: Path) -> None:
         for file, mode in ((path.parent, 0o700), (path, 0o600), (path.with_name("store.db-wal"), 0o600)):
             assert stat.S_IMODE(file.stat().st_mode) == mode
     assert store.statistics().state == "closed"
-
-
-@pytest.mark.slow
-def test_importing_it_does_not_import_sqlite() -> None:
-    """A gateway that needs no store does not import SQLite."""
-    code = "import sys, trigate.store.sqlite; sys.exit('apsw' in sys.modules or 'sqlite3' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
 async def test_what_is_queued_at_the_end_is_written(path: Path) -> None:
@@ -673,6 +667,100 @@ async def test_a_read_detects_a_replaced_file(path: Path, logs: Logs) -> None:
         await _works_again(store, logs)
 
 
+_OF_SQLITE: dict[str, Exception] = {
+    "CANTOPEN": apsw.CantOpenError("unable to open database file"),
+    "IOERR": apsw.IOError("disk I/O error"),
+    "FULL": apsw.FullError("database or disk is full"),
+    "READONLY": apsw.ReadOnlyError("attempt to write a readonly database"),
+    "BUSY": apsw.BusyError("database is locked"),
+    "NOMEM": apsw.NoMemError("out of memory"),
+    "no memory": MemoryError(),
+    **{name: os_error(name) for name in ERRORS},
+}
+
+
+@pytest.mark.parametrize("error", _OF_SQLITE.values(), ids=_OF_SQLITE)
+@pytest.mark.parametrize("place", ["open", "write", "read"])
+async def test_an_error_of_the_system(
+    path: Path, place: str, error: Exception, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error while the file is opened, written to or read from is the error of that operation only."""
+    is_failing = place == "open"
+
+    def hook(db: apsw.Connection) -> None:
+        def trace(cursor: apsw.Cursor, sql: str, bindings: Any) -> bool:
+            if is_failing and sql.startswith("BEGIN IMMEDIATE" if place == "write" else "BEGIN"):
+                raise error
+            return True
+
+        if place == "open" and is_failing:
+            raise error
+        db.exec_trace = trace
+
+    monkeypatch.setattr(apsw, "connection_hooks", [hook])
+    logs.expect_error("store_unavailable")
+    async with open_sqlite_store(path) as store:
+        if place != "open":
+            await store.sessions.append(turn("k", "a"))
+            is_failing = True
+        with pytest.raises(StoreUnavailable) as caught:
+            await (store.sessions.get("o", "k") if place == "read" else store.sessions.append(turn("k", "b")))
+        assert caught.value.message.removeprefix("The store cannot be used: ") in (
+            str(error),
+            getattr(error, "strerror", None),
+            "MemoryError",
+        )
+        is_failing = False
+        await _works_again(store, logs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is lowered below open files")
+async def test_no_descriptor_is_left(path: Path, logs: Logs) -> None:
+    """The first write may come when the process can open no more files. It works as soon as there are some again."""
+    async with open_sqlite_store(path) as store:
+        with no_descriptors():
+            await _fails(store, logs, r"unable to open|Too many open files")
+        await _works_again(store, logs)
+
+
+@pytest.mark.parametrize("failures", [[1], [2], [1, 2, 3, 4]], ids=["the first", "the second", "several"])
+async def test_no_thread_can_be_started(
+    path: Path, failures: list[int], logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file cannot be opened then; nothing waits for ever, and it is opened as soon as there are threads."""
+    start, calls = threading.Thread.start, 0
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in failures:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with trio.fail_after(5):
+        async with open_sqlite_store(path) as store:
+            logs.expect_error("store_unavailable")
+            with pytest.raises(StoreUnavailable, match="can't start new thread"):
+                await store.check()
+            await _until_available(store)
+            await store.sessions.append(turn("k", "a"))
+            assert await store.sessions.get("o", "k") is not None
+
+
+async def test_a_defect_fails_its_group(path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception fails the writes that it hit; the store goes on."""
+    async with open_sqlite_store(path) as store:
+        await store.sessions.append(turn("k", "a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite_file, "_attempt", lambda db, tables, operation: 1 / 0)
+            for event in ("store_crashed", "store_unavailable"):
+                logs.expect_error(event)
+            with pytest.raises(StoreUnavailable, match="ZeroDivisionError"):
+                await store.sessions.append(turn("k", "b"))
+        await _works_again(store, logs)
+
+
 async def test_a_failure_is_not_tried_again_at_once(path: Path, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the pause, writes fail for the same reason, without an access to the disk."""
     monkeypatch.setattr(sqlite, "RETRY_S", 1000.0)
@@ -815,7 +903,7 @@ async def test_a_cancelled_call_that_waits_is_not_made() -> None:
     connection = _connection()
     async with trio.open_nursery() as outer:
         outer.start_soon(connection.call, lambda db: held.wait())
-        await trio.testing.wait_all_tasks_blocked()
+        await trio.testing.wait_all_tasks_blocked()  # it is the first one
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.call, made.append)
             await trio.testing.wait_all_tasks_blocked()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import sys
+from typing import Any
 
 import attrs
 import httpx2
 import pytest
 import trio
 
+from tests.support.shortage import ERRORS, no_descriptors, os_error
 from tests.upstream.socket_server import (
     GET,
     OK,
@@ -20,7 +25,7 @@ from tests.upstream.socket_server import (
     open_pool,
     read_body,
 )
-from trigate.upstream.connect import Origin
+from trigate.upstream.connect import Connection, NoDescriptor, Origin
 from trigate.upstream.transport import SocketTransport
 
 
@@ -67,6 +72,90 @@ async def test_a_connection_that_takes_too_long() -> None:
             async with transport.pool.open(silent, GET, connect_timeout_s=0.05):
                 pass
         assert counts(transport) == (0, 0, 0)
+
+
+# -- nothing can be opened --------------------------------------------------------------------------------------------
+
+
+def _no_socket(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every new TCP socket fail with this error. (An accepted one has a descriptor already.)"""
+    make = socket.socket.__init__
+
+    def refuse(self: socket.socket, family: int = -1, type: int = -1, proto: int = -1, fileno: Any = None) -> None:
+        if fileno is None and type == socket.SOCK_STREAM:
+            raise os_error(name)
+        make(self, family, type, proto, fileno)
+
+    monkeypatch.setattr(socket.socket, "__init__", refuse)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("checked", [False, True], ids=["", "checked"])
+async def test_a_socket_that_cannot_be_opened(
+    host: str, checked: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a `ConnectError`, and where the process is the reason, one that says so. The next connection succeeds."""
+    async with open_pool(answers(OK), refuse=(lambda address: None) if checked else None) as (server, transport):
+        origin = attrs.evolve(server.origin, host=host)
+        with monkeypatch.context() as patch:
+            _no_socket(name, patch)
+            with pytest.raises(httpx2.ConnectError) as caught:
+                await ask(transport, origin)
+        assert isinstance(caught.value, NoDescriptor) is (name in ("EMFILE", "ENFILE", "ENOMEM"))
+        assert counts(transport) == (0, 0, 0)
+        assert await ask(transport, origin) == b"ok"
+
+
+@pytest.mark.parametrize(
+    "error", [*map(os_error, ERRORS), RuntimeError("can't start new thread"), socket.gaierror(-3, "Try again")], ids=str
+)
+@pytest.mark.parametrize("checked", [False, True], ids=["", "checked"])
+async def test_a_resolver_that_fails(checked: bool, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a `ConnectError`, also where no thread can be started for it. The next connection succeeds."""
+    async with open_pool(answers(OK), refuse=(lambda address: None) if checked else None) as (server, transport):
+        named = attrs.evolve(server.origin, host="localhost")
+        with monkeypatch.context() as patch:
+
+            def refuse(*_: object, **__: object) -> Any:
+                raise error
+
+            patch.setattr(trio.to_thread, "run_sync", refuse)
+            with pytest.raises(httpx2.ConnectError):
+                await ask(transport, named)
+        assert counts(transport) == (0, 0, 0)
+        assert await ask(transport, named) == b"ok"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is lowered below open files")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_no_descriptor_is_left(host: str) -> None:
+    """A new connection takes the descriptor of an idle one, whichever pool has that. Without any, and also where it
+    would be one of the last descriptors, it is a `NoDescriptor`."""
+    async with open_pool(answers(OK)) as (server, idle), SocketTransport() as transport:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            origin = Origin("http", host, listener.getsockname()[1])
+            assert await ask(idle, server.origin) == b"ok"
+            for _ in range(40):
+                stack.callback(os.close, os.dup(0))
+            connections: list[Connection] = []
+
+            async def connect_all() -> None:
+                while True:
+                    connections.append(await transport.pool._dial_in_slot(origin, 1.0))
+                    stack.callback(connections[-1].close)
+
+            with no_descriptors(), pytest.raises(NoDescriptor):
+                await connect_all()
+            assert counts(idle) == (0, 0, 0)
+            assert len(connections) in (1, 2)  # it has the two descriptors of the idle connection
+            with no_descriptors(spare=2), pytest.raises(NoDescriptor):
+                await connect_all()
+            assert len(connections) < 5
+            with no_descriptors(spare=40), pytest.raises(NoDescriptor):
+                await connect_all()
+            assert len(connections) > 20
 
 
 @pytest.mark.parametrize(

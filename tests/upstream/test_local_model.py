@@ -21,6 +21,7 @@ import trio
 import trio.testing
 
 import trigate
+from tests.support.shortage import ERRORS, os_error
 from trigate.upstream.local_model.process import (
     MODEL_ID,
     LocalModel,
@@ -425,6 +426,23 @@ async def test_start_times_out(fake_child: Callable[[str], Command]) -> None:
             pid = model.statistics().pid
             assert pid is not None
         await wait_gone(pid)
+
+
+@pytest.mark.parametrize("error", [*map(os_error, ERRORS), RuntimeError("can't start new thread")], ids=str)
+async def test_a_process_that_the_system_does_not_start(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callers get the reason, and the next start is tried after the pause."""
+
+    async def refuse(*_: object, **__: object) -> trio.Process:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    async with open_local_model(QUICK, command=lambda settings: ["x"]) as model:
+        monkeypatch.setattr(trio.lowlevel, "open_process", refuse)
+        for _ in range(2):
+            with pytest.raises(LocalModelUnavailable, match="could not be started"), trio.fail_after(1):
+                await model.wait_listening()
+            await trio.sleep(0.06)
+        assert model.statistics().state in ("stopped", "starting", "backoff")
 
 
 async def test_start_impossible() -> None:

@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from tests.support.logs import Logs
 from trigate.concurrency.notify import open_service
 from trigate.config import structure as configuration
+from trigate.upstream.connect import NoDescriptor
 from trigate.upstream.model_list import REFRESH_S, ModelPoll
 from trigate.upstream.upstream import Upstream
 
@@ -48,6 +49,20 @@ def _polled(*answers: Answer) -> tuple[Upstream, Answers, ModelPoll, list[tuple[
     changes: list[tuple[str, ...]] = []
     poll = ModelPoll(upstream, lambda: changes.append(upstream.models))
     return upstream, transport, poll, changes
+
+
+def _no_descriptor() -> httpx2.Response:
+    raise NoDescriptor("the process can open no other connection")
+
+
+async def test_a_shortage_of_the_gateway_says_nothing_about_the_upstream(autojump_clock: MockClock, logs: Logs) -> None:
+    """An upstream that could not be asked for lack of a file descriptor is not down."""
+    upstream, _, poll, _ = _polled(_no_descriptor)
+    async with open_service(poll.run):
+        await poll.tried.wait()
+        assert upstream.state == "unknown"
+    [entry] = logs.named("models_not_listed")
+    assert "no file descriptor" in entry["error"]
 
 
 async def test_the_list_is_refreshed(autojump_clock: MockClock) -> None:

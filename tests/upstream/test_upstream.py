@@ -17,6 +17,7 @@ from trigate.config import structure as configuration
 from trigate.config.sections import Config
 from trigate.errors import (
     GatewayError,
+    Overloaded,
     ProtocolViolation,
     Rejected,
     Throttled,
@@ -25,6 +26,7 @@ from trigate.errors import (
     UpstreamTimeout,
 )
 from trigate.routing.routes import Known
+from trigate.upstream.connect import NoDescriptor
 from trigate.upstream.error_body import rejection
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.reply import Httpx2Source, Reply
@@ -247,6 +249,16 @@ async def test_failures_before_the_reply(raised: Exception, translated: type[Gat
     assert upstream.in_flight == 0
     if isinstance(caught.value, UpstreamTimeout):
         assert caught.value.phase == "connect"
+
+
+async def test_no_descriptor_for_a_connection() -> None:
+    """It is a failure of the gateway, which says when to try again, and nothing that another target could avoid."""
+    upstream = _upstream(_raising(NoDescriptor("the process can open no other connection")))
+    with pytest.raises(Overloaded, match="mock") as caught:
+        async with upstream.open("POST", "/chat/completions"):
+            pytest.fail("there is no reply")
+    assert (caught.value.blame, caught.value.retryable, caught.value.retry_after_s) == ("gateway", False, 1.0)
+    assert upstream.in_flight == 0
 
 
 @pytest.mark.parametrize(

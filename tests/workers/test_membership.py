@@ -22,6 +22,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.support.processes import environment
+from tests.support.shortage import ERRORS, os_error
 from trigate.errors import StoreUnavailable
 from trigate.store import sqlite
 from trigate.store.interface import Store, Write
@@ -292,6 +293,74 @@ async def test_no_socket_anywhere(database: Path, monkeypatch: pytest.MonkeyPatc
     async with _worker(database) as (mine, _):
         with pytest.raises(StoreUnavailable, match="no room"):
             await mine.join()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["the receiver", "the sender", "the probe"])
+async def test_a_socket_that_cannot_be_made(
+    database: Path, which: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`join` raises `StoreUnavailable`, leaves nothing behind, and works later. Another worker is not taken for dead
+    because it cannot be asked."""
+    calls = 0
+
+    class Scarce(socket.socket):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == which:
+                raise os_error(name)
+            super().__init__(*arguments, **named)
+
+    async with _worker(database) as (one, _), _worker(database) as (two, store):
+        await one.join()
+        monkeypatch.setattr(socket, "socket", Scarce)
+        if which < 3:
+            with pytest.raises(StoreUnavailable, match=os_error(name).strerror):
+                await two.join()
+            assert len(_sockets(database)) == 1
+        await two.join()
+        assert sorted(_ids(await store.workers.all())) == sorted([one.id, two.id])
+
+
+@pytest.mark.parametrize("name", ERRORS)
+async def test_a_socket_that_cannot_be_touched(database: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose socket's file cannot be changed stays reachable."""
+
+    def refuse(path: str) -> None:
+        raise os_error(name)
+
+    async with _worker(database) as (one, _), _worker(database) as (two, _):
+        heard: list[bytes] = []
+        one.on_notify("topic", heard.append)
+        await one.join()
+        await two.join()
+        monkeypatch.setattr(os, "utime", refuse)
+        assert one._socket is not None
+        one._socket.keep_reachable()
+        two.notify("topic", b"x")
+        await _until(lambda: heard == [b"x"])
+
+
+async def test_a_defect_while_joining(database: Path, logs: Any) -> None:
+    """It is logged once, and tried again."""
+    logs.expect_error("heartbeat_crashed")
+    calls = 0
+
+    async def adopt(mine: str, dead: Sequence[str]) -> None:
+        nonlocal calls
+        calls += 1
+        await trio.lowlevel.checkpoint()
+        if calls < 3:
+            raise ZeroDivisionError("a defect")
+
+    async with _worker(database) as (mine, store):
+        mine.adopt_with(adopt)
+        await store.workers.heartbeat(_dead(_dead_socket(database)))
+        with trio.fail_after(5):
+            await mine.join_eventually()
+    assert calls == 3
+    assert len(logs.named("heartbeat_crashed")) == 1
 
 
 async def test_a_socket_whose_file_is_removed(database: Path) -> None:

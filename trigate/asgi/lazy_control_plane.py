@@ -8,13 +8,18 @@ from typing import Any
 
 import trio
 
+from trigate.errors import Overloaded
 from trigate.gateway.gateway import Gateway
 
 _MODULE = "trigate.asgi.control_plane"
 
 
 class LazyControlPlane:
-    """The control plane as an ASGI application, which is imported and made at its first call."""
+    """The control plane as an ASGI application, which is imported and made at its first call.
+
+    Raises:
+        Overloaded: It cannot be imported now; the next request tries again.
+    """
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -31,5 +36,8 @@ class LazyControlPlane:
     async def _open(self) -> Any:
         module: Any = sys.modules.get(_MODULE)
         if not hasattr(module, "open_control_plane"):  # in a thread: streams go on meanwhile
-            module = await trio.to_thread.run_sync(importlib.import_module, _MODULE)
+            try:
+                module = await trio.to_thread.run_sync(importlib.import_module, _MODULE)
+            except (OSError, ImportError, RuntimeError) as error:  # no descriptor, or no thread
+                raise Overloaded(f"The control plane cannot be loaded now: {error}.") from error
         return await module.open_control_plane(self._gateway)

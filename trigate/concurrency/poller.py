@@ -20,7 +20,9 @@ Linux only (`select.epoll`). On other systems `open_poller` yields None, and the
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import select
 import sys
 import time
@@ -80,17 +82,27 @@ class Poller:
             fd: The descriptor of the socket.
             events: A mask of `READABLE`, `WRITABLE` and `PEER_CLOSED`, level-triggered; 0 = only a reset.
             callback: Called with the pending events.
+
+        Raises:
+            OSError: The kernel has no memory for it, or none of the user's watches is left; or the poller is closed.
         """
-        self._epoll.register(fd, events)
+        try:
+            self._epoll.register(fd, events)
+        except ValueError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
         """Removes a socket, which must still be open. Its callback is not called again, not even in this batch.
 
-        Does nothing for a socket that the poller has removed itself because its callback crashed.
+        Never fails, since tasks call it while they are cancelled. It does nothing for a socket that the poller has
+        removed itself because its callback crashed, or after `close`.
         """
         if self._callbacks.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            try:
+                self._epoll.unregister(fd)
+            except OSError as error:  # the kernel has removed it: it was closed before
+                log.error("poller_lost_a_socket", reason=error.strerror)
 
     async def run(self) -> None:
         """Calls the callbacks. Never returns."""
@@ -121,6 +133,7 @@ class Poller:
 
     def close(self) -> None:
         """Closes the epoll. The sockets belong to their owners and stay open."""
+        self._callbacks.clear()
         self._epoll.close()
 
 

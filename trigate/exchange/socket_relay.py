@@ -13,8 +13,9 @@ them here. The rules for editing this module:
   frame is out. So at most one piece is held for each stream.
 - A frame that has been written in part is finished, also when the stream is cancelled: the rest goes to
   `PlainSocket.queue_partial`, and is sent before anything else.
-- An error on a stream ends that stream only. `RelayedStream.failure` and ``reader.error`` hold errors of the upstream.
-  A defect is raised in the exchange's task. Nothing is raised into the poller.
+- An error on a stream ends that stream only. `RelayedStream.failure` and ``reader.error`` hold errors of the upstream,
+  and those of the poller, whose watches the kernel may refuse. A defect is raised in the exchange's task. Nothing is
+  raised into the poller.
 """
 
 from __future__ import annotations
@@ -124,15 +125,18 @@ class RelayedStream:
         """
         self._owner = owner
         self._task = trio.lowlevel.current_task()
-        self._poller.add(self._upstream_fd, READABLE, self._on_readable)
-        self._running = True
-        self._relay.streams += 1
 
         def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
             self.release()
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        try:
+            self._poller.add(self._upstream_fd, READABLE, self._on_readable)
+            self._running = True
+            self._relay.streams += 1
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        except OSError as error:  # the poller cannot watch a socket, now or later
+            self.failure = httpx2.ReadError(error.strerror or str(error))
 
     def release(self) -> bool:
         """Takes both sockets out of the relay; the task sleeps until it is cancelled. Returns False if they were
@@ -153,7 +157,10 @@ class RelayedStream:
         if self._running and not self._blocked:
             self._send(self._framed(data))
             if self._rest:
-                self._block()
+                try:
+                    self._block()
+                except OSError as error:
+                    self._fail(error)
 
     def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
@@ -161,15 +168,14 @@ class RelayedStream:
     def _on_readable(self, _: int) -> None:
         try:
             ended = self._move()
+            if self._rest and not ended:
+                self._block()
         except Exception as error:
-            self._let_go()
-            trio.lowlevel.reschedule(self._task, outcome.Error(error))
+            self._fail(error)
         else:
             if ended:
                 self._let_go()
                 trio.lowlevel.reschedule(self._task)
-            elif self._rest:
-                self._block()
 
     def _move(self) -> bool:
         """Moves the bytes that have arrived from the upstream to the client; returns whether the stream has ended."""
@@ -219,10 +225,18 @@ class RelayedStream:
         if not self._rest:
             self._blocked = False
             self._poller.remove(self._client_fd)
-            self._poller.add(self._upstream_fd, READABLE, self._on_readable)
             self._owner.note_blocked(None)
+            try:
+                self._poller.add(self._upstream_fd, READABLE, self._on_readable)
+            except OSError as error:
+                self._fail(error)
         elif len(self._rest) < len(rest):
             self._owner.note_blocked(trio.current_time())  # it reads, but slowly
+
+    def _fail(self, error: Exception) -> None:
+        """Raises an error in the exchange's task."""
+        self._let_go()
+        trio.lowlevel.reschedule(self._task, outcome.Error(error))
 
     def _let_go(self) -> None:
         self._running = False

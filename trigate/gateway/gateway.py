@@ -9,13 +9,13 @@ import contextlib
 import functools
 import os
 import random
-import resource
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import attrs
 import trio
 
 from trigate.channels.service import Channels, open_channels
+from trigate.concurrency import descriptors
 from trigate.concurrency.cancel_queue import open_cancel_queue
 from trigate.concurrency.notify import open_service
 from trigate.concurrency.poller import open_poller
@@ -80,12 +80,6 @@ class Gateway:
         return [] if None in reasons else [str(reason) for reason in reasons]
 
 
-def _max_exchanges() -> int:
-    """The number of exchanges that the process has file descriptors for: two for each, after 64 for everything else."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (soft - 64) // 2) if soft != resource.RLIM_INFINITY else 10**9
-
-
 @contextlib.asynccontextmanager
 async def open_gateway(
     config: Config | None = None,
@@ -117,7 +111,7 @@ async def open_gateway(
 
     first = await read()
     started_at = trio.current_time()
-    targets, admission = Targets(), Admission(_max_exchanges())
+    targets, admission = Targets(), Admission(descriptors.max_pairs())
     async with (
         open_timers() as timers,
         open_cancel_queue() as cancel_queue,

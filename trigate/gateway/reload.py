@@ -101,7 +101,7 @@ async def _fingerprint(path: Path) -> tuple[int, int, int] | None:
     """Returns a value that changes when the file does; None = the file cannot be read."""
     try:
         stat = await trio.Path(path).stat()
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: no thread can be started
         await trio.lowlevel.checkpoint()
         return None
     return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -10,7 +10,7 @@ and back, and a durable commit there waits for an fsync. There is no fsync: afte
 kernel, so it survives SIGKILL, but not a power failure. The records reach the store later, many in one transaction.
 
 The file is locked (``flock``) for as long as its process runs; the kernel releases the lock when the process ends,
-however it ends. So a journal that can be locked belongs to an exited process (`take_orphans`). Its name consists of the
+however it ends. So a journal that can be locked belongs to an exited process (`take_orphan`). Its name consists of the
 path of the store's file, the worker's id, and a number: a long journal is replaced by the next one (`Journal.rotate`).
 """
 
@@ -30,23 +30,32 @@ from trigate.store.records import ExchangeRecord
 
 SLICE_BYTES = 128 * 1024
 """The number of bytes that are read at once: half a millisecond of work."""
+MAX_LINE_BYTES = 1024 * 1024
+"""A longer line cannot be a record; what has been read of it is skipped."""
 
 _decoder = msgspec.json.Decoder(ExchangeRecord)
 
 
 def records_of(lines: bytes) -> list[ExchangeRecord]:
-    """Returns the records of whole lines. A line that cannot be decoded is skipped, and logged."""
+    """Returns the records of whole lines. Lines that cannot be decoded are skipped, and logged together."""
     try:
         return _decoder.decode_lines(lines)
-    except msgspec.MsgspecError:
+    except ValueError:  # msgspec's errors, and that of text that is not UTF-8
         pass
     found = []
-    for line in lines.splitlines():
+    damaged, damaged_bytes, reason = 0, 0, ""
+    for line in lines.split(b"\n"):
         try:
             found.append(_decoder.decode(line))
-        except msgspec.MsgspecError as error:
-            log.error("journal_damaged", error=str(error), bytes=len(line))
+        except ValueError as error:
+            if line:
+                damaged, damaged_bytes, reason = damaged + 1, damaged_bytes + len(line), reason or str(error)
+    _log_damage(damaged, damaged_bytes, reason)
     return found
+
+
+def _log_damage(lines: int, lost_bytes: int, reason: str) -> None:
+    log.error("journal_damaged", lines=lines, bytes=lost_bytes, error=reason)
 
 
 class Journal:
@@ -77,8 +86,16 @@ class Journal:
         while True:
             path = f"{self._stem}.{self._number}"
             self._number += 1
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if _lock(fd, path):  # otherwise another process has adopted it as an orphan in the meantime
+            try:
+                fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            except FileExistsError:
+                continue  # left by an attempt that failed below
+            try:
+                is_locked = _lock(fd, path)
+            except OSError:
+                _remove(path, fd)
+                raise
+            if is_locked:  # otherwise another process has adopted it as an orphan in the meantime
                 break
             os.close(fd)
         self.path, self._fd, self.size = path, fd, 0
@@ -115,12 +132,11 @@ class Journal:
             for record in live:
                 self.write(record.encode())
         except OSError:  # the old file is complete, so the journal continues in it
-            os.unlink(self.path)
-            os.close(self._fd)
+            new_path, new_fd = self.path, self._fd
             self.path, self._fd, self.size = old_path, old_fd, old_size
+            _remove(new_path, new_fd)
             raise
-        os.unlink(old_path)
-        os.close(old_fd)
+        _remove(old_path, old_fd)
 
     def close(self, *, remove: bool) -> None:
         """Closes the file.
@@ -130,13 +146,26 @@ class Journal:
                 process reads.
         """
         if remove:
+            _remove(self.path, self._fd)
+        else:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
-        os.close(self._fd)
+                os.close(self._fd)
+
+
+def _remove(path: str, fd: int) -> None:
+    """Removes and closes a journal. One that cannot be removed is an orphan as soon as it is closed."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 class Orphan:
-    """The journal of a process that has exited. Made and locked by `take_orphans`."""
+    """The journal of a process that has exited. Made and locked by `take_orphan`.
+
+    Raises:
+        OSError: Every method: the file system has failed.
+    """
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -159,28 +188,41 @@ def _slices(fd: int) -> Iterator[list[ExchangeRecord]]:
     while data := os.pread(fd, SLICE_BYTES, offset):
         offset += len(data)
         lines, _, rest = (rest + data).rpartition(b"\n")
+        if len(rest) > MAX_LINE_BYTES:
+            _log_damage(1, len(rest), "a line without an end")
+            rest = b""
         if lines:
             yield records_of(lines)
 
 
-@contextlib.contextmanager
-def take_orphans(store: str) -> Iterator[list[Orphan]]:
-    """Finds the journals beside a store whose processes have exited. Within the block, no other process takes them.
+def journals(store: str) -> list[str]:
+    """Returns the paths of all journals beside a store.
 
     Args:
         store: The path of the store's file.
     """
-    with contextlib.ExitStack() as stack:
-        found = []
-        for path in sorted(glob.glob(f"{glob.escape(store)}-exchanges-*")):
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # removed in the meantime by its process
-            stack.callback(os.close, fd)
-            if _lock(fd, path):
-                found.append(Orphan(path, fd))
-        yield found
+    return sorted(glob.glob(f"{glob.escape(store)}-exchanges-*"))
+
+
+@contextlib.contextmanager
+def take_orphan(path: str) -> Iterator[Orphan | None]:
+    """Opens a journal whose process has exited. Within the block, no other process takes it.
+
+    Yields:
+        The journal; None = its process runs, or has just removed it.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield Orphan(path, fd) if _lock(fd, path) else None
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, path: str) -> bool:

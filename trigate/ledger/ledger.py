@@ -6,7 +6,8 @@ writes the settled records to the store, where they can be queried. Each record 
 it at most once even if it is written twice.
 
 When a process is killed, its journal remains. The next process that starts, or one that is running, writes its records
-to the store: a settled exchange with its outcome, any other one as ``lost``.
+to the store: a settled exchange with its outcome, any other one as ``lost``. Damaged lines of a journal are left out; a
+journal that cannot be read is tried again later.
 
 At most `MAX_WAITING` records wait for the store in memory. Further ones are read from the journal once the store is
 available again. If there is no journal either (a full or read-only disk, a store in memory), they are dropped, which is
@@ -29,7 +30,7 @@ import trio
 from trigate.concurrency.notify import Wakeup, open_service
 from trigate.config.sections import LedgerConfig
 from trigate.errors import StoreUnavailable
-from trigate.ledger.journal import Journal, take_orphans
+from trigate.ledger.journal import Journal, Orphan, journals, take_orphan
 from trigate.logs import log
 from trigate.store.interface import Store
 from trigate.store.opening import MEMORY
@@ -88,6 +89,10 @@ class Ledger:
         self._has_settled = Wakeup()
         self._flushing = trio.Lock()
         self._orphans_at = -math.inf
+        self._unusable: dict[str, str] = {}
+        """The journals of exited processes that cannot be read or removed, and why not."""
+        self._kept: set[str] = set()
+        """Those whose records are in the store, but which cannot be removed."""
         self._begun = self._settled = self._lost = self._dropped = 0
 
     def __repr__(self) -> str:
@@ -168,7 +173,7 @@ class Ledger:
         return True
 
     def _degrade(self, error: OSError) -> None:
-        reason = f"The journal beside {self._path} cannot be written: {error.strerror}."
+        reason = f"The journal beside {self._path} cannot be used: {_reason(error)}."
         if reason != self._error:
             self._error = reason
             log.error("ledger_degraded", reason=reason, max_waiting=MAX_WAITING)
@@ -178,18 +183,28 @@ class Ledger:
     async def run(self) -> None:
         """Writes records to the store; never returns."""
         while True:
-            try:
-                await self.flush()
-            except StoreUnavailable as error:
-                if error.message != self._store_error:
-                    log.warning("ledger_waits", error=error.message)
-                self._store_error = error.message
+            await self._try_flush()
+            if self._store_error is not None:
                 self._has_settled.set()
-            else:
-                self._store_error = None
             with trio.move_on_after(ORPHANS_S if self._path != MEMORY else math.inf):
                 await self._has_settled.wait()
             await trio.sleep(FLUSH_S)  # many records share one transaction
+
+    async def _try_flush(self) -> None:
+        """Writes all settled records to the store, if that is possible, and notes why it is not."""
+        await trio.lowlevel.checkpoint()
+        try:
+            await self.flush()
+        except StoreUnavailable as error:
+            if error.message != self._store_error:
+                log.warning("ledger_waits", error=error.message)
+            self._store_error = error.message
+        except Exception as error:  # a defect must not end the gateway
+            if self._store_error != repr(error):
+                log.exception("ledger_crashed")
+            self._store_error = repr(error)
+        else:
+            self._store_error = None
 
     async def flush(self) -> None:
         """Writes all settled records to the store, and those of exited processes.
@@ -208,6 +223,9 @@ class Ledger:
                 try:
                     for written in journal.slices():
                         await self._store.exchanges.put(_encoded_settled(written))
+                except OSError as error:
+                    self._is_behind = True
+                    self._degrade(error)
                 except BaseException:
                     self._is_behind = True
                     raise
@@ -223,23 +241,43 @@ class Ledger:
     async def _adopt_orphans(self) -> None:
         """Writes the records of killed processes to the store."""
         await trio.lowlevel.checkpoint()
-        with take_orphans(self._path) as orphans:
-            for orphan in orphans:
-                lost: dict[str, ExchangeRecord] = {}
-                settled = 0
-                for records in orphan.slices():
-                    for record in records:
-                        if record.outcome == LOST:
-                            lost[record.id] = record
-                        else:
-                            lost.pop(record.id, None)
-                            settled += 1
-                    await self._store.exchanges.put(_encoded_settled(records))
-                await self._store.exchanges.put([record.encode() for record in lost.values()])
-                self._lost += len(lost)
-                if lost:
-                    log.warning("exchanges_lost", count=len(lost), settled=settled, journal=orphan.path)
-                orphan.remove()
+        for path in journals(self._path):
+            if path in self._kept:
+                continue
+            try:
+                with take_orphan(path) as orphan:
+                    if orphan is not None:
+                        await self._adopt(orphan)
+            except StoreUnavailable:
+                raise
+            except Exception as error:  # a damaged file stops neither the other ones nor the gateway
+                self._note_unusable(path, f"It cannot be read: {_reason(error)}.")
+
+    async def _adopt(self, orphan: Orphan) -> None:
+        lost: dict[str, ExchangeRecord] = {}
+        settled = 0
+        for records in orphan.slices():
+            for record in records:
+                if record.outcome == LOST:
+                    lost[record.id] = record
+                else:
+                    lost.pop(record.id, None)
+                    settled += 1
+            await self._store.exchanges.put(_encoded_settled(records))
+        await self._store.exchanges.put([record.encode() for record in lost.values()])
+        self._lost += len(lost)
+        if lost:
+            log.warning("exchanges_lost", count=len(lost), settled=settled, journal=orphan.path)
+        try:
+            orphan.remove()
+        except OSError as error:
+            self._kept.add(orphan.path)
+            self._note_unusable(orphan.path, f"It cannot be removed: {_reason(error)}.")
+
+    def _note_unusable(self, path: str, reason: str) -> None:
+        if self._unusable.get(path) != reason:
+            self._unusable[path] = reason
+            log.warning("journal_unusable", journal=path, reason=reason)
 
     async def list(
         self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
@@ -255,12 +293,9 @@ class Ledger:
     async def close(self) -> None:
         """Writes the remaining records to the store. If that fails, they stay in the journal for the next process."""
         await trio.lowlevel.cancel_shielded_checkpoint()
-        try:
-            with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                if self._begun:
-                    await self.flush()
-        except StoreUnavailable as error:
-            log.warning("ledger_waits", error=error.message)
+        with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+            if self._begun:
+                await self._try_flush()
         is_done = not self._waiting and not self._is_behind
         if self._journal is not None:
             self._journal.close(remove=is_done)
@@ -268,6 +303,10 @@ class Ledger:
             self._dropped += len(self._waiting)
         if self._dropped:
             log.error("records_dropped", count=self._dropped)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or repr(error)
 
 
 def _encoded_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:

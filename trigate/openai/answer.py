@@ -14,6 +14,9 @@ from trigate.openai.endpoints import Endpoint
 from trigate.openai.provider_error import find_message, is_error, reported
 from trigate.openai.raw_json import decode_any, split_provider_fields, with_model
 
+MAX_TOKENS = 2**31 - 1
+"""A larger count is no count of tokens, and is ignored: it could not be added up and stored."""
+
 
 class Usage(NamedTuple):
     """Token counts as the upstream reported them."""
@@ -25,14 +28,14 @@ class Usage(NamedTuple):
 def parse_usage(value: object) -> Usage | None:
     """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts; None if there are none.
 
-    >>> parse_usage({"input_tokens": 3, "output_tokens": 4})
-    Usage(prompt_tokens=3, completion_tokens=4)
+    >>> parse_usage({"input_tokens": 3, "output_tokens": 4}), parse_usage({"prompt_tokens": 10**30})
+    (Usage(prompt_tokens=3, completion_tokens=4), None)
     """
     if not isinstance(value, dict):
         return None
     prompt = value.get("prompt_tokens", value.get("input_tokens"))
     completion = value.get("completion_tokens", value.get("output_tokens", 0))
-    if type(prompt) is int and type(completion) is int:
+    if type(prompt) is int and type(completion) is int and 0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS:
         return Usage(prompt_tokens=prompt, completion_tokens=completion)
     return None
 

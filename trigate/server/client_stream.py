@@ -182,7 +182,10 @@ class ClientStream:
         if not self._in_poller and not self.disconnected:
             if self._poller is None or self.socket is None:
                 return False
-            self._poller.add(self._fd, 0 if self.half_closed else PEER_CLOSED, self._on_closed)
+            try:
+                self._poller.add(self._fd, 0 if self.half_closed else PEER_CLOSED, self._on_closed)
+            except OSError:  # the kernel refuses another watch
+                return False
             self._in_poller = True
         return True
 

@@ -70,6 +70,7 @@ class Connection:
     _stream: trio.abc.Stream
     client: Address | None = None
     server: Address | None = None
+    _accepted_at: float = attrs.field(init=False, factory=trio.current_time)
     _protocol: http1.Connection | Http2Connection | None = attrs.field(init=False, default=None)
     _handshake: trio.CancelScope | None = attrs.field(init=False, default=None)
 
@@ -91,6 +92,13 @@ class Connection:
             self._protocol.close_if_idle()
         elif self._handshake is not None:
             self._handshake.cancel()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the connection has served no request, so that `close_if_idle` closes it; None = it serves one."""
+        if self._protocol is not None:
+            return self._protocol.idle_since
+        return self._accepted_at if self._handshake is not None else None
 
     async def announce_close(self) -> None:
         """Tells an idle HTTP/2 client that its connection ends. HTTP/1.1 announces it in the next response."""

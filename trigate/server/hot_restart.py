@@ -265,8 +265,9 @@ class _Handover:
         return False
 
     async def _send_sockets(self, connection: trio.socket.SocketType) -> None:
-        await connection.send(msgspec.json.encode(_Sockets(len(self.listening), len(self.handover))))
-        fds = [sock.fileno() for sock in (*self.listening, *self.handover)]
+        listening = [sock for sock in self.listening if sock.fileno() >= 0]  # the others had no worker during a stop
+        await connection.send(msgspec.json.encode(_Sockets(len(listening), len(self.handover))))
+        fds = [sock.fileno() for sock in (*listening, *self.handover)]
         for start in range(0, len(fds), _FDS_IN_PACKET):
             part = array.array("i", fds[start : start + _FDS_IN_PACKET])
             await connection.sendmsg([b"fds"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, part)])

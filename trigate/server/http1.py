@@ -168,6 +168,11 @@ class Connection:
         if self._idle:
             self._scope.cancel()
 
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the connection has waited for a (whole) request head; None = it serves a request."""
+        return self._idle_since if self._idle else None
+
     def _request_arrived_in_time(self) -> bool:
         """Whether a request arrived while the idle connection was being closed.
 

@@ -273,6 +273,7 @@ class Http2Connection:
     _receiving: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _deadline: float = attrs.field(init=False, default=math.inf)
     _idle: bool = attrs.field(init=False, default=True)
+    _idle_since: float = attrs.field(init=False, factory=trio.current_time)
     _initiated: bool = attrs.field(init=False, default=False)
     _close_announced: bool = attrs.field(init=False, default=False)
     _ending: bool = attrs.field(init=False, default=False)
@@ -301,6 +302,11 @@ class Http2Connection:
         """Closes the connection unless it is serving a request."""
         if self._idle:
             self._deadline = self._receiving.deadline = -math.inf
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the connection has served no request; None = it serves one."""
+        return self._idle_since if self._idle else None
 
     async def announce_close(self) -> None:
         """Sends GOAWAY to an idle client (`connection.Service.announce_close`).
@@ -390,6 +396,8 @@ class Http2Connection:
                 await transport.send_eof()
 
     def _set_idle(self, idle: bool) -> None:
+        if idle and not self._idle:
+            self._idle_since = trio.current_time()
         self._idle = idle
         if self._ending:
             return

@@ -3,14 +3,13 @@
 **A connection is one task behind a firewall:** an exception in it ends that connection and nothing else, and is logged
 as one warning. (Under hypercorn's Trio worker, one malformed request can end the process.)
 
-`lifespan` starts and stops the app, `connection` serves one connection, and `shutdown` describes how a server ends.
+`lifespan` starts and stops the app, `acceptor` accepts connections within the limit of file descriptors, `connection`
+serves one, and `shutdown` describes how a server ends.
 `serve` runs until its `Shutdown` stops it; `run` adds signals, the supervisor and hot restarts.
 """
 
 from __future__ import annotations
 
-import errno
-import math
 import signal
 import socket
 import ssl
@@ -20,14 +19,17 @@ from typing import Any
 import attrs
 import trio
 
+from trigate.concurrency import descriptors
 from trigate.concurrency.poller import open_poller
 from trigate.concurrency.timers import open_timers
-from trigate.config.sections import ServerConfig
+from trigate.config.sections import Seconds, ServerConfig
+from trigate.errors import Overloaded
 from trigate.logs import log
 from trigate.server import hot_restart
+from trigate.server.acceptor import Acceptor
 from trigate.server.connection import Connection, Service, make_service
 from trigate.server.hot_restart import format_address
-from trigate.server.http1 import Address, Application
+from trigate.server.http1 import Address, Application, Message, Receive, Send
 from trigate.server.lifespan import StartupFailed, open_lifespan
 from trigate.server.listeners import open_sockets
 from trigate.server.shutdown import (
@@ -42,11 +44,11 @@ from trigate.server.shutdown import (
 )
 from trigate.server.supervisor import HANDED_OVER
 
-ACCEPT_PAUSE_S = 0.1
-"""The pause before the next attempt to accept when file descriptors or memory are exhausted."""
+REFUSAL_S = 1.0
+"""How long a connection beyond the limit may take to send a request, which is answered with 503."""
+REFUSAL_TIMEOUT_S = 3.0
+"""How long such a connection may take in all."""
 _DISCONNECTS_PER_BATCH = 1024  # the connections' poller reports only disconnects, and its callbacks are short
-
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
 def open_tls(config: ServerConfig) -> ssl.SSLContext | None:
@@ -78,6 +80,9 @@ class _Server:
     state: Mapping[str, Any]  # Any: values of the app
     connections: OpenConnections = attrs.field(init=False, factory=OpenConnections)
     _service: Service = attrs.field(init=False)
+    _refusing: Service = attrs.field(init=False)
+    _acceptor: Acceptor = attrs.field(init=False)
+    _nursery: trio.Nursery = attrs.field(init=False)
 
     async def run(
         self,
@@ -96,7 +101,12 @@ class _Server:
             open_timers() as timers,
             trio.open_nursery() as nursery,
         ):
+            self._nursery = nursery
             self._service = make_service(self.app, self.config, self.state, timers, poller)
+            refusal_config = attrs.evolve(self.config, keep_alive_timeout_s=Seconds(REFUSAL_S))
+            self._refusing = make_service(_refuse, refusal_config, {}, timers, poller)
+            self._refusing.announce_close()
+            self._acceptor = Acceptor(self.connections, descriptors.max_pairs(), self._start, self._start_refusal)
             if self.tls is not None:
                 self._service.http2()  # loaded now, and not in the first handshake
             sequence = ShutdownSequence(
@@ -112,8 +122,7 @@ class _Server:
                     if before_accepting is not None and not shutdown.begun.is_set():
                         await before_accepting()
                     for sock in sockets:
-                        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-                        accepting.start_soon(self.accept, listener, nursery)
+                        accepting.start_soon(self._acceptor.run, sock)
                     log.info(f"Listening on {', '.join(urls)}")
                     task_status.started(urls)
                     is_started = True
@@ -133,30 +142,20 @@ class _Server:
         await sequence.wait_until_closing()
         accepting.cancel()
 
-    async def accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        """Accepts connections. Never returns; a lack of file descriptors or memory only slows it down.
+    def _start(self, stream: trio.SocketStream) -> None:
+        connection = self._make(self._service, stream)
+        if connection is not None:
+            self.connections.live.add(connection)
+            self._nursery.start_soon(self.run_connection, connection)
 
-        Args:
-            listener: Accepts the connections.
-            nursery: Runs the connections.
-        """
-        failures, logged_at = 0, -math.inf
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                if error.errno not in _OUT_OF_RESOURCES:
-                    raise
-                failures += 1
-                if trio.current_time() >= logged_at + 1.0:
-                    reason = errno.errorcode[error.errno]
-                    log.warning("accept_failed", reason=reason, times=failures, connections=len(self.connections.live))
-                    failures, logged_at = 0, trio.current_time()
-                await trio.sleep(ACCEPT_PAUSE_S)
-            else:
-                self._start(stream, nursery)
+    def _start_refusal(self, stream: trio.SocketStream) -> None:
+        connection = self._make(self._refusing, stream)
+        if connection is not None:
+            self._nursery.start_soon(self._run_refusal, connection)
+        else:
+            self._acceptor.note_refused()
 
-    def _start(self, stream: trio.SocketStream, nursery: trio.Nursery) -> None:
+    def _make(self, service: Service, stream: trio.SocketStream) -> Connection | None:
         try:
             client, server = (
                 _address(stream.socket.getpeername()),
@@ -164,11 +163,9 @@ class _Server:
             )
         except OSError:  # reset before it was accepted
             stream.socket.close()
-            return
+            return None
         secured = trio.SSLStream(stream, self.tls, server_side=True, https_compatible=True) if self.tls else stream
-        connection = Connection(self._service, secured, client, server)
-        self.connections.live.add(connection)
-        nursery.start_soon(self.run_connection, connection)
+        return Connection(service, secured, client, server)
 
     async def run_connection(self, connection: Connection) -> None:
         """Serves a connection behind the firewall: an exception ends this connection and nothing else."""
@@ -178,6 +175,20 @@ class _Server:
             log.warning("connection_crashed", client=connection.client, exc_info=group)
         finally:
             self.connections.discard(connection)
+
+    async def _run_refusal(self, connection: Connection) -> None:
+        with trio.move_on_after(REFUSAL_TIMEOUT_S):
+            await self.run_connection(connection)
+        self._acceptor.note_refused()
+
+
+async def _refuse(scope: Message, receive: Receive, send: Send) -> None:
+    """The app of the connections beyond the limit."""
+    error = Overloaded("The gateway has no file descriptor left for another connection.", retry_after_s=1.0)
+    status, headers, body = error.to_response()
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _address(name: Any) -> Address | None:  # Any: socket addresses are tuples of different lengths, or strings

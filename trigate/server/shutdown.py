@@ -27,7 +27,7 @@ from trigate.logs import log
 from trigate.server.connection import Connection, Service
 from trigate.server.supervisor import HANDED_OVER, wait_parent_gone
 
-FINAL_ERROR_S = 2.0
+FINAL_ERROR_S = 1.0
 """How long the errors with which a drain ends exchanges may take to reach the clients."""
 MIN_DRAIN_S = 0.05
 """How long a drain waits at least for idle connections to close."""

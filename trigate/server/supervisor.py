@@ -141,6 +141,10 @@ class _Supervisor:
     workers: Sequence[_Worker]
     gate: _Gate | None = None
     stop: trio.Event = attrs.field(init=False, factory=trio.Event)
+    _shares: list[list[int]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._shares = shares([sock.getsockname() for sock in self.sockets], len(self.workers))
 
     async def keep_running(self, worker: _Worker) -> None:
         """Keeps the process of a worker running until the supervisor stops.
@@ -153,10 +157,14 @@ class _Supervisor:
         while not self.stop.is_set():
             try:
                 process = await self._start(worker, replaces)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no thread can be started
                 if self.stop.is_set():  # its sockets have just been closed
-                    return
-                raise
+                    break
+                log.warning("worker_not_started", worker=worker.number, reason=str(error))
+                if self.gate is not None:
+                    raise WorkersFailed(f"a worker cannot start ({error}): the other gateway keeps serving") from None
+                await self._back_off(worker, f"could not start: {error}")
+                continue
             started_at = trio.current_time()
             try:
                 status = await process.wait()
@@ -168,26 +176,45 @@ class _Supervisor:
             how = _describe_exit(status)
             if self.stop.is_set():
                 log.info("worker_stopped", worker=worker.number, pid=process.pid, how=how)
-                return
+                break
             log.warning("worker_died", worker=worker.number, pid=process.pid, how=how)
             if self.gate is not None:
                 raise WorkersFailed(f"a worker exited before all were ready ({how}): the other gateway keeps serving")
-            settled = trio.current_time() - started_at >= SETTLED_S
-            worker.early_exits = 0 if settled else worker.early_exits + 1
-            if all(other.early_exits >= EARLY_EXITS for other in self.workers):
-                raise WorkersFailed(
-                    f"no worker keeps running: each of {len(self.workers)} exited {EARLY_EXITS} times "
-                    f"soon after its start, the last one with {how}"
-                )
-            if not settled:
-                with trio.move_on_after(_back_off_s(worker.early_exits)):
-                    await self.stop.wait()
             replaces = process.pid
+            if trio.current_time() - started_at >= SETTLED_S:
+                worker.early_exits = 0
+            else:
+                await self._back_off(worker, f"exited with {how}")
+        self.close_unserved()
+
+    async def _back_off(self, worker: _Worker, how: str) -> None:
+        """Waits before the next start of a worker that has exited early or did not start.
+
+        Raises:
+            WorkersFailed: That has happened to every worker too often.
+        """
+        worker.early_exits += 1
+        if all(other.early_exits >= EARLY_EXITS for other in self.workers):
+            raise WorkersFailed(
+                f"no worker keeps running: each of {len(self.workers)} exited {EARLY_EXITS} times "
+                f"soon after its start, or could not start; the last one {how}"
+            )
+        with trio.move_on_after(_back_off_s(worker.early_exits)):
+            await self.stop.wait()
+
+    def close_unserved(self) -> None:
+        """Closes the sockets that no running worker has. During a stop, no worker is replaced, and new connections
+        would wait in them; with the others, the system spreads them over the workers that still serve."""
+        served = {
+            index for worker in self.workers if worker.process is not None for index in self._shares[worker.number - 1]
+        }
+        for index, sock in enumerate(self.sockets):
+            if index not in served:
+                sock.close()
 
     async def _start(self, worker: _Worker, replaces: int | None) -> trio.Process:
         # The sockets of an exited worker stay open here: new connections wait for its replacement.
-        names = [sock.getsockname() for sock in self.sockets]
-        fds = [self.sockets[index].fileno() for index in shares(names, len(self.workers))[worker.number - 1]]
+        fds = [self.sockets[index].fileno() for index in self._shares[worker.number - 1]]
         arguments = [text for fd in fds for text in ("--fd", str(fd))]
         if self.gate is not None:
             fds += self.gate.fds

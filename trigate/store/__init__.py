@@ -10,7 +10,7 @@ may see a row. Read `interface` first: the protocols of the store and the rules 
 * `memory`: the same tables in memory.
 * `opening`, `retention`: which store a configuration needs, and when old rows are deleted from it.
 
-No module here imports SQLite before the first read or write.
+Only `sqlite` and `memory` import SQLite, and `opening` imports one of the two when a gateway starts.
 """
 
 from trigate.store.interface import Store, Write

@@ -4,15 +4,16 @@ It runs the same operations over the same tables as the store in a file, on an S
 thread and no file: an operation is executed inline, at the call, as one transaction. Awaiting a write is a checkpoint
 and nothing else, so the store also works under a virtual clock.
 
-SQLite is imported, and the database made, at the first read or write.
+The database is made at the first read or write.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+import apsw
 import trio
 
 from trigate.errors import StoreUnavailable
@@ -20,10 +21,8 @@ from trigate.store.interface import Write
 from trigate.store.operations.store import StoreOperations
 from trigate.store.pending_write import PendingWrite
 from trigate.store.records import StoreStatistics
+from trigate.store.schema import MIGRATIONS
 from trigate.store.tables import Tables
-
-if TYPE_CHECKING:
-    import apsw
 
 T = TypeVar("T")
 
@@ -78,10 +77,6 @@ class MemoryStore(StoreOperations):
 
 
 def _open_database() -> apsw.Connection:
-    import apsw
-
-    from trigate.store.schema import MIGRATIONS
-
     db = apsw.Connection(":memory:")
     for migration in MIGRATIONS:
         db.execute(migration).fetchall()  # to the end, even if a statement returns rows

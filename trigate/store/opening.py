@@ -36,7 +36,8 @@ def describe_location(where: str) -> str:
 
 
 def open_store(where: str) -> AbstractAsyncContextManager[Store]:
-    """Opens the store of a location. Before the first read or write, it creates no file and does not import SQLite."""
+    """Opens the store of a location. Before the first read or write, it creates no file. It imports SQLite, since there
+    may be no descriptor left for that later."""
     if where == MEMORY:
         from trigate.store.memory import open_memory_store
 

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import builtins
-from typing import Literal
+from typing import Annotated, Literal
 
 import attrs
 import msgspec
 
 _json = msgspec.json.Encoder()
+
+Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""An integer that SQLite can store. What a damaged journal has in its place is refused when it is decoded."""
 
 RunState = Literal["queued", "running", "completed", "failed", "cancelled"]
 
@@ -281,14 +284,14 @@ class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):
     started_at: float
     ended_at: float | None = None
     outcome: str = LOST
-    status: int | None = None
+    status: Integer | None = None
     target: str | None = None
     attempts: tuple[AttemptRecord, ...] = ()
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Integer | None = None
+    completion_tokens: Integer | None = None
     counted: bool = False
-    events: int = 0
-    bytes: int = 0
+    events: Integer = 0
+    bytes: Integer = 0
     first_content_s: float | None = None
 
     def encode(self) -> builtins.bytes:

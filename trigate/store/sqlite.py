@@ -8,11 +8,12 @@ Reads do not pass through the writer.
 The queue and its wakeup are not a memory channel, since writes are queued from synchronous code and must never be
 refused.
 
-Nothing is imported or opened before the first read or write: a gateway that needs no store pays nothing for it.
+Nothing is opened before the first read or write. SQLite is imported with this module: the first write may come when no
+file can be opened, and then an import would fail, too.
 
-Every failure of the file (no space, no permission, damage, the lock of another process, its removal) is handled in the
-same way: the group, or the read, fails with `StoreUnavailable`, the file is closed, and the next attempt opens it
-again, but not sooner than `RETRY_S` after the failure.
+Every failure of the file (no space, no permission, damage, the lock of another process, its removal, no descriptor, no
+memory) is handled in the same way: the group, or the read, fails with `StoreUnavailable`, the file is closed, and the
+next attempt opens it again, but not sooner than `RETRY_S` after the failure.
 
 **Rules for editing this:** the writer is shielded from the cancellation of the tasks around it, since queued writes are
 still to be written then. `SqliteStore.end` ends it, and bounds the time that it takes.
@@ -26,7 +27,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 import trio
@@ -38,10 +39,8 @@ from trigate.store.interface import Write
 from trigate.store.operations.store import StoreOperations
 from trigate.store.pending_write import PendingWrite
 from trigate.store.records import StoreStatistics
+from trigate.store.sqlite_file import File, open_file, unavailable
 from trigate.store.tables import Tables
-
-if TYPE_CHECKING:
-    from trigate.store.sqlite_file import File
 
 T = TypeVar("T")
 
@@ -176,6 +175,11 @@ class SqliteStore(StoreOperations):
             self._note(error.message)
             # One error for each write: an exception that several tasks raise collects the tracebacks of all.
             outcomes = [StoreUnavailable(error.message) for _ in group]
+        except Exception as error:  # a defect must end neither the writer nor the gateway
+            log.exception("store_crashed", path=self.path)
+            await self._close()
+            self._note(unavailable(type(error).__name__).message)
+            outcomes = [unavailable(type(error).__name__) for _ in group]
         else:
             self._note(None)
         for queued, outcome in zip(group, outcomes, strict=True):
@@ -195,8 +199,6 @@ class SqliteStore(StoreOperations):
         if self._file is not None and self._file.has_failed:
             await self._close()
         if self._file is None:
-            from trigate.store.sqlite_file import open_file
-
             if self._error is not None and trio.current_time() < self._retry_at:
                 raise StoreUnavailable(self._error)
             self._file = await open_file(self.path)

@@ -1,4 +1,4 @@
-"""One SQLite file: opened, written to in groups, read from, closed. It is imported when the first file is needed.
+"""One SQLite file: opened, written to in groups, read from, closed.
 
 There are two connections, each with a thread of its own: one writes while the other reads. Every failure of
 the file is a `StoreUnavailable` with SQLite's reason; after a failure, `File.has_failed` is set, and the owner has to
@@ -45,6 +45,9 @@ WAL_LIMIT_BYTES = 64 << 20
 def unavailable(reason: str) -> StoreUnavailable:
     """Returns the error of a store that cannot be used."""
     return StoreUnavailable(f"The store cannot be used: {reason}")
+
+
+_FAILURES = (apsw.Error, OSError, MemoryError)
 
 
 def _translate(error: Exception) -> StoreUnavailable:
@@ -193,14 +196,17 @@ def _connect(path: str) -> SqliteConnection:
         _create(path)
         return apsw.Connection(path, apsw.SQLITE_OPEN_READWRITE)
 
-    return SqliteConnection(connect)
+    try:
+        return SqliteConnection(connect)
+    except RuntimeError as error:  # no thread can be started
+        raise _translate(error) from error
 
 
 async def _hop(connection: SqliteConnection, function: Callable[[apsw.Connection], T]) -> T:
     """Calls a function in the thread of a connection, with that connection."""
     try:
         return await connection.call(function)
-    except (apsw.Error, OSError) as error:
+    except _FAILURES as error:
         raise _translate(error) from error
 
 

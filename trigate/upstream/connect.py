@@ -12,7 +12,10 @@ addresses that passed the check: a second resolution could return other addresse
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - the codec of host names: there may be no descriptor left for it later
+import errno
 import math
+import os
 import select
 import socket
 import ssl
@@ -22,6 +25,9 @@ import attrs
 import httpx2
 import trio
 
+from trigate.concurrency import descriptors
+from trigate.config.sections import ConfigError
+
 # Buffers of 4 to 64 KiB cost the same for usual messages: a send and a recv of 300 bytes take 7.5 µs with each size
 # (4 000 bytes: 7.7 µs). recv_into a shared buffer, from which the bytes are then copied, takes 0.2 to 0.3 µs more.
 RECEIVE_BYTES = 65536
@@ -30,6 +36,8 @@ _NEXT_ADDRESS_S = 0.25
 """How long to wait for one address before the next one is tried in parallel (RFC 8305)."""
 _PORTS = {"http": 80, "https": 443}
 _BREAKS = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
+_NO_DESCRIPTOR = "the process can open no other connection"
 
 AddressCheck = Callable[[str], str | None]
 """Returns why an IP address is refused; None = it is allowed."""
@@ -37,6 +45,10 @@ AddressCheck = Callable[[str], str | None]
 
 class Refused(httpx2.ConnectError):
     """Every address of the host is refused. No connection was attempted."""
+
+
+class NoDescriptor(httpx2.ConnectError):
+    """The process has no file descriptor, memory or thread left for a connection. Says nothing about the peer."""
 
 
 @attrs.frozen(cache_hash=True)
@@ -161,6 +173,7 @@ async def dial(
 
     Raises:
         Refused: All addresses of the host are refused.
+        NoDescriptor: The process can open no other connection.
         httpx2.ConnectTimeout: The connection was not ready within ``timeout_s``.
         httpx2.ConnectError: The name does not resolve, the peer refused, or the TLS handshake failed.
 
@@ -170,6 +183,8 @@ async def dial(
         try:
             sock = await _connect(origin, refuse)
             try:
+                if descriptors.is_spent(sock.fileno()):
+                    raise NoDescriptor(_NO_DESCRIPTOR)
                 stream = None
                 if origin.scheme == "https":
                     stream = await _secure(sock, origin.host, trust())
@@ -179,23 +194,35 @@ async def dial(
                 sock.close()
                 raise
         except (*_BREAKS, UnicodeError) as error:  # UnicodeError: the host cannot be encoded as a DNS name
+            # The resolver does not say that it could open no file, so the process is asked.
+            if getattr(_root(error), "errno", None) in _SHORT or descriptors.are_spent():
+                raise NoDescriptor(_NO_DESCRIPTOR) from error
             raise httpx2.ConnectError(_reason(error)) from error
+        except ConfigError as error:  # the certificate authorities cannot be read
+            raise httpx2.ConnectError(str(error)) from error
     assert deadline.cancelled_caught
     raise httpx2.ConnectTimeout(f"{origin} did not accept a connection within {timeout_s:g} s")
 
 
 async def _connect(origin: Origin, refuse: AddressCheck | None) -> socket.socket:
     family = _family_of(origin.host)
-    if refuse is not None:
-        sock = await _connect_to_first(await _allowed(origin, refuse))
-    elif family is None:
-        stream = await trio.open_tcp_stream(origin.host, origin.port)
-        # Trio does not expose the stdlib socket inside its own, so the descriptor is detached from it.
-        sock = socket.socket(fileno=stream.socket.detach())
-    else:
-        sock = await _connect_to(family, (origin.host, origin.port))
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        if refuse is not None:
+            sock = await _connect_to_first(await _allowed(origin, refuse))
+        elif family is None:
+            stream = await trio.open_tcp_stream(origin.host, origin.port)
+            # Trio does not expose the stdlib socket inside its own, so the descriptor is detached from it.
+            sock = socket.socket(fileno=stream.socket.detach())
+        else:
+            sock = await _connect_to(family, (origin.host, origin.port))
+    except RuntimeError as error:  # no thread can be started for the resolver
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
@@ -298,12 +325,18 @@ async def _secure(sock: socket.socket, host: str, context: ssl.SSLContext) -> tr
     return stream
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the readable reason of a failure: its root cause, without the wrappers of Trio and parallel attempts."""
+def _root(error: BaseException) -> BaseException:
+    """Returns the root cause of a failure, without the wrappers of Trio and parallel attempts."""
     while error.__cause__ is not None and isinstance(error, trio.BrokenResourceError | OSError):
         error = error.__cause__
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the readable reason of a failure."""
+    error = _root(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

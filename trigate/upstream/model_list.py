@@ -98,7 +98,7 @@ class ModelPoll:
             except GatewayError as error:
                 if isinstance(error, Rejected | ProtocolViolation):
                     upstream.note_unlisted(error)
-                else:
+                elif error.blame != "gateway":
                     upstream.note_down(error)
                 has_no_list = isinstance(error, Rejected) and error.status in (404, 405, 501)
                 if not has_no_list and self._warned != error.message:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import ssl
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -35,7 +36,7 @@ import httpx2
 import outcome
 import trio
 
-from trigate.upstream.connect import AddressCheck, Connection, Origin, dial
+from trigate.upstream.connect import AddressCheck, Connection, NoDescriptor, Origin, dial
 from trigate.upstream.response_parser import Framing
 
 _SLICE_BYTES = 128 * 1024
@@ -300,6 +301,7 @@ class ConnectionPool:
         self._idle_by_origin: dict[Origin, dict[Connection, None]] = {}
         self._queue: OrderedDict[_QueueEntry, None] = OrderedDict()
         self._closed = False
+        _pools.add(self)
 
     def __repr__(self) -> str:
         return f"<ConnectionPool {self._slots} open, {len(self._idle)} idle, {len(self._queue)} waiting>"
@@ -364,8 +366,14 @@ class ConnectionPool:
     def close(self) -> None:
         """Closes the idle connections. A connection in use is closed at the end of its block."""
         self._closed = True
+        self.close_idle()
+
+    def close_idle(self) -> int:
+        """Closes the idle connections, and returns how many there were."""
+        count = len(self._idle)
         while self._idle:
             self._remove(next(iter(self._idle)))
+        return count
 
     # -- acquisition and release
 
@@ -398,6 +406,11 @@ class ConnectionPool:
 
     async def _dial_in_slot(self, origin: Origin, connect_timeout_s: float) -> Connection:
         try:
+            try:
+                return await self._dial(origin, self._trust, timeout_s=connect_timeout_s, refuse=self._refuse)
+            except NoDescriptor:
+                if not _close_idle():
+                    raise
             return await self._dial(origin, self._trust, timeout_s=connect_timeout_s, refuse=self._refuse)
         except BaseException:
             self._free_slot()
@@ -454,3 +467,11 @@ class ConnectionPool:
     def _remove(self, connection: Connection) -> None:
         self._forget(connection)
         self._discard(connection)
+
+
+_pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
+
+
+def _close_idle() -> int:
+    """Closes the idle connections of all pools, since the process needs their descriptors; returns how many."""
+    return sum(pool.close_idle() for pool in list(_pools))

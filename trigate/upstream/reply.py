@@ -14,7 +14,8 @@ import httpx2
 import trio
 
 from trigate.content_coding import CODINGS, Decoder, NotDecodable, coding_of
-from trigate.errors import GatewayError, ProtocolViolation, Truncated, Unavailable, UpstreamTimeout
+from trigate.errors import GatewayError, Overloaded, ProtocolViolation, Truncated, Unavailable, UpstreamTimeout
+from trigate.upstream.connect import NoDescriptor
 from trigate.upstream.pool import Opening, Response
 from trigate.upstream.response_parser import NotHttp
 
@@ -29,6 +30,8 @@ def translated(error: httpx2.TransportError | httpx2.InvalidURL, name: str, *, a
         answered: Whether the head of the reply had been received.
     """
     match error:
+        case NoDescriptor():
+            return Overloaded(f"The gateway has no file descriptor left for a connection to the upstream {name}.")
         case httpx2.ConnectTimeout():
             return UpstreamTimeout(f"The upstream {name} did not accept a connection in time.", phase="connect")
         case httpx2.InvalidURL():

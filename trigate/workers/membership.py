@@ -130,6 +130,8 @@ class Workers:
                 return
             except StoreUnavailable as error:
                 self._note_failure(error)
+            except Exception:  # a defect must not end the gateway
+                self._note_crash()
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, RETRY_MAX_S)
 
@@ -210,9 +212,7 @@ class Workers:
                 except StoreUnavailable as error:
                     self._note_failure(error)
                 except Exception:  # a defect must not end the gateway, and the next heartbeat may succeed
-                    if not self._is_failing:
-                        log.exception("heartbeat_crashed", worker=self.id)
-                    self._is_failing = True
+                    self._note_crash()
                 else:
                     if self._is_failing:
                         log.info("heartbeat_recovered", worker=self.id)
@@ -221,6 +221,11 @@ class Workers:
     def _note_failure(self, error: StoreUnavailable) -> None:
         if not self._is_failing:  # logged once, and not at every heartbeat
             log.warning("heartbeat_failed", worker=self.id, error=error.message)
+        self._is_failing = True
+
+    def _note_crash(self) -> None:
+        if not self._is_failing:
+            log.exception("heartbeat_crashed", worker=self.id)
         self._is_failing = True
 
     async def _receive(self, notify_socket: NotifySocket) -> None:

@@ -58,13 +58,16 @@ class NotifySocket:
         """Binds a new socket if the file of this one was removed: the others would take this worker for dead.
 
         Raises:
-            StoreUnavailable: No socket can be bound.
+            StoreUnavailable: No socket can be bound. The old one stays open.
         """
         try:
             os.utime(self.address)  # keeps programs that delete old temporary files from removing it
         except FileNotFoundError:
-            self._receiver.close()
+            old = self._receiver
             self.address, self._receiver = _bind(self._database, self._worker)
+            old.close()
+        except OSError:  # a read-only file system: the socket is there
+            return
 
     def close_receiver(self) -> None:
         """Stops receiving and removes the socket's file: from now on, the others take this worker for exited."""
@@ -87,16 +90,24 @@ def open_notify_socket(database: str, worker: str) -> NotifySocket:
         StoreUnavailable: No socket can be bound.
     """
     address, receiver = _bind(database, worker)
-    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    except OSError as error:
+        receiver.close()
+        remove_socket(address)
+        raise _unavailable(address, error) from error
     sender.setblocking(False)
     return NotifySocket(address, database, worker, receiver, sender)
 
 
 def _bind(database: str, worker: str) -> tuple[str, trio.socket.SocketType]:
-    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.setblocking(False)
     address = f"{database}-{worker}"
     try:
+        receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    except OSError as error:
+        raise _unavailable(address, error) from error
+    try:
+        receiver.setblocking(False)
         try:
             if len(os.fsencode(address)) > _MAX_ADDRESS_BYTES:
                 raise OSError("the path is too long for a socket")
@@ -107,23 +118,27 @@ def _bind(database: str, worker: str) -> tuple[str, trio.socket.SocketType]:
         os.chmod(address, 0o600)
     except OSError as error:
         receiver.close()
-        raise StoreUnavailable(
-            f"This worker cannot join the other workers: no socket can be created at {address}: {error}."
-        ) from error
+        raise _unavailable(address, error) from error
     return address, trio.socket.from_stdlib_socket(receiver)
+
+
+def _unavailable(address: str, error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"This worker cannot join the other workers: no socket can be created at {address}: {error}."
+    )
 
 
 def is_dead(address: str) -> bool:
     """Whether no socket is bound to an address. Sends nothing, and does not depend on how full the receiver's queue
-    is."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        probe.setblocking(False)
-        try:
+    is. Never fails."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.setblocking(False)
             probe.connect(address)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return True
-        except OSError:
-            return False  # any other error is no evidence of an exit
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    except OSError:
+        return False  # any other error is no evidence of an exit
     return False
 
 

@@ -299,7 +299,7 @@ class LocalModel:
             )
         except LocalModelUnavailable as exc:
             return str(exc)
-        except OSError as exc:
+        except (OSError, RuntimeError) as exc:  # RuntimeError: no thread can be started
             return f"the process of the local model could not be started: {exc}"
         self._pid = process.pid
         log.info("local_model_starting", pid=process.pid)
