@@ -46,6 +46,7 @@ RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
 PURE = (
     *("errors", "signatures", "config", "openai", "routing", "concurrency.rate_limiter"),
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
+    *("upstream.no_proxy",),
     *("exchange.call_key", "sessions.compose", "webhooks.payload", "cli.status_view", "status.schema"),
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import trigate
 from tests.support.processes import SERVE, Gateway, configuration, environment, run_gateway
 from tests.support.scripted_upstream import TEXT, seen, wait_closed
+from trigate.cli import serve
 from trigate.cli.commands import cli
 
 KEY = "key-of-the-gateway"
@@ -267,6 +269,34 @@ def test_a_certificate_without_its_key(run: Run, tmp_path: Path, option: str) ->
     result = run("serve", option, _file(tmp_path, PARROT))
     assert result.exit_code == 2
     assert "--certfile and --keyfile must be given together." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("limits", "most", "raised"),
+    [
+        ((1024, 524288), 524288, 524288),
+        ((4096, 4096), 4096, None),
+        ((256, resource.RLIM_INFINITY), 10240, 10240),  # macOS
+        ((256, resource.RLIM_INFINITY), 100_000, 2**16),
+        ((20_000, resource.RLIM_INFINITY), 20_000, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 10240, None),
+    ],
+)
+def test_the_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], most: int, raised: int | None
+) -> None:
+    """The soft limit is raised to the hard one, or as far as the system grants it, and is never lowered."""
+    done: list[tuple[int, int]] = []
+
+    def setrlimit(_: int, wanted: tuple[int, int]) -> None:
+        if wanted[0] == resource.RLIM_INFINITY or wanted[0] > most:
+            raise ValueError("current limit exceeds maximum limit")
+        done.append(wanted)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    serve._raise_file_limit()
+    assert done == ([] if raised is None else [(raised, limits[1])])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
