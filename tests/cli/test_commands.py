@@ -22,6 +22,7 @@ from tests.support.processes import SERVE, Gateway, configuration, environment, 
 from tests.support.scripted_upstream import TEXT, seen, wait_closed
 from trigate.cli import serve
 from trigate.cli.commands import cli
+from trigate.cli.configuration import gateway_url
 
 KEY = "key-of-the-gateway"
 TRIGATE = (sys.executable, "-m", "trigate")
@@ -487,6 +488,29 @@ def test_an_invalid_url(run: Run, url: str, command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "url"),
+    [
+        ('[server]\nport = 1\n[upstreams.a]\napi_key = { env = "NOT_SET" }\n', "http://127.0.0.1:1"),
+        ('[server]\nhost = "0.0.0.0"\nport = 1\n', "http://127.0.0.1:1"),
+        ('[server]\nhost = "::"\nport = 1\n', "http://[::1]:1"),
+        ('[server]\nhost = "10.0.0.1"\nport = 1\ncertfile = "c"\nkeyfile = "k"\n', "https://10.0.0.1:1"),
+        ("[server]\nport = 0\n", "http://127.0.0.1:18888"),
+        ("[server]\nport = true\n", "http://127.0.0.1:18888"),
+        ("not TOML", "http://127.0.0.1:18888"),
+        (None, "http://127.0.0.1:18888"),
+    ],
+)
+def test_the_gateway_of_the_configuration(run: Run, tmp_path: Path, content: str | None, url: str) -> None:
+    """Without ``--url``, the commands call the address in the configuration file, also if its secrets are not here."""
+    if content is not None:
+        (tmp_path / "trigate.toml").write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRIGATE_CONFIG", raising=False)
+        assert gateway_url() == url
+    assert "as the configuration file says" in run("status", "--help").stdout.replace("\n", " ")
+
+
 def test_another_server_at_the_address(run: Run, upstream: str) -> None:
     """The error of a server that is no gateway is printed, without a traceback."""
     _assert_failed(run("status", "--url", upstream), "404: said the upstream")
