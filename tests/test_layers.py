@@ -47,6 +47,7 @@ PURE = (
     *("errors", "tracebacks", "content_coding", "signatures", "config", "openai", "routing"),
     "concurrency.rate_limiter",
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
+    *("upstream.no_proxy",),
     *("exchange.call_key", "sessions.compose", "webhooks.payload", "cli.status_view", "status.schema"),
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),
 )

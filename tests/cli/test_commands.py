@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,7 +20,9 @@ import pytest
 import trigate
 from tests.support.processes import SERVE, Gateway, configuration, environment, run_gateway
 from tests.support.scripted_upstream import TEXT, seen, wait_closed
+from trigate.cli import serve
 from trigate.cli.commands import cli
+from trigate.cli.configuration import gateway_url
 
 KEY = "key-of-the-gateway"
 TRIGATE = (sys.executable, "-m", "trigate")
@@ -269,6 +272,34 @@ def test_a_certificate_without_its_key(run: Run, tmp_path: Path, option: str) ->
     assert "--certfile and --keyfile must be given together." in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("limits", "most", "raised"),
+    [
+        ((1024, 524288), 524288, 524288),
+        ((4096, 4096), 4096, None),
+        ((256, resource.RLIM_INFINITY), 10240, 10240),  # macOS
+        ((256, resource.RLIM_INFINITY), 100_000, 2**16),
+        ((20_000, resource.RLIM_INFINITY), 20_000, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 10240, None),
+    ],
+)
+def test_the_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], most: int, raised: int | None
+) -> None:
+    """The soft limit is raised to the hard one, or as far as the system grants it, and is never lowered."""
+    done: list[tuple[int, int]] = []
+
+    def setrlimit(_: int, wanted: tuple[int, int]) -> None:
+        if wanted[0] == resource.RLIM_INFINITY or wanted[0] > most:
+            raise ValueError("current limit exceeds maximum limit")
+        done.append(wanted)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    serve._raise_file_limit()
+    assert done == ([] if raised is None else [(raised, limits[1])])
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_port_in_use(run: Run, tmp_path: Path, workers: str) -> None:
     """The error names the address."""
@@ -457,6 +488,29 @@ def test_an_invalid_url(run: Run, url: str, command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "url"),
+    [
+        ('[server]\nport = 1\n[upstreams.a]\napi_key = { env = "NOT_SET" }\n', "http://127.0.0.1:1"),
+        ('[server]\nhost = "0.0.0.0"\nport = 1\n', "http://127.0.0.1:1"),
+        ('[server]\nhost = "::"\nport = 1\n', "http://[::1]:1"),
+        ('[server]\nhost = "10.0.0.1"\nport = 1\ncertfile = "c"\nkeyfile = "k"\n', "https://10.0.0.1:1"),
+        ("[server]\nport = 0\n", "http://127.0.0.1:18888"),
+        ("[server]\nport = true\n", "http://127.0.0.1:18888"),
+        ("not TOML", "http://127.0.0.1:18888"),
+        (None, "http://127.0.0.1:18888"),
+    ],
+)
+def test_the_gateway_of_the_configuration(run: Run, tmp_path: Path, content: str | None, url: str) -> None:
+    """Without ``--url``, the commands call the address in the configuration file, also if its secrets are not here."""
+    if content is not None:
+        (tmp_path / "trigate.toml").write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRIGATE_CONFIG", raising=False)
+        assert gateway_url() == url
+    assert "as the configuration file says" in run("status", "--help").stdout.replace("\n", " ")
+
+
 def test_another_server_at_the_address(run: Run, upstream: str) -> None:
     """The error of a server that is no gateway is printed, without a traceback."""
     _assert_failed(run("status", "--url", upstream), "404: said the upstream")

@@ -79,7 +79,7 @@ async def test_the_keep_alive_timer_starts_at_admission(open_app: OpenApp, autoj
         await wait_all_tasks_blocked()
         begun = trio.current_time()
         call = await ask(served).wait()
-        comments = [at - begun for at, data in call.pieces if data == b": keep-alive\n"]
+        comments = [at - begun for at, data in call.pieces if data == b": keep-alive\n\n"]
         assert comments == [pytest.approx(14), pytest.approx(18)]
         assert call.body.endswith(DONE)
 

@@ -39,7 +39,7 @@ from trigate.exchange import view
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 
-KEEP_ALIVE = b": keep-alive\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def two(**limits: Any) -> Any:  # Any: a Config of any limits
@@ -726,7 +726,7 @@ async def test_the_next_target_may_come_after_a_keep_alive(open_app: OpenApp, au
 
 
 async def test_keep_alive_before_the_first_token(open_app: OpenApp, autojump_clock: MockClock) -> None:
-    """After each 15 s of silence one comment line ending in one newline is sent. The first one commits status 200."""
+    """After each 15 s of silence one comment is sent, with a blank line. The first one commits status 200."""
     async with open_app(providers=Provider((Pause(40), *says("x")))) as served:
         begun = trio.current_time()
         call = await served.client.chat().wait()
@@ -760,6 +760,14 @@ async def test_keep_alive_while_queued(open_app: OpenApp, autojump_clock: MockCl
         second = await served.client.chat().wait()
         assert second.body.startswith(KEEP_ALIVE)
         assert second.body.endswith(DONE)
+
+
+async def test_keep_alive_as_a_line(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """With ``keep_alive_form = "line"``, no blank line follows the comment."""
+    config = make_config(limits={"keep_alive_form": "line"})
+    async with open_app(config, Provider((Pause(20), *says("x")))) as served:
+        call = await served.client.chat().wait()
+        assert call.body.startswith(b": keep-alive\ndata: ")
 
 
 async def test_keep_alive_is_for_streams_only(open_app: OpenApp, autojump_clock: MockClock) -> None:

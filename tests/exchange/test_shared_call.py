@@ -450,7 +450,7 @@ async def test_each_subscriber_has_its_own_keep_alives(open_app: OpenApp, autoju
         late = ask(served)
         await early.wait()
         await late.wait()
-        assert (early.status, early.body.count(b": keep-alive\n")) == (200, 2)
+        assert (early.status, early.body.count(b": keep-alive\n\n")) == (200, 2)
         assert early.error["code"] == "upstream_unavailable"
         assert (late.status, late.error["code"]) == (502, "upstream_unavailable")
         assert [early.header("x-trigate-coalesced"), late.header("x-trigate-coalesced")] == ["leader", "joined"]

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
 FIRST = content("first")
-COMMENT = b": keep-alive\n"
+COMMENT = b": keep-alive\n\n"
 HEADS = {
     "chunked": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
     "close-delimited": b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n",

@@ -80,6 +80,11 @@ def test_other_servers(command: str) -> None:
         assert _run("sh", "-c", _only("curl -N")).rstrip().endswith("data: [DONE]")
 
 
+def test_uvicorn_can_be_installed() -> None:
+    """The command is right. The tests need uvicorn themselves, so it is there, and nothing is fetched."""
+    assert "uvicorn" in _run("sh", "-c", _only("pip install uvicorn"))
+
+
 # The remaining tests share one gateway, so they come after the tests that need the port.
 
 
@@ -94,7 +99,7 @@ def test_every_command_is_known_here() -> None:
     """A command that is added to the README must be added to these tests."""
     tested = {*SERVERS, "./scripts/test"}
     tested |= {_only(part) for part in ("curl -N", "/v1/models", "18888/status", "trigate chat", "trigate status")}
-    tested |= {_only(part) for part in ("x-session-key", "/v1/sessions", "/hooks/")}
+    tested |= {_only(part) for part in ("x-session-key", "/v1/sessions", "/hooks/", "pip install uvicorn")}
     assert set(SHELL) == tested | {_only("trigate check")}
 
 

@@ -43,7 +43,7 @@ from trigate.exchange.socket_relay import RelayedStream
 from trigate.gateway import gateway as gateway_module
 from trigate.gateway.gateway import Gateway
 
-KEEP_ALIVE = b": keep-alive\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 BOTH = ("relay", "loop") if hasattr(select, "epoll") else ("loop",)
 
 

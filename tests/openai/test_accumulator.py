@@ -60,13 +60,15 @@ def test_text() -> None:
 
 def test_frames_with_several_events() -> None:
     """Events that arrive together are separated, with comments between them and other line ends too."""
-    frames = content("a") + b": keep-alive\n" + content("b").replace(b"\n", b"\r\n") + b": x\n\n" + content("c") + DONE
+    frames = (
+        content("a") + b": keep-alive\n\n" + content("b").replace(b"\n", b"\r\n") + b": x\n\n" + content("c") + DONE
+    )
     assert accumulate(frames).text == "abc"
 
 
 def test_before_the_first_content() -> None:
     """There is nothing to store yet, but a message can still be made."""
-    answer = accumulate(role(), b": keep-alive\n")
+    answer = accumulate(role(), b": keep-alive\n\n")
     assert not answer.has_content
     assert answer.is_truncated
     assert answer.text == ""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai._streaming import SSEDecoder
 
 from trigate.openai.sse import BOM, EventSplitter, EventTooLarge, comment, data_of, without_resumption
 
@@ -203,11 +205,62 @@ def test_data_survives_the_round_trip(lines: list[str]) -> None:
     assert data_of(event) == "\n".join(lines).encode()
 
 
-def test_a_comment_is_one_line() -> None:
-    """The keep-alive comment ends with one LF: a blank line would make some clients dispatch an empty event."""
-    assert comment("keep-alive") == b": keep-alive\n"
-    assert _feed([comment("keep-alive"), b"data: 1\n\n"]) == ([b": keep-alive\ndata: 1\n\n"], 0)
+def test_the_forms_of_a_comment() -> None:
+    """A block is an event of its own, without data. A line is a part of the event behind it."""
+    block, line = comment("keep-alive", "block"), comment("keep-alive", "line")
+    assert _feed([block, b"data: 1\n\n"]) == ([b": keep-alive\n\n", b"data: 1\n\n"], 0)
+    assert data_of(block) is None
+    assert _feed([line, b"data: 1\n\n"]) == ([b": keep-alive\ndata: 1\n\n"], 0)
     assert data_of(b": keep-alive\ndata: 1\n\n") == b"1"
+
+
+def _by_blocks(body: str) -> list[str]:
+    """As many hand-written clients do, and @google/genai."""
+    return [block.strip()[5:].strip() for block in body.split("\n\n") if block.strip().startswith("data:")]
+
+
+def _by_lines(body: str) -> list[str]:
+    """As other hand-written clients do."""
+    return [line[5:].strip() for line in body.split("\n") if line.startswith("data:")]
+
+
+def _by_blank_lines(body: str) -> list[str]:
+    """As @microsoft/fetch-event-source does: every blank line dispatches what has come since the last one."""
+    events, data = [], ""
+    for line in body.split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        if not line:
+            events.append(data)
+            data = ""
+        elif name == "data":
+            data = value.strip()
+    return events
+
+
+def _by_openai(body: str) -> list[str]:
+    return [event.data for event in SSEDecoder().iter_bytes(iter([body.encode()]))]
+
+
+@pytest.mark.parametrize(
+    ("parse", "forms"),
+    [
+        (_by_blocks, {"block"}),
+        (_by_lines, {"block", "line"}),
+        (_by_blank_lines, {"line"}),
+        (_by_openai, {"block", "line"}),
+    ],
+)
+def test_which_parsers_understand_which_form(parse: Callable[[str], list[str]], forms: set[str]) -> None:
+    """No form suits all of them. The one by default suits those that are common, and the setting offers the other."""
+    events = ['{"n":1}', '{"n":2}', "[DONE]"]
+    suited = set()
+    each_form: tuple[Literal["block", "line"], ...] = ("block", "line")
+    for form in each_form:
+        keep_alive = comment("keep-alive", form)
+        body = b"".join(keep_alive + b"data: " + each.encode() + b"\n\n" for each in events).decode()
+        if parse(body) == events:
+            suited.add(form)
+    assert suited == forms
 
 
 def test_resumption_fields_are_removed() -> None:

@@ -271,3 +271,14 @@ def test_events_before_an_oversized_event_are_passed_on() -> None:
         reader = StreamReader(CHAT, model="up", upstream="mock", max_event_bytes=300)
         assert b"".join(map(reader.feed, pieces)) == event * 2
         assert isinstance(reader.error, ProtocolViolation)
+
+
+def test_a_done_that_is_not_the_end() -> None:
+    """A stream of responses ends with ``response.completed``. With a ``[DONE]`` instead, whole or not, it is
+    truncated."""
+    for end in (b"", b"\n", b"\n\n"):
+        reader = StreamReader(RESPONSES, model="public", upstream="up")
+        reader.feed(b'data: {"type":"response.output_text.delta","delta":"a"}\n\ndata: [DONE]' + end)
+        reader.feed_end()
+        assert reader.error is not None
+        assert reader.error.code == "upstream_truncated"

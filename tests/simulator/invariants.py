@@ -30,7 +30,7 @@ from trigate.upstream.generation import Generation
 if TYPE_CHECKING:
     from tests.simulator.world import World
 
-KEEP_ALIVE = b": keep-alive\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 _ERROR = b'data: {"error"'
 _EPSILON_S = 0.001
 GRACE_S = 0.5
@@ -323,7 +323,7 @@ def _is_complete(call: Call) -> Iterator[str]:
 def events_of(body: bytes) -> tuple[list[bytes], bytes]:
     """The events of a stream without the gateway's comments, and the bytes after the last complete event.
 
-    >>> events_of(b": keep-alive\\ndata: 1\\n\\n: keep-alive\\n: keep-alive\\ndata: 2\\n\\ndat")
+    >>> events_of(b": keep-alive\\n\\ndata: 1\\n\\n: keep-alive\\n\\n: keep-alive\\n\\ndata: 2\\n\\ndat")
     ([b'data: 1\\n\\n', b'data: 2\\n\\n'], b'dat')
     """
     events: list[bytes] = []

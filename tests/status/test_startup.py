@@ -13,6 +13,7 @@ from tests.support.provider import Provider, Refuse
 from trigate import __version__
 from trigate.config.sections import Config
 from trigate.status.startup import startup_lines
+from trigate.upstream.local_model import process
 
 
 def lines(served: Served) -> list[str]:
@@ -72,9 +73,8 @@ async def test_hooks_and_channels_are_named(open_app: OpenApp) -> None:
             "up: 2 models",
             "default is up/a",
         ),
-        ({"parrot": {"kind": "echo"}}, {}, "parrot: 1 models", "default is parrot/echo"),
     ],
-    ids=["none", "disabled", "down", "down and up", "echo"],
+    ids=["none", "disabled", "down", "down and up"],
 )
 async def test_upstreams_and_the_default_model(
     open_app: OpenApp,
@@ -91,3 +91,29 @@ async def test_upstreams_and_the_default_model(
         assert second.startswith("Upstreams: ")
         assert found in second
         assert f"{len(served.gateway.generations.current.public_ids())} listed; {default}" in third
+
+
+@pytest.mark.parametrize(
+    ("upstreams", "says"),
+    [
+        ({"parrot": {"kind": "echo"}}, "parrot/echo is no language model, and only repeats what it is told"),
+        ({"parrot": {"kind": "echo"}, "up": {"models": ["m"]}}, ""),
+        ({"local": {"kind": "local"}}, "local/smollm2-135m-instruct is a very small model"),
+        ({"local": {"kind": "local", "gguf": "here.gguf"}}, ""),
+    ],
+    ids=["echo", "echo beside a provider", "embedded", "another file"],
+)
+async def test_a_demonstration_is_called_one(
+    open_app: OpenApp, monkeypatch: pytest.MonkeyPatch, upstreams: dict[str, Any], says: str
+) -> None:
+    """Where nothing better than the echo or the embedded model was found, a line says so, and what to do."""
+    monkeypatch.setattr(process, "why_unavailable", lambda _: None)
+    async with open_app(make_config(upstreams), {name: Provider() for name in upstreams}) as served:
+        _, _, models, *more = lines(served)
+        if says:
+            [line] = more
+            assert line.startswith(f"DEMONSTRATION: {says}")
+            assert "OPENAI_API_KEY" in line
+            assert "default is " in models
+        else:
+            assert not more

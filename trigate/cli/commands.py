@@ -23,6 +23,7 @@ from trigate.cli.configuration import (
     check_certificate,
     config_option,
     gateway_environment,
+    gateway_url,
     read_configuration,
     refuse_open_gateway,
 )
@@ -141,7 +142,11 @@ def _disabled(reason: str | None) -> str:
 
 def _gateway_options(command: Any) -> Any:
     command = click.option(
-        "--url", envvar="TRIGATE_URL", default="http://127.0.0.1:18888", show_default=True, help="The gateway."
+        "--url",
+        envvar="TRIGATE_URL",
+        default=gateway_url,
+        show_default="$TRIGATE_URL, else as the configuration file says, else http://127.0.0.1:18888",
+        help="The gateway.",
     )(command)
     return click.option("--key", envvar="TRIGATE_API_KEY", help="Its key, if it needs one.  [env: TRIGATE_API_KEY]")(
         command

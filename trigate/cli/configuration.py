@@ -54,6 +54,29 @@ def read_configuration(env: Mapping[str, str]) -> Config:
         raise CommandFailed(*(f"{error.source}: {problem}" for problem in error.problems)) from None
 
 
+def gateway_url() -> str:
+    """Returns the URL of the gateway that this directory's configuration file describes, else of the default one. The
+    rest of the file does not matter: its secrets may be missing here."""
+    import tomllib
+
+    from trigate.config import load
+    from trigate.config.converter import convert
+    from trigate.config.sections import ServerConfig
+
+    server = None
+    path = load.locate(os.environ)
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig")).get("server", {})
+            server = convert(ServerConfig, table, "server", []) if isinstance(table, dict) else None
+        except (OSError, ValueError, RecursionError):
+            pass
+    server = server or ServerConfig()
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    scheme = "https" if server.certfile is not None else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port or ServerConfig().port}"
+
+
 def refuse_open_gateway(config: Config) -> None:
     """Refuses a configuration with which other machines could use the gateway without a key.
 

@@ -202,7 +202,6 @@ def _run_server(
     handover_sockets: Sequence[socket.socket] = (),
     before_accepting: Callable[[], Awaitable[None]] | None = None,
 ) -> bool:
-    import resource
     from functools import partial
 
     import trio
@@ -213,8 +212,7 @@ def _run_server(
     from trigate.server.lifespan import StartupFailed
     from trigate.server.server import run
 
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # each stream takes two file descriptors
+    _raise_file_limit()
     # Any: hypercorn's ASGI types are not those of the server
     app: Any = create_app(opener=lambda: open_gateway(env=env, adjust=override))
     calm_collector()
@@ -234,3 +232,19 @@ def _run_server(
     except* StartupFailed as failed:
         failure = message_of(failed)
     raise CommandFailed(failure)
+
+
+def _raise_file_limit() -> None:
+    """Raises the soft limit of open files as far as the system allows: each stream takes two descriptors. Systems keep
+    the soft limit low for programs that use ``select``, which Trigate does not."""
+    import contextlib
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The hard limit may be infinite, which macOS does not grant, and its next bound is 10240.
+    for wanted in (hard, 2**20, 2**16, 10240):
+        if soft == resource.RLIM_INFINITY or (wanted != resource.RLIM_INFINITY and wanted <= soft):
+            return
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return

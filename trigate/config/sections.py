@@ -224,7 +224,9 @@ class LimitsConfig:
     total_timeout_s: Seconds = Seconds(3600.0)
     queue_timeout_s: Seconds = Seconds(30.0)
     keep_alive_s: Seconds = Seconds(15.0)
-    """The silence after which a stream gets a comment line. Before the first token, this commits status 200."""
+    """The silence after which a stream gets a comment. Before the first token, this commits status 200."""
+    keep_alive_form: Literal["block", "line"] = "block"
+    """Whether that comment has a blank line after it."""
     stall_timeout_s: Seconds = Seconds(30.0)
     """How long a client may stop reading before its upstream stream is ended."""
     half_close: Literal["cancel", "serve"] = "cancel"

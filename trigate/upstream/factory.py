@@ -11,6 +11,7 @@ from collections.abc import Callable
 import httpx2
 
 from trigate.config.sections import ConfigError, UpstreamConfig
+from trigate.upstream.no_proxy import is_exempt
 from trigate.upstream.transport import SocketTransport
 
 TransportFactory = Callable[[str, UpstreamConfig], httpx2.AsyncBaseTransport]
@@ -85,9 +86,12 @@ def _proxy_to(upstream: UpstreamConfig) -> str | None:
     if upstream.proxy is not None or upstream.base_url is None:
         return upstream.proxy if upstream.proxy != "direct" else None
     url = httpx2.URL(upstream.base_url)
-    if _is_this_machine(url.host) or urllib.request.proxy_bypass(url.host):
-        return None
     proxies = urllib.request.getproxies()
+    port = url.port or (443 if url.scheme == "https" else 80)
+    if _is_this_machine(url.host) or is_exempt(url.host, port, proxies.get("no", "")):
+        return None
+    if "no" not in proxies and urllib.request.proxy_bypass(url.host):  # the settings of macOS and Windows
+        return None
     proxy = proxies.get(url.scheme) or proxies.get("all")
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
