@@ -326,6 +326,29 @@ def _lasting(status: Any) -> Any:
     return {name: status[name] for name in names} | {"workers": workers}
 
 
+def test_a_replaced_worker_is_in_the_status(tmp_path: Path, database: Path) -> None:
+    """Within a second after it has begun to serve, every worker lists the new one, and none the killed one."""
+    config = f'[store]\npath = "{database}"\n[upstreams.echo]\nkind = "echo"\n'
+    command = _command("trigate serve", 2)
+    with run_gateway(config, tmp_path, command=command, env={"TRIGATE_STORE": str(database)}) as gateway:
+        while gateway.log().count("Listening on ") < 2:
+            time.sleep(0.02)
+        before = _agreed(gateway.url, lambda body: len(body["workers"]) == 2)
+        killed = before["workers"][0]["pid"]
+        os.kill(killed, signal.SIGKILL)
+        while gateway.log().count("Listening on ") < 3:
+            time.sleep(0.02)
+        give_up_at = time.monotonic() + 1.0
+        pids: list[int] = []
+        while time.monotonic() < give_up_at and not (len(pids) == 2 and killed not in pids):
+            pids = [row["pid"] for row in _status(gateway.url)["workers"]]
+        for _ in range(16):
+            pids = [row["pid"] for row in _status(gateway.url)["workers"]]
+            assert len(pids) == 2
+            assert killed not in pids
+        gateway.stop()
+
+
 @pytest.mark.parametrize("way", ["trigate serve", "hypercorn -k trio"])
 def test_status_of_worker_processes(way: str, tmp_path: Path, database: Path) -> None:
     """Each worker returns the same status: the workers, all exchanges, the store. No socket is left at the end."""

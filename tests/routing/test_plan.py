@@ -202,6 +202,19 @@ def test_retry_after_is_waited_for() -> None:
     assert len(walk(plan_of(*known(1)), late)) == 1
 
 
+def test_a_kept_error_keeps_nothing_else() -> None:
+    """The last error of a target is kept for messages, without its traceback, whose frames hold connections."""
+    states, config = known()
+    plan = plan_of(states, config)
+    try:
+        raise Unavailable("down") from OSError("refused")
+    except Unavailable as error:
+        plan.end(plan.first(0.0, 0.5), 0.0, error=error)
+    kept = states.of(A, CHAT).last_error
+    assert kept is not None
+    assert (kept.message, kept.__traceback__, kept.__cause__, kept.__context__) == ("down", None, None, None)
+
+
 def test_a_target_with_an_open_breaker_is_skipped() -> None:
     """When all breakers are open, the call fails at once with a retry time."""
     states, config = known(2, retries={"max_attempts": 1}, breaker={"failures": 1, "cooldown_s": 7})

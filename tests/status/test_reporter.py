@@ -28,7 +28,7 @@ from trigate.gateway.gateway import Gateway
 from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import decode_call
 from trigate.routing.routes import Target
-from trigate.status import snapshot
+from trigate.status import reporter, snapshot
 from trigate.status.reporter import StatusReporter
 from trigate.status.schema import OldestStream
 from trigate.status.startup import startup_lines
@@ -273,12 +273,34 @@ async def test_before_the_store_is_open(open_app: OpenApp, database: Path, monke
         await trio.sleep_forever()
 
     monkeypatch.setattr(gateway_module, "_use_store", stay_closed)
+    monkeypatch.setattr(reporter, "STORE_TIMEOUT_S", 0.02)
     async with open_app(make_config(hooks={"ci": {}}), store=database) as served:
         status = await status_of(served)
         assert (status["store"]["state"], status["store"]["error"]) == ("closed", None)
         assert (status["sessions"], status["outbox"], status["channels"][0]["received"]) == (None, None, None)
     async with open_app(store=database) as served:
         assert (await status_of(served))["sessions"] == {"total": 0, "active": 0, "busy": 0}
+
+
+async def test_a_worker_that_is_about_to_join(
+    open_app: OpenApp, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that has just started, such as one that replaces another, returns the status of all at its first
+    request: it waits until it knows them."""
+    use_store = gateway_module._use_store
+
+    async def join_late(gateway: Gateway) -> None:
+        await trio.sleep(0.05)
+        await use_store(gateway)
+
+    config = make_config(hooks={"ci": {}})
+    async with open_app(config, store=database) as one:
+        await one.gateway.workers.wait_joined()
+        monkeypatch.setattr(gateway_module, "_use_store", join_late)
+        async with open_app(config, store=database) as two:
+            both = {one.gateway.workers.id, two.gateway.workers.id}
+            for served in (two, one):
+                assert {row["id"] for row in (await status_of(served))["workers"]} == both
 
 
 async def test_a_store_that_does_not_answer(

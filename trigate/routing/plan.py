@@ -233,7 +233,7 @@ class Plan:
         elif error.blame != "provider" or (isinstance(error, UpstreamTimeout) and error.phase == "queue"):
             state.breaker.abandon(step.entry)  # a full queue says nothing about the target either
         elif error.retryable and error.status not in REFUSALS:
-            state.last_error = error
+            state.last_error = error.copy()  # a kept traceback keeps its frames, with connections and buffers
             return state.breaker.fail(now, step.entry, retry_after_s=error.retry_after_s)
         else:  # it answered
             if isinstance(error, Unsupported):

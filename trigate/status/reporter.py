@@ -4,8 +4,9 @@
 a second. The worker that answers a request merges its own part as it is now, the parts that the others reported last,
 and what belongs to no worker (sessions, counters of channels, the outbox), which is counted in the store.
 
-**Bounds:** the store has `STORE_TIMEOUT_S` to answer. It is asked for at most `MAX_CHANNELS` channels that no
-configuration names, because any client with a key can call a hook under any name.
+**Bounds:** the store has `STORE_TIMEOUT_S` to answer, and a worker that has just started has as long to join the
+others. The store is asked for at most `MAX_CHANNELS` channels that no configuration names, because any client with a
+key can call a hook under any name.
 """
 
 from __future__ import annotations
@@ -110,8 +111,13 @@ class StatusReporter:
         others: Sequence[Worker] = ()
         counts = StoreCounts()
         store = self._store.statistics()
+        if not self._workers.is_joined and store.error is None and self._is_store_needed():
+            # A worker that has just started would know of itself alone.
+            with trio.move_on_after(STORE_TIMEOUT_S):
+                await self._workers.wait_joined()
+            store = self._store.statistics()
         if store.state == "closed":  # a question would create the file
-            if opening.is_needed(self._generations.config, store.path):  # it is being opened, and may have data
+            if self._is_store_needed():  # it is being opened, and may have data
                 counts = UNKNOWN_COUNTS
         else:
             try:
@@ -135,6 +141,9 @@ class StatusReporter:
                 error=error if error is not None else store.error,
             ),
         )
+
+    def _is_store_needed(self) -> bool:
+        return opening.is_needed(self._generations.config, self._store.statistics().path)
 
     def _reports(self, others: Iterable[Worker]) -> list[Report]:
         """This worker's part as it is now, and what the others reported last. A part that cannot be read, because the
