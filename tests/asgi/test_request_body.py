@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -233,3 +235,51 @@ async def test_a_body_for_the_control_plane_has_a_deadline(open_app: OpenApp, au
     async with open_app() as served:
         call = await upload(served, [b"x", Stall()], "/v1/models", "GET").wait()
         assert (call.status, call.error["code"]) == (408, "body_timeout")
+
+
+# -- large JSON -------------------------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class LongestStep(trio.abc.Instrument):
+    """Measures the longest time that the event loop works without a break, in seconds of its own CPU time."""
+
+    longest_s: float = 0.0
+    _began: float = attrs.field(factory=time.thread_time)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.thread_time()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.longest_s = max(self.longest_s, time.thread_time() - self._began)
+
+
+HELLO = b'{"role":"user","content":"Hi"}'
+LARGE = {
+    "a million messages": (b",".join([HELLO] * 900_000), 400),
+    "twenty thousand messages": (b",".join([HELLO] * 20_000), 200),
+    "a picture": (b'{"role":"user","content":"' + b"A" * 30_000_000 + b'"}', 200),
+    "escapes": (b'{"role":"user","content":"' + b"abc\\n" * 3_000_000 + b'"}', 200),
+    "text that is not ASCII": (b'{"role":"user","content":"' + "\U0001f600a".encode() * 5_000_000 + b'"}', 200),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+async def test_large_json_does_not_stall_the_others(open_app: OpenApp, name: str) -> None:
+    """It is examined and decoded in a thread, and what it may consist of is bounded. The event loop only copies it:
+    once, and then for the upstream."""
+    messages, status = LARGE[name]
+    body = b'{"model":"up/m","messages":[' + messages + b"]}"
+    pieces: list[Piece] = [body[start : start + 65_536] for start in range(0, len(body), 65_536)]
+    async with open_app(providers=Provider(answers(completion("x")))) as served:
+        step = LongestStep()
+        trio.lowlevel.add_instrument(step)
+        try:
+            call = await upload(served, pieces).wait()
+        finally:
+            trio.lowlevel.remove_instrument(step)
+        assert call.status == status, call.body
+        assert step.longest_s < 0.1
+        if status == 200:
+            assert json.loads(served.providers["up"].calls[0].body)["messages"] == json.loads(body)["messages"]

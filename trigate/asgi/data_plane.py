@@ -29,9 +29,13 @@ from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Recorder
 from trigate.gateway.gateway import Gateway
 from trigate.openai.endpoints import Endpoint
-from trigate.openai.request import Call, decode_call
+from trigate.openai.request import Call, decode_call, decode_large_call
+from trigate.openai.request_bounds import is_small
 from trigate.sessions.service import SessionRecorder
 from trigate.tracebacks import drop_frames
+
+_DECODING = trio.CapacityLimiter(1)
+"""Large bodies are decoded one by one: each further thread would delay the event loop by a turn of the interpreter."""
 
 
 async def serve_call(
@@ -62,7 +66,10 @@ async def serve_call(
     body = await read_body(gateway, head, request_body, response)
     if body is None:
         return
-    call = decode_call(endpoint, body)
+    if is_small(body):
+        call = decode_call(endpoint, body)
+    else:
+        call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, limiter=_DECODING)
     del body
     exchange: Exchange | None = None
     failure: GatewayError | None = None

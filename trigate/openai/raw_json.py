@@ -16,6 +16,7 @@ import msgspec
 
 from trigate.errors import BadRequest
 
+_SMALL_BYTES = 1024 * 1024
 _MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 _HEX = rb"[0-9a-fA-F]"
 _ESCAPES = re.compile(  # a pair, half a pair, any other escape
@@ -32,11 +33,14 @@ decode_strictly = _any_decoder.decode
 """Decodes JSON of any shape. Raises msgspec.DecodeError or RecursionError."""
 
 
-def split_client_fields(data: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
+def split_client_fields(data: bytes, *, is_text: bool = False) -> tuple[bytes, dict[str, msgspec.Raw]]:
     """Splits a client's JSON object into its top-level fields.
 
     Accepts what RFC 8259 lets a receiver accept: a byte order mark, which is removed (8.1), and halves of characters
     (`with_whole_characters`).
+
+    Args:
+        is_text: It is known to be UTF-8.
 
     Returns:
         The object as it may be stored and sent on, and its fields.
@@ -45,7 +49,9 @@ def split_client_fields(data: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
         BadRequest: It is not UTF-8.
         msgspec.DecodeError, RecursionError: It is not a JSON object.
     """
-    if not data.isascii():
+    if is_text:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    elif not data.isascii():
         data = _as_utf8(data)
     try:
         return data, split_fields(data)
@@ -83,10 +89,15 @@ def _as_utf8(data: bytes) -> bytes:
     try:
         data.decode()  # a Raw field is not validated
     except UnicodeDecodeError as error:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise BadRequest("The body is not UTF-8, but UTF-16. Send it as UTF-8.") from None
-        raise BadRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+        raise not_utf8(data, error.reason, error.start) from None
     return data.removeprefix(codecs.BOM_UTF8)
+
+
+def not_utf8(data: bytes, reason: str, at: int) -> BadRequest:
+    """Makes the error for a body that is not UTF-8."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return BadRequest("The body is not UTF-8, but UTF-16. Send it as UTF-8.")
+    return BadRequest(f"The body is not UTF-8: {reason} at byte {at}.")
 
 
 def with_whole_characters(data: bytes) -> bytes:
@@ -137,34 +148,47 @@ def decode_any(data: bytes) -> Any:  # Any: JSON of any shape
 
 def join_fields(fields: Mapping[str, msgspec.Raw], model: bytes | None = None) -> bytes:
     """Joins fields to an object; ``model``, as JSON, replaces the value of the field of that name."""
-    parts = [
-        msgspec.json.encode(name) + b":" + (model if name == "model" and model is not None else bytes(value))
-        for name, value in fields.items()
-    ]
-    return b"{" + b",".join(parts) + b"}"
+    parts: list[bytes | msgspec.Raw] = []
+    for name, value in fields.items():
+        new = model if name == "model" and model is not None else value
+        parts += (b"," if parts else b"{", msgspec.json.encode(name), b":", new)
+    return b"".join([*parts, b"}"]) if parts else b"{}"  # one copy: a field may be tens of MiB
 
 
-def with_model(data: bytes, fields: Mapping[str, msgspec.Raw], model: bytes) -> bytes:
-    """Returns an object with another ``model``, given as JSON; every other byte stays.
-
-    Inside a JSON string every quote is escaped. So if an object has the key, the bytes ``"model"`` occur in it only
-    once, and no letter of the key is written as an escape (``\\u006d``), then those bytes are the key. In every other
-    case the object is joined again from its fields.
+def with_model(data: bytes, fields: Mapping[str, msgspec.Raw], model: bytes, *, model_at: int | None = None) -> bytes:
+    """Returns an object with another ``model``, given as JSON. Every other byte stays if `find_model` finds it; if not,
+    the object is joined again from its fields.
 
     Args:
         data: The object.
         fields: Its fields; they include ``model``.
         model: The new value, as JSON.
+        model_at: What `find_model` has returned; None = it is asked now.
 
     >>> with_model(b'{"model" : "a", "n": 1.0}', {"model": msgspec.Raw(b'"a"'), "n": msgspec.Raw(b"1.0")}, b'"b"')
     b'{"model" : "b", "n": 1.0}'
     """
+    raw = bytes(fields["model"])
+    at = find_model(data, raw) if model_at is None else model_at
+    if at < 0:
+        return join_fields(fields, model)
+    if len(data) <= _SMALL_BYTES:
+        return data[:at] + model + data[at + len(raw) :]
+    view = memoryview(data)  # copied once, not three times
+    return b"".join((view[:at], model, view[at + len(raw) :]))
+
+
+def find_model(data: bytes, raw: bytes) -> int:
+    """Returns where the value of ``model``, whose bytes are ``raw``, begins in an object; -1 if that cannot be told.
+
+    Inside a JSON string every quote is escaped. So if an object has the key, the bytes ``"model"`` occur in it only
+    once, and no letter of the key is written as an escape (``\\u006d``), then those bytes are the key.
+    """
     if has_plain_model_key(data):
         key = _MODEL_KEY.search(data)
-        raw = bytes(fields["model"])
         if key is not None and data.startswith(raw, key.end()):
-            return data[: key.end()] + model + data[key.end() + len(raw) :]
-    return join_fields(fields, model)
+            return key.end()
+    return -1
 
 
 def has_plain_model_key(data: bytes) -> bool:

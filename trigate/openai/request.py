@@ -18,11 +18,13 @@ from trigate.openai.history_fields import with_history_fields
 from trigate.openai.raw_json import (
     decode_any,
     decode_strictly,
+    find_model,
     join_fields,
     problem_of,
     split_client_fields,
     with_model,
 )
+from trigate.openai.request_bounds import examine
 
 # The model id is in the log, in /status and in every event of a stream. Some servers use a path as the id.
 _MAX_MODEL_CHARS = 4096
@@ -47,6 +49,7 @@ class Call:
         stream: Whether the client asks for server-sent events.
         body: The body as it was received, except for what `raw_json.split_client_fields` replaces.
         fields: The body's top-level fields, each as it is in the body.
+        model_at: Where the model id is in the body (`raw_json.find_model`); None = it has not been searched for.
         remembered: The positions of the messages that a session put into the call; None = there is no session.
     """
 
@@ -57,6 +60,7 @@ class Call:
     body: bytes = attrs.field(repr=False)
     fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
     remembered: range | None = None
+    model_at: int | None = attrs.field(default=None, repr=False, eq=False)
 
     @property
     def public_model(self) -> str | None:
@@ -67,14 +71,14 @@ class Call:
         """The body to send upstream: this call's, with the upstream's own model id, if the client named a model."""
         if not self.names_model:
             return self.body
-        return with_model(self.body, self.fields, msgspec.json.encode(model))
+        return with_model(self.body, self.fields, msgspec.json.encode(model), model_at=self.model_at)
 
     @property
     def choices(self) -> int:
         """How many answers the call asks for: ``n``, times the number of its prompts."""
         n = decode_any(bytes(self.fields["n"])) if "n" in self.fields else 1
         prompts = 1
-        if "prompt" in self.endpoint.required and bytes(self.fields["prompt"]).startswith(b"["):
+        if "prompt" in self.endpoint.required and bytes(memoryview(self.fields["prompt"])[:1]) == b"[":
             found = decode_any(bytes(self.fields["prompt"]))
             if found and not isinstance(found[0], int):  # numbers are the tokens of a single prompt
                 prompts = len(found)
@@ -95,11 +99,28 @@ class Call:
     def with_messages(self, messages: Iterable[bytes]) -> Call:
         """The call with other messages, each a JSON object; every other field stays as it was received."""
         fields = {**self.fields, "messages": msgspec.Raw(b"[" + b",".join(messages) + b"]")}
-        return attrs.evolve(self, body=join_fields(fields), fields=fields)
+        return attrs.evolve(self, body=join_fields(fields), fields=fields, model_at=None)
 
 
-def decode_call(endpoint: Endpoint, body: bytes) -> Call:
+def decode_large_call(endpoint: Endpoint, body: bytes) -> Call:
+    """Decodes a request body that is not small (`request_bounds.is_small`), in a thread.
+
+    Raises:
+        BadRequest: The body exceeds a bound; or as `decode_call`.
+        UnknownModel: As `decode_call`.
+    """
+    examine(body, has_messages="messages" in endpoint.required)
+    call = decode_call(endpoint, body, is_text=True)
+    if "model" not in call.fields:
+        return call
+    return attrs.evolve(call, model_at=find_model(call.body, bytes(call.fields["model"])))  # searching it takes long
+
+
+def decode_call(endpoint: Endpoint, body: bytes, *, is_text: bool = False) -> Call:
     """Decodes a request body.
+
+    Args:
+        is_text: It is known to be UTF-8.
 
     Raises:
         BadRequest: The body cannot be served; ``param`` names the invalid field.
@@ -108,7 +129,7 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
     if not body.strip():
         raise BadRequest("The body is empty; expected a JSON object.")
     try:
-        body, fields = split_client_fields(body)
+        body, fields = split_client_fields(body, is_text=is_text)
     except msgspec.ValidationError as error:
         raise BadRequest(f"The body must be a JSON object: {error}.") from None
     except msgspec.DecodeError as error:
@@ -129,7 +150,7 @@ def decode_call(endpoint: Endpoint, body: bytes) -> Call:
     if stream is not None and not isinstance(stream, bool):
         raise BadRequest("stream must be true or false.", param="stream")
     for name in endpoint.required:
-        if name not in fields or (bytes(fields[name]) == b"null" and name not in endpoint.nullable):
+        if name not in fields or (bytes(memoryview(fields[name])[:5]) == b"null" and name not in endpoint.nullable):
             raise BadRequest(f"You must provide {name}.", param=name)
     if "messages" in endpoint.required:
         _check_messages(fields["messages"])

@@ -53,6 +53,7 @@ _EXIT_NOTICED_S = 0.2
 _RETRY_AFTER = ("retry-after", "retry-after-ms")
 _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
+_LARGE_BYTES = 1024 * 1024
 _MIN_SECRET_CHARS = 8
 
 
@@ -276,6 +277,8 @@ class Upstream:
                 address = self._address
                 if address is None or base_url != address.base_url:
                     address = self._address = _Address.of(base_url)
+                if len(body) > _LARGE_BYTES:  # it has just been copied, and is copied again
+                    await trio.lowlevel.checkpoint()
                 opening = self._pool.open(
                     address.origin,
                     self._serialized(method, address, path, headers, body),
