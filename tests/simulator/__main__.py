@@ -44,11 +44,10 @@ def main(arguments: list[str]) -> int:
 
 def _soak_sockets(duration_s: float, seed: int) -> int:
     try:
-        report = sockets.soak(duration_s, seed)
+        report = sockets.soak(duration_s, seed, note=lambda line: print(line, flush=True))
     except sockets.SoakFailed as failed:
         print(f"{failed}\nagain: ./scripts/soak --real --seed {seed} --minutes {duration_s / 60:g}", flush=True)
         return 1
-    print(f"seed {seed}: {report}")
     for outcome, times in report.outcomes.most_common():
         print(f"  {times:7} {outcome}")
     return 0
