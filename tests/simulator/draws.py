@@ -452,7 +452,9 @@ class _Script:
                 continue
             self.sent_events.append(event)
             self._body(event)
-        if fault == "no end":
+        if fault == "no end":  # each choice has ended, so the gateway adds it
+            self.sent_events.append(events.DONE)
+            self.whole = True
             self._close()
             return
         if fault == "no finish":
