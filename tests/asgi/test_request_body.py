@@ -119,6 +119,23 @@ async def test_the_rate_can_be_switched_off(open_app: OpenApp, autojump_clock: M
         assert call.committed_at == pytest.approx(5)
 
 
+async def test_a_body_that_still_arrives_is_refused_when_the_drain_cuts(
+    open_app: OpenApp, autojump_clock: MockClock
+) -> None:
+    """Its client gets a status at once. The server would close the connection without one a second later."""
+    async with open_app() as served:
+        call = upload(served, [b"x", Pause(20), b"x"])
+        await trio.sleep(3)
+        served.gateway.drain.begin()
+        await trio.sleep(3)
+        assert not call.ended
+        served.gateway.drain.cut()
+        await call.wait_committed()
+        assert call.committed_at == pytest.approx(6)
+        await call.wait()
+        assert_refused(served, call, 503, "draining")
+
+
 # -- before the sender is known ---------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ class GatewayApp:
                 return
             self._control_plane = LazyControlPlane(gateway)
             scope["state"]["drain"] = gateway.drain
+            gateway.drain.on_cut = self._bodies.refuse
             for line in startup_lines(gateway.generations.current, store_path=gateway.store.statistics().path):
                 log.info(line)
             await send({"type": "lifespan.startup.complete"})

@@ -14,6 +14,8 @@ A body that is the only one is let in whatever the sum: its own limit is another
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,7 +23,7 @@ import trio
 
 from trigate.config.sections import LimitsConfig
 from trigate.content_coding import Decoder, NotDecodable
-from trigate.errors import BadRequest, BodyTimeout, Overloaded, TooLarge
+from trigate.errors import BadRequest, BodyTimeout, Draining, Overloaded, TooLarge
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
     from hypercorn.typing import ASGIReceiveCallable
@@ -45,6 +47,28 @@ class BodyBudget:
     held_bytes: int = 0
     arriving_bytes: int = 0
     unverified_bytes: int = 0
+    _reading: set[trio.CancelScope] = attrs.field(init=False, factory=set)
+    _is_refused: bool = attrs.field(init=False, default=False)
+
+    @contextmanager
+    def reading(self, scope: trio.CancelScope) -> Iterator[None]:
+        """A block in which a body arrives; `refuse` cancels the scope."""
+        self._reading.add(scope)
+        try:
+            yield
+        finally:
+            self._reading.remove(scope)
+
+    def refuse(self) -> None:
+        """The gateway shuts down: refuses the bodies that are still arriving."""
+        self._is_refused = True
+        for scope in self._reading:
+            scope.cancel()
+
+    def check_refused(self) -> None:
+        """Raises `Draining` after `refuse`."""
+        if self._is_refused:
+            raise Draining("The gateway is shutting down, and the request had not arrived yet. Try again.")
 
 
 @attrs.frozen(kw_only=True)
@@ -110,13 +134,14 @@ class RequestBody:
             TooLarge: It is larger than its limit.
             BodyTimeout: It did not arrive in time.
             Overloaded: There is no room for it.
+            Draining: The gateway shuts down before it has arrived.
         """
         decoder = Decoder(coding) if coding != "identity" else None
         began_at = trio.current_time()
         timeout_s = body.timeout_s or math.inf
         pieces: list[bytes] = []
         size = received = 0
-        with trio.move_on_after(timeout_s) as scope:
+        with trio.move_on_after(timeout_s) as scope, self._budget.reading(scope):
             while not self.complete:
                 if received:  # so that a hundred uploads delay other requests by a hundred pieces, and not by more
                     await trio.lowlevel.checkpoint()
@@ -142,6 +167,7 @@ class RequestBody:
                 raise BadRequest(f"The body ends before its content coding ({coding}) does.")
             self.keep(size, limits)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._budget.check_refused()
         raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s ({body.timeout_name}).")
 
     async def drain(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -17,6 +17,7 @@ class Drain:
     Attributes:
         handing_over: Set once other processes take over the work that any process can do, such as polling.
         is_announced: ``GET /ready`` answers 503.
+        on_cut: Called by `cut`, before it cancels the exchanges.
     """
 
     def __init__(self, live: LiveExchanges, outbox: Outbox) -> None:
@@ -24,6 +25,7 @@ class Drain:
         self._outbox = outbox
         self.handing_over = trio.Event()
         self.is_announced = False
+        self.on_cut: Callable[[], None] = lambda: None
 
     def step_aside(self) -> None:
         """Stops polling for messages, which another process can do. Requests are served as before."""
@@ -46,6 +48,7 @@ class Drain:
 
     def cut(self) -> Sequence[str]:
         """Cancels the exchanges in flight: each stream gets an error event. Returns their request ids."""
+        self.on_cut()
         return self._live.cancel_all(
             Draining("The gateway is shutting down; the answer up to here is incomplete. Try again.")
         )
