@@ -46,6 +46,7 @@ from trigate.errors import (
     UnknownModel,
     Unsupported,
     UnsupportedMediaType,
+    Untranslatable,
     Unverified,
     UpstreamError,
     UpstreamTimeout,
@@ -58,6 +59,7 @@ ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
 SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (BadRequest("no", param="messages[0].role"), 400, "invalid_request_error", "invalid_request"),
     (Ambiguous("no"), 400, "invalid_request_error", "ambiguous_request"),
+    (Untranslatable("no", param="container"), 400, "invalid_request_error", "untranslatable"),
     (HeadersTooLarge("no"), 431, "invalid_request_error", "headers_too_large"),
     (Unauthenticated("no"), 401, "invalid_request_error", "invalid_api_key"),
     (Unverified("no"), 401, "invalid_request_error", "invalid_signature"),
@@ -163,8 +165,9 @@ def test_to_frame(error: GatewayError) -> None:
 
 @each_sample
 def test_only_the_provider_s_failures_can_be_retried(error: GatewayError) -> None:
-    """Another target may be tried after a provider's failure, never after the client's or the gateway's."""
-    assert not error.retryable or error.blame == "provider"
+    """Another target may be tried after a provider's failure, never after the client's or the gateway's; except for a
+    call that the format of this one cannot express."""
+    assert not error.retryable or error.blame == "provider" or isinstance(error, Untranslatable)
 
 
 def test_what_is_retryable() -> None:
@@ -178,6 +181,7 @@ def test_what_is_retryable() -> None:
         ProtocolViolation,
         Truncated,
         Reported,
+        Untranslatable,
     }
 
 

@@ -34,6 +34,7 @@ ROWS = (
     ("upstream",),
     ("routing",),
     ("store",),
+    ("dialects",),
     ("openai",),
     ("server",),
     ("concurrency",),
@@ -44,7 +45,7 @@ ROWS = (
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
 
 PURE = (
-    *("errors", "tracebacks", "content_coding", "signatures", "config", "openai", "routing"),
+    *("errors", "tracebacks", "content_coding", "signatures", "config", "dialects", "openai", "routing"),
     "concurrency.rate_limiter",
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
     *("upstream.no_proxy",),

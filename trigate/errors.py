@@ -3,7 +3,8 @@
 The tree::
 
     GatewayError
-    ├─ CallError            the client and its call     BadRequest 400 (Ambiguous) · Unauthenticated 401
+    ├─ CallError            the client and its call     BadRequest 400 (Ambiguous) · Untranslatable 400*
+    │                                                   Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
     │                                                   SessionBusy 409 · RunStopped 409
@@ -154,6 +155,12 @@ class BadRequest(CallError, status=400, code="invalid_request"):
         if status is not None:
             self.status = status
         super().__init__(message, param=param)
+
+
+class Untranslatable(BadRequest, code="untranslatable"):
+    """The call has something that the format of the chosen upstream cannot express. Another upstream may."""
+
+    retryable = True
 
 
 class Ambiguous(BadRequest, code="ambiguous_request"):

@@ -42,7 +42,7 @@ class _Function:
             self.arguments.append(arguments)
 
     def value(self) -> dict[str, str]:
-        return {"name": _joined_surrogates(self.name), "arguments": _joined_surrogates("".join(self.arguments))}
+        return {"name": joined_surrogates(self.name), "arguments": joined_surrogates("".join(self.arguments))}
 
 
 @attrs.define
@@ -117,7 +117,7 @@ def _place_of(item: Any, items: list[Any]) -> int | None:
 def _joined(value: Any) -> Any:
     """Returns an added field with its texts joined."""
     if isinstance(value, _Pieces):
-        return _joined_surrogates("".join(value))
+        return joined_surrogates("".join(value))
     if isinstance(value, dict):
         return {name: _joined(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -211,7 +211,7 @@ class AnswerAccumulator:
         """The content so far."""
         if len(self._text) > 1:
             self._text = ["".join(self._text)]
-        return _joined_surrogates(self._text[0]) if self._text else ""
+        return joined_surrogates(self._text[0]) if self._text else ""
 
     @property
     def is_exact(self) -> bool:
@@ -235,7 +235,7 @@ class AnswerAccumulator:
         if not self._text and (calls or self._refusal):
             message["content"] = None
         if self._refusal:
-            message["refusal"] = _joined_surrogates("".join(self._refusal))
+            message["refusal"] = joined_surrogates("".join(self._refusal))
         if calls and self._tool_calls:
             message["tool_calls"] = [self._tool_calls[index].value() for index in sorted(self._tool_calls)]
         if calls and self._function_call is not None:
@@ -261,10 +261,10 @@ def _text_of(content: object) -> str:
     return "".join([text for text in texts if isinstance(text, str)])
 
 
-def _joined_surrogates(text: str) -> str:
+def joined_surrogates(text: str) -> str:
     r"""The text with split surrogate pairs joined, and lone surrogates replaced.
 
-    >>> _joined_surrogates("\ud83d\ude00") == "\U0001f600", _joined_surrogates("a\ud83d")
+    >>> joined_surrogates("\ud83d\ude00") == "\U0001f600", joined_surrogates("a\ud83d")
     (True, 'a\ufffd')
     """
     try:

@@ -25,31 +25,50 @@ class Usage(NamedTuple):
     completion_tokens: int
 
 
-def parse_usage(value: object) -> Usage | None:
+def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
     """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts; None if there are none.
+
+    Anthropic's ``input_tokens`` do not include the tokens of the cache, and the last event of its streams may have only
+    ``output_tokens``.
+
+    Args:
+        before: The counts that were reported before, in the same stream.
 
     >>> parse_usage({"input_tokens": 3, "output_tokens": 4}), parse_usage({"prompt_tokens": 10**30})
     (Usage(prompt_tokens=3, completion_tokens=4), None)
+    >>> parse_usage({"input_tokens": 3, "cache_read_input_tokens": 10, "output_tokens": 1})
+    Usage(prompt_tokens=13, completion_tokens=1)
+    >>> parse_usage({"output_tokens": 4}, Usage(13, 1))
+    Usage(prompt_tokens=13, completion_tokens=4)
     """
     if not isinstance(value, dict):
         return None
-    prompt = value.get("prompt_tokens", value.get("input_tokens"))
+    prompt = value.get("prompt_tokens")
+    if prompt is None:
+        prompt = value.get("input_tokens")
+        if type(prompt) is int:
+            cached = [value.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
+            prompt += sum([count for count in cached if type(count) is int])
+        if before is not None and "output_tokens" in value and not prompt:
+            prompt = before.prompt_tokens
     completion = value.get("completion_tokens", value.get("output_tokens", 0))
     if type(prompt) is int and type(completion) is int and 0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS:
         return Usage(prompt_tokens=prompt, completion_tokens=completion)
     return None
 
 
-def find_usage(value: Mapping[str, Any]) -> Usage | None:  # Any: JSON of any shape
+def find_usage(value: Mapping[str, Any], before: Usage | None = None) -> Usage | None:  # Any: JSON of any shape
     """Reads the counts of an answer or an event, wherever providers put them: at its top level, in the ``response`` of
-    a responses API event, in ``x_groq`` (Groq), or in a choice (Moonshot).
+    a responses API event, in the ``message`` of Anthropic's first event, in ``x_groq`` (Groq), or in a choice
+    (Moonshot). ``before`` is as in `parse_usage`.
 
     >>> find_usage({"choices": [{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}]})
     Usage(prompt_tokens=3, completion_tokens=4)
     """
     choices = value.get("choices")
-    for holder in (value, value.get("response"), value.get("x_groq"), *(choices if isinstance(choices, list) else ())):
-        found = parse_usage(holder.get("usage")) if isinstance(holder, dict) else None
+    holders = (value, value.get("response"), value.get("message"), value.get("x_groq"))
+    for holder in (*holders, *(choices if isinstance(choices, list) else ())):
+        found = parse_usage(holder.get("usage"), before) if isinstance(holder, dict) else None
         if found is not None:
             return found
     return None

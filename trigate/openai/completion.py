@@ -18,7 +18,7 @@ from trigate.openai.raw_json import decode_any
 
 _ERROR_EVENT = re.compile(rb"event: ?error[\r\n]")
 _HEARTBEAT = re.compile(r"(?:^|[._-])(?:ping|keep[._-]?alive|heart[._-]?beat)$", re.I)
-_BEFORE_CONTENT = (".created", ".in_progress", ".queued")
+_BEFORE_CONTENT = (".created", ".in_progress", ".queued", "message_start")
 # The fields of a chunk that stand beside its choices, and say nothing without them.
 _ENVELOPE = {"id", "object", "created", "model", "provider", "system_fingerprint", "service_tier", "choices", "usage"}
 _LABELS = {"id", "type", "role", "index", "format", "status", "object", "phase"}
@@ -164,7 +164,7 @@ class CompletionTracker:
         if (value.get("error") and not self.complete) or value.get("type") == "error":
             self.error = reported(self._upstream, value)
             return False
-        self.usage = find_usage(value) or self.usage
+        self.usage = find_usage(value, self.usage) or self.usage
         choices = value.get("choices")
         if not choices and self._needs_finish_reason and not self.complete:
             if is_error(value):

@@ -1,4 +1,4 @@
-"""The paths of the data plane, and how a stream of each path ends."""
+"""The paths of OpenAI's format, and how a stream of each path ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DONE = b"[DONE]"
 
 @attrs.frozen(kw_only=True)
 class Endpoint:
-    """A path of the data plane.
+    """A path of the data plane, in any format.
 
     Attributes:
         path: The path below ``/v1``.
@@ -29,6 +29,7 @@ class Endpoint:
             after one of them.
         needs_finish_reason: The results are choices, each of which ends with a ``finish_reason``; without it, a stream
             is not complete. With it, a stream that ends in order is complete without its last event.
+        format: The format of its requests, answers and errors.
     """
 
     path: str
@@ -41,9 +42,10 @@ class Endpoint:
     end_markers: tuple[bytes, ...]
     repeats_last_event: bool = False
     needs_finish_reason: bool = False
+    format: Literal["openai", "anthropic"] = "openai"
 
 
-def _endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the other fields of Endpoint
+def make_endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the other fields of Endpoint
     """Makes an endpoint whose streams end with an event of one of these types; without types, with ``[DONE]``."""
 
     def is_done(data: bytes) -> bool:
@@ -62,20 +64,20 @@ def _endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the ot
 ENDPOINTS: Mapping[str, Endpoint] = {
     f"/v1{endpoint.path}": endpoint
     for endpoint in (
-        _endpoint("/chat/completions", required=("messages",), results="choices", needs_finish_reason=True),
-        _endpoint(
+        make_endpoint("/chat/completions", required=("messages",), results="choices", needs_finish_reason=True),
+        make_endpoint(
             "/completions", required=("prompt",), nullable=("prompt",), results="choices", needs_finish_reason=True
         ),
-        _endpoint("/embeddings", required=("input",)),
-        _endpoint(
+        make_endpoint("/embeddings", required=("input",)),
+        make_endpoint(
             "/responses",
             *("response.completed", "response.incomplete", "response.failed"),
             results="output",
             model_optional=True,
         ),
-        _endpoint("/moderations", required=("input",), results="results", model_optional=True),
-        _endpoint("/audio/speech", "speech.audio.done", answer="bytes", required=("input",)),
-        _endpoint(
+        make_endpoint("/moderations", required=("input",), results="results", model_optional=True),
+        make_endpoint("/audio/speech", "speech.audio.done", answer="bytes", required=("input",)),
+        make_endpoint(
             "/images/generations",
             "image_generation.completed",
             required=("prompt",),
@@ -84,4 +86,4 @@ ENDPOINTS: Mapping[str, Endpoint] = {
         ),
     )
 }
-"""The endpoints of the data plane by their paths. Source: OpenAI's API reference, which says what a call needs."""
+"""OpenAI's endpoints by their paths. Source: OpenAI's API reference, which says what a call needs."""

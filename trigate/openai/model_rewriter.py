@@ -110,7 +110,8 @@ def _is_at_top_level(event: bytes, at: int) -> bool:
 
 
 def _find_model(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]] | None:
-    """Finds an event's model id: at its top level, or in the ``response`` of a responses API event.
+    """Finds an event's model id: at its top level, or in the ``response`` of a responses API event, or in the
+    ``message`` of an event in Anthropic's format.
 
     Returns:
         The id as it is in the data, including its quotes, and a function that returns the data with another id (as
@@ -121,10 +122,11 @@ def _find_model(data: bytes) -> tuple[bytes, Callable[[bytes], bytes]] | None:
         if "model" in fields:
             raw = bytes(fields["model"])
             return (raw, lambda public: join_fields(fields, public)) if raw.startswith(b'"') else None
-        inner = split_fields(fields["response"]) if "response" in fields else {}
+        within = "response" if "response" in fields else "message"
+        inner = split_fields(fields[within]) if within in fields else {}
     except (ValueError, RecursionError):
         return None
     raw = bytes(inner.get("model", b""))
     if not raw.startswith(b'"'):
         return None
-    return raw, lambda public: join_fields({**fields, "response": msgspec.Raw(join_fields(inner, public))})
+    return raw, lambda public: join_fields({**fields, within: msgspec.Raw(join_fields(inner, public))})

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from trigate.errors import GatewayError, ProtocolViolation, Unavailable, UpstreamTimeout
+from trigate.errors import GatewayError, ProtocolViolation, Unavailable, Untranslatable, UpstreamTimeout
 
 MAX_TOKENS = 10.0
 """The most retries that can be saved up."""
@@ -73,7 +73,7 @@ def may_resend(error: GatewayError, rule: Literal["never", "refused", "always"])
     >>> [may_resend(Unavailable("down", reachable=True), rule) for rule in ("never", "refused", "always")]
     [False, False, True]
     """
-    if isinstance(error, UpstreamTimeout | ProtocolViolation) or error.status in REFUSALS:
+    if isinstance(error, UpstreamTimeout | ProtocolViolation | Untranslatable) or error.status in REFUSALS:
         return False
     if rule == "always" or (isinstance(error, Unavailable) and not error.sent):
         return True

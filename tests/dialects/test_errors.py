@@ -1,0 +1,157 @@
+"""The gateway's errors in Anthropic's format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from trigate.dialects.errors import error_frame, error_response
+from trigate.errors import (
+    BadRequest,
+    Draining,
+    Forbidden,
+    GatewayError,
+    Internal,
+    NotFound,
+    Overloaded,
+    ProtocolViolation,
+    RateLimited,
+    Rejected,
+    Throttled,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+    UpstreamTimeout,
+)
+from trigate.openai.provider_error import reported
+
+
+def rejected(error: dict[str, Any], status: int = 400) -> Rejected:
+    """A provider's refusal in OpenAI's format."""
+    return Rejected(error.get("message", ""), status=status, body=msgspec.json.encode({"error": error}))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (BadRequest("m"), 400, "invalid_request_error"),
+        (Unauthenticated("m"), 401, "authentication_error"),
+        (Forbidden("m"), 403, "permission_error"),
+        (NotFound("m"), 404, "not_found_error"),
+        (TooLarge("m"), 413, "request_too_large"),
+        (RateLimited("m", retry_after_s=1), 429, "rate_limit_error"),
+        (Throttled("m", status=429), 429, "rate_limit_error"),
+        (rejected({"message": "m"}, 422), 422, "invalid_request_error"),
+        (Internal("m"), 500, "api_error"),
+        (Unsupported("m", status=501), 501, "not_supported"),
+        (ProtocolViolation("m"), 502, "api_error"),
+        (Unavailable("m"), 502, "api_error"),
+        (UpstreamTimeout("m", phase="idle"), 504, "timeout_error"),
+        (Overloaded("m"), 529, "overloaded_error"),
+        (Draining("m"), 529, "overloaded_error"),
+        (Unavailable("m", status=503), 529, "overloaded_error"),
+    ],
+)
+def test_statuses_and_types(error: GatewayError, status: int, kind: str) -> None:
+    """Each error has the status and the type that Anthropic's clients know, and the headers of the gateway's own."""
+    got, headers, body = error_response(error, "anthropic", "req_1")
+    expected = {"type": "error", "error": {"type": kind, "message": "m"}, "request_id": "req_1"}
+    assert (got, msgspec.json.decode(body)) == (status, expected)
+    assert set(error.headers) <= set(headers)
+    assert error_frame(error, "anthropic", "req_1") == b"event: error\ndata: " + body + b"\n\n"
+
+
+def test_openai_s_format_stays() -> None:
+    """In OpenAI's format, the errors render themselves."""
+    error = Overloaded("m")
+    assert error_response(error, "openai", "r") == error.to_response()
+    assert error_frame(error, "openai", "r") == error.to_frame()
+
+
+def test_an_error_of_anthropic_s_goes_through_word_for_word() -> None:
+    """Agents act on the wording."""
+    body = b'{ "type":"error", "error":{"type":"invalid_request_error","message":"Input is too long.","new":1} }'
+    assert error_response(Rejected("x", status=400, body=body), "anthropic", "r")[2] == body
+
+
+@pytest.mark.parametrize(
+    ("message", "more", "expected"),
+    [
+        (
+            "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens.",
+            {"code": "context_length_exceeded"},
+            "prompt is too long: 9000 tokens > 8192 maximum",
+        ),
+        (
+            "This endpoint's maximum context length is 131072 tokens. However, you requested about 140000 tokens "
+            "(8000 of text input, 132000 in the output).",
+            {},
+            "prompt is too long: 140000 tokens > 131072 maximum",
+        ),
+        (
+            "You passed 5000 input tokens and requested 100 output tokens. However, the model's context length is only "
+            "4096 tokens.",
+            {},
+            "prompt is too long: 5000 tokens > 4096 maximum",
+        ),
+        (
+            "the request exceeds the available context size. try increasing the context size",
+            {"type": "exceed_context_size_error", "n_prompt_tokens": 9000, "n_ctx": 4096},
+            "prompt is too long: 9000 tokens > 4096 maximum",
+        ),
+        (
+            "request (9000 tokens) exceeds the available context size (4096 tokens), try increasing it",
+            {},
+            "prompt is too long: 9000 tokens > 4096 maximum",
+        ),
+        (
+            "The input (9000 tokens) is longer than the model's context length (4096 tokens).",
+            {},
+            "prompt is too long: 9000 tokens > 4096 maximum",
+        ),
+        (
+            "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+            {},
+            "prompt is too long: 1200000 tokens > 1048576 maximum",
+        ),
+        (
+            "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length",
+            {},
+            "prompt is too long: 40000 tokens > 32768 maximum",
+        ),
+        (
+            "This model's maximum prompt length is 131072 but the request contains 200000 tokens.",
+            {},
+            "prompt is too long: 200000 tokens > 131072 maximum",
+        ),
+        ("Please shorten it.", {"code": "context_length_exceeded"}, "prompt is too long: Please shorten it."),
+        ("max_tokens is too large: 32000. It supports at most 16384.", {}, None),
+        ("No.", {"code": 400}, None),
+    ],
+)
+def test_a_request_that_is_too_long(message: str, more: dict[str, Any], expected: str | None) -> None:
+    """Whatever a provider calls it, the client reads Anthropic's words, and the provider's numbers."""
+    for error in (rejected({"message": message, **more}), reported("up", {"error": {"message": message, **more}})):
+        told = msgspec.json.decode(error_response(error, "anthropic", "r")[2])["error"]
+        assert told["message"] == (expected or message)
+        if expected is not None:
+            assert told["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        ({"type": "overloaded_error"}, "overloaded_error"),
+        ({"type": "server_error", "code": "rate_limit_exceeded"}, "rate_limit_error"),
+        ({"code": 503}, "overloaded_error"),
+        ({"code": "502"}, "api_error"),
+        ({}, "api_error"),
+    ],
+)
+def test_errors_in_streams(told: dict[str, Any], kind: str) -> None:
+    """The type of a provider's error event is kept as far as it is known."""
+    frame = error_frame(reported("up", {"error": {"message": "m", **told}}), "anthropic", "r")
+    assert b'"type":"%b","message":"m"' % kind.encode() in frame

@@ -1,0 +1,27 @@
+"""Anthropic's Messages, as a client's format: decodes requests, encodes answers, events and errors.
+
+Source: Anthropic API reference ("Messages", "Streaming messages", "Errors"), and what the SDKs of Anthropic require of
+an answer (anthropic-sdk-python ``lib/streaming/_messages.py``): ``message_start`` comes before everything else, and
+only events whose name is that of their type are read.
+"""
+
+from __future__ import annotations
+
+from trigate.dialects.anthropic.answer import encode_answer
+from trigate.dialects.anthropic.errors import error_frame, error_response
+from trigate.dialects.anthropic.events import PING, MessagesEventEncoder
+from trigate.dialects.anthropic.models import encode_model, encode_model_list
+from trigate.dialects.anthropic.request import decode_request
+from trigate.dialects.anthropic.signatures import without_own_reasoning
+
+__all__ = [
+    "PING",
+    "MessagesEventEncoder",
+    "decode_request",
+    "encode_answer",
+    "encode_model",
+    "encode_model_list",
+    "error_frame",
+    "error_response",
+    "without_own_reasoning",
+]

@@ -1,0 +1,89 @@
+"""Renders the gateway's errors in Anthropic's format.
+
+What an upstream of the same format says goes to the client word for word, since agents act on the wording. So does a
+provider's message in another format, except that a request was too long: that is said in Anthropic's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from trigate.dialects.overflow import overflow_in
+from trigate.errors import GatewayError, Header, Rejected, Reported
+from trigate.openai.raw_json import decode_any
+
+OVERLOADED = 529
+TYPE_OF_STATUS: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    501: "not_supported",
+    504: "timeout_error",
+    OVERLOADED: "overloaded_error",
+}
+"""Of every other 4xx it is ``invalid_request_error``, of every other 5xx ``api_error``."""
+TYPES = frozenset((*TYPE_OF_STATUS.values(), "api_error"))
+"""Every ``type`` of an error."""
+
+
+def error_response(error: GatewayError, request_id: str) -> tuple[int, list[Header], bytes]:
+    """Renders an error as status, headers and JSON body (before COMMIT).
+
+    Args:
+        request_id: The header ``request-id`` has it, too; the caller sends that.
+    """
+    headers: list[Header] = [(b"content-type", b"application/json"), *error.headers]
+    if isinstance(error, Rejected) and error.body is not None and _is_own(error.body):
+        return error.status, headers, error.body
+    status = OVERLOADED if error.status == 503 else error.status
+    kind, message = _describe(error, status)
+    return status, headers, _encode(kind, message, request_id)
+
+
+def error_frame(error: GatewayError, request_id: str) -> bytes:
+    """Renders an error as the last event of a stream (after COMMIT). ``message_stop`` does not follow."""
+    kind, message = _describe(error, OVERLOADED if error.status == 503 else error.status)
+    return b"event: error\ndata: %b\n\n" % _encode(kind, message, request_id)
+
+
+def _encode(kind: str, message: str, request_id: str) -> bytes:
+    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id})
+
+
+def _is_own(body: bytes) -> bool:
+    value = decode_any(body)
+    return isinstance(value, dict) and value.get("type") == "error"
+
+
+def _describe(error: GatewayError, status: int) -> tuple[str, str]:
+    """Returns the type and the message."""
+    kind = TYPE_OF_STATUS.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
+    if not isinstance(error, Rejected | Reported):
+        return kind, error.message
+    told = _provider_error(error)
+    found = overflow_in(error.message, told) if isinstance(error, Reported) or status in (400, 413, 422) else None
+    if found is not None:
+        if found.tokens is None or found.maximum is None:
+            return "invalid_request_error", f"prompt is too long: {error.message}"
+        return "invalid_request_error", f"prompt is too long: {found.tokens} tokens > {found.maximum} maximum"
+    given = told.get("type")
+    if isinstance(error, Reported) and isinstance(given, str) and given in TYPES:
+        kind = given
+    return kind, error.message
+
+
+def _provider_error(error: Rejected | Reported) -> Mapping[str, object]:
+    """Returns the provider's error object; empty if it sent none."""
+    if isinstance(error, Reported):
+        return error.payload
+    value = decode_any(error.body) if error.body is not None else None
+    inner = value.get("error") if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) else {}

@@ -1,0 +1,18 @@
+"""OpenAI's chat completions, as an upstream's format: encodes requests, decodes answers and events.
+
+Servers that are said to be compatible differ in details. `traits` has what they are known to take; the decoders take
+every spelling that is known, and refuse only what makes no sense.
+
+Source: OpenAI API reference ("Chat completions", "The chat completion chunk object"); for reasoning, the documentation
+of DeepSeek (``reasoning_content``), Groq and OpenRouter (``reasoning``, ``reasoning_details``) and vLLM
+(``stop_reason``).
+"""
+
+from __future__ import annotations
+
+from trigate.dialects.openai_chat.answer import decode_answer
+from trigate.dialects.openai_chat.events import ChatEventDecoder
+from trigate.dialects.openai_chat.request import encode_request
+from trigate.dialects.openai_chat.traits import Traits, traits_of
+
+__all__ = ["ChatEventDecoder", "Traits", "decode_answer", "encode_request", "traits_of"]

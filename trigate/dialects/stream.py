@@ -1,0 +1,182 @@
+"""A translated stream: bytes of one format in, bytes of another one out, in whole events.
+
+`TranslatedStream` joins three parts: the tracker that knows when a stream of the upstream's format has content, is
+complete or has failed (`trigate.openai.completion`), the upstream's decoder and the client's encoder. It is used as
+`trigate.openai.stream.StreamReader`, which relays a stream of one format.
+
+An event costs the parsing of its JSON, a decoded event and an encoded one. Nothing here keeps the answer, except what a
+decoder holds back of a later part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from trigate.dialects.vocabulary import Event
+from trigate.errors import GatewayError, ProtocolViolation, Truncated
+from trigate.openai import sse
+from trigate.openai.answer import Usage
+from trigate.openai.completion import CompletionTracker
+from trigate.openai.endpoints import DONE, Endpoint
+
+
+class EventDecoder(Protocol):
+    """Turns the events of an upstream's format into those of the vocabulary."""
+
+    def feed(self, data: bytes) -> Iterable[Event]:
+        """Takes the data of one event.
+
+        Raises:
+            ProtocolViolation: It makes no sense.
+        """
+
+    def feed_end(self) -> Iterable[Event]:
+        """The stream is complete: returns the rest, which ends with `vocabulary.Finish`. Raises as `feed`."""
+
+
+class EventEncoder(Protocol):
+    """Turns the events of the vocabulary into bytes of a client's format."""
+
+    def encode(self, event: Event) -> bytes:
+        """Returns whole events; ``b""`` if the client's format has none for it."""
+
+
+class TranslatedStream:
+    """Turns the body of an upstream's stream into what the client gets. Nothing is returned before the first content.
+
+    Args:
+        endpoint: That of the upstream; decides how the stream ends.
+        upstream: The upstream's name, for messages.
+        max_event_bytes: The largest event, and the most bytes before the first content.
+
+    Attributes:
+        events: How many events of the upstream have been translated.
+        complete: The answer has ended, and all of it has been returned.
+        error: What is wrong with the stream; no more may be fed after it.
+        kept: Always None: another upstream cannot continue a translated stream.
+    """
+
+    __slots__ = (
+        "_decoder",
+        "_encoder",
+        "_held",
+        "_held_bytes",
+        "_max_bytes",
+        "_splitter",
+        "_tracker",
+        "_upstream",
+        "complete",
+        "error",
+        "events",
+    )
+    kept: None = None
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        decoder: EventDecoder,
+        encoder: EventEncoder,
+        *,
+        upstream: str,
+        max_event_bytes: int = 2**24,
+    ) -> None:
+        self._decoder = decoder
+        self._encoder = encoder
+        self._upstream = upstream
+        self._max_bytes = max_event_bytes
+        self._splitter = sse.EventSplitter(max_event_bytes=max_event_bytes)
+        self._tracker = CompletionTracker(endpoint, upstream=upstream, choices=1)
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self.events = 0
+        self.complete = False
+        self.error: GatewayError | None = None
+
+    @property
+    def has_content(self) -> bool:
+        """A part of the answer has come."""
+        return self._tracker.has_content
+
+    @property
+    def all_finished(self) -> bool:
+        """The answer has said how it ended."""
+        return self._tracker.all_finished
+
+    @property
+    def usage(self) -> Usage | None:
+        """The usage that was reported last."""
+        return self._tracker.usage
+
+    def feed(self, piece: bytes) -> bytes:
+        """Takes the next piece of the body, and returns what can be sent to the client now (``b""`` = nothing yet)."""
+        too_large: sse.EventTooLarge | None = None
+        try:
+            events = [] if self.complete else self._splitter.feed(piece)
+        except sse.EventTooLarge as error:
+            events, too_large = error.before, error
+        frames: list[bytes] = []
+        try:
+            for event in events:
+                self._take(event, frames)
+                if self.complete or self.error is not None:
+                    break
+        except ProtocolViolation as error:
+            self.error = error.with_traceback(None)
+        if too_large is not None and not self.complete and self.error is None:
+            self.error = ProtocolViolation(f"The upstream {self._upstream} sent too much: {too_large}.")
+        if not self._tracker.has_content and self.error is None:
+            self._held += frames
+            self._held_bytes += len(piece)
+            if self._held_bytes > self._max_bytes:
+                self.error = ProtocolViolation(
+                    f"The upstream {self._upstream} sent {self._held_bytes} bytes without any content."
+                )
+            return b""
+        if self._held:
+            frames = self._held + frames
+            self._held = []
+        return b"".join(frames)
+
+    def _take(self, event: bytes, frames: list[bytes]) -> None:
+        """Translates one event, and appends what the client gets for it."""
+        data = sse.data_of(event)
+        if not data:
+            return  # a comment, which is the upstream's keep-alive
+        tracker = self._tracker
+        belongs = tracker.observe(event, data)
+        if not belongs:
+            self.error = tracker.error
+            return
+        self.events += 1
+        if tracker.complete:
+            self._finish(frames)
+            return
+        encode = self._encoder.encode
+        for each in self._decoder.feed(data):
+            frames.append(encode(each))
+
+    def _finish(self, frames: list[bytes]) -> None:
+        frames += map(self._encoder.encode, self._decoder.feed_end())
+        self.complete = True
+
+    def feed_end(self) -> bytes:
+        """Takes the end of the body, and returns the rest for the client. Sets `complete`, or `error` if the stream was
+        truncated.
+
+        A stream that has said how it ended is complete, also without its last event, which some providers do not send.
+        """
+        if self.complete or self.error is not None:
+            return b""
+        if sse.data_of(self._splitter.pending + b"\n\n") == DONE:
+            return self.feed(b"\n\n")  # complete, except for its last line end
+        if not self._tracker.all_finished or self._splitter.pending.strip():
+            self.error = Truncated(f"The upstream {self._upstream} ended its stream before it was complete.")
+            return b""
+        frames: list[bytes] = []
+        try:
+            self._finish(frames)
+        except ProtocolViolation as error:
+            self.error = error.with_traceback(None)
+            return b""
+        return b"".join(frames)
