@@ -21,7 +21,9 @@ from trigate.asgi import health
 from trigate.asgi.control_plane import create_control_plane
 from trigate.cli.commands import cli
 from trigate.config import sections, structure
-from trigate.openai import endpoints
+from trigate.dialects import endpoints
+from trigate.dialects.anthropic import errors as messages_errors
+from trigate.dialects.anthropic import fields
 from trigate.upstream import discovery
 
 ROOT = Path(__file__).parent.parent
@@ -198,7 +200,10 @@ def test_providers() -> None:
         for row in _rows(_sections(_page("reference/configuration.md"))["Discovery"])
         if row[0].startswith("`")
     ]
-    assert documented == [attrs.astuple(provider) for provider in discovery.PROVIDERS]
+    assert documented == [attrs.astuple(provider)[:4] for provider in discovery.PROVIDERS]
+    prose = _sections(_page("reference/configuration.md"))["Discovery"]
+    for provider in discovery.PROVIDERS:
+        assert provider.kind == "openai" or f"`{provider.name}` is of kind `{provider.kind}`" in prose
 
 
 def test_local_servers() -> None:
@@ -271,6 +276,22 @@ def test_required_fields() -> None:
     rows = _first_names(_sections(_page("reference/endpoints.md"))["Data plane"])
     documented = {path: tuple(_names(row[1])) for path, row in rows.items()}
     assert documented == {path: endpoint.required for path, endpoint in endpoints.ENDPOINTS.items()}
+
+
+@pytest.mark.parametrize(("title", "fates"), [("Fields", fields.FIELDS), ("Blocks", fields.BLOCKS)])
+def test_formats(title: str, fates: dict[str, str]) -> None:
+    """The tables of the translated format say what becomes of each field and block, in the order of the code."""
+    rows = _first_names(_sections(_page("reference/formats.md"), "###")[title])
+    assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
+
+
+def test_statuses_of_formats() -> None:
+    """So does the table of error types."""
+    rows = [row for row in _rows(_sections(_page("reference/formats.md"), "###")["Errors"]) if row[0][0].isdigit()]
+    documented = {
+        int(status): _names(row[1])[0] for row in rows for status in re.findall(r"\d+", row[0].partition(" (")[0])
+    }
+    assert documented == {**messages_errors.TYPE_OF_STATUS, 500: "api_error", 502: "api_error"}
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_all_problems_at_once() -> None:
         ("[limits]\nidle_timeout_s = inf", "limits.idle_timeout_s: expected 0 or more"),
         ("[limits]\nidle_timeout_s = '1s'", "limits.idle_timeout_s: expected a number, got a string"),
         ("[limits]\nidle_timeout_s = true", "limits.idle_timeout_s: expected a number, got a boolean"),
-        (MOCK + "kind = 'anthropic'", "upstreams.mock.kind: expected 'openai' or 'echo' or 'local'"),
+        (MOCK + "kind = 'cohere'", "upstreams.mock.kind: expected 'openai' or 'anthropic' or 'echo' or 'local'"),
         (MOCK + "models = 'all'", 'upstreams.mock.models: expected "discover" or an array of model ids'),
         (MOCK + "models = ['']", 'upstreams.mock.models: expected "discover" or an array of model ids'),
         (MOCK + "api_key = 5", "upstreams.mock.api_key: expected a string, {env"),

@@ -57,7 +57,14 @@ class Scene:
     def body(self) -> dict[str, Any]:
         """The request."""
         body = chat(stream=self.stream, model="both" if self.b else "a/m")
+        if "messages" in self.path:
+            return {**body, "max_tokens": 9}
         return body if "chat" in self.path else {"model": body["model"], "input": "x"}
+
+    @property
+    def end(self) -> bytes:
+        """How a complete stream ends."""
+        return b'data: {"type":"message_stop"}\n\n' if "messages" in self.path else DONE
 
 
 SCENES = {
@@ -81,6 +88,13 @@ SCENES = {
         outcomes=("cancelled", "upstream_error"),
     ),
     "idle too long": Scene(a=(Say(content("a")), Pause(100)), outcomes=("cancelled", "upstream_timeout")),
+    "translated stream": Scene(a=(SlowConnect(1), Head(), Pause(20), *says("a", "b")), path="/v1/messages"),
+    "translated stream, truncated at the second target": Scene(
+        a=(Say(role()), Break()),
+        b=(Say(content("a")), Pause(20), Break()),
+        path="/v1/messages",
+        outcomes=("cancelled", "upstream_truncated"),
+    ),
     "never ends after DONE": Scene(a=(*says("a"), Pause(100))),
 }
 
@@ -221,7 +235,7 @@ async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock,
         assert call.status
         if scene.stream:
             assert call.ended
-            assert call.body.endswith(DONE) != (b'"error"' in call.body)
+            assert call.body.endswith(scene.end) != (b'"error"' in call.body)
         return bomb.fired
 
     expected = attrs.evolve(SCENES[scene], outcomes=("draining", *SCENES[scene].outcomes[1:]))

@@ -17,9 +17,10 @@ from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
 from trigate.asgi.routes import hooks, models, sessions, status
+from trigate.dialects.endpoints import ENDPOINTS
+from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
-from trigate.openai.endpoints import ENDPOINTS
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "sessions.list_sessions": ("limit", "after"),
@@ -104,7 +105,9 @@ def _error_for(error: HTTPException) -> errors.GatewayError:
 
 
 def _response_of(error: errors.GatewayError) -> Response:
-    status_code, headers, body = error.to_response()
+    form = paths.format_of(request.path, [name.lower().encode() for name, _ in request.headers])
+    request_id: str = cast("Any", request.scope).get("trigate.request_id", "")  # Any: our own entry
+    status_code, headers, body = error_response(error, form, request_id)
     response: Any = Response(body, status=status_code)  # Any: Quart's headers are untyped
     response.headers.clear()
     for name, value in headers:

@@ -94,7 +94,7 @@ async def serve_call(
                         "content-type": "application/json",
                         "accept": "text/event-stream" if call.stream else "application/json",
                         "x-request-id": request_id,
-                        **head.forwarded(),
+                        **head.forwarded(endpoint),
                     },
                     owner=owner,
                     arrived_at=arrived_at,

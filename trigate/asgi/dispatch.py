@@ -1,6 +1,6 @@
 """One ASGI HTTP request: access control, then the data plane, a webhook, a probe or the control plane.
 
-Calls that carry model traffic (`openai.endpoints.ENDPOINTS`) go to `data_plane`, webhooks to `webhooks.endpoint` and
+Calls that carry model traffic (`dialects.endpoints.ENDPOINTS`) go to `data_plane`, webhooks to `webhooks.endpoint` and
 probes to `health`; all three send the response themselves. Everything else is ordinary Quart (`control_plane`). This
 module does for all of them: access control (`auth`), CORS, request ids and error bodies.
 """
@@ -22,11 +22,13 @@ from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyBudget, BodyLimits, RequestBody, too_large
 from trigate.config.sections import Config, LimitsConfig
 from trigate.content_coding import CODINGS
+from trigate.dialects.endpoints import ENDPOINTS
+from trigate.dialects.errors import error_response
 from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
-from trigate.openai.endpoints import ENDPOINTS, Endpoint
+from trigate.openai.endpoints import Endpoint
 from trigate.tracebacks import drop_frames
 from trigate.webhooks.calls import HookHead
 
@@ -63,8 +65,13 @@ async def serve_request(
             return
         endpoint = ENDPOINTS.get(head.path) or _find_endpoint(head, scope)
         if endpoint is not None:
+            if endpoint.format == "anthropic":
+                response.headers.append((b"request-id", request_id.encode()))
             owner = authorize(head, config) or ""
             await serve_call(gateway, endpoint, head, body, response, request_id=request_id, owner=owner)
+            return
+        if head.path == "/" and head.method == "HEAD":  # Claude Code asks whether anything is there
+            await response.respond(200, [], b"")
             return
         hook, rest = _hook_of(head.path)
         if hook and not rest:
@@ -79,16 +86,19 @@ async def serve_request(
         if head.path in health.PATHS:
             await health.answer_probe(gateway, head, response)
             return
+        scope["trigate.request_id"] = request_id
         await _serve_control_plane(control_plane, scope, config.limits, head, body, response)
     except GatewayError as error:
         drop_frames(error)  # they hold what was read of the body, which is needed no more
         body.release()
         log.info("refused", request_id=request_id, path=head.path, status=error.status, code=error.code)
-        await _refuse(error, body, response)
+        await _refuse(error, head, request_id, body, response)
     except Exception:
         log.exception("request_crashed", request_id=request_id, path=head.path)
         if not response.committed:
-            await response.respond(*Internal(f"The gateway failed. Request id: {request_id}.").to_response())
+            defect = Internal(f"The gateway failed. Request id: {request_id}.")
+            form = paths.format_of(head.path, head.headers)
+            await response.respond(*error_response(defect, form, request_id))
     finally:
         body.release()
 
@@ -187,7 +197,9 @@ def _hook_of(path: str) -> tuple[str, str]:
     return name, rest or slash
 
 
-async def _refuse(error: GatewayError, body: RequestBody, response: ClientResponse) -> None:
+async def _refuse(
+    error: GatewayError, head: RequestHead, request_id: str, body: RequestBody, response: ClientResponse
+) -> None:
     """Answers with an error before COMMIT.
 
     The rest of a body that is still arriving is read before the response ends. By then the client has the whole answer
@@ -195,7 +207,7 @@ async def _refuse(error: GatewayError, body: RequestBody, response: ClientRespon
     """
     if response.committed:
         return
-    status, headers, data = error.to_response()
+    status, headers, data = error_response(error, paths.format_of(head.path, head.headers), request_id)
     await response.start(status, [*headers, (b"content-length", b"%d" % len(data))])
     await response.send(data)
     await body.drain()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
-from trigate.openai.endpoints import ENDPOINTS
+from trigate.dialects.endpoints import ENDPOINTS
+from trigate.dialects.errors import Format
 
 _MODELS = re.compile(r"/*(?:v1/+)*models(?:/+(.+))?", re.DOTALL)
 _SIMILARITY = 0.85
@@ -32,6 +33,19 @@ def canonical(path: str) -> str:
     if models is not None:  # an id may contain two slashes, one after the other
         return f"/v1/models/{models[1]}" if models[1] else "/v1/models"
     return "/" + path.lstrip("/")
+
+
+def format_of(path: str, headers: Container[bytes]) -> Format:
+    """Returns the format in which a request expects its errors.
+
+    Args:
+        headers: The names of its headers, in lower case.
+
+    >>> format_of("/v1/messages", ()), format_of("/v1/models", (b"anthropic-version",)), format_of("/v1/models", ())
+    ('anthropic', 'anthropic', 'openai')
+    """
+    is_own = f"{path}/".startswith("/v1/messages/") or b"anthropic-version" in headers
+    return "anthropic" if is_own else "openai"
 
 
 def hint(path: str, known: Iterable[str]) -> str:

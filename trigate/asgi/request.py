@@ -160,13 +160,19 @@ class RequestHead:
         # Fail just before the SDK's own timeout; otherwise it times out first and retries silently.
         return waits_s - min(0.1 * waits_s, 0.25) if waits_s < math.inf else waits_s
 
-    def forwarded(self) -> dict[str, str]:
-        """The client's headers that go upstream."""
-        return {
+    def forwarded(self, endpoint: Endpoint) -> dict[str, str]:
+        """The client's headers that go upstream. In Anthropic's format, these are also all of Anthropic's own: they
+        choose the version of the format, and features that may be newer than the gateway."""
+        found = {
             name: self.headers[key].decode("latin-1")
             for key, name in _FORWARDED.items()
             if key in self.headers and self.headers[key].isascii()
         }
+        if endpoint.format == "anthropic":
+            for key in self.headers:
+                if key.startswith(b"anthropic-") and self.joined(key).isascii():
+                    found[key.decode()] = self.joined(key).decode()
+        return found
 
 
 def _seconds(given: bytes) -> float | None:

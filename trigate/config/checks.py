@@ -284,30 +284,25 @@ def template_problems(template: str, expressions: Mapping[str, str]) -> list[str
 
 
 _OF_KIND = {
-    "base_url": "openai",
-    "api_key": "openai",
-    "proxy": "openai",
-    "http2": "openai",
-    "gguf": "local",
-    "start": "local",
-    "context_tokens": "local",
-    "parallel": "local",
-    "threads": "local",
-    "words_per_s": "echo",
+    **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), ("openai", "anthropic")),
+    **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
+    "words_per_s": ("echo",),
 }
 
 
 def kind_problems(table: Mapping[str, Any]) -> list[str]:
     """Settings of an upstream that do not match its kind. Takes the raw table, so that a wrong type hides nothing."""
     kind = table.get("kind", "openai")
-    if kind not in ("openai", "echo", "local"):
+    if kind not in ("openai", "anthropic", "echo", "local"):
         return []  # reported by the conversion
     found = []
-    if kind == "openai" and "base_url" not in table:
-        found.append("base_url: required for kind 'openai'")
+    if kind in ("openai", "anthropic") and "base_url" not in table:
+        found.append(f"base_url: required for kind {kind!r}")
     if str(table.get("api_key")).lower().startswith("bearer "):
         found.append("api_key: the key alone, without 'Bearer', which Trigate adds")
-    found += [f"{name}: not used by kind {kind!r}" for name, user in _OF_KIND.items() if name in table and user != kind]
+    found += [
+        f"{name}: not used by kind {kind!r}" for name, users in _OF_KIND.items() if name in table and kind not in users
+    ]
     headers = table.get("headers")
     for header in headers if isinstance(headers, dict) else ():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header):

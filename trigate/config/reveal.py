@@ -72,14 +72,15 @@ def upstream_secrets(
         missing = []
         wanted = {f"headers.{header}": (header, secret) for header, secret in upstream.headers.items()}
         if upstream.api_key is not None:
-            wanted["api_key"] = ("authorization", upstream.api_key)
+            header = "x-api-key" if upstream.kind == "anthropic" else "authorization"
+            wanted["api_key"] = (header, upstream.api_key)
         for path, (header, secret) in wanted.items():
             try:
                 value = secret.reveal(env)
             except LookupError as error:
                 missing.append(f"{path}: {error}")
             else:
-                headers[header.lower()] = f"Bearer {value}" if path == "api_key" else value
+                headers[header.lower()] = f"Bearer {value}" if (path, header) == ("api_key", "authorization") else value
         if missing:
             disabled[name] = "; ".join(missing)
         secrets[name] = headers

@@ -106,7 +106,8 @@ class UpstreamConfig:
     A timeout that is not set is that of ``[limits]``.
     """
 
-    kind: Literal["openai", "echo", "local"] = "openai"
+    kind: Literal["openai", "anthropic", "echo", "local"] = "openai"
+    """The API that it speaks; or ``echo`` and ``local``, which the gateway runs itself."""
     base_url: Url | None = None
     api_key: Secret | None = None
     headers: Mapping[str, Secret] = attrs.field(factory=dict)

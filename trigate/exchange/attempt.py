@@ -75,6 +75,8 @@ class Attempt:
     reader: Reader | None = None
     relayed: RelayedStream | None = None
     usage: Usage | None = None
+    dropped: tuple[str, ...] = ()
+    """The names of the client's fields that its upstream did not get."""
     waiting_since: float = math.inf
     head_due_from: float = math.inf
     last_byte_at: float = math.inf

@@ -7,6 +7,8 @@ import socket
 
 import trio
 
+from trigate.dialects.anthropic import PING
+from trigate.dialects.errors import error_frame, error_response
 from trigate.errors import ClientStalled, GatewayError, Header
 from trigate.exchange.answers import STREAM_HEADERS
 from trigate.exchange.client_response import ClientResponse
@@ -17,6 +19,8 @@ from trigate.exchange.state import ExchangeState
 from trigate.openai import sse
 
 KEEP_ALIVE = "keep-alive"
+"""Sent in a silence of a stream. In Anthropic's format it is a ping, but only behind the event that has to be the
+first."""
 
 
 class ClientSink:
@@ -33,6 +37,7 @@ class ClientSink:
 
     __slots__ = (
         "_client",
+        "_format",
         "_head",
         "_is_json",
         "_is_stream",
@@ -46,6 +51,7 @@ class ClientSink:
     def __init__(self, client: ClientResponse, state: ExchangeState, nursery: trio.Nursery) -> None:
         call, limits = state.call, state.generation.config.limits
         self._client = client
+        self._format = call.endpoint.format
         self._nursery = nursery
         self._state = state
         self._is_stream = call.stream
@@ -109,9 +115,9 @@ class ClientSink:
             return
         if not client.committed:
             self._note_commit()
-            await client.respond(*error.to_response())
+            await client.respond(*error_response(error, self._format, self._state.id))
         elif self._is_stream:
-            await client.end(error.to_frame())
+            await client.end(error_frame(error, self._format, self._state.id))
         else:
             client.abandon()
 
@@ -186,6 +192,8 @@ class ClientSink:
                 await self.send(comment)
 
     def _comment(self) -> bytes:
+        if self._format == "anthropic" and self._state.bytes_sent:
+            return PING
         return sse.comment(KEEP_ALIVE, self._state.generation.config.limits.keep_alive_form)
 
     def _inject(self, data: bytes) -> bool:
@@ -217,6 +225,8 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
             headers.append((b"x-trigate-coalesced", source.role.encode()))
         if source.target is not None and source.attempts:
             headers.append((b"x-trigate-upstream", source.target.upstream.encode()))
+            if source.dropped:
+                headers.append((b"x-trigate-dropped", ",".join(source.dropped).encode()))
         waited_s = source.waited_s(now)
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
     overhead_s = max(0.0, now - state.request.arrived_at - waited_s)

@@ -432,6 +432,11 @@ class Subscription:
         return self.shared.upstream.target
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """The names of the fields that the upstream did not get."""
+        return self.shared.upstream.dropped
+
+    @property
     def usage(self) -> Usage | None:
         """The token counts that are recorded with this exchange."""
         return self.shared.upstream.usage if self.is_billed else None

@@ -1,8 +1,11 @@
 """Translates between the client's format and the upstream's format.
 
-A call that arrives in one format may be sent in another one, and its answer is then translated back, event by event.
-A `Translation` is such a pair of formats. `PASS_THROUGH` is the pair of OpenAI with itself, and costs nothing: only the
-model id of the request body changes, and events go to the client as bytes, without parsing the JSON of each.
+A call that arrives in one format may be sent in another one, and its answer is then translated back, event by event
+(`trigate.dialects`). A `Translation` is such a pair of formats, and `translation_of` chooses it. Where both sides have
+the same format, it costs nothing: only the model id of the request body changes, and events go to the client as bytes,
+without parsing the JSON of each.
+
+A call in a format that cannot be translated for an upstream is never sent there as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from typing import Protocol
 import msgspec
 
 from trigate.config.sections import UpstreamConfig
-from trigate.errors import GatewayError
+from trigate.dialects.anthropic import without_own_reasoning
+from trigate.dialects.endpoints import MESSAGES
+from trigate.dialects.messages_over_chat import MessagesOverChat
+from trigate.errors import GatewayError, Unsupported
 from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.conversion import answer_of, events_of
 from trigate.openai.history_fields import history_fields_of
@@ -64,6 +70,14 @@ class Reader(Protocol):
 class Translation(Protocol):
     """A client's format and an upstream's format."""
 
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The names of the fields that the upstream did not get, since they are advisory; complete once `body` has been
+        called."""
+
+    def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Which headers go to the upstream."""
+
     def path(self, call: Call) -> str:
         """Where the call goes, below the upstream's base URL."""
 
@@ -113,6 +127,11 @@ class Translation(Protocol):
 class _PassThrough:
     """OpenAI's format on both sides."""
 
+    dropped = ()
+
+    def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        return headers
+
     def path(self, call: Call) -> str:
         return call.endpoint.path
 
@@ -151,4 +170,42 @@ class _PassThrough:
         return decode_answer(body, call.endpoint, model=call.public_model, upstream=upstream)
 
 
-PASS_THROUGH: Translation = _PassThrough()
+class _AnthropicPassThrough(_PassThrough):
+    """Anthropic's format on both sides."""
+
+    def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
+        return without_own_reasoning(call.body_for(model))
+
+
+_PASS_THROUGH: Translation = _PassThrough()
+_SAME_FORMAT: Mapping[tuple[str, str], Translation] = {
+    ("openai", "openai"): _PASS_THROUGH,
+    ("openai", "echo"): _PASS_THROUGH,
+    ("openai", "local"): _PASS_THROUGH,
+    ("anthropic", "anthropic"): _AnthropicPassThrough(),
+}
+"""By the format of a client and the kind of an upstream."""
+
+
+def translation_of(call: Call, upstream: str, kind: str) -> Translation:
+    """Chooses the translation of a call for an upstream.
+
+    Args:
+        upstream: The upstream's name, for messages.
+        kind: Its kind.
+
+    Raises:
+        BadRequest: The call has something that cannot be translated.
+        Unsupported: The upstream speaks a format to which such calls are not translated.
+    """
+    same = _SAME_FORMAT.get((call.endpoint.format, kind))
+    if same is not None:
+        return same
+    if call.endpoint is MESSAGES:
+        return MessagesOverChat(call)
+    spoken = "Anthropic's format" if kind == "anthropic" else "OpenAI's format"
+    raise Unsupported(
+        f"The upstream {upstream} speaks {spoken} (kind {kind!r}), and calls to /v1{call.endpoint.path} are not "
+        "translated to it.",
+        status=501,
+    )

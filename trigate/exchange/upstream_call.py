@@ -28,7 +28,7 @@ from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
-from trigate.exchange.translation import PASS_THROUGH, Reader
+from trigate.exchange.translation import Reader, Translation, translation_of
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
 from trigate.openai.continuation import continuation_head
@@ -225,10 +225,11 @@ class UpstreamCall:
 
     async def _run(self, attempt: Attempt, sink: Sink) -> None:
         upstream = self.request.generation.upstreams[attempt.target.upstream]
+        translation = translation_of(self.request.call, upstream.name, upstream.config.kind)
         try:
             if self.cancelled_with is not None:
                 attempt.scope.cancel()
-            await attempt.run(upstream, self._open(attempt, upstream), self._answer(), sink)
+            await attempt.run(upstream, self._open(attempt, upstream, translation), self._answer(translation), sink)
             if attempt.scope.cancelled_caught and not attempt.is_superseded and not attempt.is_delivered:
                 cause = self.cancelled_with or attempt.failed_with
                 assert cause is not None, "only fail() and supersede() cancel an attempt"
@@ -280,33 +281,37 @@ class UpstreamCall:
 
     # -- the request --------------------------------------------------------------------------------------------------
 
-    def _open(self, attempt: Attempt, upstream: Upstream) -> AbstractAsyncContextManager[Reply]:
+    def _open(
+        self, attempt: Attempt, upstream: Upstream, translation: Translation
+    ) -> AbstractAsyncContextManager[Reply]:
         """Returns the block in which the request has been sent. Its ``x-request-timeout`` is the time that is left for
         the answer."""
         request = self.request
-        call, headers = request.call, request.headers
+        call, headers = request.call, translation.headers(request.headers)
         if self._continuation.text:
             call = call.continued_from(self._continuation.text)
         over_at = min(self.deadline_at, self.started_at + self.route.timeouts[attempt.target.upstream].total_s)
         if over_at < math.inf:
             left_s = max(0.001, over_at - attempt.started_at)
             headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
+        body = translation.body(call, attempt.target.model, upstream.config)
+        attempt.dropped = translation.dropped
         return upstream.open(
             "POST",
-            PASS_THROUGH.path(call),
-            PASS_THROUGH.body(call, attempt.target.model, upstream.config),
+            translation.path(call),
+            body,
             headers=headers,
             owner=request.owner,
             on_phase=attempt.on_phase,
         )
 
-    def _answer(self) -> Answer:
+    def _answer(self, translation: Translation) -> Answer:
         """Makes the object that moves the answer from a reply to the sink."""
         call, limits = self.request.call, self.request.generation.config.limits
         if call.stream:
             return StreamAnswer(
                 call=call,
-                translation=PASS_THROUGH,
+                translation=translation,
                 claim=self.claim,
                 count=self._count,
                 socket_relay=self.services.socket_relay,
@@ -317,7 +322,7 @@ class UpstreamCall:
         if call.endpoint.answer == "json":
             return JsonAnswer(
                 call=call,
-                translation=PASS_THROUGH,
+                translation=translation,
                 claim=self.claim,
                 count=self._count,
                 max_bytes=limits.response_bytes,
@@ -464,6 +469,12 @@ class UpstreamCall:
         """The last token counts that an upstream has reported."""
         reader = self.winner.reader if self.winner is not None else None
         return (reader.usage if reader is not None else None) or self._usage
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The names of the fields that the upstream did not get (`Translation.dropped`)."""
+        attempt = self.winner or (self.attempts[-1] if self.attempts else None)
+        return attempt.dropped if attempt is not None else ()
 
     def waited_s(self, now: float) -> float:
         """How long upstreams have been waited for."""

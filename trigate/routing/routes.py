@@ -50,6 +50,8 @@ class Known:
         unusable: Why the upstream cannot serve at all (its secret is missing, …); None = it can.
         down: Why the upstream probably cannot serve now; a call that names it is still tried.
         stands_in: It is only a stand-in for a model (the echo), and ``default`` only if there is no other upstream.
+        only_anthropic: It serves only calls in Anthropic's format. One that serves all formats comes before it as
+            ``default``.
     """
 
     models: tuple[str, ...] = ()
@@ -57,6 +59,7 @@ class Known:
     unusable: str | None = None
     down: str | None = None
     stands_in: bool = False
+    only_anthropic: bool = False
 
 
 def plan(
@@ -104,7 +107,7 @@ def default_target(upstreams: Mapping[str, Known]) -> Target:
         Unavailable: No enabled upstream has a model.
     """
     candidates = [
-        ((known.stands_in, known.down is not None), Target(name, known.default_model))
+        ((known.stands_in, known.only_anthropic, known.down is not None), Target(name, known.default_model))
         for name, known in upstreams.items()
         if known.unusable is None and known.default_model is not None
     ]

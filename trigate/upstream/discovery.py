@@ -1,13 +1,14 @@
 """Makes a configuration where there is no file: from API keys in the environment, servers on loopback, the embedded
 language model, and the echo.
 
-**Source:** the OpenAI-compatible base URL that each provider documents; the default ports in the documentation of
-Ollama, LM Studio, llama.cpp and vLLM.
+**Source:** the OpenAI-compatible base URL that each provider documents (Anthropic's own, for Anthropic); the default
+ports in the documentation of Ollama, LM Studio, llama.cpp and vLLM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import attrs
 import httpx2
@@ -28,19 +29,21 @@ PROBE_TIMEOUT_S = 0.3
 
 @attrs.frozen
 class Provider:
-    """A provider with an OpenAI-compatible API.
+    """A provider.
 
     Attributes:
         env: The environment variable with its API key.
         name: The name of the upstream.
         default_model: The model that ``default`` selects while this is the first upstream; empty = the first model that
             the provider lists.
+        kind: The API that it speaks.
     """
 
     env: str
     name: str
     base_url: str
     default_model: str
+    kind: Literal["openai", "anthropic"] = "openai"
 
 
 PROVIDERS = (
@@ -58,6 +61,7 @@ PROVIDERS = (
     Provider("GEMINI_API_KEY", "gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.0-flash"),
     Provider("FIREWORKS_API_KEY", "fireworks", "https://api.fireworks.ai/inference/v1", ""),
     Provider("CEREBRAS_API_KEY", "cerebras", "https://api.cerebras.ai/v1", ""),
+    Provider("ANTHROPIC_API_KEY", "anthropic", "https://api.anthropic.com/v1", "", kind="anthropic"),
 )
 
 LOCAL_SERVERS: Mapping[str, int] = {"ollama": 11434, "lmstudio": 1234, "llamacpp": 8080, "vllm": 8000}
@@ -68,6 +72,7 @@ def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
     """Returns an upstream for each provider whose key is set and not empty, in the order of `PROVIDERS`."""
     return {
         provider.name: UpstreamConfig(
+            kind=provider.kind,
             base_url=Url(provider.base_url),
             api_key=Secret(env=provider.env),
             default_model=provider.default_model or None,

@@ -201,7 +201,9 @@ async def open_generation(config: Config, transports: TransportFactory | None = 
         polls = [
             ModelPoll(upstream, generation.forget_routes)
             for upstream in upstreams.values()
-            if upstream.config.kind == "openai" and upstream.config.models == "discover" and upstream.unusable is None
+            if upstream.config.kind in ("openai", "anthropic")
+            and upstream.config.models == "discover"
+            and upstream.unusable is None
         ]
         async with open_service(*(each.run for each in pools), *(each.run for each in polls)):
             with trio.move_on_after(_FIRST_LISTS_S):
@@ -232,7 +234,7 @@ async def _open_upstream(
                 unusable=unusable,
                 default_models=(local_model.model_id(settings.gguf),),
             )
-        case "openai":
+        case "openai" | "anthropic":
             transport = await stack.enter_async_context(transports(name, settings))
             return Upstream(name, config, transport)
 

@@ -22,6 +22,9 @@ RETRY_S = 5.0
 
 _TIMEOUT_S = 10.0
 
+_PATHS = {"anthropic": "/models?limit=1000"}
+"""By the kind of the upstream. Anthropic gives a page; this is the longest one."""
+
 
 _MAX_ID_CHARS = 4096
 _PASSED_FIELDS = (
@@ -114,7 +117,7 @@ class ModelPoll:
     async def _ask(self) -> None:
         upstream = self._upstream
         with trio.move_on_after(_TIMEOUT_S):
-            async with upstream.open("GET", "/models") as reply:
+            async with upstream.open("GET", _PATHS.get(upstream.config.kind, "/models")) as reply:
                 if reply.status != 200:
                     raise await upstream.error_of(reply)
                 body = await reply.read(MAX_MODEL_LIST_BYTES)

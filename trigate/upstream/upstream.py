@@ -55,6 +55,8 @@ _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _LARGE_BYTES = 1024 * 1024
 _MIN_SECRET_CHARS = 8
+_ANTHROPIC_VERSION = "2023-06-01"
+"""Of Anthropic's format, where the client names none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -125,6 +127,7 @@ class Upstream:
         self._headers = {
             "accept-encoding": "identity",
             "user-agent": "trigate",
+            **({"anthropic-version": _ANTHROPIC_VERSION} if self.config.kind == "anthropic" else {}),
             **config.secrets.get(name, {}),
         }
         self._fields = _fields(self._headers)
@@ -156,6 +159,7 @@ class Upstream:
             unusable=self.unusable,
             down=self._down(),
             stands_in=self.config.kind == "echo",
+            only_anthropic=self.config.kind == "anthropic",
         )
 
     def _down(self) -> str | None:

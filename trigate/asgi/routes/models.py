@@ -1,13 +1,18 @@
-"""``GET /v1/models`` and ``GET /v1/models/{id}``: the models of all upstreams, under public ids."""
+"""``GET /v1/models`` and ``GET /v1/models/{id}``: the models of all upstreams, under public ids.
+
+A request with the header ``anthropic-version`` gets the answer in Anthropic's format, every other one in OpenAI's.
+"""
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
-from quart import Blueprint, Response, jsonify
+from quart import Blueprint, Response, jsonify, request
 
 from trigate.asgi.quart_app import current_gateway
-from trigate.errors import Unavailable, UnknownModel
+from trigate.dialects.anthropic import encode_model, encode_model_list
+from trigate.errors import BadRequest, Unavailable, UnknownModel
 from trigate.routing import routes
 from trigate.upstream.generation import Generation
 
@@ -19,6 +24,8 @@ def _generation() -> Generation:
 
 
 def _model(generation: Generation, model: str, owner: str) -> dict[str, Any]:
+    if _is_for_anthropic():
+        return encode_model(model, _rfc3339(generation.created))
     row = {"id": model, "object": "model", "created": generation.created, "owned_by": owner}
     fields = generation.model_fields(model, owner)
     if type(fields.get("created", 0)) is not int:  # the SDKs expect one
@@ -28,8 +35,21 @@ def _model(generation: Generation, model: str, owner: str) -> dict[str, Any]:
 
 @blueprint.get("/v1/models")
 async def list_models() -> Response:
-    """Lists the last known models of all upstreams, without a request to any of them."""
+    """Lists the last known models of all upstreams, without a request to any of them.
+
+    Raises:
+        BadRequest: In Anthropic's format, ``limit`` is not a number from 1 to 1000.
+    """
     generation = _generation()
+    if _is_for_anthropic():
+        page = encode_model_list(
+            generation.public_ids(),
+            _rfc3339(generation.created),
+            limit=_limit(request.args.get("limit", "20")),
+            after=request.args.get("after_id"),
+            before=request.args.get("before_id"),
+        )
+        return jsonify(page)
     rows = [_model(generation, model, owner) for model, owner in generation.public_ids().items()]
     return jsonify({"object": "list", "data": rows})
 
@@ -50,3 +70,17 @@ async def retrieve_model(model: str) -> Response:
     except Unavailable as error:  # a call would get a 503; here the model is not listed
         raise UnknownModel(model, reason=error.message) from None
     raise UnknownModel(model, closest=routes.closest(model, ids))
+
+
+def _is_for_anthropic() -> bool:
+    return "anthropic-version" in request.headers
+
+
+def _rfc3339(epoch_s: int) -> str:
+    return datetime.datetime.fromtimestamp(epoch_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _limit(given: str) -> int:
+    if given.isascii() and given.isdigit() and 1 <= int(given[:5]) <= 1000:
+        return int(given)
+    raise BadRequest("limit must be a whole number from 1 to 1000.", param="limit")
