@@ -1,8 +1,8 @@
 """Micro-benchmarks of pure modules: ``./scripts/bench --micro``.
 
-They measure the cost of an event in `trigate.openai.sse` and `trigate.openai.stream`, of a request in `trigate.openai`
-and `trigate.routing`, and of a worker's heartbeat in `trigate.status.reporter`, without sockets. pytest-benchmark calls
-each function many times and reports the minimum, the median and the spread.
+They measure the cost of an event in `trigate.openai.sse`, `trigate.openai.stream` and `trigate.dialects`, of a request
+in `trigate.openai` and `trigate.routing`, and of a worker's heartbeat in `trigate.status.reporter`, without sockets.
+pytest-benchmark calls each function many times and reports the minimum, the median and the spread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import trio
 from bench import events
 from bench.upstream import MODEL
 from trigate.config import structure
+from trigate.dialects.endpoints import MESSAGES
+from trigate.dialects.messages_over_chat import MessagesOverChat
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.upstream_call import UpstreamCall
@@ -48,6 +50,14 @@ BODY = json.dumps(
             {"role": "user", "content": "Name three colors. " * 20},
         ],
         "temperature": 0.7,
+        "stream": True,
+    }
+).encode()
+MESSAGES_BODY = json.dumps(
+    {
+        "model": "default",
+        "max_tokens": 100,
+        "messages": [{"role": "user", "content": "Name three colors."}],
         "stream": True,
     }
 ).encode()
@@ -108,6 +118,19 @@ def test_read_events(per_event: Callable[[Callable[[], object]], None]) -> None:
             reader.read(event)
 
     per_event(read)
+
+
+def test_translate_events(per_event: Callable[[Callable[[], object]], None]) -> None:
+    """dialects: events of chat completions that go to the client in Anthropic's format."""
+    call = decode_call(MESSAGES, MESSAGES_BODY)
+    translation = MessagesOverChat(call)
+
+    def translate() -> None:
+        reader = translation.stream_reader(call, upstream="mock", max_event_bytes=1 << 20, keep_bytes=0, continues=None)
+        for event in STREAM:
+            reader.feed(event)
+
+    per_event(translate)
 
 
 def test_decode_call(benchmark: Benchmark) -> None:
