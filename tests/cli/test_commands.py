@@ -508,7 +508,7 @@ def test_the_gateway_of_the_configuration(run: Run, tmp_path: Path, content: str
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRIGATE_CONFIG", raising=False)
         assert gateway_url() == url
-    assert "as the configuration file says" in run("status", "--help").stdout.replace("\n", " ")
+    assert "as the configuration file says" in " ".join(run("status", "--help").stdout.split())
 
 
 def test_another_server_at_the_address(run: Run, upstream: str) -> None:

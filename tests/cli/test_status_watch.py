@@ -285,7 +285,7 @@ def test_once(gateway: Gateway) -> None:
             done = run(gateway)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert re.search(r"^  away/m +closed ", done.stdout, re.M)
+    assert re.search(r"^  away/m +/chat/completions +closed ", done.stdout, re.M)
     assert re.search(
         r"^  once +both +streaming +mock/endless\.both +2 of 3 +failover +[\d.]+ s +[\d:]+ +\d+ +\S+( k)? +\d+$",
         done.stdout,

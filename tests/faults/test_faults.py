@@ -19,6 +19,7 @@ import httpx2
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from tests.faults.catalogue import CATALOGUE, LIMITS
 from tests.faults.fault import DATE, Case, Complete, Expected, Fault, Refusal, StreamError
@@ -282,6 +283,7 @@ async def observe(fault: Fault, open_server: OpenServer, logs: Logs) -> Observed
             late_s = max(late_s, trio.current_time() - due_at)
 
     async with open_scene(fault, open_server, logs) as scene:
+        await trio.testing.wait_all_tasks_blocked(0.01)  # the servers keep a spare descriptor each
         before = trio.lowlevel.current_statistics().tasks_living, descriptors()
         async with trio.open_nursery() as watching:
             watching.start_soon(watch)
@@ -324,6 +326,7 @@ async def test_the_suite_finds_a_leak(open_server: OpenServer, logs: Logs, monke
     kept: list[Connection] = []
     monkeypatch.setattr("trigate.upstream.pool.ConnectionPool._discard", lambda _, connection: kept.append(connection))
     async with open_scene(FAULTS["It stops sending between two events"], open_server, logs) as scene:
+        await trio.testing.wait_all_tasks_blocked(0.01)  # the servers keep a spare descriptor each
         before = trio.lowlevel.current_statistics().tasks_living, descriptors()
         await call(scene, "one-stream", {})
         try:

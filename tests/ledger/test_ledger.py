@@ -179,6 +179,7 @@ async def test_a_failing_store_delays_no_call(
         assert (status["ledger"]["settled"], status["ledger"]["dropped"]) == (3, 1)
 
 
+@pytest.mark.slow
 async def test_records_that_exceed_memory_go_to_the_journal(
     open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
