@@ -54,8 +54,8 @@ async function refused(call, kind) {
 
 test("models are listed", async () => {
   const owners = new Map((await all(client.models.list())).map((model) => [model.id, model.owned_by]));
-  assert.equal(owners.get("default"), "mock");
-  assert.equal(owners.get("mock/org/deep/model"), "mock");
+  assert.equal(owners.get("default"), "them");
+  assert.equal(owners.get("mock/org/deep/model"), "them");
 });
 
 test("a model is retrieved by an id with slashes", async () => {

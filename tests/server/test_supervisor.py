@@ -29,6 +29,7 @@ REQUEST = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 
 WORKER = """
 import os, signal, sys, trio
+from trigate import logs
 from trigate.server import server
 from trigate.config.sections import ServerConfig
 from trigate.server.supervisor import sockets_from_fds
@@ -46,6 +47,7 @@ async def app(scope, receive, send):
 def hang_up(*_):
     os.write(1, b"hung up %d\\n" % os.getpid())
 
+logs.configure({})
 signal.signal(signal.SIGHUP, hang_up)
 fds = [int(sys.argv[i + 1]) for i, text in enumerate(sys.argv) if text == "--fd"]
 parent_fd = int(sys.argv[sys.argv.index("--parent-fd") + 1])
@@ -55,10 +57,12 @@ sys.exit(0 if trio.run(server.run, app, config, sockets_from_fds(fds), parent_fd
 
 SUPERVISOR = """
 import sys, trio
+from trigate import logs
 from trigate.config.sections import ServerConfig
 from trigate.server.listeners import ListenError, open_sockets
 from trigate.server.supervisor import supervise
 
+logs.configure({})
 config = ServerConfig(port=0, workers=2, drain_timeout_s=float(sys.argv[2]))
 sockets = open_sockets(config)
 print(sockets[0].getsockname()[1], flush=True)

@@ -116,11 +116,11 @@ async def refused(call: Callable[[], Any], kind: type[openai.OpenAIError]) -> An
 
 
 async def models_are_listed(case: Case) -> None:
-    """The list has ``default`` and the upstream's models under its name, as their owner."""
+    """The list has ``default`` and the upstream's models under its name, with the owner that it says."""
     page = await ask(case.client.models.list())
     owners = {model.id: model.owned_by for model in page.data}
-    assert owners["default"] == "mock"
-    assert {id for id, owner in owners.items() if id.startswith("mock/") and owner == "mock"} == {
+    assert owners["default"] == "them"
+    assert {id for id, owner in owners.items() if id.startswith("mock/") and owner == "them"} == {
         f"mock/{model}" for model in MODELS
     }
     assert {model.object for model in page.data} == {"model"}
@@ -130,7 +130,7 @@ async def models_are_listed(case: Case) -> None:
 async def model_is_retrieved(case: Case) -> None:
     """A model is retrieved by an id with slashes in it."""
     model = await ask(case.client.models.retrieve("mock/org/deep/model"))
-    assert (model.id, model.owned_by) == ("mock/org/deep/model", "mock")
+    assert (model.id, model.owned_by) == ("mock/org/deep/model", "them")
 
 
 async def unknown_model_is_not_retrieved(case: Case) -> None:
