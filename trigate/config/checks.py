@@ -217,24 +217,22 @@ def expression(value: Any, _: Any) -> str:
 
 
 def parameters(value: Any, _: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a table, got {kind_of(value)}")
-    for name in ("model", "messages", "stream", "stream_options", "n"):
-        if name in value:
-            raise ValueError(f"{name} is not a parameter: the gateway sets it")
-    try:
-        msgspec.json.encode(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot be encoded as JSON: {error}") from None
-    return value
+    return _json_object(
+        value, ("model", "messages", "stream", "stream_options", "n"), "is not a parameter: the gateway sets it"
+    )
 
 
 def info(value: Any, _: Any) -> dict[str, Any]:
+    return _json_object(value, ("id", "object"), "cannot be set: it is the gateway's")
+
+
+def _json_object(value: Any, reserved: Collection[str], refusal: str) -> dict[str, Any]:
+    """Checks a table that becomes a JSON object. ``refusal`` follows the name of a field that must not be in it."""
     if not isinstance(value, dict):
         raise ValueError(f"expected a table, got {kind_of(value)}")
-    for name in ("id", "object"):
+    for name in reserved:
         if name in value:
-            raise ValueError(f"{name} cannot be set: it is the gateway's")
+            raise ValueError(f"{name} {refusal}")
     try:
         msgspec.json.encode(value)
     except (TypeError, ValueError) as error:
