@@ -18,6 +18,7 @@ from tests.asgi.test_dispatch import assert_refused
 from tests.support.asgi_client import ClientCall, Piece
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import Pause, Provider, Stall, answers, completion
+from trigate.asgi import data_plane
 from trigate.asgi.request_body import BodyBudget
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
@@ -209,6 +210,18 @@ async def test_the_bodies_of_calls_in_flight_count(open_app: OpenApp) -> None:
         upload(served, [BODY])
         await wait_all_tasks_blocked()
         assert budget_of(served).held_bytes == 2 * len(BODY)
+
+
+async def test_a_body_that_waits_to_be_decoded_still_arrives(open_app: OpenApp) -> None:
+    """Large bodies are decoded one by one, so those that wait must not pile up outside of the budget."""
+    async with open_app() as served:
+        await data_plane._DECODING.acquire()
+        call = upload(served, [b'{"a":"', b"x" * 2_000_000, b'"}'])
+        await wait_all_tasks_blocked()
+        assert budget_of(served).arriving_bytes > 2_000_000
+        data_plane._DECODING.release()
+        assert (await call.wait()).status == 400
+        assert budget_of(served).held_bytes == budget_of(served).arriving_bytes == 0
 
 
 async def test_a_body_of_many_small_pieces_counts_for_what_it_takes(open_app: OpenApp) -> None:

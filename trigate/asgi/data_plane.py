@@ -70,6 +70,7 @@ async def serve_call(
         call = decode_call(endpoint, body)
     else:
         call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, limiter=_DECODING)
+    request_body.keep(len(body), gateway.generations.config.limits)
     del body
     exchange: Exchange | None = None
     failure: GatewayError | None = None
@@ -152,9 +153,7 @@ async def read_body(
     if client is not None and client.body_is_here and head.content_length is not None and coding == "identity":
         # The usual case, without the cost of a cancel scope: the body has arrived with the head.
         request_body.complete = True
-        body = client.take_body()
-        request_body.keep(len(body), limits)
-        return body
+        return client.take_body()
     own = BodyLimits.of(limits, max_bytes=max_bytes, is_verified=is_verified)
     return await request_body.read(own, limits, coding=coding)
 

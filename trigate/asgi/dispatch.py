@@ -166,6 +166,7 @@ async def _serve_webhook(
     data = await read_body(gateway, head, body, response, max_bytes=max_bytes, is_verified=call.is_verified)
     if data is None:
         return
+    body.keep(len(data), config.limits)
     error: GatewayError | None = None
     async with trio.open_nursery() as nursery:
 

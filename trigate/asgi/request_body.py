@@ -124,6 +124,8 @@ class RequestBody:
     async def read(self, body: BodyLimits, limits: LimitsConfig, *, coding: str = "identity") -> bytes | None:
         """Reads and decodes the whole body; None = the client disconnected meanwhile.
 
+        It counts as arriving until `keep`.
+
         Args:
             body: The limits of this body.
             limits: The limits of all of them.
@@ -165,7 +167,6 @@ class RequestBody:
                     piece = await _next_piece(decoder) if decoder is not None else b""
             if decoder is not None and received and not decoder.complete:
                 raise BadRequest(f"The body ends before its content coding ({coding}) does.")
-            self.keep(size, limits)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._budget.check_refused()
         raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s ({body.timeout_name}).")
@@ -203,7 +204,7 @@ class RequestBody:
             raise _no_room(limits.bodies_bytes, "limits.bodies_bytes")
 
     def keep(self, size: int, limits: LimitsConfig) -> None:
-        """The whole body has been received, and takes ``size`` bytes until `release`.
+        """The whole body has been received and examined, and takes ``size`` bytes until `release`.
 
         Raises:
             Overloaded: There is no room for it.
