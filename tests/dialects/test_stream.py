@@ -265,6 +265,17 @@ def test_no_done() -> None:
 # -- what is wrong ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_last_event_without_its_blank_line(last: int) -> None:
+    """It is whole: the reason of the end, or the usage behind it."""
+    before, event = (*TEXT[:3], *END[: last - 1]), END[last - 1]
+    expected, _ = translate([*before, event])
+    out, reader = translate([*before, event.rstrip(b"\n")])
+    assert out == expected
+    assert reader.complete
+    assert isinstance(translate([*before, event[:-5]])[1].error, Truncated)
+
+
 @pytest.mark.parametrize(
     ("stream", "kind"),
     [

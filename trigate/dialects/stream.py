@@ -19,6 +19,7 @@ from trigate.openai import sse
 from trigate.openai.answer import Usage
 from trigate.openai.completion import CompletionTracker
 from trigate.openai.endpoints import DONE, Endpoint
+from trigate.openai.raw_json import decode_any
 
 
 class EventDecoder(Protocol):
@@ -110,11 +111,11 @@ class TranslatedStream:
 
     def feed(self, piece: bytes) -> bytes:
         """Takes the next piece of the body, and returns what can be sent to the client now (``b""`` = nothing yet)."""
-        too_large: sse.EventTooLarge | None = None
+        too_large = ""  # the message: the error itself would keep this frame
         try:
             events = [] if self.complete else self._splitter.feed(piece)
         except sse.EventTooLarge as error:
-            events, too_large = error.before, error
+            events, too_large = error.before, str(error)
         frames: list[bytes] = []
         try:
             for event in events:
@@ -123,7 +124,7 @@ class TranslatedStream:
                     break
         except ProtocolViolation as error:
             self.error = error.with_traceback(None)
-        if too_large is not None and not self.complete and self.error is None:
+        if too_large and not self.complete and self.error is None:
             self.error = ProtocolViolation(f"The upstream {self._upstream} sent too much: {too_large}.")
         if not self._tracker.has_content and self.error is None:
             self._held += frames
@@ -166,17 +167,24 @@ class TranslatedStream:
 
         A stream that has said how it ended is complete, also without its last event, which some providers do not send.
         """
+        rest = self._feed_pending()
         if self.complete or self.error is not None:
-            return b""
-        if sse.data_of(self._splitter.pending + b"\n\n") == DONE:
-            return self.feed(b"\n\n")  # complete, except for its last line end
+            return rest
         if not self._tracker.all_finished or self._splitter.pending.strip():
             self.error = Truncated(f"The upstream {self._upstream} ended its stream before it was complete.")
-            return b""
-        frames: list[bytes] = []
+            return rest
+        frames = [rest]
         try:
             self._finish(frames)
         except ProtocolViolation as error:
             self.error = error.with_traceback(None)
-            return b""
+            return rest
         return b"".join(frames)
+
+    def _feed_pending(self) -> bytes:
+        """Takes a last event that is whole, except for its blank line."""
+        if self.complete or self.error is not None or not self._splitter.pending:
+            return b""
+        pending = sse.data_of(self._splitter.pending + b"\n\n")
+        is_whole = pending is not None and (pending == DONE or isinstance(decode_any(pending), dict))
+        return self.feed(b"\n\n") if is_whole else b""
