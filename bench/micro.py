@@ -18,8 +18,10 @@ import trio
 from bench import events
 from bench.upstream import MODEL
 from trigate.config import structure
+from trigate.dialects.anthropic import MessagesClient
 from trigate.dialects.endpoints import MESSAGES
-from trigate.dialects.messages_over_chat import MessagesOverChat
+from trigate.dialects.openai_chat import ChatUpstream
+from trigate.dialects.translated_call import TranslatedCall
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.upstream_call import UpstreamCall
@@ -123,7 +125,7 @@ def test_read_events(per_event: Callable[[Callable[[], object]], None]) -> None:
 def test_translate_events(per_event: Callable[[Callable[[], object]], None]) -> None:
     """dialects: events of chat completions that go to the client in Anthropic's format."""
     call = decode_call(MESSAGES, MESSAGES_BODY)
-    translation = MessagesOverChat(call)
+    translation = TranslatedCall(call, MessagesClient(), ChatUpstream())
 
     def translate() -> None:
         reader = translation.stream_reader(call, upstream="mock", max_event_bytes=1 << 20, keep_bytes=0, continues=None)

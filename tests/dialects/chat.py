@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 
 from bench import events
+from trigate.dialects.anthropic import MessagesClient
 from trigate.dialects.endpoints import MESSAGES
-from trigate.dialects.messages_over_chat import MessagesOverChat
+from trigate.dialects.openai_chat import ChatUpstream
 from trigate.dialects.stream import TranslatedStream
+from trigate.dialects.translated_call import TranslatedCall
 from trigate.openai import sse
 from trigate.openai.request import Call, decode_call
 
@@ -44,6 +46,11 @@ def call(**fields: Any) -> Call:
     return decode_call(MESSAGES, msgspec.json.encode(body))
 
 
+def translated(asked: Call) -> TranslatedCall:
+    """Returns a call over chat completions."""
+    return TranslatedCall(asked, MessagesClient(), ChatUpstream())
+
+
 def chunk(delta: Mapping[str, Any] | None = None, finish_reason: str | None = None, **fields: Any) -> bytes:
     """Makes an event with one choice."""
     choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
@@ -69,9 +76,7 @@ def tool(index: int | None, name: str | None = None, arguments: str | None = Non
 def make_reader(asked: Call | None = None) -> TranslatedStream:
     """Makes the reader of a streamed answer."""
     asked = asked or call()
-    return MessagesOverChat(asked).stream_reader(
-        asked, upstream="up", max_event_bytes=100_000, keep_bytes=0, continues=None
-    )
+    return translated(asked).stream_reader(asked, upstream="up", max_event_bytes=100_000, keep_bytes=0, continues=None)
 
 
 def translate(pieces: Iterable[bytes], asked: Call | None = None) -> tuple[bytes, TranslatedStream]:
@@ -155,6 +160,6 @@ def answer_of(message: Mapping[str, Any], finish_reason: str = "stop", asked: Ca
     asked = asked or call()
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     body = msgspec.json.encode({"id": "chatcmpl-1", "object": "chat.completion", "choices": [choice], "usage": USAGE})
-    data, _ = MessagesOverChat(asked).answer(asked, body, upstream="up")
+    data, _ = translated(asked).answer(asked, body, upstream="up")
     decoded: dict[str, Any] = msgspec.json.decode(data)
     return decoded

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.dialects.chat import call
+from tests.dialects.chat import call, translated
 from trigate.config.sections import UpstreamConfig, Url
 from trigate.dialects.anthropic.fields import BLOCKS, FIELDS
 from trigate.dialects.anthropic.signatures import mark_of, without_own_reasoning
-from trigate.dialects.messages_over_chat import MessagesOverChat
 from trigate.errors import BadRequest, Untranslatable
 
 LOCAL = UpstreamConfig(base_url=Url("http://127.0.0.1:8000/v1"))
@@ -37,7 +36,7 @@ def sent(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Translates a call; returns the body and the names of what was dropped."""
     asked = call(**{"thinking": None, **fields})
-    translation = MessagesOverChat(asked)
+    translation = translated(asked)
     body = translation.body(asked, model, upstream)
     return msgspec.json.decode(body), translation.dropped
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trigate.errors import BadRequest
 from trigate.openai import request_bounds
 from trigate.openai.endpoints import ENDPOINTS
-from trigate.openai.request import decode_call, decode_large_call
+from trigate.openai.request import NOTHING, decode_call, decode_large_call
 from trigate.openai.request_bounds import examine, is_small
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
@@ -117,13 +117,13 @@ def test_the_bounds_of_a_chat_request(name: str) -> None:
     body = f'{{"model":"m",{text}}}'.encode()
     assert not is_small(body)
     with pytest.raises(BadRequest, match=message):
-        decode_large_call(CHAT, body)
+        decode_large_call(CHAT, body, NOTHING)
 
 
 def test_large_requests_that_are_in_use_pass() -> None:
     """A picture, a long conversation, a text with many commas, and the largest arrays of tokens."""
     ints = ",".join(["12345"] * 300_000)
-    decode_large_call(ENDPOINTS["/v1/embeddings"], f'{{"model":"m","input":[{ints}]}}'.encode())
+    decode_large_call(ENDPOINTS["/v1/embeddings"], f'{{"model":"m","input":[{ints}]}}'.encode(), NOTHING)
     for text in (
         f'"messages":[{{"role":"user","content":"{"A" * 2_000_000}"}}]',
         f'"messages":[{",".join([HELLO] * 15_000)}]',
@@ -131,7 +131,7 @@ def test_large_requests_that_are_in_use_pass() -> None:
     ):
         body = f'{{"model":"m",{text}}}'.encode()
         assert not is_small(body)
-        call = decode_large_call(CHAT, body)
+        call = decode_large_call(CHAT, body, NOTHING)
         assert call == decode_call(CHAT, body)
         assert call.body_for("x") == decode_call(CHAT, body).body_for("x") == body.replace(b'"m"', b'"x"', 1)
 

@@ -16,6 +16,7 @@ from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyLimits, RequestBody, too_large
 from trigate.config.sections import Seconds
 from trigate.content_coding import CODINGS
+from trigate.dialects.endpoints import Found
 from trigate.errors import (
     Draining,
     GatewayError,
@@ -28,7 +29,6 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Recorder
 from trigate.gateway.gateway import Gateway
-from trigate.openai.endpoints import Endpoint
 from trigate.openai.request import Call, decode_call, decode_large_call
 from trigate.openai.request_bounds import is_small
 from trigate.sessions.service import SessionRecorder
@@ -40,7 +40,7 @@ _DECODING = trio.CapacityLimiter(1)
 
 async def serve_call(
     gateway: Gateway,
-    endpoint: Endpoint,
+    found: Found,
     head: RequestHead,
     request_body: RequestBody,
     response: ClientResponse,
@@ -54,6 +54,7 @@ async def serve_call(
         GatewayError: The call was refused before its exchange began.
     """
     arrived_at = trio.current_time()
+    endpoint = found.endpoint
     if head.method != "POST":
         raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
     content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -67,9 +68,9 @@ async def serve_call(
     if body is None:
         return
     if is_small(body):
-        call = decode_call(endpoint, body)
+        call = decode_call(endpoint, body, found.in_path)
     else:
-        call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, limiter=_DECODING)
+        call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, found.in_path, limiter=_DECODING)
     request_body.keep(len(body), gateway.generations.config.limits)
     del body
     exchange: Exchange | None = None

@@ -22,13 +22,12 @@ from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyBudget, BodyLimits, RequestBody, too_large
 from trigate.config.sections import Config, LimitsConfig
 from trigate.content_coding import CODINGS
-from trigate.dialects.endpoints import ENDPOINTS
+from trigate.dialects.endpoints import ENDPOINTS, Found, find_endpoint
 from trigate.dialects.errors import error_response
 from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
-from trigate.openai.endpoints import Endpoint
 from trigate.tracebacks import drop_frames
 from trigate.webhooks.calls import HookHead
 
@@ -63,12 +62,14 @@ async def serve_request(
         response.headers += cors_headers(head.origin, config)
         if head.method == "OPTIONS" and await _answer_preflight(head, config, response):
             return
-        endpoint = ENDPOINTS.get(head.path) or _find_endpoint(head, scope)
-        if endpoint is not None:
+        endpoint = ENDPOINTS.get(head.path)
+        found = Found(endpoint) if endpoint is not None else _find_endpoint(head, scope)
+        if found is not None:
+            endpoint = found.endpoint
             if endpoint.format == "anthropic":
                 response.headers.append((b"request-id", request_id.encode()))
             owner = authorize(head, config) or ""
-            await serve_call(gateway, endpoint, head, body, response, request_id=request_id, owner=owner)
+            await serve_call(gateway, found, head, body, response, request_id=request_id, owner=owner)
             return
         if head.path == "/" and head.method == "HEAD":  # Claude Code asks whether anything is there
             await response.respond(200, [], b"")
@@ -103,12 +104,17 @@ async def serve_request(
         body.release()
 
 
-def _find_endpoint(head: RequestHead, scope: Any) -> Endpoint | None:
-    """Replaces a path that people type by the one that is meant, for all that follows, and returns its endpoint."""
+def _find_endpoint(head: RequestHead, scope: Any) -> Found | None:
+    """Finds the endpoint of a path that has the model in it, or that people type.
+
+    A path that people type is replaced by the one that is meant, for all that follows.
+    """
     path = paths.canonical(head.path)
     if path != head.path:
         scope["trigate.asked_path"], head.path, scope["path"] = head.path, path, path
-    return ENDPOINTS.get(path)
+        if (endpoint := ENDPOINTS.get(path)) is not None:
+            return Found(endpoint)
+    return find_endpoint(path, scope["query_string"])
 
 
 async def _serve_control_plane(

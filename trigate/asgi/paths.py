@@ -13,7 +13,7 @@ import re
 from collections.abc import Container, Iterable
 
 from trigate.dialects.endpoints import ENDPOINTS
-from trigate.dialects.errors import Format
+from trigate.openai.endpoints import Format
 
 _MODELS = re.compile(r"/*(?:v1/+)*models(?:/+(.+))?", re.DOTALL)
 _SIMILARITY = 0.85

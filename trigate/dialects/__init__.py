@@ -4,8 +4,8 @@ Each format has a package: `anthropic` (Messages) and `openai_chat` (chat comple
 format and the vocabulary, in one direction or in both: it decodes what arrives in its format, and encodes what is sent
 in it. No package knows another one, so a format is added without a change to the others.
 
-Read first `vocabulary`, then `stream`, which joins a decoder of events to an encoder of events. Which format goes to
-which upstream is decided elsewhere (`trigate.exchange.translation`).
+Read first `vocabulary`, then `formats`, which says what a package provides, and `translated_call`, which joins the two
+sides. Which format goes to which upstream is decided elsewhere (`trigate.exchange.translation`).
 
 The rules of every format:
 

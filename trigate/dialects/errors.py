@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from trigate.dialects import anthropic
 from trigate.errors import GatewayError, Header
-
-Format = Literal["openai", "anthropic"]
+from trigate.openai.endpoints import Format
 
 
 def error_response(error: GatewayError, form: Format, request_id: str) -> tuple[int, list[Header], bytes]:

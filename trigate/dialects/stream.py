@@ -1,8 +1,7 @@
 """A translated stream: bytes of one format in, bytes of another one out, in whole events.
 
-`TranslatedStream` joins three parts: the tracker that knows when a stream of the upstream's format has content, is
-complete or has failed (`trigate.openai.completion`), the upstream's decoder and the client's encoder. It is used as
-`trigate.openai.stream.StreamReader`, which relays a stream of one format.
+`TranslatedStream` joins the parts that read the upstream's format (`formats.StreamParts`) to the encoder of the
+client's. It is used as `trigate.openai.stream.StreamReader`, which relays a stream of one format.
 
 An event costs the parsing of its JSON, a decoded event and an encoded one. Nothing here keeps the answer, except what a
 decoder holds back of a later part.
@@ -10,44 +9,20 @@ decoder holds back of a later part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
-
-from trigate.dialects.vocabulary import Event
+from trigate.dialects.formats import EventEncoder, StreamParts
 from trigate.errors import GatewayError, ProtocolViolation, Truncated
 from trigate.openai import sse
 from trigate.openai.answer import Usage
-from trigate.openai.completion import CompletionTracker
-from trigate.openai.endpoints import DONE, Endpoint
+from trigate.openai.endpoints import DONE
 from trigate.openai.raw_json import decode_any
-
-
-class EventDecoder(Protocol):
-    """Turns the events of an upstream's format into those of the vocabulary."""
-
-    def feed(self, data: bytes) -> Iterable[Event]:
-        """Takes the data of one event.
-
-        Raises:
-            ProtocolViolation: It makes no sense.
-        """
-
-    def feed_end(self) -> Iterable[Event]:
-        """The stream is complete: returns the rest, which ends with `vocabulary.Finish`. Raises as `feed`."""
-
-
-class EventEncoder(Protocol):
-    """Turns the events of the vocabulary into bytes of a client's format."""
-
-    def encode(self, event: Event) -> bytes:
-        """Returns whole events; ``b""`` if the client's format has none for it."""
 
 
 class TranslatedStream:
     """Turns the body of an upstream's stream into what the client gets. Nothing is returned before the first content.
 
     Args:
-        endpoint: That of the upstream; decides how the stream ends.
+        parts: Read the upstream's stream.
+        encoder: Encodes what the client gets.
         upstream: The upstream's name, for messages.
         max_event_bytes: The largest event, and the most bytes before the first content.
 
@@ -75,19 +50,18 @@ class TranslatedStream:
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        decoder: EventDecoder,
+        parts: StreamParts,
         encoder: EventEncoder,
         *,
         upstream: str,
         max_event_bytes: int = 2**24,
     ) -> None:
-        self._decoder = decoder
+        self._decoder = parts.decoder
         self._encoder = encoder
         self._upstream = upstream
         self._max_bytes = max_event_bytes
-        self._splitter = sse.EventSplitter(max_event_bytes=max_event_bytes)
-        self._tracker = CompletionTracker(endpoint, upstream=upstream, choices=1)
+        self._splitter = parts.splitter
+        self._tracker = parts.tracker
         self._held: list[bytes] = []
         self._held_bytes = 0
         self.events = 0

@@ -31,9 +31,11 @@ class Image(msgspec.Struct, frozen=True):
 
     Attributes:
         url: Its URL, which may be a data URL with the picture itself.
+        detail: How closely the model should look (``low``, ``high``, ``auto``); advisory.
     """
 
     url: str
+    detail: str | None = None
 
 
 class Audio(msgspec.Struct, frozen=True):
@@ -52,11 +54,11 @@ class File(msgspec.Struct, frozen=True):
     """A document that is not text.
 
     Attributes:
-        data_url: A data URL with the document itself.
+        url: A data URL with the document itself, or the URL where it is.
     """
 
     name: str
-    data_url: str
+    url: str
 
 
 class ToolCall(msgspec.Struct, frozen=True):
@@ -65,11 +67,13 @@ class ToolCall(msgspec.Struct, frozen=True):
     Attributes:
         id: Unique within the conversation; the result names it.
         arguments: A JSON object, as text.
+        payloads: As those of `Reasoning`.
     """
 
     id: str
     name: str
     arguments: str
+    payloads: dict[str, str] = {}
 
 
 class ToolResult(msgspec.Struct, frozen=True):
@@ -123,7 +127,7 @@ def as_user_text(system: str) -> str:
 
 Schema = dict[str, Any]
 """A JSON schema. Any: JSON of any shape, which is sent on as it came."""
-Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -146,9 +150,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request for one answer. None = the client leaves it to the model.
 
     Attributes:
-        effort: How much the model should think.
+        effort: How much the model should think; ``none`` = not at all.
         wants_reasoning: Whether the client takes reasoning as a part of the answer.
         schema: The answer has to be JSON that matches it.
+        schema_name: How the client calls the schema.
+        schema_strict: Whether the match has to be exact.
+        is_json: The answer has to be JSON, of any shape.
         user: Tells one user of the client from another; not a name that a provider should see.
     """
 
@@ -165,6 +172,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     effort: Effort | None = None
     wants_reasoning: bool = False
     schema: Schema | None = None
+    schema_name: str | None = None
+    schema_strict: bool | None = None
+    is_json: bool = False
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     user: str | None = None
 
 
@@ -252,10 +265,16 @@ class ArgumentsDelta(msgspec.Struct, frozen=True):
     text: str
 
 
+class Payload(msgspec.Struct, frozen=True):
+    """An opaque payload of the reasoning or of the tool call that is open: an entry of its ``payloads``."""
+
+    format: str
+    value: str
+
+
 class PartStop(msgspec.Struct, frozen=True):
     """The part that is open is complete."""
 
 
-Event = (
-    Start | TextStart | ReasoningStart | ToolCallStart | TextDelta | ReasoningDelta | ArgumentsDelta | PartStop | Finish
-)
+Delta = TextDelta | ReasoningDelta | ArgumentsDelta
+Event = Start | TextStart | ReasoningStart | ToolCallStart | Delta | Payload | PartStop | Finish

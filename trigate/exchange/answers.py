@@ -7,9 +7,9 @@ the sink before that.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import attrs
 import httpx2
@@ -30,11 +30,17 @@ from trigate.upstream.reply import Reply
 # connection is closed instead of kept. The client has its answer by then.
 _REST_S = 0.25
 
-STREAM_HEADERS: list[Header] = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+
+@functools.cache
+def stream_headers(content_type: str) -> list[Header]:
+    """The headers of a stream; the list must not be changed."""
+    return [
+        (b"content-type", content_type.encode()),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    ]
+
+
 JSON_HEADERS: list[Header] = [(b"content-type", b"application/json")]
 
 Claim = Callable[[Attempt], bool]
@@ -94,7 +100,7 @@ class StreamAnswer:
                     return None
                 claimed = True
                 attempt.phase = Phase.STREAMING
-                await attempt.start(sink, 200, STREAM_HEADERS)
+                await attempt.start(sink, 200, stream_headers(self.call.endpoint.stream_type))
             self.count(len(data))
             if reader.complete:
                 return await self._end(attempt, reply, sink, data)
@@ -112,6 +118,8 @@ class StreamAnswer:
         name, kind = attempt.target.upstream, reply.content_type
         while (piece := await attempt.receive(reply)) is not None:
             body = piece.lstrip(BLANKS)
+            if kind in self.translation.stream_types:
+                return piece
             if body.startswith((b"{", b"[")):
                 pieces = [body]
                 size = len(body)
@@ -201,7 +209,7 @@ class JsonAnswer:
         body = await reply.read(self.max_bytes, max_decoded_bytes=self.max_decoded_bytes, on_piece=attempt.note_byte)
         if not body.startswith(b"{") and are_events(body.lstrip(BLANKS)[:8]):
             # rare, and as long as the answer: it must not hold other calls up
-            collect = partial(self.translation.collected, self.call, body, upstream=attempt.target.upstream)
+            collect = functools.partial(self.translation.collected, self.call, body, upstream=attempt.target.upstream)
             body = await trio.to_thread.run_sync(collect, abandon_on_cancel=True)
         data, usage = self.translation.answer(self.call, body, upstream=attempt.target.upstream)
         if not self.claim(attempt):

@@ -10,7 +10,7 @@ import trio
 from trigate.dialects.anthropic import PING
 from trigate.dialects.errors import error_frame, error_response
 from trigate.errors import ClientStalled, GatewayError, Header
-from trigate.exchange.answers import STREAM_HEADERS
+from trigate.exchange.answers import stream_headers
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.deadlines import StallDetector
 from trigate.exchange.shared_call import Subscription
@@ -42,6 +42,7 @@ class ClientSink:
         "_is_json",
         "_is_stream",
         "_keep_alive_s",
+        "_keep_alive_with",
         "_nursery",
         "_stall",
         "_state",
@@ -57,7 +58,9 @@ class ClientSink:
         self._is_stream = call.stream
         self._is_json = not call.stream and call.endpoint.answer == "json"
         self._head: tuple[int, list[Header]] | None = None
-        self._keep_alive_s = (limits.keep_alive_s or math.inf) if call.stream else math.inf
+        self._keep_alive_with = call.endpoint.keep_alive
+        keeps_alive = call.stream and self._keep_alive_with != "none"
+        self._keep_alive_s = (limits.keep_alive_s or math.inf) if keeps_alive else math.inf
         self._stall = StallDetector(limits.stall_timeout_s or math.inf)
         self.is_detached = False
 
@@ -183,7 +186,7 @@ class ClientSink:
     async def _keep_alive(self) -> None:
         client = self._client
         if not client.committed and self._may_keep_alive():
-            await self._commit(200, STREAM_HEADERS)
+            await self._commit(200, stream_headers(self._state.call.endpoint.stream_type))
         # Checked again: the answer may have come meanwhile. A send in progress already breaks the silence, and a
         # keep-alive queued behind it could follow the last event.
         if self._may_keep_alive() and client.sending_since is None:
@@ -192,7 +195,7 @@ class ClientSink:
                 await self.send(comment)
 
     def _comment(self) -> bytes:
-        if self._format == "anthropic" and self._state.bytes_sent:
+        if self._keep_alive_with == "ping" and self._state.bytes_sent:
             return PING
         return sse.comment(KEEP_ALIVE, self._state.generation.config.limits.keep_alive_form)
 

@@ -16,12 +16,15 @@ from typing import Protocol
 import msgspec
 
 from trigate.config.sections import UpstreamConfig
-from trigate.dialects.anthropic import without_own_reasoning
+from trigate.dialects.anthropic import MessagesClient, without_own_reasoning
 from trigate.dialects.endpoints import MESSAGES
-from trigate.dialects.messages_over_chat import MessagesOverChat
+from trigate.dialects.formats import ClientFormat, UpstreamFormat
+from trigate.dialects.openai_chat import ChatUpstream
+from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, Unsupported
 from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.conversion import answer_of, events_of
+from trigate.openai.endpoints import Format
 from trigate.openai.history_fields import history_fields_of
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
@@ -78,8 +81,16 @@ class Translation(Protocol):
     def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """Which headers go to the upstream."""
 
-    def path(self, call: Call) -> str:
-        """Where the call goes, below the upstream's base URL."""
+    @property
+    def stream_types(self) -> tuple[str, ...]:
+        """The content types of the upstream's streams, besides that of server-sent events."""
+
+    def path(self, call: Call, model: str) -> str:
+        """Where the call goes, below the upstream's base URL.
+
+        Args:
+            model: The upstream's own model id.
+        """
 
     def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
         """The request body, for an upstream and its own model id."""
@@ -128,11 +139,12 @@ class _PassThrough:
     """OpenAI's format on both sides."""
 
     dropped = ()
+    stream_types = ()
 
     def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         return headers
 
-    def path(self, call: Call) -> str:
+    def path(self, call: Call, model: str) -> str:
         return call.endpoint.path
 
     def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
@@ -177,14 +189,20 @@ class _AnthropicPassThrough(_PassThrough):
         return without_own_reasoning(call.body_for(model))
 
 
-_PASS_THROUGH: Translation = _PassThrough()
-_SAME_FORMAT: Mapping[tuple[str, str], Translation] = {
-    ("openai", "openai"): _PASS_THROUGH,
-    ("openai", "echo"): _PASS_THROUGH,
-    ("openai", "local"): _PASS_THROUGH,
-    ("anthropic", "anthropic"): _AnthropicPassThrough(),
+FORMAT_OF_KIND: Mapping[str, Format] = {
+    "openai": "openai",
+    "echo": "openai",
+    "local": "openai",
+    "anthropic": "anthropic",
 }
-"""By the format of a client and the kind of an upstream."""
+"""The format that an upstream of a kind speaks."""
+
+_PASS_THROUGH: Mapping[Format, Translation] = {"openai": _PassThrough(), "anthropic": _AnthropicPassThrough()}
+"""By the format of both sides."""
+_CLIENTS: Mapping[str, ClientFormat] = {MESSAGES.path: MessagesClient()}
+"""The formats of the calls that can be translated, by the path of their endpoint."""
+_UPSTREAMS: Mapping[Format, UpstreamFormat] = {"openai": ChatUpstream()}
+"""The formats to which calls can be translated."""
 
 
 def translation_of(call: Call, upstream: str, kind: str) -> Translation:
@@ -198,14 +216,22 @@ def translation_of(call: Call, upstream: str, kind: str) -> Translation:
         BadRequest: The call has something that cannot be translated.
         Unsupported: The upstream speaks a format to which such calls are not translated.
     """
-    same = _SAME_FORMAT.get((call.endpoint.format, kind))
-    if same is not None:
-        return same
-    if call.endpoint is MESSAGES:
-        return MessagesOverChat(call)
-    spoken = "Anthropic's format" if kind == "anthropic" else "OpenAI's format"
+    spoken = FORMAT_OF_KIND[kind]
+    if call.endpoint.format == spoken:
+        return _PASS_THROUGH[spoken]
+    client, provider = _CLIENTS.get(call.endpoint.path), _UPSTREAMS.get(spoken)
+    if client is not None and provider is not None:
+        return TranslatedCall(call, client, provider)
     raise Unsupported(
-        f"The upstream {upstream} speaks {spoken} (kind {kind!r}), and calls to /v1{call.endpoint.path} are not "
-        "translated to it.",
+        f"The upstream {upstream} speaks {NAMES[spoken]} format (kind {kind!r}), and calls to /v1{call.endpoint.path} "
+        "are not translated to it.",
         status=501,
     )
+
+
+NAMES: Mapping[Format, str] = {
+    "openai": "OpenAI's",
+    "anthropic": "Anthropic's",
+    "gemini": "Gemini's",
+    "ollama": "Ollama's",
+}

@@ -298,7 +298,7 @@ class UpstreamCall:
         attempt.dropped = translation.dropped
         return upstream.open(
             "POST",
-            translation.path(call),
+            translation.path(call, attempt.target.model),
             body,
             headers=headers,
             owner=request.owner,

@@ -11,6 +11,9 @@ from trigate.openai.raw_json import decode_any
 
 DONE = b"[DONE]"
 
+Format = Literal["openai", "anthropic", "gemini", "ollama"]
+"""A family of endpoints whose errors have one shape."""
+
 
 @attrs.frozen(kw_only=True)
 class Endpoint:
@@ -30,6 +33,10 @@ class Endpoint:
         needs_finish_reason: The results are choices, each of which ends with a ``finish_reason``; without it, a stream
             is not complete. With it, a stream that ends in order is complete without its last event.
         format: The format of its requests, answers and errors.
+        streams_by_default: A call without ``stream`` asks for a stream.
+        stream_type: The content type of a stream.
+        keep_alive: What a client is sent in a silence of its stream: a comment; an event of the format's own, once the
+            stream has begun; or nothing.
     """
 
     path: str
@@ -42,7 +49,10 @@ class Endpoint:
     end_markers: tuple[bytes, ...]
     repeats_last_event: bool = False
     needs_finish_reason: bool = False
-    format: Literal["openai", "anthropic"] = "openai"
+    format: Format = "openai"
+    streams_by_default: bool = False
+    stream_type: str = "text/event-stream; charset=utf-8"
+    keep_alive: Literal["comment", "ping", "none"] = "comment"
 
 
 def make_endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the other fields of Endpoint

@@ -39,6 +39,17 @@ _messages_decoder = msgspec.json.Decoder(list[_Message])
 _raw_messages_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 
+@attrs.frozen
+class InPath:
+    """What the path of a request says of a call, in formats that do not say it in the body."""
+
+    model: str | None = None
+    stream: bool | None = None
+
+
+NOTHING = InPath()
+
+
 @attrs.frozen(kw_only=True)
 class Call:
     """A client's request, validated as far as the gateway acts on it.
@@ -102,7 +113,7 @@ class Call:
         return attrs.evolve(self, body=join_fields(fields), fields=fields, model_at=None)
 
 
-def decode_large_call(endpoint: Endpoint, body: bytes) -> Call:
+def decode_large_call(endpoint: Endpoint, body: bytes, in_path: InPath) -> Call:
     """Decodes a request body that is not small (`request_bounds.is_small`), in a thread.
 
     Raises:
@@ -110,16 +121,17 @@ def decode_large_call(endpoint: Endpoint, body: bytes) -> Call:
         UnknownModel: As `decode_call`.
     """
     examine(body, has_messages="messages" in endpoint.required)
-    call = decode_call(endpoint, body, is_text=True)
-    if "model" not in call.fields:
+    call = decode_call(endpoint, body, in_path, is_text=True)
+    if not call.names_model or "model" not in call.fields:
         return call
     return attrs.evolve(call, model_at=find_model(call.body, bytes(call.fields["model"])))  # searching it takes long
 
 
-def decode_call(endpoint: Endpoint, body: bytes, *, is_text: bool = False) -> Call:
+def decode_call(endpoint: Endpoint, body: bytes, in_path: InPath = NOTHING, *, is_text: bool = False) -> Call:
     """Decodes a request body.
 
     Args:
+        in_path: What the path says, which then counts.
         is_text: It is known to be UTF-8.
 
     Raises:
@@ -136,8 +148,8 @@ def decode_call(endpoint: Endpoint, body: bytes, *, is_text: bool = False) -> Ca
         raise BadRequest(f"The body is not JSON: {problem_of(error, body)}.") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
-    model = _decoded(fields, "model")
-    names_model = model is not None
+    model = in_path.model or _decoded(fields, "model")
+    names_model = model is not None and in_path.model is None
     if model is None:
         if not endpoint.model_optional:
             raise BadRequest("You must provide a model.", param="model")
@@ -149,6 +161,10 @@ def decode_call(endpoint: Endpoint, body: bytes, *, is_text: bool = False) -> Ca
     stream = _decoded(fields, "stream")
     if stream is not None and not isinstance(stream, bool):
         raise BadRequest("stream must be true or false.", param="stream")
+    if stream is None:
+        stream = endpoint.streams_by_default
+    if in_path.stream is not None:
+        stream = in_path.stream
     for name in endpoint.required:
         if name not in fields or (bytes(memoryview(fields[name])[:5]) == b"null" and name not in endpoint.nullable):
             raise BadRequest(f"You must provide {name}.", param=name)

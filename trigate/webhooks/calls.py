@@ -22,8 +22,9 @@ import trio
 from trigate import signatures
 from trigate.channels.adapter import Adapter
 from trigate.config.sections import HookConfig
+from trigate.dialects.endpoints import CHAT
 from trigate.errors import BadRequest, Header, IdempotencyConflict, MethodNotAllowed, RunStopped
-from trigate.exchange.answers import STREAM_HEADERS
+from trigate.exchange.answers import stream_headers
 from trigate.exchange.client_response import ClientResponse
 from trigate.runs.client import RunClient
 from trigate.runs.request import CLIENT_LEFT, RunRequest
@@ -254,7 +255,7 @@ class MessageCall:
         """Answers with the stored result of a run."""
         if run.state == "completed":
             if self._wants_events and run.action == "chat":
-                await response.start(200, [*STREAM_HEADERS, *headers])
+                await response.start(200, [*stream_headers(CHAT.stream_type), *headers])
                 await response.end(events_of(run))
             else:
                 await response.respond(200, [_JSON, *headers], run.result)

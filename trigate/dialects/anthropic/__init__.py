@@ -7,18 +7,15 @@ only events whose name is that of their type are read.
 
 from __future__ import annotations
 
-from trigate.dialects.anthropic.answer import encode_answer
+from trigate.dialects.anthropic.client import MessagesClient
 from trigate.dialects.anthropic.errors import error_frame, error_response
-from trigate.dialects.anthropic.events import PING, MessagesEventEncoder
+from trigate.dialects.anthropic.events import PING
 from trigate.dialects.anthropic.models import encode_model, encode_model_list
-from trigate.dialects.anthropic.request import decode_request
 from trigate.dialects.anthropic.signatures import without_own_reasoning
 
 __all__ = [
     "PING",
-    "MessagesEventEncoder",
-    "decode_request",
-    "encode_answer",
+    "MessagesClient",
     "encode_model",
     "encode_model_list",
     "error_frame",

@@ -18,6 +18,7 @@ from trigate.dialects.vocabulary import (
     Event,
     Finish,
     PartStop,
+    Payload,
     ReasoningDelta,
     ReasoningStart,
     Start,
@@ -87,6 +88,8 @@ class MessagesEventEncoder:
                 return self._start_block({"type": "tool_use", "id": call, "name": name, "input": {}})
             case PartStop():
                 return self._stop_block()
+            case Payload():  # another provider's
+                return b""
             case Start(answer):
                 message = {**message_head(answer, self._model), "usage": encode_usage(NOTHING)}
                 return _event("message_start", {"message": message})

@@ -10,9 +10,6 @@ of DeepSeek (``reasoning_content``), Groq and OpenRouter (``reasoning``, ``reaso
 
 from __future__ import annotations
 
-from trigate.dialects.openai_chat.answer import decode_answer
-from trigate.dialects.openai_chat.events import ChatEventDecoder
-from trigate.dialects.openai_chat.request import encode_request
-from trigate.dialects.openai_chat.traits import Traits, traits_of
+from trigate.dialects.openai_chat.upstream import ChatUpstream
 
-__all__ = ["ChatEventDecoder", "Traits", "decode_answer", "encode_request", "traits_of"]
+__all__ = ["ChatUpstream"]

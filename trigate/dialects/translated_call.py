@@ -1,0 +1,77 @@
+"""A call in one format over an upstream that speaks another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from trigate.config.sections import UpstreamConfig
+from trigate.dialects.formats import Asked, ClientFormat, UpstreamFormat
+from trigate.dialects.stream import TranslatedStream
+from trigate.openai.answer import Usage
+from trigate.openai.request import Call
+
+
+class TranslatedCall:
+    """One call, sent to one upstream. A `trigate.exchange.translation.Translation`.
+
+    Raises:
+        BadRequest: The call is malformed, or (`Untranslatable`) has something that cannot be expressed.
+
+    Attributes:
+        dropped: The names of the advisory fields that were dropped; complete once `body` has been called.
+        stream_types: The content types of the upstream's streams, besides that of server-sent events.
+    """
+
+    def __init__(self, call: Call, client: ClientFormat, provider: UpstreamFormat) -> None:
+        request, self.dropped = client.decode_request(call)
+        self._asked = Asked(call, request)
+        self._client = client
+        self._provider = provider
+        self.stream_types = provider.stream_types
+
+    def path(self, call: Call, model: str) -> str:
+        """Where the call goes."""
+        return self._provider.path(self._asked.request, model)
+
+    def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """The headers that are sent: none that only the client's format has."""
+        return self._provider.headers(headers)
+
+    def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
+        """The request body. Raises Untranslatable if the upstream cannot express a part of it."""
+        body, dropped = self._provider.encode_request(self._asked.request, model=model, upstream=upstream)
+        names = self._client.field_of
+        self.dropped = tuple(sorted({*self.dropped, *(names.get(name, name) for name in dropped)}))
+        return body
+
+    def stream_reader(
+        self,
+        call: Call,
+        *,
+        upstream: str,
+        max_event_bytes: int,
+        keep_bytes: int,
+        continues: Mapping[str, msgspec.Raw] | None,
+    ) -> TranslatedStream:
+        """Makes the reader of a streamed answer."""
+        return TranslatedStream(
+            self._provider.stream_parts(upstream=upstream, max_event_bytes=max_event_bytes),
+            self._client.event_encoder(self._asked),
+            upstream=upstream,
+            max_event_bytes=max_event_bytes,
+        )
+
+    def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        """Makes the upstream's stream of a JSON answer to a streamed call. Raises as `UpstreamFormat.events`."""
+        return self._provider.events(body, upstream=upstream)
+
+    def collected(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        """Makes the upstream's JSON answer of a stream. Raises as `UpstreamFormat.collected`."""
+        return self._provider.collected(body, upstream=upstream)
+
+    def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
+        """Translates a whole answer; returns it with the token counts in it. Raises ProtocolViolation."""
+        answer, usage = self._provider.decode_answer(body, upstream=upstream)
+        return self._client.encode_answer(answer, self._asked), usage
