@@ -1,0 +1,107 @@
+"""What every client reads of every upstream's answer, and what every upstream reads of every client's request."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from tests.matrix.clients import CLIENTS, Client
+from tests.matrix.providers import FAILS, TOO_LONG, UPSTREAMS, Upstream
+from tests.matrix.scenes import SCENES, Ask, Call, Part, Reply, Result, Scene
+from tests.support.gateway import OpenApp, make_config
+from tests.support.provider import Provider
+
+REFUSED: dict[tuple[str, str, str], str] = {}
+"""The cells that cannot be expressed, by client, upstream and scene, with the field that the refusal names."""
+
+JOINED = {("messages", "openai")}
+CELLS = [
+    pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")
+    for client in CLIENTS
+    for upstream in UPSTREAMS
+    for scene in SCENES
+    for how, stream in (("stream", True), ("plain", False))
+    if scene.only in ("", how) and (client.name, upstream.name) in JOINED
+]
+
+
+@pytest.mark.parametrize(("client", "upstream", "scene", "stream"), CELLS)
+async def test_cell(client: Client, upstream: Upstream, scene: Scene, stream: bool, open_app: OpenApp) -> None:
+    """The upstream reads what was asked, and the client what was answered."""
+    config = make_config({"up": upstream.settings})
+    error = TOO_LONG if scene.name == "too long" else FAILS
+    if scene.status != 200:
+        script = upstream.write_error(scene.status, error)
+    else:
+        script = upstream.write_stream(scene.reply) if stream else upstream.write(scene.reply)
+    async with open_app(config, Provider(script)) as served:
+        model = f"up/{upstream.model}"
+        body = client.write(scene.ask, model, stream=stream)
+        call = await served.client.start("POST", client.path(model, stream=stream), body).wait()
+        refused = REFUSED.get((client.name, upstream.name, scene.name))
+        if refused is not None:
+            assert call.status == 400
+            assert refused in client.read_error(call.json)
+            assert not served.providers["up"].calls
+            return
+        assert served.providers["up"].calls, call.body
+        [sent] = served.providers["up"].calls
+        assert renamed(upstream.read(sent)) == renamed(asked(client, upstream, scene.ask))
+        if scene.status != 200:
+            # a request that is too long is always said in the words that the client's agents know
+            assert call.status == scene.status or (client.name == "messages" and call.status == 529)
+            message = client.read_error(call.json)
+            assert error in message if scene.name != "too long" else "200000" in message, message
+            return
+        assert call.status == 200, call.body
+        read = client.read_stream(call.body) if stream else client.read(call.json)
+        expected = client.can_say(upstream.can_say(scene.reply))
+        if scene.reply.fails:
+            assert read.fails == "error"
+        elif upstream.has_ids:
+            assert read == expected
+        else:
+            assert numbered(read) == numbered(expected)
+        served.assert_clean()
+
+
+def asked(client: Client, upstream: Upstream, ask: Ask) -> Ask:
+    """What of a request arrives: only some formats say that a tool failed, or have stop sequences."""
+    if client.name in ("chat", "responses", "ollama"):
+        turns = []
+        for turn in ask.turns:
+            parts = tuple(
+                attrs.evolve(part, is_error=False) if isinstance(part, Result) else part for part in turn.parts
+            )
+            turns.append(attrs.evolve(turn, parts=parts))
+        ask = attrs.evolve(ask, turns=tuple(turns))
+    return attrs.evolve(ask, stop=()) if client.name == "responses" else ask
+
+
+def renamed(ask: Ask) -> Ask:
+    """The request with numbers for the ids of its calls, in the order of the calls: some formats have no ids."""
+    ids: dict[str, str] = {}
+    turns = []
+    for turn in ask.turns:
+        parts: list[Part] = []
+        for part in turn.parts:
+            if isinstance(part, Call):
+                ids[part.id] = f"{len(ids) + 1}"
+                parts.append(attrs.evolve(part, id=ids[part.id]))
+            elif isinstance(part, Result):
+                parts.append(attrs.evolve(part, call_id=ids[part.call_id]))
+            else:
+                parts.append(part)
+        turns.append(attrs.evolve(turn, parts=tuple(parts)))
+    return attrs.evolve(ask, turns=tuple(turns))
+
+
+def numbered(reply: Reply) -> Reply:
+    """The answer with numbers for the ids of its calls, which must differ; an absent id stays absent."""
+    ids = [part.id for part in reply.parts if isinstance(part, Call) and part.id]
+    assert len(set(ids)) == len(ids)
+    parts = tuple(
+        attrs.evolve(part, id=str(ids.index(part.id) + 1)) if isinstance(part, Call) and part.id else part
+        for part in reply.parts
+    )
+    return attrs.evolve(reply, parts=parts)
