@@ -9,6 +9,7 @@ It must not depend on the tests. Read `session` first. The modules, in the order
 - `process`: child processes, their CPU time and memory;
 - `load`: the load generator, a process of its own;
 - `upstream`: the mock upstream, a process of its own;
+- `wire`: the answers of the mock upstream, in three formats;
 - `events`: chat completions and their events, which the tests' providers use too;
 - `readiness`: the wrapper around `select` that the load generator and the mock upstream share;
 - `distribution`: histograms, medians, ratios;
@@ -16,5 +17,6 @@ It must not depend on the tests. Read `session` first. The modules, in the order
 - `report`: tables and comparisons; `terminal` and `plots` show them;
 - `acknowledgements`: durable acknowledgements of webhooks, compared with the disk's speed;
 - `overload`: the latency of the admitted calls under overload;
+- `formats`: calls in three formats, translated and as they are;
 - `micro`: micro-benchmarks of pure modules, for pytest-benchmark.
 """

@@ -59,6 +59,7 @@ MICRO = Path(__file__).parent / "micro.py"
 @click.option("--micro", is_flag=True, help="Micro-benchmarks of pure modules (pytest-benchmark).")
 @click.option("--hooks", is_flag=True, help="Durable acknowledgements of webhooks, compared with what the disk can do.")
 @click.option("--overload", is_flag=True, help="Three times as many calls as there are slots.")
+@click.option("--formats", is_flag=True, help="Calls in three formats, translated and as they are.")
 @click.option("--list", "list_peers", is_flag=True, help="List the known gateways, and whether each is installed.")
 def main(**options: Any) -> None:  # Any: the decorators give each option its type
     """Measures Trigate and other gateways in turn, with a mock upstream on this machine."""
@@ -87,6 +88,14 @@ def main(**options: Any) -> None:  # Any: the decorators give each option its ty
         rounds = options["rounds"] or (2 if options["quick"] else 5)
         measured = trio.run(lambda: overload.run(rounds=rounds, window_s=options["window"] or 5.0))
         for line in overload.lines(measured):
+            console.print(line, markup=False, highlight=False)
+    elif options["formats"]:
+        from bench import formats
+
+        names = [name for given in options["against"] for name in given.split(",")]
+        rounds = options["rounds"] or (2 if options["quick"] else 5)
+        costs = trio.run(lambda: formats.run(names, rounds=rounds, window_s=options["window"] or 3.0))
+        for line in formats.lines(costs):
             console.print(line, markup=False, highlight=False)
     elif options["compare"]:
         before, after = (_read(file) for file in options["compare"])

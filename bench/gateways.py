@@ -12,6 +12,7 @@ A peer's file::
     streams = true                          # the default; false: only plain calls are made
     start_s = 60                            # the limit for its start; 30 is the default
     version = ["litellm", "--version"]      # prints it in its first lines
+    [formats]                               # by workload of --formats: the model id of its calls
     [headers]                               # sent with each call
     [env]                                   # for its process
     [files]                                 # written into its directory before it starts; the first one is {config}
@@ -64,6 +65,7 @@ class Peer:
     streams: bool = True
     start_s: float = 30
     version: tuple[str, ...] = ()
+    formats: Mapping[str, str] = {}
     headers: Mapping[str, str] = {}
     env: Mapping[str, str] = {}
     files: Mapping[str, str] = {}

@@ -60,6 +60,9 @@ class Job:
         status: The expected status. Only the body of a 200 is checked.
         refusals: Statuses that are allowed refusals under overload; their latency is counted separately.
         stream: Whether the answer is a stream, of ``events`` content events.
+        repeats: The stream has its text once more behind the content events, as Responses do; those count as well.
+        ends: What is in the end of a complete stream.
+        results: What is in a plain answer.
         connections: Clients, streams, or (``open``) the most connections.
         rate: Calls per second of an ``open`` load.
         poisson: At random rather than evenly.
@@ -86,6 +89,9 @@ class Job:
     refusals: tuple[int, ...] = ()
     stream: bool = False
     events: int = 0
+    repeats: bool = False
+    ends: str = "[DONE]"
+    results: str = '"choices"'
     connections: int = 1
     rate: float = 0
     poisson: bool = False
@@ -315,6 +321,8 @@ class Load:
         self._open_ns = self._begin_ns + int(job.warmup_s * 1e9)
         self._end_ns = self._open_ns + int(job.window_s * 1e9)
         self._stopping = False
+        self._results = job.results.encode()
+        self._ends = job.ends.encode()
         head = "".join(f"{name}: {value}\r\n" for name, value in job.headers.items())
         self._head = (
             f"POST {job.path} HTTP/1.1\r\nhost: 127.0.0.1:{job.port}\r\ncontent-type: application/json\r\n"
@@ -558,10 +566,10 @@ class Load:
         if self.job.status != 200:
             return ""
         if not self.streams:
-            return "" if b'"choices"' in client.head else "no choices"
-        if client.events != self.job.events:
+            return "" if self._results in client.head else f"no {self.job.results}"
+        if client.events != self.job.events and not (self.job.repeats and client.events > self.job.events):
             return f"{'fewer' if client.events < self.job.events else 'more'} events than asked for"
-        return "" if b"[DONE]" in client.tail else "no [DONE]"
+        return "" if self._ends in client.tail else f"no {self.job.ends}"
 
     def _eof(self, client: Client) -> None:
         if not client.due_ns:  # idle: the gateway closes unused connections

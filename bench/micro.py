@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from bench import events
-from bench.upstream import MODEL
+from bench.wire import MODEL
 from trigate.config import structure
 from trigate.dialects.anthropic import MessagesClient
 from trigate.dialects.endpoints import MESSAGES

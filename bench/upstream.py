@@ -1,4 +1,4 @@
-"""The mock upstream: an OpenAI-compatible server whose answers and timing are set by each call.
+"""The mock upstream: a server whose answers and timing are set by each call, in three formats (`wire`).
 
 ``python -m bench.upstream`` serves on the loopback interface until its standard input ends. Its first line of output is
 ``{"port": N}``; from then on it answers each line of input, ``stats`` or ``reset``, with one line of JSON.
@@ -34,22 +34,19 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import attrs
 import httptools
 
-from bench import events
 from bench.readiness import READ, WRITE, Poller, raise_descriptor_limit
+from bench.wire import FORMATS, MODELS, format_of, reply
 
-MODEL = "mock-model"
 MAX_EVENTS_PER_TURN = 256
 """The time between two polls of the sockets, so that a flood of due events does not hide a disconnect."""
 
 _DIRECTIVE = re.compile(rb"@bench\{([^}]{0,200})\}")
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
 _USAGE = re.compile(rb'"include_usage"\s*:\s*true')
-_WORDS = b"the quick brown fox jumps over the lazy dog and runs on "
 
 
 @attrs.frozen(kw_only=True)
@@ -106,62 +103,7 @@ def directive(
     return f"@bench{{n={events} i={interval_ms:g} f={first_ms:g} d={answer_ms:g} b={content_bytes}}}"
 
 
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-_IDS: Mapping[str, Any] = {"model": MODEL, "id": "chatcmpl-bench", "created": 1750000000}
-_FINGERPRINT: Mapping[str, Any] = {"system_fingerprint": "fp_bench"}
-
-
-def _event(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
-    return _chunk(events.event(events.chunk(delta, finish_reason, **_IDS, **_FINGERPRINT)))
-
-
-def _text(size: int) -> bytes:
-    return (_WORDS * (size // len(_WORDS) + 1))[:size]
-
-
-_STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-    b"transfer-encoding: chunked\r\n\r\n"
-)
-_ROLE = _event({"role": "assistant", "content": ""})
-_FINISH = _event({}, "stop")
-_DONE = _chunk(events.DONE) + b"0\r\n\r\n"
-
-
-@cache
-def _content(size: int) -> tuple[bytes, bytes]:
-    """The bytes of a content event before and after its timestamp."""
-    whole = _event({"content": "@" + "0" * 16 + _text(size - 17).decode()})
-    before, after = whole.split(b"0" * 16)
-    return before, after
-
-
-@cache
-def _usage_event(tokens: int) -> bytes:
-    return _chunk(events.event(events.usage_chunk(events.tokens(9, tokens), **_IDS)))
-
-
-def _reply(body: bytes, status: str = "200 OK") -> bytes:
-    return b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
-        status.encode(),
-        len(body),
-        body,
-    )
-
-
-@cache
-def _answer(size: int) -> bytes:
-    message = {"role": "assistant", "content": _text(size).decode(), "refusal": None}
-    choice = events.choice(message=message, logprobs=None, finish_reason="stop")
-    return _reply(events.encode(events.completion(choice, events.tokens(9, 17), **_IDS, **_FINGERPRINT)))
-
-
-_MODELS = _reply(
-    b'{"object":"list","data":[{"id":"%b","object":"model","created":1750000000,"owned_by":"bench"}]}' % MODEL.encode()
-)
+_CHAT = FORMATS[b"/chat/completions"]
 
 
 class Connection:
@@ -174,6 +116,7 @@ class Connection:
         "body",
         "close_after",
         "fd",
+        "format",
         "parser",
         "script",
         "sent_events",
@@ -201,6 +144,7 @@ class Connection:
         """What the peer's full window has kept back."""
         self.sent_events = 0
         self.before = self.after = self.tail = b""
+        self.format = _CHAT
 
     # called by llhttp
 
@@ -329,24 +273,25 @@ class Server:
             self._close(connection)
             return
         self._requests += 1
-        if not connection.url.endswith(b"/chat/completions"):
+        form = format_of(connection.url)
+        if form is None:
             if connection.url == b"/stats":
-                self._send(connection, _reply(json.dumps(self.statistics()).encode()))
+                self._send(connection, reply(json.dumps(self.statistics()).encode()))
             elif connection.url.endswith(b"/models"):
-                self._send(connection, _MODELS)
+                self._send(connection, MODELS)
             else:
-                self._send(connection, _reply(b"{}"))
+                self._send(connection, reply(b"{}"))
             self._end(connection)
             return
+        connection.format = form
         script = connection.script = Script.read(connection.body)
         connection.waiting = True
         now = time.monotonic_ns()
         if _STREAM.search(connection.body):
             connection.streaming = True
             connection.sent_events = 0
-            connection.before, connection.after = _content(script.content_bytes)
-            usage = _usage_event(script.events) if _USAGE.search(connection.body) else b""
-            connection.tail = _FINISH + usage + _DONE
+            connection.before, connection.after = form.content(script.content_bytes)
+            connection.tail = form.end(script.events, usage=_USAGE.search(connection.body) is not None)
             self._streams += 1
             self._active += 1
             self._most_active = max(self._most_active, self._active)
@@ -361,7 +306,7 @@ class Server:
         heapq.heappush(self._due, (due_ns, self._ties, connection))
 
     def _answer(self, connection: Connection) -> None:
-        self._send(connection, _answer(connection.script.content_bytes))
+        self._send(connection, connection.format.answer(connection.script.content_bytes))
         self._end(connection)
 
     def _send_due(self) -> None:
@@ -392,7 +337,7 @@ class Server:
                 continue
             data = b"%b%016x%b" % (connection.before, now, connection.after)
             if not connection.sent_events:
-                data = _STREAM_HEAD + _ROLE + data
+                data = connection.format.begin + data
             connection.sent_events += 1
             self._events += 1
             late = now - due_ns

@@ -110,7 +110,7 @@ def test_a_peer_s_file(file: Path) -> None:
     """It can be read, has every field, and names no path of the machine on which it was written."""
     peer = gateways.read_peer(file)
     assert peer.name == file.stem
-    assert "{port}" in " ".join(peer.command)
+    assert "{port}" in " ".join((*peer.command, *peer.env.values()))
     assert peer.install
     assert not any(part.startswith("/") for part in peer.command)
     known = {"upstream", "upstream_port", "port", "port2", "config", "python", "peers"}
