@@ -211,13 +211,15 @@ class UpstreamCall:
             if not any(other.waiting_since < math.inf for other in self.live):
                 self._clock.stop(now)
             attempt.note_end(now)
-            self._usage = attempt.reported_usage or self._usage
+            usage = attempt.reported_usage
+            self._usage = usage or self._usage
             change = plan.end(
                 step,
                 now,
                 error=error,
                 first_token_s=attempt.first_content_after_s,
                 judged=attempt.outcome == Outcome.COMPLETE or (error is not None and error is not self.cancelled_with),
+                usage=usage,
             )
             if change is not None or (error is not None and error is not self.cancelled_with):
                 log_end(self.request, attempt, change, opens_in_s=plan.opens_in_s(step, now))

@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 
 from trigate.config.sections import Config
 from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
+from trigate.openai.answer import Usage
 from trigate.routing.circuit_breaker import Change, Entry
 from trigate.routing.retry import REFUSALS, backoff_s, may_resend
 from trigate.routing.routes import Target
@@ -212,6 +213,7 @@ class Plan:
         error: GatewayError | None = None,
         first_token_s: float | None = None,
         judged: bool = True,
+        usage: Usage | None = None,
     ) -> Change | None:
         """Records the end of an attempt; returns whether it has opened or closed the breaker of its target.
 
@@ -219,9 +221,13 @@ class Plan:
             error: Why it failed; None = it succeeded.
             first_token_s: Seconds to its first content; None if none came.
             judged: False if it says nothing about the target (the client disconnected; another attempt won).
+            usage: The token counts that the target has reported.
         """
         state = self._states[step.target]
         state.in_flight -= 1
+        if usage is not None:
+            state.prompt_tokens += usage.prompt_tokens
+            state.cached_tokens += usage.cached_tokens
         if first_token_s is not None:
             state.note_first_token(first_token_s, now)
         if error is not None and not may_resend(error, self._retries.resend):

@@ -32,6 +32,8 @@ class TargetState:
         in_flight: How many attempts have begun and not ended.
         last_error: The error of the last attempt that counted as a failure of the target.
         unserved_until: Until when the target comes after all others, because it does not serve the endpoint.
+        prompt_tokens: Tokens of the prompts of all calls, as far as the target has reported them.
+        cached_tokens: How many of them it has read from its cache.
     """
 
     __slots__ = (
@@ -41,8 +43,10 @@ class TargetState:
         "_samples",
         "breaker",
         "budget",
+        "cached_tokens",
         "in_flight",
         "last_error",
+        "prompt_tokens",
         "unserved_until",
     )
 
@@ -50,6 +54,7 @@ class TargetState:
         self.breaker = Breaker(config.breaker)
         self.budget = Budget(config.retries.budget)
         self.in_flight = 0
+        self.prompt_tokens = self.cached_tokens = 0
         self.last_error: GatewayError | None = None
         self.unserved_until = -math.inf
         self._samples: list[float] = []
