@@ -245,6 +245,23 @@ def test_all_problems_at_once() -> None:
         (MOCK + "kind = 'echo'", "upstreams.mock.base_url: not used by kind 'echo'"),
         ("[upstreams.e]\nkind = 'local'\napi_key = 'x'", "upstreams.e.api_key: not used by kind 'local'"),
         ("[models.a]\ntargets = []", "models.a.targets: expected at least one target"),
+        (MOCK + "[models.'a*b*']\ntargets = ['mock/m']", "models.a*b*: a pattern has one '*'"),
+        (
+            MOCK + "[models.'mock/*']\ntargets = ['mock/m']",
+            "models.mock/*: matches nothing: an id that begins with mock/",
+        ),
+        (
+            MOCK + "[models.'a-*']\ntargets = ['mock/*']",
+            "models.a-*.targets.0: * stands for nothing here; there is {mod",
+        ),
+        (
+            MOCK + "[models.'a-*']\ntargets = ['mock/{1}']",
+            "models.a-*.targets.0: {1} stands for nothing here; there is",
+        ),
+        (
+            MOCK + "[models.a]\ntargets = ['mock/x-{*}']",
+            "models.a.targets.0: {*} stands for nothing here; there is {mod",
+        ),
         ("[models.a]\ntargets = ['e/']", "models.a.targets.0: expected 'upstream/model', got 'e/'"),
         ("[retries]\nbudget = 2", "retries.budget: expected 0 to 1, got 2"),
         ("[upstreams.u]\nbase_url = 1", "upstreams.u.base_url: expected a URL, got an integer"),

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from trigate.config.sections import Config
+from trigate.config.sections import Config, ModelConfig
 from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
 from trigate.openai.answer import Usage
 from trigate.routing.circuit_breaker import Change, Entry
@@ -57,10 +57,11 @@ class Plan:
     """The attempts of one call.
 
     Args:
-        model: The public model id; its ``[models.NAME]``, if there is one, sets the strategy.
+        alias: The name of the ``[models.NAME]`` that sets the strategy; another text if there is none.
         endpoint: The path of the call, below ``/v1``.
         targets: The targets that may serve the call; at least one.
         states: The states of all targets.
+        weights: Of the targets, for balance (`relative_weights`); empty = equal ones.
     """
 
     __slots__ = (
@@ -79,17 +80,26 @@ class Plan:
         "_weights",
     )
 
-    def __init__(self, model: str, endpoint: str, targets: tuple[Target, ...], states: Targets, config: Config) -> None:
-        self._name = model
+    def __init__(
+        self,
+        alias: str,
+        endpoint: str,
+        targets: tuple[Target, ...],
+        states: Targets,
+        config: Config,
+        *,
+        weights: tuple[float, ...] = (),
+    ) -> None:
+        self._name = alias
         self._endpoint = endpoint
         self._targets = targets
         self._all_states = states
-        self._model = config.models.get(model)
+        self._model = config.models.get(alias)
         self._retries = config.retries
         self._weights: tuple[float, ...] | None = None  # of the targets, for balance
         if self._model is not None and self._model.strategy == "balance" and len(targets) > 1:
-            self._weights = states.weights(model, targets)
-        self._max = config.max_attempts(model)
+            self._weights = weights or (1.0,) * len(targets)
+        self._max = config.max_attempts(alias)
         self._tries: dict[Target, int] = {}
         self._states: dict[Target, TargetState] = {}
         self._spent: tuple[Target, ...] = ()  # the targets that must not get this call again
@@ -283,6 +293,16 @@ class Plan:
         costs = [state.cost(weight, now, unknown_s=unknown_s) for state, weight in states]
         pair = (second, first) if costs[0] > costs[1] * _SIMILAR else (first, second)
         return tuple([target for target, _ in (*pair, *left)])
+
+
+def relative_weights(model: ModelConfig, every: tuple[Target, ...], usable: tuple[Target, ...]) -> tuple[float, ...]:
+    """The weights of the usable ones of a model's targets, in their order; 1 = the average. Empty = equal ones."""
+    if not model.weights:
+        return ()
+    configured = dict(zip(every, model.weights, strict=True))
+    weights = [configured[target] for target in usable]
+    mean = sum(weights) / len(weights)
+    return tuple([weight / mean for weight in weights])
 
 
 def _pick(weights: list[float], chance: float) -> tuple[int, float]:
