@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import attrs
 import trio
 
 from trigate.concurrency.timers import Timers
+from trigate.dialects.content_filter import is_withheld, withheld
 from trigate.errors import GatewayError, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
 from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
@@ -177,6 +179,7 @@ class UpstreamCall:
             target=step.target,
             started_at=now,
             on_connecting=self._clock.start,
+            examine=partial(self._examine, plan) if "content_filter" in self.request.model.on else None,
             decided=decided,
         )
         self.attempts.append(attempt)
@@ -233,6 +236,11 @@ class UpstreamCall:
                 raise cause from error  # a cancelled reply looks like a broken one to its reader
             upstream.note_failure(error)
             raise
+
+    def _examine(self, plan: Plan, data: bytes) -> None:
+        """Raises Reported for an answer that a content filter has withheld, if another attempt may give one."""
+        if is_withheld(data) and (len(self.live) > 1 or plan.may_lead_on(trio.current_time())):
+            raise withheld()
 
     def claim(self, attempt: Attempt) -> bool:
         """Makes an attempt that has content the winner, and cancels all others at once.
