@@ -31,7 +31,7 @@ from trigate.openai.endpoints import ENDPOINTS
 from trigate.openai.request import decode_call
 from trigate.openai.sse import EventSplitter
 from trigate.openai.stream import StreamReader
-from trigate.routing.routes import Known, Target, plan
+from trigate.routing.routes import Aliases, Known, Target, plan
 from trigate.store import opening
 
 EVENTS = 100
@@ -149,7 +149,7 @@ def test_decode_answer(benchmark: Benchmark) -> None:
 def test_plan(benchmark: Benchmark, model: str) -> None:
     """routes: an alias, an upstream and its model, a bare model id."""
     upstreams = {"other": Known(models=("a", "b")), "mock": Known(models=(MODEL,), default_model=MODEL)}
-    aliases = {"default": (Target("mock", MODEL),)}
+    aliases = Aliases({"default": (Target("mock", MODEL),)})
     benchmark(lambda: plan(model, aliases=aliases, upstreams=upstreams))
 
 

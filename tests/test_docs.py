@@ -139,6 +139,7 @@ def test_units(title: str) -> None:
         "Expression": "JMESPath",
         "tuple[Secret, ...]": "array of secrets",
         "tuple[Action, ...]": "array of actions",
+        "tuple[Reason, ...]": "array of reasons",
         'tuple[str, ...] | Literal["discover"]': '`"discover"` or array of strings',
     }
     rates = {

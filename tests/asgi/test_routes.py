@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 import httpx2
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -15,7 +16,20 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 import trigate
 from tests.support.asgi_client import chat
 from tests.support.gateway import OpenApp, make_config
-from tests.support.provider import Head, Provider, Refuse, Say, Stall, answers, content, event, says
+from tests.support.provider import (
+    DONE,
+    FINISH,
+    Head,
+    Provider,
+    Refuse,
+    Say,
+    Stall,
+    answers,
+    completion,
+    content,
+    event,
+    says,
+)
 from trigate.asgi import control_plane
 
 MODELS = make_config(
@@ -455,3 +469,19 @@ async def test_status_counts_and_remembers_the_last_error(open_app: OpenApp) -> 
         [upstream] = status["upstreams"]
         assert "boom" in upstream["last_error"]
         assert re.match(r"\d{4}-\d\d-\d\dT", upstream["last_error_at"])
+
+
+async def test_status_shows_what_the_cache_saves(open_app: OpenApp) -> None:
+    """The tokens of the prompts of each target, and how many came from its cache: of a stream, of an answer, and of one
+    that another target had to give."""
+    counts = {"prompt_tokens": 100, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 64}}
+    answer = msgspec.json.encode({**msgspec.json.decode(completion("x")), "usage": counts})
+    stream = (Say(content("x")), Say(FINISH), Say(event({"choices": [], "usage": {**counts, "prompt_tokens": 28}})))
+    config = make_config({"a": {}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}})
+    providers = {"a": Provider((*stream, Say(DONE)), answers(b"{}", status=500)), "b": Provider(answers(answer))}
+    async with open_app(config, providers) as served:
+        await served.client.chat(model="both").wait()
+        await served.client.chat(model="both", stream=False).wait()
+        targets = (await served.client.ask("GET", "/status")).json["targets"]
+        counted = [(each["target"], each["prompt_tokens"], each["cached_tokens"]) for each in targets]
+        assert counted == [("a/m", 28, 28), ("b/m", 100, 64)]

@@ -41,9 +41,11 @@ STATUS: dict[str, Any] = {
     "admission": {"in_flight": 2, "limit": 5000, "queued": 1, "refused": 7, "late_workers": 0, "lag_s": 0.0124},
     "targets": [
         {"target": "a/m", "breaker": "open", "opens_in_s": 24.06, "in_flight": 0, "first_token_s": None},
-        {"target": "b/m", "breaker": "closed", "opens_in_s": 0.0, "in_flight": 2, "first_token_s": 0.31},
+        {"target": "b/m", "breaker": "closed", "opens_in_s": 0.0, "in_flight": 2, "first_token_s": 0.31,
+         "prompt_tokens": 900, "cached_tokens": 720},
         {"target": "a/m", "breaker": "closed", "opens_in_s": 0.0, "in_flight": 1, "first_token_s": 0.4},
-        {"target": "b/m", "breaker": "closed", "opens_in_s": 0.0, "in_flight": 0, "first_token_s": 1.26},
+        {"target": "b/m", "breaker": "closed", "opens_in_s": 0.0, "in_flight": 0, "first_token_s": 1.26,
+         "prompt_tokens": 100},
     ],
     "streams": {"live": 3, "by_phase": {"streaming": 2, "queued": 1}, "by_upstream": {"b": 2}, "oldest": []},
     "totals": {"exchanges": 9, "complete": 6, "cancelled": 2, "failed": 1, "events": 90, "bytes": 9000,
@@ -82,9 +84,9 @@ sessions: 4, 2 active, 1 busy
   a: down (refused), 0 in flight, 2 models
 
 targets: 2
-  target  breaker           tried again in  in flight     first token
+  target  breaker           tried again in  in flight     first token  cached
   a/m     open 1, closed 1          24.1 s          1           0.4 s
-  b/m     closed                                    2  0.3 s to 1.3 s
+  b/m     closed                                    2  0.3 s to 1.3 s    72 %
 
 streams: 3
   id    model  phase                 target  attempt  why      age   left  queue  events   bytes  tokens  worker

@@ -245,11 +245,30 @@ def test_all_problems_at_once() -> None:
         (MOCK + "kind = 'echo'", "upstreams.mock.base_url: not used by kind 'echo'"),
         ("[upstreams.e]\nkind = 'local'\napi_key = 'x'", "upstreams.e.api_key: not used by kind 'local'"),
         ("[models.a]\ntargets = []", "models.a.targets: expected at least one target"),
+        (MOCK + "[models.'a*b*']\ntargets = ['mock/m']", "models.a*b*: a pattern has one '*'"),
+        (
+            MOCK + "[models.'mock/*']\ntargets = ['mock/m']",
+            "models.mock/*: matches nothing: an id that begins with mock/",
+        ),
+        (
+            MOCK + "[models.'a-*']\ntargets = ['mock/*']",
+            "models.a-*.targets.0: * stands for nothing here; there is {mod",
+        ),
+        (
+            MOCK + "[models.'a-*']\ntargets = ['mock/{1}']",
+            "models.a-*.targets.0: {1} stands for nothing here; there is",
+        ),
+        (
+            MOCK + "[models.a]\ntargets = ['mock/x-{*}']",
+            "models.a.targets.0: {*} stands for nothing here; there is {mod",
+        ),
         ("[models.a]\ntargets = ['e/']", "models.a.targets.0: expected 'upstream/model', got 'e/'"),
         ("[retries]\nbudget = 2", "retries.budget: expected 0 to 1, got 2"),
         ("[upstreams.u]\nbase_url = 1", "upstreams.u.base_url: expected a URL, got an integer"),
         ("[server]\nallowed_hosts = ['[']", "server.allowed_hosts: expected a host name without a port or a path"),
         (ALIAS + "weights = [1]", "models.a.weights: not used by strategy 'failover'"),
+        (ALIAS + "on = ['errors']", "models.a.on: expected 'context_length' or 'content_filter' or"),
+        (ALIAS + "on = 'error'", "models.a.on: expected an array of strings"),
         (
             ALIAS + "strategy = 'balance'\nweights = [1, 2]",
             "models.a.weights: expected one number above 0 for each target",

@@ -52,7 +52,7 @@ def test_the_events_of_a_text() -> None:
     """The events are exactly these, in this order."""
     out, reader = translate(TEXT)
     assert reader.complete
-    assert reader.usage == (100, 20)
+    assert reader.usage == (100, 20, 60)
     start, *rest = decoded(out)
     zero = {key: 0 for key in COUNTED if key.endswith("tokens")}
     assert start["message"] == {

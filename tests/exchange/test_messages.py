@@ -96,7 +96,7 @@ async def test_a_translated_stream(open_app: OpenApp) -> None:
         assert sent.json["model"] == "m"
         assert "anthropic-beta" not in sent.headers
         [exchange] = served.settled
-        assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == ("complete", (5, 2), len(call.body))
+        assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == ("complete", (5, 2, 0), len(call.body))
         served.assert_clean()
 
 
@@ -107,7 +107,7 @@ async def test_a_translated_answer(open_app: OpenApp) -> None:
         assert call.header("content-type") == "application/json"
         assert call.json["content"] == [{"type": "text", "text": "Hi"}]
         assert call.json["usage"]["input_tokens"] == 3
-        assert served.settled[0].usage == (3, 2)
+        assert served.settled[0].usage == (3, 2, 0)
 
 
 async def test_what_is_dropped_has_a_header(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -223,7 +223,7 @@ async def test_the_same_format_is_relayed_byte_for_byte(open_app: OpenApp) -> No
             "new-2030",
             "n",
         ]
-        assert served.settled[0].usage == (50, 12)  # with the tokens of the cache
+        assert served.settled[0].usage == (50, 12, 40)  # with the tokens of the cache
         served.assert_clean()
 
 
@@ -236,7 +236,7 @@ async def test_a_native_answer(open_app: OpenApp) -> None:
         call = await ask(served, model="c", stream=False).wait()
         assert call.json == {**answer, "model": "c"}
         assert served.providers["native"].calls[0].headers["anthropic-version"] == "2023-06-01"
-        assert served.settled[0].usage == (50, 1)
+        assert served.settled[0].usage == (50, 1, 40)
 
 
 async def test_a_native_error_is_relayed_word_for_word(open_app: OpenApp) -> None:

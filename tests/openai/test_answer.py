@@ -15,6 +15,7 @@ from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.endpoints import ENDPOINTS, Endpoint
 
 EMBEDDINGS = ENDPOINTS["/v1/embeddings"]
+CHAT_COUNTS = {"prompt_tokens": 3, "completion_tokens": 4}
 
 
 def test_an_answer_gets_the_public_model_id() -> None:
@@ -49,13 +50,21 @@ def test_an_answer_is_otherwise_untouched(more: dict[str, Any], public: str) -> 
         ({}, None),
         (None, None),
         ([3, 4], None),
+        ({**CHAT_COUNTS, "prompt_tokens_details": {"cached_tokens": 2}}, (3, 4, 2)),
+        ({"input_tokens": 3, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 2}}, (3, 4, 2)),
+        ({**CHAT_COUNTS, "prompt_cache_hit_tokens": 2, "prompt_cache_miss_tokens": 1}, (3, 4, 2)),
+        ({**CHAT_COUNTS, "cached_tokens": 2}, (3, 4, 2)),
+        ({"input_tokens": 1, "output_tokens": 4, "cache_read_input_tokens": 2}, (3, 4, 2)),
+        ({**CHAT_COUNTS, "prompt_tokens_details": {"cached_tokens": 9}}, (3, 4, 3)),
+        ({**CHAT_COUNTS, "prompt_tokens_details": {"cached_tokens": "2"}, "cached_tokens": -1}, (3, 4)),
+        ({**CHAT_COUNTS, "prompt_tokens_details": [2]}, (3, 4)),
     ],
     ids=repr,
 )
-def test_usage(usage: object, read: tuple[int, int] | None) -> None:
-    """Counts are read in both spellings. Invalid counts mean no usage and never an error."""
+def test_usage(usage: object, read: tuple[int, ...] | None) -> None:
+    """Counts are read in every spelling, those of the cache too. Invalid counts mean no usage and never an error."""
     body = json.dumps({"output": [], "usage": usage}).encode()
-    expected = Usage(prompt_tokens=read[0], completion_tokens=read[1]) if read else None
+    expected = Usage(*read) if read else None
     assert decode_answer(body, RESPONSES, model="m", upstream="mock")[1] == expected
 
 

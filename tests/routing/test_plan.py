@@ -22,7 +22,7 @@ from trigate.errors import (
     Unsupported,
     UpstreamTimeout,
 )
-from trigate.routing.plan import Plan, Step
+from trigate.routing.plan import Plan, Step, relative_weights
 from trigate.routing.routes import Target
 from trigate.routing.target_state import MAX_TARGETS, Targets
 from trigate.upstream.error_body import rejection
@@ -49,7 +49,8 @@ def known(targets: int = 3, *, retries: Any = None, breaker: Any = None, **model
 def plan_of(states: Targets, config: Any) -> Plan:
     """A plan for a call of ``x``."""
     targets = tuple(map(Target.parse, config.models["x"].targets))
-    return Plan("x", CHAT, targets, states, config)
+    weights = relative_weights(config.models["x"], targets, targets)
+    return Plan("x", CHAT, targets, states, config, weights=weights)
 
 
 def walk(plan: Plan, *errors: GatewayError, now: float = 0.0, left_s: float = 100.0) -> list[Step]:
@@ -351,8 +352,9 @@ def test_a_weight_belongs_to_its_target() -> None:
     states, config = known(3, strategy="balance", weights=[1, 1, 8])
     chance = random.Random(7)
     got: collections.Counter[Target] = collections.Counter()
+    weights = relative_weights(config.models["x"], (A, B, C), (B, C))
     for _ in range(300):
-        plan = Plan("x", CHAT, (B, C), states, config)
+        plan = Plan("x", CHAT, (B, C), states, config, weights=weights)
         step = plan.first(0.0, chance.random())
         got[step.target] += 1
         plan.end(step, 0.0, first_token_s=0.1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trigate.errors import GatewayError, Unavailable, UnknownModel
-from trigate.routing.routes import Known, Target, closest, default_target, plan, public_ids
+from trigate.routing.routes import Aliases, Known, Target, closest, default_target, plan, public_ids
 
 UPSTREAMS: Mapping[str, Known] = {
     "openai": Known(models=("gpt-4o", "gpt-4o-mini", "shared"), default_model="gpt-4o-mini"),
@@ -17,14 +17,17 @@ UPSTREAMS: Mapping[str, Known] = {
     "qwen": Known(models=("qwen-turbo",), default_model="qwen-turbo", unusable="api_key: DASHSCOPE_API_KEY is not set"),
     "local": Known(models=("smol",), default_model="smol", down="connection refused"),
 }
-ALIASES: Mapping[str, tuple[Target, ...]] = {
-    "fast": (Target("qwen", "qwen-turbo"), Target("openai", "gpt-4o-mini"), Target("local", "smol")),
-    "off": (Target("qwen", "qwen-turbo"), Target("qwen", "qwen-max")),
-    "openai/gpt-4o-mini": (Target("local", "smol"),),
-}
+ALIASES = Aliases(
+    {
+        "fast": (Target("qwen", "qwen-turbo"), Target("openai", "gpt-4o-mini"), Target("local", "smol")),
+        "off": (Target("qwen", "qwen-turbo"), Target("qwen", "qwen-max")),
+        "openai/gpt-4o-mini": (Target("local", "smol"),),
+    }
+)
+NO_ALIASES = Aliases({})
 
 
-def _plan(model: str, aliases: Mapping[str, tuple[Target, ...]] = ALIASES) -> list[str]:
+def _plan(model: str, aliases: Aliases = ALIASES) -> list[str]:
     return [str(target) for target in plan(model, aliases=aliases, upstreams=UPSTREAMS)]
 
 
@@ -36,7 +39,7 @@ def test_an_alias_is_its_targets() -> None:
 def test_an_alias_takes_precedence() -> None:
     """An alias that reads like ``upstream/model`` is still the alias, since the configuration names it."""
     assert _plan("openai/gpt-4o-mini") == ["local/smol"]
-    assert _plan("openai/gpt-4o-mini", {}) == ["openai/gpt-4o-mini"]
+    assert _plan("openai/gpt-4o-mini", NO_ALIASES) == ["openai/gpt-4o-mini"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def test_an_alias_takes_precedence() -> None:
 def test_an_upstream_s_name_decides(model: str, target: Target) -> None:
     """Rule 2: ``upstream/model``, split at the first slash, goes to that upstream, whether the model is listed or the
     upstream is down."""
-    assert plan(model, aliases={}, upstreams=UPSTREAMS) == (target,)
+    assert plan(model, aliases=NO_ALIASES, upstreams=UPSTREAMS) == (target,)
 
 
 def test_a_bare_id_of_one_upstream() -> None:
@@ -85,10 +88,10 @@ def test_anything_else_is_unknown(model: str) -> None:
 def test_the_closest_ids_are_named() -> None:
     """A mistyped id gets suggestions of similar ids in their full form."""
     with pytest.raises(UnknownModel) as caught:
-        plan("openai-gpt-4o", aliases={}, upstreams=UPSTREAMS)
+        plan("openai-gpt-4o", aliases=NO_ALIASES, upstreams=UPSTREAMS)
     assert "Closest: openai/gpt-4o, openai/gpt-4o-mini." in caught.value.message
     with pytest.raises(UnknownModel) as caught:
-        plan("zzzzzzzz", aliases={}, upstreams=UPSTREAMS)
+        plan("zzzzzzzz", aliases=NO_ALIASES, upstreams=UPSTREAMS)
     assert "Closest" not in caught.value.message
 
 
@@ -115,34 +118,36 @@ def test_default_is_the_first_that_can_serve() -> None:
 
 def test_a_default_alias_wins() -> None:
     """``[models.default]`` defines ``default`` where it is set."""
-    assert _plan("default", {"default": (Target("local", "smol"),)}) == ["local/smol"]
+    assert _plan("default", Aliases({"default": (Target("local", "smol"),)})) == ["local/smol"]
 
 
 def test_no_default_says_why() -> None:
     """When no upstream can serve, the error gives each one's reason. It is a 503, since it may pass."""
     upstreams = {"a": Known(unusable="no key"), "b": Known(down="refused"), "c": Known()}
     with pytest.raises(Unavailable) as caught:
-        plan("default", aliases={}, upstreams=upstreams)
+        plan("default", aliases=NO_ALIASES, upstreams=upstreams)
     assert caught.value.status == 503
     assert "a: no key; b: refused; c: lists no model" in caught.value.message
     with pytest.raises(Unavailable, match="none is configured"):
-        plan("default", aliases={}, upstreams={})
+        plan("default", aliases=NO_ALIASES, upstreams={})
 
 
 def test_default_is_tried_where_all_are_down() -> None:
     """Only a call shows that an upstream is up again, so the first one gets it. An upstream that is not down goes
     first."""
     down = {"a": Known(default_model="m", down="refused"), "b": Known(default_model="n", down="refused")}
-    assert plan("default", aliases={}, upstreams=down) == (Target("a", "m"),)
-    assert plan("default", aliases={}, upstreams={**down, "c": Known(default_model="o")}) == (Target("c", "o"),)
+    assert plan("default", aliases=NO_ALIASES, upstreams=down) == (Target("a", "m"),)
+    assert plan("default", aliases=NO_ALIASES, upstreams={**down, "c": Known(default_model="o")}) == (Target("c", "o"),)
 
 
 def test_the_echo_is_used_only_without_other_upstreams() -> None:
     """`default` never falls back to the echo because a real upstream is down: its answer would look like a model's."""
     echo = Known(default_model="echo", stands_in=True)
     down = Known(default_model="m", down="refused")
-    assert plan("default", aliases={}, upstreams={"t": echo, "a": down}) == (Target("a", "m"),)
-    assert plan("default", aliases={}, upstreams={"t": echo, "a": Known(unusable="no key")}) == (Target("t", "echo"),)
+    assert plan("default", aliases=NO_ALIASES, upstreams={"t": echo, "a": down}) == (Target("a", "m"),)
+    assert plan("default", aliases=NO_ALIASES, upstreams={"t": echo, "a": Known(unusable="no key")}) == (
+        Target("t", "echo"),
+    )
 
 
 def test_public_ids() -> None:
@@ -171,7 +176,7 @@ def test_a_bare_id_that_means_something_else_is_not_listed() -> None:
         "b": Known(models=("y",)),
         "c": Known(models=("y",), unusable="no key"),
     }
-    ids = public_ids(aliases={"fast": (Target("b", "y"),)}, upstreams=upstreams)
+    ids = public_ids(aliases=Aliases({"fast": (Target("b", "y"),)}), upstreams=upstreams)
     assert ids.keys() - {f"{name}/{model}" for name, known in upstreams.items() for model in known.models} == {
         *("default", "fast", "a", "y")
     }
@@ -190,10 +195,10 @@ def test_what_is_listed_and_what_can_be_called_agree(models: dict[str, list[str]
         name: Known(models=tuple(listed), unusable="no key" if unusable and name == "b" else None)
         for name, listed in models.items()
     }
-    ids = public_ids(aliases={}, upstreams=upstreams)
+    ids = public_ids(aliases=NO_ALIASES, upstreams=upstreams)
     for model in ["m", "b/m", "a", "x/y", *(f"{name}/{model}" for name in upstreams for model in models[name])]:
         try:
-            [target] = plan(model, aliases={}, upstreams=upstreams)
+            [target] = plan(model, aliases=NO_ALIASES, upstreams=upstreams)
         except GatewayError:
             assert model not in ids
         else:
@@ -203,8 +208,10 @@ def test_what_is_listed_and_what_can_be_called_agree(models: dict[str, list[str]
 
 def test_default_is_always_listed() -> None:
     """``default`` is listed even when no upstream can serve it. Then the gateway is its owner."""
-    assert public_ids(aliases={}, upstreams={}) == {"default": "trigate"}
-    assert public_ids(aliases={"default": (Target("local", "smol"),)}, upstreams=UPSTREAMS)["default"] == "local"
+    assert public_ids(aliases=NO_ALIASES, upstreams={}) == {"default": "trigate"}
+    assert (
+        public_ids(aliases=Aliases({"default": (Target("local", "smol"),)}), upstreams=UPSTREAMS)["default"] == "local"
+    )
 
 
 @pytest.mark.parametrize("model", public_ids(aliases=ALIASES, upstreams=UPSTREAMS))
@@ -220,7 +227,7 @@ def test_every_listed_id_can_be_called(model: str) -> None:
 def test_never_a_silent_re_route(model: str) -> None:
     """An upstream is only chosen if the id names it, or if it alone lists the id."""
     try:
-        [target] = plan(model, aliases={}, upstreams=UPSTREAMS)
+        [target] = plan(model, aliases=NO_ALIASES, upstreams=UPSTREAMS)
     except GatewayError:
         return
     named = model == str(target)
@@ -237,3 +244,42 @@ def test_closest() -> None:
     assert 1 < len(closest("gpt-4", ids)) <= 3
     assert len(set(closest("gpt-4", ids))) == len(closest("gpt-4", ids))
     assert closest("", ids) == ()
+
+
+PATTERNS = Aliases(
+    {
+        "exact-one": (Target("local", "smol"),),
+        "exact-*": (Target("openai", "{model}"), Target("openrouter", "x/{*}-{model}")),
+        "*": (Target("local", "any"),),
+        "gpt-*-mini": (Target("local", "{*}"),),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [
+        ("exact-one", ["local/smol"]),
+        ("exact-two", ["openai/exact-two", "openrouter/x/two-exact-two"]),
+        ("exact-a/b", ["openai/exact-a/b", "openrouter/x/a/b-exact-a/b"]),
+        ("exact-{*}{model}", ["openai/exact-{*}{model}", "openrouter/x/{*}{model}-exact-{*}{model}"]),
+        ("exact-", ["local/any"]),
+        ("gpt-4o-mini", ["local/4o"]),
+        ("gpt-mini", ["local/any"]),
+        ("gpt-4o", ["local/any"]),
+        ("shared", ["local/any"]),
+        ("openai/exact-two", ["openai/exact-two"]),
+        ("default", ["openai/gpt-4o-mini"]),
+    ],
+)
+def test_a_pattern(model: str, targets: list[str]) -> None:
+    """An exact alias and ``upstream/model`` come first, then the longest pattern, then an upstream's list. The ``*``
+    stands for at least one character; what it stands for is put into the targets as it is."""
+    assert _plan(model, PATTERNS) == targets
+
+
+def test_a_pattern_is_not_listed() -> None:
+    """The bare ids that it matches are, with the owner that calls go to."""
+    ids = public_ids(aliases=PATTERNS, upstreams=UPSTREAMS)
+    assert not any("*" in model for model in ids)
+    assert (ids["exact-one"], ids["gpt-4o"], ids["openai/gpt-4o"]) == ("local", "local", "openai")

@@ -106,7 +106,7 @@ async def serve_call(
                 services=gateway.exchange_services,
                 client=response,
                 recorder=recorder,
-                shares=call.model in generation.coalesced if coalesce is None else coalesce,
+                shares=generation.settings_of(call.model).coalesce if coalesce is None else coalesce,
             )
             return exchange
 

@@ -83,7 +83,10 @@ class Overview:
 
 
 NUMBERS = frozenset(
-    {"tried again in", "in flight", "first token", "age", "left", "queue", "events", "bytes", "tokens", "worker"}
+    (
+        *("tried again in", "in flight", "first token", "cached", "age", "left", "queue"),
+        *("events", "bytes", "tokens", "worker"),
+    )
 )
 """The headings of the columns that are aligned to the right."""
 
@@ -177,6 +180,8 @@ def _targets(targets: Sequence[TargetStatus]) -> Table:
         breaker = ", ".join(f"{state} {counts[state]}" for state in states) if len(states) > 1 else states[0]
         opens = [target.opens_in_s for target in same if target.opens_in_s > 0]
         first = sorted(target.first_token_s for target in same if target.first_token_s is not None)
+        prompt_tokens = sum(target.prompt_tokens for target in same)
+        cached = sum(target.cached_tokens for target in same) / prompt_tokens if prompt_tokens else None
         rows.append(
             (
                 Cell(_name(name)),
@@ -185,11 +190,12 @@ def _targets(targets: Sequence[TargetStatus]) -> Table:
                 Cell(duration(min(opens)) if opens else ""),
                 Cell(str(sum(target.in_flight for target in same))),
                 Cell(" to ".join(dict.fromkeys([duration(first[0]), duration(first[-1])])) if first else ""),
+                Cell(f"{100 * cached:.0f} %" if cached is not None else ""),
             )
         )
     return Table(
         f"targets: {len(rows)}",
-        ("target", "endpoint", "breaker", "tried again in", "in flight", "first token"),
+        ("target", "endpoint", "breaker", "tried again in", "in flight", "first token", "cached"),
         tuple(rows),
     )
 

@@ -310,8 +310,22 @@ def kind_problems(table: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def alias_problems(alias: str, upstreams: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the name of an alias that is a pattern."""
+    before, star, after = alias.partition("*")
+    if "*" in after:
+        return [f"models.{alias}: a pattern has one '*', which stands for any text"]
+    upstream, slash, _ = before.partition("/")
+    if star and slash and upstream in upstreams:
+        return [
+            f"models.{alias}: matches nothing: an id that begins with {upstream}/ goes to the upstream {upstream!r}"
+        ]
+    return []
+
+
 def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]) -> list[str]:
     found = [] if targets else [f"models.{alias}.targets: expected at least one target"]
+    names = ("{model}", "{*}") if "*" in alias else ("{model}",)
     for index, target in enumerate(targets):
         if not isinstance(target, str):
             continue  # reported by the conversion
@@ -321,6 +335,11 @@ def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]
         elif upstream not in upstreams:
             known = ", ".join(sorted(upstreams)) or "none"
             found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} (there are: {known})")
+        found += [
+            f"models.{alias}.targets.{index}: {name} stands for nothing here; there is {' and '.join(names)}"
+            for name in re.findall(r"\{[^{}]*\}|(?<!\{)\*", model_id)
+            if name not in names
+        ]
     return found
 
 

@@ -18,6 +18,7 @@ from trigate.config import checks
 from trigate.config.reveal import parse_secret
 from trigate.config.secrets import Secret
 from trigate.config.sections import (
+    Action,
     ChannelConfig,
     Count,
     Expression,
@@ -29,6 +30,7 @@ from trigate.config.sections import (
     Port,
     ProxyUrl,
     Rate,
+    Reason,
     Seconds,
     Share,
     Size,
@@ -98,7 +100,9 @@ def _make_converter() -> cattrs.Converter:
         return tuple(checks.not_negative(item, Rate) for item in value)
 
     converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
-    converter.register_structure_hook_func(lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...]), items)
+    converter.register_structure_hook_func(
+        lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...], tuple[Reason, ...], tuple[Action, ...]), items
+    )
     converter.register_structure_hook(
         ModelConfig,
         make_dict_structure_fn(

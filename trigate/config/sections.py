@@ -46,6 +46,10 @@ Expression = NewType("Expression", str)
 Action = Literal["chat", "reset", "stop", "history", "note"]
 
 
+Reason = Literal["context_length", "content_filter", "rate_limit", "timeout", "error"]
+"""Why an attempt failed, as far as it decides whether the next target is tried."""
+
+
 TimeoutPhase = Literal["connect", "response_head", "first_token", "idle", "total", "queue"]
 
 
@@ -151,6 +155,8 @@ class ModelConfig:
     strategy: Literal["failover", "balance", "hedge"] = "failover"
     """In order, each after the one before it failed; spread by load and latency; or a second attempt when the first
     one is slow to answer."""
+    on: tuple[Reason, ...] = ("rate_limit", "timeout", "error")
+    """Which failures of a target lead to the next one."""
     info: Mapping[str, Any] = attrs.field(factory=dict)
     """Fields of the alias in ``GET /v1/models``, besides those of its first target."""
     weights: tuple[Rate, ...] = ()

@@ -161,6 +161,7 @@ def _models(document: _Document, upstreams: Mapping[str, Any]) -> dict[str, Mode
                 f'models.{alias}: expected a table: write {alias} = {{ targets = ["upstream/model"] }}'
             )
             continue
+        document.problems += checks.alias_problems(alias, upstreams)
         model = document.convert(ModelConfig, value, f"models.{alias}")
         targets = value.get("targets") if isinstance(value, dict) else None
         if isinstance(targets, list):

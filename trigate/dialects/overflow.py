@@ -13,6 +13,9 @@ from collections.abc import Mapping
 
 import attrs
 
+from trigate.errors import GatewayError, Rejected, Reported
+from trigate.openai.provider_error import error_object
+
 _N = r"(?P<tokens>\d[\d,]*)"
 _M = r"(?P<maximum>\d[\d,]*)"
 _WITH_NUMBERS = [
@@ -42,6 +45,13 @@ class Overflow:
 
     tokens: int | None = None
     maximum: int | None = None
+
+
+def overflow_of(error: GatewayError) -> Overflow | None:
+    """Recognises it in an error of an upstream, wherever that has reported it; None = it is another error."""
+    if not isinstance(error, Reported) and not (isinstance(error, Rejected) and error.status in (400, 413, 422)):
+        return None
+    return overflow_in(error.message, error_object(error))
 
 
 def overflow_in(message: str, error: Mapping[str, object]) -> Overflow | None:

@@ -96,6 +96,8 @@ class StreamAnswer:
             if reader.error is not None and not claimed:
                 raise reader.error  # nothing has been sent: the next target may answer
             if reader.has_content and not claimed:
+                if attempt.examine is not None:
+                    attempt.examine(data)
                 if not self.claim(attempt):
                     return None
                 claimed = True
@@ -212,6 +214,8 @@ class JsonAnswer:
             collect = functools.partial(self.translation.collected, self.call, body, upstream=attempt.target.upstream)
             body = await trio.to_thread.run_sync(collect, abandon_on_cancel=True)
         data, usage = self.translation.answer(self.call, body, upstream=attempt.target.upstream)
+        if attempt.examine is not None:
+            attempt.examine(data)
         if not self.claim(attempt):
             return None
         attempt.usage = usage

@@ -64,6 +64,9 @@ class Attempt:
     started_at: float
     on_connecting: Callable[[float], None]
     """Called when the request is about to be sent."""
+    examine: Callable[[bytes], None] | None = None
+    """Called with the beginning of its answer before that wins the call; raises a GatewayError if the next target may
+    give a better one. None = any answer will do."""
     decided: trio.Event | None = None
     """Set when an attempt of the same race has content, or has failed."""
     phase: Phase = Phase.QUEUED

@@ -24,7 +24,7 @@ def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
         record.bytes = source.bytes_sent
         record.first_content_s = state.first_content_after_s
     if usage is not None:
-        record.prompt_tokens, record.completion_tokens = usage
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
     elif state.is_billed and (record.bytes or record.events):
         # No usage was reported: estimate one token for each event of a stream, and four bytes for each of the rest.
         record.prompt_tokens = estimated_tokens(call.body)

@@ -12,9 +12,6 @@ from trigate.config.sections import ModelConfig
 from trigate.openai.request import Call
 from trigate.upstream.generation import Generation
 
-_UNNAMED = ModelConfig(targets=())
-"""The settings of a model id that has none in the configuration."""
-
 
 @attrs.define(eq=False, kw_only=True)
 class ExchangeRequest:
@@ -43,4 +40,4 @@ class ExchangeRequest:
     @property
     def model(self) -> ModelConfig:
         """The settings of the model id in the call."""
-        return self.generation.config.models.get(self.call.model, _UNNAMED)
+        return self.generation.settings_of(self.call.model)

@@ -11,27 +11,27 @@ continues a stream that has broken off, where the client cannot tell (``on_trunc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import attrs
-import msgspec
 import trio
 
 from trigate.concurrency.timers import Timers
+from trigate.dialects.content_filter import is_withheld, withheld
 from trigate.errors import GatewayError, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
 from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
 from trigate.exchange.attempt_log import log_end
+from trigate.exchange.continuation import NEW_STREAM, Continuation, may_be_continued
 from trigate.exchange.deadlines import attempt_limits
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
-from trigate.exchange.translation import Reader, Translation, translation_of
-from trigate.openai.accumulator import AnswerAccumulator
+from trigate.exchange.translation import Translation, translation_of
 from trigate.openai.answer import Usage
-from trigate.openai.continuation import continuation_head
 from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
 from trigate.routing.target_state import Targets
@@ -56,24 +56,6 @@ class UpstreamServices:
     chance: Callable[[], float]
     timers: Timers
     socket_relay: SocketRelay | None
-
-
-@attrs.frozen
-class Continuation:
-    """The state that a target needs to continue a stream that another one began.
-
-    Attributes:
-        text: The assistant's text so far.
-        head: The fields that all events of the stream have in common.
-        events: How many events have been sent.
-    """
-
-    text: str = ""
-    head: Mapping[str, msgspec.Raw] | None = None
-    events: int = 0
-
-
-_NEW_STREAM = Continuation()
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -108,7 +90,7 @@ class UpstreamCall:
     first_content_at: float | None = None
     _usage: Usage | None = None
     _clock: UpstreamClock = attrs.field(factory=UpstreamClock)
-    _continuation: Continuation = _NEW_STREAM
+    _continuation: Continuation = NEW_STREAM
     _pause: trio.CancelScope | None = None
     _is_last_attempt: bool = False
 
@@ -122,7 +104,14 @@ class UpstreamCall:
         """
         request, chance = self.request, self.services.chance
         path = request.call.endpoint.path
-        plan = Plan(request.call.model, path, self.route.targets, self.services.targets, request.generation.config)
+        plan = Plan(
+            self.route.alias,
+            path,
+            self.route.targets,
+            self.services.targets,
+            request.generation.config,
+            weights=self.route.weights,
+        )
         now = trio.current_time()
         step = plan.first(now, chance())
         while True:
@@ -190,6 +179,7 @@ class UpstreamCall:
             target=step.target,
             started_at=now,
             on_connecting=self._clock.start,
+            examine=partial(self._examine, plan) if "content_filter" in self.request.model.on else None,
             decided=decided,
         )
         self.attempts.append(attempt)
@@ -211,13 +201,15 @@ class UpstreamCall:
             if not any(other.waiting_since < math.inf for other in self.live):
                 self._clock.stop(now)
             attempt.note_end(now)
-            self._usage = attempt.reported_usage or self._usage
+            usage = attempt.reported_usage
+            self._usage = usage or self._usage
             change = plan.end(
                 step,
                 now,
                 error=error,
                 first_token_s=attempt.first_content_after_s,
                 judged=attempt.outcome == Outcome.COMPLETE or (error is not None and error is not self.cancelled_with),
+                usage=usage,
             )
             if change is not None or (error is not None and error is not self.cancelled_with):
                 log_end(self.request, attempt, change, opens_in_s=plan.opens_in_s(step, now))
@@ -244,6 +236,11 @@ class UpstreamCall:
                 raise cause from error  # a cancelled reply looks like a broken one to its reader
             upstream.note_failure(error)
             raise
+
+    def _examine(self, plan: Plan, data: bytes) -> None:
+        """Raises Reported for an answer that a content filter has withheld, if another attempt may give one."""
+        if is_withheld(data) and (len(self.live) > 1 or plan.may_lead_on(trio.current_time())):
+            raise withheld()
 
     def claim(self, attempt: Attempt) -> bool:
         """Makes an attempt that has content the winner, and cancels all others at once.
@@ -316,7 +313,7 @@ class UpstreamCall:
                 count=self._count,
                 socket_relay=self.services.socket_relay,
                 max_event_bytes=limits.event_bytes,
-                keep_bytes=limits.buffered_bytes if _may_be_continued(self.request) else 0,
+                keep_bytes=limits.buffered_bytes if may_be_continued(self.request) else 0,
                 continues=self._continuation.head,
             )
         if call.endpoint.answer == "json":
@@ -336,31 +333,17 @@ class UpstreamCall:
     # -- continuation -------------------------------------------------------------------------------------------------
 
     def _continue(self, plan: Plan, error: GatewayError, now: float) -> Step | None:
-        """Returns the step by which another target continues a truncated stream; None = the stream cannot be continued.
-
-        Only plain text can be continued: the text that has been sent becomes the beginning of an assistant's message,
-        which the next target completes. A partial tool call or partial reasoning cannot be continued.
-        """
+        """Returns the step by which another target continues a truncated stream; None = the stream cannot be
+        continued."""
         if not error.retryable or self.request.model.on_truncation != "continue" or self.deadline_at <= now:
             return None
-        reader: Reader | None = self.winner.reader if self.winner is not None else None
-        kept = reader.kept if reader is not None else None
-        if reader is None or kept is None or reader.all_finished or self.request.call.choices > 1:
+        reader = self.winner.reader if self.winner is not None else None
+        if reader is None or self.request.call.choices > 1:
             return None
-        answer = AnswerAccumulator()
-        for frames in kept:
-            answer.feed(frames)
-        if not (answer.is_only_text and answer.is_exact):
-            return None
-        step = plan.continuation(now)
-        if step is not None:
-            before = self._continuation
-            self._continuation = Continuation(
-                text=before.text + answer.text,
-                head=before.head or continuation_head(kept),
-                events=before.events + reader.events,
-            )
-            self.winner = None
+        continuation = self._continuation.after(reader)
+        step = plan.continuation(now) if continuation is not None else None
+        if step is not None and continuation is not None:
+            self._continuation, self.winner = continuation, None
         return step
 
     # -- cancellation -------------------------------------------------------------------------------------------------
@@ -487,8 +470,3 @@ class UpstreamCall:
         attempt = self.live[0]
         upstream = self.request.generation.upstreams[attempt.target.upstream]
         return upstream.queue_position(self.request.owner, attempt.task)
-
-
-def _may_be_continued(request: ExchangeRequest) -> bool:
-    """Whether another target may continue a stream that breaks off, so that its events have to be kept."""
-    return request.model.on_truncation == "continue" and request.call.endpoint.path == "/chat/completions"

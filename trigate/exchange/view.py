@@ -40,7 +40,7 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
         "first_content_s": state.first_content_after_s,
         "client_gone": state.is_client_gone,
         "queue_position": state.queue_position() if phase_now is Phase.QUEUED else None,
-        "max_attempts": state.generation.config.max_attempts(state.call.model),
+        "max_attempts": state.generation.config.max_attempts(state.generation.alias_of(state.call.model)),
         "attempts": [describe_attempt(attempt, state.started_at) for attempt in state.attempts],
     }
     if isinstance(state.source, Subscription):

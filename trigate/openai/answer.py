@@ -19,10 +19,16 @@ MAX_TOKENS = 2**31 - 1
 
 
 class Usage(NamedTuple):
-    """Token counts as the upstream reported them."""
+    """Token counts as the upstream reported them.
+
+    Attributes:
+        prompt_tokens: Those of the cache included.
+        cached_tokens: How many of them the provider has read from its cache; 0 if it does not say.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
@@ -35,14 +41,17 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
         before: The counts that were reported before, in the same stream.
 
     >>> parse_usage({"input_tokens": 3, "output_tokens": 4}), parse_usage({"prompt_tokens": 10**30})
-    (Usage(prompt_tokens=3, completion_tokens=4), None)
+    (Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=0), None)
     >>> parse_usage({"input_tokens": 3, "cache_read_input_tokens": 10, "output_tokens": 1})
-    Usage(prompt_tokens=13, completion_tokens=1)
-    >>> parse_usage({"output_tokens": 4}, Usage(13, 1))
-    Usage(prompt_tokens=13, completion_tokens=4)
+    Usage(prompt_tokens=13, completion_tokens=1, cached_tokens=10)
+    >>> parse_usage({"output_tokens": 4}, Usage(13, 1, 10))
+    Usage(prompt_tokens=13, completion_tokens=4, cached_tokens=10)
+    >>> parse_usage({"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}})
+    Usage(prompt_tokens=9, completion_tokens=4, cached_tokens=8)
     """
     if not isinstance(value, dict):
         return None
+    cached_before = 0
     prompt = value.get("prompt_tokens")
     if prompt is None:
         prompt = value.get("input_tokens")
@@ -50,11 +59,23 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
             cached = [value.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
             prompt += sum([count for count in cached if type(count) is int])
         if before is not None and "output_tokens" in value and not prompt:
-            prompt = before.prompt_tokens
+            prompt, cached_before = before.prompt_tokens, before.cached_tokens
     completion = value.get("completion_tokens", value.get("output_tokens", 0))
     if type(prompt) is int and type(completion) is int and 0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS:
-        return Usage(prompt_tokens=prompt, completion_tokens=completion)
+        return Usage(prompt, completion, min(_cached_tokens(value) or cached_before, prompt))
     return None
+
+
+def _cached_tokens(usage: dict[str, Any]) -> int:  # Any: JSON of any shape
+    """Reads how many tokens of the prompt came from the provider's cache: in OpenAI's details of either API, as
+    Anthropic counts them, as DeepSeek does, or as Moonshot does. 0 if it is not said."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    count = details.get("cached_tokens") if isinstance(details, dict) else None
+    for name in ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens"):
+        if type(count) is int and count > 0:
+            return count
+        count = usage.get(name)
+    return count if type(count) is int and count > 0 else 0
 
 
 def find_usage(value: Mapping[str, Any], before: Usage | None = None) -> Usage | None:  # Any: JSON of any shape
@@ -63,7 +84,7 @@ def find_usage(value: Mapping[str, Any], before: Usage | None = None) -> Usage |
     (Moonshot). ``before`` is as in `parse_usage`.
 
     >>> find_usage({"choices": [{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}]})
-    Usage(prompt_tokens=3, completion_tokens=4)
+    Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=0)
     """
     choices = value.get("choices")
     holders = (value, value.get("response"), value.get("message"), value.get("x_groq"))

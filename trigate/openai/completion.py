@@ -218,15 +218,15 @@ def _is_heartbeat(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
     return value.get("choices") is None and not value.get("usage") and value.keys() <= _ENVELOPE
 
 
-def _is_filled(value: object) -> bool:
+def is_filled(value: object) -> bool:
     """Whether a part of an answer has anything in it besides labels.
 
-    >>> _is_filled({"type": "message", "role": "assistant", "content": []}), _is_filled([{"type": "text", "text": "a"}])
+    >>> is_filled({"type": "message", "role": "assistant", "content": []}), is_filled([{"type": "text", "text": "a"}])
     (False, True)
     """
     if isinstance(value, dict):
-        return any(_is_filled(part) for name, part in value.items() if name not in _LABELS)
-    return any(map(_is_filled, value)) if isinstance(value, list) else bool(value)
+        return any(is_filled(part) for name, part in value.items() if name not in _LABELS)
+    return any(map(is_filled, value)) if isinstance(value, list) else bool(value)
 
 
 def _carries_content(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
@@ -250,7 +250,7 @@ def _carries_content(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
         if not isinstance(kind, str):
             return "choices" not in value
         if kind.endswith(".added"):  # an item or a part of one
-            return _is_filled(value.get("item") or value.get("part"))
+            return is_filled(value.get("item") or value.get("part"))
         return not (kind.endswith(_BEFORE_CONTENT) or _HEARTBEAT.search(kind))
     if not isinstance(choices, list):
         return True
@@ -258,6 +258,6 @@ def _carries_content(value: dict[str, Any]) -> bool:  # Any: JSON of any shape
         if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("text"):
             return True
         delta = choice.get("delta")
-        if isinstance(delta, dict) and _is_filled(delta):
+        if isinstance(delta, dict) and is_filled(delta):
             return True
     return False

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trigate.errors import Reported
+from trigate.errors import GatewayError, Rejected, Reported
 from trigate.openai.raw_json import decode_any
 
 _ENVELOPES = ("error", "errors", "base_resp", "responsemetadata", "response", "fault")
@@ -86,6 +86,15 @@ def _inner_message(text: str, depth: int) -> str | None:
         return None
     inner = decode_any(text.encode(errors="replace"))
     return find_message(inner, depth + 1) if isinstance(inner, dict | list) else None
+
+
+def error_object(error: GatewayError) -> Mapping[str, object]:
+    """Returns the provider's error object that an error has kept; empty if there is none."""
+    if isinstance(error, Reported):
+        return error.payload
+    value = decode_any(error.body) if isinstance(error, Rejected) and error.body is not None else None
+    inner = value.get("error") if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) else {}
 
 
 def message_in(body: bytes) -> str | None:

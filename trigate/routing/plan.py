@@ -17,9 +17,11 @@ The rules:
   to retry.
 * Only failures count against a target. A refusal (`retry.REFUSALS`) shows that it works. A target that does not serve
   the endpoint (`Unsupported`) comes after all others for a while.
-* An error that is not `retryable` ends the call. A target that has not been tried yet is tried at once: that multiplies
-  no calls. A target that has been tried is retried after a pause, out of its retry budget, unless it asked to wait for
-  longer than ``retries.max_backoff_s`` or than the call has left.
+* An error for a reason that the model names (``on``, `retry.reasons_of`) leads to the targets that have not been tried
+  yet. One of them is tried at once: that multiplies no calls. After any other error, only the target that failed may be
+  retried.
+* An error that is not `retryable` is not retried at its target. A target that has been tried is retried after a pause,
+  out of its retry budget, unless it asked to wait for longer than ``retries.max_backoff_s`` or than the call has left.
 * Whether a call may be sent again to the same target is `retry.may_resend`: it may have been served and billed.
 * At most ``max_attempts`` attempts in all, including hedges.
 """
@@ -29,10 +31,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from trigate.config.sections import Config
+from trigate.config.sections import Config, ModelConfig
 from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
+from trigate.openai.answer import Usage
 from trigate.routing.circuit_breaker import Change, Entry
-from trigate.routing.retry import REFUSALS, backoff_s, may_resend
+from trigate.routing.retry import REFUSALS, backoff_s, may_resend, reasons_of
 from trigate.routing.routes import Target
 from trigate.routing.target_state import UNSERVED_S, Targets, TargetState
 
@@ -56,16 +59,18 @@ class Plan:
     """The attempts of one call.
 
     Args:
-        model: The public model id; its ``[models.NAME]``, if there is one, sets the strategy.
+        alias: The name of the ``[models.NAME]`` that sets the strategy; another text if there is none.
         endpoint: The path of the call, below ``/v1``.
         targets: The targets that may serve the call; at least one.
         states: The states of all targets.
+        weights: Of the targets, for balance (`relative_weights`); empty = equal ones.
     """
 
     __slots__ = (
         "_all_states",
         "_attempts",
         "_endpoint",
+        "_failed",
         "_hedged",
         "_max",
         "_model",
@@ -78,21 +83,31 @@ class Plan:
         "_weights",
     )
 
-    def __init__(self, model: str, endpoint: str, targets: tuple[Target, ...], states: Targets, config: Config) -> None:
-        self._name = model
+    def __init__(
+        self,
+        alias: str,
+        endpoint: str,
+        targets: tuple[Target, ...],
+        states: Targets,
+        config: Config,
+        *,
+        weights: tuple[float, ...] = (),
+    ) -> None:
+        self._name = alias
         self._endpoint = endpoint
         self._targets = targets
         self._all_states = states
-        self._model = config.models.get(model)
+        self._model = config.models.get(alias)
         self._retries = config.retries
         self._weights: tuple[float, ...] | None = None  # of the targets, for balance
         if self._model is not None and self._model.strategy == "balance" and len(targets) > 1:
-            self._weights = states.weights(model, targets)
-        self._max = config.max_attempts(model)
+            self._weights = weights or (1.0,) * len(targets)
+        self._max = config.max_attempts(alias)
         self._tries: dict[Target, int] = {}
         self._states: dict[Target, TargetState] = {}
         self._spent: tuple[Target, ...] = ()  # the targets that must not get this call again
         self._attempts = 0
+        self._failed: Target | None = None  # the target of the last attempt that failed
         self._hedged = False
 
     def first(self, now: float, chance: float) -> Step:
@@ -135,22 +150,37 @@ class Plan:
         Args:
             left_s: Seconds until the call's deadline.
         """
-        if not error.retryable or self._attempts >= self._max or left_s <= 0:
+        if self._attempts >= self._max or left_s <= 0:
             return None
-        for target in self._order(now, chance):
+        leads_on = self._leads_on(error)
+        for target in self._order(now, chance) if leads_on else ():
             if target in self._tries:
                 continue
             state = self._state(target)
             entry = state.breaker.enter(now)
             if entry is not None:
                 return self._begin(target, state, "failover", entry)
-        return self._again(now, chance, left_s)
+        return self._again(now, chance, left_s, leads_on=leads_on) if error.retryable else None
 
-    def _again(self, now: float, chance: float, left_s: float) -> Step | None:
-        """A target that has been tried: the one of the fewest tries that can be tried soonest, in its order."""
+    def _leads_on(self, error: GatewayError) -> bool:
+        """Whether an error is a reason to try another target."""
+        return error.retryable if self._model is None else not reasons_of(error).isdisjoint(self._model.on)
+
+    def may_lead_on(self, now: float) -> bool:
+        """Whether `next` would find a target that has not been tried, if the error is a reason for it."""
+        if self._attempts >= self._max:
+            return False
+        left = [target for target in self._targets if target not in self._tries]
+        return any(self._state(target).breaker.opens_in_s(now) <= 0 for target in left)
+
+    def _again(self, now: float, chance: float, left_s: float, *, leads_on: bool) -> Step | None:
+        """A target that has been tried: the one of the fewest tries that can be tried soonest, in its order; the one
+        that has just failed, unless the error leads to others."""
         retries = self._retries
         waits: list[tuple[int, float, int]] = []
         for index, target in enumerate(self._targets):
+            if not leads_on and target != self._failed:
+                continue
             tries = self._tries.get(target, 0)
             opens_s = self._state(target).breaker.opens_in_s(now)
             pause_s = backoff_s(tries, base_s=retries.backoff_s, max_s=retries.max_backoff_s, chance=chance)
@@ -212,6 +242,7 @@ class Plan:
         error: GatewayError | None = None,
         first_token_s: float | None = None,
         judged: bool = True,
+        usage: Usage | None = None,
     ) -> Change | None:
         """Records the end of an attempt; returns whether it has opened or closed the breaker of its target.
 
@@ -219,11 +250,17 @@ class Plan:
             error: Why it failed; None = it succeeded.
             first_token_s: Seconds to its first content; None if none came.
             judged: False if it says nothing about the target (the client disconnected; another attempt won).
+            usage: The token counts that the target has reported.
         """
         state = self._states[step.target]
         state.in_flight -= 1
+        if usage is not None:
+            state.prompt_tokens += usage.prompt_tokens
+            state.cached_tokens += usage.cached_tokens
         if first_token_s is not None:
             state.note_first_token(first_token_s, now)
+        if error is not None:
+            self._failed = step.target
         if error is not None and not may_resend(error, self._retries.resend):
             self._spent = (*self._spent, step.target)
         if not judged:
@@ -277,6 +314,16 @@ class Plan:
         costs = [state.cost(weight, now, unknown_s=unknown_s) for state, weight in states]
         pair = (second, first) if costs[0] > costs[1] * _SIMILAR else (first, second)
         return tuple([target for target, _ in (*pair, *left)])
+
+
+def relative_weights(model: ModelConfig, every: tuple[Target, ...], usable: tuple[Target, ...]) -> tuple[float, ...]:
+    """The weights of the usable ones of a model's targets, in their order; 1 = the average. Empty = equal ones."""
+    if not model.weights:
+        return ()
+    configured = dict(zip(every, model.weights, strict=True))
+    weights = [configured[target] for target in usable]
+    mean = sum(weights) / len(weights)
+    return tuple([weight / mean for weight in weights])
 
 
 def _pick(weights: list[float], chance: float) -> tuple[int, float]:

@@ -13,7 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from trigate.errors import GatewayError, ProtocolViolation, Unavailable, Untranslatable, UpstreamTimeout
+from trigate.config.sections import Reason
+from trigate.dialects.content_filter import is_refusal
+from trigate.dialects.overflow import overflow_of
+from trigate.errors import GatewayError, ProtocolViolation, Rejected, Unavailable, Untranslatable, UpstreamTimeout
 
 MAX_TOKENS = 10.0
 """The most retries that can be saved up."""
@@ -81,6 +84,31 @@ def may_resend(error: GatewayError, rule: Literal["never", "refused", "always"])
         error.status == 429
         or (isinstance(error, Unavailable) and error.status == 503 and error.retry_after_s is not None)
     )
+
+
+def reasons_of(error: GatewayError) -> frozenset[Reason]:
+    """The reasons (``models.ALIAS.on``) for which an attempt failed; none = another target would fail as well.
+
+    What a stream reports before its content was always a reason to try the next target. So a request that is too long
+    is also an ``error`` if it was reported there, and nothing else if it was refused.
+
+    >>> sorted(reasons_of(Rejected("prompt is too long: 9 tokens > 8 maximum", status=400)))
+    ['context_length']
+    >>> sorted(reasons_of(UpstreamTimeout("slow", phase="idle"))), sorted(reasons_of(Rejected("no", status=400)))
+    (['timeout'], [])
+    """
+    found: set[Reason] = set()
+    if is_refusal(error):
+        found.add("content_filter")
+    if overflow_of(error) is not None or (isinstance(error, Rejected) and error.status == 413):
+        found.add("context_length")
+    if error.status == 429:
+        found.add("rate_limit")
+    elif isinstance(error, UpstreamTimeout) or error.status == 408:
+        found.add("timeout")
+    elif error.retryable:
+        found.add("error")
+    return frozenset(found) if error.blame == "provider" or error.retryable else frozenset()
 
 
 class Budget:

@@ -5,14 +5,15 @@ The rules, in this order; a call is never rerouted silently:
 1. an alias (``[models.NAME]``, ``default``) stands for its targets;
 2. ``upstream/model``, split at the first slash, goes to that upstream, even if its list does not have the model (lists
    are incomplete, and the upstream's own 404 is clearer);
-3. a bare id that exactly one upstream lists goes there; if several list it, the client must choose;
-4. anything else is a 404 that names the closest ids.
+3. an id that a pattern matches (``[models."claude-*"]``) goes to the targets of the longest such pattern;
+4. a bare id that exactly one upstream lists goes there; if several list it, the client must choose;
+5. anything else is a 404 that names the closest ids.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 import attrs
@@ -62,17 +63,85 @@ class Known:
     only_anthropic: bool = False
 
 
-def plan(
-    model: str, *, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]
-) -> tuple[Target, ...]:
+class Alias(NamedTuple):
+    """An alias, for one id that it stands for.
+
+    Attributes:
+        name: That of its ``[models.NAME]``: the id, or a pattern that matches it.
+        targets: All its targets.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+
+
+class Aliases:
+    """The configured aliases: exact ids, and patterns, which have one ``*`` for any text of at least one character.
+
+    The model of a target may contain ``{model}``, which is the id that was asked for, and, under a pattern, ``{*}``,
+    which is the text that its ``*`` stands for.
+
+    >>> longer = {"claude-3-*": (Target("c", "m"),)}
+    >>> aliases = Aliases({"claude-*": (Target("a", "{model}"), Target("b", "x/{*}")), **longer})
+    >>> [str(target) for target in aliases.find("claude-9", ()).targets], aliases.find("claude-3-x", ()).name
+    (['a/claude-9', 'b/x/9'], 'claude-3-*')
+    >>> aliases.find("claude-", ()), aliases.find("a/claude-9", ("a",))
+    (None, None)
+
+    Attributes:
+        exact: The targets of the exact ids.
+    """
+
+    def __init__(self, configured: Mapping[str, tuple[Target, ...]]) -> None:
+        self.exact = {name: _filled(of, name, "") for name, of in configured.items() if "*" not in name}
+        self._patterns: list[tuple[str, str, str, tuple[Target, ...]]] = []
+        for name, targets in sorted(configured.items(), key=lambda item: -len(item[0])):
+            before, star, after = name.partition("*")
+            if star:
+                self._patterns.append((name, before, after, targets))
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether an id may be one that no exact alias has."""
+        return bool(self._patterns)
+
+    def find(self, model: str, upstreams: Container[str]) -> Alias | None:
+        """Finds the alias that stands for an id; None = there is none, or the id is ``upstream/model``.
+
+        Args:
+            upstreams: The names of all upstreams.
+        """
+        if model in self.exact:
+            return Alias(model, self.exact[model])
+        if not self._patterns or model == "default":
+            return None
+        target = Target.parse(model)
+        if target.model and target.upstream in upstreams:
+            return None
+        for name, before, after, targets in self._patterns:
+            if len(model) >= len(name) and model.startswith(before) and model.endswith(after):
+                return Alias(name, _filled(targets, model, model[len(before) : len(model) - len(after)]))
+        return None
+
+
+def _filled(targets: tuple[Target, ...], model: str, part: str) -> tuple[Target, ...]:
+    """Puts the id and the text of the ``*`` into the targets; neither of them is searched for a name."""
+    return tuple(
+        Target(upstream, part.join([text.replace("{model}", model) for text in template.split("{*}")]))
+        for upstream, template in targets
+    )
+
+
+def plan(model: str, *, aliases: Aliases, upstreams: Mapping[str, Known]) -> tuple[Target, ...]:
     """Returns the targets for a model id, in the order in which to try them; at least one.
 
     Raises:
         UnknownModel: The id is not known, or ambiguous.
         Unavailable: Its upstreams are disabled; the message says why.
     """
-    if model in aliases:
-        return _usable(model, aliases[model], upstreams)
+    alias = aliases.find(model, upstreams)
+    if alias is not None:
+        return _usable(model, alias.targets, upstreams)
     if model == "default":
         return (default_target(upstreams),)
     target = Target.parse(model)
@@ -117,19 +186,18 @@ def default_target(upstreams: Mapping[str, Known]) -> Target:
     raise Unavailable(f"No upstream can serve now ({'; '.join(reasons) or 'none is configured'}).", status=503)
 
 
-def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[str, Known]) -> dict[str, str]:
+def public_ids(*, aliases: Aliases, upstreams: Mapping[str, Known]) -> dict[str, str]:
     """Every id that ``GET /v1/models`` lists, with its owner: ``default`` and aliases first, then by upstream, then the
-    bare ids of models that one upstream alone has."""
+    bare ids of models that one upstream alone has. A pattern is no model, so it is not listed."""
     ids = {}
-    if "default" not in aliases:
+    if "default" not in aliases.exact:
         try:
             ids["default"] = default_target(upstreams).upstream
         except GatewayError:
             ids["default"] = "trigate"
-    for alias, targets in aliases.items():
-        usable = [target.upstream for target in targets if upstreams[target.upstream].unusable is None]
-        if usable:
-            ids[alias] = usable[0]
+    for name, targets in aliases.exact.items():
+        if (owner := _owner(targets, upstreams)) is not None:
+            ids[name] = owner
     for name, known in upstreams.items():
         if known.unusable is None:
             for model in known.models:
@@ -142,14 +210,23 @@ def public_ids(*, aliases: Mapping[str, tuple[Target, ...]], upstreams: Mapping[
     for name, known in upstreams.items():
         for model in known.models:
             if owners.get(model) == name and _is_bare(model, aliases, upstreams):
-                ids.setdefault(model, name)
+                alias = aliases.find(model, upstreams)  # a pattern
+                owner = name if alias is None else _owner(alias.targets, upstreams)
+                if owner is not None:
+                    ids.setdefault(model, owner)
     return ids
 
 
-def _is_bare(model: str, aliases: Mapping[str, object], upstreams: Mapping[str, object]) -> bool:
-    """Whether an id means the model of that name, and not an alias or ``upstream/model``."""
+def _owner(targets: tuple[Target, ...], upstreams: Mapping[str, Known]) -> str | None:
+    """The upstream of the first usable target."""
+    return next((target.upstream for target in targets if upstreams[target.upstream].unusable is None), None)
+
+
+def _is_bare(model: str, aliases: Aliases, upstreams: Container[str]) -> bool:
+    """Whether an id means the model of that name, or a pattern, and not an alias or ``upstream/model``."""
     target = Target.parse(model)
-    return model not in ("", "default") and model not in aliases and not (target.model and target.upstream in upstreams)
+    named = target.model and target.upstream in upstreams
+    return model not in ("", "default") and model not in aliases.exact and not named
 
 
 def closest(model: str, ids: Iterable[str]) -> tuple[str, ...]:

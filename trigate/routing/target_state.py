@@ -32,6 +32,8 @@ class TargetState:
         in_flight: How many attempts have begun and not ended.
         last_error: The error of the last attempt that counted as a failure of the target.
         unserved_until: Until when the target comes after all others, because it does not serve the endpoint.
+        prompt_tokens: Tokens of the prompts of all calls, as far as the target has reported them.
+        cached_tokens: How many of them it has read from its cache.
     """
 
     __slots__ = (
@@ -41,8 +43,10 @@ class TargetState:
         "_samples",
         "breaker",
         "budget",
+        "cached_tokens",
         "in_flight",
         "last_error",
+        "prompt_tokens",
         "unserved_until",
     )
 
@@ -50,6 +54,7 @@ class TargetState:
         self.breaker = Breaker(config.breaker)
         self.budget = Budget(config.retries.budget)
         self.in_flight = 0
+        self.prompt_tokens = self.cached_tokens = 0
         self.last_error: GatewayError | None = None
         self.unserved_until = -math.inf
         self._samples: list[float] = []
@@ -109,7 +114,6 @@ class Targets:
         self._config = Config()
         self._states: dict[tuple[Target, str], TargetState] = {}
         self._hedges: dict[str, Budget] = {}
-        self._weights: dict[str, dict[Target, float]] = {}
 
     def __repr__(self) -> str:
         return f"<Targets, {len(self._states)} known>"
@@ -122,10 +126,6 @@ class Targets:
             name: Budget(model.hedge_budget, per_second=0.0, initial=1.0)
             for name, model in config.models.items()
             if model.strategy == "hedge"
-        }
-        self._weights = {
-            name: dict(zip(map(Target.parse, model.targets), model.weights, strict=False))
-            for name, model in config.models.items()
         }
         for key in list(self._states):
             upstream = key[0].upstream
@@ -151,16 +151,9 @@ class Targets:
             state = self._states[key] = TargetState(self._config)
         return state
 
-    def hedges(self, model: str) -> Budget | None:
-        """The budget of hedges of a public model; None if its strategy is not ``hedge``."""
-        return self._hedges.get(model)
-
-    def weights(self, model: str, targets: tuple[Target, ...]) -> tuple[float, ...]:
-        """The weights of a public model's targets, in their order; 1 = the average of these targets."""
-        configured = self._weights.get(model, {})
-        weights = [configured.get(target, 1.0) for target in targets]
-        mean = sum(weights) / len(weights)
-        return tuple([weight / mean for weight in weights])
+    def hedges(self, alias: str) -> Budget | None:
+        """The budget of hedges of an alias; None if its strategy is not ``hedge``."""
+        return self._hedges.get(alias)
 
     def _forget_idle(self) -> None:
         for key, state in self._states.items():

@@ -128,6 +128,8 @@ class TargetStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         opens_in_s: How long an open breaker still refuses calls; 0 = it is not open.
         first_token_s: Moving average of the time to the first token; None = no data.
+        prompt_tokens: Tokens of the prompts, as far as the target has reported them.
+        cached_tokens: How many of them it has read from its cache.
     """
 
     target: str
@@ -136,6 +138,8 @@ class TargetStatus(msgspec.Struct, frozen=True, kw_only=True):
     opens_in_s: float = 0.0
     in_flight: int = 0
     first_token_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     worker: str = ""
 
 

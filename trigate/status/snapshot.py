@@ -120,6 +120,8 @@ def list_targets(targets: Targets, *, worker: str, now: float) -> tuple[TargetSt
             opens_in_s=round(state.breaker.opens_in_s(now), 3),
             in_flight=state.in_flight,
             first_token_s=round(state.first_token_s, 4) if state.first_token_s is not None else None,
+            prompt_tokens=state.prompt_tokens,
+            cached_tokens=state.cached_tokens,
             worker=worker,
         )
         for target, endpoint, state in targets.items()[:MAX_TARGETS]

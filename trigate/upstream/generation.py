@@ -17,10 +17,11 @@ import httpx2
 import trio
 
 from trigate.concurrency.notify import open_service
-from trigate.config.sections import AttemptTimeouts, Config, UpstreamConfig
+from trigate.config.sections import AttemptTimeouts, Config, ModelConfig, UpstreamConfig
 from trigate.errors import GatewayError
 from trigate.routing import routes
-from trigate.routing.routes import Known, Target
+from trigate.routing.plan import relative_weights
+from trigate.routing.routes import Alias, Aliases, Known, Target
 from trigate.upstream import echo
 from trigate.upstream.factory import TransportFactory, TrustStore, http_transport
 from trigate.upstream.local_model import process as local_model
@@ -34,6 +35,9 @@ _FIRST_LISTS_S = 0.3
 
 _MAX_ROUTES = 1024
 
+_UNNAMED = ModelConfig(targets=())
+"""The settings of a model id that has none in the configuration."""
+
 
 @attrs.frozen
 class Route:
@@ -44,20 +48,23 @@ class Route:
         timeouts: The timeouts of an attempt, by the name of its upstream.
         shortest_limit_s: The shortest time limit of all targets; ``math.inf`` = no limit.
         total_timeout_s: How long a call may take in all.
+        alias: The name of the ``[models.NAME]`` whose settings apply; the id itself, if there is none.
+        weights: Of the targets (`plan.relative_weights`).
     """
 
     targets: tuple[Target, ...]
     timeouts: Mapping[str, AttemptTimeouts]
     shortest_limit_s: float
     total_timeout_s: float
+    alias: str
+    weights: tuple[float, ...]
 
 
 class Generation:
     """The upstreams of one configuration, and the routes to them. Made by `open_generation`.
 
     Attributes:
-        aliases: The targets of each configured alias.
-        coalesced: The aliases whose calls share identical upstream calls by default.
+        aliases: The configured aliases.
         trust: The certificate authorities, as they were when this generation first needed them.
         exchanges: The number of holds: exchanges that use this generation.
         created: When it was opened, in seconds since the epoch.
@@ -67,10 +74,7 @@ class Generation:
         self.config = config
         self.upstreams = upstreams
         self.trust = trust
-        self.aliases = {
-            alias: tuple(Target.parse(target) for target in model.targets) for alias, model in config.models.items()
-        }
-        self.coalesced = frozenset(alias for alias, model in config.models.items() if model.coalesce)
+        self.aliases = Aliases({name: tuple(map(Target.parse, model.targets)) for name, model in config.models.items()})
         self._routes: dict[str, Route] = {}
         self.exchanges = 0
         self.created = int(time.time())
@@ -95,15 +99,32 @@ class Generation:
         if found is not None:
             return found
         targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
-        timeouts = {target.upstream: self.config.attempt_timeouts(target.upstream, model) for target in targets}
+        alias = self.aliases.find(model, self.upstreams) or Alias(model, targets)
+        timeouts = {target.upstream: self.config.attempt_timeouts(target.upstream, alias.name) for target in targets}
         shortest_s = min(min(attrs.astuple(each)) for each in timeouts.values())
         # All attempts share one deadline: the longest total timeout of the targets.
-        found = Route(targets, timeouts, shortest_s, max(each.total_s for each in timeouts.values()))
-        if model != "default" or model in self.aliases:
+        total_s = max(each.total_s for each in timeouts.values())
+        weights = relative_weights(self.config.models.get(alias.name, _UNNAMED), alias.targets, targets)
+        found = Route(targets, timeouts, shortest_s, total_s, alias.name, weights)
+        if model != "default" or model in self.aliases.exact:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()  # clients choose the ids, so their number has no other bound
             self._routes[model] = found
         return found
+
+    def alias_of(self, model: str) -> str:
+        """Returns the name of the ``[models.NAME]`` whose settings apply to a public model id; the id itself, if there
+        is none."""
+        if not self.aliases.has_patterns or model in self.aliases.exact:
+            return model
+        if (route := self._routes.get(model)) is not None:
+            return route.alias
+        alias = self.aliases.find(model, self.upstreams)
+        return alias.name if alias is not None else model
+
+    def settings_of(self, model: str) -> ModelConfig:
+        """Returns the settings of a public model id."""
+        return self.config.models.get(self.alias_of(model), _UNNAMED)
 
     def forget_routes(self) -> None:
         """Drops the kept routes, because an upstream lists other models."""
@@ -120,9 +141,9 @@ class Generation:
         Args:
             owner: The upstream that `public_ids` names.
         """
-        alias = self.config.models.get(model)
+        alias = self.aliases.find(model, self.upstreams)
         if alias is not None:
-            target = next(each for each in self.aliases[model] if self.upstreams[each.upstream].unusable is None)
+            target = next(each for each in alias.targets if self.upstreams[each.upstream].unusable is None)
         elif model == "default":
             try:
                 target = routes.default_target(self.known())
@@ -132,7 +153,7 @@ class Generation:
             target = Target(owner, model.removeprefix(f"{owner}/"))
         upstream = self.upstreams[target.upstream]
         listed, configured = upstream.model_fields.get(target.model, {}), upstream.config.model_info
-        return {**listed, **configured.get(target.model, {}), **(alias.info if alias is not None else {})}
+        return {**listed, **configured.get(target.model, {}), **self.settings_of(model).info}
 
     def hold(self) -> None:
         """Keeps the generation open for one exchange, until `let_go`."""

@@ -56,7 +56,8 @@ async def list_models() -> Response:
 
 @blueprint.get("/v1/models/<path:model>")
 async def retrieve_model(model: str) -> Response:
-    """Returns one entry of the list by its id; slashes in it may be encoded or not.
+    """Returns one entry of the list by its id, or a model that a pattern of the configuration stands for; slashes in
+    the id may be encoded or not.
 
     Raises:
         UnknownModel: It is not listed.
@@ -66,9 +67,11 @@ async def retrieve_model(model: str) -> Response:
     if model in ids:
         return jsonify(_model(generation, model, ids[model]))
     try:
-        generation.route(model)  # says which upstreams have an ambiguous id
+        route = generation.route(model)  # says which upstreams have an ambiguous id
     except Unavailable as error:  # a call would get a 503; here the model is not listed
         raise UnknownModel(model, reason=error.message) from None
+    if route.alias != model:
+        return jsonify(_model(generation, model, route.targets[0].upstream))
     raise UnknownModel(model, closest=routes.closest(model, ids))
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from trigate.dialects.overflow import overflow_in
+from trigate.dialects.overflow import overflow_of
 from trigate.errors import GatewayError, Header, Rejected, Reported
+from trigate.openai.provider_error import error_object
 from trigate.openai.raw_json import decode_any
 
 OVERLOADED = 529
@@ -68,22 +69,12 @@ def _describe(error: GatewayError, status: int) -> tuple[str, str]:
     kind = TYPE_OF_STATUS.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
     if not isinstance(error, Rejected | Reported):
         return kind, error.message
-    told = _provider_error(error)
-    found = overflow_in(error.message, told) if isinstance(error, Reported) or status in (400, 413, 422) else None
+    found = overflow_of(error)
     if found is not None:
         if found.tokens is None or found.maximum is None:
             return "invalid_request_error", f"prompt is too long: {error.message}"
         return "invalid_request_error", f"prompt is too long: {found.tokens} tokens > {found.maximum} maximum"
-    given = told.get("type")
+    given = error_object(error).get("type")
     if isinstance(error, Reported) and isinstance(given, str) and given in TYPES:
         kind = given
     return kind, error.message
-
-
-def _provider_error(error: Rejected | Reported) -> Mapping[str, object]:
-    """Returns the provider's error object; empty if it sent none."""
-    if isinstance(error, Reported):
-        return error.payload
-    value = decode_any(error.body) if error.body is not None else None
-    inner = value.get("error") if isinstance(value, dict) else None
-    return inner if isinstance(inner, dict) else {}
