@@ -226,7 +226,10 @@ async def open_generation(config: Config, transports: TransportFactory | None = 
             and upstream.config.models == "discover"
             and upstream.unusable is None
         ]
-        async with open_service(*(each.run for each in pools), *(each.run for each in polls)):
+        auths = [each.auth for each in upstreams.values() if each.auth is not None]
+        async with open_service(
+            *[each.run for each in pools], *[each.run for each in polls], *[each.run for each in auths]
+        ):
             with trio.move_on_after(_FIRST_LISTS_S):
                 for poll in polls:
                     await poll.tried.wait()

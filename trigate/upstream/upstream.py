@@ -40,6 +40,7 @@ from trigate.errors import (
 )
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
+from trigate.upstream.auth.credentials import RequestAuth
 from trigate.upstream.connect import Origin
 from trigate.upstream.error_body import message_suffix, rejection
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
@@ -95,12 +96,14 @@ class Upstream:
         local_model: The process behind kind ``local``.
         unusable: Why no call can be sent to it; None = the configuration decides.
         default_models: The models that it serves if the configuration lists none.
+        auth: Adds to each request what proves who sends it, where constant headers are not enough.
 
     Attributes:
         models: The models that it serves; empty until a discovery has succeeded.
         model_fields: What it says about them.
         state: ``up``, ``down`` or ``unknown``.
         reason: Why it is down.
+        auth: As given.
         polled: Whether the upstream is asked for its models regularly, which keeps its state fresh.
     """
 
@@ -113,6 +116,7 @@ class Upstream:
         local_model: LocalModel | None = None,
         unusable: str | None = None,
         default_models: tuple[str, ...] = (),
+        auth: RequestAuth | None = None,
     ) -> None:
         self.name = name
         self.config: UpstreamConfig = config.upstreams[name]
@@ -133,6 +137,7 @@ class Upstream:
         self._fields = _fields(self._headers)
         self._pool: ConnectionPool | None = transport.pool if isinstance(transport, SocketTransport) else None
         self._local_model = local_model
+        self.auth = auth
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
         self._resend = config.retries.resend != "never"
@@ -277,10 +282,13 @@ class Upstream:
     async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Source:
         base_url = await self._base_url()
         try:
+            address = self._address
+            if address is None or base_url != address.base_url:
+                address = self._address = _Address.of(base_url)
+            if self.auth is not None:
+                proof = await self.auth.headers(method, address.netloc, address.path + path, body)
+                headers = {**headers, **proof}
             if self._pool is not None:
-                address = self._address
-                if address is None or base_url != address.base_url:
-                    address = self._address = _Address.of(base_url)
                 if len(body) > _LARGE_BYTES:  # it has just been copied, and is copied again
                     await trio.lowlevel.checkpoint()
                 opening = self._pool.open(
@@ -323,8 +331,13 @@ class Upstream:
         except (Truncated, ProtocolViolation):
             body = b""  # the status alone decides
         error = self._error_for(reply, body)
-        error.redact(self._secrets)
+        if self.auth is not None and reply.status in (401, 403):
+            self.auth.note_refused()
+        self._redact(error)
         return error
+
+    def _redact(self, error: GatewayError) -> None:
+        error.redact(self._secrets if self.auth is None else self._secrets + self.auth.secrets)
 
     def _error_for(self, reply: Reply, body: bytes) -> GatewayError:
         status, message = reply.status, message_suffix(body)
@@ -378,7 +391,7 @@ class _OpenReply:
                 upstream._slots.release(self._owner)
                 raise
         except GatewayError as error:
-            error.redact(upstream._secrets)
+            upstream._redact(error)
             raise
         return self._reply
 
@@ -402,7 +415,7 @@ class _OpenReply:
         finally:
             self._upstream._slots.release(self._owner)
         if isinstance(error, GatewayError):
-            error.redact(self._upstream._secrets)
+            self._upstream._redact(error)
 
 
 @attrs.frozen
