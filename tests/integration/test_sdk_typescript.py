@@ -1,4 +1,7 @@
-"""The official TypeScript SDK against a real gateway. The tests themselves are in ``node/sdk.test.mjs``."""
+"""The official TypeScript SDKs of OpenAI and Anthropic against a real gateway.
+
+The tests themselves are in ``node/sdk.test.mjs``.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NODE is None, reason="there is no Node here"),
     pytest.mark.skipif(
-        not (ROOM / "node_modules/openai").exists(),
+        not (ROOM / "node_modules/@anthropic-ai").exists(),
         reason="there is no tests/node/node_modules: ./scripts/test (or `npm ci` in tests/node) makes it",
     ),
 ]

@@ -1,8 +1,9 @@
-// What the official TypeScript SDK does with a gateway. Where it is, and where the scripted upstream behind it is, comes
+// What the official TypeScript SDKs of OpenAI and Anthropic do with a gateway. Where it is, and where the scripted upstream behind it is, comes
 // from the environment: test_sdk_typescript.py starts both, runs this file, and expects each test here by its name.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 
 const { BASE_URL, KEY, UPSTREAM, TEXT } = process.env;
@@ -235,4 +236,55 @@ test("an abort in the middle closes the upstream", async () => {
     late.push((await closed(model)) - leftAt);
   }
   assertSoon(late);
+});
+
+// -- Anthropic's SDK --------------------------------------------------------------------------------------------------
+
+const claude = new Anthropic({ baseURL: BASE_URL.replace(/\/v1$/, ""), apiKey: KEY, maxRetries: 0 });
+const asked = { max_tokens: 100, messages };
+const weather = { name: "weather", input_schema: { type: "object", properties: { city: { type: "string" } } } };
+
+test("Messages: an answer", async () => {
+  const message = await claude.messages.create({ model: "mock/hello", ...asked });
+  assert.deepEqual(message.content, [{ type: "text", text: TEXT }]);
+  assert.equal(message.stop_reason, "end_turn");
+  assert.equal(message.usage.input_tokens, 7);
+});
+
+test("Messages: a stream", async () => {
+  const stream = claude.messages.stream({ model: "mock/hello", ...asked });
+  const texts = [];
+  stream.on("text", (text) => texts.push(text));
+  const message = await stream.finalMessage();
+  assert.equal(texts.join(""), TEXT);
+  assert.ok(texts.length > 1);
+  assert.deepEqual([message.stop_reason, message.usage.output_tokens], ["end_turn", 4]);
+});
+
+test("Messages: a tool and its result, streamed", async () => {
+  const ask = { model: "mock/tools", max_tokens: 100, tools: [weather] };
+  const { content, stop_reason } = await claude.messages.stream({ ...ask, messages }).finalMessage();
+  assert.equal(stop_reason, "tool_use");
+  const [call] = content;
+  assert.deepEqual(call.input, { city: "Köln" });
+  const result = { type: "tool_result", tool_use_id: call.id, content: "warm" };
+  const turns = [...messages, { role: "assistant", content }, { role: "user", content: [result] }];
+  const last = await claude.messages.stream({ ...ask, messages: turns }).finalMessage();
+  assert.equal(last.content[0].text, `${call.id} says warm`);
+});
+
+test("Messages: errors are those of the SDK", async () => {
+  for (const [model, kind] of [
+    ["mock/status-400", Anthropic.BadRequestError],
+    ["mock/status-429", Anthropic.RateLimitError],
+    ["mock/status-503", Anthropic.OverloadedError],
+    ["nobody/x", Anthropic.NotFoundError],
+  ]) {
+    await refused(() => claude.messages.create({ model, ...asked }), kind);
+  }
+});
+
+test("Messages: the models are listed", async () => {
+  const ids = (await all(claude.models.list())).map((model) => model.id);
+  assert.ok(ids.includes("mock/org/deep/model"));
 });
