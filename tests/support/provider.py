@@ -132,6 +132,7 @@ class Served:
     """One call that reached the provider.
 
     Attributes:
+        target: The path as it was sent, with its query; empty over a socket.
         connection: The number of its connection; 0 in memory.
         pieces_read: How many pieces of the body the gateway has read.
         ended: None while it runs; then ``complete`` (the reply was read to its end), ``broken`` (by the script) or
@@ -144,6 +145,7 @@ class Served:
     headers: Mapping[str, str]
     body: bytes
     _tell: Callable[[], None]
+    target: str = ""
     connection: int = 0
     pieces_read: int = 0
     ended: str | None = None
@@ -239,6 +241,7 @@ class MemoryTransport(httpx2.AsyncBaseTransport):
         assert not self.closed, "a call on a closed transport"
         body = await request.aread()
         call, script = self._provider.begin(request.method, request.url.path, request.headers, body)
+        call.target = request.url.raw_path.decode("ascii")
         try:
             await trio.lowlevel.checkpoint()
             for position, step in enumerate(script):

@@ -304,6 +304,23 @@ async def test_a_key_that_no_header_can_carry_disables_its_provider() -> None:
     assert list(config.upstreams) == ["openai", "groq", "trigate"]
 
 
+@pytest.mark.usefixtures("no_local_model")
+async def test_azure() -> None:
+    """Key and endpoint together make an upstream; an endpoint that is no URL is an error that names its variable."""
+    env = {"AZURE_OPENAI_API_KEY": "a", "AZURE_OPENAI_ENDPOINT": "https://name.openai.azure.com/"}
+    config = await discover(env, transport=Answers({}))
+    assert list(config.upstreams) == ["azure", "trigate"]
+    found = config.upstreams["azure"]
+    assert (found.kind, found.base_url, found.api_version) == ("azure", "https://name.openai.azure.com", None)
+    assert config.secrets["azure"] == {"api-key": "a"}
+    more = {"OPENAI_API_VERSION": "2024-10-21", "AZURE_OPENAI_DEPLOYMENT_NAME": "mine"}
+    found = (await discover({**env, **more}, transport=Answers({}))).upstreams["azure"]
+    assert (found.api_version, found.models) == ("2024-10-21", ("mine",))
+    assert list((await discover({"AZURE_OPENAI_API_KEY": "a"}, transport=Answers({}))).upstreams) == ["trigate"]
+    with pytest.raises(ConfigError, match="AZURE_OPENAI_ENDPOINT"):
+        await discover({**env, "AZURE_OPENAI_ENDPOINT": "name"}, transport=Answers({}))
+
+
 def test_the_probe_s_bound() -> None:
     """The probe takes at most 300 ms."""
     assert discovery.PROBE_TIMEOUT_S <= 0.3

@@ -168,6 +168,12 @@ def base_url(value: Any, kind: Any) -> str:
     return found
 
 
+def word(value: Any, _: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(f"expected letters, digits, '.', '_' and '-' only, got {value!r}")
+    return value
+
+
 def host_name(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a host name, got {kind_of(value)}")
@@ -281,8 +287,10 @@ def template_problems(template: str, expressions: Mapping[str, str]) -> list[str
     return problems
 
 
+_REMOTE = ("openai", "anthropic", "azure")
 _OF_KIND = {
-    **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), ("openai", "anthropic")),
+    **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), _REMOTE),
+    "api_version": ("azure",),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
 }
@@ -291,10 +299,10 @@ _OF_KIND = {
 def kind_problems(table: Mapping[str, Any]) -> list[str]:
     """Settings of an upstream that do not match its kind. Takes the raw table, so that a wrong type hides nothing."""
     kind = table.get("kind", "openai")
-    if kind not in ("openai", "anthropic", "echo", "local"):
+    if kind not in (*_REMOTE, "echo", "local"):
         return []  # reported by the conversion
     found = []
-    if kind in ("openai", "anthropic") and "base_url" not in table:
+    if kind in _REMOTE and "base_url" not in table:
         found.append(f"base_url: required for kind {kind!r}")
     if str(table.get("api_key")).lower().startswith("bearer "):
         found.append("api_key: the key alone, without 'Bearer', which Trigate adds")

@@ -68,6 +68,7 @@ def _make_converter() -> cattrs.Converter:
             models=cattrs.override(struct_hook=checks.model_list),
             model_info=cattrs.override(struct_hook=checks.model_info),
             base_url=cattrs.override(struct_hook=checks.base_url),
+            api_version=cattrs.override(struct_hook=checks.word),
         ),
     )
 

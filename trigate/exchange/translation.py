@@ -194,6 +194,7 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
     "echo": "openai",
     "local": "openai",
     "anthropic": "anthropic",
+    "azure": "openai",
 }
 """The format that an upstream of a kind speaks."""
 

@@ -298,6 +298,7 @@ class UpstreamCall:
             translation.path(call, attempt.target.model),
             body,
             headers=headers,
+            model=attempt.target.model,
             owner=request.owner,
             on_phase=attempt.on_phase,
         )

@@ -2,21 +2,22 @@
 language model, and the echo.
 
 **Source:** the OpenAI-compatible base URL that each provider documents (Anthropic's own, for Anthropic); the default
-ports in the documentation of Ollama, LM Studio, llama.cpp and vLLM.
+ports in the documentation of Ollama, LM Studio, llama.cpp and vLLM; the variables that the SDKs of the clouds read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import attrs
 import httpx2
 import trio
 
+from trigate.config import checks
 from trigate.config import structure as configuration
 from trigate.config.secrets import Secret
-from trigate.config.sections import Config, UpstreamConfig, Url
+from trigate.config.sections import Config, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError
 from trigate.upstream import echo
 from trigate.upstream.local_model import process
@@ -69,8 +70,13 @@ LOCAL_SERVERS: Mapping[str, int] = {"ollama": 11434, "lmstudio": 1234, "llamacpp
 
 
 def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
-    """Returns an upstream for each provider whose key is set and not empty, in the order of `PROVIDERS`."""
-    return {
+    """Returns an upstream for each provider whose key is set and not empty, in the order of `PROVIDERS`; then those of
+    the clouds.
+
+    Raises:
+        ConfigError: A variable of a cloud is set, but unusable.
+    """
+    found = {
         provider.name: UpstreamConfig(
             kind=provider.kind,
             base_url=Url(provider.base_url),
@@ -80,6 +86,36 @@ def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
         for provider in PROVIDERS
         if env.get(provider.env)
     }
+    return found | _clouds(env)
+
+
+def _clouds(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
+    """Returns the upstreams that the variables of the clouds' own SDKs describe.
+
+    Raises:
+        ConfigError: A variable is set, but unusable.
+    """
+    found = {}
+    if env.get("AZURE_OPENAI_API_KEY") and (endpoint := env.get("AZURE_OPENAI_ENDPOINT")):
+        deployment = env.get("AZURE_OPENAI_DEPLOYMENT_NAME") or env.get("AZURE_OPENAI_DEPLOYMENT")
+        found["azure"] = UpstreamConfig(
+            kind="azure",
+            base_url=Url(_checked("AZURE_OPENAI_ENDPOINT", endpoint.strip(), checks.url)),
+            api_key=Secret(env="AZURE_OPENAI_API_KEY"),
+            api_version=_checked("OPENAI_API_VERSION", env.get("OPENAI_API_VERSION"), checks.word),
+            models=(deployment,) if deployment else "discover",
+        )
+    return found
+
+
+def _checked(variable: str, value: str | None, check: Callable[[Any, Any], str]) -> Any:  # Any: a string, or None
+    """Returns the value of a variable, checked as a setting is; None if it is not set."""
+    if not value:
+        return None
+    try:
+        return check(value, None)
+    except ValueError as error:
+        raise ConfigError(variable, (str(error),)) from None
 
 
 async def probe(transport: httpx2.AsyncBaseTransport, servers: Mapping[str, int]) -> dict[str, UpstreamConfig]:
@@ -124,7 +160,7 @@ async def discover(
         servers: The local servers to ask, by name, each with its port.
 
     Raises:
-        ConfigError: ``TRIGATE_API_KEY`` is set, but unusable.
+        ConfigError: ``TRIGATE_API_KEY`` or a variable of a cloud is set, but unusable.
     """
     base = configuration.structure({}, env=env, source="discovery")
     upstreams = from_environment(env) | await probe(transport, servers)

@@ -23,6 +23,7 @@ from trigate.routing import routes
 from trigate.routing.plan import relative_weights
 from trigate.routing.routes import Alias, Aliases, Known, Target
 from trigate.upstream import echo
+from trigate.upstream.auth import auth_of
 from trigate.upstream.factory import TransportFactory, TrustStore, http_transport
 from trigate.upstream.local_model import process as local_model
 from trigate.upstream.local_model.process import LocalModel, LocalModelSettings
@@ -258,9 +259,9 @@ async def _open_upstream(
                 unusable=unusable,
                 default_models=(local_model.model_id(settings.gguf),),
             )
-        case "openai" | "anthropic":
+        case "openai" | "anthropic" | "azure":
             transport = await stack.enter_async_context(transports(name, settings))
-            return Upstream(name, config, transport)
+            return Upstream(name, config, transport, auth=auth_of(name, settings))
 
 
 def _open_local(settings: UpstreamConfig) -> contextlib.AbstractAsyncContextManager[LocalModel]:

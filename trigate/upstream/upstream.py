@@ -40,6 +40,7 @@ from trigate.errors import (
 )
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
+from trigate.upstream import azure
 from trigate.upstream.auth.credentials import RequestAuth
 from trigate.upstream.connect import Origin
 from trigate.upstream.error_body import message_suffix, rejection
@@ -138,6 +139,8 @@ class Upstream:
         self._pool: ConnectionPool | None = transport.pool if isinstance(transport, SocketTransport) else None
         self._local_model = local_model
         self.auth = auth
+        self._url = _url_of(self.config)
+        self._api_version = self.config.api_version
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
         self._resend = config.retries.resend != "never"
@@ -251,6 +254,7 @@ class Upstream:
         body: bytes = b"",
         *,
         headers: Mapping[str, str] | None = None,
+        model: str = "",
         owner: str = "",
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> AbstractAsyncContextManager[Reply]:
@@ -259,6 +263,7 @@ class Upstream:
         Args:
             path: The path below the upstream's base URL, with its leading slash.
             headers: Fields in addition to those of the configuration, which they override.
+            model: The upstream's own id of the model that the request is for, if it is for one.
             owner: The owner of the call. Free slots go round the owners.
             on_phase: Called with ``queued``, then with ``connecting``, which lasts until the head of the reply.
 
@@ -269,11 +274,13 @@ class Upstream:
 
         **Cancels:** at any point; slot and connection are released.
         """
+        if self._api_version is not None:
+            path = azure.path_in(self._api_version, path, model)
         return _OpenReply(self, method, path, body, headers or {}, owner, on_phase)
 
     async def _base_url(self) -> str:
         if self._local_model is None:
-            return self.config.base_url or "http://echo.invalid/v1"
+            return self._url
         try:
             return await self._local_model.wait_listening()
         except LocalModelUnavailable as error:
@@ -433,6 +440,15 @@ class _Address:
         url = httpx2.URL(base_url)
         path = url.raw_path.decode("ascii")
         return cls(base_url, Origin.of(url), "" if path == "/" else path, url.netloc.decode("ascii"))
+
+
+def _url_of(config: UpstreamConfig) -> str:
+    """Returns what precedes the path of a request."""
+    match config.kind:
+        case "azure":
+            return azure.url_of(str(config.base_url), config.api_version)
+        case _:
+            return config.base_url or "http://echo.invalid/v1"
 
 
 def _fields(headers: Mapping[str, str]) -> str:

@@ -6,7 +6,30 @@ the request. What it holds is renewed by `credentials`. An upstream with a const
 
 from __future__ import annotations
 
+from functools import partial
+
+from trigate.config.sections import UpstreamConfig
+from trigate.upstream.auth import entra
 from trigate.upstream.auth.bearer import BearerToken
 from trigate.upstream.auth.credentials import Credentials, CredentialsError, Fetched, RequestAuth
 
-__all__ = ["BearerToken", "Credentials", "CredentialsError", "Fetched", "RequestAuth"]
+__all__ = ["BearerToken", "Credentials", "CredentialsError", "Fetched", "RequestAuth", "auth_of"]
+
+
+_KEYS = {"authorization", "api-key"}
+
+
+def auth_of(name: str, config: UpstreamConfig) -> RequestAuth | None:
+    """Returns what an upstream needs beside its constant headers; None = nothing.
+
+    Args:
+        name: The upstream's name, for messages.
+    """
+    if config.api_key is not None or _KEYS & {header.lower() for header in config.headers}:
+        return None
+    match config.kind:
+        case "azure":
+            fetch = partial(entra.fetch_token, entra.scope_of(str(config.base_url)))
+            return BearerToken(Credentials(fetch, upstream=name))
+        case _:
+            return None
