@@ -49,7 +49,8 @@ PURE = (
     "concurrency.rate_limiter",
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
     *("upstream.no_proxy",),
-    *("exchange.call_key", "sessions.compose", "webhooks.payload", "cli.status_view", "status.schema"),
+    *("exchange.call_key", "exchange.affinity_key", "sessions.compose", "webhooks.payload"),
+    *("cli.status_view", "status.schema"),
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),
 )
 """Packages and modules without an await, a clock or randomness: time and seed are arguments."""

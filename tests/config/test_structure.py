@@ -269,6 +269,10 @@ def test_all_problems_at_once() -> None:
         ("[upstreams.u]\nbase_url = 1", "upstreams.u.base_url: expected a URL, got an integer"),
         ("[server]\nallowed_hosts = ['[']", "server.allowed_hosts: expected a host name without a port or a path"),
         (ALIAS + "weights = [1]", "models.a.weights: not used by strategy 'failover'"),
+        (
+            ALIAS + "strategy = 'hedge'\naffinity = 'session'",
+            "models.a.affinity: not used by strategy 'hedge', which asks two targets",
+        ),
         (ALIAS + "on = ['errors']", "models.a.on: expected 'context_length' or 'content_filter' or"),
         (ALIAS + "on = 'error'", "models.a.on: expected an array of strings"),
         (

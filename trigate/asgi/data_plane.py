@@ -98,6 +98,7 @@ async def serve_call(
                         "x-request-id": request_id,
                         **head.forwarded(endpoint),
                     },
+                    client_headers=head.headers,
                     owner=owner,
                     arrived_at=arrived_at,
                     client_timeout_s=timeout_s,

@@ -351,9 +351,11 @@ def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]
     return found
 
 
-def weight_problems(model: ModelConfig) -> list[str]:
-    """The weights of a model that do not match its strategy or its targets."""
+def strategy_problems(model: ModelConfig) -> list[str]:
+    """The settings of a model that do not match its strategy or its targets."""
     problems = []
+    if model.affinity != "none" and model.strategy == "hedge":
+        problems.append("affinity: not used by strategy 'hedge', which asks two targets")
     if model.weights and model.strategy != "balance":
         problems.append(f"weights: not used by strategy {model.strategy!r}")
     if model.weights and (len(model.weights) != len(model.targets) or not all(model.weights)):

@@ -157,6 +157,9 @@ class ModelConfig:
     strategy: Literal["failover", "balance", "hedge"] = "failover"
     """In order, each after the one before it failed; spread by load and latency; or a second attempt when the first
     one is slow to answer."""
+    affinity: Literal["session", "prefix", "none"] = "none"
+    """The calls of a conversation stay at one target, whose prompt cache has their beginning: by what the client calls
+    the conversation, else by its beginning; or always by its beginning."""
     on: tuple[Reason, ...] = ("rate_limit", "timeout", "error")
     """Which failures of a target lead to the next one."""
     info: Mapping[str, Any] = attrs.field(factory=dict)

@@ -168,7 +168,7 @@ def _models(document: _Document, upstreams: Mapping[str, Any]) -> dict[str, Mode
             document.problems += checks.target_problems(alias, targets, upstreams)
         if model is not None:
             models[alias] = model
-            document.report(f"models.{alias}", checks.weight_problems(model))
+            document.report(f"models.{alias}", checks.strategy_problems(model))
     return models
 
 

@@ -111,6 +111,7 @@ class UpstreamCall:
             self.services.targets,
             request.generation.config,
             weights=self.route.weights,
+            key=request.affinity_key if len(self.route.targets) > 1 else None,
         )
         now = trio.current_time()
         step = plan.first(now, chance())

@@ -13,6 +13,7 @@ The rules:
   power of two choices); if the two costs are nearly equal, the one that was picked first, so that the weights also hold
   for calls that are made one after the other. **hedge**: failover, plus a second attempt at the next target when the
   first one has not answered within its delay.
+* With **affinity**, the calls of a conversation prefer one target; this changes the order, and nothing else.
 * A target whose breaker is open is skipped. If all breakers are open, the call fails at once, and the error says when
   to retry.
 * Only failures count against a target. A refusal (`retry.REFUSALS`) shows that it works. A target that does not serve
@@ -28,12 +29,13 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from trigate.config.sections import Config, ModelConfig
 from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
 from trigate.openai.answer import Usage
+from trigate.routing.affinity import by_hash, is_crowded
 from trigate.routing.circuit_breaker import Change, Entry
 from trigate.routing.retry import REFUSALS, backoff_s, may_resend, reasons_of
 from trigate.routing.routes import Target
@@ -64,6 +66,7 @@ class Plan:
         targets: The targets that may serve the call; at least one.
         states: The states of all targets.
         weights: Of the targets, for balance (`relative_weights`); empty = equal ones.
+        key: The conversation of the call, if the model has affinity (`trigate.routing.affinity`); None = none.
     """
 
     __slots__ = (
@@ -72,6 +75,7 @@ class Plan:
         "_endpoint",
         "_failed",
         "_hedged",
+        "_key",
         "_max",
         "_model",
         "_name",
@@ -92,10 +96,12 @@ class Plan:
         config: Config,
         *,
         weights: tuple[float, ...] = (),
+        key: bytes | None = None,
     ) -> None:
         self._name = alias
         self._endpoint = endpoint
         self._targets = targets
+        self._key = key
         self._all_states = states
         self._model = config.models.get(alias)
         self._retries = config.retries
@@ -266,6 +272,8 @@ class Plan:
         if not judged:
             state.breaker.abandon(step.entry)
         elif error is None:
+            if self._key is not None:
+                self._all_states.pins.note(self._key, step.target, now)
             return state.breaker.succeed(now, step.entry)
         elif error.blame != "provider" or (isinstance(error, UpstreamTimeout) and error.phase == "queue"):
             state.breaker.abandon(step.entry)  # a full queue says nothing about the target either
@@ -297,9 +305,30 @@ class Plan:
 
     def _order(self, now: float, chance: float) -> Iterable[Target]:
         """The targets in the order in which to try them."""
-        order = self._targets if self._weights is None else self._balanced(self._weights, now, chance)
+        order: Sequence[Target] = self._targets
+        if self._key is not None:
+            order = self._with_affinity(self._key, now)
+        elif self._weights is not None:
+            order = self._balanced(self._weights, now, chance)
         if len(order) > 1 and any(self._state(target).unserved_until > now for target in order):
             return sorted(order, key=lambda target: self._state(target).unserved_until > now)
+        return order
+
+    def _with_affinity(self, key: bytes, now: float) -> list[Target]:
+        """The targets in the order of a conversation (`trigate.routing.affinity`)."""
+        order, weights = list(self._targets), self._weights
+        if weights is not None:
+            order = by_hash(self._targets, weights, key)
+        pinned = self._all_states.pins.find(key, now)
+        if pinned in order:
+            order.sort(key=lambda target: target != pinned)
+        if weights is not None:
+            weight_of = dict(zip(self._targets, weights, strict=True))
+            states = {target: self._state(target) for target in order}
+            open_ones = [target for target in order if states[target].breaker.state(now) != "open"]
+            total = sum(states[target].in_flight for target in open_ones)
+            whole = sum(weight_of[target] for target in open_ones) or 1.0
+            order.sort(key=lambda each: is_crowded(states[each].in_flight, total, weight_of[each] / whole))
         return order
 
     def _balanced(self, weights: tuple[float, ...], now: float, chance: float) -> tuple[Target, ...]:

@@ -12,6 +12,7 @@ import math
 
 from trigate.config.sections import Config
 from trigate.errors import GatewayError
+from trigate.routing.affinity import Pins
 from trigate.routing.circuit_breaker import MAX_COOLDOWN_S, Breaker
 from trigate.routing.retry import Budget
 from trigate.routing.routes import Target
@@ -108,9 +109,14 @@ class TargetState:
 
 
 class Targets:
-    """The states of all targets, by endpoint; outlives a reload."""
+    """The states of all targets, by endpoint; outlives a reload.
+
+    Attributes:
+        pins: The conversations that have affinity for a target.
+    """
 
     def __init__(self) -> None:
+        self.pins = Pins()
         self._config = Config()
         self._states: dict[tuple[Target, str], TargetState] = {}
         self._hedges: dict[str, Budget] = {}

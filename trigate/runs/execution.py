@@ -208,6 +208,7 @@ class RunExecution:
                 call=call,
                 generation=services.generations.current,
                 headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
+                client_headers={b"x-session-key": (self._request.session or "").encode()},
                 owner=self._request.owner,
             ),
             services=services.exchange_services,
