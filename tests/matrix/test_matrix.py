@@ -14,7 +14,13 @@ from tests.support.provider import Provider
 REFUSED: dict[tuple[str, str, str], str] = {}
 """The cells that cannot be expressed, by client, upstream and scene, with the field that the refusal names."""
 
-JOINED = {("messages", "openai"), ("messages", "azure")}
+JOINED = {
+    ("messages", "openai"),
+    ("chat", "openai"),
+    ("chat", "azure"),
+    ("messages", "azure"),
+    ("messages", "anthropic"),
+}
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")
     for client in CLIENTS
