@@ -24,6 +24,7 @@ from trigate.config import sections, structure
 from trigate.dialects import endpoints
 from trigate.dialects.anthropic import errors as messages_errors
 from trigate.dialects.anthropic import fields
+from trigate.dialects.openai_chat import client_fields
 from trigate.upstream import discovery
 
 ROOT = Path(__file__).parent.parent
@@ -279,7 +280,15 @@ def test_required_fields() -> None:
     assert documented == {path: endpoint.required for path, endpoint in endpoints.ENDPOINTS.items()}
 
 
-@pytest.mark.parametrize(("title", "fates"), [("Fields", fields.FIELDS), ("Blocks", fields.BLOCKS)])
+@pytest.mark.parametrize(
+    ("title", "fates"),
+    [
+        ("Fields", fields.FIELDS),
+        ("Blocks", fields.BLOCKS),
+        ("Fields of a chat completion", client_fields.FIELDS),
+        ("Parts of messages", client_fields.PARTS),
+    ],
+)
 def test_formats(title: str, fates: dict[str, str]) -> None:
     """The tables of the translated format say what becomes of each field and block, in the order of the code."""
     rows = _first_names(_sections(_page("reference/formats.md"), "###")[title])

@@ -286,13 +286,14 @@ async def test_what_one_format_cannot_express_goes_to_the_next_target(open_app: 
 
 
 async def test_other_calls_never_reach_a_native_upstream(open_app: OpenApp) -> None:
-    """A call in OpenAI's format is refused by name, or goes to the next target; it is not sent on as it is."""
-    providers = {"up": Provider(says("x")), "native": Provider()}
+    """A call that is not translated is refused by name, or goes to the next target; it is not sent on as it is."""
+    embeddings = b'{"data":[{"embedding":[1.0]}]}'
+    providers = {"up": Provider(answers(embeddings)), "native": Provider()}
     async with open_app(native("native/c", "up/m"), providers) as served:
-        call = await served.client.chat(model="native/c").wait()
+        call = await served.client.ask("POST", "/v1/embeddings", {"model": "native/c", "input": "a"})
         assert (call.status, call.error["code"]) == (501, "upstream_unsupported")
         assert "Anthropic's format" in call.error["message"]
-        call = await served.client.chat(model="both").wait()
+        call = await served.client.ask("POST", "/v1/embeddings", {"model": "both", "input": "a"})
         assert call.header("x-trigate-upstream") == "up"
         assert served.providers["native"].opened == 0
         assert served.gateway.generations.current.upstreams["native"].last_error is None

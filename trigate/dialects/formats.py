@@ -24,10 +24,15 @@ from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
 
 @attrs.frozen
 class Asked:
-    """A call and what has been decoded of it: what an encoder of its answer needs."""
+    """A call and what has been decoded of it: what an encoder of its answer needs.
+
+    Attributes:
+        at: When the call was made: Unix time, in seconds.
+    """
 
     call: Call
     request: Request
+    at: float = 0.0
 
     def estimate(self, size_bytes: int) -> TokenCounts:
         """Estimates the token counts of an answer of this size, where the provider has not counted."""

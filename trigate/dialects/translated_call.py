@@ -9,12 +9,16 @@ import msgspec
 from trigate.config.sections import UpstreamConfig
 from trigate.dialects.formats import Asked, ClientFormat, UpstreamFormat
 from trigate.dialects.stream import TranslatedStream
+from trigate.errors import Untranslatable
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 
 
 class TranslatedCall:
     """One call, sent to one upstream. A `trigate.exchange.translation.Translation`.
+
+    Args:
+        at: When the call was made: Unix time, in seconds.
 
     Raises:
         BadRequest: The call is malformed, or (`Untranslatable`) has something that cannot be expressed.
@@ -24,9 +28,9 @@ class TranslatedCall:
         stream_types: The content types of the upstream's streams, besides that of server-sent events.
     """
 
-    def __init__(self, call: Call, client: ClientFormat, provider: UpstreamFormat) -> None:
+    def __init__(self, call: Call, client: ClientFormat, provider: UpstreamFormat, *, at: float = 0.0) -> None:
         request, self.dropped = client.decode_request(call)
-        self._asked = Asked(call, request)
+        self._asked = Asked(call, request, at)
         self._client = client
         self._provider = provider
         self.stream_types = provider.stream_types
@@ -55,7 +59,12 @@ class TranslatedCall:
         keep_bytes: int,
         continues: Mapping[str, msgspec.Raw] | None,
     ) -> TranslatedStream:
-        """Makes the reader of a streamed answer."""
+        """Makes the reader of a streamed answer. Raises Untranslatable if it would continue another one."""
+        if continues is not None:
+            raise Untranslatable(
+                f"The upstream {upstream} speaks another format than the client, and cannot continue an answer that "
+                "another upstream has begun and not completed."
+            )
         return TranslatedStream(
             self._provider.stream_parts(upstream=upstream, max_event_bytes=max_event_bytes),
             self._client.event_encoder(self._asked),

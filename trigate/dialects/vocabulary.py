@@ -96,7 +96,8 @@ class Reasoning(msgspec.Struct, frozen=True):
     Attributes:
         text: Empty if the provider keeps it to itself.
         payloads: What the provider of a format needs to recognise it, by the format's name (``anthropic``: a
-            signature). Another provider refuses it.
+            signature; ``anthropic_redacted``: reasoning that is encrypted, without a text). Another provider refuses
+            it.
     """
 
     text: str
@@ -157,6 +158,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         schema_strict: Whether the match has to be exact.
         is_json: The answer has to be JSON, of any shape.
         user: Tells one user of the client from another; not a name that a provider should see.
+        cache: The client wants the beginning of the conversation cached, for the calls that follow.
     """
 
     messages: tuple[Message, ...]
@@ -179,6 +181,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     user: str | None = None
+    cache: bool = False
 
 
 # -- an answer --------------------------------------------------------------------------------------------------------

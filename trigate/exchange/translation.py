@@ -10,16 +10,17 @@ A call in a format that cannot be translated for an upstream is never sent there
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
 from trigate.config.sections import UpstreamConfig
-from trigate.dialects.anthropic import MessagesClient, without_own_reasoning
-from trigate.dialects.endpoints import MESSAGES
+from trigate.dialects.anthropic import MessagesClient, MessagesUpstream, without_own_reasoning
+from trigate.dialects.endpoints import CHAT, MESSAGES
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
-from trigate.dialects.openai_chat import ChatUpstream
+from trigate.dialects.openai_chat import ChatClient, ChatUpstream
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, Unsupported
 from trigate.openai.answer import Usage, decode_answer
@@ -200,9 +201,9 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
 
 _PASS_THROUGH: Mapping[Format, Translation] = {"openai": _PassThrough(), "anthropic": _AnthropicPassThrough()}
 """By the format of both sides."""
-_CLIENTS: Mapping[str, ClientFormat] = {MESSAGES.path: MessagesClient()}
+_CLIENTS: Mapping[str, ClientFormat] = {MESSAGES.path: MessagesClient(), CHAT.path: ChatClient()}
 """The formats of the calls that can be translated, by the path of their endpoint."""
-_UPSTREAMS: Mapping[Format, UpstreamFormat] = {"openai": ChatUpstream()}
+_UPSTREAMS: Mapping[Format, UpstreamFormat] = {"openai": ChatUpstream(), "anthropic": MessagesUpstream()}
 """The formats to which calls can be translated."""
 
 
@@ -222,7 +223,7 @@ def translation_of(call: Call, upstream: str, kind: str) -> Translation:
         return _PASS_THROUGH[spoken]
     client, provider = _CLIENTS.get(call.endpoint.path), _UPSTREAMS.get(spoken)
     if client is not None and provider is not None:
-        return TranslatedCall(call, client, provider)
+        return TranslatedCall(call, client, provider, at=time.time())
     raise Unsupported(
         f"The upstream {upstream} speaks {NAMES[spoken]} format (kind {kind!r}), and calls to /v1{call.endpoint.path} "
         "are not translated to it.",

@@ -51,8 +51,8 @@ class Known:
         unusable: Why the upstream cannot serve at all (its secret is missing, …); None = it can.
         down: Why the upstream probably cannot serve now; a call that names it is still tried.
         stands_in: It is only a stand-in for a model (the echo), and ``default`` only if there is no other upstream.
-        only_anthropic: It serves only calls in Anthropic's format. One that serves all formats comes before it as
-            ``default``.
+        only_anthropic: It serves no other calls than messages and chat completions. One that serves all comes before
+            it as ``default``.
     """
 
     models: tuple[str, ...] = ()

@@ -1,4 +1,5 @@
-"""Anthropic's Messages, as a client's format: decodes requests, encodes answers, events and errors.
+"""Anthropic's Messages, as a client's and as an upstream's format. The modules ``upstream_…`` and `traits` are for
+upstreams: they encode requests, and decode answers and events. The others are for clients.
 
 Source: Anthropic API reference ("Messages", "Streaming messages", "Errors"), and what the SDKs of Anthropic require of
 an answer (anthropic-sdk-python ``lib/streaming/_messages.py``): ``message_start`` comes before everything else, and
@@ -12,10 +13,12 @@ from trigate.dialects.anthropic.errors import error_frame, error_response
 from trigate.dialects.anthropic.events import PING
 from trigate.dialects.anthropic.models import encode_model, encode_model_list
 from trigate.dialects.anthropic.signatures import without_own_reasoning
+from trigate.dialects.anthropic.upstream import MessagesUpstream
 
 __all__ = [
     "PING",
     "MessagesClient",
+    "MessagesUpstream",
     "encode_model",
     "encode_model_list",
     "error_frame",
