@@ -1,5 +1,7 @@
 """OpenAI's chat completions, as an upstream's format: encodes requests, decodes answers and events.
 
+It also has OpenAI's errors, which clients get.
+
 Servers that are said to be compatible differ in details. `traits` has what they are known to take; the decoders take
 every spelling that is known, and refuse only what makes no sense.
 
@@ -10,6 +12,7 @@ of DeepSeek (``reasoning_content``), Groq and OpenRouter (``reasoning``, ``reaso
 
 from __future__ import annotations
 
+from trigate.dialects.openai_chat.errors import error_frame, error_response
 from trigate.dialects.openai_chat.upstream import ChatUpstream
 
-__all__ = ["ChatUpstream"]
+__all__ = ["ChatUpstream", "error_frame", "error_response"]
