@@ -136,6 +136,7 @@ def test_units(title: str) -> None:
         "tuple[Origin, ...]": "array of strings",
         "Mapping[str, Secret]": "table of secrets",
         "Mapping[str, Any]": "table",
+        "Mapping[str, str]": "table of strings",
         "Mapping[str, Expression]": "table of JMESPaths",
         "Expression": "JMESPath",
         "tuple[Secret, ...]": "array of secrets",

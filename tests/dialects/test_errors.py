@@ -142,6 +142,57 @@ def test_a_request_that_is_too_long(message: str, more: dict[str, Any], expected
 
 
 @pytest.mark.parametrize(
+    ("message", "more", "expected"),
+    [
+        (
+            "prompt is too long: 9000 tokens > 8192 maximum",
+            {"type": "invalid_request_error"},
+            "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens.",
+        ),
+        (
+            "the request exceeds the available context size. try increasing the context size",
+            {"type": "exceed_context_size_error", "n_prompt_tokens": 9000, "n_ctx": 4096},
+            "This model's maximum context length is 4096 tokens. However, your messages resulted in 9000 tokens.",
+        ),
+        (
+            "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4000 in the "
+            "messages, 1000 in the completion).",
+            {"type": "BadRequestError", "code": 400},
+            "This model's maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens.",
+        ),
+        (
+            "Input is too long for requested model.",
+            {},
+            "This model's maximum context length is exceeded: Input is too long for requested model.",
+        ),
+    ],
+)
+def test_a_request_that_is_too_long_in_openai_s_words(message: str, more: dict[str, Any], expected: str) -> None:
+    """The client gets the code, the type, the status and the words that it acts on, with the provider's numbers."""
+    errors = (
+        rejected({"message": message, **more}, status=413),
+        reported("up", {"error": {"message": message, **more}}),
+    )
+    for error in errors:
+        error.attempts = ({"target": "a/m"},)
+        status, headers, body = error_response(error, "openai", "r")
+        assert status == 400
+        assert set(error.headers) <= set(headers)
+        told = {"message": expected, "type": "invalid_request_error", "param": None, "code": "context_length_exceeded"}
+        assert msgspec.json.decode(body) == {"error": {**told, "attempts": [{"target": "a/m"}]}}
+        assert error_frame(error, "openai", "r") == b"data: " + body + b"\n\n"
+
+
+def test_openai_s_own_words_go_through() -> None:
+    """An upstream that says it with the code is passed on word for word, and so is every other error."""
+    for message, code in (("It is too long.", "context_length_exceeded"), ("max_tokens is too large: 32000.", None)):
+        error = rejected({"message": message, "code": code, "new": 1.0})
+        assert error_response(error, "openai", "r") == error.to_response()
+        told = reported("up", {"error": {"message": message, "code": code}})
+        assert error_frame(told, "openai", "r") == told.to_frame()
+
+
+@pytest.mark.parametrize(
     ("told", "kind"),
     [
         ({"type": "overloaded_error"}, "overloaded_error"),

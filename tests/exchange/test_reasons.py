@@ -99,6 +99,20 @@ async def test_a_call_that_is_too_long_for_all(open_app: OpenApp) -> None:
         assert [state.breaker.state(0.0) for _, _, state in states] == ["closed", "closed"]
 
 
+async def test_a_call_that_is_too_long_for_the_only_target(open_app: OpenApp) -> None:
+    """Whatever the upstream calls it, and wherever it says it, the client gets the status and the code on which agents
+    shorten the conversation instead of sending the same again."""
+    said = {"message": "prompt is too long: 9 tokens > 8 maximum", "type": "invalid_request_error"}
+    for script in (refuses(said), (Say(role()), Say(event({"type": "error", "error": said})))):
+        async with open_app(providers=Provider(script)) as served:
+            for stream in (True, False):
+                call = await served.client.chat(stream=stream).wait()
+                assert (call.status, call.error["code"]) == (400, "context_length_exceeded")
+                assert call.error["message"] == LONG["message"]
+                assert call.header("x-should-retry") == "false"
+            assert len(served.providers["up"].calls) == 2
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_answer_that_is_withheld(open_app: OpenApp, stream: bool) -> None:
     """The next target answers. If none is left, the client gets the answer as it is."""

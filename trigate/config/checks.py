@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from trigate.config.sections import ModelConfig
+from trigate.config.sections import ModelConfig, UpstreamConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*\Z", re.IGNORECASE)
 """Valid names of upstreams, hooks and channels."""
@@ -228,6 +228,10 @@ def parameters(value: Any, _: Any) -> dict[str, Any]:
     )
 
 
+def set_fields(value: Any, _: Any) -> dict[str, Any]:
+    return _json_object(value, _OWN_FIELDS, "cannot be set: it is the client's")
+
+
 def info(value: Any, _: Any) -> dict[str, Any]:
     return _json_object(value, ("id", "object"), "cannot be set: it is the gateway's")
 
@@ -285,6 +289,22 @@ def template_problems(template: str, expressions: Mapping[str, str]) -> list[str
         elif value not in known:
             problems.append(f"{{{value}}} is none of {', '.join(sorted(known))}")
     return problems
+
+
+_OWN_FIELDS = ("model", "messages", "stream")
+"""The fields of a request that no setting changes."""
+
+
+def edit_problems(upstream: UpstreamConfig) -> list[str]:
+    """What does not go together in the settings that change an upstream's requests."""
+    renamed = {*upstream.rename, *upstream.rename.values()}
+    found = [f"drop: {name} cannot be dropped" for name in _OWN_FIELDS if name in upstream.drop]
+    found += [f"rename: {name} cannot be renamed, nor be a new name" for name in _OWN_FIELDS if name in renamed]
+    for name in upstream.drop:
+        found += [f"drop: {name} is also in {other}" for other in ("set", "rename") if name in getattr(upstream, other)]
+    news = list(upstream.rename.values())
+    found += [f"rename: several fields become {name}" for name in dict.fromkeys(news) if news.count(name) > 1]
+    return found
 
 
 _REMOTE = ("openai", "anthropic", "azure")

@@ -59,6 +59,28 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(ProxyUrl, checks.proxy)
     converter.register_structure_hook(Secret, parse_secret)
     converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Literal, checks.literal)
+
+    # before the sections, whose functions are made with the hooks that there are
+    def strings(value: Any, _: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError("expected an array of strings")
+        return tuple(value)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], strings)
+
+    def items(value: Any, kind: Any) -> tuple[Any, ...]:
+        strings(value, kind)
+        return tuple(converter.structure(value, list[kind.__args__[0]]))
+
+    def numbers(value: Any, _: Any) -> tuple[float, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"expected an array of numbers, got {checks.kind_of(value)}")
+        return tuple(checks.not_negative(item, Rate) for item in value)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
+    converter.register_structure_hook_func(
+        lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...], tuple[Reason, ...], tuple[Action, ...]), items
+    )
     converter.register_structure_hook(
         UpstreamConfig,
         make_dict_structure_fn(
@@ -67,6 +89,7 @@ def _make_converter() -> cattrs.Converter:
             _cattrs_forbid_extra_keys=True,
             models=cattrs.override(struct_hook=checks.model_list),
             model_info=cattrs.override(struct_hook=checks.model_info),
+            set=cattrs.override(struct_hook=checks.set_fields),
             base_url=cattrs.override(struct_hook=checks.base_url),
             api_version=cattrs.override(struct_hook=checks.word),
         ),
@@ -84,26 +107,6 @@ def _make_converter() -> cattrs.Converter:
             ),
         )
 
-    def strings(value: Any, _: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError("expected an array of strings")
-        return tuple(value)
-
-    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], strings)
-
-    def items(value: Any, kind: Any) -> tuple[Any, ...]:
-        strings(value, kind)
-        return tuple(converter.structure(item, kind.__args__[0]) for item in value)
-
-    def numbers(value: Any, _: Any) -> tuple[float, ...]:
-        if not isinstance(value, list):
-            raise ValueError(f"expected an array of numbers, got {checks.kind_of(value)}")
-        return tuple(checks.not_negative(item, Rate) for item in value)
-
-    converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
-    converter.register_structure_hook_func(
-        lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...], tuple[Reason, ...], tuple[Action, ...]), items
-    )
     converter.register_structure_hook(
         ModelConfig,
         make_dict_structure_fn(

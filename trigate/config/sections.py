@@ -135,6 +135,14 @@ class UpstreamConfig:
     """The model that ``default`` stands for if this upstream is the first that can serve."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
+    drop: tuple[str, ...] = ()
+    """The top-level fields of requests that it does not get."""
+    set: Mapping[str, Any] = attrs.field(factory=dict)
+    """The top-level fields that each request to it has, with these values."""
+    rename: Mapping[str, str] = attrs.field(factory=dict)
+    """The top-level fields of requests that it gets under another name."""
+    clamp_max_tokens: bool = False
+    """Lower the most tokens of an answer to what the model can give, also where the request is not translated."""
     api_version: str | None = None
     """``azure``: the version of its older API, with the deployment in the path. None = the API of version 1."""
     gguf: str | None = None

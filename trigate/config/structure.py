@@ -148,6 +148,7 @@ def _upstreams(document: _Document, tables: Mapping[str, Any]) -> dict[str, Upst
         upstream = document.convert(UpstreamConfig, value, f"upstreams.{name}")
         if upstream is not None:
             upstreams[name] = upstream
+            document.report(f"upstreams.{name}", checks.edit_problems(upstream))
         if isinstance(value, dict):
             document.report(f"upstreams.{name}", checks.kind_problems(value))
     return upstreams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import attrs
 import msgspec
 
 from trigate.config.sections import UpstreamConfig
@@ -34,6 +35,16 @@ class TranslatedCall:
         self._client = client
         self._provider = provider
         self.stream_types = provider.stream_types
+
+    def limit_answer(self, max_tokens: int | None) -> None:
+        """Lowers the most tokens of the answer to what the model can give: providers refuse a request for more.
+
+        Args:
+            max_tokens: None = unknown.
+        """
+        request = self._asked.request
+        if max_tokens is not None and request.max_tokens is not None and request.max_tokens > max_tokens:
+            self._asked = attrs.evolve(self._asked, request=msgspec.structs.replace(request, max_tokens=max_tokens))
 
     def path(self, call: Call, model: str) -> str:
         """Where the call goes."""

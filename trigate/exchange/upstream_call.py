@@ -20,6 +20,7 @@ import trio
 
 from trigate.concurrency.timers import Timers
 from trigate.dialects.content_filter import is_withheld, withheld
+from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
 from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
@@ -292,8 +293,14 @@ class UpstreamCall:
         if over_at < math.inf:
             left_s = max(0.001, over_at - attempt.started_at)
             headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
-        body = translation.body(call, attempt.target.model, upstream.config)
+        model, edits = attempt.target.model, upstream.edits
+        if isinstance(translation, TranslatedCall):
+            translation.limit_answer(upstream.max_output_tokens(model))
+        body = translation.body(call, model, upstream.config)
         attempt.dropped = translation.dropped
+        if edits is not None:
+            body, dropped = edits.apply(body, max_tokens=upstream.max_output_tokens(model) if edits.clamps else None)
+            attempt.dropped += dropped
         return upstream.open(
             "POST",
             translation.path(call, attempt.target.model),

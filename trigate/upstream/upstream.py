@@ -25,6 +25,7 @@ from typing import Any
 
 import attrs
 import httpx2
+import msgspec
 import trio
 
 from trigate.concurrency.fair_limiter import FairLimiter
@@ -38,6 +39,8 @@ from trigate.errors import (
     Unavailable,
     UpstreamTimeout,
 )
+from trigate.openai.body_edits import BodyEdits
+from trigate.openai.model_fields import max_output_tokens
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
 from trigate.upstream import azure
@@ -105,6 +108,7 @@ class Upstream:
         state: ``up``, ``down`` or ``unknown``.
         reason: Why it is down.
         auth: As given.
+        edits: What its configuration changes in requests; None = nothing.
         polled: Whether the upstream is asked for its models regularly, which keeps its state fresh.
     """
 
@@ -136,6 +140,7 @@ class Upstream:
             **config.secrets.get(name, {}),
         }
         self._fields = _fields(self._headers)
+        self.edits = _edits(self.config)
         self._pool: ConnectionPool | None = transport.pool if isinstance(transport, SocketTransport) else None
         self._local_model = local_model
         self.auth = auth
@@ -168,6 +173,13 @@ class Upstream:
             down=self._down(),
             stands_in=self.config.kind == "echo",
             only_anthropic=self.config.kind == "anthropic",
+        )
+
+    def max_output_tokens(self, model: str) -> int | None:
+        """Returns the most tokens of an answer of a model, as configured (``model_info``) or listed; None = unknown."""
+        return max_output_tokens(
+            {**self.model_fields.get(model, {}), **self.config.model_info.get(model, {})},
+            is_anthropic=self.config.kind == "anthropic",
         )
 
     def _down(self) -> str | None:
@@ -454,6 +466,13 @@ def _url_of(config: UpstreamConfig) -> str:
 def _fields(headers: Mapping[str, str]) -> str:
     """Formats header fields, each with its line end."""
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
+def _edits(config: UpstreamConfig) -> BodyEdits | None:
+    if not (config.drop or config.rename or config.set or config.clamp_max_tokens):
+        return None
+    values = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in config.set.items()}
+    return BodyEdits(drop=config.drop, rename=config.rename, set=values, clamps=config.clamp_max_tokens)
 
 
 def _finite(seconds: float) -> float | None:

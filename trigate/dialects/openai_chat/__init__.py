@@ -1,6 +1,8 @@
 """OpenAI's chat completions, as a client's and as an upstream's format. The modules ``client_…`` are for clients: they
 decode requests, and encode answers and events. The others are for upstreams.
 
+It also has OpenAI's errors, which clients get.
+
 Servers that are said to be compatible differ in details. `traits` has what they are known to take; the decoders take
 every spelling that is known, and refuse only what makes no sense.
 
@@ -12,6 +14,7 @@ of DeepSeek (``reasoning_content``), Groq and OpenRouter (``reasoning``, ``reaso
 from __future__ import annotations
 
 from trigate.dialects.openai_chat.client import ChatClient
+from trigate.dialects.openai_chat.errors import error_frame, error_response
 from trigate.dialects.openai_chat.upstream import ChatUpstream
 
-__all__ = ["ChatClient", "ChatUpstream"]
+__all__ = ["ChatClient", "ChatUpstream", "error_frame", "error_response"]

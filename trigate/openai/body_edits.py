@@ -1,0 +1,71 @@
+"""What an upstream's configuration changes in the requests that are sent to it: top-level fields of their bodies. Pure.
+
+It is applied to the body as it is about to be sent, in whichever format that is. A body in which nothing is to be
+changed stays as it is, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import msgspec
+
+from trigate.openai.raw_json import decode_any, join_fields, split_fields
+
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""How the formats call the most tokens of an answer."""
+
+
+@attrs.frozen(kw_only=True)
+class BodyEdits:
+    """The edits of one upstream.
+
+    Attributes:
+        drop: The names of fields that are left out.
+        rename: The names of fields that get another name. One whose new name the body has already is left out.
+        set: Fields that every body has, each as JSON; they replace the client's own.
+        clamps: Whether the most tokens of an answer are lowered to what the model can give.
+    """
+
+    drop: tuple[str, ...] = ()
+    rename: Mapping[str, str] = attrs.field(factory=dict)
+    set: Mapping[str, msgspec.Raw] = attrs.field(factory=dict)
+    clamps: bool = False
+
+    def apply(self, body: bytes, *, max_tokens: int | None = None) -> tuple[bytes, tuple[str, ...]]:
+        """Edits a body.
+
+        Args:
+            body: A JSON object. Anything else is not edited.
+            max_tokens: The most tokens that the model can give; None = unknown.
+
+        Returns:
+            The body, and the names of the fields that were left out.
+
+        >>> edits = BodyEdits(drop=("seed",), rename={"max_tokens": "max_completion_tokens"}, clamps=True)
+        >>> edits.apply(b'{"model":"m","seed":1,"max_tokens":9000,"top_p":1.0}', max_tokens=4096)
+        (b'{"model":"m","max_completion_tokens":4096,"top_p":1.0}', ('seed',))
+        >>> edits.apply(b'{ "model" : "m" }')
+        (b'{ "model" : "m" }', ())
+        """
+        if not body.startswith(b"{"):
+            return body, ()
+        fields = split_fields(body)
+        edited: dict[str, msgspec.Raw] = {}
+        dropped = []
+        for name, value in fields.items():
+            new = self.rename.get(name, name)
+            if name in self.drop or (new != name and new in fields):
+                dropped.append(name)
+            else:
+                edited[new] = value
+        edited |= self.set
+        if self.clamps and max_tokens is not None:
+            for name in _LIMITS:
+                given = decode_any(bytes(edited[name])) if name in edited else None
+                if type(given) is int and given > max_tokens:
+                    edited[name] = msgspec.Raw(b"%d" % max_tokens)
+        if edited == fields and not dropped:
+            return body, ()
+        return join_fields(edited), tuple(dropped)
