@@ -291,8 +291,11 @@ class StoreConfig:
     """How long a session is kept after it was last active."""
     archive_retention_s: Seconds = Seconds(30 * DAY_S)
     """How long messages from before a reset are kept."""
+    object_retention_s: Seconds = Seconds(400 * DAY_S)
+    """How long it is remembered which upstream and key a file, a batch or another object of an upstream belongs to."""
     max_runs: Count = Count(1_000_000)
     max_sessions: Count = Count(1_000_000)
+    max_objects: Count = Count(1_000_000)
 
 
 @attrs.frozen(kw_only=True)
