@@ -133,6 +133,8 @@ class UpstreamConfig:
     """Fields of its models in ``GET /v1/models`` by their ids, besides those that the upstream lists."""
     default_model: str | None = None
     """The model that ``default`` stands for if this upstream is the first that can serve."""
+    endpoints: tuple[str, ...] | None = None
+    """The paths below ``/v1`` that it serves, each with those below it. None = all that its kind has."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
     api_version: str | None = None
