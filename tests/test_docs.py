@@ -25,6 +25,7 @@ from trigate.dialects import endpoints
 from trigate.dialects.anthropic import errors as messages_errors
 from trigate.dialects.anthropic import fields
 from trigate.dialects.openai_chat import client_fields
+from trigate.openai import passed_paths
 from trigate.upstream import discovery
 
 ROOT = Path(__file__).parent.parent
@@ -262,12 +263,20 @@ def test_endpoints() -> None:
     assert sorted(titles) == sorted(served)
 
 
+def test_passed_paths() -> None:
+    """The table of the paths that are passed through has each with its methods."""
+    rows = list(_rows(_sections(_page("reference/endpoints.md"))["Passed through"]))
+    documented = [(path, tuple(_names(row[1]))) for row in rows for path in _names(row[0])]
+    served = [(f"/v1{each.endpoint.path}", each.methods) for each in passed_paths.PASSED]
+    assert sorted(documented) == sorted(served)
+
+
 def test_headers() -> None:
     """Every header that the data plane reads or writes is in a table: under `Headers`, or with the errors."""
     rows = _rows(_sections(_page("reference/endpoints.md"))["Headers"])
     told = {name.partition(":")[0] for row in [*rows, *_rows(_page("reference/errors.md"))] for name in _names(row[0])}
     used: set[str] = set()
-    for room in ("asgi.request", "asgi.auth", "asgi.data_plane", "exchange.client_sink", "errors"):
+    for room in ("asgi.request", "asgi.auth", "asgi.data_plane", "asgi.passthrough", "exchange.client_sink", "errors"):
         path = PACKAGE / f"{room.replace('.', '/')}.py"
         used |= set(re.findall(r'b"(x-[a-z-]+)"', path.read_text(encoding="utf-8")))
     assert {"x-request-timeout", "x-trigate-attempts", "x-should-retry"} <= used

@@ -165,7 +165,7 @@ async def test_a_path_that_people_type(open_app: OpenApp, path: str) -> None:
     """The call that is meant is served. For another method, the error is that of the endpoint."""
     async with open_app() as served:
         assert (await served.client.ask("POST", path, chat())).status == 200
-        assert (await served.client.ask("GET", path)).status == 405
+        assert (await served.client.ask("PUT", path)).status == 405
         assert served.settled[0].request.call.endpoint.path == "/chat/completions"
 
 
@@ -206,7 +206,7 @@ async def test_an_id_with_two_slashes(open_app: OpenApp) -> None:
         ("/v1/health", "Did you mean /health?"),
         ("/sessions", "Did you mean /v1/sessions?"),
         ("/v1/status/ledger/", "Did you mean /status/ledger?"),
-        ("/files", "The paths of the API begin with /v1."),
+        ("/filez", "The paths of the API begin with /v1."),
         ("/v1", "The paths of the API begin with /v1."),
         ("/", "The paths of the API begin with /v1."),
     ],

@@ -56,6 +56,8 @@ def test_every_setting_can_be_set() -> None:
         archive_retention_s = 2
         max_runs = 3
         max_sessions = 4
+        object_retention_s = 5
+        max_objects = 6
 
         [sessions]
         history_messages = 1

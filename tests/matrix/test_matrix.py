@@ -15,6 +15,7 @@ REFUSED: dict[tuple[str, str, str], str] = {}
 """The cells that cannot be expressed, by client, upstream and scene, with the field that the refusal names."""
 
 JOINED = {
+    ("chat", "anthropic"),
     ("messages", "openai"),
     ("chat", "openai"),
     ("chat", "azure"),

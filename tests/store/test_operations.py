@@ -24,6 +24,7 @@ from trigate.store.records import (
     Run,
     SessionCounts,
     Turn,
+    UpstreamObject,
     Worker,
 )
 from trigate.store.sqlite import open_sqlite_store
@@ -930,3 +931,31 @@ async def test_old_records_are_deleted(store: Store) -> None:
     assert await store.prune(attrs.evolve(ALL, exchanges_before=1001.0, max_exchanges=10_000)) == 1000
     assert await store.prune(attrs.evolve(ALL, max_exchanges=3)) == 1497
     assert [each.id for each in await store.exchanges.list(limit=10)] == ["ex_2500", "ex_2499", "ex_2498"]
+
+
+# -- objects of upstreams ---------------------------------------------------------------------------------------------
+
+
+def an_object(object_id: str, *, upstream: str = "u", owner: str = "o", at: float = 1.0) -> UpstreamObject:
+    """An object of an upstream."""
+    return UpstreamObject(id=object_id, upstream=upstream, owner=owner, at=at)
+
+
+async def test_an_object_keeps_its_owner(store: Store) -> None:
+    """Whoever notes it later; two upstreams may give out the same id."""
+    await store.objects.note([an_object("a"), an_object("b", owner="p")])
+    await store.objects.note([an_object("a", owner="thief"), an_object("a", upstream="v", owner="p")])
+    found = await store.objects.find(["a", "unknown", *(str(number) for number in range(2500))])
+    assert sorted((each.upstream, each.owner) for each in found) == [("u", "o"), ("v", "p")]
+    await store.objects.drop("a", "u")
+    assert [each.upstream for each in await store.objects.find(["a"])] == ["v"]
+
+
+async def test_objects_are_bounded_by_age_and_count(store: Store) -> None:
+    """The oldest ones are forgotten."""
+    await store.objects.note([an_object(str(number), at=float(number)) for number in range(9)])
+    keep = attrs.evolve(ALL, objects_before=3.0)
+    assert await store.prune(keep) == 3
+    assert await store.prune(attrs.evolve(keep, max_objects=4)) == 2
+    found = await store.objects.find([str(number) for number in range(9)])
+    assert sorted(each.id for each in found) == ["5", "6", "7", "8"]

@@ -28,6 +28,8 @@ def test_retention() -> None:
         max_runs=7,
         exchanges_before=998 * DAY_S,
         max_exchanges=9,
+        objects_before=600 * DAY_S,
+        max_objects=1_000_000,
     )
 
 

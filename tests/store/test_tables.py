@@ -12,7 +12,7 @@ from trigate.store.schema import MIGRATIONS
 from trigate.store.tables import Tables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
-GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
+GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,8 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims")
         ("sending", {"workers": ["a", "b"]}),
         ("deliveries", {"run_id": "r"}),
         ("drop_orphans", {"before": 9.0, "limit": 9}),
+        ("objects", {"ids": ["a", "b"]}),
+        ("drop_object", {"object_id": "a", "upstream": "u"}),
     ],
 )
 def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:

@@ -165,10 +165,10 @@ def watch_client(
 ) -> None:
     """Calls ``leave`` when the client disconnects before its answer is out."""
     if response.client is None or not response.client.watch(leave):
-        nursery.start_soon(_wait_disconnected, request_body, leave)
+        nursery.start_soon(wait_disconnected, request_body, leave)
 
 
-async def _wait_disconnected(request_body: RequestBody, leave: Callable[[], None]) -> None:
+async def wait_disconnected(request_body: RequestBody, leave: Callable[[], None]) -> None:
     """Waits for the disconnect in a task, under a server that has no callback for it."""
     while (await request_body.receive())["type"] != "http.disconnect":
         pass

@@ -18,6 +18,7 @@ from trigate.asgi import health, paths
 from trigate.asgi.auth import authorize, cors_allows, cors_headers
 from trigate.asgi.data_plane import read_body, serve_call, watch_client
 from trigate.asgi.lazy_control_plane import LazyControlPlane
+from trigate.asgi.passthrough import serve_passed
 from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyBudget, BodyLimits, RequestBody, too_large
 from trigate.config.sections import Config, LimitsConfig
@@ -28,6 +29,7 @@ from trigate.errors import GatewayError, Internal
 from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
+from trigate.openai.passed_paths import find_passed
 from trigate.tracebacks import drop_frames
 from trigate.webhooks.calls import HookHead
 
@@ -64,6 +66,15 @@ async def serve_request(
             return
         endpoint = ENDPOINTS.get(head.path)
         found = Found(endpoint) if endpoint is not None else _find_endpoint(head, scope)
+        if found is None or head.method == "GET":
+            passed = find_passed(head.method, head.path)
+            if passed is not None:
+                owner = authorize(head, config) or ""
+                query: bytes = scope["query_string"]
+                await serve_passed(
+                    gateway, passed, head, body, response, query=query, request_id=request_id, owner=owner
+                )
+                return
         if found is not None:
             endpoint = found.endpoint
             if endpoint.format == "anthropic":

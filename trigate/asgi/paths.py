@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable
 
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.openai.endpoints import Format
+from trigate.openai.passed_paths import is_administration
 
 _MODELS = re.compile(r"/*(?:v1/+)*models(?:/+(.+))?", re.DOTALL)
 _SIMILARITY = 0.85
@@ -58,9 +59,13 @@ def hint(path: str, known: Iterable[str]) -> str:
     >>> known = ("/v1/chat/completions", "/v1/models", "/status")
     >>> hint("/api/v1/chat/completions", known), hint("/v1/Models", known), hint("/status/", known)
     (' Did you mean /v1/chat/completions?', ' Did you mean /v1/models?', ' Did you mean /status?')
+    >>> hint("/v1/organization/users", known)
+    " This part of OpenAI's API belongs to an account at a provider: call the provider itself."
     >>> hint("/v1/chat/completion", known), hint("/v1/x", known), hint("/x", known)
     (' Did you mean /v1/chat/completions?', '', ' The paths of the API begin with /v1.')
     """
+    if is_administration(path):
+        return " This part of OpenAI's API belongs to an account at a provider: call the provider itself."
     asked = "/" + "/".join(_segments(path.lower()))
     tails = {"/" + "/".join(_segments(each)): each for each in known}
     found = [tail for tail in tails if tail != "/" and asked.endswith(tail)]

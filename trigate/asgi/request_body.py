@@ -171,6 +171,33 @@ class RequestBody:
         self._budget.check_refused()
         raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s ({body.timeout_name}).")
 
+    async def next_piece(self, timeout_s: float, limits: LimitsConfig) -> bytes | None:
+        """Receives the next piece of a body that is not kept, which may be empty; None = the client has disconnected.
+
+        Args:
+            timeout_s: How long that may take.
+
+        Raises:
+            BodyTimeout: It did not arrive in time.
+            Draining: The gateway shuts down before it has arrived.
+        """
+        with trio.move_on_after(timeout_s) as scope, self._budget.reading(scope):
+            message = await self.receive()
+            return message.get("body", b"") if message["type"] == "http.request" else None
+        self._budget.check_refused()
+        raise BodyTimeout(
+            f"The body did not arrive within {limits.body_timeout_s:g} s, or at {limits.body_bytes_per_s:g} bytes a "
+            "second (limits.body_timeout_s, limits.body_bytes_per_s)."
+        )
+
+    def hold(self, size: int, limits: LimitsConfig) -> None:
+        """Takes the memory for a piece of a body that is kept for a while, until `release`.
+
+        Raises:
+            Overloaded: There is no room for it.
+        """
+        self._grow(size, BodyLimits.of(limits, max_bytes=limits.body_bytes), limits)
+
     async def drain(self) -> None:
         """Reads and discards the rest of the body, at most 256 MiB in 2 s."""
         drained = 0

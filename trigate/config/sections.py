@@ -133,6 +133,8 @@ class UpstreamConfig:
     """Fields of its models in ``GET /v1/models`` by their ids, besides those that the upstream lists."""
     default_model: str | None = None
     """The model that ``default`` stands for if this upstream is the first that can serve."""
+    endpoints: tuple[str, ...] | None = None
+    """The paths below ``/v1`` that it serves, each with those below it. None = all that its kind has."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
     drop: tuple[str, ...] = ()
@@ -299,8 +301,11 @@ class StoreConfig:
     """How long a session is kept after it was last active."""
     archive_retention_s: Seconds = Seconds(30 * DAY_S)
     """How long messages from before a reset are kept."""
+    object_retention_s: Seconds = Seconds(400 * DAY_S)
+    """How long it is remembered which upstream and key a file, a batch or another object of an upstream belongs to."""
     max_runs: Count = Count(1_000_000)
     max_sessions: Count = Count(1_000_000)
+    max_objects: Count = Count(1_000_000)
 
 
 @attrs.frozen(kw_only=True)

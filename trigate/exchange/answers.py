@@ -234,7 +234,7 @@ class BinaryAnswer:
     async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
         """Moves the bytes. As `Answer.relay`."""
         attempt.phase = Phase.WAITING
-        headers: list[Header] = [(b"content-type", (reply.content_type or "application/octet-stream").encode())]
+        headers = headers_of(reply)
         if "content-length" in reply.headers and "content-encoding" not in reply.headers:
             headers.append((b"content-length", reply.headers["content-length"].encode()))
         claimed = False
@@ -244,11 +244,22 @@ class BinaryAnswer:
                     return None
                 claimed = True
                 attempt.phase = Phase.STREAMING
-                await attempt.start(sink, 200, headers)
+                await attempt.start(sink, reply.status, headers)
             self.count(len(piece))
             await attempt.send(sink, piece)
         if not claimed:
             if not self.claim(attempt):
                 return None
-            await attempt.start(sink, 200, headers)
+            await attempt.start(sink, reply.status, headers)
         return b""
+
+
+def headers_of(reply: Reply) -> list[Header]:
+    """The headers of a reply that its client gets, where the body is not the gateway's."""
+    fields = reply.headers
+    headers: list[Header] = []
+    if reply.status not in (204, 205):
+        headers.append((b"content-type", fields.get("content-type", "application/octet-stream").encode("latin-1")))
+    if "content-disposition" in fields:
+        headers.append((b"content-disposition", fields["content-disposition"].encode("latin-1")))
+    return headers

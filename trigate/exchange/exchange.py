@@ -34,6 +34,7 @@ from trigate.exchange.call_key import call_key_of
 from trigate.exchange.client_sink import ClientSink
 from trigate.exchange.live import LiveExchanges
 from trigate.exchange.outcome import Outcome
+from trigate.exchange.passed_call import PassedCall
 from trigate.exchange.shared_call import STOPPED, SharedCalls, Subscription
 from trigate.exchange.sink import Recorder, RecordingSink, Sink
 from trigate.exchange.state import ExchangeState
@@ -85,7 +86,7 @@ class Exchange(ExchangeState):
         watchdog: Watchdog | None = None
         try:
             self.services.live.begin(self)
-            route = self.generation.route(self.call.model)
+            route = self.request.route()
             watchdog = self._watch(route)
             async with self.services.admission.slot(self):
                 self.source = self._open_source(route)
@@ -117,7 +118,7 @@ class Exchange(ExchangeState):
             digest = call_key_of(request.call, request.headers, sampled=request.model.coalesce_sampled)
             if digest is not None:
                 return self.services.shared_calls.join(request, digest)
-        return UpstreamCall(
+        return (UpstreamCall if request.passed is None else PassedCall)(
             request=request,
             services=self.services.upstream,
             route=route,
@@ -243,4 +244,4 @@ class Exchange(ExchangeState):
         client_s = request.client_timeout_s
         if not self.call.stream or self.first_byte_deadline < math.inf:
             client_s = min(client_s, request.sdk_timeout_s)
-        return min(client_s, self.generation.route(self.call.model).total_timeout_s)
+        return min(client_s, self.request.route().total_timeout_s)

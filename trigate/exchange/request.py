@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import attrs
 import trio
 
 from trigate.config.sections import ModelConfig
 from trigate.exchange.affinity_key import affinity_key_of
+from trigate.openai.answer import Usage
 from trigate.openai.request import Call
-from trigate.upstream.generation import Generation
+from trigate.upstream.generation import Generation, Route
+from trigate.upstream.request_stream import RequestStream
+
+
+@attrs.frozen(kw_only=True)
+class PassThrough:
+    """What an exchange passes through to one upstream, in place of a call (`openai.passed_paths`).
+
+    Attributes:
+        method: Of the request.
+        route: The targets of the request.
+        path_for: Returns where it goes, below the base URL of an upstream, for the upstream's own model id.
+        body_for: Returns its body for such an id; of an upload, always the same stream.
+        upload: Its body, if that is sent as it arrives.
+        is_repeatable: It may be sent to another target after it has arrived at one, like a call.
+        take_answer: Takes the name of the upstream and its whole answer, if that is no stream; returns what the client
+            gets, and the token counts in it. None = the answer goes to the client as it comes.
+    """
+
+    method: str
+    route: Route
+    path_for: Callable[[str], str]
+    body_for: Callable[[str], bytes | RequestStream]
+    is_repeatable: bool
+    upload: RequestStream | None = None
+    take_answer: Callable[[str, bytes], Awaitable[tuple[bytes, Usage | None]]] | None = None
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -28,6 +54,7 @@ class ExchangeRequest:
         client_timeout_s: The client's timeout for the whole call.
         sdk_timeout_s: How long the client's SDK waits: for a stream, until it begins; for any other answer, until it
             is complete.
+        passed: What is passed through. Its call has no body then, only a path and perhaps a model.
     """
 
     id: str
@@ -39,12 +66,19 @@ class ExchangeRequest:
     arrived_at: float = attrs.field(factory=trio.current_time)
     client_timeout_s: float = math.inf
     sdk_timeout_s: float = math.inf
+    passed: PassThrough | None = None
+
+    def route(self) -> Route:
+        """Returns the targets of the request. Raises as `Generation.route`."""
+        if self.passed is not None:
+            return self.passed.route
+        return self.generation.route(self.call.model, self.call.endpoint)
 
     @property
     def affinity_key(self) -> bytes | None:
         """The conversation of the call; None = its model has no affinity, or the call belongs to none."""
         affinity = self.model.affinity
-        if affinity == "none":
+        if affinity == "none" or self.passed is not None:
             return None
         return affinity_key_of(self.call, self.client_headers, owner=self.owner, affinity=affinity)
 

@@ -118,7 +118,7 @@ class SharedCall:
         self._request = request
         self._max_bytes = config.limits.buffered_bytes
         now = trio.current_time()
-        route = request.generation.route(request.call.model)
+        route = request.route()
         self.upstream = UpstreamCall(
             request=request,
             services=services,

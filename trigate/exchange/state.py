@@ -161,7 +161,9 @@ class ExchangeState:
     @property
     def is_billed(self) -> bool:
         """Whether the tokens are recorded with it, and not with another exchange that shared the upstream call."""
-        return self.source.is_billed if isinstance(self.source, Subscription) else True
+        if isinstance(self.source, Subscription):
+            return self.source.is_billed
+        return self.request.call.endpoint.counts_tokens
 
     @property
     def events(self) -> int:

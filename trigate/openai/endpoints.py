@@ -33,6 +33,7 @@ class Endpoint:
         needs_finish_reason: The results are choices, each of which ends with a ``finish_reason``; without it, a stream
             is not complete. With it, a stream that ends in order is complete without its last event.
         format: The format of its requests, answers and errors.
+        counts_tokens: The tokens of an answer are estimated if the upstream does not report them.
         streams_by_default: A call without ``stream`` asks for a stream.
         stream_type: The content type of a stream.
         keep_alive: What a client is sent in a silence of its stream: a comment; an event of the format's own, once the
@@ -50,6 +51,7 @@ class Endpoint:
     repeats_last_event: bool = False
     needs_finish_reason: bool = False
     format: Format = "openai"
+    counts_tokens: bool = True
     streams_by_default: bool = False
     stream_type: str = "text/event-stream; charset=utf-8"
     keep_alive: Literal["comment", "ping", "none"] = "comment"

@@ -28,7 +28,7 @@ class Target(NamedTuple):
     model: str
 
     def __str__(self) -> str:
-        return f"{self.upstream}/{self.model}"
+        return f"{self.upstream}/{self.model}" if self.model else self.upstream
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -51,6 +51,8 @@ class Known:
         unusable: Why the upstream cannot serve at all (its secret is missing, …); None = it can.
         down: Why the upstream probably cannot serve now; a call that names it is still tried.
         stands_in: It is only a stand-in for a model (the echo), and ``default`` only if there is no other upstream.
+        passes: It takes requests that are passed through (`openai.passed_paths`): it has OpenAI's API.
+        endpoints: The paths below ``/v1`` that it serves; None = all.
         only_anthropic: It serves no other calls than messages and chat completions. One that serves all comes before
             it as ``default``.
     """
@@ -61,6 +63,20 @@ class Known:
     down: str | None = None
     stands_in: bool = False
     only_anthropic: bool = False
+    passes: bool = True
+    endpoints: tuple[str, ...] | None = None
+
+    def serves(self, path: str) -> bool:
+        """Whether its configuration allows a path below ``/v1``, or one above it.
+
+        >>> known = Known(endpoints=("/files", "v1/chat/completions/"))
+        >>> [known.serves(path) for path in ("/files/{id}", "/chat/completions", "/filesystem", "/batches")]
+        [True, True, False, False]
+        """
+        if self.endpoints is None:
+            return True
+        allowed = [each.strip("/").removeprefix("v1/") for each in self.endpoints]
+        return any(f"{path}/".startswith(f"/{each}/") for each in allowed)
 
 
 class Alias(NamedTuple):

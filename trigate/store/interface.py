@@ -41,6 +41,7 @@ from trigate.store.records import (
     StoreStatistics,
     Ticket,
     Turn,
+    UpstreamObject,
     Worker,
 )
 
@@ -284,6 +285,22 @@ class Exchanges(Protocol):
         there is no such record. ``owner`` None = of all owners."""
 
 
+# -- objects of upstreams ---------------------------------------------------------------------------------------------
+
+
+class Objects(Protocol):
+    """Which upstream has an object, and which key made it."""
+
+    def note(self, objects: Sequence[UpstreamObject]) -> Write[None]:
+        """Notes objects. One that is noted already, for the same upstream, keeps its owner."""
+
+    async def find(self, ids: Sequence[str]) -> Sequence[UpstreamObject]:
+        """Returns the objects with these ids, of all owners and upstreams."""
+
+    def drop(self, object_id: str, upstream: str) -> Write[None]:
+        """Forgets an object. Not durable."""
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +314,7 @@ class Store(Protocol):
     channels: Channels
     workers: Workers
     exchanges: Exchanges
+    objects: Objects
 
     def prune(self, retention: Retention) -> Write[int]:
         """Deletes what the retention does not keep; returns how many rows. It works in slices, so that no other write

@@ -232,6 +232,23 @@ class Worker:
     snapshot: bytes = attrs.field(default=b"{}", repr=False)
 
 
+@attrs.frozen(kw_only=True)
+class UpstreamObject:
+    """An object that an upstream keeps for a client: a file, a batch, a stored answer.
+
+    Attributes:
+        id: Given by the upstream, and unique there only.
+        upstream: The upstream's name.
+        owner: The name of the gateway key that it was made with; empty = the gateway had no keys.
+        at: When it was noted.
+    """
+
+    id: str
+    upstream: str
+    owner: str
+    at: float
+
+
 LOST = "lost"
 """The outcome of an exchange whose process exited before the exchange ended."""
 
@@ -324,7 +341,9 @@ class Retention:
         runs_before: Runs that ended before this time, with their deliveries and idempotency keys, and deliveries of no
             run that were done before it.
         exchanges_before: Records of exchanges that began before this time.
-        max_sessions, max_runs, max_exchanges: How many are kept, of all owners; the oldest ones in excess are deleted.
+        objects_before: Objects of upstreams that were noted before this time.
+        max_sessions, max_runs, max_exchanges, max_objects: How many are kept, of all owners; the oldest ones in excess
+            are deleted.
     """
 
     sessions_before: float
@@ -334,3 +353,5 @@ class Retention:
     max_runs: int
     exchanges_before: float
     max_exchanges: int
+    objects_before: float = 0.0
+    max_objects: int = 2**63 - 1

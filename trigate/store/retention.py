@@ -35,6 +35,8 @@ def retention(settings: StoreConfig, ledger: LedgerConfig, now: float) -> Retent
         max_runs=settings.max_runs,
         exchanges_before=before(ledger.retention_s),
         max_exchanges=ledger.max_records,
+        objects_before=before(settings.object_retention_s),
+        max_objects=settings.max_objects,
     )
 
 

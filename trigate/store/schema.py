@@ -156,5 +156,15 @@ MIGRATIONS = (
     CREATE INDEX exchanges_of_owner ON exchanges (owner, number);
     CREATE INDEX exchanges_not_complete ON exchanges (outcome, number) WHERE outcome <> 'complete';
     """,
+    """
+    CREATE TABLE objects (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL,
+        upstream TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        at REAL NOT NULL,
+        UNIQUE (id, upstream)
+    ) STRICT;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

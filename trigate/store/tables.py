@@ -24,6 +24,7 @@ from trigate.store.records import (
     Session,
     SessionCounts,
     Ticket,
+    UpstreamObject,
     Worker,
 )
 
@@ -76,6 +77,7 @@ _RUNS = _Table(Run, "runs", key=("id",), flags=("acknowledged",))
 _DELIVERIES = _Table(Delivery, "deliveries", key=("id",), flags=("repeatable",))
 _CHANNELS = _Table(ChannelRecord, "channels", key=("name",))
 _WORKERS = _Table(Worker, "workers", key=("id",))
+_OBJECTS = _Table(UpstreamObject, "objects", key=("id", "upstream"))
 
 _OF_EXCHANGE = ExchangeRecord.__struct_fields__
 # One statement inserts all rows, from JSON: the interpreter's lock changes hands between two statements, and while the
@@ -434,6 +436,35 @@ class Tables:
             limit,
             last - most,
             before,
+        )
+
+    # -- objects of upstreams
+
+    def note_object(self, found: UpstreamObject) -> None:
+        """Keeps an object, unless the upstream has one with that id."""
+        self._do(
+            f"INSERT INTO objects ({_OBJECTS.columns}) VALUES (?, ?, ?, ?) ON CONFLICT (id, upstream) DO NOTHING",
+            *_OBJECTS.row(found),
+        )
+
+    def objects(self, ids: Sequence[str]) -> Sequence[UpstreamObject]:
+        """Returns the objects with these ids, in no order."""
+        return self._all(_OBJECTS, f"WHERE {_in('id', ids)}", *ids)
+
+    def drop_object(self, object_id: str, upstream: str) -> None:
+        """Deletes an object."""
+        self._do("DELETE FROM objects WHERE id = ? AND upstream = ?", object_id, upstream)
+
+    def drop_objects(self, before: float, *, most: int, limit: int) -> int:
+        """Deletes the oldest objects from before a time, or in excess of ``most``; returns how many."""
+        excess = max(0, self._number("SELECT count(*) FROM objects") - most)
+        return self._do(
+            "DELETE FROM objects WHERE number IN (SELECT number FROM (SELECT number, at FROM objects ORDER BY number"
+            " LIMIT ?) WHERE at < ? LIMIT ?) OR number IN (SELECT number FROM objects ORDER BY number LIMIT ?)",
+            limit,
+            before,
+            limit,
+            min(excess, limit),
         )
 
     def touch(self) -> None:

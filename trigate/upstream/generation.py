@@ -19,7 +19,9 @@ import trio
 from trigate.concurrency.notify import open_service
 from trigate.config.sections import AttemptTimeouts, Config, ModelConfig, UpstreamConfig
 from trigate.errors import GatewayError
+from trigate.openai.endpoints import Endpoint
 from trigate.routing import routes
+from trigate.routing.endpoints import call_targets, passed_targets
 from trigate.routing.plan import relative_weights
 from trigate.routing.routes import Alias, Aliases, Known, Target
 from trigate.upstream import echo
@@ -76,6 +78,7 @@ class Generation:
         self.upstreams = upstreams
         self.trust = trust
         self.aliases = Aliases({name: tuple(map(Target.parse, model.targets)) for name, model in config.models.items()})
+        self._narrowed = any(upstream.endpoints is not None for upstream in config.upstreams.values())
         self._routes: dict[str, Route] = {}
         self.exchanges = 0
         self.created = int(time.time())
@@ -90,27 +93,29 @@ class Generation:
         """Returns the state of each upstream, as routing takes it."""
         return {name: upstream.known() for name, upstream in self.upstreams.items()}
 
-    def route(self, model: str) -> Route:
-        """Returns the route of a public model id. Raises as `routing.routes.plan`.
+    def route(self, model: str, endpoint: Endpoint | None = None) -> Route:
+        """Returns the route of a public model id. Raises as `routing.endpoints.call_targets`.
+
+        Args:
+            endpoint: Its path has to be among the ``endpoints`` of an upstream; None = that does not matter.
 
         A route is kept until an upstream lists other models. That of ``default`` is not kept unless it is an alias,
         since it depends on which upstreams are up.
         """
-        found = self._routes.get(model)
+        key = model if endpoint is None or not self._narrowed else f"{endpoint.path} {model}"
+        found = self._routes.get(key)
         if found is not None:
             return found
-        targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
-        alias = self.aliases.find(model, self.upstreams) or Alias(model, targets)
-        timeouts = {target.upstream: self.config.attempt_timeouts(target.upstream, alias.name) for target in targets}
-        shortest_s = min(min(attrs.astuple(each)) for each in timeouts.values())
-        # All attempts share one deadline: the longest total timeout of the targets.
-        total_s = max(each.total_s for each in timeouts.values())
-        weights = relative_weights(self.config.models.get(alias.name, _UNNAMED), alias.targets, targets)
-        found = Route(targets, timeouts, shortest_s, total_s, alias.name, weights)
+        if endpoint is None or not self._narrowed:
+            targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
+        else:
+            also = endpoint.path if endpoint.format == "openai" else "/chat/completions"
+            targets = call_targets(endpoint.path, model, also=also, aliases=self.aliases, upstreams=self.known())
+        found = self._route(targets, model)
         if model != "default" or model in self.aliases.exact:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()  # clients choose the ids, so their number has no other bound
-            self._routes[model] = found
+            self._routes[key] = found
         return found
 
     def alias_of(self, model: str) -> str:
@@ -126,6 +131,24 @@ class Generation:
     def settings_of(self, model: str) -> ModelConfig:
         """Returns the settings of a public model id."""
         return self.config.models.get(self.alias_of(model), _UNNAMED)
+
+    def passed_route(
+        self, path: str, *, model: str | None = None, upstream: str | None = None, is_new: bool = False
+    ) -> Route:
+        """Returns the route of a request that is passed through. As `routing.endpoints.passed_targets`."""
+        targets = passed_targets(
+            path, model=model, upstream=upstream, is_new=is_new, aliases=self.aliases, upstreams=self.known()
+        )
+        return self._route(targets, model or "")
+
+    def _route(self, targets: tuple[Target, ...], model: str) -> Route:
+        alias = self.aliases.find(model, self.upstreams) or Alias(model, targets)
+        timeouts = {target.upstream: self.config.attempt_timeouts(target.upstream, alias.name) for target in targets}
+        shortest_s = min(min(attrs.astuple(each)) for each in timeouts.values())
+        # All attempts share one deadline: the longest total timeout of the targets.
+        total_s = max(each.total_s for each in timeouts.values())
+        weights = relative_weights(self.config.models.get(alias.name, _UNNAMED), alias.targets, targets)
+        return Route(targets, timeouts, shortest_s, total_s, alias.name, weights)
 
     def forget_routes(self) -> None:
         """Drops the kept routes, because an upstream lists other models."""

@@ -36,7 +36,9 @@ import httpx2
 import outcome
 import trio
 
+from trigate.errors import GatewayError
 from trigate.upstream.connect import AddressCheck, Connection, NoDescriptor, Origin, dial
+from trigate.upstream.request_stream import Frames, RequestStream
 from trigate.upstream.response_parser import Framing
 
 _SLICE_BYTES = 128 * 1024
@@ -139,6 +141,7 @@ class Opening:
     _steps: StepTimeouts | None = None
     _once: bool = False
     _resend: bool = True
+    _stream: RequestStream | None = attrs.field(default=None, repr=False)
     _connection: Connection | None = attrs.field(default=None, init=False)
     _response: Response | None = attrs.field(default=None, init=False)
     # Whatever the response says, the connection carries no other request: this one was not sent in full.
@@ -205,14 +208,20 @@ class Opening:
         if sent < len(request):
             sending = self._send_rest(connection, response, memoryview(request)[sent:])
             await (sending if steps is None else within(steps.write_s, httpx2.WriteTimeout, sending))
+        if self._stream is not None and not response.begun:
+            await self._send_rest(connection, response, memoryview(b""), self._stream)
         if steps is None or steps.read_s == math.inf:
             await response.receive_head()
         else:
             await within(steps.read_s, httpx2.ReadTimeout, response.receive_head())
 
-    async def _send_rest(self, connection: Connection, response: Response, rest: memoryview) -> None:
-        """Sends what the socket did not take at once, and listens at the same time for an early answer."""
-        failure: httpx2.TransportError | None = None
+    async def _send_rest(
+        self, connection: Connection, response: Response, rest: memoryview, stream: RequestStream | None = None
+    ) -> None:
+        """Sends what the socket did not take at once, or a body as it arrives, and listens at the same time for an
+        early answer."""
+        failure: Exception | None = None
+        frames = Frames(stream) if stream is not None else None
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
@@ -225,9 +234,17 @@ class Opening:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(listen)
-            while rest:
+            while True:
                 try:
+                    if frames is not None and not rest:
+                        rest = memoryview(await frames.next())
+                    if not rest:
+                        break
                     await connection.send(rest[:_SLICE_BYTES])
+                except GatewayError as error:  # not through the nursery, which would wrap it in a group
+                    failure = error
+                    self._partly_sent = True
+                    break
                 except httpx2.WriteError as error:
                     if connection.stream is not None:
                         failure = error
@@ -320,16 +337,18 @@ class ConnectionPool:
         steps: StepTimeouts | None = None,
         once: bool = False,
         resend: bool = True,
+        stream: RequestStream | None = None,
     ) -> Opening:
         """Sends a request and owns its response for as long as the block lasts.
 
         Args:
-            request: The whole request, head and body, as it is sent.
+            request: The whole request, head and body, as it is sent; with a ``stream``, its head.
             method: The method in the head; a response to ``HEAD`` has no body.
             connect_timeout_s: The limit for a new connection, where one is needed.
             steps: Limits for the other steps; None = the caller's cancel scope is the only one.
             once: Whether the request must not arrive twice: it gets a new connection, and no retry.
             resend: Whether a request is sent once more after its reused connection has ended without an answer.
+            stream: The body, which is sent as it arrives. The request is then sent ``once``.
 
         Raises:
             httpx2.ConnectTimeout: No connection in time.
@@ -340,10 +359,13 @@ class ConnectionPool:
             httpx2.WriteError: The connection broke before the whole request was sent.
             httpx2.ReadError: The connection broke before the head.
             httpx2.RemoteProtocolError: The connection ended before the head, or the bytes are not HTTP.
+            GatewayError: As ``stream.receive``.
 
         **Cancels:** at any point. The connection is reused only if its response was read to the end.
         """
-        return Opening(self, origin, request, method, connect_timeout_s, steps, once, resend)
+        return Opening(
+            self, origin, request, method, connect_timeout_s, steps, once or stream is not None, resend, stream
+        )
 
     async def run(self) -> None:
         """Closes connections that have been idle for too long, until it is cancelled."""

@@ -50,6 +50,7 @@ from trigate.upstream.error_body import message_suffix, rejection
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.pool import ConnectionPool
 from trigate.upstream.reply import Httpx2Source, Reply, SocketSource, Source, translated
+from trigate.upstream.request_stream import RequestStream, StreamContent, length_field
 from trigate.upstream.transport import SocketTransport
 
 _TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
@@ -173,6 +174,8 @@ class Upstream:
             down=self._down(),
             stands_in=self.config.kind == "echo",
             only_anthropic=self.config.kind == "anthropic",
+            passes=self.config.kind == "openai" or (self.config.kind == "azure" and self.config.api_version is None),
+            endpoints=self.config.endpoints,
         )
 
     def max_output_tokens(self, model: str) -> int | None:
@@ -263,7 +266,7 @@ class Upstream:
         self,
         method: str,
         path: str,
-        body: bytes = b"",
+        body: bytes | RequestStream = b"",
         *,
         headers: Mapping[str, str] | None = None,
         model: str = "",
@@ -274,6 +277,7 @@ class Upstream:
 
         Args:
             path: The path below the upstream's base URL, with its leading slash.
+            body: The whole body; or a stream, which is sent as it arrives, and once.
             headers: Fields in addition to those of the configuration, which they override.
             model: The upstream's own id of the model that the request is for, if it is for one.
             owner: The owner of the call. Free slots go round the owners.
@@ -298,17 +302,19 @@ class Upstream:
         except LocalModelUnavailable as error:
             raise Unavailable(str(error), status=503) from error
 
-    async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Source:
+    async def _send(self, method: str, path: str, body: bytes | RequestStream, headers: Mapping[str, str]) -> Source:
         base_url = await self._base_url()
         try:
             address = self._address
             if address is None or base_url != address.base_url:
                 address = self._address = _Address.of(base_url)
             if self.auth is not None:
-                proof = await self.auth.headers(method, address.netloc, address.path + path, body)
+                signed = body if isinstance(body, bytes) else b""  # no such scheme signs an upload
+                proof = await self.auth.headers(method, address.netloc, address.path + path, signed)
                 headers = {**headers, **proof}
             if self._pool is not None:
-                if len(body) > _LARGE_BYTES:  # it has just been copied, and is copied again
+                stream = body if not isinstance(body, bytes) else None
+                if isinstance(body, bytes) and len(body) > _LARGE_BYTES:  # it has just been copied, and is copied again
                     await trio.lowlevel.checkpoint()
                 opening = self._pool.open(
                     address.origin,
@@ -316,30 +322,36 @@ class Upstream:
                     method=method,
                     connect_timeout_s=self._connect_timeout_s,
                     resend=self._resend,
+                    stream=stream,
                 )
                 return SocketSource(opening, await opening.__aenter__())
+            if not isinstance(body, bytes) and body.length_bytes is not None:
+                headers = {**headers, "content-length": str(body.length_bytes)}
             request = httpx2.Request(
                 method,
                 base_url + path,
                 headers={**self._headers, **headers},
-                content=body,
+                content=body if isinstance(body, bytes) else StreamContent(body),
                 extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
             )
             return Httpx2Source(await self.transport.handle_async_request(request))
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise translated(error, self.name, answered=False) from error
 
-    def _serialized(self, method: str, address: _Address, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
-        """Returns the request as it is sent, head and body. The values come from a validated configuration and from a
-        parsed request, so they contain no line breaks."""
+    def _serialized(
+        self, method: str, address: _Address, path: str, headers: Mapping[str, str], body: bytes | RequestStream
+    ) -> bytes:
+        """Returns the request as it is sent, head and body; of a stream, the head.
+
+        The values come from a validated configuration and from a parsed request, so they contain no line breaks."""
         if self._headers.keys().isdisjoint(headers):
             fields = self._fields + _fields(headers)
         else:
             fields = _fields({**self._headers, **headers})
         if body or method != "GET":
-            fields = f"{fields}content-length: {len(body)}\r\n"
+            fields += length_field(body)
         head = f"{method} {address.path}{path} HTTP/1.1\r\nhost: {address.netloc}\r\n{fields}\r\n"
-        return head.encode("latin-1") + body
+        return head.encode("latin-1") + (body if isinstance(body, bytes) else b"")
 
     # -- error replies
 
@@ -392,7 +404,7 @@ class _OpenReply:
     _upstream: Upstream
     _method: str
     _path: str
-    _body: bytes = attrs.field(repr=False)
+    _body: bytes | RequestStream = attrs.field(repr=False)
     _headers: Mapping[str, str] = attrs.field(repr=False)
     _owner: str
     _on_phase: Callable[[str], None]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import attrs
+import trio
 
 from trigate.store import interface
 from trigate.store.interface import Write
@@ -15,12 +17,14 @@ from trigate.store.operations.deliveries import DeliveryOperations
 from trigate.store.operations.runs import IdempotencyOperations, RunOperations
 from trigate.store.operations.sessions import SessionOperations
 from trigate.store.operations.transactions import Transactions
-from trigate.store.records import ExchangeRecord, Retention, StoreStatistics
+from trigate.store.records import ExchangeRecord, Retention, StoreStatistics, UpstreamObject
 from trigate.store.tables import Tables
 
 PRUNE_SLICE = 100
 """How many rows of each kind one transaction deletes (sessions, archived messages, runs); ten times as many records of
 exchanges."""
+
+_IDS_AT_ONCE = 1000
 
 
 class StoreOperations(Transactions):
@@ -34,6 +38,7 @@ class StoreOperations(Transactions):
         self.channels: interface.Channels = ChannelOperations(self)
         self.workers: interface.Workers = WorkerOperations(self)
         self.exchanges: interface.Exchanges = ExchangeOperations(self)
+        self.objects: interface.Objects = ObjectOperations(self)
 
     @abc.abstractmethod
     def statistics(self) -> StoreStatistics:
@@ -66,6 +71,7 @@ def _prune(tables: Tables, retention: Retention) -> int:
         + tables.drop_archived(retention.archives_before, limit=PRUNE_SLICE)
         + tables.drop_orphans(retention.runs_before, limit=PRUNE_SLICE)
         + tables.drop_exchanges(retention.exchanges_before, most=retention.max_exchanges, limit=10 * PRUNE_SLICE)
+        + tables.drop_objects(retention.objects_before, most=retention.max_objects, limit=10 * PRUNE_SLICE)
     )
 
 
@@ -84,3 +90,29 @@ class ExchangeOperations:
         return await self._transactions.read(
             lambda tables: tables.exchanges(limit=limit, owner=owner, outcome=outcome, after=after)
         )
+
+
+@attrs.define(eq=False, slots=False)
+class ObjectOperations:
+    """Implements `interface.Objects`, which documents the methods."""
+
+    _transactions: Transactions
+
+    def note(self, objects: Sequence[UpstreamObject]) -> Write[None]:
+        noted = tuple(objects)
+
+        def operation(tables: Tables) -> None:
+            for each in noted:
+                tables.note_object(each)
+
+        return self._transactions.write(operation)
+
+    async def find(self, ids: Sequence[str]) -> Sequence[UpstreamObject]:
+        await trio.lowlevel.checkpoint()
+        found: list[UpstreamObject] = []
+        for at in range(0, len(ids), _IDS_AT_ONCE):
+            found += await self._transactions.read(partial(Tables.objects, ids=ids[at : at + _IDS_AT_ONCE]))
+        return found
+
+    def drop(self, object_id: str, upstream: str) -> Write[None]:
+        return self._transactions.write(lambda tables: tables.drop_object(object_id, upstream), durable=False)
