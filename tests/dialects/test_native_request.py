@@ -402,7 +402,7 @@ def test_a_budget_that_cannot_be_used() -> None:
 
 def test_sampling() -> None:
     """It is dropped where it would be refused."""
-    asked = {"temperature": 1.5, "top_p": 0.5, "top_k": 3}
+    asked: dict[str, Any] = {"temperature": 1.5, "top_p": 0.5, "top_k": 3}
     old = sent("claude-3-haiku-20240307", **asked)
     assert [old[name] for name in asked] == [1, 0.5, 3]
     assert sent(OLD, **asked)["dropped"] == ["top_p"]
