@@ -46,11 +46,16 @@ def translated(asked: Call) -> TranslatedCall:
     return TranslatedCall(asked, ChatClient(), MessagesUpstream(), at=1700000000.5)
 
 
-def sent(model: str = NEW, *, upstream: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    """Returns the request that is sent, with what was dropped as ``dropped``. Anthropic accepts it."""
+def sent(model: str = NEW, *, limit: int | None = None, **fields: Any) -> dict[str, Any]:
+    """Returns the request that is sent, with what was dropped as ``dropped``. Anthropic accepts it.
+
+    Args:
+        limit: The most tokens that the model is known to give.
+    """
     asked = call(**fields)
     translation = translated(asked)
-    body = translation.body(asked, model, UpstreamConfig(kind="anthropic", **(upstream or {})))
+    translation.limit_answer(limit)
+    body = translation.body(asked, model, UpstreamConfig(kind="anthropic"))
     assert problem_of(body) is None
     return {**msgspec.json.decode(body), "dropped": list(translation.dropped)}
 

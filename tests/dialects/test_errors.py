@@ -183,6 +183,18 @@ def test_a_request_that_is_too_long_in_openai_s_words(message: str, more: dict[s
         assert error_frame(error, "openai", "r") == b"data: " + body + b"\n\n"
 
 
+def test_anthropic_s_envelope_is_replaced() -> None:
+    """The message, the type and the status stay; what OpenAI's errors have besides is added."""
+    body = b'{"type":"error","error":{"type":"not_found_error","message":"model: c"},"request_id":"req_1"}'
+    error = Rejected("model: c", status=404, body=body, headers=((b"retry-after", b"3"),))
+    status, headers, rendered = error_response(error, "openai", "r")
+    told = {"message": "model: c", "type": "not_found_error", "param": None, "code": "upstream_rejected"}
+    assert (status, msgspec.json.decode(rendered)) == (404, {"error": told})
+    assert (b"retry-after", b"3") in headers
+    assert error_frame(error, "openai", "r") == b"data: " + rendered + b"\n\n"
+    assert error_response(error, "anthropic", "r")[2] == body
+
+
 def test_openai_s_own_words_go_through() -> None:
     """An upstream that says it with the code is passed on word for word, and so is every other error."""
     for message, code in (("It is too long.", "context_length_exceeded"), ("max_tokens is too large: 32000.", None)):

@@ -288,12 +288,11 @@ def test_malformed_messages(message: dict[str, Any], param: str) -> None:
 
 
 def test_max_tokens() -> None:
-    """The request's, else the configured limit, which bounds both, else that of the model."""
-    limits = {"model_info": {NEW: {"max_output_tokens": 1000}}}
+    """The request's, else the model's, as it is known, else the one of its generation."""
     assert sent(max_tokens=5)["max_tokens"] == 5
     assert sent(max_tokens=5, max_completion_tokens=6)["max_tokens"] == 6
-    assert sent(upstream=limits)["max_tokens"] == 1000
-    assert sent(upstream=limits, max_tokens=2000)["max_tokens"] == 1000
+    assert sent(limit=1000)["max_tokens"] == 1000
+    assert sent(limit=1000, max_tokens=2000)["max_tokens"] == 1000
     models = ("claude-opus-4-20250514", "claude-3-5-haiku-20241022", "claude-3-haiku-20240307", "glm-5")
     assert [sent(model)["max_tokens"] for model in models] == [32000, 8192, 4096, 8192]
     assert refusal(max_tokens=0).param == "max_tokens"
@@ -402,7 +401,7 @@ def test_a_budget_that_cannot_be_used() -> None:
 
 def test_sampling() -> None:
     """It is dropped where it would be refused."""
-    asked = {"temperature": 1.5, "top_p": 0.5, "top_k": 3}
+    asked: dict[str, Any] = {"temperature": 1.5, "top_p": 0.5, "top_k": 3}
     old = sent("claude-3-haiku-20240307", **asked)
     assert [old[name] for name in asked] == [1, 0.5, 3]
     assert sent(OLD, **asked)["dropped"] == ["top_p"]

@@ -21,6 +21,7 @@ JOINED = {
     ("chat", "azure"),
     ("messages", "azure"),
     ("messages", "anthropic"),
+    ("chat", "anthropic"),
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")

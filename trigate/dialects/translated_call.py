@@ -43,8 +43,10 @@ class TranslatedCall:
             max_tokens: None = unknown.
         """
         request = self._asked.request
-        if max_tokens is not None and request.max_tokens is not None and request.max_tokens > max_tokens:
-            self._asked = attrs.evolve(self._asked, request=msgspec.structs.replace(request, max_tokens=max_tokens))
+        if max_tokens is not None:
+            asked = min(request.max_tokens, max_tokens) if request.max_tokens is not None else None
+            request = msgspec.structs.replace(request, max_tokens=asked, model_max_tokens=max_tokens)
+            self._asked = attrs.evolve(self._asked, request=request)
 
     def path(self, call: Call, model: str) -> str:
         """Where the call goes."""

@@ -151,6 +151,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request for one answer. None = the client leaves it to the model.
 
     Attributes:
+        model_max_tokens: The most tokens that the upstream's model can give, where it is known: for a format that
+            requires ``max_tokens``.
         effort: How much the model should think; ``none`` = not at all.
         wants_reasoning: Whether the client takes reasoning as a part of the answer.
         schema: The answer has to be JSON that matches it.
@@ -163,6 +165,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     messages: tuple[Message, ...]
     max_tokens: int | None = None
+    model_max_tokens: int | None = None
     stream: bool = False
     temperature: float | None = None
     top_p: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from trigate.config.sections import UpstreamConfig
 from trigate.dialects.anthropic.traits import traits_of
@@ -15,9 +14,6 @@ from trigate.dialects.vocabulary import Answer, Request
 from trigate.openai import sse
 from trigate.openai.answer import Usage, find_usage
 from trigate.openai.raw_json import decode_any
-
-_LIMITS = ("max_tokens", "max_output_tokens", "max_completion_tokens")
-"""The names under which ``model_info`` may have the most tokens of an answer."""
 
 
 class MessagesUpstream:
@@ -37,9 +33,7 @@ class MessagesUpstream:
         self, request: Request, *, model: str, upstream: UpstreamConfig
     ) -> tuple[bytes, tuple[str, ...]]:
         """As `UpstreamFormat.encode_request`."""
-        return encode_request(
-            request, model=model, traits=traits_of(model), max_tokens=_max_tokens(upstream.model_info.get(model))
-        )
+        return encode_request(request, model=model, traits=traits_of(model))
 
     def stream_parts(self, *, upstream: str, max_event_bytes: int) -> StreamParts:
         """As `UpstreamFormat.stream_parts`."""
@@ -57,11 +51,3 @@ class MessagesUpstream:
     def collected(self, body: bytes, *, upstream: str) -> bytes:
         """As `UpstreamFormat.collected`."""
         return message_of(body, upstream=upstream)
-
-
-def _max_tokens(info: Any) -> int | None:  # Any: JSON of any shape
-    for name in _LIMITS:
-        value = info.get(name) if isinstance(info, dict) else None
-        if type(value) is int and value > 0:
-            return value
-    return None

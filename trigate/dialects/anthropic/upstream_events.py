@@ -34,9 +34,6 @@ from trigate.openai.provider_error import is_error
 from trigate.openai.raw_json import decode_any
 
 _decode = msgspec.json.Decoder().decode
-_KINDS = frozenset(
-    ("message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta")
-)
 _NO_EVENTS: tuple[Event, ...] = ()
 
 
@@ -121,7 +118,7 @@ class MessagesEventDecoder:
             self.usage = find_usage(value, self.usage) or self.usage
             self.has_content = self.has_content or kind == "message_delta"
             return True
-        if kind in _KINDS:
+        if kind in ("content_block_start", "content_block_stop"):
             return True
         if is_error(value) or event.startswith((b"event: error", b"event:error")):
             self.error = error_of(self._upstream, value if is_error(value) else {"error": value})
@@ -184,14 +181,17 @@ class MessagesEventDecoder:
             events.append(TextStart())
             if text := _text(block, "text"):
                 events.append(TextDelta(text))
+                self.has_content = True
         elif kind == "thinking":
             events.append(ReasoningStart())
             if text := _text(block, "thinking"):
                 events.append(ReasoningDelta(text))
             self._signature = [_text(block, "signature")]
         elif kind == "redacted_thinking":
+            self.has_content = True
             events += (ReasoningStart(), Payload("anthropic_redacted", _text(block, "data")))
         elif kind == "tool_use":
+            self.has_content = True
             name = _text(block, "name")
             if not name:
                 raise ProtocolViolation(f"The upstream {self._upstream} called a tool without a name.")
@@ -203,8 +203,6 @@ class MessagesEventDecoder:
                 text = msgspec.json.encode(block["input"]).decode()
                 self._arguments.append(text)
                 events.append(ArgumentsDelta(text))
-        if self._open:
-            self.has_content = True
 
     def _take_delta(self, delta: dict[str, Any], data: bytes) -> list[Event] | tuple[Event, ...]:
         kind = delta.get("type")

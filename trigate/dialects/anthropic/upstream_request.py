@@ -36,15 +36,12 @@ _Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
 
 
-def encode_request(
-    request: Request, *, model: str, traits: Traits, max_tokens: int | None = None
-) -> tuple[bytes, tuple[str, ...]]:
+def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[bytes, tuple[str, ...]]:
     """Encodes a request.
 
     Args:
         model: The upstream's own model id.
         traits: What the model takes.
-        max_tokens: The most tokens of an answer that the model gives; None = it is not configured.
 
     Returns:
         The body, and the names of the advisory fields that were dropped: of `vocabulary.Request`.
@@ -54,9 +51,6 @@ def encode_request(
         Untranslatable: Something in it cannot be expressed; ``param`` names it.
     """
     dropped: set[str] = set()
-    limit = request.max_tokens or max_tokens or traits.max_tokens
-    if max_tokens is not None:
-        limit = min(limit, max_tokens)
     talk = encode_messages(request.messages, thinks=traits.thinking != "none")
     if talk.is_prefilled and not traits.takes_prefill:
         raise Untranslatable(
@@ -64,6 +58,7 @@ def encode_request(
             "user's, or a tool's.",
             param="messages",
         )
+    limit = request.max_tokens or request.model_max_tokens or traits.max_tokens
     body: _Json = {"model": model, "max_tokens": limit, "messages": talk.messages}
     system = talk.system
     if request.is_json and request.schema is None:

@@ -38,7 +38,9 @@ def encode_answer(answer: Answer, *, model: str, created: int, is_legacy: bool, 
     texts = [part.text for part in answer.parts if isinstance(part, Text)]
     calls = [part for part in answer.parts if isinstance(part, ToolCall)]
     reasoning = [part for part in answer.parts if isinstance(part, Reasoning)]
-    message: _Json = {"role": "assistant", "content": "".join(texts) if texts or not calls else None, "refusal": None}
+    message: _Json = {"role": "assistant", "content": "".join(texts), "refusal": None}
+    if not texts and answer.parts:
+        message["content"] = None
     if text := "".join([part.text for part in reasoning]):
         message["reasoning_content"] = text
     if details := reasoning_details([(part.text, part.payloads) for part in reasoning]):

@@ -1,8 +1,10 @@
 """Renders the gateway's errors in OpenAI's format.
 
-That is the gateway's own (`GatewayError.to_response`), with one addition: that a request is too long for the model is
-said with OpenAI's code and in its words, in whichever words the upstream says it. Agents then shorten the conversation;
-any other error they answer with the same request, several times.
+That is the gateway's own (`GatewayError.to_response`), with two additions:
+
+* That a request is too long for the model is said with OpenAI's code and in its words, in whichever words the upstream
+  says it. Agents then shorten the conversation; any other error they answer with the same request, several times.
+* An error body in Anthropic's envelope is replaced by one of OpenAI's, with the same message and type.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import msgspec
 
 from trigate.dialects.overflow import overflow_of
-from trigate.errors import GatewayError, Header
+from trigate.errors import GatewayError, Header, Rejected
 from trigate.openai.provider_error import error_object
+from trigate.openai.raw_json import decode_any
 
 CODE = "context_length_exceeded"
 
@@ -19,14 +22,16 @@ CODE = "context_length_exceeded"
 def error_response(error: GatewayError) -> tuple[int, list[Header], bytes]:
     """Renders an error as status, headers and JSON body (before COMMIT)."""
     payload = overflow_payload(error)
+    status = error.status if payload is None else 400
+    payload = payload or _unwrapped(error)
     if payload is None:
         return error.to_response()
-    return 400, [(b"content-type", b"application/json"), *error.headers], msgspec.json.encode({"error": payload})
+    return status, [(b"content-type", b"application/json"), *error.headers], msgspec.json.encode({"error": payload})
 
 
 def error_frame(error: GatewayError) -> bytes:
     """Renders an error as one server-sent event (after COMMIT)."""
-    payload = overflow_payload(error)
+    payload = overflow_payload(error) or _unwrapped(error)
     return error.to_frame() if payload is None else b"data: %b\n\n" % msgspec.json.encode({"error": payload})
 
 
@@ -44,4 +49,14 @@ def overflow_payload(error: GatewayError) -> dict[str, object] | None:
             f"However, your messages resulted in {found.tokens} tokens."
         )
     payload: dict[str, object] = {"message": message, "type": "invalid_request_error", "param": None, "code": CODE}
+    return {**payload, "attempts": error.attempts} if error.attempts else payload
+
+
+def _unwrapped(error: GatewayError) -> dict[str, object] | None:
+    """Returns the error object for a body in Anthropic's envelope; None = it is in no such envelope."""
+    value = decode_any(error.body) if isinstance(error, Rejected) and error.body is not None else None
+    if not isinstance(value, dict) or value.get("type") != "error":
+        return None
+    kind = error_object(error).get("type")
+    payload = {**error.payload, **({"type": kind} if isinstance(kind, str) else {})}
     return {**payload, "attempts": error.attempts} if error.attempts else payload
