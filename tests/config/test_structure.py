@@ -273,6 +273,11 @@ def test_all_problems_at_once() -> None:
             ALIAS + "strategy = 'hedge'\naffinity = 'session'",
             "models.a.affinity: not used by strategy 'hedge', which asks two targets",
         ),
+        (MOCK + "system_role = 'last'", "upstreams.mock.system_role: expected 'anywhere' or 'first' or 'as-user'"),
+        (
+            MOCK + "kind = 'anthropic'\nsystem_role = 'first'",
+            "upstreams.mock.system_role: not used by kind 'anthropic'",
+        ),
         (MOCK + "drop = ['stream']", "upstreams.mock.drop: stream cannot be dropped"),
         (MOCK + "history_fields = 'x'", "upstreams.mock.history_fields: expected an array of strings"),
         (MOCK + "drop = 'seed'", "upstreams.mock.drop: expected an array of strings"),

@@ -311,6 +311,7 @@ _REMOTE = ("openai", "anthropic", "azure")
 _OF_KIND = {
     **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), _REMOTE),
     "api_version": ("azure",),
+    "system_role": ("openai", "azure", "echo", "local"),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
 }

@@ -137,6 +137,9 @@ class UpstreamConfig:
     """The paths below ``/v1`` that it serves, each with those below it. None = all that its kind has."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
+    system_role: Literal["anywhere", "first", "as-user"] | None = None
+    """Where its chat completions take system messages. None = ``as-user`` for requests that are translated; all others
+    stay as they are."""
     drop: tuple[str, ...] = ()
     """The top-level fields of requests that it does not get."""
     set: Mapping[str, Any] = attrs.field(factory=dict)

@@ -20,7 +20,7 @@ from trigate.config.sections import UpstreamConfig
 from trigate.dialects.anthropic import MessagesClient, MessagesUpstream, without_own_reasoning
 from trigate.dialects.endpoints import CHAT, MESSAGES
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
-from trigate.dialects.openai_chat import ChatClient, ChatUpstream
+from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, Unsupported
 from trigate.openai.answer import Usage, decode_answer
@@ -152,6 +152,10 @@ class _PassThrough:
         if call.remembered:
             fields = upstream.history_fields
             call = call.with_history_fields(history_fields_of(upstream.base_url) if fields is None else fields)
+        if upstream.system_role is not None and call.endpoint.path == CHAT.path:
+            known = takes_developer(upstream.base_url)
+            messages = with_system_role(bytes(call.fields["messages"]), upstream.system_role, takes_developer=known)
+            call = call.with_messages(messages) if messages is not None else call
         return call.body_for(model)
 
     def stream_reader(

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from trigate.dialects.openai_chat.client import ChatClient
 from trigate.dialects.openai_chat.errors import error_frame, error_response
+from trigate.dialects.openai_chat.system_role import with_system_role
+from trigate.dialects.openai_chat.traits import takes_developer
 from trigate.dialects.openai_chat.upstream import ChatUpstream
 
-__all__ = ["ChatClient", "ChatUpstream", "error_frame", "error_response"]
+__all__ = ["ChatClient", "ChatUpstream", "error_frame", "error_response", "takes_developer", "with_system_role"]

@@ -2,9 +2,9 @@
 
 Two things have no place there, and get another one:
 
-* A system message behind the conversation's beginning is refused by the templates of many models. It becomes a text of
-  the user's, in tags that say what it is. To move it to the beginning would change the prefix of every request, and so
-  lose the provider's cache.
+* A system message behind the conversation's beginning is refused by the templates of many models. Unless the upstream
+  says otherwise (`system_role`), it becomes a text of the user's, in tags that say what it is. To move it to the
+  beginning would change the prefix of every request, and so lose the provider's cache.
 * The message of a tool has text only. Its pictures go into the user's message behind it.
 """
 
@@ -114,7 +114,7 @@ def _messages(messages: Iterable[Message], traits: Traits) -> list[_Json]:
     for message in messages:
         match message.role:
             case "system":
-                _add_system(encoded, message)
+                _add_system(encoded, message, traits)
             case "user":
                 _add_user(encoded, message, traits)
             case "assistant":
@@ -122,13 +122,15 @@ def _messages(messages: Iterable[Message], traits: Traits) -> list[_Json]:
     return encoded
 
 
-def _add_system(encoded: list[_Json], message: Message) -> None:
+def _add_system(encoded: list[_Json], message: Message, traits: Traits) -> None:
     text = "\n\n".join([part.text for part in message.parts if isinstance(part, Text)])
-    if all(each["role"] == "system" for each in encoded):
-        if encoded:
-            encoded[0]["content"] += f"\n\n{text}"
-        else:
-            encoded.append({"role": "system", "content": text})
+    is_first = all(each["role"] == "system" for each in encoded)
+    if encoded and encoded[0]["role"] == "system" and (is_first or traits.system_role == "first"):
+        encoded[0]["content"] += f"\n\n{text}"
+        return
+    if is_first or traits.system_role != "as-user":
+        at = 0 if traits.system_role == "first" else len(encoded)
+        encoded.insert(at, {"role": "system", "content": text})
         return
     part = {"type": "text", "text": as_user_text(text)}
     if encoded[-1]["role"] != "user":

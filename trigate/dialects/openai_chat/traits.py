@@ -15,6 +15,9 @@ import attrs
 
 from trigate.openai.history_fields import HISTORY_FIELDS, history_fields_of
 
+SystemRole = Literal["anywhere", "first", "as-user"]
+"""Where a server takes system messages (`system_role`)."""
+
 _OPENAI = ("api.openai.com", "openai.azure.com")
 _FILES = (*_OPENAI, "openrouter.ai")
 _EFFORT = ("openrouter.ai",)
@@ -33,6 +36,7 @@ class Traits:
         takes_user: It knows ``safety_identifier``.
         takes_effort: It knows ``reasoning_effort``, at every model.
         has_all_efforts: It knows more of them than low, medium and high.
+        system_role: Where it takes system messages.
     """
 
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -42,6 +46,7 @@ class Traits:
     takes_user: bool = False
     takes_effort: bool = False
     has_all_efforts: bool = False
+    system_role: SystemRole = "as-user"
 
     def takes_effort_at(self, model: str) -> bool:
         """Whether ``reasoning_effort`` can be sent for a model; one that does not reason refuses it.
@@ -52,11 +57,19 @@ class Traits:
         return self.takes_effort or _REASONING_MODEL.match(model) is not None
 
 
-def traits_of(base_url: str | None, *, history_fields: tuple[str, ...] | None = None) -> Traits:
+def takes_developer(base_url: str | None) -> bool:
+    """Whether the server at a base URL knows the role ``developer``: OpenAI's own does."""
+    return base_url is not None and _is_of(urlsplit(base_url).hostname or "", _OPENAI)
+
+
+def traits_of(
+    base_url: str | None, *, history_fields: tuple[str, ...] | None = None, system_role: SystemRole | None = None
+) -> Traits:
     """Returns what the server at a base URL takes; None = one that this gateway runs itself.
 
     Args:
         history_fields: The fields of answers that it takes back, if they are configured.
+        system_role: Where it takes system messages, if that is configured.
 
     >>> traits_of("https://api.openai.com/v1").max_tokens_field, traits_of("https://api.deepseek.com").reasoning_field
     ('max_completion_tokens', 'reasoning_content')
@@ -77,6 +90,7 @@ def traits_of(base_url: str | None, *, history_fields: tuple[str, ...] | None = 
         takes_user=is_openai,
         takes_effort=is_local or _is_of(host, _EFFORT),
         has_all_efforts=is_openai or _is_of(host, _EFFORT),
+        system_role=system_role or "as-user",
     )
 
 

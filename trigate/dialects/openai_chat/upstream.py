@@ -41,7 +41,7 @@ class ChatUpstream:
         self, request: Request, *, model: str, upstream: UpstreamConfig
     ) -> tuple[bytes, tuple[str, ...]]:
         """As `UpstreamFormat.encode_request`."""
-        traits = traits_of(upstream.base_url, history_fields=upstream.history_fields)
+        traits = traits_of(upstream.base_url, history_fields=upstream.history_fields, system_role=upstream.system_role)
         return encode_request(request, model=model, traits=traits)
 
     def stream_parts(self, *, upstream: str, max_event_bytes: int) -> StreamParts:
