@@ -20,6 +20,9 @@ JOINED = {
     ("chat", "azure"),
     ("messages", "azure"),
     ("messages", "anthropic"),
+    ("responses", "openai"),
+    ("responses", "azure"),
+    ("responses", "anthropic"),
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")

@@ -313,6 +313,7 @@ _OF_KIND = {
     "api_version": ("azure",),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
+    "responses": ("openai", "azure"),
 }
 
 
