@@ -25,6 +25,7 @@ from trigate.dialects import endpoints
 from trigate.dialects.anthropic import errors as messages_errors
 from trigate.dialects.anthropic import fields
 from trigate.dialects.openai_chat import client_fields
+from trigate.dialects.openai_responses import fields as responses_fields
 from trigate.openai import passed_paths
 from trigate.upstream import discovery
 
@@ -131,6 +132,7 @@ def test_units(title: str) -> None:
         "ProxyUrl": "proxy",
         "Secret": "secret",
         "bool": "true or false",
+        "ResponsesMode": '`"native"`, `"translate"` or `"discover"`',
         "str": "string",
         "tuple[str, ...]": "array of strings",
         "tuple[HostName, ...]": "array of strings",
@@ -302,6 +304,21 @@ def test_required_fields() -> None:
 def test_formats(title: str, fates: dict[str, str]) -> None:
     """The tables of the translated format say what becomes of each field and block, in the order of the code."""
     rows = _first_names(_sections(_page("reference/formats.md"), "###")[title])
+    assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
+
+
+@pytest.mark.parametrize(
+    ("title", "fates"),
+    [
+        ("Fields", responses_fields.FIELDS),
+        ("Items", responses_fields.ITEMS),
+        ("Content", responses_fields.CONTENT),
+        ("Tools", responses_fields.TOOLS),
+    ],
+)
+def test_responses(title: str, fates: dict[str, str]) -> None:
+    """So do those of response calls."""
+    rows = _first_names(_sections(_page("reference/responses.md"), "###")[title])
     assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
 
 

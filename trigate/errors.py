@@ -4,6 +4,7 @@ The tree::
 
     GatewayError
     ├─ CallError            the client and its call     BadRequest 400 (Ambiguous) · Untranslatable 400*
+    │                                                   PreviousResponseNotFound 400
     │                                                   Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
@@ -161,6 +162,13 @@ class Untranslatable(BadRequest, code="untranslatable"):
     """The call has something that the format of the chosen upstream cannot express. Another upstream may."""
 
     retryable = True
+
+
+class PreviousResponseNotFound(BadRequest, code="previous_response_not_found"):
+    """The call continues a response that is not stored here for its key."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Previous response with id {response_id[:200]!r} not found.", param="previous_response_id")
 
 
 class Ambiguous(BadRequest, code="ambiguous_request"):

@@ -39,6 +39,9 @@ from trigate.exchange import view
 from trigate.openai.answer import Usage
 from trigate.openai.endpoints import ENDPOINTS
 
+NATIVE = make_config({"up": {"responses": "native"}})
+"""An upstream that serves the Responses API itself."""
+
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -70,7 +73,7 @@ def two(**limits: Any) -> Any:  # Any: a Config of any limits
 async def test_a_call_without_a_model(open_app: OpenApp, path: str, body: bytes, answer: bytes) -> None:
     """It goes to the upstream of ``default`` byte for byte, and its answer comes back as it is, with the model that the
     upstream has chosen."""
-    config = make_config({"a": {}, "b": {}}, models={"default": {"targets": ["b/m"]}})
+    config = make_config({"a": {}, "b": {"responses": "native"}}, models={"default": {"targets": ["b/m"]}})
     providers = {"a": Provider(), "b": Provider(answers(answer))}
     async with open_app(config, providers) as served:
         call = await served.client.ask("POST", path, body, headers={"content-type": "application/json"})
@@ -87,7 +90,7 @@ async def test_a_stream_without_a_model(open_app: OpenApp) -> None:
         Say(event({"type": "response.output_text.delta", "delta": "Hi"})),
         Say(event({"type": "response.completed", "response": {"model": "gpt-5"}})),
     )
-    async with open_app(providers=Provider(script)) as served:
+    async with open_app(NATIVE, Provider(script)) as served:
         call = await served.client.ask("POST", "/v1/responses", {"input": "Hi", "stream": True})
         assert call.body == b"".join(step.data for step in script)
 
@@ -226,9 +229,8 @@ async def test_truncated_audio_has_no_final_message(open_app: OpenApp) -> None:
 async def test_the_other_endpoints_are_relayed(open_app: OpenApp, path: str, fields: dict[str, str]) -> None:
     """They reach the upstream under the same path, and the client gets the upstream's answer."""
     results = ENDPOINTS[f"/v1/{path}"].results
-    async with open_app(
-        providers=Provider(answers(b'{"object":"x","model":"m","%b":[1]}' % results.encode()))
-    ) as served:
+    answer = b'{"object":"x","model":"m","%b":[1]}' % results.encode()
+    async with open_app(NATIVE, Provider(answers(answer))) as served:
         call = await served.client.ask("POST", f"/v1/{path}", {"model": "up/m", **fields})
         assert (call.status, call.json) == (200, {"object": "x", "model": "up/m", results: [1]})
         assert served.providers["up"].calls[0].path == f"/v1/{path}"

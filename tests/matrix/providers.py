@@ -83,7 +83,12 @@ def data_url(url: str) -> Image:
 
 class Chat:
     name = "openai"
-    settings: Mapping[str, Any] = {"base_url": "https://api.openai.com/v1", "api_key": "k", "models": ["gpt-5"]}
+    settings: Mapping[str, Any] = {
+        "base_url": "https://api.openai.com/v1",
+        "api_key": "k",
+        "models": ["gpt-5"],
+        "responses": "translate",
+    }
     model = "gpt-5"
     has_ids = True
     path = "/v1/chat/completions"
@@ -216,6 +221,7 @@ class Azure(Chat):
         "base_url": "https://example.openai.azure.com",
         "api_key": "k",
         "models": ["gpt-5"],
+        "responses": "translate",
     }
     path = "/openai/v1/chat/completions"
 

@@ -22,6 +22,9 @@ JOINED = {
     ("messages", "azure"),
     ("messages", "anthropic"),
     ("chat", "anthropic"),
+    ("responses", "openai"),
+    ("responses", "azure"),
+    ("responses", "anthropic"),
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import attrs
 import trio
 
+from trigate.asgi import responses
 from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyLimits, RequestBody, too_large
 from trigate.config.sections import Seconds
 from trigate.content_coding import CODINGS
-from trigate.dialects.endpoints import Found
+from trigate.dialects.endpoints import RESPONSES, Found
 from trigate.errors import (
     Draining,
     GatewayError,
@@ -73,6 +74,8 @@ async def serve_call(
         call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, found.in_path, limiter=_DECODING)
     request_body.keep(len(body), gateway.generations.config.limits)
     del body
+    if endpoint is RESPONSES:
+        call = responses.identified(call)
     exchange: Exchange | None = None
     failure: GatewayError | None = None
     async with trio.open_nursery() as nursery:

@@ -314,6 +314,7 @@ _OF_KIND = {
     "system_role": ("openai", "azure", "echo", "local"),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
+    "responses": ("openai", "azure"),
 }
 
 

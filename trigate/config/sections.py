@@ -50,6 +50,9 @@ Reason = Literal["context_length", "content_filter", "rate_limit", "timeout", "e
 """Why an attempt failed, as far as it decides whether the next target is tried."""
 
 
+ResponsesMode = Literal["native", "translate", "discover"]
+
+
 TimeoutPhase = Literal["connect", "response_head", "first_token", "idle", "total", "queue"]
 
 
@@ -135,6 +138,9 @@ class UpstreamConfig:
     """The model that ``default`` stands for if this upstream is the first that can serve."""
     endpoints: tuple[str, ...] | None = None
     """The paths below ``/v1`` that it serves, each with those below it. None = all that its kind has."""
+    responses: ResponsesMode | None = None
+    """How ``/v1/responses`` goes to it: as it is, translated to chat completions, or as it is until the upstream says
+    that it has no such endpoint. None = as it is for the providers that are known to have it, else translated."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
     system_role: Literal["anywhere", "first", "as-user"] | None = None

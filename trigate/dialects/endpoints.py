@@ -11,6 +11,7 @@ from trigate.openai.endpoints import Endpoint, make_endpoint
 from trigate.openai.request import NOTHING, InPath
 
 CHAT = endpoints.ENDPOINTS["/v1/chat/completions"]
+RESPONSES = endpoints.ENDPOINTS["/v1/responses"]
 MESSAGES = make_endpoint(
     "/messages",
     "message_stop",

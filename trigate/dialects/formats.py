@@ -8,7 +8,7 @@ translates to or from `vocabulary` only, so any client's format can be joined to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import attrs
 
@@ -44,6 +44,14 @@ class EventEncoder(Protocol):
 
     def encode(self, event: Event) -> bytes:
         """Returns whole events; ``b""`` if the client's format has none for it."""
+
+
+@runtime_checkable
+class ErrorEncoder(Protocol):
+    """An `EventEncoder` whose last event, where a stream fails, depends on the events before it."""
+
+    def encode_error(self, error: GatewayError) -> bytes:
+        """Returns that event."""
 
 
 class ClientFormat(Protocol):

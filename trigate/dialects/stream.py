@@ -9,7 +9,7 @@ decoder holds back of a later part.
 
 from __future__ import annotations
 
-from trigate.dialects.formats import EventEncoder, StreamParts
+from trigate.dialects.formats import ErrorEncoder, EventEncoder, StreamParts
 from trigate.errors import GatewayError, ProtocolViolation, Truncated
 from trigate.openai import sse
 from trigate.openai.answer import Usage
@@ -154,6 +154,10 @@ class TranslatedStream:
             self.error = error.with_traceback(None)
             return rest
         return b"".join(frames)
+
+    def error_frame(self, error: GatewayError) -> bytes | None:
+        """Returns the last event of a stream that has failed; None = it does not depend on what was sent before it."""
+        return self._encoder.encode_error(error) if isinstance(self._encoder, ErrorEncoder) else None
 
     def _feed_pending(self) -> bytes:
         """Takes a last event that is whole, except for its blank line."""

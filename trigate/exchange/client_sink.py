@@ -8,7 +8,10 @@ import socket
 import trio
 
 from trigate.dialects.anthropic import PING
+from trigate.dialects.endpoints import RESPONSES
 from trigate.dialects.errors import error_frame, error_response
+from trigate.dialects.openai_responses import response_failed
+from trigate.dialects.stream import TranslatedStream
 from trigate.errors import ClientStalled, GatewayError, Header
 from trigate.exchange.answers import stream_headers
 from trigate.exchange.client_response import ClientResponse
@@ -120,9 +123,17 @@ class ClientSink:
             self._note_commit()
             await client.respond(*error_response(error, self._format, self._state.id))
         elif self._is_stream:
-            await client.end(error_frame(error, self._format, self._state.id))
+            await client.end(self._error_frame(error))
         else:
             client.abandon()
+
+    def _error_frame(self, error: GatewayError) -> bytes:
+        state = self._state
+        reader = state.source.reader if state.source is not None else None
+        frame = reader.error_frame(error) if isinstance(reader, TranslatedStream) else None
+        if frame is None and state.call.endpoint is RESPONSES:
+            frame = response_failed(error, state.call, sequence=state.events)
+        return frame if frame is not None else error_frame(error, self._format, state.id)
 
     async def detach(self) -> None:
         """Sends nothing more, and waits for a send in progress. The client has disconnected, and the exchange

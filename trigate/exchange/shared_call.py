@@ -432,6 +432,10 @@ class Subscription:
         return self.shared.upstream.target
 
     @property
+    def reader(self) -> None:
+        """None: what this client has got of the stream is not what the reader has returned."""
+
+    @property
     def dropped(self) -> tuple[str, ...]:
         """The names of the fields that the upstream did not get."""
         return self.shared.upstream.dropped

@@ -10,17 +10,19 @@ A call in a format that cannot be translated for an upstream is never sent there
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
-from trigate.config.sections import UpstreamConfig
+from trigate.config.sections import ResponsesMode, UpstreamConfig
 from trigate.dialects.anthropic import MessagesClient, MessagesUpstream, without_own_reasoning
-from trigate.dialects.endpoints import CHAT, MESSAGES
+from trigate.dialects.endpoints import CHAT, MESSAGES, RESPONSES
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
+from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, Unsupported
 from trigate.openai.answer import Usage, decode_answer
@@ -205,25 +207,30 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
 
 _PASS_THROUGH: Mapping[Format, Translation] = {"openai": _PassThrough(), "anthropic": _AnthropicPassThrough()}
 """By the format of both sides."""
-_CLIENTS: Mapping[str, ClientFormat] = {MESSAGES.path: MessagesClient(), CHAT.path: ChatClient()}
+_CLIENTS: Mapping[str, ClientFormat] = {
+    CHAT.path: ChatClient(),
+    MESSAGES.path: MessagesClient(),
+    RESPONSES.path: ResponsesClient(HmacSeal(os.urandom(32))),
+}
 """The formats of the calls that can be translated, by the path of their endpoint."""
 _UPSTREAMS: Mapping[Format, UpstreamFormat] = {"openai": ChatUpstream(), "anthropic": MessagesUpstream()}
 """The formats to which calls can be translated."""
 
 
-def translation_of(call: Call, upstream: str, kind: str) -> Translation:
+def translation_of(call: Call, upstream: str, kind: str, responses: ResponsesMode = "translate") -> Translation:
     """Chooses the translation of a call for an upstream.
 
     Args:
         upstream: The upstream's name, for messages.
         kind: Its kind.
+        responses: How response calls go to it.
 
     Raises:
         BadRequest: The call has something that cannot be translated.
         Unsupported: The upstream speaks a format to which such calls are not translated.
     """
     spoken = FORMAT_OF_KIND[kind]
-    if call.endpoint.format == spoken:
+    if call.endpoint.format == spoken and not (call.endpoint is RESPONSES and responses == "translate"):
         return _PASS_THROUGH[spoken]
     client, provider = _CLIENTS.get(call.endpoint.path), _UPSTREAMS.get(spoken)
     if client is not None and provider is not None:

@@ -27,11 +27,12 @@ from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
 from trigate.exchange.attempt_log import log_end
 from trigate.exchange.continuation import NEW_STREAM, Continuation, may_be_continued
 from trigate.exchange.deadlines import attempt_limits
+from trigate.exchange.discovery import Discovering, translation_for
 from trigate.exchange.outcome import Outcome, Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
-from trigate.exchange.translation import Translation, translation_of
+from trigate.exchange.translation import Reader, Translation
 from trigate.openai.answer import Usage
 from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
@@ -219,7 +220,7 @@ class UpstreamCall:
 
     async def _run(self, attempt: Attempt, sink: Sink) -> None:
         upstream = self.request.generation.upstreams[attempt.target.upstream]
-        translation = translation_of(self.request.call, upstream.name, upstream.config.kind)
+        translation = translation_for(self.request.call, upstream)
         try:
             if self.cancelled_with is not None:
                 attempt.scope.cancel()
@@ -285,6 +286,8 @@ class UpstreamCall:
     ) -> AbstractAsyncContextManager[Reply]:
         """Returns the block in which the request has been sent. Its ``x-request-timeout`` is the time that is left for
         the answer."""
+        if isinstance(translation, Discovering):
+            return translation.open(lambda chosen: self._open(attempt, upstream, chosen))
         request = self.request
         call, headers = request.call, translation.headers(request.headers)
         if self._continuation.text:
@@ -451,16 +454,19 @@ class UpstreamCall:
         return self.winner is not None and self.winner.is_delivered
 
     @property
+    def reader(self) -> Reader | None:
+        """The reader of the winner's stream."""
+        return self.winner.reader if self.winner is not None else None
+
+    @property
     def events(self) -> int:
         """How many events have gone to the sink."""
-        reader = self.winner.reader if self.winner is not None else None
-        return self._continuation.events + (reader.events if reader is not None else 0)
+        return self._continuation.events + (self.reader.events if self.reader is not None else 0)
 
     @property
     def usage(self) -> Usage | None:
         """The last token counts that an upstream has reported."""
-        reader = self.winner.reader if self.winner is not None else None
-        return (reader.usage if reader is not None else None) or self._usage
+        return (self.reader.usage if self.reader is not None else None) or self._usage
 
     @property
     def dropped(self) -> tuple[str, ...]:

@@ -51,6 +51,23 @@ NOTHING = InPath()
 
 
 @attrs.frozen(kw_only=True)
+class Identity:
+    """What the gateway itself says of its answer to a response call, which a provider of another format does not.
+
+    Attributes:
+        id: Of the answer.
+        created_at: When the call arrived, in seconds since 1970.
+        previous_id: Of the response that it continues.
+        is_background: It is served without its client.
+    """
+
+    id: str
+    created_at: int
+    previous_id: str | None = None
+    is_background: bool = False
+
+
+@attrs.frozen(kw_only=True)
 class Call:
     """A client's request, validated as far as the gateway acts on it.
 
@@ -62,6 +79,7 @@ class Call:
         fields: The body's top-level fields, each as it is in the body.
         model_at: Where the model id is in the body (`raw_json.find_model`); None = it has not been searched for.
         remembered: The positions of the messages that a session put into the call; None = there is no session.
+        identity: What its answer says of itself, if the gateway makes it; None = it is no response call.
     """
 
     endpoint: Endpoint
@@ -72,6 +90,7 @@ class Call:
     fields: Mapping[str, msgspec.Raw] = attrs.field(repr=lambda fields: repr(sorted(fields)))
     remembered: range | None = None
     model_at: int | None = attrs.field(default=None, repr=False, eq=False)
+    identity: Identity | None = attrs.field(default=None, eq=False)
 
     @property
     def public_model(self) -> str | None:

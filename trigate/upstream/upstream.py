@@ -41,6 +41,7 @@ from trigate.errors import (
 )
 from trigate.openai.body_edits import BodyEdits
 from trigate.openai.model_fields import max_output_tokens
+from trigate.openai.native_responses import responses_mode_of
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
 from trigate.upstream import azure
@@ -110,6 +111,7 @@ class Upstream:
         reason: Why it is down.
         auth: As given.
         edits: What its configuration changes in requests; None = nothing.
+        responses: How response calls go to it; ``discover`` until it has answered the first one.
         polled: Whether the upstream is asked for its models regularly, which keeps its state fresh.
     """
 
@@ -155,6 +157,7 @@ class Upstream:
         self.state = "unknown"
         self.reason: str | None = None
         self.polled = False
+        self.responses = self.config.responses or responses_mode_of(self.config.kind, self.config.base_url)
         self._down_at = -math.inf
         self.last_error: str | None = None
         self.last_error_at: float | None = None

@@ -83,8 +83,11 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
         else:
             dropped.append("effort")
     if request.schema is not None:
-        schema = {"name": "answer", "schema": request.schema, "strict": True}
+        strict = request.schema_strict is not False
+        schema = {"name": request.schema_name or "answer", "schema": request.schema, "strict": strict}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif request.is_json:
+        body["response_format"] = {"type": "json_object"}
     if request.user is not None:
         if traits.takes_user:  # at most 64 characters, and no name of a person
             body["safety_identifier"] = hashlib.sha256(request.user.encode()).hexdigest()
@@ -173,8 +176,11 @@ def _content_part(part: object, traits: Traits) -> _Json:
     match part:
         case Text(text):
             return {"type": "text", "text": text}
-        case Image(url):
-            return {"type": "image_url", "image_url": {"url": url}}
+        case Image(url, detail):
+            return {
+                "type": "image_url",
+                "image_url": {"url": url} if detail is None else {"url": url, "detail": detail},
+            }
         case Audio(data, form):
             return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
         case File(name, data_url) if traits.takes_files:

@@ -1,0 +1,13 @@
+"""OpenAI's Responses, as a client's format: decodes requests, encodes answers and events.
+
+Source: OpenAI API reference ("Responses", "Streaming events"), and what Codex reads of a stream: the content of an
+answer is that of its ``response.output_item.done``, and a stream without its last event is a failed one.
+"""
+
+from __future__ import annotations
+
+from trigate.dialects.openai_responses.client import ResponsesClient
+from trigate.dialects.openai_responses.errors import response_failed
+from trigate.dialects.openai_responses.sealed import HmacSeal, Seal
+
+__all__ = ["HmacSeal", "ResponsesClient", "Seal", "response_failed"]
