@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from tests.support.gateway import OpenApp, make_config
 from tests.support.provider import (
+    DONE,
     Break,
     Head,
     Pause,
@@ -20,6 +21,8 @@ from tests.support.provider import (
     SlowConnect,
     Stall,
     answers,
+    chunk,
+    completion,
     event,
     says,
 )
@@ -227,6 +230,63 @@ async def test_an_object_of_another_key_does_not_exist(open_app: OpenApp) -> Non
             there["a"].play(script)
             assert (await ask("GET", "/v1/files", headers=ONE)).json["error"]["code"] == "upstream_garbled"
         assert there["b"].calls == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "object_id", "asked"),
+    [
+        ("/v1/responses", "resp_1", {"input": "x"}),
+        ("/v1/chat/completions", "chatcmpl-1", {"messages": [{"role": "user", "content": "x"}], "store": True}),
+    ],
+)
+async def test_an_answer_that_its_upstream_keeps(
+    open_app: OpenApp, path: str, object_id: str, asked: dict[str, Any], is_stream: bool
+) -> None:
+    """It belongs to the key of the call, which can ask for it, and go on from it at the same upstream only."""
+    there = providers()
+    both = {"m": {"targets": ["a/m", "b/n"]}}
+    if path == "/v1/responses":
+        answer = {"id": object_id, "output": [{}]}
+        events = event({"type": "response.created", "response": {"id": object_id}}) + event(
+            {"type": "response.completed", "response": answer}
+        )
+    else:
+        answer = msgspec.json.decode(completion("hi")) | {"id": object_id}
+        events = chunk({"content": "hi"}) + DONE
+    keyed = make_config(TWO, models=both, keys={"one": "key-number-one", "two": "key-number-two"})
+    async with open_app(keyed, there) as served:
+        ask = served.client.ask
+        there["b"].play((Head(), Say(events)) if is_stream else answers(msgspec.json.encode(answer)))
+        got = await ask("POST", path, {**asked, "model": "b/n", "stream": is_stream}, headers=ONE)
+        assert got.status == 200, got.body
+        there["b"].play(answers(msgspec.json.encode(answer)))
+        assert (await ask("GET", f"{path}/{object_id}", headers=ONE)).json["id"] == object_id
+        assert (await ask("GET", f"{path}/{object_id}", headers=OTHER)).status == 404
+        if path == "/v1/responses":
+            following = {"input": "y", "model": "m", "previous_response_id": object_id}
+            got = await ask("POST", path, following, headers=ONE)
+            assert got.header("x-trigate-upstream") == "b"
+            got = await ask("POST", path, following, headers=OTHER)
+            assert (got.status, got.error["message"]) == (404, "There is no object 'resp_1' here.")
+            got = await ask("POST", path, {**following, "model": "a/m"}, headers=ONE)
+            assert (got.status, got.error["param"]) == (400, "model")
+        served.assert_clean()
+
+
+@pytest.mark.parametrize("name", ["file_id", "file\\u005fid"])
+async def test_a_call_with_a_file_of_another_key(open_app: OpenApp, name: str) -> None:
+    """It does not exist for a call either."""
+    there = providers()
+    async with open_app(KEYED, there) as served:
+        there["a"].play(made("file-1"))
+        await served.client.ask("POST", "/v1/files", form(), headers={**FORM, **ONE})
+        part = f'{{"type":"file","file":{{"{name}":"file-1"}}}}'
+        body = f'{{"model":"a/m","messages":[{{"role":"user","content":[{part}]}}]}}'.encode()
+        there["a"].play(answers(completion("hi")))
+        for headers, status in ((ONE, 200), (OTHER, 404)):
+            headers = {**headers, "content-type": "application/json"}
+            assert (await served.client.ask("POST", "/v1/chat/completions", body, headers=headers)).status == status
 
 
 async def test_a_deleted_object_is_forgotten(open_app: OpenApp) -> None:

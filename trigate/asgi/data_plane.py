@@ -13,6 +13,7 @@ import attrs
 import trio
 
 from trigate.asgi import responses
+from trigate.asgi.objects import Objects, is_kept, may_name_objects, named_by
 from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyLimits, RequestBody, too_large
 from trigate.config.sections import Seconds
@@ -76,6 +77,12 @@ async def serve_call(
     del body
     if endpoint is RESPONSES:
         call = responses.identified(call)
+    upstream, note = None, None
+    names, keeps = may_name_objects(call), is_kept(call)
+    if names or keeps:
+        objects = Objects(store=gateway.store, owner=owner, sees_all=not gateway.generations.config.keys)
+        upstream = await objects.upstream_of(None, named_by(call), asked=None) if names else None
+        note = objects.note_answer if keeps else None
     exchange: Exchange | None = None
     failure: GatewayError | None = None
     async with trio.open_nursery() as nursery:
@@ -106,6 +113,8 @@ async def serve_call(
                     arrived_at=arrived_at,
                     client_timeout_s=timeout_s,
                     sdk_timeout_s=sdk_timeout_s,
+                    upstream=upstream,
+                    note=note,
                 ),
                 services=gateway.exchange_services,
                 client=response,

@@ -15,11 +15,17 @@ import attrs
 import msgspec
 
 from trigate.errors import BadRequest, NotFound, ProtocolViolation
+from trigate.openai import sse
+from trigate.openai.passed_paths import objects_in
 from trigate.openai.raw_json import decode_any, split_provider_fields
+from trigate.openai.request import Call
 from trigate.routing.endpoints import only_upstream
+from trigate.routing.routes import Target
 from trigate.store.interface import Store
 from trigate.store.records import UpstreamObject
 
+_NAMED_BY = (b'"previous_response_id"', b'"conversation"', b'"vector_store_ids"', b'"file_id"')
+_ESCAPED_LETTER = b"\\u00"  # a name may be written with escapes
 _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
 
 
@@ -72,6 +78,21 @@ class Objects:
     def _is_mine(self, found: UpstreamObject) -> bool:
         return self.sees_all or found.owner == self.owner
 
+    def note_answer(self, target: Target | None, data: bytes) -> bool:
+        """Notes the answer that an upstream keeps, from the first bytes of it: whole events, or all of its JSON.
+
+        It does not wait until the store has it: an answer is not delayed for that.
+
+        Returns:
+            Whether it has an id.
+        """
+        object_id = _id_in(data)
+        if object_id is None or target is None:
+            return False
+        noted = UpstreamObject(id=object_id, upstream=target.upstream, owner=self.owner, at=time.time())
+        self.store.objects.note([noted], durable=False)
+        return True
+
     async def note(self, upstream: str, ids: Iterable[Any]) -> None:  # Any: JSON of any shape
         """Notes that an upstream has made objects for this owner.
 
@@ -114,3 +135,55 @@ class Objects:
 
 def _unknown(object_id: str) -> NotFound:
     return NotFound(f"There is no object {object_id!r} here.")
+
+
+def may_name_objects(call: Call) -> bool:
+    """Whether a call may name objects of its upstream: an earlier answer, files, vector stores."""
+    if call.endpoint.path not in ("/responses", "/chat/completions"):
+        return False
+    body = call.body
+    return any(name in body for name in _NAMED_BY) or _ESCAPED_LETTER in body
+
+
+def named_by(call: Call) -> tuple[str, ...]:
+    """Returns the texts in a call that may be ids of objects."""
+    return objects_in(_naming_parts(decode_any(call.body)))
+
+
+def _naming_parts(value: Any) -> list[Any]:  # Any: JSON of any shape
+    """The values of all fields that name an object, wherever they are."""
+    names = {name.decode().strip('"') for name in _NAMED_BY}
+    found: list[Any] = []
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            found += [part for name, part in each.items() if name in names]
+            left += each.values()
+        elif isinstance(each, list):
+            left += each
+    return found
+
+
+def is_kept(call: Call) -> bool:
+    """Whether the upstream keeps the answer of a call, so that its id can be asked for later."""
+    if call.endpoint.path == "/responses":
+        return bytes(call.fields.get("store", b"true")) == b"true"
+    return call.endpoint.path == "/chat/completions" and bytes(call.fields.get("store", b"")) == b"true"
+
+
+def _id_in(data: bytes) -> str | None:
+    """The id of an answer, from its JSON, or from the first of its events that has one.
+
+    >>> _id_in(b'{"id": "chatcmpl-1"}'), _id_in(b'event: x\\ndata: {"response": {"id": "resp_1"}}\\n\\n'), _id_in(b"")
+    ('chatcmpl-1', 'resp_1', None)
+    """
+    events = [data] if data.startswith(b"{") else sse.EventSplitter(max_event_bytes=len(data) + 1).feed(data)
+    for event in events:
+        value = decode_any(event if data.startswith(b"{") else sse.data_of(event) or b"")
+        inner = value.get("response") if isinstance(value, dict) else None
+        holder = inner if isinstance(inner, dict) else value
+        found = holder.get("id") if isinstance(holder, dict) else None
+        if isinstance(found, str) and 0 < len(found) <= 256:
+            return found
+    return None

@@ -36,7 +36,7 @@ from trigate.exchange.live import LiveExchanges
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.passed_call import PassedCall
 from trigate.exchange.shared_call import STOPPED, SharedCalls, Subscription
-from trigate.exchange.sink import Recorder, RecordingSink, Sink
+from trigate.exchange.sink import NotingSink, Recorder, RecordingSink, Sink
 from trigate.exchange.state import ExchangeState
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
@@ -132,7 +132,8 @@ class Exchange(ExchangeState):
         if self.recorder is not None:
             return RecordingSink(self.recorder, self._client_sink, is_stream=self.call.stream, usage=lambda: self.usage)
         assert self._client_sink is not None, "an exchange has a client, or a recorder, or both"
-        return self._client_sink
+        note, sink = self.request.note, self._client_sink
+        return sink if note is None else NotingSink(sink, lambda data: note(self.target, data))
 
     # -- how it ends --------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,11 @@ import attrs
 import trio
 
 from trigate.config.sections import ModelConfig
+from trigate.errors import BadRequest
 from trigate.exchange.affinity_key import affinity_key_of
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
+from trigate.routing.routes import Target
 from trigate.upstream.generation import Generation, Route
 from trigate.upstream.request_stream import RequestStream
 
@@ -54,6 +56,10 @@ class ExchangeRequest:
         client_timeout_s: The client's timeout for the whole call.
         sdk_timeout_s: How long the client's SDK waits: for a stream, until it begins; for any other answer, until it
             is complete.
+        upstream: The only upstream that may serve the call, since it has the objects that the call names; None = any
+            may.
+        note: Takes the target and the next bytes of the answer, until it returns True: it has found the
+            id under which the upstream keeps the answer. None = the upstream does not keep it.
         passed: What is passed through. Its call has no body then, only a path and perhaps a model.
     """
 
@@ -66,13 +72,30 @@ class ExchangeRequest:
     arrived_at: float = attrs.field(factory=trio.current_time)
     client_timeout_s: float = math.inf
     sdk_timeout_s: float = math.inf
+    upstream: str | None = None
+    note: Callable[[Target | None, bytes], bool] | None = None
     passed: PassThrough | None = None
 
     def route(self) -> Route:
-        """Returns the targets of the request. Raises as `Generation.route`."""
+        """Returns the targets of the request.
+
+        Raises:
+            BadRequest: The model is not one of the upstream that has the objects which the call names.
+            GatewayError: As `Generation.route`.
+        """
         if self.passed is not None:
             return self.passed.route
-        return self.generation.route(self.call.model, self.call.endpoint)
+        route = self.generation.route(self.call.model, self.call.endpoint)
+        if self.upstream is None:
+            return route
+        own = tuple(target for target in route.targets if target.upstream == self.upstream)
+        if not own:
+            raise BadRequest(
+                f"The model {self.call.model[:200]!r} is not one of the upstream {self.upstream}, which has an object "
+                "that the call names.",
+                param="model",
+            )
+        return attrs.evolve(route, targets=own, weights=())
 
     @property
     def affinity_key(self) -> bytes | None:

@@ -53,6 +53,33 @@ class Sink(Protocol):
         """
 
 
+class NotingSink:
+    """Passes an answer on, and shows its beginning to a function until that has found what it looks for.
+
+    Until then, a stream is not relayed from socket to socket.
+    """
+
+    def __init__(self, sink: Sink, note: Callable[[bytes], bool]) -> None:
+        self._sink = sink
+        self._note = note
+        self._is_done = False
+
+    @property
+    def plain_socket(self) -> PlainSocket | None:
+        return self._sink.plain_socket if self._is_done else None
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        await self._sink.start(status, headers)
+
+    async def send(self, data: bytes) -> None:
+        self._is_done = self._is_done or self._note(data)
+        await self._sink.send(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        self._is_done = self._is_done or self._note(data)
+        await self._sink.end(data)
+
+
 class Recorder(Protocol):
     """Stores an answer: in a session, or as the result of a run."""
 

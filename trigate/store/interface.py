@@ -291,7 +291,7 @@ class Exchanges(Protocol):
 class Objects(Protocol):
     """Which upstream has an object, and which key made it."""
 
-    def note(self, objects: Sequence[UpstreamObject]) -> Write[None]:
+    def note(self, objects: Sequence[UpstreamObject], *, durable: bool = True) -> Write[None]:
         """Notes objects. One that is noted already, for the same upstream, keeps its owner."""
 
     async def find(self, ids: Sequence[str]) -> Sequence[UpstreamObject]:

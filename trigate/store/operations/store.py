@@ -98,14 +98,14 @@ class ObjectOperations:
 
     _transactions: Transactions
 
-    def note(self, objects: Sequence[UpstreamObject]) -> Write[None]:
+    def note(self, objects: Sequence[UpstreamObject], *, durable: bool = True) -> Write[None]:
         noted = tuple(objects)
 
         def operation(tables: Tables) -> None:
             for each in noted:
                 tables.note_object(each)
 
-        return self._transactions.write(operation)
+        return self._transactions.write(operation, durable=durable)
 
     async def find(self, ids: Sequence[str]) -> Sequence[UpstreamObject]:
         await trio.lowlevel.checkpoint()
