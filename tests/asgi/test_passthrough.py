@@ -27,7 +27,7 @@ from tests.support.provider import (
     says,
 )
 
-TWO = {"a": {"models": ["m", "whisper"]}, "b": {"models": ["n"]}}
+TWO = {"a": {"models": ["m", "whisper"], "responses": "native"}, "b": {"models": ["n"], "responses": "native"}}
 KEYED = make_config(TWO, keys={"one": "key-number-one", "two": "key-number-two"})
 ONE = {"authorization": "Bearer key-number-one"}
 OTHER = {"authorization": "Bearer key-number-two"}
