@@ -57,7 +57,12 @@ class TranslatedCall:
         return self._provider.headers(headers)
 
     def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
-        """The request body. Raises Untranslatable if the upstream cannot express a part of it."""
+        """The request body. Raises Untranslatable if the upstream cannot express a part of it, or is to continue an
+        answer: the call then has the answer's beginning, and is not the one that was decoded."""
+        if call is not self._asked.call:
+            raise Untranslatable(
+                f"The upstream's answer broke off, and {model} cannot continue it: its API has another format."
+            )
         body, dropped = self._provider.encode_request(self._asked.request, model=model, upstream=upstream)
         names = self._client.field_of
         self.dropped = tuple(sorted({*self.dropped, *(names.get(name, name) for name in dropped)}))
@@ -72,12 +77,7 @@ class TranslatedCall:
         keep_bytes: int,
         continues: Mapping[str, msgspec.Raw] | None,
     ) -> TranslatedStream:
-        """Makes the reader of a streamed answer. Raises Untranslatable if it would continue another one."""
-        if continues is not None:
-            raise Untranslatable(
-                f"The upstream {upstream} speaks another format than the client, and cannot continue an answer that "
-                "another upstream has begun and not completed."
-            )
+        """Makes the reader of a streamed answer."""
         return TranslatedStream(
             self._provider.stream_parts(upstream=upstream, max_event_bytes=max_event_bytes),
             self._client.event_encoder(self._asked),
