@@ -24,6 +24,7 @@ from trigate.config import sections, structure
 from trigate.dialects import endpoints
 from trigate.dialects.anthropic import errors as messages_errors
 from trigate.dialects.anthropic import fields
+from trigate.dialects.bedrock import fields as bedrock_fields
 from trigate.dialects.openai_chat import client_fields
 from trigate.dialects.openai_responses import fields as responses_fields
 from trigate.openai import passed_paths
@@ -320,6 +321,12 @@ def test_responses(title: str, fates: dict[str, str]) -> None:
     """So do those of response calls."""
     rows = _first_names(_sections(_page("reference/responses.md"), "###")[title])
     assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
+
+
+def test_fields_of_bedrock() -> None:
+    """The table of Bedrock's format says what becomes of each field, in the order of the code."""
+    rows = _first_names(_sections(_page("reference/formats.md"), "###")["Fields for Bedrock"])
+    assert [(name, row[1]) for name, row in rows.items()] == list(bedrock_fields.FIELDS.items())
 
 
 def test_statuses_of_formats() -> None:

@@ -29,6 +29,9 @@ MOCK = '[upstreams.mock]\nbase_url = "http://127.0.0.1:9100/v1"\n'
 ALIAS = MOCK + '[models.a]\ntargets = ["mock/x"]\n'
 
 
+AWS = "[upstreams.a]\nkind = 'bedrock'\nregion = 'us-east-1'\n"
+
+
 def _structure(text: str, env: dict[str, str] | None = None) -> Config:
     return configuration.structure(tomllib.loads(text), env=env or {}, source="test.toml")
 
@@ -241,6 +244,12 @@ def test_all_problems_at_once() -> None:
         ("[upstreams.e]\nkind = 'echo'\nproxy = 'direct'", "upstreams.e.proxy: not used by kind 'echo'"),
         ("[upstreams.e]\nkind = 'local'\nhttp2 = true", "upstreams.e.http2: not used by kind 'local'"),
         (MOCK + "api_version = 'v'", "upstreams.mock.api_version: not used by kind 'openai'"),
+        ("[upstreams.a]\nkind = 'bedrock'", "upstreams.a.region: required for kind 'bedrock'"),
+        ("[upstreams.a]\nkind = 'bedrock'\nregion = 'a.b/c'", "upstreams.a.region: expected letters"),
+        (AWS + "guardrail = 'abc'", "upstreams.a.guardrail: expected ID:VERSION"),
+        (AWS + "guardrail = 'abc:x'", "upstreams.a.guardrail: expected ID:VERSION"),
+        (AWS + "profile = 'p'\napi_key = 'k'", "upstreams.a.profile: not used beside api_key"),
+        (MOCK + "region = 'x'", "upstreams.mock.region: not used by kind 'openai'"),
         (MOCK + "kind = 'azure'\napi_version = 'a b'", "upstreams.mock.api_version: expected letters"),
         (MOCK + "gguf = 'x'", "upstreams.mock.gguf: not used by kind 'openai'"),
         (MOCK + "words_per_s = 1", "upstreams.mock.words_per_s: not used by kind 'openai'"),

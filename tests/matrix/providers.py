@@ -612,17 +612,17 @@ class Ollama:
 
 class Bedrock:
     name = "bedrock"
-    model = "us.amazon.nova-pro-v1:0"
+    model = "us.amazon.nova-2-lite-v1:0"
     settings: Mapping[str, Any] = {
         "kind": "bedrock",
         "region": "us-east-1",
         "api_key": "k",
-        "models": ["us.amazon.nova-pro-v1:0"],
+        "models": ["us.amazon.nova-2-lite-v1:0"],
     }
     has_ids = True
 
     def read(self, sent: Served) -> Ask:
-        assert sent.path.startswith("/model/us.amazon.nova-pro-v1:0/converse"), sent.path
+        assert sent.path.startswith("/model/us.amazon.nova-2-lite-v1:0/converse"), sent.path
         body = sent.json
         turns = []
         names: dict[str, str] = {}

@@ -25,6 +25,9 @@ JOINED = {
     ("responses", "openai"),
     ("responses", "azure"),
     ("responses", "anthropic"),
+    ("messages", "bedrock"),
+    ("chat", "bedrock"),
+    ("responses", "bedrock"),
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")

@@ -321,6 +321,20 @@ async def test_azure() -> None:
         await discover({**env, "AZURE_OPENAI_ENDPOINT": "name"}, transport=Answers({}))
 
 
+@pytest.mark.usefixtures("no_local_model")
+async def test_bedrock() -> None:
+    """A key of Bedrock's makes an upstream in the region that the environment names, or in the first one."""
+    env = {"AWS_BEARER_TOKEN_BEDROCK": "b"}
+    config = await discover({**env, "AWS_DEFAULT_REGION": "eu-west-1"}, transport=Answers({}))
+    assert list(config.upstreams) == ["bedrock", "trigate"]
+    found = config.upstreams["bedrock"]
+    assert (found.kind, found.base_url) == ("bedrock", "https://bedrock-runtime.eu-west-1.amazonaws.com")
+    assert config.secrets["bedrock"] == {"authorization": "Bearer b"}
+    assert (await discover(env, transport=Answers({}))).upstreams["bedrock"].region == "us-east-1"
+    with pytest.raises(ConfigError, match="AWS_REGION"):
+        await discover({**env, "AWS_REGION": "a/b"}, transport=Answers({}))
+
+
 def test_the_probe_s_bound() -> None:
     """The probe takes at most 300 ms."""
     assert discovery.PROBE_TIMEOUT_S <= 0.3

@@ -174,6 +174,12 @@ def word(value: Any, _: Any) -> str:
     return value
 
 
+def guardrail(value: Any, _: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9:/_-]+:(?:[1-9][0-9]{0,7}|DRAFT)", value):
+        raise ValueError(f"expected ID:VERSION, such as 'a1b2c3:1' or 'a1b2c3:DRAFT', got {value!r}")
+    return value
+
+
 def host_name(value: Any, _: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a host name, got {kind_of(value)}")
@@ -307,11 +313,12 @@ def edit_problems(upstream: UpstreamConfig) -> list[str]:
     return found
 
 
-_REMOTE = ("openai", "anthropic", "azure")
+_REMOTE = ("openai", "anthropic", "azure", "bedrock")
 _OF_KIND = {
     **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), _REMOTE),
     "api_version": ("azure",),
     "system_role": ("openai", "azure", "echo", "local"),
+    **dict.fromkeys(("region", "profile", "guardrail"), ("bedrock",)),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
     "responses": ("openai", "azure"),
@@ -324,8 +331,12 @@ def kind_problems(table: Mapping[str, Any]) -> list[str]:
     if kind not in (*_REMOTE, "echo", "local"):
         return []  # reported by the conversion
     found = []
-    if kind in _REMOTE and "base_url" not in table:
+    if kind in _REMOTE and kind != "bedrock" and "base_url" not in table:
         found.append(f"base_url: required for kind {kind!r}")
+    if kind == "bedrock" and "region" not in table:
+        found.append("region: required for kind 'bedrock'")
+    if "profile" in table and "api_key" in table:
+        found.append("profile: not used beside api_key")
     if str(table.get("api_key")).lower().startswith("bearer "):
         found.append("api_key: the key alone, without 'Bearer', which Trigate adds")
     found += [

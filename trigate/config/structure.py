@@ -17,6 +17,7 @@ import attrs
 
 from trigate.config import checks
 from trigate.config.converter import convert
+from trigate.config.regions import base_url_of
 from trigate.config.reveal import SCHEMES_WITHOUT_SECRET, gateway_keys, reveal_secret, reveal_secrets, upstream_secrets
 from trigate.config.secrets import Secret
 from trigate.config.sections import (
@@ -34,6 +35,7 @@ from trigate.config.sections import (
     SessionsConfig,
     StoreConfig,
     UpstreamConfig,
+    Url,
 )
 
 SECTIONS = (
@@ -147,11 +149,18 @@ def _upstreams(document: _Document, tables: Mapping[str, Any]) -> dict[str, Upst
             document.problems.append(f"upstreams.{name}: a name has letters, digits, '.', '_' and '-' only")
         upstream = document.convert(UpstreamConfig, value, f"upstreams.{name}")
         if upstream is not None:
-            upstreams[name] = upstream
+            upstreams[name] = _with_base_url(upstream)
             document.report(f"upstreams.{name}", checks.edit_problems(upstream))
         if isinstance(value, dict):
             document.report(f"upstreams.{name}", checks.kind_problems(value))
     return upstreams
+
+
+def _with_base_url(upstream: UpstreamConfig) -> UpstreamConfig:
+    """Returns an upstream of AWS with the address of its region, if it has no other one."""
+    if upstream.kind != "bedrock" or upstream.base_url is not None:
+        return upstream
+    return attrs.evolve(upstream, base_url=Url(base_url_of(str(upstream.region))))
 
 
 def _models(document: _Document, upstreams: Mapping[str, Any]) -> dict[str, ModelConfig]:

@@ -19,6 +19,7 @@ import msgspec
 
 from trigate.config.sections import ResponsesMode, UpstreamConfig
 from trigate.dialects.anthropic import MessagesClient, MessagesUpstream, without_own_reasoning
+from trigate.dialects.bedrock import BedrockUpstream
 from trigate.dialects.endpoints import CHAT, MESSAGES, RESPONSES
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
@@ -202,6 +203,7 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
     "local": "openai",
     "anthropic": "anthropic",
     "azure": "openai",
+    "bedrock": "bedrock",
 }
 """The format that an upstream of a kind speaks."""
 
@@ -213,7 +215,11 @@ _CLIENTS: Mapping[str, ClientFormat] = {
     RESPONSES.path: ResponsesClient(HmacSeal(os.urandom(32))),
 }
 """The formats of the calls that can be translated, by the path of their endpoint."""
-_UPSTREAMS: Mapping[Format, UpstreamFormat] = {"openai": ChatUpstream(), "anthropic": MessagesUpstream()}
+_UPSTREAMS: Mapping[Format, UpstreamFormat] = {
+    "openai": ChatUpstream(),
+    "anthropic": MessagesUpstream(),
+    "bedrock": BedrockUpstream(),
+}
 """The formats to which calls can be translated."""
 
 
@@ -247,4 +253,5 @@ NAMES: Mapping[Format, str] = {
     "anthropic": "Anthropic's",
     "gemini": "Gemini's",
     "ollama": "Ollama's",
+    "bedrock": "Bedrock's",
 }

@@ -11,7 +11,7 @@ from trigate.openai.raw_json import decode_any
 
 DONE = b"[DONE]"
 
-Format = Literal["openai", "anthropic", "gemini", "ollama"]
+Format = Literal["openai", "anthropic", "gemini", "ollama", "bedrock"]
 """A family of endpoints whose errors have one shape."""
 
 

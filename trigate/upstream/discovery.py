@@ -16,6 +16,7 @@ import trio
 
 from trigate.config import checks
 from trigate.config import structure as configuration
+from trigate.config.regions import base_url_of
 from trigate.config.secrets import Secret
 from trigate.config.sections import Config, ConfigError, UpstreamConfig, Url
 from trigate.errors import GatewayError
@@ -65,6 +66,9 @@ PROVIDERS = (
     Provider("ANTHROPIC_API_KEY", "anthropic", "https://api.anthropic.com/v1", "", kind="anthropic"),
 )
 
+_REGION = "us-east-1"
+"""The region of Bedrock where the environment names none, as of Anthropic's SDK."""
+
 LOCAL_SERVERS: Mapping[str, int] = {"ollama": 11434, "lmstudio": 1234, "llamacpp": 8080, "vllm": 8000}
 """Model servers that run on the same machine, each with its default port on 127.0.0.1."""
 
@@ -104,6 +108,15 @@ def _clouds(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
             api_key=Secret(env="AZURE_OPENAI_API_KEY"),
             api_version=_checked("OPENAI_API_VERSION", env.get("OPENAI_API_VERSION"), checks.word),
             models=(deployment,) if deployment else "discover",
+        )
+    if env.get("AWS_BEARER_TOKEN_BEDROCK"):
+        variable = next((name for name in ("AWS_REGION", "AWS_DEFAULT_REGION") if env.get(name)), "AWS_REGION")
+        region = _checked(variable, env.get(variable) or _REGION, checks.word)
+        found["bedrock"] = UpstreamConfig(
+            kind="bedrock",
+            base_url=Url(base_url_of(region)),
+            region=region,
+            api_key=Secret(env="AWS_BEARER_TOKEN_BEDROCK"),
         )
     return found
 

@@ -282,7 +282,7 @@ async def _open_upstream(
                 unusable=unusable,
                 default_models=(local_model.model_id(settings.gguf),),
             )
-        case "openai" | "anthropic" | "azure":
+        case "openai" | "anthropic" | "azure" | "bedrock":
             transport = await stack.enter_async_context(transports(name, settings))
             return Upstream(name, config, transport, auth=auth_of(name, settings))
 

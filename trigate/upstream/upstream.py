@@ -62,6 +62,8 @@ _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _LARGE_BYTES = 1024 * 1024
 _MIN_SECRET_CHARS = 8
+_FAILURES: Mapping[str, tuple[int, ...]] = {"bedrock": (408, 424)}
+"""The statuses below 500 by which a kind of upstream says that a model failed or took too long."""
 _ANTHROPIC_VERSION = "2023-06-01"
 """Of Anthropic's format, where the client names none."""
 
@@ -381,6 +383,12 @@ class Upstream:
             for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
             if _TIME.fullmatch(reply.headers.get(name, ""))
         )
+        if status in _FAILURES.get(self.config.kind, ()):
+            return Unavailable(
+                f"The model of the upstream {self.name} failed ({status}){message}",
+                reachable=True,
+                retry_after_s=after_s,
+            )
         if 400 <= status < 500 or status == 501:
             return rejection(self.name, status, body, headers=passed, retry_after_s=after_s)
         if status in (503, 529):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from trigate.config.sections import UpstreamConfig
-from trigate.upstream.auth import entra
+from trigate.upstream.auth import aws, entra
+from trigate.upstream.auth.aws import SignedRequests
 from trigate.upstream.auth.bearer import BearerToken
 from trigate.upstream.auth.credentials import Credentials, CredentialsError, Fetched, RequestAuth
 
@@ -31,5 +32,8 @@ def auth_of(name: str, config: UpstreamConfig) -> RequestAuth | None:
         case "azure":
             fetch = partial(entra.fetch_token, entra.scope_of(str(config.base_url)))
             return BearerToken(Credentials(fetch, upstream=name))
+        case "bedrock":
+            keys = Credentials(partial(aws.fetch_keys, config.profile), upstream=name)
+            return SignedRequests(keys, region=str(config.region), service="bedrock")
         case _:
             return None

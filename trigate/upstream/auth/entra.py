@@ -6,9 +6,12 @@ a machine, and the login of ``az``.
 
 from __future__ import annotations
 
+import logging
 from urllib.parse import urlsplit
 
 from trigate.upstream.auth.credentials import CredentialsError, Fetched
+
+logging.getLogger("azure").addHandler(logging.NullHandler())  # the gateway logs what the library raises
 
 _SCOPE = "https://cognitiveservices.azure.com/.default"
 _SCOPES = {
