@@ -15,19 +15,11 @@ REFUSED: dict[tuple[str, str, str], str] = {}
 """The cells that cannot be expressed, by client, upstream and scene, with the field that the refusal names."""
 
 JOINED = {
-    ("chat", "anthropic"),
-    ("messages", "openai"),
-    ("chat", "openai"),
-    ("chat", "azure"),
-    ("messages", "azure"),
-    ("messages", "anthropic"),
-    ("chat", "anthropic"),
-    ("responses", "openai"),
-    ("responses", "azure"),
-    ("responses", "anthropic"),
-    ("messages", "bedrock"),
-    ("chat", "bedrock"),
-    ("responses", "bedrock"),
+    *(
+        (client, upstream)
+        for client in ("chat", "messages", "responses")
+        for upstream in ("openai", "azure", "anthropic", "bedrock")
+    ),
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")
