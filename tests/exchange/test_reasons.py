@@ -103,7 +103,7 @@ async def test_a_call_that_is_too_long_for_the_only_target(open_app: OpenApp) ->
     """Whatever the upstream calls it, and wherever it says it, the client gets the status and the code on which agents
     shorten the conversation instead of sending the same again."""
     said = {"message": "prompt is too long: 9 tokens > 8 maximum", "type": "invalid_request_error"}
-    for script in (refuses(said), (Say(role()), Say(event({"type": "error", "error": said})))):
+    for script in (refuses(said), refuses(said, 413), (Say(role()), Say(event({"type": "error", "error": said})))):
         async with open_app(providers=Provider(script)) as served:
             for stream in (True, False):
                 call = await served.client.chat(stream=stream).wait()
@@ -111,6 +111,7 @@ async def test_a_call_that_is_too_long_for_the_only_target(open_app: OpenApp) ->
                 assert call.error["message"] == LONG["message"]
                 assert call.header("x-should-retry") == "false"
             assert len(served.providers["up"].calls) == 2
+            assert [exchange.record.status for exchange in served.settled] == [400, 400], "what the client got"
 
 
 @pytest.mark.parametrize("stream", [True, False])

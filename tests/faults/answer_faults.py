@@ -48,6 +48,8 @@ REJECTED = {
     for code in range(400, 500)
 }
 THROTTLED = Refusal(429, "it_broke", outcome="upstream_throttled", body=ERROR_BODY)
+TOO_LONG = "prompt is too long: 9 tokens > 8 maximum"
+IN_OPENAI_S_WORDS = "This model's maximum context length is 8 tokens. However, your messages resulted in 9 tokens."
 STATUS_500 = head("application/json", status="500 X", coding="content-length: 99")
 
 
@@ -60,6 +62,14 @@ def status(line: str, gets: Refusal, sent: bytes = ERROR_BODY, *more: str, kind:
 STATUSES = (
     *(status(str(code), REJECTED[code]) for code in (400, 401, 403, 404, 413, 422)),
     status("404", Refusal(404, "upstream_rejected", says="404", final=True), PAGE, kind="text/html"),
+    *(
+        both(
+            f"Status {code} which says that the request is too long, without OpenAI's code",
+            answer(b'{"error":{"message":"%b"}}' % TOO_LONG.encode(), status=f"{code} X"),
+            Refusal(400, "context_length_exceeded", outcome="upstream_rejected", says=IN_OPENAI_S_WORDS, final=True),
+        )
+        for code in (400, 413)
+    ),
     both(
         "Status 408 with an error object",
         answer(ERROR_BODY, status="408 X"),
@@ -337,6 +347,12 @@ ENDINGS = (
             Refusal(code, said, outcome="upstream_error", says="slow down"),
         )
         for shape, value, code, said in IN_200
+    ),
+    text(
+        "An error first, or with status 200: that the request is too long",
+        event({"error": {"message": TOO_LONG}}),
+        msgspec.json.encode({"error": {"message": TOO_LONG}}),
+        Refusal(400, "context_length_exceeded", outcome="upstream_error", says=IN_OPENAI_S_WORDS),
     ),
     ends("An error event after the role", role(), ERROR_EVENT, REPORTED),
     ends("An error event in one packet with the first content", b"", role() + HEL + ERROR_EVENT, REPORTED),

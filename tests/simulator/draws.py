@@ -46,7 +46,7 @@ def is_plain(seed: int, *what: object) -> bool:
 
 def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of TOML
     """A configuration as its file would hold it, with limits low enough to be reached."""
-    rng = rng_for(seed, "configuration", number)
+    rng, routing = rng_for(seed, "configuration", number), rng_for(seed, "routing", number)
 
     def chance(of: float) -> bool:
         return rng.random() < of
@@ -78,11 +78,17 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
         },
         "models": {
             "one": {"targets": targets[:1], **rules()},
-            "both": {"targets": shuffled[:2], **rules()},
+            "both": {
+                "targets": shuffled[:2],
+                **rules(),
+                "affinity": routing.choice(("session", "none")),
+                "on": [each for each in ("content_filter", "timeout", "rate_limit", "error") if routing.random() < 0.9],
+            },
             "spread": {
                 "targets": shuffled,
                 "strategy": "balance",
                 **rules(),
+                "affinity": routing.choice(("session", "prefix", "none")),
                 **({"weights": [1, 2, 3][: len(targets)]} if chance(0.5) else {}),
             },
             "race": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from trigate.dialects.errors import error_response
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.state import ExchangeState
@@ -36,7 +37,7 @@ def _status_of(state: ExchangeState) -> int | None:
     """The status that the client got; None = it had disconnected."""
     if state.outcome in (Outcome.CANCELLED, Outcome.FINISHED):
         return None
-    return state.error.status if state.error is not None else 200
+    return error_response(state.error, state.call.endpoint.format, state.id)[0] if state.error is not None else 200
 
 
 def _attempt_record(attempt: Attempt, since: float) -> AttemptRecord:

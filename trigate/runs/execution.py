@@ -25,6 +25,7 @@ import msgspec
 import trio
 
 from trigate.config.sections import Seconds
+from trigate.dialects.errors import error_response
 from trigate.errors import (
     Draining,
     GatewayError,
@@ -292,7 +293,7 @@ class RunExecution:
             self.should_retry = not isinstance(error, Draining)
             await trio.lowlevel.checkpoint()
             return
-        status, _, body = error.to_response()
+        status, _, body = error_response(error, "openai", self._run.id)
         if isinstance(error, RunStopped):
             result = self._cancelled(status)
         else:
