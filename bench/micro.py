@@ -18,9 +18,9 @@ import trio
 from bench import events
 from bench.wire import MODEL
 from trigate.config import structure
-from trigate.dialects.anthropic import MessagesClient
+from trigate.dialects.anthropic import MessagesClient, MessagesUpstream
 from trigate.dialects.endpoints import MESSAGES
-from trigate.dialects.openai_chat import ChatUpstream
+from trigate.dialects.openai_chat import ChatClient, ChatUpstream
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
@@ -43,7 +43,19 @@ def _event(content: str) -> bytes:
     return events.event(events.chunk({"content": content}, model=MODEL, id="chatcmpl-bench", created=1750000000))
 
 
+def _native(kind: str, **fields: Any) -> bytes:
+    return b"event: %b\n" % kind.encode() + events.event({"type": kind, **fields})
+
+
 STREAM = [_event(f" word{number}") for number in range(EVENTS)]
+NATIVE_START = [
+    _native("message_start", message={"id": "msg_bench", "usage": {"input_tokens": 9, "output_tokens": 1}}),
+    _native("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+]
+NATIVE_STREAM = [
+    _native("content_block_delta", index=0, delta={"type": "text_delta", "text": f" word{number}"})
+    for number in range(EVENTS)
+]
 BODY = json.dumps(
     {
         "model": "default",
@@ -133,6 +145,28 @@ def test_translate_events(per_event: Callable[[Callable[[], object]], None]) -> 
             reader.feed(event)
 
     per_event(translate)
+
+
+def test_translate_native_events(per_event: Callable[[Callable[[], object]], None]) -> None:
+    """dialects: events of Anthropic's format that go to the client as chat completions."""
+    call = decode_call(CHAT, BODY)
+    translation = TranslatedCall(call, ChatClient(), MessagesUpstream())
+
+    def translate() -> None:
+        reader = translation.stream_reader(call, upstream="mock", max_event_bytes=1 << 20, keep_bytes=0, continues=None)
+        for event in NATIVE_START:
+            reader.feed(event)
+        for event in NATIVE_STREAM:
+            reader.feed(event)
+
+    per_event(translate)
+
+
+def test_translate_call(benchmark: Benchmark) -> None:
+    """dialects: decodes a call for a chat completion and encodes it in Anthropic's format."""
+    upstream = structure.structure({"upstreams": {"mock": {"kind": "echo"}}}, env={}, source="bench").upstreams["mock"]
+    call = decode_call(CHAT, BODY)
+    benchmark(lambda: TranslatedCall(call, ChatClient(), MessagesUpstream()).body(call, "claude-opus-5", upstream))
 
 
 def test_decode_call(benchmark: Benchmark) -> None:

@@ -291,6 +291,14 @@ def test_thinking_without_text() -> None:
     assert message["reasoning_details"][0] == {**DETAILS[0], "text": ""}
 
 
+def test_thinking_without_a_signature() -> None:
+    """It is shown, but nothing goes back that Anthropic has not signed."""
+    for stream in (thinking(0, "hm", signature=""), block(0, "thinking", thinking="hm")):
+        message = message_of(translate([START, *stream, *text(1, "a"), *end()])[0])
+        assert message["reasoning_content"] == "hm"
+        assert "reasoning_details" not in message
+
+
 def test_payloads_of_another_format() -> None:
     """Gemini's signature of a call goes out as in its look-alike of this format."""
     encoder = ChatEventEncoder(

@@ -239,6 +239,29 @@ async def test_a_native_answer(open_app: OpenApp) -> None:
         assert served.settled[0].usage == (50, 1, 40)
 
 
+async def test_a_native_answer_in_the_other_form(open_app: OpenApp) -> None:
+    """JSON for a stream becomes one, event by event, and a stream that answers a plain call becomes a message."""
+    answer = {
+        **MESSAGE,
+        "content": [{"type": "text", "text": "a"}, {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}],
+        "stop_reason": "tool_use",
+        "stop_sequence": None,
+        "usage": START_USAGE,
+    }
+    provider = Provider(answers(msgspec.json.encode(answer)))
+    async with open_app(native(), {"up": Provider(), "native": provider}) as served:
+        call = await ask(served, model="native/c").wait()
+        assert message_of(call.body) == {**answer, "model": "native/c"}
+        provider.play(tuple(map(Say, (NATIVE_START, *NATIVE_REST, NATIVE_STOP))))
+        call = await ask(served, model="native/c", stream=False).wait()
+        assert (call.json["content"], call.json["stop_reason"]) == (
+            [{"type": "text", "text": 'a "model" of'}],
+            "end_turn",
+        )
+        assert call.json["usage"]["output_tokens"] == 12
+        assert call.json["model"] == "native/c"
+
+
 async def test_a_native_error_is_relayed_word_for_word(open_app: OpenApp) -> None:
     """With its status, and before any content also from within a stream."""
     told = b'{"type":"error","error":{"type":"invalid_request_error","message":"safeguards: no"},"request_id":"req_up"}'

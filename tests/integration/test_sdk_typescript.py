@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import configuration, environment, run_gateway
+from tests.support.scripted_messages import configuration as native
+from tests.support.scripted_messages import open_messages
 from tests.support.scripted_upstream import TEXT, open_upstream
 
 KEY = "a key of the gateway"
@@ -36,8 +38,8 @@ pytestmark = [
 def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The TAP report of Node's test runner on the file."""
     assert NODE is not None
-    with open_upstream() as upstream:
-        config = configuration(upstream, more=f'[keys]\ntests = "{KEY}"')
+    with open_upstream() as upstream, open_messages() as messages:
+        config = configuration(upstream, more=f'{native(messages)}\n[keys]\ntests = "{KEY}"')
         with run_gateway(config, tmp_path_factory.mktemp("gateway")) as gateway:
             done = subprocess.run(
                 [NODE, "--test", "--test-reporter=tap", FILE],

@@ -288,3 +288,65 @@ test("Messages: the models are listed", async () => {
   const ids = (await all(claude.models.list())).map((model) => model.id);
   assert.ok(ids.includes("mock/org/deep/model"));
 });
+
+// -- chat completions over an upstream of Anthropic's, which refuses what Anthropic refuses
+
+const overNative = "native/claude-opus-5";
+
+test("a chat streams over Anthropic's format", async () => {
+  const call = { model: `${overNative}.hello`, messages, stream: true, stream_options: { include_usage: true } };
+  const chunks = await all(await client.chat.completions.create(call));
+  assert.equal(chunks.map((chunk) => chunk.choices[0]?.delta.content ?? "").join(""), TEXT);
+  assert.equal(chunks.at(-2).choices[0].finish_reason, "stop");
+  assert.equal(chunks.at(-1).usage.total_tokens, 16);
+  const answer = await client.chat.completions.create({ model: `${overNative}.hello`, messages });
+  assert.equal(answer.choices[0].message.content, TEXT);
+  assert.deepEqual(answer.usage, chunks.at(-1).usage);
+});
+
+test("tools run over Anthropic's format", async () => {
+  for (const stream of [false, true]) {
+    const cities = [];
+    const runner = client.chat.completions.runTools({
+      model: `${overNative}.tools`,
+      messages,
+      stream,
+      reasoning_effort: "high",
+      tools: [
+        {
+          type: "function",
+          function: {
+            name: "temperature",
+            parameters: { type: "object", properties: { city: { type: "string" } } },
+            parse: JSON.parse,
+            function: ({ city }) => cities.push(city) && "21 °C",
+          },
+        },
+      ],
+    });
+    assert.equal(await runner.finalContent(), "toolu_0 says 21 °C");
+    assert.deepEqual(cities, ["Köln"]);
+    const [, asked] = runner.messages;
+    assert.equal(asked.reasoning_content, "Let me think.");
+  }
+});
+
+test("a truncated stream over Anthropic's format is an error", async () => {
+  for (const part of ["cut", "short", "overloaded"]) {
+    const stream = await client.chat.completions.create({ model: `${overNative}.${part}`, messages, stream: true });
+    const words = [];
+    const error = await refused(async () => {
+      for await (const chunk of stream) words.push(chunk.choices[0].delta.content ?? "");
+    }, OpenAI.APIError);
+    assert.equal(error.type, part === "overloaded" ? "overloaded_error" : "upstream_error");
+    assert.ok(words.join("") && TEXT.startsWith(words.join("")));
+  }
+});
+
+test("an error of Anthropic's has the class of its status", async () => {
+  const call = (part) => () => client.chat.completions.create({ model: `${overNative}.${part}`, messages });
+  const error = await refused(call("status-404"), OpenAI.NotFoundError);
+  assert.equal(error.type, "not_found_error");
+  assert.match(error.message, /said Anthropic/);
+  await refused(call("status-529"), OpenAI.InternalServerError);
+});

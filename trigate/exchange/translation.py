@@ -196,6 +196,12 @@ class _AnthropicPassThrough(_PassThrough):
     def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
         return without_own_reasoning(call.body_for(model))
 
+    def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        return _UPSTREAMS["anthropic"].events(body, upstream=upstream)
+
+    def collected(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        return _UPSTREAMS["anthropic"].collected(body, upstream=upstream)
+
 
 FORMAT_OF_KIND: Mapping[str, Format] = {
     "openai": "openai",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,6 +25,7 @@ ANTHROPIC_REASONING = "anthropic-claude-v1"
 _PLAIN_REASONING = ("reasoning_content", "reasoning")
 _CACHE_MARKS = ("cache_control", "prompt_cache_breakpoint")
 
+_Role = Literal["system", "user", "assistant"]
 _Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
 
@@ -59,34 +60,35 @@ class ContentDecoder:
             BadRequest: A message is malformed.
             Untranslatable: A part cannot be expressed.
         """
-        decoded: list[Message] = []
+        decoded: list[tuple[_Role, list[Part]]] = []
         for at, message in enumerate(messages):
             path = f"messages[{at}]"
-            made = self._message(message, path)
+            role, parts = self._message(message, path)
             if message.get("name") and message.get("role") != "function":
                 self._dropped.add("messages.name")
-            if decoded and decoded[-1].role == made.role != "system":
-                made = Message(made.role, decoded.pop().parts + made.parts)
-            decoded.append(made)
-        return tuple(decoded)
+            if decoded and decoded[-1][0] == role != "system":
+                decoded[-1][1].extend(parts)
+            else:
+                decoded.append((role, list(parts)))
+        return tuple([Message(role, tuple(parts)) for role, parts in decoded])
 
-    def _message(self, message: _Json, path: str) -> Message:
+    def _message(self, message: _Json, path: str) -> tuple[_Role, Iterable[Part]]:
         content = message.get("content")
         match message.get("role"):
             case "system" | "developer":
-                return Message("system", self._content(content, path, only=("text",)))
+                return "system", self._content(content, path, only=("text",))
             case "user":
-                return Message("user", self._content(content, path, only=("text", "image_url", "input_audio", "file")))
+                return "user", self._content(content, path, only=("text", "image_url", "input_audio", "file"))
             case "assistant":
-                return Message("assistant", tuple(self._assistant(message, path)))
+                return "assistant", self._assistant(message, path)
             case "tool":
-                return Message("user", (self._result(_string(message, "tool_call_id", path), content, path),))
+                return "user", [self._result(_string(message, "tool_call_id", path), content, path)]
             case "function":
                 name = _string(message, "name", path)
                 for call in self._function_calls:
                     if call.name == name:
                         self._function_calls.remove(call)
-                        return Message("user", (self._result(call.id, content, path),))
+                        return "user", [self._result(call.id, content, path)]
                 raise BadRequest(f"{path}: no function_call before it has the name {name[:100]!r}.", param=path)
         raise BadRequest(
             f"{path}.role must be developer, system, user, assistant, tool or function.", param=f"{path}.role"
