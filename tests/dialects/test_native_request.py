@@ -352,6 +352,9 @@ def test_structured_output() -> None:
         }
     }
     assert refusal("claude-sonnet-4-20250514", response_format=form).param == "response_format"
+    open_schema = {"type": "object", "additionalProperties": {"type": "string"}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": open_schema}}
+    assert refusal(response_format=form).param == "response_format"
     made = sent(response_format={"type": "json_object"}, messages=[{"role": "system", "content": "S"}, USER])
     assert (made["system"], made["dropped"]) == (f"S\n\n{JSON_ONLY}", ["response_format"])
     assert "output_config" not in sent(response_format={"type": "text"})

@@ -151,6 +151,18 @@ def test_finish_reasons(reason: str, expected: str) -> None:
     assert answer_of({"type": "text", "text": "a"}, reason=reason)["choices"][0]["finish_reason"] == expected
 
 
+def test_the_reason_is_that_of_the_calls() -> None:
+    """Some servers end calls as a text, or name calls that are not for the client."""
+    for reason in ("end_turn", "tool_use"):
+        out, _ = translate([START, *tool(0, "{}"), *end(reason)])
+        assert completion_of(out)["choices"][0]["finish_reason"] == "tool_calls"
+        called = answer_of({"type": "tool_use", "id": "t", "name": "f", "input": {}}, reason=reason)
+        assert called["choices"][0]["finish_reason"] == "tool_calls"
+        out, _ = translate([START, *text(0, "a"), *end(reason)])
+        assert completion_of(out)["choices"][0]["finish_reason"] == "stop"
+        assert answer_of({"type": "text", "text": "a"}, reason=reason)["choices"][0]["finish_reason"] == "stop"
+
+
 def test_a_tool_alone() -> None:
     """There is no empty text before it, and its content is null."""
     out, _ = translate([START, *tool(0, "{}"), *end("tool_use")])

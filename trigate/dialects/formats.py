@@ -59,8 +59,8 @@ class ClientFormat(Protocol):
 
     @property
     def field_of(self) -> Mapping[str, str]:
-        """How the format calls those fields of `vocabulary.Request` that an encoder may drop. A field that is not here
-        has the same name."""
+        """How the format calls those fields of `vocabulary.Request` that an encoder may drop or refuse. A field that is
+        not here has the same name."""
 
     def decode_request(self, call: Call) -> tuple[Request, tuple[str, ...]]:
         """Decodes a request.

@@ -63,8 +63,12 @@ class TranslatedCall:
             raise Untranslatable(
                 f"The upstream's answer broke off, and {model} cannot continue it: its API has another format."
             )
-        body, dropped = self._provider.encode_request(self._asked.request, model=model, upstream=upstream)
         names = self._client.field_of
+        try:
+            body, dropped = self._provider.encode_request(self._asked.request, model=model, upstream=upstream)
+        except Untranslatable as error:
+            error.param = names.get(error.param or "", error.param)
+            raise
         self.dropped = tuple(sorted({*self.dropped, *(names.get(name, name) for name in dropped)}))
         return body
 

@@ -52,5 +52,10 @@ BLOCKS: Mapping[str, Fate] = {
 }
 """The blocks of messages. One that is not here is refused: without it, the conversation would be another one."""
 
-FIELD_OF: Mapping[str, str] = {"effort": "output_config.effort", "top_k": "top_k", "user": "metadata.user_id"}
-"""The fields that an encoder of another format may drop, by their name in `vocabulary.Request`."""
+FIELD_OF: Mapping[str, str] = {
+    "effort": "output_config.effort",
+    "schema": "output_config.format",
+    "stop": "stop_sequences",
+    "user": "metadata.user_id",
+}
+"""The fields that an encoder of another format may drop or refuse, by their name in `vocabulary.Request`."""

@@ -66,13 +66,15 @@ def answer_id(value: object, data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-def finish_of(reason: str, stop_sequence: object, usage: object) -> Finish:
-    """Returns how an answer ended.
+def finish_of(reason: str, stop_sequence: object, usage: object, *, has_calls: bool) -> Finish:
+    """Returns how an answer ended. An ordinary end is one for tools if, and only if, the answer calls some.
 
-    >>> finish_of("end_turn", None, None).reason
+    >>> finish_of("tool_use", None, None, has_calls=False).reason
     'stop'
     """
     found = FINISH_OF.get(reason, "stop")
+    if found in ("stop", "tool_calls"):
+        found = "tool_calls" if has_calls else "stop"
     sequence = stop_sequence if found == "stop_sequence" and isinstance(stop_sequence, str) else None
     return Finish(found, sequence, decode_usage(usage))
 
@@ -108,7 +110,7 @@ def decode_answer(body: bytes, *, upstream: str) -> Answer:
     reason = value.get("stop_reason")
     if not isinstance(reason, str) or not reason:
         raise ProtocolViolation(f"The upstream {upstream} did not say how its answer ended (stop_reason).")
-    finish = finish_of(reason, value.get("stop_sequence"), value.get("usage"))
+    finish = finish_of(reason, value.get("stop_sequence"), value.get("usage"), has_calls=calls > 0)
     return Answer(answer, tuple(parts), finish)
 
 

@@ -156,7 +156,7 @@ class MessagesEventDecoder:
         events: list[Event] = []
         self._start(b"", events)
         self._close(events)
-        finish = finish_of(self._stop_reason, self._stop_sequence, self._usage)
+        finish = finish_of(self._stop_reason, self._stop_sequence, self._usage, has_calls=self._calls > 0)
         if self._invalid and finish.reason not in ("length", "context_length"):
             raise ProtocolViolation(
                 f"The upstream {self._upstream} called the tool {self._invalid[:100]!r} with arguments that are no "

@@ -81,8 +81,8 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
     config: _Json = {}
     if request.schema is not None:
         if not traits.takes_schema:
-            raise Untranslatable(f"{model} takes no schema for its answer.", param="response_format")
-        config["format"] = {"type": "json_schema", "schema": closed_schema(request.schema, "response_format")}
+            raise Untranslatable(f"{model} takes no schema for its answer.", param="schema")
+        config["format"] = {"type": "json_schema", "schema": closed_schema(request.schema, "schema")}
     _add_thinking(body, config, request, traits, talk, dropped)
     if config:
         body["output_config"] = config

@@ -65,6 +65,7 @@ PARTS: Mapping[str, Fate] = {
 FIELD_OF: Mapping[str, str] = {
     "effort": "reasoning_effort",
     "is_json": "response_format",
+    "schema": "response_format",
     "strict": "tools.function.strict",
 }
-"""The fields that an encoder of another format may drop, by their name in `vocabulary.Request`."""
+"""The fields that an encoder of another format may drop or refuse, by their name in `vocabulary.Request`."""
