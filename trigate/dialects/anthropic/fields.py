@@ -47,10 +47,15 @@ BLOCKS: Mapping[str, Fate] = {
     "tool_use": "translated",
     "tool_result": "translated",
     "thinking": "translated",
+    "redacted_thinking": "translated",
     "mid_conv_system": "translated",
-    "redacted_thinking": "dropped",
 }
 """The blocks of messages. One that is not here is refused: without it, the conversation would be another one."""
 
-FIELD_OF: Mapping[str, str] = {"effort": "output_config.effort", "top_k": "top_k", "user": "metadata.user_id"}
+FIELD_OF: Mapping[str, str] = {
+    "effort": "output_config.effort",
+    "top_k": "top_k",
+    "user": "metadata.user_id",
+    "reasoning": "thinking",
+}
 """The fields that an encoder of another format may drop, by their name in `vocabulary.Request`."""
