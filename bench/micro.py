@@ -20,8 +20,9 @@ from bench.wire import MODEL
 from trigate.config import structure
 from trigate.dialects.anthropic import MessagesClient, MessagesUpstream
 from trigate.dialects.endpoints import MESSAGES
+from trigate.dialects.marks import Marks
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream
-from trigate.dialects.translated_call import TranslatedCall
+from trigate.dialects.translated_call import Memory, TranslatedCall
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.upstream_call import UpstreamCall
@@ -137,7 +138,8 @@ def test_read_events(per_event: Callable[[Callable[[], object]], None]) -> None:
 def test_translate_events(per_event: Callable[[Callable[[], object]], None]) -> None:
     """dialects: events of chat completions that go to the client in Anthropic's format."""
     call = decode_call(MESSAGES, MESSAGES_BODY)
-    translation = TranslatedCall(call, MessagesClient(), ChatUpstream())
+    translation = TranslatedCall(call, MessagesClient(), ChatUpstream(), has_marks=True)
+    translation.use(Memory(marks=Marks(bytes(32)), keep=lambda found: None, max_bytes=1 << 18))
 
     def translate() -> None:
         reader = translation.stream_reader(call, upstream="mock", max_event_bytes=1 << 20, keep_bytes=0, continues=None)

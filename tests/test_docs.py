@@ -84,6 +84,7 @@ SECTIONS = {
     "[breaker]": sections.BreakerConfig,
     "[hooks.NAME]": sections.HookConfig,
     "[store]": sections.StoreConfig,
+    "[reasoning_memory]": sections.ReasoningMemoryConfig,
     "[sessions]": sections.SessionsConfig,
 }
 
@@ -147,6 +148,7 @@ def test_units(title: str) -> None:
         "tuple[Action, ...]": "array of actions",
         "tuple[Reason, ...]": "array of reasons",
         'tuple[str, ...] | Literal["discover"]': '`"discover"` or array of strings',
+        'tuple[str, ...] | Literal["pass"]': '`"pass"` or array of strings',
     }
     rates = {
         "words_per_s": "words per second",

@@ -10,13 +10,16 @@ import msgspec
 from bench import events
 from trigate.dialects.anthropic import MessagesClient
 from trigate.dialects.endpoints import MESSAGES
+from trigate.dialects.marks import Marks
 from trigate.dialects.openai_chat import ChatUpstream
 from trigate.dialects.stream import TranslatedStream
-from trigate.dialects.translated_call import TranslatedCall
+from trigate.dialects.translated_call import Memory, TranslatedCall
 from trigate.openai import sse
 from trigate.openai.request import Call, decode_call
 
 DONE = events.DONE
+MARKS = Marks(bytes(range(32)))
+mark_of = MARKS.mark_of
 USAGE = {
     "prompt_tokens": 100,
     "completion_tokens": 20,
@@ -47,8 +50,10 @@ def call(**fields: Any) -> Call:
 
 
 def translated(asked: Call) -> TranslatedCall:
-    """Returns a call over chat completions."""
-    return TranslatedCall(asked, MessagesClient(), ChatUpstream())
+    """Returns a call over chat completions, by a gateway with `MARKS`."""
+    made = TranslatedCall(asked, MessagesClient(), ChatUpstream(), has_marks=True)
+    made.use(Memory(marks=MARKS))
+    return made
 
 
 def chunk(delta: Mapping[str, Any] | None = None, finish_reason: str | None = None, **fields: Any) -> bytes:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.dialects.chat import call, translated
+from tests.dialects.chat import call, mark_of, translated
 from trigate.config.sections import UpstreamConfig, Url
 from trigate.dialects.anthropic.fields import BLOCKS, FIELDS
-from trigate.dialects.anthropic.signatures import mark_of, without_own_reasoning
+from trigate.dialects.anthropic.signatures import without_own_reasoning
 from trigate.errors import BadRequest, Untranslatable
 
 LOCAL = UpstreamConfig(base_url=Url("http://127.0.0.1:8000/v1"))
@@ -221,7 +221,10 @@ def test_tools() -> None:
         ({"type": "adaptive"}, None, "gpt-5.2", "high"),
         ({"type": "adaptive"}, {"effort": "max"}, "gpt-5.2", "max"),
         ({"type": "adaptive"}, {"effort": "low"}, "gpt-4o", None),
-        ({"type": "disabled"}, {"effort": "low"}, "gpt-5.2", None),
+        ({"type": "disabled"}, {"effort": "low"}, "gpt-5.2", "none"),
+        ({"type": "disabled"}, None, "gpt-5-mini", "minimal"),
+        ({"type": "disabled"}, None, "gpt-5.2-codex", None),
+        ({"type": "disabled"}, None, "gpt-4o", None),
     ],
 )
 def test_effort(thinking: Any, config: Any, model: str, expected: str | None) -> None:

@@ -17,12 +17,12 @@ from tests.dialects.chat import (
     chunk,
     decoded,
     make_reader,
+    mark_of,
     message_of,
     tool,
     translate,
     usage,
 )
-from trigate.dialects.anthropic.signatures import mark_of
 from trigate.errors import ProtocolViolation, Reported, Truncated
 
 END = (chunk({}, "stop"), usage(), DONE)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.dialects.chat import decoded, message_of
+from tests.dialects.chat import decoded, mark_of, message_of
 from tests.support.asgi_client import ClientCall
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import (
@@ -27,7 +27,6 @@ from tests.support.provider import (
     says,
     usage,
 )
-from trigate.dialects.anthropic.signatures import mark_of
 
 NATIVE = {"kind": "anthropic", "base_url": "http://native.invalid/v1", "api_key": "secret-of-native", "models": ["c"]}
 MESSAGE = {"id": "msg_9", "type": "message", "role": "assistant", "model": "c-2026", "content": []}

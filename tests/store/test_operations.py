@@ -20,6 +20,7 @@ from trigate.store.records import (
     Delivery,
     ExchangeRecord,
     Message,
+    ReasoningRecord,
     Retention,
     Run,
     SessionCounts,
@@ -959,3 +960,34 @@ async def test_objects_are_bounded_by_age_and_count(store: Store) -> None:
     assert await store.prune(attrs.evolve(keep, max_objects=4)) == 2
     found = await store.objects.find([str(number) for number in range(9)])
     assert sorted(each.id for each in found) == ["5", "6", "7", "8"]
+
+
+# -- reasoning and secrets --------------------------------------------------------------------------------------------
+
+
+async def test_reasoning_is_found_by_its_owner(store: Store) -> None:
+    """By the ids of the calls, not by another owner, and not once it is too old. The last one of an id counts."""
+    await store.reasoning.put([ReasoningRecord("a", "c1", 5.0, b"one"), ReasoningRecord("b", "c1", 5.0, b"b")], most=9)
+    await store.reasoning.put([ReasoningRecord("a", "c2", 7.0, b"two")], most=9)
+    assert await store.reasoning.get("a", ["c1", "c2", "c3"], since=5.0) == {"c1": b"one", "c2": b"two"}
+    assert await store.reasoning.get("a", ["c1", "c2"], since=6.0) == {"c2": b"two"}
+    assert await store.reasoning.get("", ["c1"], since=0.0) == {}
+    await store.reasoning.put([ReasoningRecord("a", "c1", 8.0, b"new")], most=9)
+    assert await store.reasoning.get("a", ["c1"], since=6.0) == {"c1": b"new"}
+
+
+async def test_reasoning_is_bounded(store: Store) -> None:
+    """The oldest entries in excess go at once, and those that are too old when the store is pruned."""
+    for number in range(5):
+        await store.reasoning.put([ReasoningRecord("a", f"c{number}", float(number), b"v")], most=3)
+    ids = [f"c{number}" for number in range(5)]
+    assert sorted(await store.reasoning.get("a", ids, since=0.0)) == ["c2", "c3", "c4"]
+    assert await store.prune(attrs.evolve(ALL, reasoning_before=4.0)) == 2
+    assert sorted(await store.reasoning.get("a", ids, since=0.0)) == ["c4"]
+
+
+async def test_a_secret_is_made_once(store: Store) -> None:
+    """Whoever comes first makes it; everybody gets the same."""
+    assert await store.secret("marks", b"first") == b"first"
+    assert await store.secret("marks", b"second") == b"first"
+    assert await store.secret("other", b"third") == b"third"

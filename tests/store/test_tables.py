@@ -12,7 +12,7 @@ from trigate.store.schema import MIGRATIONS
 from trigate.store.tables import Tables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
-GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects")
+GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects", "reasoning")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects")
         ("drop_orphans", {"before": 9.0, "limit": 9}),
         ("objects", {"ids": ["a", "b"]}),
         ("drop_object", {"object_id": "a", "upstream": "u"}),
+        ("reasoning", {"owner": "o", "calls": ["a", "b"], "since": 1.0}),
     ],
 )
 def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:

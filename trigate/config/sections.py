@@ -10,55 +10,23 @@ import attrs
 from trigate.config.secrets import Secret
 
 Seconds = NewType("Seconds", float)
-
-
 Size = NewType("Size", int)
-
-
 Count = NewType("Count", int)
-
-
 Port = NewType("Port", int)
 Url = NewType("Url", str)
-
-
 HostName = NewType("HostName", str)
-
-
 Origin = NewType("Origin", str)
-
-
 ProxyUrl = NewType("ProxyUrl", str)
-
-
 Rate = NewType("Rate", float)
-
-
 Share = NewType("Share", float)
-
-
 Limit = NewType("Limit", int)
-
-
 Expression = NewType("Expression", str)
-
-
 Action = Literal["chat", "reset", "stop", "history", "note"]
-
-
 Reason = Literal["context_length", "content_filter", "rate_limit", "timeout", "error"]
 """Why an attempt failed, as far as it decides whether the next target is tried."""
-
-
 ResponsesMode = Literal["native", "translate", "discover"]
-
-
 TimeoutPhase = Literal["connect", "response_head", "first_token", "idle", "total", "queue"]
-
-
 DAY_S = 86400.0
-
-
 MIN_RUN_RETENTION_S = 4 * DAY_S
 
 
@@ -141,6 +109,8 @@ class UpstreamConfig:
     responses: ResponsesMode | None = None
     """How ``/v1/responses`` goes to it: as it is, translated to chat completions, or as it is until the upstream says
     that it has no such endpoint. None = as it is for the providers that are known to have it, else translated."""
+    betas: tuple[str, ...] | Literal["pass"] = "pass"
+    """``anthropic``: which betas of a client (``anthropic-beta``) go to it, or all."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
     system_role: Literal["anywhere", "first", "as-user"] | None = None
@@ -333,6 +303,22 @@ class LedgerConfig:
 
 
 @attrs.frozen(kw_only=True)
+class ReasoningMemoryConfig:
+    """``[reasoning_memory]``: the reasoning before tool calls of translated answers, which goes back to its provider
+    if the client does not send it."""
+
+    enabled: bool = True
+    retention_s: Seconds = Seconds(3600.0)
+    """How long it is put back."""
+    entry_bytes: Size = Size(256 * 1024)
+    """The most of one answer; of a longer one, nothing is remembered."""
+    memory_bytes: Size = Size(16 * 1024 * 1024)
+    """How much one worker keeps in memory; the rest is read from the store."""
+    max_entries: Count = Count(10_000)
+    """How many tool calls the store keeps, of all keys."""
+
+
+@attrs.frozen(kw_only=True)
 class SessionsConfig:
     """``[sessions]``: what is kept between the turns of a conversation. 0 disables a time."""
 
@@ -465,6 +451,7 @@ class Config:
     retries: RetriesConfig = RetriesConfig()
     breaker: BreakerConfig = BreakerConfig()
     ledger: LedgerConfig = LedgerConfig()
+    reasoning_memory: ReasoningMemoryConfig = ReasoningMemoryConfig()
 
     def timeout_s(self, upstream: str, phase: TimeoutPhase, model: str | None = None) -> float:
         """The timeout of a phase for an upstream, in seconds; ``math.inf`` if it is disabled. The public model's

@@ -30,6 +30,7 @@ from trigate.config.sections import (
     LedgerConfig,
     LimitsConfig,
     ModelConfig,
+    ReasoningMemoryConfig,
     RetriesConfig,
     ServerConfig,
     SessionsConfig,
@@ -40,6 +41,7 @@ from trigate.config.sections import (
 
 SECTIONS = (
     *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "ledger"),
+    "reasoning_memory",
     *("sessions", "hooks", "channels"),
 )
 """The names of all sections, in the order of the documentation."""
@@ -78,6 +80,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     retries = document.section(RetriesConfig, "retries")
     breaker = document.section(BreakerConfig, "breaker")
     ledger = document.section(LedgerConfig, "ledger")
+    reasoning_memory = document.section(ReasoningMemoryConfig, "reasoning_memory")
     sessions = document.section(SessionsConfig, "sessions")
     if document.problems:
         raise ConfigError(source, tuple(document.problems))
@@ -98,6 +101,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         retries=retries,
         breaker=breaker,
         ledger=ledger,
+        reasoning_memory=reasoning_memory,
     )
 
 

@@ -48,10 +48,10 @@ class EventEncoder(Protocol):
 
 @runtime_checkable
 class ErrorEncoder(Protocol):
-    """An `EventEncoder` whose last event, where a stream fails, depends on the events before it."""
+    """An `EventEncoder` whose last events, where a stream fails, depend on the events before them."""
 
-    def encode_error(self, error: GatewayError) -> bytes:
-        """Returns that event."""
+    def encode_error(self, error: GatewayError, request_id: str) -> bytes | None:
+        """Returns those events; None = they are those of any stream of the format."""
 
 
 class ClientFormat(Protocol):

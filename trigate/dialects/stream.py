@@ -155,9 +155,10 @@ class TranslatedStream:
             return rest
         return b"".join(frames)
 
-    def error_frame(self, error: GatewayError) -> bytes | None:
-        """Returns the last event of a stream that has failed; None = it does not depend on what was sent before it."""
-        return self._encoder.encode_error(error) if isinstance(self._encoder, ErrorEncoder) else None
+    def error_frame(self, error: GatewayError, request_id: str = "") -> bytes | None:
+        """Returns the last events of a stream that has failed; None = they do not depend on what was sent before."""
+        encoder = self._encoder
+        return encoder.encode_error(error, request_id) if isinstance(encoder, ErrorEncoder) else None
 
     def _feed_pending(self) -> bytes:
         """Takes a last event that is whole, except for its blank line."""

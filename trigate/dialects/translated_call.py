@@ -8,11 +8,40 @@ import attrs
 import msgspec
 
 from trigate.config.sections import UpstreamConfig
-from trigate.dialects.formats import Asked, ClientFormat, UpstreamFormat
+from trigate.dialects.formats import Asked, ClientFormat, EventEncoder, UpstreamFormat
+from trigate.dialects.marks import Marks
+from trigate.dialects.memory import (
+    AnswerMemory,
+    Keep,
+    Remembered,
+    calls_without_reasoning,
+    latest_calls,
+    marked,
+    memory_of,
+    with_marks_checked,
+    with_reasoning,
+)
 from trigate.dialects.stream import TranslatedStream
 from trigate.errors import Untranslatable
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
+
+
+@attrs.frozen(kw_only=True)
+class Memory:
+    """What the gateway knows beyond one call.
+
+    Attributes:
+        marks: Of the gateway.
+        found: What it remembers of the tool calls that have lost their reasoning.
+        keep: Takes what is to be remembered of the answer; None = nothing is.
+        max_bytes: The most that is remembered of an answer.
+    """
+
+    marks: Marks
+    found: Mapping[str, Remembered] = attrs.field(factory=dict)
+    keep: Keep | None = None
+    max_bytes: int = 0
 
 
 class TranslatedCall:
@@ -20,6 +49,9 @@ class TranslatedCall:
 
     Args:
         at: When the call was made: Unix time, in seconds.
+        payload: The name of the payload that the upstream needs of reasoning; None = it takes the text.
+        takes_reasoning: Whether the upstream takes back the reasoning of its answers; if not, none is remembered.
+        has_marks: Whether the client's format has a place for the mark of reasoning (`marks`).
 
     Raises:
         BadRequest: The call is malformed, or (`Untranslatable`) has something that cannot be expressed.
@@ -29,11 +61,25 @@ class TranslatedCall:
         stream_types: The content types of the upstream's streams, besides that of server-sent events.
     """
 
-    def __init__(self, call: Call, client: ClientFormat, provider: UpstreamFormat, *, at: float = 0.0) -> None:
+    def __init__(
+        self,
+        call: Call,
+        client: ClientFormat,
+        provider: UpstreamFormat,
+        *,
+        at: float = 0.0,
+        payload: str | None = None,
+        takes_reasoning: bool = True,
+        has_marks: bool = False,
+    ) -> None:
         request, self.dropped = client.decode_request(call)
         self._asked = Asked(call, request, at)
         self._client = client
         self._provider = provider
+        self._payload = payload
+        self._takes_reasoning = takes_reasoning
+        self._has_marks = has_marks
+        self._memory: Memory | None = None
         self.stream_types = provider.stream_types
 
     def limit_answer(self, max_tokens: int | None) -> None:
@@ -47,6 +93,28 @@ class TranslatedCall:
             asked = min(request.max_tokens, max_tokens) if request.max_tokens is not None else None
             request = msgspec.structs.replace(request, max_tokens=asked, model_max_tokens=max_tokens)
             self._asked = attrs.evolve(self._asked, request=request)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The ids of the tool calls that have lost their reasoning."""
+        return calls_without_reasoning(self._asked.request, self._payload) if self._takes_reasoning else ()
+
+    @property
+    def latest_calls(self) -> frozenset[str]:
+        """The ids of the tool calls of the last message that has some."""
+        return latest_calls(self._asked.request)
+
+    def use(self, memory: Memory) -> None:
+        """Checks the marks of the request, puts reasoning back that was lost, and remembers that of the answer."""
+        self._memory = memory
+        request = self._asked.request
+        if self._has_marks:
+            request, is_dropped = with_marks_checked(request, memory.marks)
+            if is_dropped:
+                self.dropped = tuple(sorted({*self.dropped, self._client.field_of.get("reasoning", "reasoning")}))
+        if memory.found:
+            request = with_reasoning(request, memory.found, self._payload)
+        self._asked = attrs.evolve(self._asked, request=request)
 
     def path(self, call: Call, model: str) -> str:
         """Where the call goes."""
@@ -84,10 +152,19 @@ class TranslatedCall:
         """Makes the reader of a streamed answer."""
         return TranslatedStream(
             self._provider.stream_parts(upstream=upstream, max_event_bytes=max_event_bytes),
-            self._client.event_encoder(self._asked),
+            self._event_encoder(),
             upstream=upstream,
             max_event_bytes=max_event_bytes,
         )
+
+    def _event_encoder(self) -> EventEncoder:
+        encoder = self._client.event_encoder(self._asked)
+        memory = self._memory
+        if memory is None:
+            return encoder
+        marks = memory.marks if self._has_marks else None
+        keep = memory.keep if self._takes_reasoning else None
+        return AnswerMemory(encoder, marks=marks, keep=keep, max_bytes=memory.max_bytes)
 
     def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
         """Makes the upstream's stream of a JSON answer to a streamed call. Raises as `UpstreamFormat.events`."""
@@ -100,4 +177,13 @@ class TranslatedCall:
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
         """Translates a whole answer; returns it with the token counts in it. Raises ProtocolViolation."""
         answer, usage = self._provider.decode_answer(body, upstream=upstream)
+        if (memory := self._memory) is not None:
+            if (
+                memory.keep is not None
+                and self._takes_reasoning
+                and (found := memory_of(answer, max_bytes=memory.max_bytes))
+            ):
+                memory.keep(found)
+            if self._has_marks:
+                answer = marked(answer, memory.marks)
         return self._client.encode_answer(answer, self._asked), usage

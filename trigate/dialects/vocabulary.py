@@ -97,7 +97,8 @@ class Reasoning(msgspec.Struct, frozen=True):
         text: Empty if the provider keeps it to itself.
         payloads: What the provider of a format needs to recognise it, by the format's name (``anthropic``: a
             signature; ``anthropic_redacted``: reasoning that is encrypted, without a text). Another provider refuses
-            it.
+            it. ``trigate``: the mark of a gateway (`marks`), which is checked and taken off before a request is
+            encoded.
     """
 
     text: str

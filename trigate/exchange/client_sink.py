@@ -130,7 +130,9 @@ class ClientSink:
     def _error_frame(self, error: GatewayError) -> bytes:
         state = self._state
         reader = state.source.reader if state.source is not None else None
-        frame = reader.error_frame(error) if isinstance(reader, TranslatedStream) else None
+        # while something waits to be sent, the client does not have all that the reader has returned
+        has_all = not any(attempt.is_sending for attempt in state.attempts)
+        frame = reader.error_frame(error, state.id) if has_all and isinstance(reader, TranslatedStream) else None
         if frame is None and state.call.endpoint is RESPONSES:
             frame = response_failed(error, state.call, sequence=state.events)
         return frame if frame is not None else error_frame(error, self._format, state.id)

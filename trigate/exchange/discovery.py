@@ -27,7 +27,7 @@ _ABSENT = (404, 405, 501)
 
 def translation_for(call: Call, upstream: Upstream) -> Translation:
     """Chooses the translation of a call for an upstream. Raises as `translation_of`."""
-    translation = translation_of(call, upstream.name, upstream.config.kind, upstream.responses)
+    translation = translation_of(call, upstream.name, upstream.config, upstream.responses)
     if upstream.responses == "discover" and call.endpoint is RESPONSES:
         return Discovering(call, upstream, translation)
     return translation
@@ -62,7 +62,7 @@ class Discovering:
         if not _is_of_endpoint(error, upstream.name):
             raise error
         upstream.responses = "translate"
-        self._chosen = translation_of(self._call, upstream.name, upstream.config.kind, upstream.responses)
+        self._chosen = translation_of(self._call, upstream.name, upstream.config, upstream.responses)
         async with opening(self._chosen) as reply:
             yield reply
 

@@ -18,7 +18,13 @@ from typing import Protocol
 import msgspec
 
 from trigate.config.sections import ResponsesMode, UpstreamConfig
-from trigate.dialects.anthropic import MessagesClient, MessagesUpstream, without_own_reasoning
+from trigate.dialects.anthropic import (
+    MessagesClient,
+    MessagesUpstream,
+    may_have_own_reasoning,
+    with_betas,
+    without_own_reasoning,
+)
 from trigate.dialects.bedrock import BedrockUpstream
 from trigate.dialects.endpoints import CHAT, MESSAGES, RESPONSES
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
@@ -142,8 +148,8 @@ class Translation(Protocol):
 class _PassThrough:
     """OpenAI's format on both sides."""
 
-    dropped = ()
-    stream_types = ()
+    dropped: tuple[str, ...] = ()
+    stream_types: tuple[str, ...] = ()
 
     def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         return headers
@@ -191,10 +197,33 @@ class _PassThrough:
 
 
 class _AnthropicPassThrough(_PassThrough):
-    """Anthropic's format on both sides."""
+    """Anthropic's format on both sides. One object serves all calls that go out as they came, and one each of the
+    others.
+
+    Args:
+        betas: Which of the client's betas are sent; None = all.
+    """
+
+    def __init__(self, betas: tuple[str, ...] | None = None) -> None:
+        self._betas = betas
+        self.dropped: tuple[str, ...] = ()
+
+    def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        if self._betas is None:
+            return headers
+        rest = with_betas(headers, self._betas)
+        if rest != headers:
+            self.dropped = ("anthropic-beta",)
+        return rest
 
     def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
-        return without_own_reasoning(call.body_for(model))
+        body = call.body_for(model)
+        if not may_have_own_reasoning(body):
+            return body
+        rest = without_own_reasoning(body)
+        if rest is not body:
+            self.dropped = (*self.dropped, "thinking")
+        return rest
 
     def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
         return _UPSTREAMS["anthropic"].events(body, upstream=upstream)
@@ -227,29 +256,45 @@ _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "bedrock": BedrockUpstream(),
 }
 """The formats to which calls can be translated."""
+_PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}
+"""What an upstream of a format needs of reasoning, by its name in the vocabulary. The others take its text."""
+_MARKED = frozenset((MESSAGES.path,))
+"""The paths whose format has a place for the mark of reasoning (`trigate.dialects.marks`)."""
 
 
-def translation_of(call: Call, upstream: str, kind: str, responses: ResponsesMode = "translate") -> Translation:
+def translation_of(
+    call: Call, upstream: str, config: UpstreamConfig, responses: ResponsesMode = "translate"
+) -> Translation:
     """Chooses the translation of a call for an upstream.
 
     Args:
         upstream: The upstream's name, for messages.
-        kind: Its kind.
+        config: Its configuration.
         responses: How response calls go to it.
 
     Raises:
         BadRequest: The call has something that cannot be translated.
         Unsupported: The upstream speaks a format to which such calls are not translated.
     """
-    spoken = FORMAT_OF_KIND[kind]
+    spoken = FORMAT_OF_KIND[config.kind]
     if call.endpoint.format == spoken and not (call.endpoint is RESPONSES and responses == "translate"):
+        if spoken == "anthropic" and (config.betas != "pass" or may_have_own_reasoning(call.body)):
+            return _AnthropicPassThrough(None if config.betas == "pass" else config.betas)
         return _PASS_THROUGH[spoken]
     client, provider = _CLIENTS.get(call.endpoint.path), _UPSTREAMS.get(spoken)
     if client is not None and provider is not None:
-        return TranslatedCall(call, client, provider, at=time.time())
+        return TranslatedCall(
+            call,
+            client,
+            provider,
+            at=time.time(),
+            payload=_PAYLOADS.get(spoken),
+            takes_reasoning=not isinstance(provider, ChatUpstream) or provider.takes_reasoning(config),
+            has_marks=call.endpoint.path in _MARKED,
+        )
     raise Unsupported(
-        f"The upstream {upstream} speaks {NAMES[spoken]} format (kind {kind!r}), and calls to /v1{call.endpoint.path} "
-        "are not translated to it.",
+        f"The upstream {upstream} speaks {NAMES[spoken]} format (kind {config.kind!r}), and calls to "
+        f"/v1{call.endpoint.path} are not translated to it.",
         status=501,
     )
 

@@ -29,6 +29,7 @@ from trigate.exchange.continuation import NEW_STREAM, Continuation, may_be_conti
 from trigate.exchange.deadlines import attempt_limits
 from trigate.exchange.discovery import Discovering, translation_for
 from trigate.exchange.outcome import Outcome, Phase
+from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
@@ -52,12 +53,14 @@ class UpstreamServices:
         chance: A random number between 0 and 1, for pauses and choices.
         timers: Run the checks of time limits.
         socket_relay: The fast path; None = this system has no epoll.
+        reasoning: What is remembered for the next call of a conversation.
     """
 
     targets: Targets
     chance: Callable[[], float]
     timers: Timers
     socket_relay: SocketRelay | None
+    reasoning: ReasoningMemory
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -222,6 +225,8 @@ class UpstreamCall:
         upstream = self.request.generation.upstreams[attempt.target.upstream]
         translation = translation_for(self.request.call, upstream)
         try:
+            if isinstance(translation, TranslatedCall):
+                await self.services.reasoning.use_for(translation, self.request.owner)
             if self.cancelled_with is not None:
                 attempt.scope.cancel()
             await attempt.run(upstream, self._open(attempt, upstream, translation), self._answer(translation), sink)

@@ -25,6 +25,7 @@ from trigate.config.sections import Config
 from trigate.exchange.admission import Admission
 from trigate.exchange.exchange import ExchangeServices
 from trigate.exchange.live import LiveExchanges
+from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.shared_call import open_shared_calls
 from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.upstream_call import UpstreamServices
@@ -123,11 +124,13 @@ async def open_gateway(
     ):
         open_next = functools.partial(_open_generation, background, transports)
         generations = Generations(await open_next(first))
+        reasoning = ReasoningMemory(store)
         upstream_services = UpstreamServices(
             targets=targets,
             chance=chance,
             timers=timers,
             socket_relay=SocketRelay(poller) if poller is not None else None,
+            reasoning=reasoning,
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger)
@@ -145,6 +148,7 @@ async def open_gateway(
                 targets.apply(config)
                 admission.apply(config.limits)
                 ledger.apply(config.ledger)
+                reasoning.apply(config.reasoning_memory)
                 callbacks.apply(config.hooks or {}, outbox)
 
             exchange_services = ExchangeServices(

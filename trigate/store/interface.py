@@ -23,7 +23,7 @@ The rules of every implementation:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from trigate.store.records import (
@@ -33,6 +33,7 @@ from trigate.store.records import (
     DeliveryState,
     ExchangeRecord,
     Message,
+    ReasoningRecord,
     Retention,
     Run,
     RunState,
@@ -301,6 +302,19 @@ class Objects(Protocol):
         """Forgets an object. Not durable."""
 
 
+# -- reasoning --------------------------------------------------------------------------------------------------------
+
+
+class Reasoning(Protocol):
+    """What is remembered of the reasoning before tool calls."""
+
+    def put(self, entries: Sequence[ReasoningRecord], *, most: int) -> Write[None]:
+        """Keeps entries; of all owners, the oldest ones in excess of ``most`` are deleted. Not durable."""
+
+    async def get(self, owner: str, calls: Sequence[str], *, since: float) -> Mapping[str, bytes]:
+        """Returns the values of an owner's calls that were kept since a time, by the ids of the calls."""
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +329,11 @@ class Store(Protocol):
     workers: Workers
     exchanges: Exchanges
     objects: Objects
+    reasoning: Reasoning
+
+    def secret(self, name: str, new: bytes) -> Write[bytes]:
+        """Returns a secret of the gateway, the same in all workers and after each restart; ``new`` becomes it if there
+        is none."""
 
     def prune(self, retention: Retention) -> Write[int]:
         """Deletes what the retention does not keep; returns how many rows. It works in slices, so that no other write

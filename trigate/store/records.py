@@ -249,6 +249,22 @@ class UpstreamObject:
     at: float
 
 
+@attrs.frozen
+class ReasoningRecord:
+    """What is remembered for a tool call.
+
+    Attributes:
+        owner: The name of the gateway key whose call was answered; empty = the gateway has no keys.
+        call: The id of the tool call.
+        value: As `trigate.exchange.reasoning_memory` encodes it.
+    """
+
+    owner: str
+    call: str
+    at: float
+    value: bytes = attrs.field(repr=False)
+
+
 LOST = "lost"
 """The outcome of an exchange whose process exited before the exchange ended."""
 
@@ -342,6 +358,7 @@ class Retention:
             run that were done before it.
         exchanges_before: Records of exchanges that began before this time.
         objects_before: Objects of upstreams that were noted before this time.
+        reasoning_before: Reasoning that was remembered before this time.
         max_sessions, max_runs, max_exchanges, max_objects: How many are kept, of all owners; the oldest ones in excess
             are deleted.
     """
@@ -355,3 +372,4 @@ class Retention:
     max_exchanges: int
     objects_before: float = 0.0
     max_objects: int = 2**63 - 1
+    reasoning_before: float = 0.0

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from trigate.config.sections import Config, LedgerConfig, StoreConfig
+from trigate.config.sections import Config, LedgerConfig, ReasoningMemoryConfig, StoreConfig
 from trigate.errors import StoreUnavailable
 from trigate.logs import log
 from trigate.store.interface import Store
@@ -15,9 +15,12 @@ from trigate.store.records import Retention
 
 PRUNE_S = 3600.0
 """Seconds between two deletions of old rows."""
+_REASONING = ReasoningMemoryConfig()
 
 
-def retention(settings: StoreConfig, ledger: LedgerConfig, now: float) -> Retention:
+def retention(
+    settings: StoreConfig, ledger: LedgerConfig, now: float, reasoning: ReasoningMemoryConfig = _REASONING
+) -> Retention:
     """Returns what may be deleted at a time. An age of 0 keeps the rows for ever.
 
     Args:
@@ -37,6 +40,7 @@ def retention(settings: StoreConfig, ledger: LedgerConfig, now: float) -> Retent
         max_exchanges=ledger.max_records,
         objects_before=before(settings.object_retention_s),
         max_objects=settings.max_objects,
+        reasoning_before=now - reasoning.retention_s,
     )
 
 
@@ -59,7 +63,7 @@ async def keep_pruned(store: Store, wait_joined: Callable[[], Awaitable[None]], 
 async def _prune(store: Store, config: Config) -> None:
     await trio.lowlevel.checkpoint()
     try:
-        rows = await store.prune(retention(config.store, config.ledger, time.time()))
+        rows = await store.prune(retention(config.store, config.ledger, time.time(), config.reasoning_memory))
     except StoreUnavailable as error:
         log.warning("prune_failed", error=error.message)
     else:

@@ -166,5 +166,20 @@ MIGRATIONS = (
         UNIQUE (id, upstream)
     ) STRICT;
     """,
+    """
+    CREATE TABLE secrets (
+        name TEXT PRIMARY KEY,
+        value BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE reasoning (
+        number INTEGER PRIMARY KEY,
+        owner TEXT NOT NULL,
+        call TEXT NOT NULL,
+        at REAL NOT NULL,
+        value BLOB NOT NULL,
+        UNIQUE (owner, call)
+    ) STRICT;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

@@ -9,11 +9,12 @@ Two threads must not use the connection of a `Tables` at the same time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import attrs
 import msgspec
 
+from trigate.store.reasoning_tables import ReasoningTables, is_in
 from trigate.store.records import (
     LOST,
     ChannelRecord,
@@ -27,9 +28,6 @@ from trigate.store.records import (
     UpstreamObject,
     Worker,
 )
-
-if TYPE_CHECKING:
-    import apsw
 
 T = TypeVar("T")
 
@@ -111,25 +109,13 @@ _IS_OPEN = "state IN ('pending', 'sending')"
 # another index and sorts them.
 
 
-def _in(column: str, values: Sequence[str]) -> str:
-    return f"{column} IN ({', '.join('?' * len(values))})"
-
-
-class Tables:
+class Tables(ReasoningTables):
     """The tables of a store, as one operation sees them. The caller begins and ends the transaction.
 
     ``put_…`` inserts a value, or replaces the value with the same identity. ``drop_…`` of something that does not exist
     does nothing. Order and limits are those of the methods of `interface`. The class has more than 25 methods, since
     each is one query, and all share one connection.
     """
-
-    def __init__(self, db: apsw.Connection) -> None:
-        self._db = db
-
-    def _do(self, sql: str, *values: Any) -> int:
-        """Executes a statement that changes rows; returns how many."""
-        self._db.execute(sql, values)
-        return self._db.changes()
 
     def _put(self, table: _Table[T], value: T) -> None:
         self._db.execute(table.put, table.row(value))
@@ -275,7 +261,7 @@ class Tables:
 
     def unfinished_of(self, workers: Sequence[str]) -> Sequence[Run]:
         """Returns the runs of some workers that have not ended, in the order in which they were added."""
-        where = f"WHERE {_IS_UNFINISHED} AND {_in('worker', workers)} ORDER BY +number"
+        where = f"WHERE {_IS_UNFINISHED} AND {is_in('worker', workers)} ORDER BY +number"
         return self._all(_RUNS, where, *workers)
 
     def count_unfinished(self, channel: str) -> int:
@@ -352,7 +338,7 @@ class Tables:
 
     def sending(self, workers: Sequence[str]) -> Sequence[Delivery]:
         """Returns what some workers are sending, in the order in which it was added."""
-        where = f"WHERE state = 'sending' AND {_in('worker', workers)} ORDER BY +number"
+        where = f"WHERE state = 'sending' AND {is_in('worker', workers)} ORDER BY +number"
         return self._all(_DELIVERIES, where, *workers)
 
     def deliveries(self, run_id: str) -> Sequence[Delivery]:
@@ -449,7 +435,7 @@ class Tables:
 
     def objects(self, ids: Sequence[str]) -> Sequence[UpstreamObject]:
         """Returns the objects with these ids, in no order."""
-        return self._all(_OBJECTS, f"WHERE {_in('id', ids)}", *ids)
+        return self._all(_OBJECTS, f"WHERE {is_in('id', ids)}", *ids)
 
     def drop_object(self, object_id: str, upstream: str) -> None:
         """Deletes an object."""

@@ -8,11 +8,12 @@ only events whose name is that of their type are read.
 
 from __future__ import annotations
 
+from trigate.dialects.anthropic.betas import with_betas
 from trigate.dialects.anthropic.client import MessagesClient
 from trigate.dialects.anthropic.errors import error_frame, error_response
 from trigate.dialects.anthropic.events import PING
 from trigate.dialects.anthropic.models import encode_model, encode_model_list
-from trigate.dialects.anthropic.signatures import without_own_reasoning
+from trigate.dialects.anthropic.signatures import may_have_own_reasoning, without_own_reasoning
 from trigate.dialects.anthropic.upstream import MessagesUpstream
 
 __all__ = [
@@ -23,5 +24,7 @@ __all__ = [
     "encode_model_list",
     "error_frame",
     "error_response",
+    "may_have_own_reasoning",
+    "with_betas",
     "without_own_reasoning",
 ]

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from trigate.dialects.anthropic.signatures import mark_of
 from trigate.dialects.anthropic.usage import encode_usage
+from trigate.dialects.marks import PAYLOAD
 from trigate.dialects.vocabulary import Answer, AnswerPart, Finish, FinishReason, Reasoning, Text, TokenCounts, ToolCall
 
 _Json = dict[str, Any]
@@ -69,8 +69,8 @@ def _block(part: AnswerPart) -> _Json:
     match part:
         case Text(text):
             return {"type": "text", "text": text}
-        case Reasoning(text):
-            return {"type": "thinking", "thinking": text, "signature": mark_of(text)}
+        case Reasoning(text, payloads):
+            return {"type": "thinking", "thinking": text, "signature": payloads.get(PAYLOAD, "")}
         case ToolCall(call, name, arguments):
             return {"type": "tool_use", "id": call, "name": name, "input": msgspec.Raw(arguments.encode())}
 

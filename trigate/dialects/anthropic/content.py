@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from trigate.dialects.anthropic.fields import BLOCKS
-from trigate.dialects.anthropic.signatures import is_own
+from trigate.dialects.marks import PAYLOAD, is_mark
 from trigate.dialects.vocabulary import (
     File,
     Image,
@@ -48,6 +48,7 @@ class ContentDecoder:
             "tool_use": self._tool_use,
             "tool_result": self._tool_result,
             "thinking": self._thinking,
+            "redacted_thinking": self._redacted_thinking,
         }
 
     def messages(self, system: object, messages: list[_Json]) -> tuple[Message, ...]:
@@ -169,8 +170,13 @@ class ContentDecoder:
 
     def _thinking(self, block: _Json, path: str) -> Part:
         signature = block.get("signature")
-        payloads = {"anthropic": signature} if isinstance(signature, str) and not is_own(signature) else {}
+        payloads = {}
+        if isinstance(signature, str) and signature:
+            payloads[PAYLOAD if is_mark(signature) else "anthropic"] = signature
         return Reasoning(_string(block, "thinking", path), payloads)
+
+    def _redacted_thinking(self, block: _Json, path: str) -> Part:
+        return Reasoning("", {"anthropic_redacted": _string(block, "data", path)})
 
 
 def _string(block: _Json, name: str, path: str) -> str:

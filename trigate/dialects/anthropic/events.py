@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from trigate.dialects.anthropic.answer import Estimate, message_head, stop_fields
-from trigate.dialects.anthropic.signatures import Marker
 from trigate.dialects.anthropic.usage import NOTHING, encode_usage
+from trigate.dialects.marks import PAYLOAD
 from trigate.dialects.vocabulary import (
     ArgumentsDelta,
     Event,
@@ -47,7 +47,7 @@ class MessagesEventEncoder:
         estimate: Used if the answer has no token counts.
     """
 
-    __slots__ = ("_estimate", "_index", "_is_hidden", "_marker", "_model", "_size_bytes", "_wants_reasoning")
+    __slots__ = ("_estimate", "_index", "_is_hidden", "_model", "_size_bytes", "_wants_reasoning")
 
     def __init__(self, *, model: str, wants_reasoning: bool, estimate: Estimate) -> None:
         self._model = model
@@ -55,7 +55,6 @@ class MessagesEventEncoder:
         self._estimate = estimate
         self._index = 0
         self._size_bytes = 0
-        self._marker: Marker | None = None
         self._is_hidden = False
 
     def encode(self, event: Event) -> bytes:
@@ -72,9 +71,8 @@ class MessagesEventEncoder:
             case ReasoningDelta(text):
                 data = _json(text)
                 self._size_bytes += len(data)
-                if self._marker is None:
+                if self._is_hidden:
                     return b""
-                self._marker.feed(text)
                 return _DELTA % (self._index, _THINKING, data)
             case TextStart():
                 return self._start_block({"type": "text", "text": ""})
@@ -82,14 +80,15 @@ class MessagesEventEncoder:
                 self._is_hidden = not self._wants_reasoning
                 if self._is_hidden:
                     return b""
-                self._marker = Marker()
                 return self._start_block({"type": "thinking", "thinking": "", "signature": ""})
             case ToolCallStart(call, name):
                 return self._start_block({"type": "tool_use", "id": call, "name": name, "input": {}})
             case PartStop():
                 return self._stop_block()
-            case Payload():  # another provider's
-                return b""
+            case Payload(form, value):
+                if form != PAYLOAD or self._is_hidden:  # another provider's: only the mark is for the client
+                    return b""
+                return _DELTA % (self._index, _SIGNATURE, _json(value))
             case Start(answer):
                 message = {**message_head(answer, self._model), "usage": encode_usage(NOTHING)}
                 return _event("message_start", {"message": message})
@@ -106,12 +105,7 @@ class MessagesEventEncoder:
             self._is_hidden = False
             return b""
         index, self._index = self._index, self._index + 1
-        stop = _event("content_block_stop", {"index": index})
-        if self._marker is None:
-            return stop
-        mark = _json(self._marker.mark())
-        self._marker = None
-        return _DELTA % (index, _SIGNATURE, mark) + stop
+        return _event("content_block_stop", {"index": index})
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:  # Any: JSON of any shape

@@ -47,13 +47,14 @@ BLOCKS: Mapping[str, Fate] = {
     "tool_use": "translated",
     "tool_result": "translated",
     "thinking": "translated",
+    "redacted_thinking": "translated",
     "mid_conv_system": "translated",
-    "redacted_thinking": "dropped",
 }
 """The blocks of messages. One that is not here is refused: without it, the conversation would be another one."""
 
 FIELD_OF: Mapping[str, str] = {
     "effort": "output_config.effort",
+    "reasoning": "thinking",
     "schema": "output_config.format",
     "stop": "stop_sequences",
     "user": "metadata.user_id",

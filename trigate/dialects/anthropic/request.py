@@ -186,9 +186,8 @@ def _effort(thinking: _Json, config: _Json, dropped: set[str]) -> Effort | None:
     dropped.update(f"thinking.{_shown(name)}" for name in thinking.keys() - {"type", "budget_tokens"})
     if given is not None and given not in _EFFORTS:
         raise BadRequest(f"output_config.effort must be one of {', '.join(_EFFORTS)}.", param="output_config.effort")
-    if kind == "disabled":  # there is no word for it that all models know
-        dropped.add("thinking")
-        return None
+    if kind == "disabled":
+        return "none"
     if given is not None:
         return cast("Effort", given)
     if kind == "adaptive":

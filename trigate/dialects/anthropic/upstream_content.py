@@ -22,7 +22,7 @@ from typing import Any, Literal
 import attrs
 import msgspec
 
-from trigate.dialects.anthropic.signatures import is_own
+from trigate.dialects.marks import is_mark
 from trigate.dialects.vocabulary import (
     Audio,
     File,
@@ -177,7 +177,7 @@ def _thinking(part: Reasoning) -> list[_Json]:
     if (data := part.payloads.get("anthropic_redacted")) is not None:
         return [{"type": "redacted_thinking", "data": data}]
     signature = part.payloads.get("anthropic")
-    if not signature or is_own(signature):
+    if not signature or is_mark(signature):
         return []
     return [{"type": "thinking", "thinking": part.text, "signature": signature}]
 

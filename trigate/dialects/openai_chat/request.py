@@ -76,7 +76,12 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
             body["tool_choice"] = _tool_choice(request.tool_choice)
         if request.parallel_tool_calls is not None:
             body["parallel_tool_calls"] = request.parallel_tool_calls
-    if request.effort is not None:
+    if request.effort == "none":
+        if (word := traits.effort_for_none(model)) is not None:
+            body["reasoning_effort"] = word
+        else:
+            dropped.append("effort")
+    elif request.effort is not None:
         if traits.takes_effort_at(model):
             known = traits.has_all_efforts or request.effort in ("low", "medium", "high")
             body["reasoning_effort"] = request.effort if known else "low" if request.effort == "minimal" else "high"
@@ -93,7 +98,14 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
             body["safety_identifier"] = hashlib.sha256(request.user.encode()).hexdigest()
         else:
             dropped.append("user")
+    if any(_is_lost(part, traits) for message in request.messages for part in message.parts):
+        dropped.append("reasoning")
     return msgspec.json.encode(body), tuple(dropped)
+
+
+def _is_lost(part: object, traits: Traits) -> bool:
+    """Whether it is reasoning that the upstream takes in no form."""
+    return isinstance(part, Reasoning) and (traits.reasoning_field is None or not part.text)
 
 
 def _tool(tool: Any) -> _Json:  # Any: a `Tool`
@@ -201,6 +213,6 @@ def _assistant(message: Message, traits: Traits) -> _Json:
         ]
     if traits.reasoning_field is not None:
         reasoning = "".join([part.text for part in message.parts if isinstance(part, Reasoning)])
-        if reasoning:
+        if reasoning or (calls and traits.needs_reasoning):
             encoded[traits.reasoning_field] = reasoning
     return encoded

@@ -19,9 +19,15 @@ SystemRole = Literal["anywhere", "first", "as-user"]
 """Where a server takes system messages (`system_role`)."""
 
 _OPENAI = ("api.openai.com", "openai.azure.com")
+_DEEPSEEK = ("deepseek.com",)
 _FILES = (*_OPENAI, "openrouter.ai")
 _EFFORT = ("openrouter.ai",)
 _REASONING_MODEL = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9](?![.0-9]*-chat)|gpt-oss|grok-3-mini|gemini-(?:2\.5|[3-9]))")
+_NO_EFFORT: tuple[tuple[Literal["none", "minimal"], re.Pattern[str]], ...] = (
+    ("none", re.compile(r"(?:.*/)?(?:gpt-(?:5\.[1-9]|[6-9])(?!.*-(?:pro|codex|chat))|gemini-2\.5-flash)")),
+    ("minimal", re.compile(r"(?:.*/)?gpt-5(?:-mini|-nano)?(?:-20\d\d.*)?\Z")),
+)
+"""The word by which a model is told not to reason, or hardly. Other models that reason know none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +37,7 @@ class Traits:
     Attributes:
         max_tokens_field: How it calls the most tokens of an answer.
         reasoning_field: The field of an assistant's message in which it takes back reasoning; None = in none.
+        needs_reasoning: It refuses a tool call without that field, which may be empty.
         takes_top_k: It knows ``top_k``.
         takes_files: It takes ``file`` parts with a PDF.
         takes_user: It knows ``safety_identifier``.
@@ -41,6 +48,7 @@ class Traits:
 
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     reasoning_field: str | None = None
+    needs_reasoning: bool = False
     takes_top_k: bool = False
     takes_files: bool = False
     takes_user: bool = False
@@ -55,6 +63,18 @@ class Traits:
         [False, True, True, False]
         """
         return self.takes_effort or _REASONING_MODEL.match(model) is not None
+
+    def effort_for_none(self, model: str) -> str | None:
+        """The word by which a model is told not to reason; None = it is not known to have one.
+
+        >>> [Traits().effort_for_none(model) for model in ("gpt-5.2", "openai/gpt-5-mini", "gpt-5-codex", "o3")]
+        ['none', 'minimal', None, None]
+        >>> Traits(takes_effort=True, has_all_efforts=True).effort_for_none("anthropic/claude-opus-4.5")
+        'none'
+        """
+        if self.takes_effort and self.has_all_efforts:
+            return "none"
+        return next((word for word, models in _NO_EFFORT if models.match(model)), None)
 
 
 def takes_developer(base_url: str | None) -> bool:
@@ -85,6 +105,7 @@ def traits_of(
     return Traits(
         max_tokens_field="max_completion_tokens" if is_openai else "max_tokens",
         reasoning_field=next((name for name in ("reasoning_content", "reasoning") if name in fields), None),
+        needs_reasoning=_is_of(host, _DEEPSEEK),
         takes_top_k=is_local or _is_of(host, ("openrouter.ai",)),
         takes_files=_is_of(host, _FILES),
         takes_user=is_openai,

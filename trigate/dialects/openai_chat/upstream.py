@@ -44,6 +44,10 @@ class ChatUpstream:
         traits = traits_of(upstream.base_url, history_fields=upstream.history_fields, system_role=upstream.system_role)
         return encode_request(request, model=model, traits=traits)
 
+    def takes_reasoning(self, upstream: UpstreamConfig) -> bool:
+        """Whether an upstream takes back the reasoning of its answers."""
+        return traits_of(upstream.base_url, history_fields=upstream.history_fields).reasoning_field is not None
+
     def stream_parts(self, *, upstream: str, max_event_bytes: int) -> StreamParts:
         """As `UpstreamFormat.stream_parts`."""
         return StreamParts(

@@ -221,7 +221,7 @@ class ResponsesEventEncoder:
         response = self._context.end(finish, self._output, self._size_bytes)
         return self._event(f"response.{response['status']}", response=response)
 
-    def encode_error(self, error: GatewayError) -> bytes:
+    def encode_error(self, error: GatewayError, request_id: str) -> bytes:
         """Returns the last event of a stream that has failed: ``response.failed``, with what there is of the answer."""
         if self._context is None:
             self._context = context_of(self._asked, self._seal, "failed")

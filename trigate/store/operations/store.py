@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import attrs
@@ -17,7 +17,7 @@ from trigate.store.operations.deliveries import DeliveryOperations
 from trigate.store.operations.runs import IdempotencyOperations, RunOperations
 from trigate.store.operations.sessions import SessionOperations
 from trigate.store.operations.transactions import Transactions
-from trigate.store.records import ExchangeRecord, Retention, StoreStatistics, UpstreamObject
+from trigate.store.records import ExchangeRecord, ReasoningRecord, Retention, StoreStatistics, UpstreamObject
 from trigate.store.tables import Tables
 
 PRUNE_SLICE = 100
@@ -39,10 +39,15 @@ class StoreOperations(Transactions):
         self.workers: interface.Workers = WorkerOperations(self)
         self.exchanges: interface.Exchanges = ExchangeOperations(self)
         self.objects: interface.Objects = ObjectOperations(self)
+        self.reasoning: interface.Reasoning = ReasoningOperations(self)
 
     @abc.abstractmethod
     def statistics(self) -> StoreStatistics:
         """Returns the state of the store. Never blocks."""
+
+    def secret(self, name: str, new: bytes) -> Write[bytes]:
+        """Returns the secret of that name, which is made if there is none."""
+        return self.write(lambda tables: tables.secret(name, new))
 
     def prune(self, retention: Retention) -> Write[int]:
         """Deletes what the retention does not keep, in slices; returns how many rows."""
@@ -72,6 +77,7 @@ def _prune(tables: Tables, retention: Retention) -> int:
         + tables.drop_orphans(retention.runs_before, limit=PRUNE_SLICE)
         + tables.drop_exchanges(retention.exchanges_before, most=retention.max_exchanges, limit=10 * PRUNE_SLICE)
         + tables.drop_objects(retention.objects_before, most=retention.max_objects, limit=10 * PRUNE_SLICE)
+        + tables.drop_reasoning(retention.reasoning_before, limit=PRUNE_SLICE)
     )
 
 
@@ -116,3 +122,16 @@ class ObjectOperations:
 
     def drop(self, object_id: str, upstream: str) -> Write[None]:
         return self._transactions.write(lambda tables: tables.drop_object(object_id, upstream), durable=False)
+
+
+@attrs.define(eq=False, slots=False)
+class ReasoningOperations:
+    """Implements `interface.Reasoning`, which documents the methods."""
+
+    _transactions: Transactions
+
+    def put(self, entries: Sequence[ReasoningRecord], *, most: int) -> Write[None]:
+        return self._transactions.write(lambda tables: tables.put_reasoning(entries, most=most), durable=False)
+
+    async def get(self, owner: str, calls: Sequence[str], *, since: float) -> Mapping[str, bytes]:
+        return await self._transactions.read(lambda tables: tables.reasoning(owner, calls, since))
