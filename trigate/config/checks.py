@@ -318,7 +318,7 @@ _OF_KIND = {
     **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), _REMOTE),
     "api_version": ("azure",),
     "system_role": ("openai", "azure", "echo", "local"),
-    **dict.fromkeys(("region", "profile", "guardrail"), ("bedrock",)),
+    **dict.fromkeys(("region", "profile", "guardrail", "betas"), ("bedrock",)),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
     "responses": ("openai", "azure"),

