@@ -23,7 +23,7 @@ MESSAGE = {"id": "msg_bdrk_1", "type": "message", "role": "assistant", "model": 
 
 def chunk(kind: str, **fields: Any) -> bytes:
     """Makes an event of Anthropic's in AWS's framing."""
-    event = base64.b64encode(json.dumps({"type": kind, **fields}).encode()).decode()
+    event = base64.b64encode(msgspec.json.encode({"type": kind, **fields})).decode()
     return frame("chunk", {"bytes": event, "p": "abcdef"})
 
 
@@ -206,6 +206,21 @@ async def test_other_clients_come_by_converse(open_app: OpenApp) -> None:
     call, sent = await answered(open_app, script, path="/v1/chat/completions", stream=False)
     assert sent.target == f"/model/{MODEL}/converse"
     assert call.json["choices"][0]["message"]["content"] == "Hello"
+
+
+async def test_events_that_are_written_otherwise(open_app: OpenApp) -> None:
+    """Another order of the fields, blanks and line ends in the JSON change nothing."""
+
+    def spaced(framed: bytes) -> bytes:
+        payload = msgspec.json.decode(framed[framed.index(b'{"bytes"') : -4])
+        event = json.dumps(msgspec.json.decode(base64.b64decode(payload["bytes"])), indent=1).encode()
+        return frame("chunk", {"p": "ab", "bytes": base64.b64encode(event).decode()})
+
+    call, _ = await answered(open_app, (HEAD, *[Say(spaced(each)) for each in (START, *TEXT, *END)]))
+    whole, _ = await answered(open_app, STREAM)
+    assert [msgspec.json.decode(part.split(b"data: ")[1]) for part in call.body.split(b"\n\n") if part] == [
+        msgspec.json.decode(part.split(b"data: ")[1]) for part in whole.body.split(b"\n\n") if part
+    ]
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

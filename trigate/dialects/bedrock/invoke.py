@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,6 +57,9 @@ _ERROR_TYPES = {
     "serviceUnavailableException": "overloaded_error",
     "modelTimeoutException": "timeout_error",
 }
+
+_CHUNK = re.compile(rb'data: \{"chunk":\{"bytes":"([A-Za-z0-9+/]*={0,2})"')
+_TYPE = re.compile(rb'\{"type":"([a-z_]{1,64})"')
 
 _Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
@@ -237,7 +241,12 @@ class InvokeReader:
 
 
 def _event_of(framed: bytes) -> bytes | None:
-    """Returns the event in a message, or that of an exception; None = it has none."""
+    """Returns the event in a message, or that of an exception; None = it has none. JSON is parsed only where the
+    message is not written as usual."""
+    if (found := _CHUNK.match(framed)) is not None and not len(found[1]) % 4:
+        event = binascii.a2b_base64(found[1])
+        if (kind := _TYPE.match(event)) is not None and b"\n" not in event and b"\r" not in event:
+            return b"event: %b\ndata: %b\n\n" % (kind[1], event)
     data = sse.data_of(framed)
     value = decode_any(data) if data is not None else None
     if not isinstance(value, dict) or len(value) != 1:
@@ -255,7 +264,7 @@ def _event_of(framed: bytes) -> bytes | None:
     except (binascii.Error, TypeError, ValueError):
         return None
     inner = decode_any(event)
-    kind = inner.get("type") if isinstance(inner, dict) else None
-    if not isinstance(kind, str) or not kind.isascii() or not kind.isprintable():
+    named = inner.get("type") if isinstance(inner, dict) else None
+    if not isinstance(named, str) or not named.isascii() or not named.isprintable():
         return None
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), event.replace(b"\n", b" ").replace(b"\r", b" "))
+    return b"event: %b\ndata: %b\n\n" % (named.encode(), event.replace(b"\n", b" ").replace(b"\r", b" "))
