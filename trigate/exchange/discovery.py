@@ -25,9 +25,9 @@ _ABSENT = (404, 405, 501)
 """The statuses by which an upstream says that it has no such endpoint."""
 
 
-def translation_for(call: Call, upstream: Upstream) -> Translation:
+def translation_for(call: Call, upstream: Upstream, model: str) -> Translation:
     """Chooses the translation of a call for an upstream. Raises as `translation_of`."""
-    translation = translation_of(call, upstream.name, upstream.config, upstream.responses)
+    translation = translation_of(call, upstream.name, upstream.config, upstream.responses, model)
     if upstream.responses == "discover" and call.endpoint is RESPONSES:
         return Discovering(call, upstream, translation)
     return translation

@@ -25,17 +25,19 @@ from trigate.dialects.anthropic import (
     with_betas,
     without_own_reasoning,
 )
-from trigate.dialects.bedrock import BedrockUpstream
+from trigate.dialects.bedrock import BETAS, BedrockUpstream, InvokeReader, invoke_body, is_claude, path_of
+from trigate.dialects.bedrock.framing import EVENT_STREAM
 from trigate.dialects.endpoints import CHAT, MESSAGES, RESPONSES
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
 from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
 from trigate.dialects.translated_call import TranslatedCall
-from trigate.errors import GatewayError, Unsupported
+from trigate.errors import GatewayError, ProtocolViolation, Unsupported
 from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.conversion import answer_of, events_of
 from trigate.openai.endpoints import Format
 from trigate.openai.history_fields import history_fields_of
+from trigate.openai.raw_json import split_fields
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
 
@@ -175,7 +177,7 @@ class _PassThrough:
         max_event_bytes: int,
         keep_bytes: int,
         continues: Mapping[str, msgspec.Raw] | None,
-    ) -> StreamReader:
+    ) -> Reader:
         return StreamReader(
             call.endpoint,
             model=call.public_model,
@@ -232,6 +234,44 @@ class _AnthropicPassThrough(_PassThrough):
         return _UPSTREAMS["anthropic"].collected(body, upstream=upstream)
 
 
+class _Invoke(_AnthropicPassThrough):
+    """Anthropic's format on both sides, in Bedrock's envelope. One for each call."""
+
+    stream_types = (EVENT_STREAM,)
+
+    def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        self._given = [beta.strip() for beta in headers.get("anthropic-beta", "").split(",") if beta.strip()]
+        return {name: value for name, value in headers.items() if not name.startswith("anthropic-")}
+
+    def path(self, call: Call, model: str) -> str:
+        return path_of(model, "invoke-with-response-stream" if call.stream else "invoke")
+
+    def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
+        fields = split_fields(super().body(call, model, upstream))
+        allowed = BETAS if upstream.betas is None else upstream.betas
+        body, dropped = invoke_body(fields, model=model, betas=self._given, allowed=allowed)
+        self.dropped = (*self.dropped, *dropped)
+        return body
+
+    def stream_reader(
+        self,
+        call: Call,
+        *,
+        upstream: str,
+        max_event_bytes: int,
+        keep_bytes: int,
+        continues: Mapping[str, msgspec.Raw] | None,
+    ) -> Reader:
+        inner = super().stream_reader(
+            call, upstream=upstream, max_event_bytes=max_event_bytes, keep_bytes=keep_bytes, continues=continues
+        )
+        assert isinstance(inner, StreamReader)
+        return InvokeReader(inner, upstream=upstream, max_event_bytes=max_event_bytes)
+
+    def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
+        raise ProtocolViolation(f"The upstream {upstream} was asked for a stream and answered with JSON.")
+
+
 FORMAT_OF_KIND: Mapping[str, Format] = {
     "openai": "openai",
     "echo": "openai",
@@ -263,7 +303,7 @@ _MARKED = frozenset((MESSAGES.path,))
 
 
 def translation_of(
-    call: Call, upstream: str, config: UpstreamConfig, responses: ResponsesMode = "translate"
+    call: Call, upstream: str, config: UpstreamConfig, responses: ResponsesMode = "translate", model: str = ""
 ) -> Translation:
     """Chooses the translation of a call for an upstream.
 
@@ -271,6 +311,7 @@ def translation_of(
         upstream: The upstream's name, for messages.
         config: Its configuration.
         responses: How response calls go to it.
+        model: The upstream's own model id.
 
     Raises:
         BadRequest: The call has something that cannot be translated.
@@ -278,9 +319,11 @@ def translation_of(
     """
     spoken = FORMAT_OF_KIND[config.kind]
     if call.endpoint.format == spoken and not (call.endpoint is RESPONSES and responses == "translate"):
-        if spoken == "anthropic" and (config.betas != "pass" or may_have_own_reasoning(call.body)):
-            return _AnthropicPassThrough(None if config.betas == "pass" else config.betas)
+        if spoken == "anthropic" and (config.betas is not None or may_have_own_reasoning(call.body)):
+            return _AnthropicPassThrough(config.betas)
         return _PASS_THROUGH[spoken]
+    if spoken == "bedrock" and call.endpoint is MESSAGES and is_claude(model):
+        return _Invoke()
     client, provider = _CLIENTS.get(call.endpoint.path), _UPSTREAMS.get(spoken)
     if client is not None and provider is not None:
         return TranslatedCall(

@@ -223,7 +223,7 @@ class UpstreamCall:
 
     async def _run(self, attempt: Attempt, sink: Sink) -> None:
         upstream = self.request.generation.upstreams[attempt.target.upstream]
-        translation = translation_for(self.request.call, upstream)
+        translation = translation_for(self.request.call, upstream, attempt.target.model)
         try:
             if isinstance(translation, TranslatedCall):
                 await self.services.reasoning.use_for(translation, self.request.owner)

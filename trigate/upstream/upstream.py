@@ -45,8 +45,8 @@ from trigate.openai.native_responses import responses_mode_of
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
 from trigate.upstream import azure
+from trigate.upstream.address import Address, constant_headers, url_of
 from trigate.upstream.auth.credentials import RequestAuth
-from trigate.upstream.connect import Origin
 from trigate.upstream.error_body import message_suffix, rejection
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.pool import ConnectionPool
@@ -64,8 +64,6 @@ _LARGE_BYTES = 1024 * 1024
 _MIN_SECRET_CHARS = 8
 _FAILURES: Mapping[str, tuple[int, ...]] = {"bedrock": (408, 424)}
 """The statuses below 500 by which a kind of upstream says that a model failed or took too long."""
-_ANTHROPIC_VERSION = "2023-06-01"
-"""Of Anthropic's format, where the client names none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -138,24 +136,19 @@ class Upstream:
         values = (value.removeprefix("Bearer ") for value in config.secrets.get(name, {}).values())
         # a short secret is an ordinary word, whose redaction would garble messages
         self._secrets = tuple(value for value in values if len(value) >= _MIN_SECRET_CHARS)
-        self._headers = {
-            "accept-encoding": "identity",
-            "user-agent": "trigate",
-            **({"anthropic-version": _ANTHROPIC_VERSION} if self.config.kind == "anthropic" else {}),
-            **config.secrets.get(name, {}),
-        }
+        self._headers = {**constant_headers(self.config), **config.secrets.get(name, {})}
         self._fields = _fields(self._headers)
         self.edits = _edits(self.config)
         self._pool: ConnectionPool | None = transport.pool if isinstance(transport, SocketTransport) else None
         self._local_model = local_model
         self.auth = auth
-        self._url = _url_of(self.config)
+        self._url = url_of(self.config)
         self._api_version = self.config.api_version
         self._connect_timeout_s = config.timeout_s(name, "connect")
         self._queue_timeout_s = config.timeout_s(name, "queue")
         self._resend = config.retries.resend != "never"
         self._slots = FairLimiter(self.config.max_connections)
-        self._address: _Address | None = None
+        self._address: Address | None = None
         self.state = "unknown"
         self.reason: str | None = None
         self.polled = False
@@ -312,7 +305,7 @@ class Upstream:
         try:
             address = self._address
             if address is None or base_url != address.base_url:
-                address = self._address = _Address.of(base_url)
+                address = self._address = Address.of(base_url)
             if self.auth is not None:
                 signed = body if isinstance(body, bytes) else b""  # no such scheme signs an upload
                 proof = await self.auth.headers(method, address.netloc, address.path + path, signed)
@@ -344,7 +337,7 @@ class Upstream:
             raise translated(error, self.name, answered=False) from error
 
     def _serialized(
-        self, method: str, address: _Address, path: str, headers: Mapping[str, str], body: bytes | RequestStream
+        self, method: str, address: Address, path: str, headers: Mapping[str, str], body: bytes | RequestStream
     ) -> bytes:
         """Returns the request as it is sent, head and body; of a stream, the head.
 
@@ -458,32 +451,6 @@ class _OpenReply:
             self._upstream._slots.release(self._owner)
         if isinstance(error, GatewayError):
             self._upstream._redact(error)
-
-
-@attrs.frozen
-class _Address:
-    """The parts of a base URL, parsed once."""
-
-    base_url: str
-    origin: Origin
-    path: str
-    netloc: str
-
-    @classmethod
-    def of(cls, base_url: str) -> _Address:
-        """Parses a base URL. Raises as `Origin.of`."""
-        url = httpx2.URL(base_url)
-        path = url.raw_path.decode("ascii")
-        return cls(base_url, Origin.of(url), "" if path == "/" else path, url.netloc.decode("ascii"))
-
-
-def _url_of(config: UpstreamConfig) -> str:
-    """Returns what precedes the path of a request."""
-    match config.kind:
-        case "azure":
-            return azure.url_of(str(config.base_url), config.api_version)
-        case _:
-            return config.base_url or "http://echo.invalid/v1"
 
 
 def _fields(headers: Mapping[str, str]) -> str:

@@ -49,6 +49,16 @@ def traits_of(model: str) -> Traits:
     return Traits(is_claude, of_these, of_these and _CLAUDE_3.search(model) is None)
 
 
+def claude_version(model: str) -> tuple[int, int] | None:
+    """Returns the version of a model of Anthropic's; None = it is none, or its id does not tell.
+
+    >>> claude_version("anthropic.claude-sonnet-4-20250514-v1:0"), claude_version("us.anthropic.claude-opus-4-7")
+    ((4, 0), (4, 7))
+    """
+    found = _CLAUDE.search(model)
+    return (int(found["major"]), int(found["minor"] or 0)) if found is not None else None
+
+
 @attrs.frozen
 class Thinking:
     """How a model is told to think: fields of its own, the effort of Converse, and which fields it then refuses."""
@@ -72,8 +82,7 @@ def thinking_of(model: str, effort: Effort, max_tokens: int | None) -> Thinking 
     coarse = "high" if level in ("xhigh", "max") else level
     if effort == "none":
         return Thinking() if traits_of(model).is_claude else None
-    if (found := _CLAUDE.search(model)) is not None:
-        version = (int(found["major"]), int(found["minor"] or 0))
+    if (version := claude_version(model)) is not None:
         if version >= (4, 6):
             return Thinking({"thinking": {"type": "adaptive"}}, level, ("temperature", "top_k"))
         budget = min(_BUDGETS[level], (max_tokens or _BUDGETS[level] + 1) - 1)
