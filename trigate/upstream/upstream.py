@@ -44,7 +44,7 @@ from trigate.openai.model_fields import max_output_tokens
 from trigate.openai.native_responses import responses_mode_of
 from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
-from trigate.upstream import azure
+from trigate.upstream import azure, google
 from trigate.upstream.auth.credentials import RequestAuth
 from trigate.upstream.connect import Origin
 from trigate.upstream.error_body import message_suffix, rejection
@@ -482,6 +482,8 @@ def _url_of(config: UpstreamConfig) -> str:
     match config.kind:
         case "azure":
             return azure.url_of(str(config.base_url), config.api_version)
+        case "gemini" | "vertex":
+            return google.url_of(config)
         case _:
             return config.base_url or "http://echo.invalid/v1"
 

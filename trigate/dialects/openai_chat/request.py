@@ -76,8 +76,13 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
             body["tool_choice"] = _tool_choice(request.tool_choice)
         if request.parallel_tool_calls is not None:
             body["parallel_tool_calls"] = request.parallel_tool_calls
+    for name in ("seed", "presence_penalty", "frequency_penalty"):
+        if (number := getattr(request, name)) is not None:
+            body[name] = number
     if request.effort is not None:
-        if traits.takes_effort_at(model):
+        if request.effort == "none" and not traits.has_all_efforts:  # the others have no word for it
+            dropped.append("effort")
+        elif traits.takes_effort_at(model):
             known = traits.has_all_efforts or request.effort in ("low", "medium", "high")
             body["reasoning_effort"] = request.effort if known else "low" if request.effort == "minimal" else "high"
         else:
