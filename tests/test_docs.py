@@ -21,10 +21,12 @@ from trigate.asgi import health
 from trigate.asgi.control_plane import create_control_plane
 from trigate.cli.commands import cli
 from trigate.config import sections, structure
-from trigate.dialects import endpoints
+from trigate.dialects import endpoints, gemini
 from trigate.dialects.anthropic import errors as messages_errors
 from trigate.dialects.anthropic import fields
 from trigate.dialects.bedrock import fields as bedrock_fields
+from trigate.dialects.gemini import errors as gemini_errors
+from trigate.dialects.gemini import fields as gemini_fields
 from trigate.dialects.openai_chat import client_fields
 from trigate.dialects.openai_responses import fields as responses_fields
 from trigate.openai import passed_paths
@@ -260,6 +262,7 @@ def test_error_codes() -> None:
 def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
     served = {f"POST {path}" for path in endpoints.ENDPOINTS} | {"POST /hooks/{name}"}
+    served |= {f"POST /v1beta/models/{{model}}:{method}" for method in gemini.METHODS}
     served |= {f"GET {path}" for path in health.PATHS}
     for rule in create_control_plane().url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
@@ -338,6 +341,27 @@ def test_statuses_of_formats() -> None:
         int(status): _names(row[1])[0] for row in rows for status in re.findall(r"\d+", row[0].partition(" (")[0])
     }
     assert documented == {**messages_errors.TYPE_OF_STATUS, 500: "api_error", 502: "api_error"}
+
+
+@pytest.mark.parametrize(
+    ("title", "fates"),
+    [
+        ("Fields", gemini_fields.FIELDS),
+        ("generationConfig", gemini_fields.GENERATION_CONFIG),
+        ("Parts", gemini_fields.PARTS),
+    ],
+)
+def test_gemini(title: str, fates: dict[str, str]) -> None:
+    """So do the tables of Gemini's format."""
+    rows = _first_names(_sections(_page("reference/gemini.md"), "###")[title])
+    assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
+
+
+def test_statuses_of_gemini() -> None:
+    """And its table of Google's statuses."""
+    rows = list(_rows(_sections(_page("reference/gemini.md"), "###")["Errors"]))
+    documented = {int(code): _names(row[1])[0] for row in rows for code in re.findall(r"^\d+|(?<=, )\d+", row[0])}
+    assert documented == gemini_errors.STATUS_NAMES
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -328,7 +328,7 @@ def test_payloads_of_another_format() -> None:
         PartStop(),
     ]
     out = b"".join(map(encoder.encode, [*events, Finish("tool_calls", None, None)]))
-    assert b'{"tool_calls":[{"index":0,"extra_content":{"google":{"thought_signature":"sig"}}}]}' in out
+    assert b'{"arguments":""},"extra_content":{"google":{"thought_signature":"sig"}}}]}' in out
 
 
 # -- the other form than was asked for --------------------------------------------------------------------------------

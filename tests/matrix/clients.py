@@ -560,11 +560,11 @@ class Gemini:
         return self._joined([answer])
 
     def read_stream(self, body: bytes) -> Reply:
-        chunks = [json.loads(data) for _, data in events(body)]
-        if "error" in chunks[-1]:
-            self.read_error(chunks[-1])
+        *_, last = body.rstrip(b"\n").rpartition(b"\n\n")
+        if last.startswith(b"{"):  # Google's SDKs know an error in a stream by the missing ``data:``
+            self.read_error(json.loads(last))
             return FAILED
-        return self._joined(chunks)
+        return self._joined([json.loads(data) for _, data in events(body)])
 
     def _joined(self, chunks: list[Json]) -> Reply:
         parts: list[Part] = []

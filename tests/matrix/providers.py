@@ -435,7 +435,7 @@ class Gemini:
             max_tokens=config.get("maxOutputTokens"),
             temperature=config.get("temperature"),
             stop=tuple(config.get("stopSequences", ())),
-            effort=config["thinkingConfig"]["thinkingLevel"].lower() if "thinkingConfig" in config else None,
+            effort=config.get("thinkingConfig", {}).get("thinkingLevel"),
             schema=config.get("responseJsonSchema"),
         )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
 
 from trigate.asgi.request import RequestHead
 from trigate.config.checks import FILE_ORIGIN, host_of, host_of_origin, is_loopback
+from trigate.dialects import gemini
 from trigate.errors import BadRequest, Forbidden, Header, Unauthenticated
 
 if TYPE_CHECKING:
@@ -40,20 +41,34 @@ def _address(hop: str) -> str:
     return host_of(hop) or host_of(f"[{hop}]") or hop
 
 
-def _given_key(headers: Mapping[bytes, bytes]) -> bytes:
-    """The key of a request: OpenAI's ``Authorization: Bearer``, Anthropic's ``x-api-key`` or Azure's ``api-key``.
+def _given_key(head: RequestHead) -> bytes:
+    """The key of a request: OpenAI's ``Authorization: Bearer``, Anthropic's ``x-api-key``, Azure's ``api-key``, or
+    Google's ``x-goog-api-key`` and ``?key=``.
 
     Raises:
         BadRequest: There are two different ones.
     """
+    headers = head.headers
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     given = token.strip() if scheme.lower() == b"bearer" else b""
-    if b"x-api-key" in headers or b"api-key" in headers:
-        found = {given, headers.get(b"x-api-key", b"").strip(), headers.get(b"api-key", b"").strip()} - {b""}
+    if b"x-api-key" in headers or b"api-key" in headers or b"x-goog-api-key" in headers or b"key=" in head.query:
+        names = (b"x-api-key", b"api-key", b"x-goog-api-key")
+        found = {given, _key_in(head), *[headers.get(name, b"").strip() for name in names]} - {b""}
         if len(found) > 1:
-            raise BadRequest("The request has different keys in authorization, x-api-key or api-key. Send one of them.")
+            raise BadRequest(
+                "The request has different keys in authorization, x-api-key, api-key, x-goog-api-key or ?key=. Send "
+                "one of them."
+            )
         given = found.pop() if found else b""
     return given
+
+
+def _key_in(head: RequestHead) -> bytes:
+    """The key in the query, where Google's format has it (``?key=``)."""
+    if not gemini.is_own(head.path):
+        return b""
+    values = parse_qs(head.query.decode("latin-1")).get("key", [])
+    return values[0].strip().encode() if len(values) == 1 else b""
 
 
 def authorize(head: RequestHead, config: Config) -> str | None:
@@ -69,7 +84,7 @@ def authorize(head: RequestHead, config: Config) -> str | None:
             is not allowed.
     """
     if config.keys:
-        given = _given_key(head.headers)
+        given = _given_key(head)
         found = None
         for name, key in config.keys.items():  # compare all keys, so that the time does not depend on the match
             if hmac.compare_digest(given, key.encode()):

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Container, Iterable
 
+from trigate.dialects import gemini
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.openai.endpoints import Format
 from trigate.openai.passed_paths import is_administration
@@ -44,7 +45,11 @@ def format_of(path: str, headers: Container[bytes]) -> Format:
 
     >>> format_of("/v1/messages", ()), format_of("/v1/models", (b"anthropic-version",)), format_of("/v1/models", ())
     ('anthropic', 'anthropic', 'openai')
+    >>> format_of("/v1beta/models/m:generateContent", ()), format_of("/v1/models", (b"x-goog-api-key",))
+    ('gemini', 'gemini')
     """
+    if gemini.is_own(path) or (b"x-goog-api-key" in headers and f"{path}/".startswith("/v1/models/")):
+        return "gemini"
     is_own = f"{path}/".startswith("/v1/messages/") or b"anthropic-version" in headers
     return "anthropic" if is_own else "openai"
 

@@ -12,7 +12,18 @@ from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
-_UNIQUE = (*(b"content-length", b"host", b"origin", b"authorization", b"x-api-key", b"api-key", b"x-session-key"),)
+_UNIQUE = (
+    *(
+        b"content-length",
+        b"host",
+        b"origin",
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"x-goog-api-key",
+        b"x-session-key",
+    ),
+)
 _FORWARDED = {
     b"openai-beta": "openai-beta",
     b"idempotency-key": "idempotency-key",
@@ -26,6 +37,7 @@ class RequestHead:
 
     Attributes:
         method, path: Of the request line.
+        query: The query, as it was received. It may have a key in it, so no message or log shows it.
         client, server: The addresses of the two ends; None = unknown.
         headers: By lower-case name; of a repeated name, the last value.
         examined: `trigate serve` has checked the size limits already.
@@ -34,6 +46,7 @@ class RequestHead:
     def __init__(self, scope: Any) -> None:  # Any: an ASGI scope is a dict of anything
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope["query_string"]
         self.client: str | None = scope["client"][0] if scope.get("client") else None
         self.server: str | None = scope["server"][0] if scope.get("server") else None
         self._fields: list[tuple[bytes, bytes]] = scope["headers"]

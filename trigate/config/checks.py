@@ -313,10 +313,13 @@ def edit_problems(upstream: UpstreamConfig) -> list[str]:
     return found
 
 
-_REMOTE = ("openai", "anthropic", "azure", "bedrock")
+_REMOTE = ("openai", "anthropic", "azure", "bedrock", "gemini", "vertex")
+_HAVE_ADDRESS = ("bedrock", "gemini", "vertex")
+"""Their base URL has a default."""
 _OF_KIND = {
     **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), _REMOTE),
     "api_version": ("azure",),
+    **dict.fromkeys(("project", "location"), ("vertex",)),
     "system_role": ("openai", "azure", "echo", "local"),
     **dict.fromkeys(("region", "profile", "guardrail"), ("bedrock",)),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
@@ -332,12 +335,14 @@ def kind_problems(table: Mapping[str, Any]) -> list[str]:
     if kind not in (*_REMOTE, "echo", "local"):
         return []  # reported by the conversion
     found = []
-    if kind in _REMOTE and kind != "bedrock" and "base_url" not in table:
+    if kind in _REMOTE and kind not in _HAVE_ADDRESS and "base_url" not in table:
         found.append(f"base_url: required for kind {kind!r}")
     if kind == "bedrock" and "region" not in table:
         found.append("region: required for kind 'bedrock'")
     if "profile" in table and "api_key" in table:
         found.append("profile: not used beside api_key")
+    if kind == "vertex" and "project" not in table and "api_key" not in table:
+        found.append("project: required for kind 'vertex' without an api_key")
     if str(table.get("api_key")).lower().startswith("bearer "):
         found.append("api_key: the key alone, without 'Bearer', which Trigate adds")
     found += [

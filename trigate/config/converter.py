@@ -94,6 +94,8 @@ def _make_converter() -> cattrs.Converter:
             api_version=cattrs.override(struct_hook=checks.word),
             region=cattrs.override(struct_hook=checks.word),
             guardrail=cattrs.override(struct_hook=checks.guardrail),
+            project=cattrs.override(struct_hook=checks.word),
+            location=cattrs.override(struct_hook=checks.word),
         ),
     )
 

@@ -10,7 +10,12 @@ from trigate.config.secrets import Secret
 from trigate.config.sections import UpstreamConfig
 from trigate.signatures import Scheme, secret_problem
 
-_KEY_HEADERS = {"anthropic": "x-api-key", "azure": "api-key"}
+_KEY_HEADERS = {
+    "anthropic": "x-api-key",
+    "azure": "api-key",
+    "gemini": "x-goog-api-key",
+    "vertex": "x-goog-api-key",
+}
 """The header with the API key, by the kind of the upstream; of all others, it is a bearer token."""
 SCHEMES_WITHOUT_SECRET = ("key",)
 """Verifications of a hook that use no secret of its own."""

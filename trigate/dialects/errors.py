@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from trigate.dialects import anthropic, openai_chat
+from trigate.dialects import anthropic, gemini, openai_chat
 from trigate.errors import GatewayError, Header
 from trigate.openai.endpoints import Format
 
 
 def error_response(error: GatewayError, form: Format, request_id: str) -> tuple[int, list[Header], bytes]:
     """Renders an error as status, headers and JSON body (before COMMIT)."""
+    if form == "gemini":
+        return gemini.error_response(error)
     return anthropic.error_response(error, request_id) if form == "anthropic" else openai_chat.error_response(error)
 
 
 def error_frame(error: GatewayError, form: Format, request_id: str) -> bytes:
     """Renders an error as one server-sent event (after COMMIT)."""
+    if form == "gemini":
+        return gemini.error_frame(error)
     return anthropic.error_frame(error, request_id) if form == "anthropic" else openai_chat.error_frame(error)

@@ -105,7 +105,10 @@ class Tracker(Protocol):
     error: GatewayError | None
     has_content: bool
     complete: bool
-    usage: Usage | None
+
+    @property
+    def usage(self) -> Usage | None:
+        """The token counts that were reported last."""
 
     @property
     def all_finished(self) -> bool:

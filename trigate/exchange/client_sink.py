@@ -135,7 +135,10 @@ class ClientSink:
         frame = reader.error_frame(error, state.id) if has_all and isinstance(reader, TranslatedStream) else None
         if frame is None and state.call.endpoint is RESPONSES:
             frame = response_failed(error, state.call, sequence=state.events)
-        return frame if frame is not None else error_frame(error, self._format, state.id)
+        if frame is not None:
+            return frame
+        before, behind = state.call.endpoint.around_error
+        return before + error_frame(error, self._format, state.id) + behind
 
     async def detach(self) -> None:
         """Sends nothing more, and waits for a send in progress. The client has disconnected, and the exchange
@@ -210,6 +213,8 @@ class ClientSink:
     def _comment(self) -> bytes:
         if self._keep_alive_with == "ping" and self._state.bytes_sent:
             return PING
+        if self._keep_alive_with == "blank":
+            return b"\n"
         return sse.comment(KEEP_ALIVE, self._state.generation.config.limits.keep_alive_form)
 
     def _inject(self, data: bytes) -> bool:

@@ -27,8 +27,9 @@ from trigate.dialects.anthropic import (
 )
 from trigate.dialects.bedrock import BETAS, BedrockUpstream, InvokeReader, invoke_body, is_claude, path_of
 from trigate.dialects.bedrock.framing import EVENT_STREAM
-from trigate.dialects.endpoints import CHAT, MESSAGES, RESPONSES
+from trigate.dialects.endpoints import CHAT, GENERATE, MESSAGES, RESPONSES, STREAM_GENERATE, STREAM_GENERATE_ARRAY
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
+from trigate.dialects.gemini import GeminiClient, GeminiRelay, GeminiUpstream
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
 from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
 from trigate.dialects.translated_call import TranslatedCall
@@ -279,21 +280,31 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
     "anthropic": "anthropic",
     "azure": "openai",
     "bedrock": "bedrock",
+    "gemini": "gemini",
+    "vertex": "gemini",
 }
 """The format that an upstream of a kind speaks."""
 
-_PASS_THROUGH: Mapping[Format, Translation] = {"openai": _PassThrough(), "anthropic": _AnthropicPassThrough()}
+_PASS_THROUGH: Mapping[Format, Translation] = {
+    "openai": _PassThrough(),
+    "anthropic": _AnthropicPassThrough(),
+    "gemini": GeminiRelay(),
+}
 """By the format of both sides."""
 _CLIENTS: Mapping[str, ClientFormat] = {
     CHAT.path: ChatClient(),
     MESSAGES.path: MessagesClient(),
     RESPONSES.path: ResponsesClient(HmacSeal(os.urandom(32))),
+    GENERATE.path: GeminiClient(),
+    STREAM_GENERATE.path: GeminiClient(),
+    STREAM_GENERATE_ARRAY.path: GeminiClient(is_array=True),
 }
 """The formats of the calls that can be translated, by the path of their endpoint."""
 _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "openai": ChatUpstream(),
     "anthropic": MessagesUpstream(),
     "bedrock": BedrockUpstream(),
+    "gemini": GeminiUpstream(),
 }
 """The formats to which calls can be translated."""
 _PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}

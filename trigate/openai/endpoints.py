@@ -37,7 +37,8 @@ class Endpoint:
         streams_by_default: A call without ``stream`` asks for a stream.
         stream_type: The content type of a stream.
         keep_alive: What a client is sent in a silence of its stream: a comment; an event of the format's own, once the
-            stream has begun; or nothing.
+            stream has begun; a blank line, for clients that cannot read a comment; or nothing.
+        around_error: What stands before and behind an error in a stream.
     """
 
     path: str
@@ -54,7 +55,8 @@ class Endpoint:
     counts_tokens: bool = True
     streams_by_default: bool = False
     stream_type: str = "text/event-stream; charset=utf-8"
-    keep_alive: Literal["comment", "ping", "none"] = "comment"
+    keep_alive: Literal["comment", "ping", "blank", "none"] = "comment"
+    around_error: tuple[bytes, bytes] = (b"", b"")
 
 
 def make_endpoint(path: str, *types: str, **fields: Any) -> Endpoint:  # Any: the other fields of Endpoint

@@ -6,7 +6,7 @@ import attrs
 import httpx2
 
 from trigate.config.sections import UpstreamConfig
-from trigate.upstream import azure
+from trigate.upstream import azure, google
 from trigate.upstream.connect import Origin
 
 _ANTHROPIC_VERSION = "2023-06-01"
@@ -32,9 +32,13 @@ class Address:
 
 def url_of(config: UpstreamConfig) -> str:
     """Returns what precedes the path of a request."""
-    if config.kind == "azure":
-        return azure.url_of(str(config.base_url), config.api_version)
-    return config.base_url or "http://echo.invalid/v1"
+    match config.kind:
+        case "azure":
+            return azure.url_of(str(config.base_url), config.api_version)
+        case "gemini" | "vertex":
+            return google.url_of(config)
+        case _:
+            return config.base_url or "http://echo.invalid/v1"
 
 
 def constant_headers(config: UpstreamConfig) -> dict[str, str]:

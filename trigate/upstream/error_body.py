@@ -2,8 +2,9 @@
 
 Providers agree on no shape for an error body; `trigate.openai.provider_error` finds the sentence in it. A body is
 passed on to the client, byte for byte, only if it is an OpenAI error object: a JSON object whose ``error`` is an object
-with a message. If only the message is missing, or is somewhere else, it is added. Everything else is replaced by an
-error object of the gateway's own with the sentence as its message. So clients find it in ``error.message``.
+with a message. (An array of one such object is taken for the object.) If only the message is missing, or is somewhere
+else, it is added. Everything else is replaced by an error object of the gateway's own with the sentence as its message.
+So clients find it in ``error.message``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def message_suffix(body: bytes) -> str:
 def _error_object(body: bytes, message: str) -> bytes | None:
     """The body if it is an OpenAI error object, with this message if it lacks one; None if it is none."""
     value = decode_any(body)
+    if isinstance(value, list) and len(value) == 1:  # Google
+        value, body = value[0], msgspec.json.encode(value[0])
     error = value.get("error") if isinstance(value, dict) else None
     if not isinstance(error, dict) or not _is_strict(body):
         return None

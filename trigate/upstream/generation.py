@@ -246,7 +246,7 @@ async def open_generation(config: Config, transports: TransportFactory | None = 
         polls = [
             ModelPoll(upstream, generation.forget_routes)
             for upstream in upstreams.values()
-            if upstream.config.kind in ("openai", "anthropic")
+            if upstream.config.kind in ("openai", "anthropic", "gemini")
             and upstream.config.models == "discover"
             and upstream.unusable is None
         ]
@@ -282,7 +282,7 @@ async def _open_upstream(
                 unusable=unusable,
                 default_models=(local_model.model_id(settings.gguf),),
             )
-        case "openai" | "anthropic" | "azure" | "bedrock":
+        case "openai" | "anthropic" | "azure" | "bedrock" | "gemini" | "vertex":
             transport = await stack.enter_async_context(transports(name, settings))
             return Upstream(name, config, transport, auth=auth_of(name, settings))
 

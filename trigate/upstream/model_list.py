@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import trio
 
@@ -22,8 +23,9 @@ RETRY_S = 5.0
 
 _TIMEOUT_S = 10.0
 
-_PATHS = {"anthropic": "/models?limit=1000"}
-"""By the kind of the upstream. Anthropic gives a page; this is the longest one."""
+_PATHS = {"anthropic": "/models?limit=1000", "gemini": "/models?pageSize=1000"}
+"""By the kind of the upstream. Anthropic and Google give a page; this is the longest one."""
+_MAX_PAGES = 20
 
 
 _MAX_ID_CHARS = 4096
@@ -34,6 +36,14 @@ _PASSED_FIELDS = (
     *("features", "modalities", "input_modalities", "output_modalities", "supported_parameters"),
     *("supported_features", "top_provider"),
 )
+
+_GOOGLE_FIELDS = {
+    "displayName": "display_name",
+    "description": "description",
+    "inputTokenLimit": "context_length",
+    "outputTokenLimit": "max_output_tokens",
+}
+_GOOGLE_METHODS = {"generateContent", "embedContent"}
 
 ModelFields = Mapping[str, Any]
 """What an upstream says about one of its models (Any: JSON)."""
@@ -63,6 +73,33 @@ def decode_model_list(body: bytes) -> dict[str, ModelFields]:
             passed = {name: row[name] for name in _PASSED_FIELDS if row.get(name) is not None}
             found.setdefault(id_.removeprefix("models/") or id_, passed)
     return found
+
+
+def decode_google_list(body: bytes) -> tuple[dict[str, ModelFields], str | None]:
+    """Returns a page of Google's list, under the names of the fields that clients look for; and the token of the next
+    page, if there is one. Models that serve neither texts nor embeddings are skipped.
+
+    >>> decode_google_list(b'{"models": [{"name": "models/m", "inputTokenLimit": 9}], "nextPageToken": "t"}')
+    ({'m': {'context_length': 9}}, 't')
+
+    Raises:
+        ValueError: The body is not a model list.
+    """
+    value = decode_any(body)
+    if not isinstance(value, dict) or "error" in value or not isinstance(value.get("models", []), list):
+        raise ValueError("it is no object with models")
+    found: dict[str, ModelFields] = {}
+    for row in value.get("models", []):
+        name = row.get("name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_ID_CHARS or not name.isprintable():
+            continue
+        methods = row.get("supportedGenerationMethods")
+        if isinstance(methods, list) and not _GOOGLE_METHODS.intersection(map(str, methods)):
+            continue
+        passed = {own: row[given] for given, own in _GOOGLE_FIELDS.items() if row.get(given) is not None}
+        found.setdefault(name.removeprefix("models/") or name, passed)
+    token = value.get("nextPageToken")
+    return found, token if isinstance(token, str) and token else None
 
 
 class ModelPoll:
@@ -117,17 +154,37 @@ class ModelPoll:
     async def _ask(self) -> None:
         upstream = self._upstream
         with trio.move_on_after(_TIMEOUT_S):
-            async with upstream.open("GET", _PATHS.get(upstream.config.kind, "/models")) as reply:
-                if reply.status != 200:
-                    raise await upstream.error_of(reply)
-                body = await reply.read(MAX_MODEL_LIST_BYTES)
-            try:
-                upstream.model_fields = decode_model_list(body)
-                upstream.models = tuple(upstream.model_fields)
-            except ValueError as error:
-                raise ProtocolViolation(f"GET /models of {upstream.name} gave no model list: {error}.") from None
+            path = first = _PATHS.get(upstream.config.kind, "/models")
+            found: dict[str, ModelFields] = {}
+            for _ in range(_MAX_PAGES):
+                page, token = self._decode(await self._read(path))
+                found |= page
+                if token is None:
+                    break
+                path = f"{first}&pageToken={quote(token, safe='')}"
+            upstream.model_fields = found
+            upstream.models = tuple(found)
             self._on_change()
             return
         raise UpstreamTimeout(
             f"GET /models of {upstream.name} was not answered within {_TIMEOUT_S:g} s.", phase="response_head"
         )
+
+    async def _read(self, path: str) -> bytes:
+        async with self._upstream.open("GET", path) as reply:
+            if reply.status != 200:
+                raise await self._upstream.error_of(reply)
+            return await reply.read(MAX_MODEL_LIST_BYTES)
+
+    def _decode(self, body: bytes) -> tuple[dict[str, ModelFields], str | None]:
+        """Returns a page of the list, and the token of the next one; None = it is the last one.
+
+        Raises:
+            ProtocolViolation: It is no list.
+        """
+        try:
+            if self._upstream.config.kind == "gemini":
+                return decode_google_list(body)
+            return decode_model_list(body), None
+        except ValueError as error:
+            raise ProtocolViolation(f"GET /models of {self._upstream.name} gave no model list: {error}.") from None

@@ -1,6 +1,7 @@
 """``GET /v1/models`` and ``GET /v1/models/{id}``: the models of all upstreams, under public ids.
 
-A request with the header ``anthropic-version`` gets the answer in Anthropic's format, every other one in OpenAI's.
+A request with the header ``anthropic-version`` gets the answer in Anthropic's format, one with ``x-goog-api-key`` in
+Gemini's, as every request to ``/v1beta/models``, and every other one in OpenAI's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 
 from quart import Blueprint, Response, jsonify, request
 
+from trigate.asgi.paths import format_of
 from trigate.asgi.quart_app import current_gateway
+from trigate.dialects import gemini
 from trigate.dialects.anthropic import encode_model, encode_model_list
 from trigate.errors import BadRequest, Unavailable, UnknownModel
 from trigate.routing import routes
@@ -26,6 +29,8 @@ def _generation() -> Generation:
 def _model(generation: Generation, model: str, owner: str) -> dict[str, Any]:
     if _is_for_anthropic():
         return encode_model(model, _rfc3339(generation.created))
+    if _is_for_google():
+        return gemini.encode_model(model, generation.model_fields(model, owner))
     row = {"id": model, "object": "model", "created": generation.created, "owned_by": owner}
     fields = generation.model_fields(model, owner)
     if type(fields.get("created", 0)) is not int:  # the SDKs expect one
@@ -34,27 +39,33 @@ def _model(generation: Generation, model: str, owner: str) -> dict[str, Any]:
 
 
 @blueprint.get("/v1/models")
+@blueprint.get("/v1beta/models")
 async def list_models() -> Response:
     """Lists the last known models of all upstreams, without a request to any of them.
 
     Raises:
-        BadRequest: In Anthropic's format, ``limit`` is not a number from 1 to 1000.
+        BadRequest: In Anthropic's format, ``limit`` is not a number from 1 to 1000; in Gemini's, ``pageSize``.
     """
     generation = _generation()
     if _is_for_anthropic():
         page = encode_model_list(
             generation.public_ids(),
             _rfc3339(generation.created),
-            limit=_limit(request.args.get("limit", "20")),
+            limit=_limit(request.args.get("limit", "20"), "limit"),
             after=request.args.get("after_id"),
             before=request.args.get("before_id"),
         )
         return jsonify(page)
+    if _is_for_google():
+        models = ((model, generation.model_fields(model, owner)) for model, owner in generation.public_ids().items())
+        size = min(_limit(request.args.get("pageSize", "50"), "pageSize"), 1000)
+        return jsonify(gemini.encode_model_list(models, size=size, after=request.args.get("pageToken")))
     rows = [_model(generation, model, owner) for model, owner in generation.public_ids().items()]
     return jsonify({"object": "list", "data": rows})
 
 
 @blueprint.get("/v1/models/<path:model>")
+@blueprint.get("/v1beta/models/<path:model>")
 async def retrieve_model(model: str) -> Response:
     """Returns one entry of the list by its id, or a model that a pattern of the configuration stands for; slashes in
     the id may be encoded or not.
@@ -79,11 +90,15 @@ def _is_for_anthropic() -> bool:
     return "anthropic-version" in request.headers
 
 
+def _is_for_google() -> bool:
+    return format_of(request.path, [name.lower().encode() for name, _ in request.headers]) == "gemini"
+
+
 def _rfc3339(epoch_s: int) -> str:
     return datetime.datetime.fromtimestamp(epoch_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _limit(given: str) -> int:
+def _limit(given: str, name: str) -> int:
     if given.isascii() and given.isdigit() and 1 <= int(given[:5]) <= 1000:
         return int(given)
-    raise BadRequest("limit must be a whole number from 1 to 1000.", param="limit")
+    raise BadRequest(f"{name} must be a whole number from 1 to 1000.", param=name)

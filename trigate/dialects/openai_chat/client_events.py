@@ -172,7 +172,8 @@ class ChatEventEncoder:
             if not self._has_arguments:
                 out = self._arguments_chunk(b'"{}"')
             if (extra := extra_content(self._payloads)) and not self._is_legacy:
-                out += self._chunk({"tool_calls": [{"index": self._calls - 1, **extra}]})
+                piece = {"index": self._calls - 1, "function": {"arguments": ""}, **extra}  # clients read a function
+                out += self._chunk({"tool_calls": [piece]})
         elif self._open is ReasoningStart:
             details = reasoning_details([("".join(self._reasoning), self._payloads)], self._details)
             self._details += len(details)

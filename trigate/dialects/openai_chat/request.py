@@ -76,6 +76,9 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
             body["tool_choice"] = _tool_choice(request.tool_choice)
         if request.parallel_tool_calls is not None:
             body["parallel_tool_calls"] = request.parallel_tool_calls
+    for name in ("seed", "presence_penalty", "frequency_penalty"):
+        if (number := getattr(request, name)) is not None:
+            body[name] = number
     if request.effort == "none":
         if (word := traits.effort_for_none(model)) is not None:
             body["reasoning_effort"] = word

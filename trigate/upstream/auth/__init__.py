@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from trigate.config.sections import UpstreamConfig
-from trigate.upstream.auth import aws, entra
+from trigate.upstream.auth import aws, entra, google_adc
 from trigate.upstream.auth.aws import SignedRequests
 from trigate.upstream.auth.bearer import BearerToken
 from trigate.upstream.auth.credentials import Credentials, CredentialsError, Fetched, RequestAuth
@@ -17,7 +17,7 @@ from trigate.upstream.auth.credentials import Credentials, CredentialsError, Fet
 __all__ = ["BearerToken", "Credentials", "CredentialsError", "Fetched", "RequestAuth", "auth_of"]
 
 
-_KEYS = {"authorization", "api-key"}
+_KEYS = {"authorization", "api-key", "x-goog-api-key"}
 
 
 def auth_of(name: str, config: UpstreamConfig) -> RequestAuth | None:
@@ -35,5 +35,7 @@ def auth_of(name: str, config: UpstreamConfig) -> RequestAuth | None:
         case "bedrock":
             keys = Credentials(partial(aws.fetch_keys, config.profile), upstream=name)
             return SignedRequests(keys, region=str(config.region), service="bedrock")
+        case "vertex":
+            return BearerToken(Credentials(google_adc.fetch_token, upstream=name))
         case _:
             return None
