@@ -15,11 +15,9 @@ REFUSED: dict[tuple[str, str, str], str] = {}
 """The cells that cannot be expressed, by client, upstream and scene, with the field that the refusal names."""
 
 JOINED = {
-    *(
-        (client, upstream)
-        for client in ("chat", "messages", "responses", "gemini")
-        for upstream in ("openai", "azure", "anthropic", "bedrock", "gemini")
-    ),
+    (client, upstream)
+    for client in ("chat", "messages", "responses", "gemini")
+    for upstream in ("openai", "azure", "anthropic", "bedrock", "gemini")
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")
@@ -31,6 +29,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("client", "upstream", "scene", "stream"), CELLS)
 async def test_cell(client: Client, upstream: Upstream, scene: Scene, stream: bool, open_app: OpenApp) -> None:
     """The upstream reads what was asked, and the client what was answered."""
