@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import msgspec
@@ -27,6 +28,8 @@ from tests.support.provider import (
     says,
     usage,
 )
+from trigate.dialects.anthropic import MessagesClient
+from trigate.dialects.openai_chat import ChatUpstream
 
 NATIVE = {"kind": "anthropic", "base_url": "http://native.invalid/v1", "api_key": "secret-of-native", "models": ["c"]}
 MESSAGE = {"id": "msg_9", "type": "message", "role": "assistant", "model": "c-2026", "content": []}
@@ -107,6 +110,29 @@ async def test_a_translated_answer(open_app: OpenApp) -> None:
         assert call.json["content"] == [{"type": "text", "text": "Hi"}]
         assert call.json["usage"]["input_tokens"] == 3
         assert served.settled[0].usage == (3, 2, 0)
+
+
+async def test_a_large_call_is_translated_in_a_thread(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its decoding nor its encoding holds other calls up."""
+    threads: list[tuple[str, bool]] = []
+
+    def seen_in(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **named: Any) -> Any:
+            threads.append((name, threading.current_thread() is threading.main_thread()))
+            return real(*args, **named)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    seen_in(MessagesClient, "decode_request")
+    seen_in(ChatUpstream, "encode_request")
+    async with open_app(providers=Provider(answers(completion("Hi")))) as served:
+        for size, in_main in ((300_000, False), (3_000, True)):
+            call = await ask(served, stream=False, system="x" * size).wait()
+            assert call.status == 200
+            assert threads == [("decode_request", in_main), ("encode_request", in_main)]
+            threads.clear()
 
 
 async def test_what_is_dropped_has_a_header(open_app: OpenApp, autojump_clock: MockClock) -> None:

@@ -22,6 +22,7 @@ from trigate.dialects.memory import (
     with_reasoning,
 )
 from trigate.dialects.stream import TranslatedStream
+from trigate.dialects.vocabulary import Request
 from trigate.errors import Untranslatable
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
@@ -53,8 +54,8 @@ class TranslatedCall:
         takes_reasoning: Whether the upstream takes back the reasoning of its answers; if not, none is remembered.
         has_marks: Whether the client's format has a place for the mark of reasoning (`marks`).
 
-    Raises:
-        BadRequest: The call is malformed, or (`Untranslatable`) has something that cannot be expressed.
+    It is decoded when that is first needed. A method that needs it raises BadRequest if the call is malformed, or
+    (`Untranslatable`) has something that cannot be expressed.
 
     Attributes:
         dropped: The names of the advisory fields that were dropped; complete once `body` has been called.
@@ -72,8 +73,11 @@ class TranslatedCall:
         takes_reasoning: bool = True,
         has_marks: bool = False,
     ) -> None:
-        request, self.dropped = client.decode_request(call)
-        self._asked = Asked(call, request, at)
+        self.dropped: tuple[str, ...] = ()
+        self._call = call
+        self._at = at
+        self._decoded: Asked | None = None
+        self._encoded: bytes | None = None
         self._client = client
         self._provider = provider
         self._payload = payload
@@ -82,58 +86,78 @@ class TranslatedCall:
         self._memory: Memory | None = None
         self.stream_types = provider.stream_types
 
+    def decode(self) -> Asked:
+        """Decodes the call; at the first time, this takes as long as the call is large."""
+        if self._decoded is None:
+            request, self.dropped = self._client.decode_request(self._call)
+            self._decoded = Asked(self._call, request, self._at)
+        return self._decoded
+
+    def _replace(self, request: Request) -> None:
+        self._decoded = attrs.evolve(self.decode(), request=request)
+        self._encoded = None
+
     def limit_answer(self, max_tokens: int | None) -> None:
         """Lowers the most tokens of the answer to what the model can give: providers refuse a request for more.
 
         Args:
             max_tokens: None = unknown.
         """
-        request = self._asked.request
+        request = self.decode().request
         if max_tokens is not None:
             asked = min(request.max_tokens, max_tokens) if request.max_tokens is not None else None
             request = msgspec.structs.replace(request, max_tokens=asked, model_max_tokens=max_tokens)
-            self._asked = attrs.evolve(self._asked, request=request)
+            self._replace(request)
 
     @property
     def lost(self) -> tuple[str, ...]:
         """The ids of the tool calls that have lost their reasoning."""
-        return calls_without_reasoning(self._asked.request, self._payload) if self._takes_reasoning else ()
+        return calls_without_reasoning(self.decode().request, self._payload) if self._takes_reasoning else ()
 
     @property
     def latest_calls(self) -> frozenset[str]:
         """The ids of the tool calls of the last message that has some."""
-        return latest_calls(self._asked.request)
+        return latest_calls(self.decode().request)
 
     def use(self, memory: Memory) -> None:
         """Checks the marks of the request, puts reasoning back that was lost, and remembers that of the answer."""
         self._memory = memory
-        request = self._asked.request
+        request = self.decode().request
         if self._has_marks:
             request, is_dropped = with_marks_checked(request, memory.marks)
             if is_dropped:
                 self.dropped = tuple(sorted({*self.dropped, self._client.field_of.get("reasoning", "reasoning")}))
         if memory.found:
             request = with_reasoning(request, memory.found, self._payload)
-        self._asked = attrs.evolve(self._asked, request=request)
+        self._replace(request)
 
     def path(self, call: Call, model: str) -> str:
         """Where the call goes."""
-        return self._provider.path(self._asked.request, model)
+        return self._provider.path(self.decode().request, model)
 
     def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         """The headers that are sent: none that only the client's format has."""
         return self._provider.headers(headers)
 
     def body(self, call: Call, model: str, upstream: UpstreamConfig) -> bytes:
-        """The request body. Raises Untranslatable if the upstream cannot express a part of it, or is to continue an
-        answer: the call then has the answer's beginning, and is not the one that was decoded."""
-        if call is not self._asked.call:
+        """The request body, encoded once.
+
+        Raises:
+            Untranslatable: The upstream cannot express a part of it, or is to continue an answer: the call then has the
+                answer's beginning, and is not the one that was decoded.
+        """
+        if call is not self._call:
             raise Untranslatable(
                 f"The upstream's answer broke off, and {model} cannot continue it: its API has another format."
             )
+        if self._encoded is None:
+            self._encoded = self._encode(model, upstream)
+        return self._encoded
+
+    def _encode(self, model: str, upstream: UpstreamConfig) -> bytes:
         names = self._client.field_of
         try:
-            body, dropped = self._provider.encode_request(self._asked.request, model=model, upstream=upstream)
+            body, dropped = self._provider.encode_request(self.decode().request, model=model, upstream=upstream)
         except Untranslatable as error:
             error.param = names.get(error.param or "", error.param)
             raise
@@ -158,7 +182,7 @@ class TranslatedCall:
         )
 
     def _event_encoder(self) -> EventEncoder:
-        encoder = self._client.event_encoder(self._asked)
+        encoder = self._client.event_encoder(self.decode())
         memory = self._memory
         if memory is None:
             return encoder
@@ -186,4 +210,4 @@ class TranslatedCall:
                 memory.keep(found)
             if self._has_marks:
                 answer = marked(answer, memory.marks)
-        return self._client.encode_answer(answer, self._asked), usage
+        return self._client.encode_answer(answer, self.decode()), usage

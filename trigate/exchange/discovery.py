@@ -14,6 +14,7 @@ import msgspec
 
 from trigate.config.sections import UpstreamConfig
 from trigate.dialects.endpoints import RESPONSES
+from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, Rejected
 from trigate.exchange.translation import Reader, Translation, translation_of
 from trigate.openai.answer import Usage
@@ -29,16 +30,17 @@ def translation_for(call: Call, upstream: Upstream, model: str) -> Translation:
     """Chooses the translation of a call for an upstream. Raises as `translation_of`."""
     translation = translation_of(call, upstream.name, upstream.config, upstream.responses, model)
     if upstream.responses == "discover" and call.endpoint is RESPONSES:
-        return Discovering(call, upstream, translation)
+        return Discovering(call, upstream, model, translation)
     return translation
 
 
 class Discovering:
     """A `Translation` of one call: none, until the upstream has said that it has no such endpoint."""
 
-    def __init__(self, call: Call, upstream: Upstream, native: Translation) -> None:
+    def __init__(self, call: Call, upstream: Upstream, model: str, native: Translation) -> None:
         self._call = call
         self._upstream = upstream
+        self._model = model
         self._chosen = native
 
     @contextlib.asynccontextmanager
@@ -63,6 +65,8 @@ class Discovering:
             raise error
         upstream.responses = "translate"
         self._chosen = translation_of(self._call, upstream.name, upstream.config, upstream.responses)
+        if isinstance(self._chosen, TranslatedCall):
+            self._chosen.limit_answer(upstream.max_output_tokens(self._model))
         async with opening(self._chosen) as reply:
             yield reply
 

@@ -29,6 +29,7 @@ from trigate.exchange.continuation import NEW_STREAM, Continuation, may_be_conti
 from trigate.exchange.deadlines import attempt_limits
 from trigate.exchange.discovery import Discovering, translation_for
 from trigate.exchange.outcome import Outcome, Phase
+from trigate.exchange.preparation import prepare
 from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
@@ -226,7 +227,8 @@ class UpstreamCall:
         translation = translation_for(self.request.call, upstream, attempt.target.model)
         try:
             if isinstance(translation, TranslatedCall):
-                await self.services.reasoning.use_for(translation, self.request.owner)
+                model, owner = attempt.target.model, self.request.owner
+                await prepare(translation, self.request.call, model, upstream, self.services.reasoning, owner)
             if self.cancelled_with is not None:
                 attempt.scope.cancel()
             await attempt.run(upstream, self._open(attempt, upstream, translation), self._answer(translation), sink)
@@ -302,8 +304,6 @@ class UpstreamCall:
             left_s = max(0.001, over_at - attempt.started_at)
             headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
         model, edits = attempt.target.model, upstream.edits
-        if isinstance(translation, TranslatedCall):
-            translation.limit_answer(upstream.max_output_tokens(model))
         body = translation.body(call, model, upstream.config)
         attempt.dropped = translation.dropped
         if edits is not None:
