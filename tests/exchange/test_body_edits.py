@@ -66,6 +66,16 @@ async def test_a_body_that_needs_no_edit(open_app: OpenApp) -> None:
         assert served.providers["up"].calls[0].body == body.replace(b"up/m", b"m")
 
 
+async def test_other_requests_than_for_text(open_app: OpenApp) -> None:
+    """They stay as they are: a parameter of texts may be an error there."""
+    answer = answers(b'{"object":"list","model":"m","data":[1]}')
+    async with open_app(make_config({"up": EDITS}), Provider(answer)) as served:
+        body = {"model": "up/m", "input": "x", "user": "u", "top_p": 1}
+        call = await served.client.ask("POST", "/v1/embeddings", body)
+        assert (call.status, call.header("x-trigate-dropped")) == (200, "")
+        assert served.providers["up"].calls[0].json == {**body, "model": "m"}
+
+
 @pytest.mark.parametrize("where", ["configured", "listed", "top_provider"])
 async def test_more_tokens_than_the_model_can_give(open_app: OpenApp, where: str) -> None:
     """A translated request asks for what the model can give; one that is passed through only if the upstream says so.

@@ -61,6 +61,7 @@ class ExchangeRequest:
         note: Takes the target and the next bytes of the answer, until it returns True: it has found the
             id under which the upstream keeps the answer. None = the upstream does not keep it.
         passed: What is passed through. Its call has no body then, only a path and perhaps a model.
+        model: The settings of the model id in the call.
     """
 
     id: str
@@ -75,6 +76,10 @@ class ExchangeRequest:
     upstream: str | None = None
     note: Callable[[Target | None, bytes], bool] | None = None
     passed: PassThrough | None = None
+    model: ModelConfig = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.model = self.generation.settings_of(self.call.model)
 
     def route(self) -> Route:
         """Returns the targets of the request.
@@ -104,8 +109,3 @@ class ExchangeRequest:
         if affinity == "none" or self.passed is not None:
             return None
         return affinity_key_of(self.call, self.client_headers, owner=self.owner, affinity=affinity)
-
-    @property
-    def model(self) -> ModelConfig:
-        """The settings of the model id in the call."""
-        return self.generation.settings_of(self.call.model)

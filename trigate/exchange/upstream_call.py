@@ -305,16 +305,17 @@ class UpstreamCall:
             headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
         model, edits = attempt.target.model, upstream.edits
         body = translation.body(call, model, upstream.config)
-        attempt.dropped = translation.dropped
+        attempt.dropped, path = translation.dropped, translation.path(call, model)
         if edits is not None:
-            body, dropped = edits.apply(body, max_tokens=upstream.max_output_tokens(model) if edits.clamps else None)
+            limit = upstream.max_output_tokens(model) if edits.clamps else None
+            body, dropped = edits.apply(body, path, max_tokens=limit)
             attempt.dropped += dropped
         return upstream.open(
             "POST",
-            translation.path(call, attempt.target.model),
+            path,
             body,
             headers=headers,
-            model=attempt.target.model,
+            model=model,
             owner=request.owner,
             on_phase=attempt.on_phase,
         )

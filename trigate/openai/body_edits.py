@@ -1,7 +1,7 @@
 """What an upstream's configuration changes in the requests that are sent to it: top-level fields of their bodies. Pure.
 
-It is applied to the body as it is about to be sent, in whichever format that is. A body in which nothing is to be
-changed stays as it is, byte for byte.
+It is applied to the body of a request for text as it is about to be sent, in whichever format that is. A body in which
+nothing is to be changed stays as it is, byte for byte.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from trigate.openai.raw_json import decode_any, join_fields, split_fields
 
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 """How the formats call the most tokens of an answer."""
+_NO_TEXT = (
+    *("/embeddings", "/embed", ":embedContent", ":batchEmbedContents", "/moderations", "/rerank"),
+    *("/audio/speech", "/images/generations", "/count_tokens", "/input_tokens", ":countTokens"),
+)
+"""How the paths end at which no text is asked for. A field of a request for text may be an error there."""
 
 
 @attrs.frozen(kw_only=True)
@@ -33,23 +38,24 @@ class BodyEdits:
     set: Mapping[str, msgspec.Raw] = attrs.field(factory=dict)
     clamps: bool = False
 
-    def apply(self, body: bytes, *, max_tokens: int | None = None) -> tuple[bytes, tuple[str, ...]]:
+    def apply(self, body: bytes, path: str, *, max_tokens: int | None = None) -> tuple[bytes, tuple[str, ...]]:
         """Edits a body.
 
         Args:
             body: A JSON object. Anything else is not edited.
+            path: Where it is sent. Only requests for text are edited.
             max_tokens: The most tokens that the model can give; None = unknown.
 
         Returns:
             The body, and the names of the fields that were left out.
 
         >>> edits = BodyEdits(drop=("seed",), rename={"max_tokens": "max_completion_tokens"}, clamps=True)
-        >>> edits.apply(b'{"model":"m","seed":1,"max_tokens":9000,"top_p":1.0}', max_tokens=4096)
+        >>> edits.apply(b'{"model":"m","seed":1,"max_tokens":9000,"top_p":1.0}', "/responses", max_tokens=4096)
         (b'{"model":"m","max_completion_tokens":4096,"top_p":1.0}', ('seed',))
-        >>> edits.apply(b'{ "model" : "m" }')
-        (b'{ "model" : "m" }', ())
+        >>> edits.apply(b'{ "model" : "m" }', "/responses"), edits.apply(b'{"seed":1}', "/v1/embeddings?x=1")
+        ((b'{ "model" : "m" }', ()), (b'{"seed":1}', ()))
         """
-        if not body.startswith(b"{"):
+        if not body.startswith(b"{") or path.partition("?")[0].endswith(_NO_TEXT):
             return body, ()
         fields = split_fields(body)
         edited: dict[str, msgspec.Raw] = {}

@@ -350,7 +350,7 @@ def relative_weights(model: ModelConfig, every: tuple[Target, ...], usable: tupl
     if not model.weights:
         return ()
     configured = dict(zip(every, model.weights, strict=True))
-    weights = [configured[target] for target in usable]
+    weights = [configured.get(target, 1.0) for target in usable]
     mean = sum(weights) / len(weights)
     return tuple([weight / mean for weight in weights])
 

@@ -106,20 +106,16 @@ class Aliases:
 
     Attributes:
         exact: The targets of the exact ids.
+        patterns: For each pattern, the longest one first: its name, what is before and after the ``*``, its targets.
     """
 
     def __init__(self, configured: Mapping[str, tuple[Target, ...]]) -> None:
         self.exact = {name: _filled(of, name, "") for name, of in configured.items() if "*" not in name}
-        self._patterns: list[tuple[str, str, str, tuple[Target, ...]]] = []
+        self.patterns: list[tuple[str, str, str, tuple[Target, ...]]] = []
         for name, targets in sorted(configured.items(), key=lambda item: -len(item[0])):
             before, star, after = name.partition("*")
             if star:
-                self._patterns.append((name, before, after, targets))
-
-    @property
-    def has_patterns(self) -> bool:
-        """Whether an id may be one that no exact alias has."""
-        return bool(self._patterns)
+                self.patterns.append((name, before, after, targets))
 
     def find(self, model: str, upstreams: Container[str]) -> Alias | None:
         """Finds the alias that stands for an id; None = there is none, or the id is ``upstream/model``.
@@ -129,12 +125,12 @@ class Aliases:
         """
         if model in self.exact:
             return Alias(model, self.exact[model])
-        if not self._patterns or model == "default":
+        if not self.patterns or model == "default":
             return None
         target = Target.parse(model)
         if target.model and target.upstream in upstreams:
             return None
-        for name, before, after, targets in self._patterns:
+        for name, before, after, targets in self.patterns:
             if len(model) >= len(name) and model.startswith(before) and model.endswith(after):
                 return Alias(name, _filled(targets, model, model[len(before) : len(model) - len(after)]))
         return None

@@ -121,7 +121,7 @@ class Generation:
     def alias_of(self, model: str) -> str:
         """Returns the name of the ``[models.NAME]`` whose settings apply to a public model id; the id itself, if there
         is none."""
-        if not self.aliases.has_patterns or model in self.aliases.exact:
+        if not self.aliases.patterns or model in self.aliases.exact:
             return model
         if (route := self._routes.get(model)) is not None:
             return route.alias
@@ -130,7 +130,10 @@ class Generation:
 
     def settings_of(self, model: str) -> ModelConfig:
         """Returns the settings of a public model id."""
-        return self.config.models.get(self.alias_of(model), _UNNAMED)
+        found = self.config.models.get(model)
+        if found is None and self.aliases.patterns:
+            found = self.config.models.get(self.alias_of(model))
+        return found if found is not None else _UNNAMED
 
     def passed_route(
         self, path: str, *, model: str | None = None, upstream: str | None = None, is_new: bool = False
