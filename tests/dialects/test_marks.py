@@ -20,14 +20,11 @@ def sent_with(signature: str, *, text: str = "hm") -> tuple[dict[str, object], t
     """The second message that an upstream gets of a conversation with a thinking block, and what was dropped."""
     block = {"type": "thinking", "thinking": text, "signature": signature}
     turn = {"role": "assistant", "content": [block, {"type": "text", "text": "a"}]}
-    made = TranslatedCall(
-        call(messages=[{"role": "user", "content": "q"}, turn, {"role": "user", "content": "r"}], thinking=None),
-        MessagesClient(),
-        ChatUpstream(),
-        has_marks=True,
-    )
+    turns = [{"role": "user", "content": "q"}, turn, {"role": "user", "content": "r"}]
+    asked = call(messages=turns, thinking=None)
+    made = TranslatedCall(asked, MessagesClient(), ChatUpstream(), has_marks=True)
     made.use(Memory(marks=MARKS))
-    body = msgspec.json.decode(made.body(call(), "m", LOCAL))
+    body = msgspec.json.decode(made.body(asked, "m", LOCAL))
     return body["messages"][1], made.dropped
 
 

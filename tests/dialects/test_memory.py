@@ -160,13 +160,14 @@ def test_deepseek_gets_an_empty_text() -> None:
         {"role": "assistant", "content": [use]},
         {"role": "user", "content": [result]},
     ]
-    made = TranslatedCall(call(messages=turns), MessagesClient(), ChatUpstream(), has_marks=True)
+    asked = call(messages=turns)
+    made = TranslatedCall(asked, MessagesClient(), ChatUpstream(), has_marks=True)
     made.use(Memory(marks=MARKS))
     for upstream, expected in ((DEEPSEEK, ""), (LOCAL, None)):
-        sent = msgspec.json.decode(made.body(call(), "m", upstream))["messages"][1]
+        sent = msgspec.json.decode(made.body(asked, "m", upstream))["messages"][1]
         assert sent.get("reasoning_content") == expected
     made.use(Memory(marks=MARKS, found={"a": Remembered((Reasoning("hm"),))}))
-    assert msgspec.json.decode(made.body(call(), "m", DEEPSEEK))["messages"][1]["reasoning_content"] == "hm"
+    assert msgspec.json.decode(made.body(asked, "m", DEEPSEEK))["messages"][1]["reasoning_content"] == "hm"
 
 
 def test_hidden_reasoning_is_remembered() -> None:
