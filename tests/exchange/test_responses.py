@@ -130,6 +130,14 @@ async def test_a_request_that_is_too_long(open_app: OpenApp, path: str, status: 
         assert "9 tokens" in call.error["message"]
 
 
+@pytest.mark.parametrize(("status", "code"), [(503, "server_is_overloaded"), (500, "upstream_unavailable")])
+async def test_an_upstream_that_is_down(open_app: OpenApp, status: int, code: str) -> None:
+    """Codex takes 503 with this code as final after a few requests, and any other one not before thirty."""
+    async with open_app(providers=Provider(answers(b'{"error":{"message":"busy"}}', status=status))) as served:
+        call = await ask(served).wait()
+        assert (call.status, call.error["code"]) == (status if status == 503 else 502, code)
+
+
 async def test_refused_tools_leave_the_call_to_another_target(open_app: OpenApp) -> None:
     """A tool that runs at OpenAI needs an upstream that has the API itself."""
     config = make_config(

@@ -6,10 +6,12 @@ separates the records of two tests: ``endless.a1`` and ``endless.b2`` select the
 ====================  ==================================================================================================
 ``hello``             sends `TEXT`, in one piece or word by word
 ``tools``             asks for a tool; once a tool's result is in the messages, sends it
+``shell``             as ``tools``, with the tool by which an agent runs a command (`SHELLS`): it runs `COMMAND`
 ``endless``           streams a word every 5 ms, for ever
 ``silent``            reads the call and sends nothing
 ``cut``, ``reset``    streams two words, then closes the connection, or resets it
 ``short``             streams two words, then ends the reply properly, but without ``[DONE]``
+``overflow``          refuses, since the request is too long
 ``status-N``          refuses with that status and `REFUSAL`; 429 with ``retry-after: 7``
 ====================  ==================================================================================================
 
@@ -50,6 +52,17 @@ SPEECH = bytes(range(256)) * 300
 IMAGE = base64.b64encode(b"not really a picture").decode()
 EMBEDDING = (0.25, -1.5, 3.0)
 TOOL_ARGUMENTS = '{"city": "Köln"}'
+COMMAND = "echo from-the-tool"
+SHELLS = {"exec_command": "cmd", "Bash": "command", "run_shell_command": "command"}
+"""The tools of agents that run a command, with the argument that it is."""
+OVERFLOW = {
+    "error": {
+        "message": "This model's maximum context length is 1000 tokens. However, you requested 2000 tokens.",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": None,
+    }
+}
 
 
 @dataclasses.dataclass
@@ -106,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         part = call["model"].partition(".")[0]
         if part.startswith("status-"):
             self._json(REFUSAL, int(part.removeprefix("status-")))
+        elif part == "overflow":
+            self._json(OVERFLOW, 400)
         elif part == "silent":
             self._wait_gone(60.0)
         elif self.path != "/v1/chat/completions":
@@ -254,12 +269,16 @@ def _answer(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(call: dict[str, Any], part: str) -> dict[str, Any]:
-    if part != "tools":
+    if part not in ("tools", "shell"):
         return {"role": "assistant", "content": TEXT}
     last = call["messages"][-1]
     if last["role"] == "tool":
         return {"role": "assistant", "content": f"{last['tool_call_id']} says {last['content']}"}
-    function = {"name": call["tools"][0]["function"]["name"], "arguments": TOOL_ARGUMENTS}
+    names = [tool["function"]["name"] for tool in call["tools"]]
+    function = {"name": names[0], "arguments": TOOL_ARGUMENTS}
+    if part == "shell":
+        name = next(name for name in names if name in SHELLS)
+        function = {"name": name, "arguments": json.dumps({SHELLS[name]: COMMAND})}
     tool = {"id": "call-1", "type": "function", "function": function}
     return {"role": "assistant", "content": None, "tool_calls": [tool]}
 

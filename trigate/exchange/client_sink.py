@@ -10,7 +10,7 @@ import trio
 from trigate.dialects.anthropic import PING
 from trigate.dialects.endpoints import RESPONSES
 from trigate.dialects.errors import error_frame, error_response
-from trigate.dialects.openai_responses import response_failed
+from trigate.dialects.openai_responses import overloaded_response, response_failed
 from trigate.dialects.stream import TranslatedStream
 from trigate.errors import ClientStalled, GatewayError, Header
 from trigate.exchange.answers import stream_headers
@@ -121,7 +121,10 @@ class ClientSink:
             return
         if not client.committed:
             self._note_commit()
-            await client.respond(*error_response(error, self._format, self._state.id))
+            rendered = error_response(error, self._format, self._state.id)
+            if self._state.call.endpoint is RESPONSES:
+                rendered = overloaded_response(error, rendered)
+            await client.respond(*rendered)
         elif self._is_stream:
             await client.end(self._error_frame(error))
         else:

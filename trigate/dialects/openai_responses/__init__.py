@@ -7,7 +7,7 @@ answer is that of its ``response.output_item.done``, and a stream without its la
 from __future__ import annotations
 
 from trigate.dialects.openai_responses.client import ResponsesClient
-from trigate.dialects.openai_responses.errors import response_failed
+from trigate.dialects.openai_responses.errors import overloaded_response, response_failed
 from trigate.dialects.openai_responses.sealed import HmacSeal, Seal
 
-__all__ = ["HmacSeal", "ResponsesClient", "Seal", "response_failed"]
+__all__ = ["HmacSeal", "ResponsesClient", "Seal", "overloaded_response", "response_failed"]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import msgspec
 
 from trigate.dialects.overflow import overflow_of
-from trigate.errors import GatewayError, Rejected, Reported, Unavailable
+from trigate.errors import GatewayError, Header, Overloaded, Rejected, Reported, Unavailable
 from trigate.openai.provider_error import error_object
 from trigate.openai.request import Call
 
@@ -49,6 +49,23 @@ def code_of(error: GatewayError) -> str:
         if told.get(name) in _OF_PROVIDER:
             return str(told[name])
     return _OF_STATUS.get(error.status, "server_error")
+
+
+def overloaded_response(
+    error: GatewayError, rendered: tuple[int, list[Header], bytes]
+) -> tuple[int, list[Header], bytes]:
+    """Gives an error before COMMIT the code by which Codex knows that a server cannot take calls, if it is that one.
+    Codex then tries five times; it sends a request 30 times for any other code with 5xx.
+
+    Args:
+        rendered: The error as it is rendered for all endpoints of OpenAI's.
+    """
+    status, headers, body = rendered
+    if status != 503 or not isinstance(error, Unavailable | Reported | Overloaded):
+        return rendered
+    value = msgspec.json.decode(body)
+    value["error"]["code"] = "server_is_overloaded"
+    return status, headers, msgspec.json.encode(value)
 
 
 def response_failed(error: GatewayError, call: Call, *, sequence: int) -> bytes:
