@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -23,7 +24,8 @@ from tests.dialects.chat import (
     translate,
     usage,
 )
-from trigate.errors import ProtocolViolation, Reported, Truncated
+from trigate.dialects.errors import error_frame
+from trigate.errors import Draining, GatewayError, ProtocolViolation, Reported, Truncated, UpstreamTimeout
 
 END = (chunk({}, "stop"), usage(), DONE)
 TEXT = (chunk({"role": "assistant", "content": ""}), chunk({"content": "Hel"}), chunk({"content": "lo"}), *END)
@@ -396,3 +398,63 @@ def test_fuzzed_events(values: list[Any]) -> None:
     else:
         assert any(b'"finish_reason":"' in piece for piece in stream)
     translate([*stream, *END])
+
+
+# -- how a stream that fails ends -------------------------------------------------------------------------------------
+
+
+def failed(pieces: Iterable[bytes], error: GatewayError, **fields: Any) -> list[dict[str, Any]]:
+    """The events of a stream that fails behind these pieces."""
+    reader = make_reader(call(**fields))
+    data = b"".join([reader.feed(piece) for piece in pieces])
+    frame = reader.error_frame(error, "req_1")
+    return decoded(data + (error_frame(error, "anthropic", "req_1") if frame is None else frame))
+
+
+CUT = Truncated("cut")
+TOLD = Reported("died", error={"type": "overloaded_error", "message": "died"}, status=503)
+
+
+@pytest.mark.parametrize("error", [CUT, TOLD, UpstreamTimeout("slow", phase="idle")])
+def test_a_text_ends_before_the_error(error: GatewayError) -> None:
+    """Within an open block, Claude Code would make the whole call again; and after some types of errors."""
+    *_, stop, told = failed([chunk({"content": "Hel"})], error)
+    assert stop == {"type": "content_block_stop", "index": 0}
+    assert told["error"] == {"type": "upstream_error", "message": error.message}
+    assert told["request_id"] == "req_1"
+
+
+def test_reasoning_ends_with_its_mark() -> None:
+    """The client may send what it has of it."""
+    *_, signed, stop, told = failed([chunk({"reasoning_content": "Let"}), chunk({"reasoning_content": " me"})], CUT)
+    assert signed["delta"] == {"type": "signature_delta", "signature": mark_of("Let me")}
+    assert (stop["type"], told["type"]) == ("content_block_stop", "error")
+
+
+def test_a_tool_call_does_not_end() -> None:
+    """It would look complete, and be executed."""
+    events = failed([chunk({"content": "a"}), tool(0, "f", '{"path": "/', "call_a")], CUT)
+    assert [event["type"] for event in events[-3:]] == ["content_block_start", "content_block_delta", "error"]
+    assert events[-1]["error"]["type"] == "upstream_error"
+
+
+def test_hidden_reasoning_has_no_end() -> None:
+    """The client has seen no block."""
+    events = failed([chunk({"reasoning_content": "Let"})], CUT, thinking=None)
+    assert [event["type"] for event in events] == ["message_start", "error"]
+
+
+def test_another_instance_may_answer() -> None:
+    """A gateway that shuts down leaves the block open: the client is to make the call again."""
+    events = failed([chunk({"content": "Hel"})], Draining("later"))
+    assert [event["type"] for event in events[-2:]] == ["content_block_delta", "error"]
+    assert events[-1]["error"]["type"] == "overloaded_error"
+
+
+def test_a_request_that_is_too_long() -> None:
+    """Its words are the same within a stream."""
+    error = Reported("prompt is too long: 9 tokens > 8 maximum", error={}, status=400)
+    assert failed([chunk({"content": "a"})], error)[-1]["error"] == {
+        "type": "invalid_request_error",
+        "message": "prompt is too long: 9 tokens > 8 maximum",
+    }

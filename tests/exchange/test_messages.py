@@ -154,14 +154,15 @@ async def test_keep_alives_are_pings_behind_the_first_event(open_app: OpenApp, a
 
 
 @pytest.mark.parametrize("end", [Break(), Say(event({"error": {"message": "m", "type": "overloaded_error"}}))])
-async def test_a_stream_that_fails(open_app: OpenApp, end: Any) -> None:
-    """It ends with an error event, and without ``message_stop``."""
-    async with open_app(providers=Provider((Say(content("a")), end))) as served:
+async def test_a_stream_that_fails(open_app: OpenApp, autojump_clock: MockClock, end: Any) -> None:
+    """Its block ends, then comes an error event, and no ``message_stop``."""
+    async with open_app(providers=Provider((Say(content("a")), Pause(1), end))) as served:
         call = await ask(served, headers={"x-request-id": "abc"}).wait()
         last = decoded(call.body)[-1]
         assert last["type"] == "error"
         assert last["request_id"] == "abc"
-        assert last["error"]["type"] == ("api_error" if isinstance(end, Break) else "overloaded_error")
+        assert last["error"]["type"] == "upstream_error"
+        assert decoded(call.body)[-2] == {"type": "content_block_stop", "index": 0}
         assert b"message_stop" not in call.body
         served.assert_clean()
 

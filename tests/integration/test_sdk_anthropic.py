@@ -108,7 +108,7 @@ def test_a_truncated_stream(client: Any, how: str) -> None:
         client.messages.stream(model=f"mock/{how}", **ASK) as stream,
     ):
         stream.get_final_message()
-    assert caught.value.body["error"]["type"] == "api_error"
+    assert caught.value.body["error"]["type"] == "upstream_error"
 
 
 def test_a_disconnect(client: Any, urls: tuple[str, str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from trigate.dialects.overflow import overflow_of
-from trigate.errors import GatewayError, Header, Rejected, Reported
+from trigate.errors import GatewayError, Header, Rejected, Reported, UpstreamError
 from trigate.openai.provider_error import error_object
 from trigate.openai.raw_json import decode_any
 
@@ -32,7 +32,11 @@ TYPE_OF_STATUS: Mapping[int, str] = {
 }
 """Of every other 4xx it is ``invalid_request_error``, of every other 5xx ``api_error``."""
 TYPES = frozenset((*TYPE_OF_STATUS.values(), "api_error"))
-"""Every ``type`` of an error."""
+"""Every ``type`` of an error that has a status."""
+IN_STREAM = "upstream_error"
+"""The type of an error of an upstream within a stream. It is none of Anthropic's: after those that stand for a failure
+of its servers, Claude Code makes up to three more calls."""
+_REPEATED = ("api_error", "overloaded_error", "timeout_error")
 
 
 def error_response(error: GatewayError, request_id: str) -> tuple[int, list[Header], bytes]:
@@ -49,9 +53,16 @@ def error_response(error: GatewayError, request_id: str) -> tuple[int, list[Head
     return status, headers, _encode(kind, message, request_id)
 
 
-def error_frame(error: GatewayError, request_id: str) -> bytes:
-    """Renders an error as the last event of a stream (after COMMIT). ``message_stop`` does not follow."""
+def error_frame(error: GatewayError, request_id: str, *, is_closed: bool = False) -> bytes:
+    """Renders an error as the last event of a stream (after COMMIT). ``message_stop`` does not follow.
+
+    Args:
+        is_closed: The stream was translated, and its last block has been ended. Else, what an upstream of this format
+            has reported keeps its type.
+    """
     kind, message = _describe(error, OVERLOADED if error.status == 503 else error.status)
+    if kind in _REPEATED and isinstance(error, UpstreamError) and (is_closed or not isinstance(error, Reported)):
+        kind = IN_STREAM
     return b"event: error\ndata: %b\n\n" % _encode(kind, message, request_id)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from trigate.dialects.anthropic.answer import Estimate, message_head, stop_fields
+from trigate.dialects.anthropic.errors import error_frame
 from trigate.dialects.anthropic.usage import NOTHING, encode_usage
 from trigate.dialects.marks import PAYLOAD
 from trigate.dialects.vocabulary import (
@@ -26,6 +27,7 @@ from trigate.dialects.vocabulary import (
     TextStart,
     ToolCallStart,
 )
+from trigate.errors import Fault, GatewayError
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 """Sent in a silence, once ``message_start`` is out."""
@@ -47,7 +49,7 @@ class MessagesEventEncoder:
         estimate: Used if the answer has no token counts.
     """
 
-    __slots__ = ("_estimate", "_index", "_is_hidden", "_model", "_size_bytes", "_wants_reasoning")
+    __slots__ = ("_estimate", "_index", "_is_hidden", "_may_be_closed", "_model", "_size_bytes", "_wants_reasoning")
 
     def __init__(self, *, model: str, wants_reasoning: bool, estimate: Estimate) -> None:
         self._model = model
@@ -56,6 +58,7 @@ class MessagesEventEncoder:
         self._index = 0
         self._size_bytes = 0
         self._is_hidden = False
+        self._may_be_closed = False  # a text or reasoning is open
 
     def encode(self, event: Event) -> bytes:
         """Returns the events of the client for one of the vocabulary; ``b""`` = none."""
@@ -75,11 +78,13 @@ class MessagesEventEncoder:
                     return b""
                 return _DELTA % (self._index, _THINKING, data)
             case TextStart():
+                self._may_be_closed = True
                 return self._start_block({"type": "text", "text": ""})
             case ReasoningStart():
                 self._is_hidden = not self._wants_reasoning
                 if self._is_hidden:
                     return b""
+                self._may_be_closed = True
                 return self._start_block({"type": "thinking", "thinking": "", "signature": ""})
             case ToolCallStart(call, name):
                 return self._start_block({"type": "tool_use", "id": call, "name": name, "input": {}})
@@ -97,10 +102,22 @@ class MessagesEventEncoder:
                 end = {"delta": stop_fields(event), "usage": encode_usage(usage)}
                 return _event("message_delta", end) + _event("message_stop", {})
 
+    def encode_error(self, error: GatewayError, request_id: str) -> bytes | None:
+        """Returns the last events of a stream that has failed.
+
+        Claude Code answers an error within an open block with the whole call again, without streaming. So a text or
+        reasoning ends before the error, with what there is of it. A tool call does not: it would look complete. Nor
+        does a stream that this gateway cannot go on with, since another instance can.
+        """
+        if isinstance(error, Fault) or not self._may_be_closed:
+            return None
+        return self._stop_block() + error_frame(error, request_id, is_closed=True)
+
     def _start_block(self, block: dict[str, Any]) -> bytes:  # Any: JSON of any shape
         return _event("content_block_start", {"index": self._index, "content_block": block})
 
     def _stop_block(self) -> bytes:
+        self._may_be_closed = False
         if self._is_hidden:
             self._is_hidden = False
             return b""
