@@ -24,11 +24,18 @@ SIGNATURE = base64.b64encode(b"a signature of the provider").decode()
 """What this provider signs its calls with."""
 
 
-def problem_of(body: Json, model: str) -> str | None:
-    """Returns why Google refuses a request; None = it does not."""
+def problem_of(body: Json, model: str, *, alternates: bool = True) -> str | None:
+    """Returns why Google refuses a request; None = it does not.
+
+    Args:
+        alternates: Whether turns of one role in a row are refused. Today's servers take them for one turn, and Google's
+            own SDK sends them.
+    """
     if unknown := body.keys() - BODY:
         return f'Invalid JSON payload received. Unknown name "{min(unknown)}": Cannot find field.'
     contents = body.get("contents")
+    if contents and not alternates:
+        contents = _merged(contents)
     if not contents:
         return "* GenerateContentRequest.contents: contents is not specified"
     problem = _config(body, model) or _tools(body)
@@ -73,6 +80,17 @@ def problem_of(body: Json, model: str) -> str | None:
     if before != "user":
         return "Please ensure that multiturn requests end with a user role or a function response."
     return None
+
+
+def _merged(contents: list[Json]) -> list[Json]:
+    found: list[Json] = []
+    for content in contents:
+        role, parts = content.get("role", "user"), content.get("parts") or []
+        if found and found[-1]["role"] == role:
+            found[-1] = {"role": role, "parts": [*found[-1]["parts"], *parts]}
+        else:
+            found.append({"role": role, "parts": parts})
+    return found
 
 
 def _signature(part: Json, place: int, model: str) -> str | None:

@@ -82,9 +82,11 @@ class StreamAnswer:
             keep_bytes=self.keep_bytes,
             continues=self.continues,
         )
-        claimed, is_first = False, True
+        claimed, has_sent, is_first = False, False, True
         while True:
-            if claimed and await self._run_fast_path(attempt, reply, reader, sink):
+            # Not before the first bytes: the server keeps the head until they come, and the content may have none yet
+            # (a tool call, for a client that gets it whole).
+            if has_sent and await self._run_fast_path(attempt, reply, reader, sink):
                 if reader.complete:
                     return await self._end(attempt, reply, sink, b"")
                 if reader.error is not None:
@@ -108,6 +110,7 @@ class StreamAnswer:
                 return await self._end(attempt, reply, sink, data)
             if data:
                 await attempt.send(sink, data)
+                has_sent = claimed
             if reader.error is not None:
                 raise reader.error
 

@@ -7,6 +7,7 @@ of ``gcloud``, the identity of a workload, or that of the machine.
 from __future__ import annotations
 
 import calendar
+from typing import Any
 
 from trigate.upstream.auth.credentials import CredentialsError, Fetched
 
@@ -23,7 +24,7 @@ def fetch_token() -> Fetched[str]:
             f"set api_key, or install trigate[vertex] for a token of Google Cloud ({error})"
         ) from None
     # new ones each time: what they keep would give a refused token again
-    credentials, _ = google.auth.default(scopes=[_SCOPE])
+    credentials: Any = google.auth.default(scopes=[_SCOPE])[0]  # Any: the library has types in parts only
     credentials.refresh(google.auth.transport.requests.Request())
     expires_at = calendar.timegm(credentials.expiry.utctimetuple())  # without a zone, it is UTC
     return Fetched(str(credentials.token), float(expires_at), (str(credentials.token),))
