@@ -271,7 +271,7 @@ class UnsupportedMediaType(CallError, status=415, code="unsupported_media_type")
 
 
 class WebSocketRefused(CallError, status=426, code="websocket_refused"):
-    """A WebSocket handshake; no endpoint serves WebSockets.
+    """A WebSocket handshake where none is served, or an incomplete one.
 
     Of the statuses that refuse one, 426 is the one on which clients that try a WebSocket first (Codex) send the same
     request as a POST at once. RFC 9110 (15.5.22) requires the ``upgrade`` field, and (7.8) the ``connection`` field.
@@ -280,7 +280,7 @@ class WebSocketRefused(CallError, status=426, code="websocket_refused"):
     own_headers = ((b"upgrade", b"websocket"), (b"connection", b"upgrade, close"))
 
     def __init__(self) -> None:
-        super().__init__("This gateway does not serve WebSockets. Send the request by HTTP: POST, with stream: true.")
+        super().__init__("No WebSocket is served here. Send the request by HTTP: POST, with stream: true.")
 
 
 class RateLimited(CallError, status=429, code="rate_limited"):

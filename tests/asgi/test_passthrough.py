@@ -274,6 +274,15 @@ async def test_an_answer_that_its_upstream_keeps(
         served.assert_clean()
 
 
+async def test_an_answer_that_the_gateway_makes(open_app: OpenApp) -> None:
+    """A response that was translated is not kept by its upstream, so nothing says that it is there."""
+    config = make_config({"up": {"models": ["m"], "responses": "translate"}}, keys={"one": "key-number-one"})
+    async with open_app(config, Provider(answers(completion("hi")))) as served:
+        got = await served.client.ask("POST", "/v1/responses", {"model": "up/m", "input": "x"}, headers=ONE)
+        assert got.status == 200
+        assert await served.gateway.store.objects.find([got.json["id"]]) == []
+
+
 @pytest.mark.parametrize("name", ["file_id", "file\\u005fid"])
 async def test_a_call_with_a_file_of_another_key(open_app: OpenApp, name: str) -> None:
     """It does not exist for a call either."""

@@ -14,6 +14,9 @@ from typing import Any
 
 import openai
 import pytest
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import CloseConnection, TextMessage
+from wsproto.utilities import generate_accept_token
 
 from tests.support.processes import SERVE, configuration, run_gateway
 
@@ -203,8 +206,33 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json({"created": 1, "data": [{"b64_json": "aGk="}]})
 
+    def _realtime(self) -> None:
+        """Greets, and answers each session's change, until the client closes."""
+        self.close_connection = True
+        self.send_response(101)
+        self.send_header("upgrade", "websocket")
+        self.send_header("connection", "Upgrade")
+        accept = generate_accept_token(self.headers["sec-websocket-key"].encode())
+        self.send_header("sec-websocket-accept", accept.decode())
+        self.end_headers()
+        protocol = Connection(ConnectionType.SERVER)
+        model = self.path.partition("model=")[2]
+        self._say(protocol, {"type": "session.created", "session": {"type": "realtime", "model": model}})
+        while data := self.connection.recv(65536):
+            protocol.receive_data(data)
+            for event in protocol.events():
+                if isinstance(event, TextMessage):
+                    self._say(protocol, {"type": "session.updated", "session": json.loads(event.data)["session"]})
+                elif isinstance(event, CloseConnection):
+                    self.connection.sendall(protocol.send(event.response()))
+                    return
+
+    def _say(self, protocol: Connection, event: dict[str, Any]) -> None:
+        self.connection.sendall(protocol.send(TextMessage(data=json.dumps({"event_id": "e", **event}))))
+
 
 ROUTES = {
+    "GET /realtime": "_realtime",
     "GET /models": "_models",
     "POST /files": "_make_file",
     "GET /files/(.+)/content": "_content",
@@ -243,7 +271,7 @@ def base_url(
 ) -> Iterator[str]:
     """A gateway with two keys, under its own server and under another one."""
     keys = "".join(f'{name} = "{key}"\n' for name, key in KEYS.items())
-    models = {"hear": "gpt-4o-transcribe", "paint": "gpt-image-1"}
+    models = {"talk": "gpt-realtime", "hear": "gpt-4o-transcribe", "paint": "gpt-image-1"}
     aliases = "".join(f'[models.{alias}]\ntargets = ["mock/{model}"]\n' for alias, model in models.items())
     config = configuration(f"http://127.0.0.1:{upstream.server_port}", more=f"[keys]\n{keys}{aliases}")
     command = COMMANDS[request.param]
@@ -348,6 +376,21 @@ def test_image_edits(ada: openai.OpenAI) -> None:
     assert image.b64_json == "aGk="
     [event] = ada.images.edit(model="paint", image=b"PNG", prompt="p", stream=True)
     assert event.type == "image_edit.completed"
+
+
+def test_realtime(ada: openai.OpenAI, bob: openai.OpenAI) -> None:
+    """A session over a WebSocket; one of a model that does not exist is refused with its status."""
+    with ada.realtime.connect(model="talk") as connection:
+        first = connection.recv()
+        assert first.type == "session.created"
+        assert first.session.model == "gpt-realtime"  # type: ignore[union-attr]
+        for number in range(3):
+            connection.session.update(session={"type": "realtime", "instructions": f"number {number}"})
+            changed = connection.recv()
+            assert changed.type == "session.updated"
+            assert changed.session.instructions == f"number {number}"  # type: ignore[union-attr]
+    with pytest.raises(Exception, match="404"), bob.realtime.connect(model="nope"):
+        pass
 
 
 def test_what_no_gateway_has(ada: openai.OpenAI) -> None:

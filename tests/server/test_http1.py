@@ -219,7 +219,7 @@ async def test_a_refusal_is_an_error_in_openai_shape(
         nursery.start_soon(send)
         response = await read_all(client)
         assert response.startswith(b"HTTP/1.1 %d " % status)
-        assert b"\r\nconnection: %bclose\r\n" % (b"upgrade, " if status == 426 else b"") in response
+        assert b"\r\nconnection: close\r\n" in response
         assert json.loads(body_of(response))["error"]["type"] == "invalid_request_error"
         assert trio.current_time() == 0.0
 
@@ -251,13 +251,28 @@ async def test_an_offer_to_upgrade_is_ignored(autojump_clock: trio.testing.MockC
             assert body_of(response) == b"{}!"
 
 
-async def test_a_websocket_handshake_is_a_426(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"Connection: Upgrade\r\nUpgrade: WebSocket\r\n",
+        b"Connection: keep-alive\r\nConnection: a, Upgrade\r\nUpgrade: b\r\nUpgrade: websocket , c\r\n",
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n",
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n",
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        b"Sec-WebSocket-Version: 13\r\nContent-Length: 1\r\n",
+    ],
+    ids=["no key", "among others", "a short key", "no version", "a body"],
+)
+async def test_an_incomplete_websocket_handshake_is_a_426(
+    autojump_clock: trio.testing.MockClock, fields: bytes
+) -> None:
     """The status on which clients that try a WebSocket first go on by HTTP, with the fields that it requires."""
     async with open_connection(hello) as client:
-        await client.send_all(BAD["websocket"][1])
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\ntrailing")
         response = await read_all(client)
     assert response.startswith(b"HTTP/1.1 426 Upgrade Required\r\n")
     assert b"\r\nupgrade: websocket\r\n" in response
+    assert b"\r\nconnection: upgrade, close\r\n" in response
     error = json.loads(body_of(response))["error"]
     assert error["code"] == "websocket_refused"
     assert "by HTTP" in error["message"]

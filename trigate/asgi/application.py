@@ -9,9 +9,10 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
-from trigate import errors, logs
+from trigate import logs
 from trigate.asgi.dispatch import serve_request
 from trigate.asgi.lazy_control_plane import LazyControlPlane
+from trigate.asgi.realtime import serve_websocket
 from trigate.asgi.request_body import BodyBudget
 from trigate.config.sections import Config
 from trigate.gateway.gateway import Gateway, open_gateway
@@ -46,7 +47,7 @@ class GatewayApp:
             case "lifespan":
                 await self._run_lifespan(scope, receive, send)
             case _:
-                await _refuse_websocket(scope, receive, send)
+                await serve_websocket(self.gateway, scope, receive, send)
 
     async def _run_lifespan(self, scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Runs the ASGI lifespan. Its task owns the gateway, and so every service, for as long as the server runs."""
@@ -70,21 +71,6 @@ class GatewayApp:
             gateway.drain.begin()
             gateway.drain.cut()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-async def _refuse_websocket(scope: Any, receive: ASGIReceiveCallable, send: Any) -> None:  # Any: as above
-    """Refuses a WebSocket handshake; where the server allows it, with the status on which clients go on by HTTP.
-
-    (`trigate serve` refuses it before it reaches the application. The plain refusal of ASGI is a 403.)
-    """
-    await receive()
-    if "websocket.http.response" not in (scope.get("extensions") or {}):
-        await send({"type": "websocket.close", "code": 1000, "reason": None})
-        return
-    status, headers, body = errors.WebSocketRefused().to_response()
-    headers = [*headers, (b"content-length", b"%d" % len(body))]
-    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
-    await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
 
 
 def calm_collector() -> None:

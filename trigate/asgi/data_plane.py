@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 import trio
@@ -78,11 +79,15 @@ async def serve_call(
     if endpoint is RESPONSES:
         call = responses.identified(call)
     upstream, note = None, None
-    names, keeps = may_name_objects(call), is_kept(call)
+    keys = gateway.generations.config.keys
+    names, keeps = may_name_objects(call, keys=len(keys)), is_kept(call)
     if names or keeps:
-        objects = Objects(store=gateway.store, owner=owner, sees_all=not gateway.generations.config.keys)
-        upstream = await objects.upstream_of(None, named_by(call), asked=None) if names else None
-        note = objects.note_answer if keeps else None
+        objects = Objects(store=gateway.store, owner=owner, sees_all=not keys)
+        if names:
+            find = partial(named_by, call)
+            ids = find() if is_small(call.body) else await trio.to_thread.run_sync(find, limiter=_DECODING)
+            upstream = await objects.upstream_of(None, ids, asked=None)
+        note = partial(objects.note_answer, call) if keeps else None
     exchange: Exchange | None = None
     failure: GatewayError | None = None
     async with trio.open_nursery() as nursery:

@@ -8,8 +8,6 @@ module does for all of them: access control (`auth`), CORS, request ids and erro
 from __future__ import annotations
 
 import functools
-import random
-import re
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -38,7 +36,6 @@ if TYPE_CHECKING:  # hypercorn imports multiprocessing
 
 _CONTROL_PLANE_BYTES = 1024 * 1024
 _HOOK_BYTES = 1024 * 1024
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 
 
 async def serve_request(
@@ -52,8 +49,7 @@ async def serve_request(
     """Serves one HTTP request to the gateway."""
     config = gateway.generations.config
     head = RequestHead(scope)
-    given = head.headers.get(b"x-request-id", b"")
-    request_id = given.decode() if _REQUEST_ID.match(given) else f"req_{random.getrandbits(96):024x}"
+    request_id = head.request_id()
     client = scope.get("extensions", {}).get("trigate.client")
     if client is not None and config.limits.half_close == "serve":
         client.serve_half_closed()

@@ -24,7 +24,7 @@ from trigate.routing.routes import Target
 from trigate.store.interface import Store
 from trigate.store.records import UpstreamObject
 
-_NAMED_BY = (b'"previous_response_id"', b'"conversation"', b'"vector_store_ids"', b'"file_id"')
+_NAMED_BY = {"previous_response_id", "conversation", "vector_store_ids", "file_id"}
 _ESCAPED_LETTER = b"\\u00"  # a name may be written with escapes
 _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -78,10 +78,11 @@ class Objects:
     def _is_mine(self, found: UpstreamObject) -> bool:
         return self.sees_all or found.owner == self.owner
 
-    def note_answer(self, target: Target | None, data: bytes) -> bool:
+    def note_answer(self, call: Call, target: Target | None, data: bytes) -> bool:
         """Notes the answer that an upstream keeps, from the first bytes of it: whole events, or all of its JSON.
 
-        It does not wait until the store has it: an answer is not delayed for that.
+        It does not wait until the store has it: an answer is not delayed for that. An answer that the gateway has made
+        of another one (`Call.identity`) is not kept by an upstream.
 
         Returns:
             Whether it has an id.
@@ -89,6 +90,8 @@ class Objects:
         object_id = _id_in(data)
         if object_id is None or target is None:
             return False
+        if call.identity is not None and object_id == call.identity.id:
+            return True
         noted = UpstreamObject(id=object_id, upstream=target.upstream, owner=self.owner, at=time.time())
         self.store.objects.note([noted], durable=False)
         return True
@@ -137,12 +140,24 @@ def _unknown(object_id: str) -> NotFound:
     return NotFound(f"There is no object {object_id!r} here.")
 
 
-def may_name_objects(call: Call) -> bool:
-    """Whether a call may name objects of its upstream: an earlier answer, files, vector stores."""
-    if call.endpoint.path not in ("/responses", "/chat/completions"):
+def may_name_objects(call: Call, *, keys: int) -> bool:
+    """Whether a call may name objects of its upstream: an earlier answer, files, vector stores.
+
+    To search a body costs every call some microseconds, so it is done only where that keeps keys apart.
+
+    Args:
+        keys: How many the gateway has.
+    """
+    path, fields = call.endpoint.path, call.fields
+    if path == "/responses":
+        if "previous_response_id" in fields or "conversation" in fields:
+            return True
+    elif path != "/chat/completions":
+        return False
+    if keys < 2:
         return False
     body = call.body
-    return any(name in body for name in _NAMED_BY) or _ESCAPED_LETTER in body
+    return b'"file_id"' in body or b'"vector_store_ids"' in body or (b"\\" in body and _ESCAPED_LETTER in body)
 
 
 def named_by(call: Call) -> tuple[str, ...]:
@@ -152,13 +167,12 @@ def named_by(call: Call) -> tuple[str, ...]:
 
 def _naming_parts(value: Any) -> list[Any]:  # Any: JSON of any shape
     """The values of all fields that name an object, wherever they are."""
-    names = {name.decode().strip('"') for name in _NAMED_BY}
     found: list[Any] = []
     left = [value]
     while left:
         each = left.pop()
         if isinstance(each, dict):
-            found += [part for name, part in each.items() if name in names]
+            found += [part for name, part in each.items() if name in _NAMED_BY]
             left += each.values()
         elif isinstance(each, list):
             left += each

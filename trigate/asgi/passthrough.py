@@ -70,12 +70,21 @@ class _Read:
 
     def path_for(self, path: str, model: str) -> str:
         """The path for an upstream's own model id, with its query."""
-        if not self.query:
-            return path
-        query = self.query.decode("ascii")
-        if model and (pairs := _pairs(self.query)) and "model" in dict(pairs):
-            query = urlencode([(name, model if name == "model" else value) for name, value in pairs])
-        return f"{path}?{query}"
+        return path_with(path, self.query, model)
+
+
+def path_with(path: str, query: bytes, model: str) -> str:
+    """Returns a path with its query, and with an upstream's own id in place of a model in it.
+
+    >>> path_with("/realtime", b"model=a&x=b%20c", "d/e"), path_with("/files", b"limit=2", "")
+    ('/realtime?model=d%2Fe&x=b+c', '/files?limit=2')
+    """
+    if not query:
+        return path
+    text = query.decode("ascii")
+    if model and "model" in dict(pairs := query_pairs(query)):
+        text = urlencode([(name, model if name == "model" else value) for name, value in pairs])
+    return f"{path}?{text}"
 
 
 async def serve_passed(
@@ -104,7 +113,7 @@ async def serve_passed(
     if read is None:
         return
     objects = Objects(store=gateway.store, owner=owner, sees_all=not generation.config.keys)
-    upstream = await objects.upstream_of(passed.object_id, read.objects, asked=_asked_upstream(head))
+    upstream = await objects.upstream_of(passed.object_id, read.objects, asked=asked_upstream(head))
     is_new = passed.method == "POST" and passed.object_id is None
     route = generation.passed_route(endpoint.path, model=read.model, upstream=upstream, is_new=is_new)
     exchange = Exchange(
@@ -170,8 +179,8 @@ async def _read(
     """
     if not query.isascii():
         raise BadRequest("The query must be percent-encoded.")
-    asked = dict(_pairs(query))
-    read = _Read(query=query, model=_checked_model(asked.get("model")), stream=asked.get("stream") == "true")
+    asked = dict(query_pairs(query))
+    read = _Read(query=query, model=checked_model(asked.get("model")), stream=asked.get("stream") == "true")
     if passed.method != "POST":
         return read
     content_type = head.headers.get(b"content-type", b"")
@@ -188,7 +197,7 @@ async def _read(
                 return None
             read = attrs.evolve(
                 read,
-                model=_checked_model(form.text("model")) or read.model,
+                model=checked_model(form.text("model")) or read.model,
                 stream=form.text("stream") in ("true", "1", "True"),
             )
     else:
@@ -203,7 +212,7 @@ async def _read(
             parse = partial(_parsed, read, passed, body)
             read = parse() if len(body) <= _PARSED_BYTES else await trio.to_thread.run_sync(parse)
     needs_model = passed.found.by_model and not passed.found.endpoint.model_optional
-    if needs_model and read.model is None and _asked_upstream(head) is None:
+    if needs_model and read.model is None and asked_upstream(head) is None:
         raise BadRequest("You must provide a model parameter.", param="model")
     return read
 
@@ -222,7 +231,7 @@ def _parsed(read: _Read, passed: Passed, body: bytes) -> _Read:
         model = value.get("model")
         if model is not None and not isinstance(model, str):
             raise BadRequest("model must be a string.", param="model")
-        read = attrs.evolve(read, model=_checked_model(model) or read.model, stream=value.get("stream") is True)
+        read = attrs.evolve(read, model=checked_model(model) or read.model, stream=value.get("stream") is True)
     if passed.found.names_objects:
         objects = objects_in(value)
         if len(objects) > _MAX_OBJECTS:
@@ -231,13 +240,14 @@ def _parsed(read: _Read, passed: Passed, body: bytes) -> _Read:
     return read
 
 
-def _checked_model(model: str | None) -> str | None:
+def checked_model(model: str | None) -> str | None:
+    """Returns the model that a request names. Raises BadRequest if it is empty or too long."""
     if model is not None and not 0 < len(model) <= _MAX_MODEL_CHARS:
         raise BadRequest(f"model must have 1 to {_MAX_MODEL_CHARS} characters.", param="model")
     return model
 
 
-def _pairs(query: bytes) -> list[tuple[str, str]]:
+def query_pairs(query: bytes) -> list[tuple[str, str]]:
     """Splits a query. Raises BadRequest."""
     try:
         return parse_qsl(query.decode("ascii"), keep_blank_values=True, max_num_fields=100, errors="strict")
@@ -245,7 +255,7 @@ def _pairs(query: bytes) -> list[tuple[str, str]]:
         raise BadRequest("The query has more than 100 fields, or is not UTF-8.") from None
 
 
-def _asked_upstream(head: RequestHead) -> str | None:
+def asked_upstream(head: RequestHead) -> str | None:
     """The upstream that the client names (``x-trigate-upstream``)."""
     given = head.headers.get(b"x-trigate-upstream")
     return given.decode("latin-1").strip() if given is not None else None

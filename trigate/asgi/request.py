@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from trigate.errors import Ambiguous, BadRequest, HeadersTooLarge, UnsupportedMe
 from trigate.openai.endpoints import Endpoint
 from trigate.server.request_head import MAX_FIELDS, MAX_FIELDS_BYTES
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _SESSION_KEY = re.compile(rb"[!-.0-~]{1,256}\Z")
 _UNIQUE = (
     *(
@@ -53,6 +55,11 @@ class RequestHead:
         self.examined = "trigate.client" in scope.get("extensions", {})
         # `trigate serve` gives the names in lower case
         self.headers = dict(self._fields) if self.examined else {name.lower(): value for name, value in self._fields}
+
+    def request_id(self) -> str:
+        """Returns the id of the request: that of the client (``x-request-id``), or a new one."""
+        given = self.headers.get(b"x-request-id", b"")
+        return given.decode() if _REQUEST_ID.match(given) else f"req_{random.getrandbits(96):024x}"
 
     def check(self) -> None:
         """Rejects heads that another HTTP parser could read differently (request smuggling), or that are too large.

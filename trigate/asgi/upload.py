@@ -39,7 +39,7 @@ class Upload:
         self._limits = limits
         self._given_bytes = length_bytes
         self._form: FormHead | None = None
-        self._prefix = b""
+        self._model: bytes | None = None
         self._added_bytes = 0
         self._received = 0
         self._waited_s = 0.0
@@ -76,24 +76,25 @@ class Upload:
                     "Send it before the file.",
                     param=MODEL,
                 )
-        self._prefix = bytes(form.kept)
         return form
 
     def with_model(self, model: str) -> Upload:
         """Replaces the model id in the form, if it has one; before anything was sent."""
         form = self._form
         if form is not None and model and MODEL in form.fields:
-            span, value = form.fields[MODEL], model.encode()
-            self._prefix = bytes(form.kept[: span.start]) + value + bytes(form.kept[span.end :])
-            self._added_bytes = len(value) - (span.end - span.start)
+            span, self._model = form.fields[MODEL], model.encode()
+            self._added_bytes = len(self._model) - (span.end - span.start)
         return self
 
     async def receive(self) -> bytes | None:
         """Returns the next piece; None at the end. As `RequestStream.receive`."""
         self.begun = True
-        if self._prefix:
-            prefix, self._prefix, self._form = self._prefix, b"", None
-            return prefix
+        form, self._form = self._form, None
+        if form is not None and form.kept:
+            if self._model is None:
+                return bytes(form.kept)
+            span, view = form.fields[MODEL], memoryview(form.kept)
+            return b"".join((view[: span.start], self._model, view[span.end :]))
         self._body.release()  # what was kept has been sent
         while not self._body.complete:
             piece = await self._next_piece()

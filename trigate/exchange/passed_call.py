@@ -24,6 +24,7 @@ from trigate.exchange.request import PassThrough
 from trigate.exchange.sink import Sink
 from trigate.exchange.translation import Translation
 from trigate.exchange.upstream_call import UpstreamCall
+from trigate.exchange.websocket_answer import WebSocketAnswer
 from trigate.routing.plan import Plan, Step
 from trigate.upstream.reply import Reply
 from trigate.upstream.request_stream import RequestStream
@@ -53,6 +54,15 @@ class PassedCall(UpstreamCall):
         passed, model, headers = self.passed, attempt.target.model, self.request.headers
         if self.deadline_at < math.inf:
             headers = {**headers, "x-request-timeout": f"{max(0.001, self.deadline_at - attempt.started_at):.3f}"}
+        if passed.socket is not None:
+            return upstream.open_websocket(
+                passed.path_for(model),
+                headers=headers,
+                subprotocols=passed.socket.subprotocols,
+                max_bytes=self.request.generation.config.limits.event_bytes,
+                owner=self.request.owner,
+                on_phase=attempt.on_phase,
+            )
         body = passed.body_for(model)
         return upstream.open(
             passed.method,
@@ -65,6 +75,8 @@ class PassedCall(UpstreamCall):
 
     def _answer(self, translation: Translation) -> Answer:
         call, limits = self.request.call, self.request.generation.config.limits
+        if self.passed.socket is not None:
+            return WebSocketAnswer(client=self.passed.socket, claim=self.claim, count=self._count)
         events = None
         if call.stream:
             events = StreamAnswer(

@@ -11,6 +11,7 @@ import trio
 from trigate.config.sections import ModelConfig
 from trigate.errors import BadRequest
 from trigate.exchange.affinity_key import affinity_key_of
+from trigate.exchange.sink import ClientSocket
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.routing.routes import Target
@@ -29,6 +30,7 @@ class PassThrough:
         body_for: Returns its body for such an id; of an upload, always the same stream.
         upload: Its body, if that is sent as it arrives.
         is_repeatable: It may be sent to another target after it has arrived at one, like a call.
+        socket: The client's WebSocket, if the request is its handshake; None = it is an ordinary request.
         take_answer: Takes the name of the upstream and its whole answer, if that is no stream; returns what the client
             gets, and the token counts in it. None = the answer goes to the client as it comes.
     """
@@ -39,6 +41,7 @@ class PassThrough:
     body_for: Callable[[str], bytes | RequestStream]
     is_repeatable: bool
     upload: RequestStream | None = None
+    socket: ClientSocket | None = None
     take_answer: Callable[[str, bytes], Awaitable[tuple[bytes, Usage | None]]] | None = None
 
 

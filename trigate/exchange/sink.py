@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from trigate.errors import Header
@@ -51,6 +51,26 @@ class Sink(Protocol):
         Raises:
             GatewayError: The answer cannot be stored (`RecordingSink`).
         """
+
+
+class ClientSocket(Protocol):
+    """The client's end.
+
+    Attributes:
+        subprotocols: Those that it offers.
+        subprotocol: The one that is chosen; set before the handshake is accepted.
+        sends_text: Whether the next piece that is sent is a text, and not bytes.
+        close_code, close_reason: With which the client has closed; or, once the upstream has, with which it is closed.
+    """
+
+    subprotocols: Sequence[str]
+    subprotocol: str | None
+    sends_text: bool
+    close_code: int
+    close_reason: str
+
+    async def receive_message(self) -> str | bytes | None:
+        """Returns the next message; None = the client has closed the WebSocket."""
 
 
 class NotingSink:

@@ -164,6 +164,15 @@ def find_passed(method: str, path: str) -> Passed | None:
     return None
 
 
+def is_realtime(path: str) -> bool:
+    """Whether a path is that of `REALTIME`.
+
+    >>> is_realtime("/v1/realtime"), is_realtime("/v1/responses")
+    (True, False)
+    """
+    return _segments(path) == ["realtime"]
+
+
 def is_administration(path: str) -> bool:
     """Whether a path belongs to `ADMINISTRATION`.
 

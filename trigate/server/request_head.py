@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trigate.errors import BadRequest, GatewayError, Header, WebSocketRefused
+from trigate.errors import BadRequest, GatewayError, Header
 
 MAX_LINE_BYTES = 8 * 1024
 """The size of the request line, and of each header field."""
@@ -69,6 +69,7 @@ class RequestHead(NamedTuple):
         chunked: Whether the body is sent in chunks.
         persistent: Whether the client allows another request on the connection.
         expects_continue: Whether the client waits for status 100 before it sends the body.
+        offers_websocket: Whether it is a WebSocket's handshake, as far as ``upgrade`` and ``connection`` say.
     """
 
     end: int
@@ -79,6 +80,7 @@ class RequestHead(NamedTuple):
     chunked: bool
     persistent: bool
     expects_continue: bool
+    offers_websocket: bool = False
 
 
 def examine(data: bytes) -> RequestHead | None:
@@ -152,8 +154,10 @@ def examine(data: bytes) -> RequestHead | None:
         raise HeadRefused(400, "The Host header is not a host.")
     if method == b"CONNECT":
         raise HeadRefused(501, "This server is not a proxy: it does not support CONNECT.")
+    offers_websocket = False
     if upgrades and method == b"GET" and version == b"HTTP/1.1":
-        _examine_upgrade(upgrades, connection)
+        # Every other offer is ignored (RFC 9110 7.8): Java's HTTP client and ``curl --http2`` offer ``h2c`` each time.
+        offers_websocket = _has(upgrades, b"websocket") and _has(connection, b"upgrade")
     if target[:1] != b"/" or b"#" in target:
         target = _origin_form(method, target, host)
     persistent = version == b"HTTP/1.1"
@@ -169,6 +173,7 @@ def examine(data: bytes) -> RequestHead | None:
         coding is not None,
         persistent,
         expectation == b"100-continue" and version == b"HTTP/1.1",
+        offers_websocket,
     )
 
 
@@ -215,14 +220,6 @@ def _examine_coding(coding: bytes, version: bytes) -> None:
         raise HeadRefused(400, "HTTP/1.0 has no Transfer-Encoding.")
     if coding.strip(b" \t").lower() != b"chunked":
         raise HeadRefused(501, "The only Transfer-Encoding that this server supports is chunked, once.")
-
-
-def _examine_upgrade(upgrades: bytes, connection: bytes) -> None:
-    """Refuses a WebSocket handshake, whose client cannot go on by HTTP. Every other offer is ignored (RFC 9110 7.8):
-    Java's HTTP client and ``curl --http2`` offer ``h2c`` with each call."""
-    if _has(upgrades, b"websocket") and _has(connection, b"upgrade"):
-        error = WebSocketRefused()
-        raise HeadRefused(error.status, error.message, error=error)
 
 
 def _has(values: bytes, token: bytes) -> bool:

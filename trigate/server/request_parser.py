@@ -220,6 +220,11 @@ class RequestParser:
             self.complete = not self._left
         return True
 
+    def take_rest(self) -> bytes:
+        """Returns the bytes behind the current head, which are of another protocol."""
+        rest, self._data = self._data, b""
+        return rest
+
     def next_piece(self) -> bytes:
         """Returns the received part of the body; ``b""`` if there is none. `complete` is then up to date.
 

@@ -9,16 +9,61 @@ So clients find it in ``error.message``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import msgspec
 
-from trigate.errors import Header, Rejected, Throttled, Unsupported
+from trigate.errors import GatewayError, Header, ProtocolViolation, Rejected, Throttled, Unavailable, Unsupported
 from trigate.openai.provider_error import message_in
 from trigate.openai.raw_json import decode_any
+from trigate.routing.retry import retry_after_s
 
 _MAX_MESSAGE_CHARS = 500
 _KINDS: Mapping[int, type[Rejected]] = {405: Unsupported, 429: Throttled, 501: Unsupported}
+
+
+_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
+_RETRY_AFTER = ("retry-after", "retry-after-ms")
+_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
+_FAILURES: Mapping[str, tuple[int, ...]] = {"bedrock": (408, 424)}
+"""The statuses below 500 by which a kind of upstream says that a model failed or took too long."""
+
+
+def error_for(
+    upstream: str, kind: str, status: int, headers: Mapping[str, str], body: bytes, *, now_epoch_s: float
+) -> GatewayError:
+    """Returns the error that an error response stands for.
+
+    Args:
+        upstream: The upstream's name, for messages.
+        kind: Its kind.
+        headers: Of the response, by their names in lower case.
+        now_epoch_s: The time now, in seconds since 1970.
+    """
+    message = message_suffix(body)
+    after_s = retry_after_s(headers, now_epoch_s=now_epoch_s)
+    passed: tuple[Header, ...] = tuple(
+        (name.encode(), headers[name].encode())
+        for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
+        if _TIME.fullmatch(headers.get(name, ""))
+    )
+    if status in _FAILURES.get(kind, ()):
+        return Unavailable(
+            f"The model of the upstream {upstream} failed ({status}){message}", reachable=True, retry_after_s=after_s
+        )
+    if 400 <= status < 500 or status == 501:
+        return rejection(upstream, status, body, headers=passed, retry_after_s=after_s)
+    if status in (503, 529):
+        return Unavailable(
+            f"The upstream {upstream} is overloaded or down ({status}){message}",
+            status=503,
+            reachable=True,
+            retry_after_s=after_s,
+        )
+    if 500 <= status < 600:
+        return Unavailable(f"The upstream {upstream} failed ({status}){message}", reachable=True, retry_after_s=after_s)
+    return ProtocolViolation(f"The upstream {upstream} answered with status {status}.")
 
 
 def rejection(

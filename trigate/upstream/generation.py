@@ -109,7 +109,8 @@ class Generation:
         if endpoint is None or not self._narrowed:
             targets = routes.plan(model, aliases=self.aliases, upstreams=self.known())
         else:
-            also = endpoint.path if endpoint.format == "openai" else "/chat/completions"
+            is_own = endpoint.format == "openai" and endpoint.path != "/responses"
+            also = endpoint.path if is_own else "/chat/completions"
             targets = call_targets(endpoint.path, model, also=also, aliases=self.aliases, upstreams=self.known())
         found = self._route(targets, model)
         if model != "default" or model in self.aliases.exact:

@@ -29,7 +29,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TypeVar
 
 import attrs
 import httpx2
@@ -40,29 +39,10 @@ from trigate.errors import GatewayError
 from trigate.upstream.connect import AddressCheck, Connection, NoDescriptor, Origin, dial
 from trigate.upstream.request_stream import Frames, RequestStream
 from trigate.upstream.response_parser import Framing
+from trigate.upstream.step_timeouts import StepTimeouts, within
 
 _SLICE_BYTES = 128 * 1024
 _CLOSED_AT_ONCE = 50
-_T = TypeVar("_T")
-
-
-@attrs.frozen(kw_only=True)
-class StepTimeouts:
-    """Limits for the steps of a request, for callers that cannot use a cancel scope (the interface of `httpx2`).
-
-    **Units:** seconds; ``math.inf`` = no limit.
-    """
-
-    queue_s: float = math.inf
-    read_s: float = math.inf
-    write_s: float = math.inf
-
-
-async def within(seconds: float, error: type[httpx2.TimeoutException], step: Awaitable[_T]) -> _T:
-    """Awaits one step of a request, and raises ``error`` if it takes longer than ``seconds``."""
-    with trio.move_on_after(seconds):
-        return await step
-    raise error(f"nothing within {seconds:g} s")
 
 
 class Response(Framing):
@@ -366,6 +346,18 @@ class ConnectionPool:
         return Opening(
             self, origin, request, method, connect_timeout_s, steps, once or stream is not None, resend, stream
         )
+
+    async def connect(self, origin: Origin, connect_timeout_s: float) -> Connection:
+        """Makes a connection for another protocol than HTTP. It has a slot until `disconnect`, which the caller owes.
+
+        Raises:
+            httpx2.ConnectTimeout, httpx2.ConnectError: As `open`.
+        """
+        return await self._acquire(origin, connect_timeout_s, None)
+
+    def disconnect(self, connection: Connection) -> None:
+        """Closes a connection of `connect`."""
+        self._discard(connection)
 
     async def run(self) -> None:
         """Closes connections that have been idle for too long, until it is cancelled."""

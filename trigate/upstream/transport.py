@@ -14,7 +14,8 @@ import httpx2
 import trio
 
 from trigate.upstream.connect import AddressCheck, Connection, Origin, dial
-from trigate.upstream.pool import ConnectionPool, Opening, PoolStatistics, Response, StepTimeouts, within
+from trigate.upstream.pool import ConnectionPool, Opening, PoolStatistics, Response
+from trigate.upstream.step_timeouts import StepTimeouts, within
 
 
 class SocketTransport(httpx2.AsyncBaseTransport):

@@ -16,10 +16,9 @@ without one.
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any
 
@@ -32,38 +31,33 @@ from trigate.concurrency.fair_limiter import FairLimiter
 from trigate.config.sections import Config, UpstreamConfig
 from trigate.errors import (
     GatewayError,
-    Header,
     ProtocolViolation,
     Rejected,
     Truncated,
     Unavailable,
+    Unsupported,
     UpstreamTimeout,
 )
 from trigate.openai.body_edits import BodyEdits
 from trigate.openai.model_fields import max_output_tokens
 from trigate.openai.native_responses import responses_mode_of
-from trigate.routing.retry import retry_after_s
 from trigate.routing.routes import Known
 from trigate.upstream import azure
 from trigate.upstream.address import Address, constant_headers, url_of
 from trigate.upstream.auth.credentials import RequestAuth
-from trigate.upstream.error_body import message_suffix, rejection
+from trigate.upstream.error_body import error_for
 from trigate.upstream.local_model.process import LocalModel, LocalModelUnavailable
 from trigate.upstream.pool import ConnectionPool
 from trigate.upstream.reply import Httpx2Source, Reply, SocketSource, Source, translated
 from trigate.upstream.request_stream import RequestStream, StreamContent, length_field
 from trigate.upstream.transport import SocketTransport
+from trigate.upstream.websocket import WebSocketReply, open_websocket
 
-_TIME = re.compile(r"[A-Za-z0-9:,. ]{1,40}")
 _DOWN_S = 10.0
 _EXIT_NOTICED_S = 0.2
-_RETRY_AFTER = ("retry-after", "retry-after-ms")
-_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 _MAX_ERROR_BODY_BYTES = 1024 * 1024
 _LARGE_BYTES = 1024 * 1024
 _MIN_SECRET_CHARS = 8
-_FAILURES: Mapping[str, tuple[int, ...]] = {"bedrock": (408, 424)}
-"""The statuses below 500 by which a kind of upstream says that a model failed or took too long."""
 
 
 @attrs.frozen(kw_only=True)
@@ -292,6 +286,67 @@ class Upstream:
             path = azure.path_in(self._api_version, path, model)
         return _OpenReply(self, method, path, body, headers or {}, owner, on_phase)
 
+    @asynccontextmanager
+    async def open_websocket(
+        self,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        subprotocols: Sequence[str],
+        max_bytes: int,
+        owner: str,
+        on_phase: Callable[[str], None],
+    ) -> AsyncIterator[WebSocketReply]:
+        """Opens a WebSocket, and owns it for as long as the block lasts.
+
+        Args:
+            subprotocols: Those that the client offers.
+            max_bytes: The largest message.
+
+        Yields:
+            The reply to the handshake, which may be a refusal. The other arguments, and errors, are those of `open`.
+
+        Raises:
+            Unsupported: The upstream is reached by something else than our own connections.
+        """
+        try:
+            if self._pool is None:
+                reason = f"The upstream {self.name} is reached through a proxy or by HTTP/2, without WebSockets."
+                raise Unsupported(reason, status=501)
+            on_phase("queued")
+            await self._acquire_slot(owner)
+            try:
+                on_phase("connecting")
+                address = await self._find_address()
+                proof = await self.auth.headers("GET", address.netloc, address.path + path, b"") if self.auth else {}
+                async with open_websocket(
+                    self._pool,
+                    address.origin,
+                    name=self.name,
+                    host=address.netloc,
+                    target=address.path + path,
+                    headers={**self._headers, **headers, **proof},
+                    subprotocols=subprotocols,
+                    connect_timeout_s=self._connect_timeout_s,
+                    max_bytes=max_bytes,
+                ) as reply:
+                    yield reply
+            finally:
+                self._slots.release(owner)
+        except GatewayError as error:
+            self._redact(error)
+            raise
+
+    async def _find_address(self) -> Address:
+        """Returns the address of the upstream. Raises Unavailable."""
+        base_url = await self._base_url()
+        if self._address is None or base_url != self._address.base_url:
+            try:
+                self._address = Address.of(base_url)
+            except (httpx2.TransportError, httpx2.InvalidURL) as error:
+                raise translated(error, self.name, answered=False) from error
+        return self._address
+
     async def _base_url(self) -> str:
         if self._local_model is None:
             return self._url
@@ -301,11 +356,8 @@ class Upstream:
             raise Unavailable(str(error), status=503) from error
 
     async def _send(self, method: str, path: str, body: bytes | RequestStream, headers: Mapping[str, str]) -> Source:
-        base_url = await self._base_url()
+        address = await self._find_address()
         try:
-            address = self._address
-            if address is None or base_url != address.base_url:
-                address = self._address = Address.of(base_url)
             if self.auth is not None:
                 signed = body if isinstance(body, bytes) else b""  # no such scheme signs an upload
                 proof = await self.auth.headers(method, address.netloc, address.path + path, signed)
@@ -327,7 +379,7 @@ class Upstream:
                 headers = {**headers, "content-length": str(body.length_bytes)}
             request = httpx2.Request(
                 method,
-                base_url + path,
+                address.base_url + path,
                 headers={**self._headers, **headers},
                 content=body if isinstance(body, bytes) else StreamContent(body),
                 extensions={"timeout": {"connect": _finite(self._connect_timeout_s)}},
@@ -359,7 +411,7 @@ class Upstream:
             body = await reply.read(_MAX_ERROR_BODY_BYTES)
         except (Truncated, ProtocolViolation):
             body = b""  # the status alone decides
-        error = self._error_for(reply, body)
+        error = error_for(self.name, self.config.kind, reply.status, reply.headers, body, now_epoch_s=time.time())
         if self.auth is not None and reply.status in (401, 403):
             self.auth.note_refused()
         self._redact(error)
@@ -367,35 +419,6 @@ class Upstream:
 
     def _redact(self, error: GatewayError) -> None:
         error.redact(self._secrets if self.auth is None else self._secrets + self.auth.secrets)
-
-    def _error_for(self, reply: Reply, body: bytes) -> GatewayError:
-        status, message = reply.status, message_suffix(body)
-        after_s = retry_after_s(reply.headers, now_epoch_s=time.time())
-        passed: tuple[Header, ...] = tuple(
-            (name.encode(), reply.headers[name].encode())
-            for name in (_RETRY_AFTER if after_s is not None else ()) + _RESETS
-            if _TIME.fullmatch(reply.headers.get(name, ""))
-        )
-        if status in _FAILURES.get(self.config.kind, ()):
-            return Unavailable(
-                f"The model of the upstream {self.name} failed ({status}){message}",
-                reachable=True,
-                retry_after_s=after_s,
-            )
-        if 400 <= status < 500 or status == 501:
-            return rejection(self.name, status, body, headers=passed, retry_after_s=after_s)
-        if status in (503, 529):
-            return Unavailable(
-                f"The upstream {self.name} is overloaded or down ({status}){message}",
-                status=503,
-                reachable=True,
-                retry_after_s=after_s,
-            )
-        if 500 <= status < 600:
-            return Unavailable(
-                f"The upstream {self.name} failed ({status}){message}", reachable=True, retry_after_s=after_s
-            )
-        return ProtocolViolation(f"The upstream {self.name} answered with status {status}.")
 
 
 @attrs.define(eq=False)
