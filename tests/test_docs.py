@@ -27,6 +27,7 @@ from trigate.dialects.anthropic import fields
 from trigate.dialects.bedrock import fields as bedrock_fields
 from trigate.dialects.gemini import errors as gemini_errors
 from trigate.dialects.gemini import fields as gemini_fields
+from trigate.dialects.ollama import fields as ollama_fields
 from trigate.dialects.openai_chat import client_fields
 from trigate.dialects.openai_responses import fields as responses_fields
 from trigate.openai import passed_paths
@@ -305,6 +306,10 @@ def test_required_fields() -> None:
         ("Blocks", fields.BLOCKS),
         ("Fields of a chat completion", client_fields.FIELDS),
         ("Parts of messages", client_fields.PARTS),
+        ("Fields of /api/chat", ollama_fields.CHAT_FIELDS),
+        ("Fields of /api/generate", ollama_fields.GENERATE_FIELDS),
+        ("Fields of /api/embed", ollama_fields.EMBED_FIELDS),
+        ("Options", ollama_fields.OPTIONS),
     ],
 )
 def test_formats(title: str, fates: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ REFUSED: dict[tuple[str, str, str], str] = {}
 
 JOINED = {
     (client, upstream)
-    for client in ("chat", "messages", "responses", "gemini")
+    for client in ("chat", "messages", "responses", "gemini", "ollama")
     for upstream in ("openai", "azure", "anthropic", "bedrock", "gemini")
 }
 CELLS = [

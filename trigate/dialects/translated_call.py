@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import msgspec
@@ -52,6 +52,7 @@ class TranslatedCall:
         payload: The name of the payload that the upstream needs of reasoning; None = it takes the text.
         takes_reasoning: Whether the upstream takes back the reasoning of its answers; if not, none is remembered.
         has_marks: Whether the client's format has a place for the mark of reasoning (`marks`).
+        clock: As in `formats.Asked`.
 
     Raises:
         BadRequest: The call is malformed, or (`Untranslatable`) has something that cannot be expressed.
@@ -71,9 +72,10 @@ class TranslatedCall:
         payload: str | None = None,
         takes_reasoning: bool = True,
         has_marks: bool = False,
+        clock: Callable[[], int] = lambda: 0,
     ) -> None:
         request, self.dropped = client.decode_request(call)
-        self._asked = Asked(call, request, at)
+        self._asked = Asked(call, request, at, clock)
         self._client = client
         self._provider = provider
         self._payload = payload
