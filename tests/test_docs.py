@@ -306,15 +306,26 @@ def test_required_fields() -> None:
         ("Blocks", fields.BLOCKS),
         ("Fields of a chat completion", client_fields.FIELDS),
         ("Parts of messages", client_fields.PARTS),
+    ],
+)
+def test_formats(title: str, fates: dict[str, str]) -> None:
+    """The tables of the translated format say what becomes of each field and block, in the order of the code."""
+    rows = _first_names(_sections(_page("reference/formats.md"), "###")[title])
+    assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
+
+
+@pytest.mark.parametrize(
+    ("title", "fates"),
+    [
         ("Fields of /api/chat", ollama_fields.CHAT_FIELDS),
         ("Fields of /api/generate", ollama_fields.GENERATE_FIELDS),
         ("Fields of /api/embed", ollama_fields.EMBED_FIELDS),
         ("Options", ollama_fields.OPTIONS),
     ],
 )
-def test_formats(title: str, fates: dict[str, str]) -> None:
-    """The tables of the translated format say what becomes of each field and block, in the order of the code."""
-    rows = _first_names(_sections(_page("reference/formats.md"), "###")[title])
+def test_ollama(title: str, fates: dict[str, str]) -> None:
+    """So do those of Ollama's format."""
+    rows = _first_names(_sections(_page("reference/ollama.md"), "###")[title])
     assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
 
 

@@ -15,9 +15,11 @@ from tests.support.provider import (
     DONE,
     FINISH,
     Break,
+    Head,
     Pause,
     Provider,
     Say,
+    Script,
     answers,
     completion,
     content,
@@ -313,3 +315,102 @@ async def test_open_webui(open_app: OpenApp) -> None:
         assert call.json["done"]
         refused = await served.client.ask("POST", "/api/pull", {"model": "x", "insecure": True}, headers=headers)
         assert "pull" in refused.json["error"]
+
+
+# -- upstreams --------------------------------------------------------------------------------------------------------
+
+OLLAMA = {"kind": "ollama", "base_url": "http://ollama.invalid", "models": ["qwen3:latest"]}
+NDJSON = Head(200, "application/x-ndjson")
+
+
+def line(message: dict[str, Any], *, done: bool = False, **fields: Any) -> bytes:
+    """A line of an Ollama server."""
+    head = {"model": "qwen3:latest", "created_at": "2026-01-01T00:00:00Z"}
+    return msgspec.json.encode({**head, "message": {"role": "assistant", **message}, "done": done, **fields}) + b"\n"
+
+
+LAST = line({"content": ""}, done=True, done_reason="stop", prompt_eval_count=5, eval_count=2)
+LINES = (line({"content": "", "thinking": "Hm."}), line({"content": 'the "done":true'}), LAST)
+
+
+async def test_the_same_format_is_relayed(open_app: OpenApp) -> None:
+    """Only the model id changes, in both directions; what is newer than the gateway goes through."""
+    config = make_config({"up": OLLAMA})
+    script = (NDJSON, Say(LINES[0][:9]), Say(LINES[0][9:] + LINES[1]), Say(LAST))
+    async with open_app(config, Provider(script)) as served:
+        body = b'{"model": "up/qwen3", "messages":[{"role":"user","content":"Hi"}], "new": {"x": 1.0}, "raw": true}'
+        call = await served.client.ask("POST", "/api/chat", body, headers={"content-type": "application/json"})
+        assert call.body == b"".join(LINES).replace(b'"qwen3:latest"', b'"up/qwen3"')
+        [sent] = served.providers["up"].calls
+        assert (sent.path, sent.body) == ("/api/chat", body.replace(b"up/qwen3", b"qwen3:latest"))
+        assert served.settled[0].usage[:2] == (5, 2)
+        served.providers["up"].play(answers(LAST))
+        call = await ask(served, model="up/qwen3:latest", stream=False).wait()
+        assert call.json == {**json.loads(LAST), "model": "up/qwen3:latest"}
+        served.assert_clean()
+
+
+@pytest.mark.parametrize(
+    "end", [(Break(),), (Say(b'{"error":"it burns"}\n'),), (), (Say(b"no json\n"),), (Say(LAST[:-9]),)]
+)
+async def test_a_relayed_stream_that_fails(open_app: OpenApp, end: tuple[Any, ...]) -> None:
+    """It ends with an error; before the first content, with a status."""
+    async with open_app(make_config({"up": OLLAMA}), Provider((NDJSON, Say(LINES[1]), *end))) as served:
+        call = await ask(served, model="up/qwen3").wait()
+        first, last = lines_of(call)
+        assert first["message"]["content"]
+        assert last.keys() == {"error"}
+        served.providers["up"].play((NDJSON, *end))
+        call = await ask(served, model="up/qwen3").wait()
+        assert call.status in (400, 502)
+        assert isinstance(call.json["error"], str)
+
+
+async def test_an_error_of_the_same_format(open_app: OpenApp) -> None:
+    """It goes to the client word for word."""
+    told = b'{"error":"model \\"x\\" not found, try pulling it first"}'
+    async with open_app(make_config({"up": OLLAMA}), Provider(answers(told, status=404))) as served:
+        call = await ask(served, model="up/x").wait()
+        assert (call.status, call.body) == (404, told)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_other_clients_over_ollama(open_app: OpenApp, is_stream: bool) -> None:
+    """A chat completion gets its own format."""
+    script: Script = (NDJSON, *map(Say, LINES)) if is_stream else answers(LAST.replace(b'""', b'"Hello"'))
+    async with open_app(make_config({"up": OLLAMA}), Provider(script)) as served:
+        call = await served.client.chat(model="up/qwen3:latest", stream=is_stream).wait()
+        assert call.status == 200
+        assert (b"[DONE]" in call.body) is is_stream
+        assert served.providers["up"].calls[0].json["stream"] is is_stream
+        assert served.settled[0].usage[:2] == (5, 2)
+
+
+async def test_openai_embeddings_over_ollama(open_app: OpenApp) -> None:
+    """Vectors are numbers, or in base64, as OpenAI's SDKs ask for them."""
+    answer = answers(b'{"model":"e","embeddings":[[0.5,1.0]],"prompt_eval_count":3}')
+    async with open_app(make_config({"up": OLLAMA}), Provider(answer)) as served:
+        body = {"model": "up/e", "input": "a", "user": "u"}
+        call = await served.client.ask("POST", "/v1/embeddings", body)
+        assert call.json["data"] == [{"object": "embedding", "index": 0, "embedding": [0.5, 1.0]}]
+        assert call.json["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+        assert call.header("x-trigate-dropped") == "user"
+        [sent] = served.providers["up"].calls
+        assert (sent.path, sent.json) == ("/api/embed", {"model": "e", "input": "a"})
+        call = await served.client.ask("POST", "/v1/embeddings", {**body, "encoding_format": "base64"})
+        assert call.json["data"][0]["embedding"] == "AAAAPwAAgD8="
+        call = await served.client.ask("POST", "/v1/embeddings", {**body, "input": [1, 2]})
+        assert (call.status, call.error["param"]) == (400, "input")
+
+
+async def test_the_models_of_an_ollama_server(open_app: OpenApp) -> None:
+    """They are those of ``/api/tags``; a name without its tag is found from Ollama's clients."""
+    tags = {"models": [{"name": "qwen3:latest", "model": "qwen3:latest", "size": 9, "capabilities": ["thinking"]}]}
+    config = make_config({"up": {**OLLAMA, "models": "discover"}})
+    async with open_app(config, Provider(answers(msgspec.json.encode(tags)), (NDJSON, *map(Say, LINES)))) as served:
+        assert served.providers["up"].calls[0].path == "/api/tags"
+        listed = [row["id"] for row in (await served.client.ask("GET", "/v1/models")).json["data"]]
+        assert listed == ["default", "up/qwen3:latest", "qwen3:latest"]
+        shown = (await served.client.ask("POST", "/api/show", {"model": "qwen3"})).json
+        assert shown["capabilities"] == ["completion", "thinking"]
+        assert (await ask(served, model="qwen3").wait()).status == 200

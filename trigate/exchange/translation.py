@@ -31,7 +31,7 @@ from trigate.dialects.endpoints import CHAT, GENERATE, MESSAGES, RESPONSES, STRE
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
 from trigate.dialects.gemini import GeminiClient, GeminiRelay, GeminiUpstream
 from trigate.dialects.ollama import CLIENTS as OLLAMA_CLIENTS
-from trigate.dialects.ollama import EMBEDDINGS
+from trigate.dialects.ollama import EMBEDDINGS, OllamaRelay, OllamaUpstream
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
 from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
 from trigate.dialects.translated_call import TranslatedCall
@@ -284,6 +284,7 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
     "bedrock": "bedrock",
     "gemini": "gemini",
     "vertex": "gemini",
+    "ollama": "ollama",
 }
 """The format that an upstream of a kind speaks."""
 
@@ -291,6 +292,7 @@ _PASS_THROUGH: Mapping[Format, Translation] = {
     "openai": _PassThrough(),
     "anthropic": _AnthropicPassThrough(),
     "gemini": GeminiRelay(),
+    "ollama": OllamaRelay(),
 }
 """By the format of both sides."""
 _CLIENTS: Mapping[str, ClientFormat] = {
@@ -308,6 +310,7 @@ _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "anthropic": MessagesUpstream(),
     "bedrock": BedrockUpstream(),
     "gemini": GeminiUpstream(),
+    "ollama": OllamaUpstream(),
 }
 """The formats to which calls can be translated."""
 _PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}

@@ -262,7 +262,7 @@ async def open_generation(config: Config, transports: TransportFactory | None = 
         polls = [
             ModelPoll(upstream, generation.forget_routes)
             for upstream in upstreams.values()
-            if upstream.config.kind in ("openai", "anthropic", "gemini")
+            if upstream.config.kind in ("openai", "anthropic", "gemini", "ollama")
             and upstream.config.models == "discover"
             and upstream.unusable is None
         ]
@@ -298,7 +298,7 @@ async def _open_upstream(
                 unusable=unusable,
                 default_models=(local_model.model_id(settings.gguf),),
             )
-        case "openai" | "anthropic" | "azure" | "bedrock" | "gemini" | "vertex":
+        case "openai" | "anthropic" | "azure" | "bedrock" | "gemini" | "vertex" | "ollama":
             transport = await stack.enter_async_context(transports(name, settings))
             return Upstream(name, config, transport, auth=auth_of(name, settings))
 

@@ -13,6 +13,7 @@ from trigate.dialects.ollama.client import CLIENTS, OllamaClient, answer_without
 from trigate.dialects.ollama.embed import EMBEDDINGS, EmbedCall, EmbeddingsCall
 from trigate.dialects.ollama.errors import error_line, error_response
 from trigate.dialects.ollama.models import VERSION, encode_show, encode_tag, names_of
+from trigate.dialects.ollama.upstream import OllamaRelay, OllamaUpstream
 
 __all__ = [
     "CLIENTS",
@@ -21,6 +22,8 @@ __all__ = [
     "EmbedCall",
     "EmbeddingsCall",
     "OllamaClient",
+    "OllamaRelay",
+    "OllamaUpstream",
     "answer_without_upstream",
     "encode_show",
     "encode_tag",

@@ -179,6 +179,7 @@ class EmbeddingsCall(_Embedding):
 EMBEDDINGS: Mapping[tuple[str, Format], Callable[[Call, Callable[[], int]], EmbedCall | EmbeddingsCall]] = {
     ("/api/embed", "openai"): EmbedCall,
     ("/api/embeddings", "openai"): EmbedCall,
+    ("/embeddings", "ollama"): EmbeddingsCall,
 }
 """The translations of embeddings, by the path of the endpoint and the upstream's format."""
 
