@@ -27,6 +27,7 @@ from trigate.dialects.anthropic import fields
 from trigate.dialects.bedrock import fields as bedrock_fields
 from trigate.dialects.gemini import errors as gemini_errors
 from trigate.dialects.gemini import fields as gemini_fields
+from trigate.dialects.ollama import fields as ollama_fields
 from trigate.dialects.openai_chat import client_fields
 from trigate.dialects.openai_responses import fields as responses_fields
 from trigate.openai import passed_paths
@@ -310,6 +311,21 @@ def test_required_fields() -> None:
 def test_formats(title: str, fates: dict[str, str]) -> None:
     """The tables of the translated format say what becomes of each field and block, in the order of the code."""
     rows = _first_names(_sections(_page("reference/formats.md"), "###")[title])
+    assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
+
+
+@pytest.mark.parametrize(
+    ("title", "fates"),
+    [
+        ("Fields of /api/chat", ollama_fields.CHAT_FIELDS),
+        ("Fields of /api/generate", ollama_fields.GENERATE_FIELDS),
+        ("Fields of /api/embed", ollama_fields.EMBED_FIELDS),
+        ("Options", ollama_fields.OPTIONS),
+    ],
+)
+def test_ollama(title: str, fates: dict[str, str]) -> None:
+    """So do those of Ollama's format."""
+    rows = _first_names(_sections(_page("reference/ollama.md"), "###")[title])
     assert [(name, row[1]) for name, row in rows.items()] == list(fates.items())
 
 

@@ -151,7 +151,7 @@ async def test_a_model_that_is_not_listed_is_a_404(open_app: OpenApp) -> None:
 async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: str) -> None:
     """The error has OpenAI's shape."""
     async with open_app() as served:
-        call = await served.client.ask(method, path)
+        call = await served.client.ask(method, path, headers={"accept": "text/html"})
         assert (call.status, call.error["code"]) == (404, "not_found")
         assert set(call.error) == {"message", "type", "param", "code"}
         assert call.header("content-type") == "application/json"

@@ -16,8 +16,8 @@ REFUSED: dict[tuple[str, str, str], str] = {}
 
 JOINED = {
     (client, upstream)
-    for client in ("chat", "messages", "responses", "gemini")
-    for upstream in ("openai", "azure", "anthropic", "bedrock", "gemini")
+    for client in ("chat", "messages", "responses", "gemini", "ollama")
+    for upstream in ("openai", "azure", "anthropic", "bedrock", "gemini", "ollama")
 }
 CELLS = [
     pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")

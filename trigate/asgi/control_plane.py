@@ -16,7 +16,7 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
-from trigate.asgi.routes import hooks, models, sessions, status
+from trigate.asgi.routes import hooks, models, ollama, sessions, status
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
@@ -49,6 +49,7 @@ def create_control_plane() -> ControlPlane:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(hooks.blueprint)
     app.register_blueprint(models.blueprint)
+    app.register_blueprint(ollama.blueprint)
     app.register_blueprint(sessions.blueprint)
     app.register_blueprint(status.blueprint)
 
@@ -77,7 +78,7 @@ async def check_parameters() -> None:  # noqa: ASYNC124 - so that Quart gives it
         BadRequest: The endpoint does not know a parameter, or one is empty or given twice.
     """
     view = request.endpoint
-    if view is None or request.blueprint == "models" or request.method == "OPTIONS":
+    if view is None or request.blueprint in ("models", "ollama") or request.method == "OPTIONS":
         return
     known = PARAMETERS.get(view, ())
     for name, values in request.args.lists():

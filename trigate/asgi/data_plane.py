@@ -7,6 +7,7 @@ expect it), and Quart's request and response objects cost as much as the whole e
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +21,7 @@ from trigate.asgi.request_body import BodyLimits, RequestBody, too_large
 from trigate.config.sections import Seconds
 from trigate.content_coding import CODINGS
 from trigate.dialects.endpoints import RESPONSES, Found
+from trigate.dialects.ollama import answer_without_upstream
 from trigate.errors import (
     Draining,
     GatewayError,
@@ -37,6 +39,7 @@ from trigate.openai.request_bounds import is_small
 from trigate.sessions.service import SessionRecorder
 from trigate.tracebacks import drop_frames
 
+_OF_CURL = (b"", b"application/x-www-form-urlencoded")
 _DECODING = trio.CapacityLimiter(1)
 """Large bodies are decoded one by one: each further thread would delay the event loop by a turn of the interpreter."""
 
@@ -61,7 +64,9 @@ async def serve_call(
     if head.method != "POST":
         raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
     content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if content_type != b"application/json" and not content_type.endswith(b"+json"):
+    # Ollama takes any: its clients are told to use `curl -d`. A web page, which has an origin, cannot.
+    is_curl = endpoint.format == "ollama" and head.origin is None and content_type in _OF_CURL
+    if content_type != b"application/json" and not content_type.endswith(b"+json") and not is_curl:
         given = content_type.decode("latin-1")[:100] or "none"
         raise UnsupportedMediaType(f"Content-Type must be application/json; got {given}.")
     session = head.session_key(endpoint)
@@ -76,6 +81,13 @@ async def serve_call(
         call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, found.in_path, limiter=_DECODING)
     request_body.keep(len(body), gateway.generations.config.limits)
     del body
+    if endpoint.format == "ollama":
+        generation = gateway.generations.current
+        call = attrs.evolve(call, model=generation.named(call.model))
+        if (data := answer_without_upstream(call, time.time_ns())) is not None:
+            generation.route(call.model)
+            await response.respond(200, [(b"content-type", b"application/json")], data)
+            return
     if endpoint is RESPONSES:
         call = responses.identified(call)
     upstream, note = None, None

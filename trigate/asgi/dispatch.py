@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # hypercorn imports multiprocessing
 
 _CONTROL_PLANE_BYTES = 1024 * 1024
 _HOOK_BYTES = 1024 * 1024
+_RUNNING = b"Ollama is running"
+"""Clients compare it."""
 
 
 async def serve_request(
@@ -78,8 +80,8 @@ async def serve_request(
             owner = authorize(head, config) or ""
             await serve_call(gateway, found, head, body, response, request_id=request_id, owner=owner)
             return
-        if head.path == "/" and head.method == "HEAD":  # Claude Code asks whether anything is there
-            await response.respond(200, [], b"")
+        if head.path == "/" and _asks_whether_anything_is_there(head):
+            await response.respond(200, [(b"content-type", b"text/plain")], b"" if head.method == "HEAD" else _RUNNING)
             return
         hook, rest = _hook_of(head.path)
         if hook and not rest:
@@ -109,6 +111,11 @@ async def serve_request(
             await response.respond(*error_response(defect, form, request_id))
     finally:
         body.release()
+
+
+def _asks_whether_anything_is_there(head: RequestHead) -> bool:
+    """Whether a request to ``/`` is not a browser's: Claude Code and Ollama's clients begin with one."""
+    return head.method == "HEAD" or (head.method == "GET" and b"text/html" not in head.headers.get(b"accept", b""))
 
 
 def _find_endpoint(head: RequestHead, scope: Any) -> Found | None:

@@ -20,6 +20,9 @@ from trigate.openai.passed_paths import is_administration
 _MODELS = re.compile(r"/*(?:v1/+)*models(?:/+(.+))?", re.DOTALL)
 _SIMILARITY = 0.85
 
+OLLAMA_PATHS = ("/api/version", "/api/tags", "/api/show", "/api/ps")
+"""The paths of Ollama's format that are no calls, and are served."""
+
 
 def canonical(path: str) -> str:
     """Returns the path of the data plane or of the models that a path stands for, or else the path with one slash at
@@ -31,6 +34,8 @@ def canonical(path: str) -> str:
     tail = "/" + "/".join(_segments(path))
     if f"/v1{tail}" in ENDPOINTS:
         return f"/v1{tail}"
+    if tail.startswith("/api/") and tail in (*ENDPOINTS, *OLLAMA_PATHS):
+        return tail
     models = _MODELS.fullmatch(path.rstrip("/"))
     if models is not None:  # an id may contain two slashes, one after the other
         return f"/v1/models/{models[1]}" if models[1] else "/v1/models"
@@ -50,6 +55,8 @@ def format_of(path: str, headers: Container[bytes]) -> Format:
     """
     if gemini.is_own(path) or (b"x-goog-api-key" in headers and f"{path}/".startswith("/v1/models/")):
         return "gemini"
+    if path.startswith("/api/") and not path.startswith("/api/v1/"):
+        return "ollama"
     is_own = f"{path}/".startswith("/v1/messages/") or b"anthropic-version" in headers
     return "anthropic" if is_own else "openai"
 

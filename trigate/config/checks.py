@@ -313,7 +313,7 @@ def edit_problems(upstream: UpstreamConfig) -> list[str]:
     return found
 
 
-_REMOTE = ("openai", "anthropic", "azure", "bedrock", "gemini", "vertex")
+_REMOTE = ("openai", "anthropic", "azure", "bedrock", "gemini", "vertex", "ollama")
 _HAVE_ADDRESS = ("bedrock", "gemini", "vertex")
 """Their base URL has a default."""
 _OF_KIND = {
@@ -337,6 +337,8 @@ def kind_problems(table: Mapping[str, Any]) -> list[str]:
     found = []
     if kind in _REMOTE and kind not in _HAVE_ADDRESS and "base_url" not in table:
         found.append(f"base_url: required for kind {kind!r}")
+    if kind == "ollama" and re.search(r"/(?:v1|api)/*$", str(table.get("base_url"))):
+        found.append("base_url: for kind 'ollama' it ends before /api, and has no /v1: http://127.0.0.1:11434")
     if kind == "bedrock" and "region" not in table:
         found.append("region: required for kind 'bedrock'")
     if "profile" in table and "api_key" in table:

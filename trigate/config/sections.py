@@ -81,7 +81,7 @@ class UpstreamConfig:
     A timeout that is not set is that of ``[limits]``.
     """
 
-    kind: Literal["openai", "anthropic", "azure", "bedrock", "gemini", "vertex", "echo", "local"] = "openai"
+    kind: Literal["openai", "anthropic", "azure", "bedrock", "gemini", "vertex", "ollama", "echo", "local"] = "openai"
     """The API that it speaks; or ``echo`` and ``local``, which the gateway runs itself."""
     base_url: Url | None = None
     api_key: Secret | None = None

@@ -55,9 +55,16 @@ _GEMINI: Mapping[str, Endpoint] = {
 }
 """By their methods; which endpoint streams depends on the query."""
 
+_OLLAMA = {"format": "ollama", "stream_type": "application/x-ndjson", "keep_alive": "none"}
+OLLAMA_CHAT = make_endpoint("/api/chat", results="message", streams_by_default=True, **_OLLAMA)
+OLLAMA_GENERATE = make_endpoint("/api/generate", results="response", streams_by_default=True, **_OLLAMA)
+OLLAMA_EMBED = make_endpoint("/api/embed", results="embeddings", **_OLLAMA)
+OLLAMA_EMBEDDINGS = make_endpoint("/api/embeddings", results="embedding", **_OLLAMA)
+
 ENDPOINTS: Mapping[str, Endpoint] = {
     **endpoints.ENDPOINTS,
     **{f"/v1{endpoint.path}": endpoint for endpoint in (MESSAGES, COUNT_TOKENS)},
+    **{endpoint.path: endpoint for endpoint in (OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS)},
 }
 """The endpoints of the data plane by their paths."""
 

@@ -7,7 +7,7 @@ translates to or from `vocabulary` only, so any client's format can be joined to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -28,11 +28,13 @@ class Asked:
 
     Attributes:
         at: When the call was made: Unix time, in seconds.
+        clock: Returns the time, in nanoseconds since the epoch; for answers whose parts say when they were made.
     """
 
     call: Call
     request: Request
     at: float = 0.0
+    clock: Callable[[], int] = lambda: 0
 
     def estimate(self, size_bytes: int) -> TokenCounts:
         """Estimates the token counts of an answer of this size, where the provider has not counted."""

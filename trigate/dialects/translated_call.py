@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import msgspec
@@ -53,6 +53,7 @@ class TranslatedCall:
         payload: The name of the payload that the upstream needs of reasoning; None = it takes the text.
         takes_reasoning: Whether the upstream takes back the reasoning of its answers; if not, none is remembered.
         has_marks: Whether the client's format has a place for the mark of reasoning (`marks`).
+        clock: As in `formats.Asked`.
 
     It is decoded when that is first needed. A method that needs it raises BadRequest if the call is malformed, or
     (`Untranslatable`) has something that cannot be expressed.
@@ -72,10 +73,12 @@ class TranslatedCall:
         payload: str | None = None,
         takes_reasoning: bool = True,
         has_marks: bool = False,
+        clock: Callable[[], int] = lambda: 0,
     ) -> None:
         self.dropped: tuple[str, ...] = ()
         self._call = call
         self._at = at
+        self._clock = clock
         self._decoded: Asked | None = None
         self._encoded: bytes | None = None
         self._client = client
@@ -90,7 +93,7 @@ class TranslatedCall:
         """Decodes the call; at the first time, this takes as long as the call is large."""
         if self._decoded is None:
             request, self.dropped = self._client.decode_request(self._call)
-            self._decoded = Asked(self._call, request, self._at)
+            self._decoded = Asked(self._call, request, self._at, self._clock)
         return self._decoded
 
     def _replace(self, request: Request) -> None:

@@ -30,6 +30,8 @@ from trigate.dialects.bedrock.framing import EVENT_STREAM
 from trigate.dialects.endpoints import CHAT, GENERATE, MESSAGES, RESPONSES, STREAM_GENERATE, STREAM_GENERATE_ARRAY
 from trigate.dialects.formats import ClientFormat, UpstreamFormat
 from trigate.dialects.gemini import GeminiClient, GeminiRelay, GeminiUpstream
+from trigate.dialects.ollama import CLIENTS as OLLAMA_CLIENTS
+from trigate.dialects.ollama import EMBEDDINGS, OllamaRelay, OllamaUpstream
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
 from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
 from trigate.dialects.translated_call import TranslatedCall
@@ -282,6 +284,7 @@ FORMAT_OF_KIND: Mapping[str, Format] = {
     "bedrock": "bedrock",
     "gemini": "gemini",
     "vertex": "gemini",
+    "ollama": "ollama",
 }
 """The format that an upstream of a kind speaks."""
 
@@ -289,6 +292,7 @@ _PASS_THROUGH: Mapping[Format, Translation] = {
     "openai": _PassThrough(),
     "anthropic": _AnthropicPassThrough(),
     "gemini": GeminiRelay(),
+    "ollama": OllamaRelay(),
 }
 """By the format of both sides."""
 _CLIENTS: Mapping[str, ClientFormat] = {
@@ -298,6 +302,7 @@ _CLIENTS: Mapping[str, ClientFormat] = {
     GENERATE.path: GeminiClient(),
     STREAM_GENERATE.path: GeminiClient(),
     STREAM_GENERATE_ARRAY.path: GeminiClient(is_array=True),
+    **OLLAMA_CLIENTS,
 }
 """The formats of the calls that can be translated, by the path of their endpoint."""
 _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
@@ -305,6 +310,7 @@ _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "anthropic": MessagesUpstream(),
     "bedrock": BedrockUpstream(),
     "gemini": GeminiUpstream(),
+    "ollama": OllamaUpstream(),
 }
 """The formats to which calls can be translated."""
 _PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}
@@ -342,13 +348,17 @@ def translation_of(
             client,
             provider,
             at=time.time(),
+            clock=time.time_ns,
             payload=_PAYLOADS.get(spoken),
             takes_reasoning=not isinstance(provider, ChatUpstream) or provider.takes_reasoning(config),
             has_marks=call.endpoint.path in _MARKED,
         )
+    if (make := EMBEDDINGS.get((call.endpoint.path, spoken))) is not None:
+        return make(call, time.time_ns)
+    path = call.endpoint.path if call.endpoint.format == "ollama" else f"/v1{call.endpoint.path}"
     raise Unsupported(
-        f"The upstream {upstream} speaks {NAMES[spoken]} format (kind {config.kind!r}), and calls to "
-        f"/v1{call.endpoint.path} are not translated to it.",
+        f"The upstream {upstream} speaks {NAMES[spoken]} format (kind {config.kind!r}), and calls to {path} "
+        "are not translated to it.",
         status=501,
     )
 

@@ -139,7 +139,7 @@ def decode_large_call(endpoint: Endpoint, body: bytes, in_path: InPath) -> Call:
         BadRequest: The body exceeds a bound; or as `decode_call`.
         UnknownModel: As `decode_call`.
     """
-    examine(body, has_messages="messages" in endpoint.required)
+    examine(body, has_messages="messages" in endpoint.required or endpoint.format == "ollama")
     call = decode_call(endpoint, body, in_path, is_text=True)
     if not call.names_model or "model" not in call.fields:
         return call

@@ -18,6 +18,7 @@ import trio
 
 from trigate.concurrency.notify import open_service
 from trigate.config.sections import AttemptTimeouts, Config, ModelConfig, UpstreamConfig
+from trigate.dialects.ollama import names_of
 from trigate.errors import GatewayError
 from trigate.openai.endpoints import Endpoint
 from trigate.routing import routes
@@ -80,6 +81,7 @@ class Generation:
         self.aliases = Aliases({name: tuple(map(Target.parse, model.targets)) for name, model in config.models.items()})
         self._narrowed = any(upstream.endpoints is not None for upstream in config.upstreams.values())
         self._routes: dict[str, Route] = {}
+        self._named: dict[str, str] = {}
         self.exchanges = 0
         self.created = int(time.time())
         self._retired = False
@@ -157,6 +159,20 @@ class Generation:
     def forget_routes(self) -> None:
         """Drops the kept routes, because an upstream lists other models."""
         self._routes.clear()
+        self._named.clear()
+
+    def named(self, model: str) -> str:
+        """Returns the public id that a client of Ollama's format means: it may add the tag ``latest``, or leave it
+        out."""
+        found = self._named.get(model)
+        if found is None:
+            ids = self.public_ids()
+            names = names_of(model)
+            found = next((name for name in names if name in ids), names[-1] if model.endswith(":latest") else model)
+            if len(self._named) >= _MAX_ROUTES:
+                self._named.clear()
+            self._named[model] = found
+        return found
 
     def public_ids(self) -> dict[str, str]:
         """Returns every listed model id with its owner."""
@@ -250,7 +266,7 @@ async def open_generation(config: Config, transports: TransportFactory | None = 
         polls = [
             ModelPoll(upstream, generation.forget_routes)
             for upstream in upstreams.values()
-            if upstream.config.kind in ("openai", "anthropic", "gemini")
+            if upstream.config.kind in ("openai", "anthropic", "gemini", "ollama")
             and upstream.config.models == "discover"
             and upstream.unusable is None
         ]
@@ -286,7 +302,7 @@ async def _open_upstream(
                 unusable=unusable,
                 default_models=(local_model.model_id(settings.gguf),),
             )
-        case "openai" | "anthropic" | "azure" | "bedrock" | "gemini" | "vertex":
+        case "openai" | "anthropic" | "azure" | "bedrock" | "gemini" | "vertex" | "ollama":
             transport = await stack.enter_async_context(transports(name, settings))
             return Upstream(name, config, transport, auth=auth_of(name, settings))
 

@@ -23,7 +23,7 @@ RETRY_S = 5.0
 
 _TIMEOUT_S = 10.0
 
-_PATHS = {"anthropic": "/models?limit=1000", "gemini": "/models?pageSize=1000"}
+_PATHS = {"anthropic": "/models?limit=1000", "gemini": "/models?pageSize=1000", "ollama": "/api/tags"}
 """By the kind of the upstream. Anthropic and Google give a page; this is the longest one."""
 _MAX_PAGES = 20
 
@@ -52,8 +52,8 @@ ModelFields = Mapping[str, Any]
 def decode_model_list(body: bytes) -> dict[str, ModelFields]:
     """Returns the ids in an answer to ``GET /models``, in their order, each with the fields that clients look for.
 
-    The list is in ``data``, or the body itself (Together). Rows without an ``id`` are skipped. Google's ids begin with
-    ``models/``, which calls do not need.
+    The list is in ``data``, in ``models`` with names for ids (Ollama), or the body itself (Together). Rows without an
+    ``id`` are skipped. Google's ids begin with ``models/``, which calls do not need.
 
     >>> decode_model_list(b'[{"id": "models/m", "context_length": 8192, "x": 1}, {"id": 5}, null]')
     {'m': {'context_length': 8192}}
@@ -64,6 +64,8 @@ def decode_model_list(body: bytes) -> dict[str, ModelFields]:
     rows = decode_any(body)
     if isinstance(rows, dict) and "data" in rows:
         rows = rows["data"] or []
+    elif isinstance(rows, dict) and isinstance(rows.get("models"), list):
+        rows = [{**row, "id": row.get("model")} for row in rows["models"] if isinstance(row, dict)]
     if not isinstance(rows, list):
         raise ValueError("it is neither an array nor an object with data")
     found: dict[str, ModelFields] = {}
