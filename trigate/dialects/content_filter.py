@@ -20,7 +20,7 @@ _CODES = re.compile(
 )
 _WORDS = re.compile(
     r"content (?:filter|management policy|policy)|(?:was|were|been) flagged|usage polic|inappropriate content"
-    r"|sensitive|content filtering|requires moderation",
+    r"|sensitive (?:content|material|word)|敏感|requires moderation",
     re.IGNORECASE,
 )
 _STATUSES = (400, 403, 422, 451)
@@ -33,8 +33,8 @@ def is_refusal(error: GatewayError) -> bool:
 
     >>> is_refusal(Rejected("The prompt triggered Azure OpenAI's content management policy.", status=400))
     True
-    >>> is_refusal(Rejected("messages: must not be empty", status=400)), is_refusal(Rejected("sensitive", status=500))
-    (False, False)
+    >>> [is_refusal(Rejected(message, status=500 if "usage" in message else 400)) for message in ("usage policy", "no")]
+    [False, False]
     """
     if not isinstance(error, Rejected | Reported) or error.status not in _STATUSES:
         return False
