@@ -303,7 +303,7 @@ _CLIENTS: Mapping[str, ClientFormat] = {
 _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "openai": ChatUpstream(),
     "anthropic": MessagesUpstream(),
-    "bedrock": BedrockUpstream(),
+    "bedrock": BedrockUpstream(os.urandom(16)),
     "gemini": GeminiUpstream(),
 }
 """The formats to which calls can be translated."""
