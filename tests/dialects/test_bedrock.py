@@ -44,6 +44,7 @@ from trigate.dialects.vocabulary import (
 )
 from trigate.errors import BadRequest, ProtocolViolation, Reported, Truncated, Untranslatable
 
+BEDROCK = BedrockUpstream(b"seed")
 CLAUDE = "us.anthropic.claude-sonnet-4-5-20250929-v1:0"
 NOVA = "us.amazon.nova-pro-v1:0"
 LLAMA = "us.meta.llama4-scout-17b-instruct-v1:0"
@@ -62,7 +63,7 @@ def encode(
     """Encodes a request; returns the decoded body, and what was dropped."""
     config = UpstreamConfig(kind="bedrock", region="us-east-1", guardrail=guardrail)
     request = Request(messages=messages or (user(Text("Hi")),), **fields)
-    body, dropped = BedrockUpstream().encode_request(request, model=model, upstream=config)
+    body, dropped = BEDROCK.encode_request(request, model=model, upstream=config)
     return msgspec.json.decode(body), dropped
 
 
@@ -129,7 +130,7 @@ def test_the_fields_of_a_request() -> None:
 def test_the_path() -> None:
     """The model's id is one segment of it, whatever its characters."""
     request = Request(messages=(user(Text("Hi")),), stream=True)
-    assert BedrockUpstream().path(request, NOVA) == "/model/us.amazon.nova-pro-v1%3A0/converse-stream"
+    assert BEDROCK.path(request, NOVA) == "/model/us.amazon.nova-pro-v1%3A0/converse-stream"
 
 
 def test_a_conversation_with_tools() -> None:
@@ -394,7 +395,7 @@ class Keeping:
 def read(*pieces: bytes, ended: bool = True) -> tuple[list[Any], TranslatedStream]:
     """Decodes a stream; returns its events without the first one, and the reader."""
     keeping = Keeping()
-    parts = BedrockUpstream().stream_parts(upstream="aws", max_event_bytes=10_000)
+    parts = BEDROCK.stream_parts(upstream="aws", max_event_bytes=10_000)
     reader = TranslatedStream(parts, keeping, upstream="aws")
     for piece in pieces:
         if reader.error is None:
@@ -419,6 +420,16 @@ def test_a_stream_in_pieces(cuts: list[int]) -> None:
     data = b"".join(EVERYTHING)
     ends = sorted({min(cut, len(data)) for cut in (*cuts, 0, len(data))})
     assert read(*[data[a:b] for a, b in itertools.pairwise(ends)])[0] == EVENTS
+
+
+def test_each_answer_has_an_id_of_its_own() -> None:
+    """Bedrock gives none, and its streams begin alike."""
+    ids = [BEDROCK.decode_answer(body_of({"text": "a"}), upstream="aws")[0].id for _ in range(2)]
+    for _ in range(2):
+        [first] = BEDROCK.stream_parts(upstream="aws", max_event_bytes=9).decoder.feed(b'{"messageStart":{}}')
+        assert isinstance(first, Start)
+        ids.append(first.id)
+    assert len(set(ids)) == 4
 
 
 def test_a_stream_without_counts() -> None:
@@ -465,7 +476,7 @@ def test_the_reason_of_the_end(reason: str, found: str) -> None:
     """It is the same in a stream and in a plain answer."""
     events, _ = read(start(), delta(0, text="a"), stop(0), end(reason))
     assert events[-1].reason == found
-    answer, usage = BedrockUpstream().decode_answer(body_of({"text": "a"}, reason=reason), upstream="aws")
+    answer, usage = BEDROCK.decode_answer(body_of({"text": "a"}, reason=reason), upstream="aws")
     assert answer.finish == events[-1]
     assert usage == (30, 20, 0)
 
@@ -553,7 +564,7 @@ def body_of(*content: Any, reason: str = "end_turn") -> bytes:
 
 def test_a_plain_answer() -> None:
     """Its blocks become parts; those of an unknown kind say nothing."""
-    answer, _ = BedrockUpstream().decode_answer(
+    answer, _ = BEDROCK.decode_answer(
         body_of(
             {"reasoningContent": {"reasoningText": {"text": "hm", "signature": "c2ln"}}},
             {"reasoningContent": {"redactedContent": "aGlkZGVu"}},
@@ -592,20 +603,20 @@ def test_a_plain_answer() -> None:
 def test_what_is_no_answer(body: bytes, kind: type[Exception]) -> None:
     """It is an error of the upstream."""
     with pytest.raises(kind):
-        BedrockUpstream().decode_answer(body, upstream="aws")
+        BEDROCK.decode_answer(body, upstream="aws")
 
 
 def test_the_other_kind_of_answer() -> None:
     """Bedrock answers a stream with a stream, and a plain call with JSON."""
     with pytest.raises(ProtocolViolation):
-        BedrockUpstream().events(b"{}", upstream="aws")
+        BEDROCK.events(b"{}", upstream="aws")
     with pytest.raises(ProtocolViolation):
-        BedrockUpstream().collected(b"", upstream="aws")
+        BEDROCK.collected(b"", upstream="aws")
 
 
 def test_a_stream_for_a_client_of_anthropic_s() -> None:
     """Joined to a client's format, it is a stream of that format."""
-    joined = TranslatedCall(call(), MessagesClient(), BedrockUpstream())
+    joined = TranslatedCall(call(), MessagesClient(), BEDROCK)
     reader = joined.stream_reader(call(), upstream="aws", max_event_bytes=10_000, keep_bytes=0, continues=None)
     out = reader.feed(b"".join(EVERYTHING))
     assert reader.complete

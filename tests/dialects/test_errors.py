@@ -130,6 +130,22 @@ def test_an_error_of_anthropic_s_goes_through_word_for_word() -> None:
             {},
             "prompt is too long: 200000 tokens > 131072 maximum",
         ),
+        (
+            "The model returned the following errors: prompt is too long: 200049 tokens > 200000 maximum",
+            {},
+            "prompt is too long: 200049 tokens > 200000 maximum",
+        ),
+        *[
+            (f"The model returned the following errors: {text}", {}, f"prompt is too long: {start}{text}")
+            for start, text in [
+                ("The model returned the following errors: ", each)
+                for each in (
+                    "Input Tokens Exceeded: Number of input tokens exceeds maximum length. Please update the input.",
+                    "This model's maximum context length is 131072 tokens. Please reduce the length of the prompt",
+                    "too many total text bytes: 30000000 > 9000000",
+                )
+            ]
+        ],
         ("Please shorten it.", {"code": "context_length_exceeded"}, "prompt is too long: Please shorten it."),
         ("max_tokens is too large: 32000. It supports at most 16384.", {}, None),
         ("No.", {"code": 400}, None),

@@ -3,7 +3,8 @@
 Every provider has words of its own for it, and a client understands only those of its format: an agent then shortens
 its conversation instead of failing, or of sending it again and again.
 
-Source: the messages of OpenAI, OpenRouter, DeepSeek, vLLM, SGLang, llama.cpp, Gemini, Mistral, xAI and Anthropic.
+Source: the messages of OpenAI, OpenRouter, DeepSeek, vLLM, SGLang, llama.cpp, Gemini, Mistral, xAI, Anthropic and the
+models of Bedrock.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _WITH_NUMBERS = [
     )
 ]
 _WITHOUT_NUMBERS = re.compile(
-    r"prompt is too long|input is too long|exceeds? the (?:available )?context (?:window|size)"
+    r"prompt is too long|input is too long|too many total text bytes|number of input tokens exceeds maximum length"
+    r"|maximum context length is \d+ tokens\. please reduce the length of the prompt"
+    r"|exceeds? the (?:available )?context (?:window|size)"
     r"|exceeds? (?:the )?(?:model's )?maximum context length|longer than the model's context length",
     re.IGNORECASE,
 )

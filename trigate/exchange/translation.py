@@ -308,7 +308,7 @@ _CLIENTS: Mapping[str, ClientFormat] = {
 _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "openai": ChatUpstream(),
     "anthropic": MessagesUpstream(),
-    "bedrock": BedrockUpstream(),
+    "bedrock": BedrockUpstream(os.urandom(16)),
     "gemini": GeminiUpstream(),
     "ollama": OllamaUpstream(),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -35,9 +36,24 @@ _Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
 
 
-def answer_id(data: bytes) -> str:
-    """Returns an id for an answer, which has none: the same for the same bytes."""
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
+class AnswerIds:
+    """Makes the ids of answers, which have none: each another one.
+
+    Args:
+        seed: Random bytes, so that no other process makes the same ids.
+
+    >>> ids = AnswerIds(b"seed")
+    >>> first, second = next(ids), next(ids)
+    >>> len(first), first != second
+    (24, True)
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed = seed
+        self._count = itertools.count()
+
+    def __next__(self) -> str:
+        return hashlib.blake2b(b"%b %d" % (self._seed, next(self._count)), digest_size=12).hexdigest()
 
 
 def finish_of(reason: object, usage: TokenCounts | None, *, has_calls: bool, upstream: str) -> Finish:
@@ -95,10 +111,11 @@ def checked_arguments(value: object, name: str, upstream: str) -> str:
     return text
 
 
-def decode_answer(body: bytes, *, upstream: str) -> tuple[Answer, Usage | None]:
+def decode_answer(body: bytes, *, answer_id: str, upstream: str) -> tuple[Answer, Usage | None]:
     """Decodes an answer.
 
     Args:
+        answer_id: Its id.
         upstream: The upstream's name, for messages.
 
     Raises:
@@ -121,7 +138,7 @@ def decode_answer(body: bytes, *, upstream: str) -> tuple[Answer, Usage | None]:
     counts = counts_of(value.get("usage"))
     has_calls = any(isinstance(part, ToolCall) for part in parts)
     finish = finish_of(value.get("stopReason"), counts, has_calls=has_calls, upstream=upstream)
-    return Answer(answer_id(body), tuple(parts), finish), usage_of(counts)
+    return Answer(answer_id, tuple(parts), finish), usage_of(counts)
 
 
 def _parts(block: _Json, upstream: str) -> list[AnswerPart]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trigate.dialects.bedrock.answer import answer_id, checked_arguments, counts_of, finish_of, usage_of
+from trigate.dialects.bedrock.answer import checked_arguments, counts_of, finish_of, usage_of
 from trigate.dialects.bedrock.framing import END, EXCEPTION, FAULT
 from trigate.dialects.vocabulary import (
     ArgumentsDelta,
@@ -116,14 +116,16 @@ class BedrockEventDecoder:
     """Decodes one stream. A `formats.EventDecoder`.
 
     Args:
+        answer_id: The id of the answer.
         upstream: The upstream's name, for messages.
     """
 
-    __slots__ = ("_calls", "_id", "_index", "_open", "_reason", "_upstream", "_usage")
+    __slots__ = ("_calls", "_id", "_index", "_is_started", "_open", "_reason", "_upstream", "_usage")
 
-    def __init__(self, *, upstream: str) -> None:
+    def __init__(self, *, answer_id: str, upstream: str) -> None:
         self._upstream = upstream
-        self._id: str | None = None
+        self._id = answer_id
+        self._is_started = False
         self._open: type[Event] | None = None
         self._index = -1
         self._calls: list[tuple[str, list[str]]] = []
@@ -137,8 +139,8 @@ class BedrockEventDecoder:
             raise ProtocolViolation(f"The upstream {self._upstream} sent an event that is not a JSON object.")
         kind, fields = named
         events: list[Event] = []
-        if self._id is None:
-            self._id = answer_id(data)
+        if not self._is_started:
+            self._is_started = True
             events.append(Start(self._id))
         match kind:
             case "contentBlockDelta":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from urllib.parse import quote
 
 from trigate.config.sections import UpstreamConfig
-from trigate.dialects.bedrock.answer import decode_answer
+from trigate.dialects.bedrock.answer import AnswerIds, decode_answer
 from trigate.dialects.bedrock.events import BedrockEventDecoder, BedrockTracker
 from trigate.dialects.bedrock.framing import EVENT_STREAM, EventStreamSplitter
 from trigate.dialects.bedrock.request import encode_request
@@ -26,9 +26,16 @@ def path_of(model: str, operation: str) -> str:
 
 
 class BedrockUpstream:
-    """A `formats.UpstreamFormat`."""
+    """A `formats.UpstreamFormat`.
+
+    Args:
+        seed: Random bytes, from which the ids of answers are made.
+    """
 
     stream_types: tuple[str, ...] = (EVENT_STREAM,)
+
+    def __init__(self, seed: bytes) -> None:
+        self._ids = AnswerIds(seed)
 
     def path(self, request: Request, model: str) -> str:
         """As `UpstreamFormat.path`."""
@@ -51,12 +58,12 @@ class BedrockUpstream:
         return StreamParts(
             EventStreamSplitter(max_event_bytes=max_event_bytes),
             BedrockTracker(upstream=upstream),
-            BedrockEventDecoder(upstream=upstream),
+            BedrockEventDecoder(answer_id=next(self._ids), upstream=upstream),
         )
 
     def decode_answer(self, body: bytes, *, upstream: str) -> tuple[Answer, Usage | None]:
         """As `UpstreamFormat.decode_answer`."""
-        return decode_answer(body, upstream=upstream)
+        return decode_answer(body, answer_id=next(self._ids), upstream=upstream)
 
     def events(self, body: bytes, *, upstream: str) -> bytes:
         """As `UpstreamFormat.events`: Bedrock never answers so, and a proxy before it cannot make it whole."""
