@@ -152,6 +152,24 @@ async def test_a_tool_loop(open_app: OpenApp) -> None:
         assert [block["tool_use_id"] for block in answer["content"]] == ["toolu_1", "t2"]
 
 
+async def test_reasoning_that_the_client_lost(open_app: OpenApp) -> None:
+    """It is put back before the calls, from what the gateway remembers: a model that thinks by a budget needs it."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    script = streams(START, *thinking(0, "hm", signature=signature_of("hm")), *tool(1, '{"a":1}'), *end("tool_use"))
+    config = native(store={"path": ":memory:"})
+    async with open_app(config, both(script)) as served:
+        fields = {"model": "native/claude-sonnet-4-5", "tools": tools, "reasoning_effort": "high"}
+        message = message_of((await ask(served, **fields).wait()).body)
+        lost = {name: message[name] for name in ("role", "content", "tool_calls")}
+        result = {"role": "tool", "tool_call_id": "toolu_1", "content": "x"}
+        served.providers["native"].play(HELLO)
+        call = await ask(served, messages=[USER, lost, result], **fields).wait()
+        assert call.header("x-trigate-dropped") == ""
+        sent = sent_to(served)[1]
+        assert sent["messages"][1]["content"][0]["signature"] == signature_of("hm")
+        assert sent["thinking"]["type"] == "enabled"
+
+
 async def test_silences(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """A comment breaks them, and the upstream's pings are not for the client."""
     script: Script = (Say(START), Say(PING), Pause(20), *map(Say, text(0, "a")), Pause(20), Say(PING), *map(Say, end()))
