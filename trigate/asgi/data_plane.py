@@ -75,12 +75,16 @@ async def serve_call(
         call = await trio.to_thread.run_sync(decode_large_call, endpoint, body, found.in_path, limiter=_DECODING)
     request_body.keep(len(body), gateway.generations.config.limits)
     del body
+    asked: responses.ResponseCall | None = None
     if endpoint is RESPONSES:
-        call = responses.identified(call)
+        asked = await responses.prepare(gateway, call, owner)
+        call = asked.call
     upstream, note = None, None
     names, keeps = may_name_objects(call), is_kept(call)
     if names or keeps:
-        objects = Objects(store=gateway.store, owner=owner, sees_all=not gateway.generations.config.keys)
+        own_answer = call.identity.id if call.identity is not None else None
+        sees_all = not gateway.generations.config.keys
+        objects = Objects(store=gateway.store, owner=owner, sees_all=sees_all, own_answer=own_answer)
         upstream = await objects.upstream_of(None, named_by(call), asked=None) if names else None
         note = objects.note_answer if keeps else None
     exchange: Exchange | None = None
@@ -94,38 +98,48 @@ async def serve_call(
                 response.gone = True
                 nursery.cancel_scope.cancel()
 
+        def request_for(call: Call, exchange_id: str) -> ExchangeRequest:
+            return ExchangeRequest(
+                id=exchange_id,
+                call=call,
+                generation=gateway.generations.current,
+                headers={
+                    "content-type": "application/json",
+                    "accept": "text/event-stream" if call.stream else "application/json",
+                    "x-request-id": request_id,
+                    **head.forwarded(endpoint),
+                },
+                client_headers=head.headers,
+                owner=owner,
+                arrived_at=arrived_at,
+                client_timeout_s=timeout_s,
+                sdk_timeout_s=sdk_timeout_s,
+                upstream=upstream,
+                note=note,
+            )
+
         def exchange_for(call: Call, recorder: Recorder | None = None) -> Exchange:
             nonlocal exchange
-            generation = gateway.generations.current
+            request = request_for(call, request_id)
             exchange = Exchange(
-                request=ExchangeRequest(
-                    id=request_id,
-                    call=call,
-                    generation=generation,
-                    headers={
-                        "content-type": "application/json",
-                        "accept": "text/event-stream" if call.stream else "application/json",
-                        "x-request-id": request_id,
-                        **head.forwarded(endpoint),
-                    },
-                    client_headers=head.headers,
-                    owner=owner,
-                    arrived_at=arrived_at,
-                    client_timeout_s=timeout_s,
-                    sdk_timeout_s=sdk_timeout_s,
-                    upstream=upstream,
-                    note=note,
-                ),
+                request=request,
                 services=gateway.exchange_services,
                 client=response,
                 recorder=recorder,
-                shares=generation.settings_of(call.model).coalesce if coalesce is None else coalesce,
+                shares=request.generation.settings_of(call.model).coalesce if coalesce is None else coalesce,
             )
             return exchange
 
         watch_client(nursery, request_body, response, leave)
-        if session is None:
-            await exchange_for(call).run(nursery)
+        if asked is not None and asked.live is not None and call.identity is not None:
+            timeout_s = sdk_timeout_s = math.inf
+            try:
+                await responses.serve_in_background(gateway, asked, request_for(call, call.identity.id), response)
+            except GatewayError as error:  # not through the nursery, which would wrap it in a group
+                drop_frames(error)
+                failure = error
+        elif session is None:
+            await exchange_for(call, asked.recorder if asked is not None else None).run(nursery)
         else:
             wait_s = min(timeout_s, sdk_timeout_s)
             failure = await _take_turn(gateway, owner, session, call, response, exchange_for, nursery, at_most_s=wait_s)

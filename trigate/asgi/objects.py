@@ -36,11 +36,13 @@ class Objects:
     Attributes:
         owner: The name of its key.
         sees_all: The gateway has no keys.
+        own_answer: The id of the answer, if the gateway makes it: no upstream has it.
     """
 
     store: Store
     owner: str
     sees_all: bool
+    own_answer: str | None = None
 
     async def upstream_of(self, object_id: str | None, named: Sequence[str], *, asked: str | None) -> str | None:
         """Returns the upstream that a request has to go to; None = it names no object that is known.
@@ -89,6 +91,8 @@ class Objects:
         object_id = _id_in(data)
         if object_id is None or target is None:
             return False
+        if object_id == self.own_answer:
+            return True
         noted = UpstreamObject(id=object_id, upstream=target.upstream, owner=self.owner, at=time.time())
         self.store.objects.note([noted], durable=False)
         return True
