@@ -9,14 +9,15 @@ import attrs
 import msgspec
 
 from trigate.dialects.endpoints import RESPONSES
+from trigate.dialects.marks import Marks
 from trigate.dialects.openai_chat import ChatUpstream
-from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
+from trigate.dialects.openai_responses import ResponsesClient
 from trigate.dialects.stream import TranslatedStream
-from trigate.dialects.translated_call import TranslatedCall
+from trigate.dialects.translated_call import Memory, TranslatedCall
 from trigate.openai import sse
 from trigate.openai.request import Call, Identity, decode_call
 
-SEAL = HmacSeal(b"a key")
+MARKS = Marks(bytes(32))
 IDENTITY = Identity(id="resp_1", created_at=1_700_000_000)
 REQUIRED = frozenset(
     (
@@ -35,7 +36,9 @@ def call(**fields: Any) -> Call:
 
 def translated(asked: Call) -> TranslatedCall:
     """Returns a call over chat completions."""
-    return TranslatedCall(asked, ResponsesClient(SEAL), ChatUpstream())
+    made = TranslatedCall(asked, ResponsesClient(), ChatUpstream(), has_marks=True)
+    made.use(Memory(marks=MARKS))
+    return made
 
 
 def make_reader(asked: Call | None = None) -> TranslatedStream:

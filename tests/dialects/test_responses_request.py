@@ -8,9 +8,10 @@ import attrs
 import msgspec
 import pytest
 
-from tests.dialects.responses import SEAL, call, translated
+from tests.dialects.responses import MARKS, call, translated
 from trigate.config.sections import UpstreamConfig, Url
-from trigate.dialects.openai_responses.sealed import HmacSeal
+from trigate.dialects.marks import Marks
+from trigate.dialects.openai_responses.sealed import seal
 from trigate.dialects.vocabulary import Reasoning, as_user_text
 from trigate.errors import BadRequest, PreviousResponseNotFound, Untranslatable
 
@@ -246,8 +247,12 @@ def test_custom_calls_come_back() -> None:
 
 def test_own_reasoning_goes_back() -> None:
     """What the gateway has sealed is opened; what another program has sealed is dropped."""
-    own = {"type": "reasoning", "summary": [], "encrypted_content": SEAL.seal(Reasoning("Hm."))}
-    foreign = {"type": "reasoning", "summary": [], "encrypted_content": HmacSeal(b"x").seal(Reasoning("Evil"))}
+
+    def sealed(text: str, marks: Marks) -> dict[str, Any]:
+        reasoning = Reasoning(text, {"trigate": marks.mark_of(text)})
+        return {"type": "reasoning", "summary": [], "encrypted_content": seal(reasoning)}
+
+    own, foreign = sealed("Hm.", MARKS), sealed("Evil", Marks(b"k" * 32))
     body, dropped = encode(input=[said("user", "a"), own, foreign, said("assistant", "b"), said("user", "c")])
     assert body["messages"][1] == {"role": "assistant", "content": "b", "reasoning_content": "Hm."}
     assert dropped == ("reasoning.encrypted_content",)

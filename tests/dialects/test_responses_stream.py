@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.dialects.chat import DONE, USAGE, chunk, tool, usage
-from tests.dialects.responses import SEAL, call, decoded, make_reader, response_of, translate, translated
+from tests.dialects.responses import MARKS, call, decoded, make_reader, response_of, translate, translated
+from trigate.dialects.openai_responses.sealed import unseal
 from trigate.dialects.vocabulary import Reasoning
 from trigate.errors import ProtocolViolation, Reported, Truncated
 
@@ -97,7 +98,8 @@ def test_reasoning(summary: str | None) -> None:
     assert (reasoning["type"], message["type"]) == ("reasoning", "message")
     where = "summary" if summary else "content"
     assert [part["text"] for part in reasoning[where]] == ["Let me think."]
-    assert SEAL.open(reasoning["encrypted_content"]) == Reasoning("Let me think.")
+    mark = MARKS.mark_of("Let me think.")
+    assert unseal(reasoning["encrypted_content"]) == Reasoning("Let me think.", {"trigate": mark})
     kinds = {event["type"] for event in decoded(stream)}
     assert ("response.reasoning_summary_text.delta" in kinds) is bool(summary)
     assert ("response.reasoning_text.delta" in kinds) is (summary is None)

@@ -24,6 +24,7 @@ from trigate.store.records import (
     Retention,
     Run,
     SessionCounts,
+    StoredResponse,
     Turn,
     UpstreamObject,
     Worker,
@@ -991,3 +992,33 @@ async def test_a_secret_is_made_once(store: Store) -> None:
     assert await store.secret("marks", b"first") == b"first"
     assert await store.secret("marks", b"second") == b"first"
     assert await store.secret("other", b"third") == b"third"
+
+
+# -- responses --------------------------------------------------------------------------------------------------------
+
+
+def a_response(response_id: str, *, owner: str = "o", at: float = 1.0, body: bytes = b"{}") -> StoredResponse:
+    """A response that the gateway keeps."""
+    return StoredResponse(id=response_id, owner=owner, at=at, body=body, input=b"[]")
+
+
+async def test_a_response_belongs_to_its_owner(store: Store) -> None:
+    """To another owner it is absent; putting it again replaces it."""
+    await store.responses.put(a_response("r"))
+    await store.responses.put(a_response("r", body=b'{"a":1}'))
+    found = await store.responses.get("o", "r")
+    assert found == a_response("r", body=b'{"a":1}')
+    assert await store.responses.get("p", "r") is None
+    assert await store.responses.delete("p", "r") is False
+    assert await store.responses.delete("o", "r") is True
+    assert await store.responses.get("o", "r") is None
+
+
+async def test_responses_are_bounded_by_age_and_count(store: Store) -> None:
+    """The oldest ones are deleted."""
+    for number in range(9):
+        await store.responses.put(a_response(str(number), at=float(number)))
+    keep = attrs.evolve(ALL, responses_before=3.0)
+    assert await store.prune(keep) == 3
+    assert await store.prune(attrs.evolve(keep, max_responses=4)) == 2
+    assert [number for number in range(9) if await store.responses.get("o", str(number)) is not None] == [5, 6, 7, 8]

@@ -31,6 +31,8 @@ def test_retention() -> None:
         objects_before=600 * DAY_S,
         max_objects=1_000_000,
         reasoning_before=1_000 * DAY_S - 3600,
+        responses_before=970 * DAY_S,
+        max_responses=10_000,
     )
 
 

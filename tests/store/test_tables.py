@@ -12,7 +12,7 @@ from trigate.store.schema import MIGRATIONS
 from trigate.store.tables import Tables
 
 SESSION = Session(owner="o", key="k", created_at=1.0, active_at=1.0)
-GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects", "reasoning")
+GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects", "reasoning", "responses")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,8 @@ GROWING = ("sessions", "messages", "runs", "deliveries", "claims", "objects", "r
         ("objects", {"ids": ["a", "b"]}),
         ("drop_object", {"object_id": "a", "upstream": "u"}),
         ("reasoning", {"owner": "o", "calls": ["a", "b"], "since": 1.0}),
+        ("response", {"owner": "o", "response_id": "r"}),
+        ("drop_response", {"owner": "o", "response_id": "r"}),
     ],
 )
 def test_no_table_that_grows_is_walked(name: str, args: dict[str, Any]) -> None:

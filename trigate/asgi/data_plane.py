@@ -36,10 +36,13 @@ from trigate.exchange.sink import Recorder
 from trigate.gateway.gateway import Gateway
 from trigate.openai.request import Call, decode_call, decode_large_call
 from trigate.openai.request_bounds import is_small
+from trigate.routing.routes import Target
 from trigate.sessions.service import SessionRecorder
 from trigate.tracebacks import drop_frames
 
 _OF_CURL = (b"", b"application/x-www-form-urlencoded")
+_Note = Callable[[Target | None, bytes], bool]
+"""As `ExchangeRequest.note`."""
 _DECODING = trio.CapacityLimiter(1)
 """Large bodies are decoded one by one: each further thread would delay the event loop by a turn of the interpreter."""
 
@@ -88,18 +91,11 @@ async def serve_call(
             generation.route(call.model)
             await response.respond(200, [(b"content-type", b"application/json")], data)
             return
+    asked: responses.ResponseCall | None = None
     if endpoint is RESPONSES:
-        call = responses.identified(call)
-    upstream, note = None, None
-    keys = gateway.generations.config.keys
-    names, keeps = may_name_objects(call, keys=len(keys)), is_kept(call)
-    if names or keeps:
-        objects = Objects(store=gateway.store, owner=owner, sees_all=not keys)
-        if names:
-            find = partial(named_by, call)
-            ids = find() if is_small(call.body) else await trio.to_thread.run_sync(find, limiter=_DECODING)
-            upstream = await objects.upstream_of(None, ids, asked=None)
-        note = partial(objects.note_answer, call) if keeps else None
+        asked = await responses.prepare(gateway, call, owner)
+        call = asked.call
+    upstream, note = await _objects_of(gateway, call, owner)
     exchange: Exchange | None = None
     failure: GatewayError | None = None
     async with trio.open_nursery() as nursery:
@@ -111,38 +107,48 @@ async def serve_call(
                 response.gone = True
                 nursery.cancel_scope.cancel()
 
+        def request_for(call: Call, exchange_id: str) -> ExchangeRequest:
+            return ExchangeRequest(
+                id=exchange_id,
+                call=call,
+                generation=gateway.generations.current,
+                headers={
+                    "content-type": "application/json",
+                    "accept": "text/event-stream" if call.stream else "application/json",
+                    "x-request-id": request_id,
+                    **head.forwarded(endpoint),
+                },
+                client_headers=head.headers,
+                owner=owner,
+                arrived_at=arrived_at,
+                client_timeout_s=timeout_s,
+                sdk_timeout_s=sdk_timeout_s,
+                upstream=upstream,
+                note=note,
+            )
+
         def exchange_for(call: Call, recorder: Recorder | None = None) -> Exchange:
             nonlocal exchange
-            generation = gateway.generations.current
+            request = request_for(call, request_id)
             exchange = Exchange(
-                request=ExchangeRequest(
-                    id=request_id,
-                    call=call,
-                    generation=generation,
-                    headers={
-                        "content-type": "application/json",
-                        "accept": "text/event-stream" if call.stream else "application/json",
-                        "x-request-id": request_id,
-                        **head.forwarded(endpoint),
-                    },
-                    client_headers=head.headers,
-                    owner=owner,
-                    arrived_at=arrived_at,
-                    client_timeout_s=timeout_s,
-                    sdk_timeout_s=sdk_timeout_s,
-                    upstream=upstream,
-                    note=note,
-                ),
+                request=request,
                 services=gateway.exchange_services,
                 client=response,
                 recorder=recorder,
-                shares=generation.settings_of(call.model).coalesce if coalesce is None else coalesce,
+                shares=request.generation.settings_of(call.model).coalesce if coalesce is None else coalesce,
             )
             return exchange
 
         watch_client(nursery, request_body, response, leave)
-        if session is None:
-            await exchange_for(call).run(nursery)
+        if asked is not None and asked.live is not None and call.identity is not None:
+            timeout_s = sdk_timeout_s = math.inf
+            try:
+                await responses.serve_in_background(gateway, asked, request_for(call, call.identity.id), response)
+            except GatewayError as error:  # not through the nursery, which would wrap it in a group
+                drop_frames(error)
+                failure = error
+        elif session is None:
+            await exchange_for(call, asked.recorder if asked is not None else None).run(nursery)
         else:
             wait_s = min(timeout_s, sdk_timeout_s)
             failure = await _take_turn(gateway, owner, session, call, response, exchange_for, nursery, at_most_s=wait_s)
@@ -150,6 +156,21 @@ async def serve_call(
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _objects_of(gateway: Gateway, call: Call, owner: str) -> tuple[str | None, _Note | None]:
+    """Returns the upstream that has the objects that a call names, and what notes its answer if an upstream keeps it."""
+    keys = gateway.generations.config.keys
+    names, keeps = may_name_objects(call, keys=len(keys)), is_kept(call)
+    if not (names or keeps):
+        return None, None
+    objects = Objects(store=gateway.store, owner=owner, sees_all=not keys)
+    upstream = None
+    if names:
+        find = partial(named_by, call)
+        ids = find() if is_small(call.body) else await trio.to_thread.run_sync(find, limiter=_DECODING)
+        upstream = await objects.upstream_of(None, ids, asked=None)
+    return upstream, partial(objects.note_answer, call) if keeps else None
 
 
 async def read_body(

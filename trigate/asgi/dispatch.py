@@ -19,6 +19,7 @@ from trigate.asgi.lazy_control_plane import LazyControlPlane
 from trigate.asgi.passthrough import serve_passed
 from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import BodyBudget, BodyLimits, RequestBody, too_large
+from trigate.asgi.responses import serve_stored
 from trigate.config.sections import Config, LimitsConfig
 from trigate.content_coding import CODINGS
 from trigate.dialects.endpoints import ENDPOINTS, Found, find_endpoint
@@ -69,6 +70,8 @@ async def serve_request(
             if passed is not None:
                 owner = authorize(head, config) or ""
                 query: bytes = scope["query_string"]
+                if await serve_stored(gateway, passed, head, response, query=query, owner=owner):
+                    return
                 await serve_passed(
                     gateway, passed, head, body, response, query=query, request_id=request_id, owner=owner
                 )

@@ -16,12 +16,14 @@ import attrs
 import msgspec
 import trio
 
+from trigate.asgi import responses
 from trigate.asgi.data_plane import read_body, wait_disconnected, watch_client
 from trigate.asgi.objects import Objects
 from trigate.asgi.request import RequestHead
 from trigate.asgi.request_body import RequestBody
 from trigate.asgi.upload import Upload
 from trigate.errors import BadRequest, Draining, MethodNotAllowed, UnsupportedMediaType
+from trigate.exchange.answers import JSON_HEADERS
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest, PassThrough
@@ -112,6 +114,11 @@ async def serve_passed(
     read = await _read(gateway, passed, head, request_body, response, query)
     if read is None:
         return
+    if endpoint.path == "/responses/input_tokens":
+        counted = responses.counted(gateway, read.model, read.body)
+        if counted is not None:
+            await response.respond(200, JSON_HEADERS, counted)
+            return
     objects = Objects(store=gateway.store, owner=owner, sees_all=not generation.config.keys)
     upstream = await objects.upstream_of(passed.object_id, read.objects, asked=asked_upstream(head))
     is_new = passed.method == "POST" and passed.object_id is None

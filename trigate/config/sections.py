@@ -296,6 +296,9 @@ class StoreConfig:
     max_runs: Count = Count(1_000_000)
     max_sessions: Count = Count(1_000_000)
     max_objects: Count = Count(1_000_000)
+    response_retention_s: Seconds = Seconds(30 * DAY_S)
+    """How long a response is kept that a client can ask for or continue."""
+    max_responses: Count = Count(10_000)
 
 
 @attrs.frozen(kw_only=True)

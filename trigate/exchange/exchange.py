@@ -129,10 +129,11 @@ class Exchange(ExchangeState):
 
     def _sink(self) -> Sink:
         """Returns the destination of the answer: the client, the recorder, or both."""
+        sink: Sink | None = self._client_sink
         if self.recorder is not None:
-            return RecordingSink(self.recorder, self._client_sink, is_stream=self.call.stream, usage=lambda: self.usage)
-        assert self._client_sink is not None, "an exchange has a client, or a recorder, or both"
-        note, sink = self.request.note, self._client_sink
+            sink = RecordingSink(self.recorder, sink, is_stream=self.call.stream, usage=lambda: self.usage)
+        assert sink is not None, "an exchange has a client, or a recorder, or both"
+        note = self.request.note
         return sink if note is None else NotingSink(sink, lambda data: note(self.target, data))
 
     # -- how it ends --------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from trigate.dialects.gemini import GeminiClient, GeminiRelay, GeminiUpstream
 from trigate.dialects.ollama import CLIENTS as OLLAMA_CLIENTS
 from trigate.dialects.ollama import EMBEDDINGS, OllamaRelay, OllamaUpstream
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
-from trigate.dialects.openai_responses import HmacSeal, ResponsesClient
+from trigate.dialects.openai_responses import ResponsesClient
+from trigate.dialects.openai_responses import without_own_reasoning as without_sealed_reasoning
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, ProtocolViolation, Unsupported
 from trigate.openai.answer import Usage, decode_answer
@@ -170,7 +171,8 @@ class _PassThrough:
             known = takes_developer(upstream.base_url)
             messages = with_system_role(bytes(call.fields["messages"]), upstream.system_role, takes_developer=known)
             call = call.with_messages(messages) if messages is not None else call
-        return call.body_for(model)
+        body = call.body_for(model)
+        return without_sealed_reasoning(body) if call.endpoint is RESPONSES else body
 
     def stream_reader(
         self,
@@ -298,7 +300,7 @@ _PASS_THROUGH: Mapping[Format, Translation] = {
 _CLIENTS: Mapping[str, ClientFormat] = {
     CHAT.path: ChatClient(),
     MESSAGES.path: MessagesClient(),
-    RESPONSES.path: ResponsesClient(HmacSeal(os.urandom(32))),
+    RESPONSES.path: ResponsesClient(),
     GENERATE.path: GeminiClient(),
     STREAM_GENERATE.path: GeminiClient(),
     STREAM_GENERATE_ARRAY.path: GeminiClient(is_array=True),
@@ -315,7 +317,7 @@ _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
 """The formats to which calls can be translated."""
 _PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}
 """What an upstream of a format needs of reasoning, by its name in the vocabulary. The others take its text."""
-_MARKED = frozenset((MESSAGES.path,))
+_MARKED = frozenset((MESSAGES.path, RESPONSES.path))
 """The paths whose format has a place for the mark of reasoning (`trigate.dialects.marks`)."""
 
 

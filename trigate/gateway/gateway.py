@@ -28,6 +28,7 @@ from trigate.exchange.live import LiveExchanges
 from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.shared_call import open_shared_calls
 from trigate.exchange.socket_relay import SocketRelay
+from trigate.exchange.stored_responses import BackgroundResponses, open_background_responses
 from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
@@ -60,6 +61,7 @@ class Gateway:
     workers: Workers
     sessions: Sessions
     runs: Runs
+    background_responses: BackgroundResponses
     hooks: Hooks
     channels: Channels
     inflight: InflightRequests
@@ -168,6 +170,7 @@ async def open_gateway(
                     generations=generations,
                     exchange_services=exchange_services,
                 ) as runs,
+                open_background_responses() as background_responses,
                 open_channels(
                     store=store,
                     workers=workers,
@@ -209,6 +212,7 @@ async def open_gateway(
                     workers=workers,
                     sessions=sessions,
                     runs=runs,
+                    background_responses=background_responses,
                     hooks=hooks,
                     channels=channels,
                     inflight=InflightRequests(workers=workers, live=live),

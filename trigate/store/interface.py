@@ -39,6 +39,7 @@ from trigate.store.records import (
     RunState,
     Session,
     SessionCounts,
+    StoredResponse,
     StoreStatistics,
     Ticket,
     Turn,
@@ -315,6 +316,22 @@ class Reasoning(Protocol):
         """Returns the values of an owner's calls that were kept since a time, by the ids of the calls."""
 
 
+# -- responses --------------------------------------------------------------------------------------------------------
+
+
+class Responses(Protocol):
+    """Responses that are kept for clients. One of another owner is absent."""
+
+    def put(self, response: StoredResponse) -> Write[None]:
+        """Stores a response, or replaces the one with its id."""
+
+    async def get(self, owner: str, response_id: str) -> StoredResponse | None:
+        """Returns one response; None = there is none."""
+
+    def delete(self, owner: str, response_id: str) -> Write[bool]:
+        """Deletes a response; False = there is none."""
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +347,7 @@ class Store(Protocol):
     exchanges: Exchanges
     objects: Objects
     reasoning: Reasoning
+    responses: Responses
 
     def secret(self, name: str, new: bytes) -> Write[bytes]:
         """Returns a secret of the gateway, the same in all workers and after each restart; ``new`` becomes it if there

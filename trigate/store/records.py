@@ -265,6 +265,28 @@ class ReasoningRecord:
     value: bytes = attrs.field(repr=False)
 
 
+@attrs.frozen(kw_only=True)
+class StoredResponse:
+    """A response that the gateway keeps for a client (the Responses API).
+
+    Attributes:
+        owner: The name of the gateway key that it was made with; empty = the gateway had no keys.
+        at: When it was made.
+        worker: The worker that makes it; empty = it has ended.
+        body: The response, a JSON object.
+        input: The items of its input and of all responses that it continues, a JSON array.
+        events: The events of its stream, if they can be asked for.
+    """
+
+    id: str
+    owner: str
+    at: float
+    worker: str = ""
+    body: bytes = attrs.field(repr=False)
+    input: bytes = attrs.field(repr=False)
+    events: bytes = attrs.field(default=b"", repr=False)
+
+
 LOST = "lost"
 """The outcome of an exchange whose process exited before the exchange ended."""
 
@@ -359,8 +381,9 @@ class Retention:
         exchanges_before: Records of exchanges that began before this time.
         objects_before: Objects of upstreams that were noted before this time.
         reasoning_before: Reasoning that was remembered before this time.
-        max_sessions, max_runs, max_exchanges, max_objects: How many are kept, of all owners; the oldest ones in excess
-            are deleted.
+        responses_before: Responses that were made before this time.
+        max_sessions, max_runs, max_exchanges, max_objects, max_responses: How many are kept, of all owners; the oldest
+            ones in excess are deleted.
     """
 
     sessions_before: float
@@ -373,3 +396,5 @@ class Retention:
     objects_before: float = 0.0
     max_objects: int = 2**63 - 1
     reasoning_before: float = 0.0
+    responses_before: float = 0.0
+    max_responses: int = 2**63 - 1

@@ -41,6 +41,8 @@ def retention(
         objects_before=before(settings.object_retention_s),
         max_objects=settings.max_objects,
         reasoning_before=now - reasoning.retention_s,
+        responses_before=before(settings.response_retention_s),
+        max_responses=settings.max_responses,
     )
 
 

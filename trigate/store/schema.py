@@ -181,5 +181,17 @@ MIGRATIONS = (
         UNIQUE (owner, call)
     ) STRICT;
     """,
+    """
+    CREATE TABLE responses (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        owner TEXT NOT NULL,
+        at REAL NOT NULL,
+        worker TEXT NOT NULL,
+        body BLOB NOT NULL,
+        input BLOB NOT NULL,
+        events BLOB NOT NULL
+    ) STRICT;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

@@ -24,6 +24,7 @@ from trigate.store.records import (
     Run,
     Session,
     SessionCounts,
+    StoredResponse,
     Ticket,
     UpstreamObject,
     Worker,
@@ -76,6 +77,7 @@ _DELIVERIES = _Table(Delivery, "deliveries", key=("id",), flags=("repeatable",))
 _CHANNELS = _Table(ChannelRecord, "channels", key=("name",))
 _WORKERS = _Table(Worker, "workers", key=("id",))
 _OBJECTS = _Table(UpstreamObject, "objects", key=("id", "upstream"))
+_RESPONSES = _Table(StoredResponse, "responses", key=("id",))
 
 _OF_EXCHANGE = ExchangeRecord.__struct_fields__
 # One statement inserts all rows, from JSON: the interpreter's lock changes hands between two statements, and while the
@@ -443,15 +445,36 @@ class Tables(ReasoningTables):
 
     def drop_objects(self, before: float, *, most: int, limit: int) -> int:
         """Deletes the oldest objects from before a time, or in excess of ``most``; returns how many."""
-        excess = max(0, self._number("SELECT count(*) FROM objects") - most)
+        return self._drop_oldest("objects", before, most, limit)
+
+    def _drop_oldest(self, table: str, before: float, most: int, limit: int) -> int:
+        excess = max(0, self._number(f"SELECT count(*) FROM {table}") - most)
         return self._do(
-            "DELETE FROM objects WHERE number IN (SELECT number FROM (SELECT number, at FROM objects ORDER BY number"
-            " LIMIT ?) WHERE at < ? LIMIT ?) OR number IN (SELECT number FROM objects ORDER BY number LIMIT ?)",
+            f"DELETE FROM {table} WHERE number IN (SELECT number FROM (SELECT number, at FROM {table} ORDER BY number"
+            f" LIMIT ?) WHERE at < ? LIMIT ?) OR number IN (SELECT number FROM {table} ORDER BY number LIMIT ?)",
             limit,
             before,
             limit,
             min(excess, limit),
         )
+
+    # -- responses
+
+    def put_response(self, response: StoredResponse) -> None:
+        """Stores a response, or replaces the one with its id."""
+        self._put(_RESPONSES, response)
+
+    def response(self, owner: str, response_id: str) -> StoredResponse | None:
+        """Returns one response."""
+        return self._one(_RESPONSES, "WHERE id = ? AND owner = ?", response_id, owner)
+
+    def drop_response(self, owner: str, response_id: str) -> int:
+        """Deletes one response; returns how many there were."""
+        return self._do("DELETE FROM responses WHERE id = ? AND owner = ?", response_id, owner)
+
+    def drop_responses(self, before: float, *, most: int, limit: int) -> int:
+        """As `drop_objects`."""
+        return self._drop_oldest("responses", before, most, limit)
 
     def touch(self) -> None:
         """Changes a row that no query reads: a test of whether the store can be written to."""

@@ -7,7 +7,15 @@ answer is that of its ``response.output_item.done``, and a stream without its la
 from __future__ import annotations
 
 from trigate.dialects.openai_responses.client import ResponsesClient
-from trigate.dialects.openai_responses.errors import overloaded_response, response_failed
-from trigate.dialects.openai_responses.sealed import HmacSeal, Seal
+from trigate.dialects.openai_responses.errors import failed_response, overloaded_response, response_failed
+from trigate.dialects.openai_responses.history import without_own_reasoning
+from trigate.dialects.openai_responses.response import response_head
 
-__all__ = ["HmacSeal", "ResponsesClient", "Seal", "overloaded_response", "response_failed"]
+__all__ = [
+    "ResponsesClient",
+    "failed_response",
+    "overloaded_response",
+    "response_failed",
+    "response_head",
+    "without_own_reasoning",
+]

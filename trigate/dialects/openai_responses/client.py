@@ -9,31 +9,23 @@ from trigate.dialects.openai_responses.events import ResponsesEventEncoder
 from trigate.dialects.openai_responses.fields import FIELD_OF
 from trigate.dialects.openai_responses.request import decode_request
 from trigate.dialects.openai_responses.response import encode_answer
-from trigate.dialects.openai_responses.sealed import Seal
 from trigate.dialects.vocabulary import Answer, Request
 from trigate.openai.request import Call
 
 
 class ResponsesClient:
-    """A `formats.ClientFormat`.
-
-    Args:
-        seal: Seals reasoning for clients, and opens what they send back.
-    """
+    """A `formats.ClientFormat`."""
 
     field_of: Mapping[str, str] = FIELD_OF
 
-    def __init__(self, seal: Seal) -> None:
-        self._seal = seal
-
     def decode_request(self, call: Call) -> tuple[Request, tuple[str, ...]]:
         """As `ClientFormat.decode_request`."""
-        return decode_request(call.fields, seal=self._seal, stream=call.stream)
+        return decode_request(call.fields, stream=call.stream)
 
     def event_encoder(self, asked: Asked) -> ResponsesEventEncoder:
         """As `ClientFormat.event_encoder`."""
-        return ResponsesEventEncoder(asked, self._seal)
+        return ResponsesEventEncoder(asked)
 
     def encode_answer(self, answer: Answer, asked: Asked) -> bytes:
         """As `ClientFormat.encode_answer`."""
-        return encode_answer(answer, asked, self._seal)
+        return encode_answer(answer, asked)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from trigate.dialects.openai_responses.response import response_head
+from trigate.dialects.openai_responses.values import Json
 from trigate.dialects.overflow import overflow_of
 from trigate.errors import GatewayError, Header, Overloaded, Rejected, Reported, Unavailable
 from trigate.openai.provider_error import error_object
@@ -68,29 +70,26 @@ def overloaded_response(
     return status, headers, msgspec.json.encode(value)
 
 
+def failed_response(error: GatewayError, call: Call, *, status: str = "failed") -> Json:
+    """Returns the response of a call that has failed before there was an answer."""
+    identity = call.identity
+    response = response_head(
+        call,
+        status,
+        response_id=identity.id if identity is not None else "resp_failed",
+        created_at=identity.created_at if identity is not None else 0,
+    )
+    if status == "failed":
+        response["error"] = {"code": code_of(error), "message": error.message}
+    return response
+
+
 def response_failed(error: GatewayError, call: Call, *, sequence: int) -> bytes:
     """Renders an error as the last event of a stream that is not translated, or has not begun.
 
     Args:
         sequence: How many events were sent before it.
     """
-    response = {
-        "id": call.identity.id if call.identity is not None else "resp_failed",
-        "object": "response",
-        "created_at": call.identity.created_at if call.identity is not None else 0,
-        "status": "failed",
-        "error": {"code": code_of(error), "message": error.message},
-        "incomplete_details": None,
-        "instructions": None,
-        "metadata": {},
-        "model": call.model,
-        "output": [],
-        "parallel_tool_calls": True,
-        "temperature": None,
-        "tool_choice": "auto",
-        "tools": [],
-        "top_p": None,
-        "usage": None,
-    }
+    response = failed_response(error, call)
     event = {"type": "response.failed", "response": response, "error": error.payload, "sequence_number": sequence}
     return b"event: response.failed\ndata: %b\n\n" % msgspec.json.encode(event)

@@ -17,7 +17,6 @@ import msgspec
 from trigate.dialects.formats import Asked
 from trigate.dialects.openai_responses.errors import code_of
 from trigate.dialects.openai_responses.response import INCOMPLETE, Context, context_of, text_part
-from trigate.dialects.openai_responses.sealed import Seal
 from trigate.dialects.openai_responses.tools import own_input
 from trigate.dialects.openai_responses.values import Json
 from trigate.dialects.vocabulary import (
@@ -45,7 +44,6 @@ class ResponsesEventEncoder:
 
     Args:
         asked: The call.
-        seal: Seals reasoning, if the client asks for it.
     """
 
     __slots__ = (
@@ -58,14 +56,12 @@ class ResponsesEventEncoder:
         "_output",
         "_payloads",
         "_pieces",
-        "_seal",
         "_sequence",
         "_size_bytes",
     )
 
-    def __init__(self, asked: Asked, seal: Seal) -> None:
+    def __init__(self, asked: Asked) -> None:
         self._asked = asked
-        self._seal = seal
         self._context: Context | None = None
         self._sequence = 0
         self._size_bytes = 0
@@ -93,7 +89,7 @@ class ResponsesEventEncoder:
                 self._payloads[form] = value
                 return b""
             case Start(answer):
-                self._context = context_of(self._asked, self._seal, answer)
+                self._context = context_of(self._asked, answer)
                 response = self._context.head("in_progress")
                 return self._event("response.created", response=response) + self._event(
                     "response.in_progress", response=response
@@ -224,7 +220,7 @@ class ResponsesEventEncoder:
     def encode_error(self, error: GatewayError, request_id: str) -> bytes:
         """Returns the last event of a stream that has failed: ``response.failed``, with what there is of the answer."""
         if self._context is None:
-            self._context = context_of(self._asked, self._seal, "failed")
+            self._context = context_of(self._asked, "failed")
         response = self._context.head("failed")
         response |= {"output": self._output, "error": {"code": code_of(error), "message": error.message}}
         return self._event("response.failed", response=response, error=error.payload)

@@ -78,6 +78,7 @@ TOOLS: Mapping[str, Fate] = {
 FIELD_OF: Mapping[str, str] = {
     "effort": "reasoning.effort",
     "max_tokens": "max_output_tokens",
+    "reasoning": "reasoning.encrypted_content",
     "schema": "text.format",
     "user": "safety_identifier",
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from trigate.dialects.openai_responses.fields import CONTENT, ITEMS
-from trigate.dialects.openai_responses.sealed import Seal
+from trigate.dialects.openai_responses.sealed import unseal
 from trigate.dialects.openai_responses.tools import SEPARATOR
 from trigate.dialects.openai_responses.values import Json, a_list, a_string, a_string_or_none, shown
 from trigate.dialects.vocabulary import (
@@ -37,12 +37,10 @@ class InputDecoder:
     """Decodes the input of one request.
 
     Args:
-        seal: Opens the reasoning that the gateway has sealed.
         dropped: Takes the names of what is dropped.
     """
 
-    def __init__(self, seal: Seal, dropped: set[str]) -> None:
-        self._seal = seal
+    def __init__(self, dropped: set[str]) -> None:
         self._dropped = dropped
         self._messages: list[Message] = []
         self._outputs: dict[str, list[tuple[int, ToolResult]]] = {}
@@ -167,7 +165,7 @@ class InputDecoder:
     def _reasoning(self, item: Json, path: str) -> Reasoning | None:
         sealed = a_string_or_none(item, "encrypted_content", path)
         if sealed is not None:
-            opened = self._seal.open(sealed)
+            opened = unseal(sealed)
             if opened is not None:
                 return opened
             self._dropped.add("reasoning.encrypted_content")

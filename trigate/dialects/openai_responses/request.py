@@ -9,7 +9,6 @@ import msgspec
 
 from trigate.dialects.openai_responses.fields import FIELDS
 from trigate.dialects.openai_responses.items import InputDecoder
-from trigate.dialects.openai_responses.sealed import Seal
 from trigate.dialects.openai_responses.tools import decode_tool_choice, decode_tools
 from trigate.dialects.openai_responses.values import (
     Json,
@@ -32,12 +31,11 @@ SEALED = "reasoning.encrypted_content"
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-def decode_request(fields: Mapping[str, msgspec.Raw], *, seal: Seal, stream: bool) -> tuple[Request, tuple[str, ...]]:
+def decode_request(fields: Mapping[str, msgspec.Raw], *, stream: bool) -> tuple[Request, tuple[str, ...]]:
     """Decodes a request.
 
     Args:
         fields: Its top-level fields.
-        seal: Opens the reasoning that the gateway has sealed.
         stream: Whether the answer is streamed.
 
     Returns:
@@ -53,9 +51,13 @@ def decode_request(fields: Mapping[str, msgspec.Raw], *, seal: Seal, stream: boo
     previous = a_string_or_none(values, "previous_response_id")
     if previous is not None:  # one that the gateway has was replaced by its items
         raise PreviousResponseNotFound(previous)
+    if values.get("background"):  # of a call that the gateway itself serves in the background, it is gone
+        raise Untranslatable(
+            "background: the upstream cannot do this, and another target of the model has to.", param="background"
+        )
     tools = decode_tools(values, dropped)
     choice, functions = decode_tool_choice(values.get("tool_choice"), tools)
-    messages = InputDecoder(seal, dropped).messages(a_string_or_none(values, "instructions"), values.get("input"))
+    messages = InputDecoder(dropped).messages(a_string_or_none(values, "instructions"), values.get("input"))
     reasoning = an_object(values, "reasoning")
     dropped.update(f"reasoning.{shown(name)}" for name in reasoning.keys() - {"effort", "summary"})
     one_of(reasoning, "summary", ("auto", "concise", "detailed"), "reasoning")

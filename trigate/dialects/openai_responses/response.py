@@ -14,12 +14,13 @@ import msgspec
 
 from trigate.dialects.formats import Asked
 from trigate.dialects.openai_responses.request import SEALED
-from trigate.dialects.openai_responses.sealed import Seal
+from trigate.dialects.openai_responses.sealed import seal
 from trigate.dialects.openai_responses.tools import OwnTool, decode_tools, own_input
 from trigate.dialects.openai_responses.values import Json
 from trigate.dialects.vocabulary import Answer, Finish, Reasoning, TokenCounts, ToolCall
 from trigate.errors import ProtocolViolation
 from trigate.openai.raw_json import decode_any
+from trigate.openai.request import Call
 
 _NULL = msgspec.Raw(b"null")
 _ECHOED: Mapping[str, bytes] = {
@@ -58,7 +59,7 @@ class Context:
     Attributes:
         response_id: Of the answer.
         own_tools: How the client knows its tools.
-        seal: Seals reasoning; None = the client did not ask for it.
+        seals: The client asked for sealed reasoning.
         has_summary: The client asked for a summary of the reasoning, and gets the reasoning as one.
     """
 
@@ -66,7 +67,7 @@ class Context:
     response_id: str
     created_at: int
     own_tools: Mapping[str, OwnTool]
-    seal: Seal | None
+    seals: bool
     has_summary: bool
 
     def item_id(self, prefix: str, index: int) -> str:
@@ -75,25 +76,7 @@ class Context:
 
     def head(self, status: str) -> Json:
         """Returns a response without output, whose end is not known yet."""
-        call = self.asked.call
-        identity = call.identity
-        response: Json = {
-            "id": self.response_id,
-            "object": "response",
-            "created_at": self.created_at,
-            "status": status,
-            "background": identity.is_background if identity is not None else False,
-            "error": None,
-            "incomplete_details": None,
-            "model": call.model,
-            "output": [],
-            "previous_response_id": identity.previous_id if identity is not None else None,
-            "usage": None,
-        }
-        for name, default in _ECHOED.items():
-            raw = call.fields.get(name, _NULL)
-            response[name] = msgspec.Raw(default) if bytes(memoryview(raw)[:5]) == b"null" else raw
-        return response
+        return response_head(self.asked.call, status, response_id=self.response_id, created_at=self.created_at)
 
     def end(self, finish: Finish, output: list[Json], size_bytes: int) -> Json:
         """Returns a response that has ended.
@@ -139,8 +122,8 @@ class Context:
             item["summary"] = [{"type": "summary_text", "text": reasoning.text}]
         elif reasoning.text:
             item["content"] = [{"type": "reasoning_text", "text": reasoning.text}]
-        if self.seal is not None:
-            item["encrypted_content"] = self.seal.seal(reasoning)
+        if self.seals:
+            item["encrypted_content"] = seal(reasoning)
         return item
 
     def call_item(self, index: int, call: ToolCall, status: str) -> Json:
@@ -158,7 +141,29 @@ class Context:
         return item
 
 
-def context_of(asked: Asked, seal: Seal, answer_id: str) -> Context:
+def response_head(call: Call, status: str, *, response_id: str, created_at: int) -> Json:
+    """Returns a response without output, whose end is not known yet."""
+    identity = call.identity
+    response: Json = {
+        "id": response_id,
+        "object": "response",
+        "created_at": created_at,
+        "status": status,
+        "background": identity.is_background if identity is not None else False,
+        "error": None,
+        "incomplete_details": None,
+        "model": call.model,
+        "output": [],
+        "previous_response_id": identity.previous_id if identity is not None else None,
+        "usage": None,
+    }
+    for name, default in _ECHOED.items():
+        raw = call.fields.get(name, _NULL)
+        response[name] = msgspec.Raw(default) if bytes(memoryview(raw)[:5]) == b"null" else raw
+    return response
+
+
+def context_of(asked: Asked, answer_id: str) -> Context:
     """Makes the context of an answer.
 
     Args:
@@ -173,7 +178,7 @@ def context_of(asked: Asked, seal: Seal, answer_id: str) -> Context:
         response_id=identity.id if identity is not None else f"resp_{answer_id}",
         created_at=identity.created_at if identity is not None else int(asked.at),
         own_tools=decode_tools({"tools": _decoded(asked, "tools")}, set()).own,
-        seal=seal if isinstance(include, list) and SEALED in include else None,
+        seals=isinstance(include, list) and SEALED in include,
         has_summary=isinstance(reasoning, dict) and bool(reasoning.get("summary")),
     )
 
@@ -204,13 +209,13 @@ def encode_usage(counts: TokenCounts) -> Json:
     }
 
 
-def encode_answer(answer: Answer, asked: Asked, seal: Seal) -> bytes:
+def encode_answer(answer: Answer, asked: Asked) -> bytes:
     """Encodes an answer that is not streamed.
 
     Raises:
         ProtocolViolation: The model called a tool that the client does not have.
     """
-    context = context_of(asked, seal, answer.id)
+    context = context_of(asked, answer.id)
     is_cut = answer.finish.reason in INCOMPLETE
     output: list[Json] = []
     size_bytes = 0

@@ -17,7 +17,14 @@ from trigate.store.operations.deliveries import DeliveryOperations
 from trigate.store.operations.runs import IdempotencyOperations, RunOperations
 from trigate.store.operations.sessions import SessionOperations
 from trigate.store.operations.transactions import Transactions
-from trigate.store.records import ExchangeRecord, ReasoningRecord, Retention, StoreStatistics, UpstreamObject
+from trigate.store.records import (
+    ExchangeRecord,
+    ReasoningRecord,
+    Retention,
+    StoredResponse,
+    StoreStatistics,
+    UpstreamObject,
+)
 from trigate.store.tables import Tables
 
 PRUNE_SLICE = 100
@@ -40,6 +47,7 @@ class StoreOperations(Transactions):
         self.exchanges: interface.Exchanges = ExchangeOperations(self)
         self.objects: interface.Objects = ObjectOperations(self)
         self.reasoning: interface.Reasoning = ReasoningOperations(self)
+        self.responses: interface.Responses = ResponseOperations(self)
 
     @abc.abstractmethod
     def statistics(self) -> StoreStatistics:
@@ -78,6 +86,7 @@ def _prune(tables: Tables, retention: Retention) -> int:
         + tables.drop_exchanges(retention.exchanges_before, most=retention.max_exchanges, limit=10 * PRUNE_SLICE)
         + tables.drop_objects(retention.objects_before, most=retention.max_objects, limit=10 * PRUNE_SLICE)
         + tables.drop_reasoning(retention.reasoning_before, limit=PRUNE_SLICE)
+        + tables.drop_responses(retention.responses_before, most=retention.max_responses, limit=PRUNE_SLICE)
     )
 
 
@@ -135,3 +144,19 @@ class ReasoningOperations:
 
     async def get(self, owner: str, calls: Sequence[str], *, since: float) -> Mapping[str, bytes]:
         return await self._transactions.read(lambda tables: tables.reasoning(owner, calls, since))
+
+
+@attrs.define(eq=False, slots=False)
+class ResponseOperations:
+    """Implements `interface.Responses`, which documents the methods."""
+
+    _transactions: Transactions
+
+    def put(self, response: StoredResponse) -> Write[None]:
+        return self._transactions.write(lambda tables: tables.put_response(response))
+
+    async def get(self, owner: str, response_id: str) -> StoredResponse | None:
+        return await self._transactions.read(lambda tables: tables.response(owner, response_id))
+
+    def delete(self, owner: str, response_id: str) -> Write[bool]:
+        return self._transactions.write(lambda tables: tables.drop_response(owner, response_id) > 0)
