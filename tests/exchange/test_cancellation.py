@@ -62,11 +62,22 @@ class Scene:
         return body if "chat" in self.path else {"model": body["model"], "input": "x"}
 
     @property
+    def data(self) -> bytes:
+        """The request's body: a form on a path that takes uploads."""
+        return UPLOAD if self.path == "/v1/files" else msgspec.json.encode(self.body)
+
+    @property
+    def kind(self) -> str:
+        """Its content type."""
+        return "multipart/form-data; boundary=b" if self.path == "/v1/files" else "application/json"
+
+    @property
     def end(self) -> bytes:
         """How a complete stream ends."""
         return b'data: {"type":"message_stop"}\n\n' if "messages" in self.path else DONE
 
 
+UPLOAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--b--\r\n'
 SCENES = {
     "stream": Scene(a=(SlowConnect(1), Head(), Pause(1), *says("a", "b"))),
     "stream with keep-alives": Scene(a=(Pause(20), Say(role()), Pause(20), Say(content("a")), Pause(20), Say(DONE))),
@@ -95,6 +106,11 @@ SCENES = {
         path="/v1/messages",
         outcomes=("cancelled", "upstream_truncated"),
     ),
+    "upload": Scene(
+        a=(Pause(1), Head(200, "application/json"), Pause(1), Say(b'{"id":"file-1"}'), Pause(1)),
+        stream=False,
+        path="/v1/files",
+    ),
     "never ends after DONE": Scene(a=(*says("a"), Pause(100))),
 }
 
@@ -111,7 +127,7 @@ Trial = Callable[[Served, Scene, int], Any]
 
 
 async def _asgi_trial(served: Served, scene: Scene, steps: int, how: str) -> bool:
-    call = served.client.start("POST", scene.path, scene.body)
+    call = served.client.start("POST", scene.path, scene.data, headers={"content-type": scene.kind})
     bomb = Bomb(steps, call.disconnect if how == "disconnect" else call.scope.cancel)
     with armed(bomb):
         await call.wait()
@@ -120,8 +136,8 @@ async def _asgi_trial(served: Served, scene: Scene, steps: int, how: str) -> boo
 
 async def _server_trial(served: Served, scene: Scene, steps: int) -> bool:
     near, far = trio.testing.memory_stream_pair()
-    body = msgspec.json.encode(scene.body)
-    head = f"POST {scene.path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    body = scene.data
+    head = f"POST {scene.path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {scene.kind}\r\n"
     request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
     def leave() -> None:
@@ -228,7 +244,7 @@ async def test_a_drain_at_any_step(open_app: OpenApp, autojump_clock: MockClock,
     """``cut`` at every step: the client always gets a proper end, and the upstream is closed."""
 
     async def trial(served: Served, scene: Scene, steps: int) -> bool:
-        call = served.client.start("POST", scene.path, scene.body)
+        call = served.client.start("POST", scene.path, scene.data, headers={"content-type": scene.kind})
         bomb = Bomb(steps, served.gateway.drain.cut)
         with armed(bomb):
             await call.wait()

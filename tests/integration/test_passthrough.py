@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import attrs
 import httpx2
@@ -13,6 +15,7 @@ import pytest
 import trio
 
 from tests.support.gateway import OpenServer, make_config
+from tests.support.processes import configuration, run_gateway
 from trigate.asgi.application import GatewayApp
 from trigate.config.sections import Config
 
@@ -272,3 +275,44 @@ async def test_memory_is_bounded(open_server: OpenServer, path: bytes) -> None:
         assert upstream.size > size
         await _assert_clean(app)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 32 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", ["trio", "asyncio"])
+async def test_under_hypercorn(tmp_path: Path, worker: str) -> None:
+    """Under a foreign server, too, an upload streams, and its upstream connection ends with its client."""
+    ended = trio.Event()
+
+    async def read(upstream: Upstream, stream: trio.SocketStream) -> None:
+        head = await stream.receive_some(65536)
+        if head.startswith(b"GET "):
+            return
+        upstream.received += head
+        await upstream.read_until(stream, END)
+        if END in upstream.received:
+            await stream.send_all(OK)
+        else:
+            ended.set()
+
+    command = (sys.executable, "-m", "hypercorn", "--bind", "127.0.0.1:0", "-k", worker, "trigate:app")
+    body = HEAD + FILE + b"x" * 300_000
+    async with open_upstream(read) as upstream:
+        config = configuration(f"http://127.0.0.1:{upstream.port}").replace('kind = "openai"', 'models = ["hello"]')
+        manager = run_gateway(config, tmp_path, command=command)
+        gateway = await trio.to_thread.run_sync(manager.__enter__)
+        try:
+            port = int(gateway.url.rpartition(":")[2])
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(_request(len(body) + len(END)) + body)
+                await upstream.wait_for(b"x" * 200_000)
+                await stream.send_all(END)
+                assert b'{"id":"file-1"}' in await _answer(stream)
+            upstream.received.clear()
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(_request(len(body) + len(END)) + body)
+                await upstream.wait_for(b"x" * 200_000)
+            with trio.fail_after(2):
+                await ended.wait()
+            assert "Traceback" not in gateway.log()
+        finally:
+            manager.__exit__(None, None, None)

@@ -14,8 +14,10 @@ import trio
 import trustme
 from trio.testing import wait_all_tasks_blocked
 
+from trigate.errors import GatewayError
 from trigate.upstream.connect import Origin
 from trigate.upstream.pool import Response
+from trigate.upstream.request_stream import length_field
 from trigate.upstream.transport import SocketTransport
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -138,6 +140,33 @@ async def until(holds: Callable[[], bool]) -> None:
 
 def post(size: int) -> bytes:
     return b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + bytes(size)
+
+
+@attrs.define(eq=False)
+class Upload:
+    """A request body that arrives in pieces, with a checkpoint before each; then it may fail.
+
+    Attributes:
+        length_bytes: Its length; None = it is sent in chunks.
+    """
+
+    pieces: list[bytes]
+    length_bytes: int | None = None
+    error: GatewayError | None = None
+    begun: bool = False
+
+    async def receive(self) -> bytes | None:
+        self.begun = True
+        await trio.lowlevel.checkpoint()
+        if self.pieces:
+            return self.pieces.pop(0)
+        if self.error is not None:
+            raise self.error
+        return None
+
+
+def upload_head(body: Upload) -> bytes:
+    return b"POST / HTTP/1.1\r\nhost: x\r\n" + length_field(body).encode() + b"\r\n"
 
 
 def closed_port() -> Origin:

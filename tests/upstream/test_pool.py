@@ -18,6 +18,7 @@ from tests.upstream.socket_server import (
     STREAM,
     Play,
     Server,
+    Upload,
     answers,
     ask,
     closed_port,
@@ -28,7 +29,9 @@ from tests.upstream.socket_server import (
     post,
     read_body,
     until,
+    upload_head,
 )
+from trigate.errors import BodyTimeout
 from trigate.upstream.connect import Connection, Origin
 from trigate.upstream.transport import SocketTransport
 
@@ -507,6 +510,68 @@ async def test_a_server_that_leaves_while_a_body_is_sent() -> None:
     async with open_pool(play) as (server, transport):
         with pytest.raises(httpx2.WriteError):
             await ask(transport, server.origin, post(20_000_000))
+        assert counts(transport) == (0, 0, 0)
+
+
+# -- uploads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("length", [None, 200_002])
+async def test_an_upload(authority: trustme.CA, secure: bool, length: int | None) -> None:
+    """It is framed by its length, or in chunks, and has a new connection, which the next request may use."""
+    received: list[bytes] = []
+
+    async def play(server: Server, stream: trio.abc.Stream) -> None:
+        got = b""
+        end = b"0\r\n\r\n" if length is None else b"end"
+        while data := bytes(await stream.receive_some()):
+            got += data
+            if got.endswith((end, b"x\r\n\r\n")):
+                received.append(got)
+                got = b""
+                await stream.send_all(OK)
+
+    serving, trust = contexts(authority, "127.0.0.1") if secure else (None, httpx2.create_ssl_context)
+    async with open_server(play, context=serving) as server, SocketTransport(trust=trust) as transport:
+        assert await ask(transport, server.origin) == b"ok"
+        body = Upload([b"a" * 99_999, b"b" * 100_000, b"end"], length_bytes=length)
+        async with transport.pool.open(server.origin, upload_head(body), method="POST", stream=body) as response:
+            assert await read_body(response) == b"ok"
+        assert await ask(transport, server.origin) == b"ok"
+        assert server.opened == 2
+        sent = received[1].partition(b"\r\n\r\n")[2]
+        if length is None:
+            sent = sent.replace(b"1869f\r\n", b"").replace(b"\r\n186a0\r\n", b"").replace(b"\r\n3\r\n", b"")
+            sent = sent.removesuffix(b"\r\n0\r\n\r\n")
+        assert sent == b"a" * 99_999 + b"b" * 100_000 + b"end"
+
+
+async def test_an_upload_that_fails() -> None:
+    """Its error is raised as it is, and the connection is closed."""
+    async with open_pool(answers(OK)) as (server, transport):
+        error = BodyTimeout("It stopped.")
+        body = Upload([b"a"], length_bytes=9, error=error)
+        with pytest.raises(BodyTimeout) as caught:
+            async with transport.pool.open(server.origin, upload_head(body), method="POST", stream=body):
+                pass
+        assert caught.value is error
+        assert counts(transport) == (0, 0, 0)
+
+
+async def test_an_upload_that_is_answered_early() -> None:
+    """The rest is not asked for, and the connection is closed after the answer."""
+
+    async def play(server: Server, stream: trio.abc.Stream) -> None:
+        await stream.receive_some()
+        await stream.send_all(OK)
+        await trio.sleep_forever()
+
+    async with open_pool(play) as (server, transport):
+        body = Upload([bytes(1000)] * 1_000_000, length_bytes=1_000_000_000)
+        async with transport.pool.open(server.origin, upload_head(body), method="POST", stream=body) as response:
+            assert await read_body(response) == b"ok"
+        assert body.pieces
         assert counts(transport) == (0, 0, 0)
 
 

@@ -13,7 +13,20 @@ import trio
 import trustme
 
 from tests.support.bomb import Bomb, armed
-from tests.upstream.socket_server import OK, STREAM, Play, Server, answers, ask, contexts, counts, open_server, post
+from tests.upstream.socket_server import (
+    OK,
+    STREAM,
+    Play,
+    Server,
+    Upload,
+    answers,
+    ask,
+    contexts,
+    counts,
+    open_server,
+    post,
+    upload_head,
+)
 from trigate.upstream.pool import ConnectionPool, Opening
 from trigate.upstream.transport import SocketTransport
 
@@ -36,6 +49,12 @@ async def _twice(pool: SocketTransport, server: Server) -> None:
 async def _large(pool: SocketTransport, server: Server) -> None:
     size = 4_000_000 if server.origin.scheme == "http" else 300_000  # more than a socket takes; any, with TLS
     assert await ask(pool, server.origin, post(size)) == b"ok"
+
+
+async def _upload(pool: SocketTransport, server: Server) -> None:
+    body = Upload([bytes(100_000)] * 3, length_bytes=300_000)
+    async with pool.pool.open(server.origin, upload_head(body), method="POST", stream=body) as response:
+        assert await response.receive() == b"ok"
 
 
 async def _queued(pool: SocketTransport, server: Server) -> None:
@@ -68,6 +87,7 @@ SCENES: dict[str, tuple[Act, Play]] = {
     "dies in reuse": (_twice, answers(OK, close_after=1)),
     "stream": (_twice, _slowly),
     "large body": (_large, answers(OK)),
+    "upload": (_upload, answers(OK)),
     "queued": (_queued, answers(OK)),
     "through httpx2": (_by_httpx2, _slowly),
 }
@@ -121,7 +141,7 @@ async def test_cancelled_at_any_step(scene: str, kept: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("scene", ["new connection", "stream", "large body"])
+@pytest.mark.parametrize("scene", ["new connection", "stream", "large body", "upload"])
 async def test_cancelled_at_any_step_of_tls(scene: str, kept: bool) -> None:
     """Over TLS, too, the slot is free afterwards, and the next request gets its own answer."""
     act, play = SCENES[scene]
