@@ -397,3 +397,62 @@ async def test_keys(open_app: OpenApp) -> None:
         assert (call.status, call.error["type"]) == (401, "authentication_error")
         call = await served.client.ask("HEAD", "/")
         assert (call.status, call.body) == (200, b"")
+
+
+# -- what was reported of other gateways ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [(), (Say(b""),), (Say(b": comment\n\n"),)])
+async def test_a_stream_of_nothing(open_app: OpenApp, script: Any) -> None:
+    """An upstream that answers 200 and says nothing is an error at once, not a client that waits."""
+    async with open_app(providers=Provider(script)) as served:
+        call = await ask(served).wait()
+        assert (call.status, call.error["type"]) == (502, "api_error")
+
+
+async def test_limits_of_the_upstream_are_its_own(open_app: OpenApp) -> None:
+    """Its ``anthropic-ratelimit`` headers speak of the operator's account, and would be taken for the client's."""
+    told = {"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-unified-status": "rejected"}
+    answer = {**MESSAGE, "usage": START_USAGE}
+    body = msgspec.json.encode(answer)
+    async with open_app(native(), {"up": Provider(), "native": Provider()}) as served:
+        for status in (200, 429):
+            served.providers["native"].play(answers(body, status=status, headers=told))
+            call = await ask(served, model="native/c", stream=False).wait()
+            assert call.status == status
+            assert not [name for name, _ in call.headers if name.startswith(b"anthropic-")]
+
+
+async def test_a_wrong_key_is_final(open_app: OpenApp) -> None:
+    """Claude Code would send the call again for minutes; in OpenAI's format, nothing changes."""
+    async with open_app(make_config(keys={"a": "key-of-a"})) as served:
+        call = await ask(served, headers={"x-api-key": "wrong"}).wait()
+        assert (call.status, call.header("x-should-retry")) == (401, "false")
+        call = await served.client.chat().wait()
+        assert (call.status, call.header("x-should-retry")) == (401, "")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "thinking", "thinking": "hm", "signature": ""},
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "thinking", "thinking": "", "signature": "EqQB"},
+        {"type": "redacted_thinking", "data": "EmwK"},
+    ],
+)
+async def test_thinking_of_every_kind(open_app: OpenApp, block: dict[str, str]) -> None:
+    """Unsigned, without its text, or encrypted: it breaks no translated call, becomes no empty reasoning, and goes to
+    an upstream of the same format as it is."""
+    turn = {"role": "assistant", "content": [block, {"type": "text", "text": "a"}]}
+    messages = [{"role": "user", "content": "q"}, turn, {"role": "user", "content": "r"}]
+    config = make_config({"up": {"history_fields": ["reasoning_content"]}, "native": NATIVE})
+    async with open_app(config, {"up": Provider(says("x")), "native": Provider()}) as served:
+        call = await ask(served, messages=messages).wait()
+        assert message_of(call.body)["content"] == [{"type": "text", "text": "x"}]
+        sent = served.providers["up"].calls[0].json["messages"][1]
+        text = block.get("thinking")
+        assert sent == {"role": "assistant", "content": "a", **({"reasoning_content": text} if text else {})}
+        assert call.header("x-trigate-dropped") == ("" if text else "thinking")
+        await ask(served, model="native/c", messages=messages).wait()
+        assert served.providers["native"].calls[0].json["messages"] == messages

@@ -222,3 +222,13 @@ def test_failures(served: tuple[Gateway, QueuedUpstream], tmp_path: Path, model:
     assert result["is_error"]
     assert words in result["result"]
     assert len(upstream.calls) == requests
+
+
+@pytest.mark.parametrize("variable", ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"])
+def test_a_wrong_key(served: tuple[Gateway, QueuedUpstream], tmp_path: Path, variable: str) -> None:
+    """It is told after one request."""
+    gateway, _ = served
+    with open_tap(gateway.url) as (url, asked):
+        result = claude(url, tmp_path, "up/tool", **{variable: "wrong"})
+    assert (result["is_error"], result["api_error_status"]) == (True, 401)
+    assert len(asked) == 1

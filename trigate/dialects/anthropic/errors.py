@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from trigate.dialects.overflow import overflow_of
-from trigate.errors import GatewayError, Header, Rejected, Reported, UpstreamError
+from trigate.errors import GatewayError, Header, Rejected, Reported, Unauthenticated, UpstreamError
 from trigate.openai.provider_error import error_object
 from trigate.openai.raw_json import decode_any
 
@@ -46,6 +46,8 @@ def error_response(error: GatewayError, request_id: str) -> tuple[int, list[Head
         request_id: The header ``request-id`` has it, too; the caller sends that.
     """
     headers: list[Header] = [(b"content-type", b"application/json"), *error.headers]
+    if isinstance(error, Unauthenticated):
+        headers.append((b"x-should-retry", b"false"))  # Claude Code would try for minutes before it says so
     if isinstance(error, Rejected) and error.body is not None and _is_own(error.body):
         return error.status, headers, error.body
     status = OVERLOADED if error.status == 503 else error.status
