@@ -159,7 +159,7 @@ async def serve_call(
 
 
 async def _objects_of(gateway: Gateway, call: Call, owner: str) -> tuple[str | None, _Note | None]:
-    """Returns the upstream that has the objects that a call names, and what notes its answer if an upstream keeps it."""
+    """Returns the upstream that has the objects that a call names, and what notes an answer that its upstream keeps."""
     keys = gateway.generations.config.keys
     names, keeps = may_name_objects(call, keys=len(keys)), is_kept(call)
     if not (names or keeps):
