@@ -169,6 +169,61 @@ async def test_a_path_that_people_type(open_app: OpenApp, path: str) -> None:
         assert served.settled[0].request.call.endpoint.path == "/chat/completions"
 
 
+DEPLOYED = ("/openai/deployments/up/m", "/openai//deployments/up/m/", "/deployments/up/m")
+
+
+@pytest.mark.parametrize("path", DEPLOYED)
+@pytest.mark.parametrize("model", [None, "m", "another/one"])
+async def test_a_path_as_azure_has_it(open_app: OpenApp, path: str, model: str | None) -> None:
+    """The model of the path counts, whatever the body says, and goes to the upstream in the body."""
+    async with open_app(providers=Provider(answers(completion("Hi")))) as served:
+        fields = {"messages": [{"role": "user", "content": "Hi"}], "new": 1.0}
+        body = fields if model is None else {**fields, "model": model}
+        call = await served.client.ask("POST", f"{path}/chat/completions?api-version=2024-10-21", body)
+        assert (call.status, call.json["model"]) == (200, "up/m")
+        assert served.providers["up"].calls[0].json == {**fields, "model": "m"}
+        assert served.providers["up"].calls[0].path == "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("tail", "field"),
+    [
+        ("completions", "prompt"),
+        ("embeddings", "input"),
+        ("responses", "input"),
+        ("images/generations", "prompt"),
+        ("audio/speech", "input"),
+    ],
+)
+async def test_the_paths_of_azure(open_app: OpenApp, tail: str, field: str) -> None:
+    """Each goes where it goes by its ordinary path; errors are those that Azure's clients read."""
+    config = make_config({"up": {"responses": "native"}})
+    async with open_app(config, Provider(answers(b'{"error":{"message":"no","code":"c"}}', status=400))) as served:
+        call = await served.client.ask("POST", f"/openai/deployments/up/m/{tail}?api-version=1", {field: "a"})
+        assert (call.status, call.error["message"], call.error["code"]) == (400, "no", "c")
+        [sent] = served.providers["up"].calls
+        assert (sent.path, sent.json) == (f"/v1/{tail}", {field: "a", "model": "m"})
+        call = await served.client.ask("POST", f"/openai/deployments/nobody/{tail}", {field: "a"})
+        assert (call.status, call.error["code"]) == (404, "model_not_found")
+        call = await served.client.ask("GET", f"/openai/deployments/up/m/{tail}")
+        assert call.status == 405
+
+
+@pytest.mark.parametrize(
+    "path", ["/openai/v1/chat/completions", "/openai/chat/completions/", "//openai/v1//chat/completions"]
+)
+async def test_the_paths_of_azures_newer_api(open_app: OpenApp, path: str) -> None:
+    """They are OpenAI's, below another one; the model is in the body, and the key may be in ``api-key``."""
+    async with open_app(make_config(keys={"one": "key-number-one"})) as served:
+        headers = {"api-key": "key-number-one"}
+        assert (await served.client.ask("POST", path, chat(), headers=headers)).status == 200
+        assert (await served.client.ask("GET", "/openai/v1/models", headers=headers)).json["data"]
+        assert (await served.client.ask("POST", path, chat(), headers={"api-key": "wrong"})).status == 401
+        deployed = "/openai/deployments/up/m/chat/completions"
+        assert (await served.client.ask("POST", deployed, chat(), headers=headers)).status == 200
+        assert (await served.client.ask("POST", deployed, chat())).status == 401
+
+
 @pytest.mark.parametrize("path", TYPED[:3])
 async def test_a_typed_path_needs_the_key(open_app: OpenApp, path: str) -> None:
     """Access control does not depend on how a path is written."""
@@ -197,7 +252,6 @@ async def test_an_id_with_two_slashes(open_app: OpenApp) -> None:
     ("path", "hint"),
     [
         ("/api/v1/chat/completions", "Did you mean /v1/chat/completions?"),
-        ("/openai/deployments/gpt/chat/completions", "Did you mean /v1/chat/completions?"),
         ("/v1/Chat/Completions", "Did you mean /v1/chat/completions?"),
         ("/v1/chat/completion", "Did you mean /v1/chat/completions?"),
         ("//api/v1/models", "Did you mean /v1/models?"),

@@ -18,6 +18,8 @@ from trigate.openai.endpoints import Format
 from trigate.openai.passed_paths import is_administration
 
 _MODELS = re.compile(r"/*(?:v1/+)*models(?:/+(.+))?", re.DOTALL)
+_AZURE = re.compile(r"/*openai/+(?:v1/+)*(?!/|deployments/)")
+"""Azure has OpenAI's API below it."""
 _SIMILARITY = 0.85
 
 OLLAMA_PATHS = ("/api/version", "/api/tags", "/api/show", "/api/ps")
@@ -30,7 +32,11 @@ def canonical(path: str) -> str:
 
     >>> canonical("//v1/chat/completions/"), canonical("/v1/v1//models"), canonical("/models/a//b"), canonical("//x/")
     ('/v1/chat/completions', '/v1/models', '/v1/models/a//b', '/x/')
+    >>> canonical("/openai/v1/responses"), canonical("/openai/models"), canonical("/openai/v1/files/f")
+    ('/v1/responses', '/v1/models', '/v1/files/f')
     """
+    if (azure := _AZURE.match(path)) is not None:
+        return canonical(f"/v1/{path[azure.end() :]}")
     tail = "/" + "/".join(_segments(path))
     if f"/v1{tail}" in ENDPOINTS:
         return f"/v1{tail}"

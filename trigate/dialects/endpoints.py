@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import attrs
@@ -101,5 +102,21 @@ def _find_gemini(path: str, query: bytes) -> Found | None:
     return Found(endpoint, InPath(model, stream=False)) if endpoint is not None else None
 
 
-_FINDERS: tuple[Callable[[str, bytes], Found | None], ...] = (_find_gemini,)
+_DEPLOYMENT = re.compile(
+    r"/+(?:openai/+)?(?:v1/+)*deployments/+(?P<model>.+?)/+(?P<path>chat/+completions|completions|embeddings|responses"
+    r"|images/+generations|audio/+speech)/*",
+    re.DOTALL,
+)
+
+
+def _find_deployment(path: str, query: bytes) -> Found | None:
+    """Finds the endpoint of a path as Azure has it. The model of the path counts, as Azure's deployment does."""
+    found = _DEPLOYMENT.fullmatch(path)
+    if found is None:
+        return None
+    tail = "/".join(filter(None, found["path"].split("/")))
+    return Found(ENDPOINTS[f"/v1/{tail}"], InPath(found["model"], in_body=True))
+
+
+_FINDERS: tuple[Callable[[str, bytes], Found | None], ...] = (_find_gemini, _find_deployment)
 """Each finds the endpoints of one format."""

@@ -41,10 +41,15 @@ _raw_messages_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 @attrs.frozen
 class InPath:
-    """What the path of a request says of a call, in formats that do not say it in the body."""
+    """What the path of a request says of a call.
+
+    Attributes:
+        in_body: The format has the model in the body as well, where that of the path replaces it.
+    """
 
     model: str | None = None
     stream: bool | None = None
+    in_body: bool = False
 
 
 NOTHING = InPath()
@@ -167,8 +172,11 @@ def decode_call(endpoint: Endpoint, body: bytes, in_path: InPath = NOTHING, *, i
         raise BadRequest(f"The body is not JSON: {problem_of(error, body)}.") from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
+    if in_path.in_body:
+        fields = {**fields, "model": msgspec.Raw(msgspec.json.encode(in_path.model))}
+        body = join_fields(fields)
     model = in_path.model or _decoded(fields, "model")
-    names_model = model is not None and in_path.model is None
+    names_model = model is not None and (in_path.model is None or in_path.in_body)
     if model is None:
         if not endpoint.model_optional:
             raise BadRequest("You must provide a model.", param="model")
