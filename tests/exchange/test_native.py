@@ -158,7 +158,7 @@ async def test_reasoning_that_the_client_lost(open_app: OpenApp) -> None:
     script = streams(START, *thinking(0, "hm", signature=signature_of("hm")), *tool(1, '{"a":1}'), *end("tool_use"))
     config = native(store={"path": ":memory:"})
     async with open_app(config, both(script)) as served:
-        fields = {"model": "native/claude-sonnet-4-5", "tools": tools, "reasoning_effort": "high"}
+        fields: dict[str, Any] = {"model": "native/claude-sonnet-4-5", "tools": tools, "reasoning_effort": "high"}
         message = message_of((await ask(served, **fields).wait()).body)
         lost = {name: message[name] for name in ("role", "content", "tool_calls")}
         result = {"role": "tool", "tool_call_id": "toolu_1", "content": "x"}
