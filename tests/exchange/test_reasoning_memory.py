@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.dialects.chat import call, chunk, message_of, tool, translated, usage
-from tests.exchange.test_messages import NATIVE, body_of
+from tests.exchange.test_messages import NATIVE, NATIVE_START, NATIVE_STOP, body_of, named
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import DONE, Provider, Say, Script, says
@@ -61,6 +61,50 @@ async def test_it_is_put_back(open_app: OpenApp, is_stream: bool) -> None:
         served.providers["up"].play(says("done"))
         await ask(served, messages=TURNS)
         assert reasoning_sent(served) == "hm"
+
+
+SIGNED: Script = tuple(
+    map(
+        Say,
+        (
+            NATIVE_START,
+            named("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""}),
+            named("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "hm"}),
+            named("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "EqQB"}),
+            named("content_block_stop", index=0),
+            named("content_block_start", index=1, content_block={**USE, "id": "toolu_1"}),
+            named("content_block_stop", index=1),
+            named(
+                "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage={"output_tokens": 5}
+            ),
+            NATIVE_STOP,
+        ),
+    )
+)
+
+
+async def test_a_signature_comes_back_to_anthropic(open_app: OpenApp) -> None:
+    """A client of chat completions has no place for it, or drops it; Anthropic refuses a tool's result without it."""
+    function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    config = make_config({"up": {}, "native": NATIVE})
+    async with open_app(config, {"up": Provider(), "native": Provider(SIGNED)}) as served:
+        ask_chat: dict[str, Any] = {
+            "model": "native/c",
+            "stream": True,
+            "reasoning_effort": "high",
+            "tools": [function],
+        }
+        question = {"role": "user", "content": "q"}
+        await served.client.chat(messages=[question], **ask_chat).wait()
+        made = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        result = {"role": "tool", "tool_call_id": "toolu_1", "content": "ok"}
+        keeps: list[dict[str, Any]] = [{}, {"reasoning_content": "hm"}]
+        for kept in keeps:
+            turn = {"role": "assistant", "content": None, "tool_calls": [made], **kept}
+            await served.client.chat(messages=[question, turn, result], **ask_chat).wait()
+            sent = served.providers["native"].calls[-1].json["messages"][1]["content"]
+            assert sent[0] == {"type": "thinking", "thinking": "hm", "signature": "EqQB"}
+            assert sent[1]["type"] == "tool_use"
 
 
 async def test_never_across_keys(open_app: OpenApp) -> None:
