@@ -88,12 +88,18 @@ async def test_a_signature_comes_back_to_anthropic(open_app: OpenApp) -> None:
     function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     config = make_config({"up": {}, "native": NATIVE})
     async with open_app(config, {"up": Provider(), "native": Provider(SIGNED)}) as served:
-        ask_chat = {"model": "native/c", "stream": True, "reasoning_effort": "high", "tools": [function]}
+        ask_chat: dict[str, Any] = {
+            "model": "native/c",
+            "stream": True,
+            "reasoning_effort": "high",
+            "tools": [function],
+        }
         question = {"role": "user", "content": "q"}
         await served.client.chat(messages=[question], **ask_chat).wait()
         made = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
         result = {"role": "tool", "tool_call_id": "toolu_1", "content": "ok"}
-        for kept in ({}, {"reasoning_content": "hm"}):
+        keeps: list[dict[str, Any]] = [{}, {"reasoning_content": "hm"}]
+        for kept in keeps:
             turn = {"role": "assistant", "content": None, "tool_calls": [made], **kept}
             await served.client.chat(messages=[question, turn, result], **ask_chat).wait()
             sent = served.providers["native"].calls[-1].json["messages"][1]["content"]
