@@ -153,15 +153,15 @@ async def test_a_message_of_the_system_s(open_app: OpenApp) -> None:
     ]
     _, sent = await answered(open_app, STREAM, messages=messages)
     assert sent.json["messages"] == [
+        messages[0],
         {
             "role": "user",
             "content": [
-                {"type": "text", "text": "a"},
                 {
                     "type": "text",
                     "text": "<system-message>\nb\n</system-message>",
                     "cache_control": {"type": "ephemeral"},
-                },
+                }
             ],
         },
         messages[2],

@@ -3,8 +3,8 @@
 Read `upstream` first: `Upstream.open` is the only way to a reply. Below it, `reply` decodes, `pool` keeps connections
 and exchanges a request on one, `response_parser` parses, `connect` opens sockets; `transport` gives the pool `httpx2`'s
 interface. Beside it, `generation` opens all upstreams, with transports from `factory`, and `model_list` keeps their
-models up to date; `discovery` makes a configuration where there is none; `echo` and `local_model` are embedded
-upstreams.
+models up to date; `auth` proves to providers who sends a request; `discovery` makes a configuration where there is
+none; `echo` and `local_model` are embedded upstreams.
 
 This package must not know of exchanges, clients, sessions or the gateway.
 

@@ -26,7 +26,7 @@ from trigate.dialects.vocabulary import as_user_text
 from trigate.errors import GatewayError, ProtocolViolation, Truncated
 from trigate.openai import sse
 from trigate.openai.answer import Usage
-from trigate.openai.raw_json import decode_any, join_fields
+from trigate.openai.raw_json import decode_any, join_fields, split_fields
 from trigate.openai.stream import StreamReader
 
 BETAS = ("interleaved-thinking-2025-05-14", "context-1m-2025-08-07")
@@ -58,6 +58,7 @@ _ERROR_TYPES = {
     "modelTimeoutException": "timeout_error",
 }
 
+_raws = msgspec.json.Decoder(list[msgspec.Raw])
 _CHUNK = re.compile(rb'data: \{"chunk":\{"bytes":"([A-Za-z0-9+/]*={0,2})"')
 _TYPE = re.compile(rb'\{"type":"([a-z_]{1,64})"')
 
@@ -114,45 +115,57 @@ def invoke_body(
     body.pop("anthropic_beta", None)
     if sent:
         body["anthropic_beta"] = msgspec.Raw(msgspec.json.encode(sent))
-    return join_fields(body), tuple(sorted(dropped))
+    return join_fields(body), tuple(sorted(set(dropped)))
 
 
 def _without_deferred(tools: msgspec.Raw, dropped: list[str]) -> msgspec.Raw:
-    """Leaves out the tools whose schema a tool of Anthropic's would load, which Bedrock does not have."""
-    value = decode_any(bytes(tools))
-    if not isinstance(value, list):
+    """Leaves out the tools whose schema a tool of Anthropic's would load, which Bedrock does not have. The others keep
+    their bytes, but for the flag."""
+    kept = []
+    given = _raw_list(tools)
+    if given is None:
         return tools
-    kept = [tool for tool in value if not (isinstance(tool, dict) and tool.pop("defer_loading", False))]
-    dropped.append("tools.defer_loading")
-    return msgspec.Raw(msgspec.json.encode(kept))
+    for raw in given:
+        tool = split_fields(raw) if b'"defer_loading"' in raw and raw.startswith(b"{") else {}
+        if "defer_loading" in tool:
+            if bytes(tool.pop("defer_loading")) == b"true":
+                dropped.append("tools.defer_loading")
+                continue
+            raw = join_fields(tool)
+        kept.append(raw)
+    return msgspec.Raw(b"[" + b",".join(kept) + b"]")
 
 
 def _without_system_role(messages: msgspec.Raw) -> msgspec.Raw:
-    """Makes each message with the role ``system`` a text of the user's, in the message before it if that is the user's.
-    Only these two change."""
-    value = decode_any(bytes(messages))
-    if not isinstance(value, list):
+    """Makes each message with the role ``system`` one of the user's, which Anthropic joins to the one before it. The
+    others keep their bytes."""
+    turns = []
+    given = _raw_list(messages)
+    if given is None:
         return messages
-    turns: list[_Json] = []
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") != "system":
-            turns.append(message)
-            continue
-        content = message.get("content")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        texts = [
-            {**block, "text": as_user_text(str(block.get("text", "")))}
-            for block in (blocks if isinstance(blocks, list) else ())
-            if isinstance(block, dict) and block.get("type") == "text"
-        ]
-        last = turns[-1] if turns else None
-        if isinstance(last, dict) and last.get("role") == "user":
-            before = last.get("content")
-            parts = [{"type": "text", "text": before}] if isinstance(before, str) else list(before or ())
-            turns[-1] = {**last, "content": [*parts, *texts]}
-        else:
-            turns.append({"role": "user", "content": texts})
-    return msgspec.Raw(msgspec.json.encode(turns))
+    for raw in given:
+        message = decode_any(raw) if b'"system"' in raw else None
+        if isinstance(message, dict) and message.get("role") == "system":
+            raw = msgspec.json.encode({"role": "user", "content": _as_user_blocks(message.get("content"))})
+        turns.append(raw)
+    return msgspec.Raw(b"[" + b",".join(turns) + b"]")
+
+
+def _as_user_blocks(content: object) -> list[_Json]:
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [
+        {**block, "text": as_user_text(text.encode(errors="replace").decode())}
+        for block in (blocks if isinstance(blocks, list) else ())
+        if isinstance(block, dict) and isinstance(text := block.get("text"), str)
+    ]
+
+
+def _raw_list(value: msgspec.Raw) -> list[bytes] | None:
+    """Returns the items of a list, each as it is; None if it is no list, which Bedrock refuses."""
+    try:
+        return [bytes(raw) for raw in _raws.decode(value)]
+    except (ValueError, RecursionError):
+        return None
 
 
 class InvokeReader:
