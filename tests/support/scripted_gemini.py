@@ -6,6 +6,7 @@ selects the script: ``gemini-3-flash.tools``.
 ====================  ==================================================================================================
 ``hello``             sends `TEXT`, word by word; with a thought, if it is asked for
 ``tools``             calls each function of the request once; once responses are in the contents, sends them
+``shell``             as ``tools``, with the one function that runs a command (`SHELLS`): it runs `COMMAND`
 ``json``              sends `JSON`, if the request has a schema
 ``long``, ``blocked`` ends with ``MAX_TOKENS``; blocks the prompt
 ``malformed``         ends with ``MALFORMED_FUNCTION_CALL``
@@ -33,7 +34,7 @@ from urllib.parse import unquote
 import attrs
 
 from tests.support.gemini_rules import SIGNATURE, problem_of
-from tests.support.scripted_upstream import TEXT, WORDS
+from tests.support.scripted_upstream import COMMAND, SHELLS, TEXT, WORDS
 
 MODEL = "gemini-3-flash"
 KEY = "of google"
@@ -203,12 +204,18 @@ def _answer(body: dict[str, Any], part: str) -> tuple[list[Part], dict[str, Any]
         return [], {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}
     if part == "malformed":
         return [], {"finishReason": "MALFORMED_FUNCTION_CALL", "finishMessage": "said Google"}
-    if part == "tools":
+    if part in ("tools", "shell"):
         responses = [each["functionResponse"] for each in body["contents"][-1]["parts"] if "functionResponse" in each]
         if responses:
             said = "; ".join([f"{each['name']} says {json.dumps(each['response'])}" for each in responses])
             return [*parts, {"text": said}], end
         names = [each["name"] for tool in body.get("tools", ()) for each in tool.get("functionDeclarations", ())]
+        if part == "shell":
+            name = next(name for name in names if name in SHELLS)
+            return [
+                *parts,
+                {"functionCall": {"name": name, "args": {SHELLS[name]: COMMAND}}, "thoughtSignature": SIGNATURE},
+            ], end
         for at, name in enumerate(names):
             call: Part = {"functionCall": {"name": name, "args": ARGUMENTS if at == 0 else {}}}
             parts.append({**call, "thoughtSignature": SIGNATURE} if at == 0 else call)

@@ -136,6 +136,7 @@ def test_the_table_of_providers() -> None:
         ("ZHIPU_API_KEY", "zhipu"),
         ("SILICONFLOW_API_KEY", "siliconflow"),
         ("GEMINI_API_KEY", "gemini"),
+        ("GOOGLE_API_KEY", "gemini"),
     ],
 )
 def test_each_promised_variable(variable: str, name: str) -> None:

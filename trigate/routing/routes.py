@@ -53,8 +53,8 @@ class Known:
         stands_in: It is only a stand-in for a model (the echo), and ``default`` only if there is no other upstream.
         passes: It takes requests that are passed through (`openai.passed_paths`): it has OpenAI's API.
         endpoints: The paths below ``/v1`` that it serves; None = all.
-        only_anthropic: It serves no other calls than messages and chat completions. One that serves all comes before
-            it as ``default``.
+        lacks_endpoints: Of OpenAI's API, it serves only chat completions and responses. One that serves more comes
+            before it as ``default``.
     """
 
     models: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Known:
     unusable: str | None = None
     down: str | None = None
     stands_in: bool = False
-    only_anthropic: bool = False
+    lacks_endpoints: bool = False
     passes: bool = True
     endpoints: tuple[str, ...] | None = None
 
@@ -188,7 +188,7 @@ def default_target(upstreams: Mapping[str, Known]) -> Target:
         Unavailable: No enabled upstream has a model.
     """
     candidates = [
-        ((known.stands_in, known.only_anthropic, known.down is not None), Target(name, known.default_model))
+        ((known.stands_in, known.lacks_endpoints, known.down is not None), Target(name, known.default_model))
         for name, known in upstreams.items()
         if known.unusable is None and known.default_model is not None
     ]

@@ -1,8 +1,9 @@
 """Makes a configuration where there is no file: from API keys in the environment, servers on loopback, the embedded
 language model, and the echo.
 
-**Source:** the OpenAI-compatible base URL that each provider documents (Anthropic's own, for Anthropic); the default
-ports in the documentation of Ollama, LM Studio, llama.cpp and vLLM; the variables that the SDKs of the clouds read.
+**Source:** the OpenAI-compatible base URL that each provider documents (their own, for Anthropic and Google); the
+default ports in the documentation of Ollama, LM Studio, llama.cpp and vLLM; the variables that the SDKs of the clouds
+read.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ class Provider:
         default_model: The model that ``default`` selects while this is the first upstream; empty = the first model that
             the provider lists.
         kind: The API that it speaks.
+        env_before: Another variable for the key, which counts if both are set.
     """
 
     env: str
     name: str
     base_url: str
     default_model: str
-    kind: Literal["openai", "anthropic"] = "openai"
+    kind: Literal["openai", "anthropic", "gemini"] = "openai"
+    env_before: str | None = None
 
 
+_GOOGLE = "https://generativelanguage.googleapis.com/v1beta"
 PROVIDERS = (
     Provider("OPENAI_API_KEY", "openai", "https://api.openai.com/v1", "gpt-4o-mini"),
     Provider("DASHSCOPE_API_KEY", "qwen", "https://dashscope.aliyuncs.com/compatible-mode/v1", "qwen-turbo"),
@@ -60,7 +64,7 @@ PROVIDERS = (
     Provider("TOGETHER_API_KEY", "together", "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo"),
     Provider("ZHIPU_API_KEY", "zhipu", "https://open.bigmodel.cn/api/paas/v4", "glm-4-flash"),
     Provider("SILICONFLOW_API_KEY", "siliconflow", "https://api.siliconflow.cn/v1", "Qwen/Qwen2.5-7B-Instruct"),
-    Provider("GEMINI_API_KEY", "gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.0-flash"),
+    Provider("GEMINI_API_KEY", "gemini", _GOOGLE, "gemini-2.5-flash", kind="gemini", env_before="GOOGLE_API_KEY"),
     Provider("FIREWORKS_API_KEY", "fireworks", "https://api.fireworks.ai/inference/v1", ""),
     Provider("CEREBRAS_API_KEY", "cerebras", "https://api.cerebras.ai/v1", ""),
     Provider("ANTHROPIC_API_KEY", "anthropic", "https://api.anthropic.com/v1", "", kind="anthropic"),
@@ -80,16 +84,16 @@ def from_environment(env: Mapping[str, str]) -> dict[str, UpstreamConfig]:
     Raises:
         ConfigError: A variable of a cloud is set, but unusable.
     """
-    found = {
-        provider.name: UpstreamConfig(
-            kind=provider.kind,
-            base_url=Url(provider.base_url),
-            api_key=Secret(env=provider.env),
-            default_model=provider.default_model or None,
-        )
-        for provider in PROVIDERS
-        if env.get(provider.env)
-    }
+    found = {}
+    for provider in PROVIDERS:
+        variable = next((each for each in (provider.env_before, provider.env) if each and env.get(each)), None)
+        if variable is not None:
+            found[provider.name] = UpstreamConfig(
+                kind=provider.kind,
+                base_url=Url(provider.base_url),
+                api_key=Secret(env=variable),
+                default_model=provider.default_model or None,
+            )
     return found | _clouds(env)
 
 

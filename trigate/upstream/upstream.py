@@ -165,7 +165,7 @@ class Upstream:
             unusable=self.unusable,
             down=self._down(),
             stands_in=self.config.kind == "echo",
-            only_anthropic=self.config.kind == "anthropic",
+            lacks_endpoints=self.config.kind in ("anthropic", "gemini", "vertex"),
             passes=self.config.kind == "openai" or (self.config.kind == "azure" and self.config.api_version is None),
             endpoints=self.config.endpoints,
         )
