@@ -25,6 +25,9 @@ PROPERTY_FACTOR = 8
 TRACED_FACTOR = 2
 REFERENCE_S = 0.011
 """What `_compute` takes, at best, on the machine on which the limit was set."""
+FULL = os.environ.get("TRIGATE_TEST_FULL", "") == "1"
+"""Whether the longest tests run at their full size. Otherwise they are smaller, so that all tests take less than twenty
+minutes on two processors."""
 _ROUNDS = 8
 
 
