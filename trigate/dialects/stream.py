@@ -10,6 +10,8 @@ decoder holds back of a later part.
 from __future__ import annotations
 
 from trigate.dialects.formats import ErrorEncoder, EventEncoder, StreamParts
+from trigate.dialects.memory import AnswerMemory
+from trigate.dialects.vocabulary import ArgumentsDelta, TextDelta
 from trigate.errors import GatewayError, ProtocolViolation, Truncated
 from trigate.openai import sse
 from trigate.openai.answer import Usage
@@ -35,6 +37,7 @@ class TranslatedStream:
 
     __slots__ = (
         "_decoder",
+        "_encode_delta",
         "_encoder",
         "_held",
         "_held_bytes",
@@ -58,6 +61,7 @@ class TranslatedStream:
     ) -> None:
         self._decoder = parts.decoder
         self._encoder = encoder
+        self._encode_delta = encoder.encoder.encode if isinstance(encoder, AnswerMemory) else encoder.encode
         self._upstream = upstream
         self._max_bytes = max_event_bytes
         self._splitter = parts.splitter
@@ -127,9 +131,11 @@ class TranslatedStream:
         if tracker.complete:
             self._finish(frames)
             return
-        encode = self._encoder.encode
+        encode, encode_delta = self._encoder.encode, self._encode_delta
         for each in self._decoder.feed(data):
-            frames.append(encode(each))
+            kind = type(each)
+            is_delta = kind is TextDelta or kind is ArgumentsDelta  # nearly all are
+            frames.append(encode_delta(each) if is_delta else encode(each))
 
     def _finish(self, frames: list[bytes]) -> None:
         frames += map(self._encoder.encode, self._decoder.feed_end())
