@@ -363,6 +363,22 @@ async def test_transcriptions_as_events(open_app: OpenApp, autojump_clock: MockC
         served.assert_clean()
 
 
+async def test_a_response_as_events(open_app: OpenApp) -> None:
+    """``stream=true`` in the query is a stream on the one path that has one."""
+    there = providers()
+    events = event({"type": "response.created", "response": {"id": "resp_1"}}) + event(
+        {"type": "response.completed", "response": {"id": "resp_1", "output": []}}
+    )
+    there["a"].play((Head(), Say(events)), (Head(), Say(events[:50]), Break()), made("file-1"))
+    async with open_app(make_config(TWO), there) as served:
+        got = await served.client.ask("GET", "/v1/responses/resp_1?stream=true")
+        assert got.body == events
+        got = await served.client.ask("GET", "/v1/responses/resp_1?stream=true")
+        assert got.status == 502
+        assert (await served.client.ask("GET", "/v1/files/file-1?stream=true")).json == {"id": "file-1"}
+        assert [exchange.call.stream for exchange in served.settled] == [True, True, False]
+
+
 async def test_a_client_that_leaves_in_mid_upload(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The upload ends, the slot is free, and the record says that it was cancelled."""
     async with open_app(make_config(TWO), providers()) as served:

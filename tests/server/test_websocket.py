@@ -201,6 +201,21 @@ async def test_what_is_no_frame(autojump_clock: MockClock, frames: bytes, code: 
         assert (closed.code, echo.code) == (code, 1006)  # type: ignore[attr-defined]
 
 
+async def test_too_much_before_the_handshake_is_accepted(autojump_clock: MockClock) -> None:
+    """A client that does not wait is bounded, and is taken for gone."""
+    codes = []
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        codes.append((await receive())["code"])
+
+    async with open_client(wait) as client:
+        await client.send(Request(host="x", target="/"))
+        await client.stream.send_all(bytes(70_000))
+        await trio.sleep(1)
+    assert codes == [1006]
+
+
 async def test_a_message_that_is_too_large(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused before it has arrived."""
     monkeypatch.setattr(websocket, "MAX_MESSAGE_BYTES", 10)

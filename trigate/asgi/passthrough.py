@@ -130,7 +130,7 @@ async def serve_passed(
                 endpoint=endpoint,
                 model=read.model or "",
                 names_model=read.model is not None,
-                stream=read.stream,
+                stream=read.stream and passed.found.streams,
                 body=b"",
                 fields={},
             ),
@@ -187,7 +187,11 @@ async def _read(
     if not query.isascii():
         raise BadRequest("The query must be percent-encoded.")
     asked = dict(query_pairs(query))
-    read = _Read(query=query, model=checked_model(asked.get("model")), stream=asked.get("stream") == "true")
+    read = _Read(
+        query=query,
+        model=checked_model(asked.get("model")),
+        stream=asked.get("stream") == "true",
+    )
     if passed.method != "POST":
         return read
     content_type = head.headers.get(b"content-type", b"")

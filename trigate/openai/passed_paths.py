@@ -50,9 +50,9 @@ class PassedPath:
     names_objects: bool = True
 
     @property
-    def has_id(self) -> bool:
-        """Whether an object's id is in the path."""
-        return "{id}" in self.endpoint.path
+    def streams(self) -> bool:
+        """Whether its answer may be a stream of events."""
+        return self.endpoint.repeats_last_event
 
 
 @attrs.frozen(kw_only=True)

@@ -26,6 +26,8 @@ from trigate.server.request_parser import RequestParser
 from trigate.tracebacks import drop_frames
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_MAX_EARLY_BYTES = 64 * 1024
+"""How much may arrive before the handshake is accepted. A client waits for that."""
 _ABNORMAL = 1006
 _TOO_LARGE = 1009
 _INTERNAL_ERROR = 1011
@@ -153,7 +155,7 @@ class WebSocket:
             self._feed(data)
         else:
             self._unparsed += data
-            if len(self._unparsed) > MAX_MESSAGE_BYTES:
+            if len(self._unparsed) > _MAX_EARLY_BYTES:
                 self._disconnected_with = _ABNORMAL
 
     def _feed(self, data: bytes) -> None:
