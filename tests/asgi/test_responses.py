@@ -231,6 +231,26 @@ async def test_a_background_response_is_cancelled(open_app: OpenApp, autojump_cl
         served.assert_clean()
 
 
+async def test_a_background_response_is_deleted(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It is cancelled first, so that it does not come back."""
+    async with open_app(providers=Provider((Say(content("a")), Stall()))) as served:
+        made = (await make(served, background=True).wait()).json
+        assert (await get(served, made["id"], "DELETE")).json["deleted"] is True
+        await trio.sleep(10)
+        assert (await get(served, made["id"])).status == 404
+        served.assert_clean()
+
+
+async def test_a_large_conversation_goes_on(open_app: OpenApp) -> None:
+    """It is put together in a thread."""
+    provider = Provider(answers(completion("Hello")))
+    async with open_app(providers=provider) as served:
+        first = (await make(served, input="word " * 60_000).wait()).json
+        second = await make(served, input="word " * 60_000, previous_response_id=first["id"]).wait()
+        assert second.status == 200
+        assert len(provider.calls[1].json["messages"]) == 3
+
+
 async def test_what_cannot_be_done(open_app: OpenApp) -> None:
     """Each is a 400 with its reason."""
     async with open_app(providers=Provider(answers(completion("Hello")))) as served:

@@ -153,6 +153,31 @@ test("responses answer and stream", async () => {
   assert.equal(events.at(-1).response.model, model);
 });
 
+test("a response is kept, continued and deleted", async () => {
+  const model = "mock/hello.node-kept";
+  const made = await client.responses.stream({ model, input: "a" }).finalResponse();
+  assert.equal(made.output_text, TEXT);
+  assert.equal((await client.responses.retrieve(made.id)).output_text, TEXT);
+  const next = await client.responses.create({ model, input: "b", previous_response_id: made.id });
+  assert.equal(next.previous_response_id, made.id);
+  const items = await all(client.responses.inputItems.list(next.id, { order: "asc" }));
+  assert.deepEqual(items.map((item) => item.role), ["user", "assistant", "user"]);
+  await client.responses.delete(made.id);
+  await refused(() => client.responses.retrieve(made.id), OpenAI.NotFoundError);
+});
+
+test("a response in the background is polled", async () => {
+  const model = "mock/hello.node-background";
+  let made = await client.responses.create({ model, input: "a", background: true });
+  assert.equal(made.status, "queued");
+  for (let tries = 0; tries < 500 && ["queued", "in_progress"].includes(made.status); tries++) {
+    await new Promise((resolve) => setTimeout(resolve, 10));
+    made = await client.responses.retrieve(made.id);
+  }
+  assert.equal(made.status, "completed");
+  assert.equal(made.output_text, TEXT);
+});
+
 test("refusals of the gateway have their class", async () => {
   const stranger = client.withOptions({ apiKey: "wrong" });
   const call = { model: "mock/hello.node-refused", messages };

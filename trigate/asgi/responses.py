@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs
 
 import attrs
@@ -30,8 +31,11 @@ from trigate.gateway.gateway import Gateway
 from trigate.openai.passed_paths import Passed
 from trigate.openai.raw_json import decode_any
 from trigate.openai.request import Call, Identity
+from trigate.openai.request_bounds import is_small
 from trigate.openai.token_estimate import estimated_tokens
 from trigate.store.records import StoredResponse
+
+T = TypeVar("T")
 
 _OWN = "resp_tg"
 """Begins the ids that the gateway gives: it asks no upstream for them."""
@@ -67,13 +71,15 @@ async def prepare(gateway: Gateway, call: Call, owner: str) -> ResponseCall:
     identity = Identity(id=f"{_OWN}{secrets.token_hex(20)}", created_at=int(time.time()))
     call = attrs.evolve(call, identity=identity)
     previous = _text(call, "previous_response_id")
-    earlier = await gateway.store.responses.get(owner, previous) if previous is not None else None
-    if previous is not None and earlier is None and previous.startswith(_OWN):
-        raise PreviousResponseNotFound(previous)
+    earlier = None
+    if previous is not None and previous.startswith(_OWN):
+        earlier = await gateway.store.responses.get(owner, previous)
+        if earlier is None:
+            raise PreviousResponseNotFound(previous)
     translated = _translated(gateway, call.model)
     if translated == "none" and earlier is None:
         return ResponseCall(call=call)
-    items = history.items_of(call)
+    items = await _run(call, partial(history.items_of, call))
     known = await _items_by_id(gateway, owner, history.references_in(items))
     before: list[Any] = []
     if earlier is not None:
@@ -83,7 +89,7 @@ async def prepare(gateway: Gateway, call: Call, owner: str) -> ResponseCall:
         identity = attrs.evolve(identity, previous_id=earlier.id)
         call = attrs.evolve(call, identity=identity)
     if before or known:
-        call = history.with_history(call, before, known.get, items)
+        call = await _run(call, partial(history.with_history, call, before, known.get, items))
     if translated == "none":
         return ResponseCall(call=call)
     keeps, in_background = not _is(call, "store", b"false"), _is(call, "background", b"true")
@@ -97,16 +103,22 @@ async def prepare(gateway: Gateway, call: Call, owner: str) -> ResponseCall:
     if in_background:
         call = history.without_field(call, "background")
         call = attrs.evolve(call, identity=attrs.evolve(identity, is_background=True))
+    kept = [*before, *(known.get(str(item.get("id")), item) for item in items)]
     recorder = ResponseRecorder(
         gateway.store,
         call,
         owner=owner,
-        input_items=msgspec.json.encode([*before, *(known.get(str(item.get("id")), item) for item in items)]),
+        input_items=await _run(call, partial(msgspec.json.encode, kept)),
         worker=gateway.workers.id,
         live=live,
         keeps_events=in_background and call.stream,
     )
     return ResponseCall(call=call, recorder=recorder, live=live)
+
+
+async def _run(call: Call, function: Callable[[], T]) -> T:
+    """Runs a function whose time grows with the body of a call; that of a large one would hold other calls up."""
+    return function() if is_small(call.body) else await trio.to_thread.run_sync(function, abandon_on_cancel=True)
 
 
 def _translated(gateway: Gateway, model: str) -> Literal["none", "some", "all"]:
@@ -223,6 +235,8 @@ async def serve_stored(
     elif path.endswith("/cancel"):
         await response.respond(200, JSON_HEADERS, await _cancel(gateway, stored))
     elif passed.method == "DELETE":
+        if stored.worker:
+            await _cancel(gateway, stored)
         await gateway.store.responses.delete(owner, response_id)
         deleted = {"id": response_id, "object": "response", "deleted": True}
         await response.respond(200, JSON_HEADERS, msgspec.json.encode(deleted))

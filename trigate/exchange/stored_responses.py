@@ -21,7 +21,6 @@ from trigate.dialects.stream import TranslatedStream
 from trigate.errors import CancelledByOperator, Draining, GatewayError
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.shared_call import STOPPED
-from trigate.logs import log
 from trigate.openai import sse
 from trigate.openai.answer import Usage
 from trigate.openai.raw_json import split_fields
@@ -186,7 +185,6 @@ class BackgroundResponses:
                 live.add(frame or response_failed(error, exchange.call, sequence=len(live.events)))
         if error is not None:
             recorder.settle(error)
-            log.info("background_response_failed", response_id=response_id, code=error.code)
         live.is_ended = True
         live.news.set()
         del self._live[response_id]
