@@ -61,6 +61,17 @@ async def test_the_older_api(open_app: OpenApp) -> None:
     assert call.status == 200
 
 
+@pytest.mark.parametrize("model", [".", ".."])
+async def test_a_deployment_that_is_no_name(open_app: OpenApp, model: str) -> None:
+    """No model id leads to another path than that of a deployment."""
+    async with open_app(azure(api_version="2024-10-21"), Provider(says("a"))) as served:
+        body = {"model": f"up/{model}", "messages": [{"role": "user", "content": "Hi"}]}
+        call = await served.client.start("POST", "/v1/chat/completions", body).wait()
+        assert not served.providers["up"].calls
+        served.assert_clean()
+    assert (call.status, call.json["error"]["code"]) == (404, "model_not_found")
+
+
 async def test_a_translated_call(open_app: OpenApp) -> None:
     """A call in another format goes to the same place."""
     sent, call = await sent_by(open_app, azure(api_version="2024-10-21"), "/v1/messages", max_tokens=9, stream=True)

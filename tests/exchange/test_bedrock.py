@@ -94,6 +94,14 @@ async def test_a_signed_stream(open_app: OpenApp) -> None:
     assert all(SECRET not in value for value in sent.headers.values())
 
 
+@pytest.mark.parametrize("model", [".", ".."])
+async def test_a_model_that_is_no_name(open_app: OpenApp, model: str) -> None:
+    """No model id leads to another path than that of a model."""
+    call, sent = await answered(open_app, bedrock(), STREAM, model=f"up/{model}")
+    assert (call.status, call.json["error"]["type"]) == (404, "not_found_error")
+    assert sent == []
+
+
 async def test_temporary_keys(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their token is sent, and signed."""
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token+of/session==")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
+from trigate.errors import UnknownModel
+
 _OF_DEPLOYMENTS = (
     *("/chat/completions", "/completions", "/embeddings"),
     *("/audio/transcriptions", "/audio/translations", "/audio/speech"),
@@ -35,11 +37,16 @@ def url_of(base_url: str, api_version: str | None) -> str:
 def path_in(api_version: str, path: str, model: str) -> str:
     """Returns the path of an endpoint in the older API.
 
+    Raises:
+        UnknownModel: The name of the deployment would lead to another path.
+
     >>> path_in("2024-10-21", "/chat/completions", "gpt 4o")
     '/deployments/gpt%204o/chat/completions?api-version=2024-10-21'
     >>> path_in("2025-04-01-preview", "/responses", "gpt-4o"), path_in("2024-10-21", "/files?limit=2", "")
     ('/responses?api-version=2025-04-01-preview', '/files?limit=2&api-version=2024-10-21')
     """
     if path in _OF_DEPLOYMENTS:
+        if model in (".", ".."):
+            raise UnknownModel(model)
         path = f"/deployments/{quote(model, safe='')}{path}"
     return f"{path}{'&' if '?' in path else '?'}api-version={api_version}"

@@ -12,16 +12,21 @@ from trigate.dialects.bedrock.framing import EVENT_STREAM, EventStreamSplitter
 from trigate.dialects.bedrock.request import encode_request
 from trigate.dialects.formats import StreamParts
 from trigate.dialects.vocabulary import Answer, Request
-from trigate.errors import ProtocolViolation
+from trigate.errors import ProtocolViolation, UnknownModel
 from trigate.openai.answer import Usage
 
 
 def path_of(model: str, operation: str) -> str:
     """Returns where an operation of a model is; its id may be an ARN, with colons and slashes.
 
+    Raises:
+        UnknownModel: The id would lead to another path.
+
     >>> path_of("arn:aws:bedrock:us-east-1::foundation-model/a.b-v1:0", "converse")
     '/model/arn%3Aaws%3Abedrock%3Aus-east-1%3A%3Afoundation-model%2Fa.b-v1%3A0/converse'
     """
+    if model in (".", ".."):
+        raise UnknownModel(model)
     return f"/model/{quote(model, safe='')}/{operation}"
 
 
