@@ -11,6 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.dialects.gemini import chunk, decoded, function, parts_of
 from tests.support.asgi_client import ClientCall
 from tests.support.gateway import OpenApp, Served, make_config
+from tests.support.gemini_rules import SIGNATURE
 from tests.support.provider import FINISH, Break, Head, Pause, Provider, Say, answers, completion, content, says, usage
 
 NATIVE = {"kind": "gemini", "api_key": "secret-of-native", "models": ["gemini-3-flash", "m/2"]}
@@ -275,6 +276,22 @@ async def test_other_formats_over_google(open_app: OpenApp) -> None:
         assert sent.target == "/v1beta/models/gemini-3-flash:streamGenerateContent?alt=sse"
         assert sent.json["contents"][1]["parts"][0]["thoughtSignature"] == "skip_thought_signature_validator"
         assert served.settled[0].usage == (9, 2, 4)
+
+
+async def test_a_signature_that_the_client_has_lost(open_app: OpenApp) -> None:
+    """It goes back all the same, since the gateway remembers it."""
+    script = (Say(chunk(function("f", {"x": 1}, thoughtSignature=SIGNATURE))), Say(chunk(finish="STOP")))
+    ask_again = {"role": "user", "content": "Hi"}
+    async with open_app(native(), {"up": Provider(), "native": Provider(script)}) as served:
+        body = {"model": "native/gemini-3-flash", "max_tokens": 9, "messages": [ask_again]}
+        call = await served.client.ask("POST", "/v1/messages", {**body, "stream": True})
+        blocks = [{"type": "tool_use", "id": "call_r1_0", "name": "f", "input": {"x": 1}}]
+        assert b'"call_r1_0"' in call.body
+        result = [{"type": "tool_result", "tool_use_id": "call_r1_0", "content": "r"}]
+        turns = [ask_again, {"role": "assistant", "content": blocks}, {"role": "user", "content": result}]
+        await served.client.ask("POST", "/v1/messages", {**body, "messages": turns, "stream": True})
+        sent = served.providers["native"].calls[-1].json
+        assert sent["contents"][1]["parts"][0]["thoughtSignature"] == SIGNATURE
 
 
 # -- around it --------------------------------------------------------------------------------------------------------
