@@ -58,6 +58,8 @@ def test_every_setting_can_be_set() -> None:
         max_sessions = 4
         object_retention_s = 5
         max_objects = 6
+        response_retention_s = 7
+        max_responses = 8
 
         [sessions]
         history_messages = 1
