@@ -310,6 +310,17 @@ async def test_a_deleted_object_is_forgotten(open_app: OpenApp) -> None:
         assert there["a"].opened == 3
 
 
+async def test_a_key_in_the_query_stays_here(open_app: OpenApp) -> None:
+    """Where Google's clients put it, it is the gateway's, and no upstream's."""
+    there = providers()
+    async with open_app(KEYED, there) as served:
+        there["a"].play(answers(b'{"object":"list","data":[]}'))
+        for name in ("key", "%6bey"):
+            got = await served.client.ask("GET", f"/v1/files?limit=2&{name}=key-number-one", headers=ONE)
+            assert got.status == 200
+        assert [call.target for call in there["a"].calls] == ["/v1/files?limit=2", "/v1/files?limit=2"]
+
+
 async def test_without_a_key_nothing_is_told(open_app: OpenApp) -> None:
     """Whether a path or an object exists is not said to a client without a key."""
     async with open_app(KEYED, providers()) as served:

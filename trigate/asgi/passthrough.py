@@ -78,15 +78,18 @@ class _Read:
 def path_with(path: str, query: bytes, model: str) -> str:
     """Returns a path with its query, and with an upstream's own id in place of a model in it.
 
-    >>> path_with("/realtime", b"model=a&x=b%20c", "d/e"), path_with("/files", b"limit=2", "")
+    A key in the query is left out: clients of Google's put that of the gateway there.
+
+    >>> path_with("/realtime", b"model=a&x=b%20c&key=k", "d/e"), path_with("/files", b"limit=2", "")
     ('/realtime?model=d%2Fe&x=b+c', '/files?limit=2')
     """
-    if not query:
-        return path
     text = query.decode("ascii")
-    if model and "model" in dict(pairs := query_pairs(query)):
-        text = urlencode([(name, model if name == "model" else value) for name, value in pairs])
-    return f"{path}?{text}"
+    pairs = query_pairs(query)
+    names = {name for name, _ in pairs}
+    if "key" in names or (model and "model" in names):
+        kept = [(name, model if model and name == "model" else value) for name, value in pairs if name != "key"]
+        text = urlencode(kept)
+    return f"{path}?{text}" if text else path
 
 
 async def serve_passed(

@@ -124,7 +124,8 @@ class _Socket:
 async def serve_websocket(gateway: Gateway, scope: Any, receive: Any, send: Any) -> None:  # Any: as above
     """Serves one WebSocket, or refuses it with a status, where the server allows that."""
     await receive()  # `websocket.connect`
-    head = RequestHead({**scope, "method": "GET"})
+    query: bytes = scope.get("query_string") or b""
+    head = RequestHead({**scope, "method": "GET", "query_string": query})
     request_id = head.request_id()
     socket = _Socket(scope, receive, send)
     client = (scope.get("extensions") or {}).get("trigate.client")
@@ -137,7 +138,7 @@ async def serve_websocket(gateway: Gateway, scope: Any, receive: Any, send: Any)
             if offered.startswith(_KEY_PREFIX) and b"authorization" not in head.headers:  # from a browser
                 head.headers[b"authorization"] = b"Bearer " + offered.removeprefix(_KEY_PREFIX).encode("latin-1")
         owner = authorize(head, gateway.generations.config) or ""
-        exchange = _exchange_for(gateway, head, scope["query_string"], socket, response, request_id, owner)
+        exchange = _exchange_for(gateway, head, query, socket, response, request_id, owner)
     except GatewayError as error:
         drop_frames(error)
         log.info("refused", request_id=request_id, path=head.path, status=error.status, code=error.code)
