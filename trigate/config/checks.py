@@ -320,7 +320,7 @@ _OF_KIND = {
     **dict.fromkeys(("base_url", "api_key", "proxy", "http2"), _REMOTE),
     "api_version": ("azure",),
     **dict.fromkeys(("project", "location"), ("vertex",)),
-    "system_role": ("openai", "azure", "echo", "local"),
+    **dict.fromkeys(("system_role", "think_tags"), ("openai", "azure", "echo", "local")),
     **dict.fromkeys(("region", "profile", "guardrail"), ("bedrock",)),
     **dict.fromkeys(("gguf", "start", "context_tokens", "parallel", "threads"), ("local",)),
     "words_per_s": ("echo",),

@@ -114,6 +114,8 @@ class UpstreamConfig:
     system_role: Literal["anywhere", "first", "as-user"] | None = None
     """Where its chat completions take system messages. None = ``as-user`` for requests that are translated; all others
     stay as they are."""
+    think_tags: bool = False
+    """The text of its answers begins with their reasoning, between ``<think>`` and ``</think>``."""
     drop: tuple[str, ...] = ()
     """The top-level fields of requests that it does not get."""
     set: Mapping[str, Any] = attrs.field(factory=dict)

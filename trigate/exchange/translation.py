@@ -32,7 +32,14 @@ from trigate.dialects.formats import ClientFormat, UpstreamFormat
 from trigate.dialects.gemini import GeminiClient, GeminiRelay, GeminiUpstream
 from trigate.dialects.ollama import CLIENTS as OLLAMA_CLIENTS
 from trigate.dialects.ollama import EMBEDDINGS, OllamaRelay, OllamaUpstream
-from trigate.dialects.openai_chat import ChatClient, ChatUpstream, takes_developer, with_system_role
+from trigate.dialects.openai_chat import (
+    ChatClient,
+    ChatUpstream,
+    TagSplitter,
+    takes_developer,
+    with_reasoning_field,
+    with_system_role,
+)
 from trigate.dialects.openai_responses import ResponsesClient
 from trigate.dialects.openai_responses import without_own_reasoning as without_sealed_reasoning
 from trigate.dialects.translated_call import TranslatedCall
@@ -203,6 +210,34 @@ class _PassThrough:
         return decode_answer(body, call.endpoint, model=call.public_model, upstream=upstream)
 
 
+class _ThinkTagsPassThrough(_PassThrough):
+    """Chat completions on both sides, with the reasoning in the text of the upstream's answers."""
+
+    def stream_reader(
+        self,
+        call: Call,
+        *,
+        upstream: str,
+        max_event_bytes: int,
+        keep_bytes: int,
+        continues: Mapping[str, msgspec.Raw] | None,
+    ) -> Reader:
+        return StreamReader(
+            call.endpoint,
+            model=call.public_model,
+            upstream=upstream,
+            max_event_bytes=max_event_bytes,
+            choices=call.choices,
+            keep_bytes=keep_bytes,
+            head=continues,
+            splitter=TagSplitter(max_event_bytes=max_event_bytes, choices=call.choices),
+        )
+
+    def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
+        body, usage = super().answer(call, body, upstream=upstream)
+        return with_reasoning_field(body), usage
+
+
 class _AnthropicPassThrough(_PassThrough):
     """Anthropic's format on both sides. One object serves all calls that go out as they came, and one each of the
     others.
@@ -315,6 +350,8 @@ _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "ollama": OllamaUpstream(),
 }
 """The formats to which calls can be translated."""
+_THINK_TAGS = _ThinkTagsPassThrough()
+_WITH_THINK_TAGS = ChatUpstream(think_tags=True)
 _PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}
 """What an upstream of a format needs of reasoning, by its name in the vocabulary. The others take its text."""
 _MARKED = frozenset((MESSAGES.path, RESPONSES.path))
@@ -340,10 +377,13 @@ def translation_of(
     if call.endpoint.format == spoken and not (call.endpoint is RESPONSES and responses == "translate"):
         if spoken == "anthropic" and (config.betas is not None or may_have_own_reasoning(call.body)):
             return _AnthropicPassThrough(config.betas)
+        if config.think_tags and call.endpoint.path == CHAT.path:
+            return _THINK_TAGS
         return _PASS_THROUGH[spoken]
     if spoken == "bedrock" and call.endpoint is MESSAGES and is_claude(model):
         return _Invoke()
-    client, provider = _CLIENTS.get(call.endpoint.path), _UPSTREAMS.get(spoken)
+    client = _CLIENTS.get(call.endpoint.path)
+    provider = _WITH_THINK_TAGS if config.think_tags else _UPSTREAMS.get(spoken)
     if client is not None and provider is not None:
         return TranslatedCall(
             call,

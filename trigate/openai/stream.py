@@ -46,6 +46,7 @@ class StreamReader:
         choices: How many choices the client asked for.
         keep_bytes: How much of the returned data is kept for another upstream to continue the stream (`kept`).
         head: The continuation head of the stream that this one continues; None if it continues none.
+        splitter: Splits the body, and may change the events; None = one that does not.
 
     Attributes:
         events: How many events have been returned.
@@ -78,18 +79,19 @@ class StreamReader:
         choices: int = 1,
         keep_bytes: int = 0,
         head: ContinuationHead | None = None,
+        splitter: sse.EventSplitter | None = None,
     ) -> None:
         self._upstream = upstream
         self._max_bytes = max_event_bytes
         self._keep_bytes = keep_bytes
         self._kept: list[bytes] = []
         self._head = head
-        self._splitter = sse.EventSplitter(max_event_bytes=max_event_bytes)
+        self._splitter = splitter or sse.EventSplitter(max_event_bytes=max_event_bytes)
         self._tracker = CompletionTracker(endpoint, upstream=upstream, choices=choices)
         in_choices = endpoint.needs_finish_reason
         self._rewriter = ModelRewriter(model, watched=self._tracker.watched, in_choices=in_choices)
         self._tool_calls = ToolCallIndexes() if in_choices else None
-        self._shortcut = choices == 1 and head is None
+        self._shortcut = choices == 1 and head is None and splitter is None
         self._prefix = b""  # b"" = the next piece is not tried as plain events
         self._public_prefix = b""
         self._held = b""  # the events before the first content

@@ -16,7 +16,17 @@ from __future__ import annotations
 from trigate.dialects.openai_chat.client import ChatClient
 from trigate.dialects.openai_chat.errors import error_frame, error_response
 from trigate.dialects.openai_chat.system_role import with_system_role
+from trigate.dialects.openai_chat.think_tags import TagSplitter, with_reasoning_field
 from trigate.dialects.openai_chat.traits import takes_developer
 from trigate.dialects.openai_chat.upstream import ChatUpstream
 
-__all__ = ["ChatClient", "ChatUpstream", "error_frame", "error_response", "takes_developer", "with_system_role"]
+__all__ = [
+    "ChatClient",
+    "ChatUpstream",
+    "TagSplitter",
+    "error_frame",
+    "error_response",
+    "takes_developer",
+    "with_reasoning_field",
+    "with_system_role",
+]

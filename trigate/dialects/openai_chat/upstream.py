@@ -11,6 +11,7 @@ from trigate.dialects.formats import StreamParts
 from trigate.dialects.openai_chat.answer import decode_answer
 from trigate.dialects.openai_chat.events import ChatEventDecoder
 from trigate.dialects.openai_chat.request import encode_request
+from trigate.dialects.openai_chat.think_tags import TagSplitter, with_reasoning_field
 from trigate.dialects.openai_chat.traits import traits_of
 from trigate.dialects.vocabulary import Answer, Request
 from trigate.openai import answer as openai_answer
@@ -25,9 +26,16 @@ _CHAT = ENDPOINTS["/v1/chat/completions"]
 
 
 class ChatUpstream:
-    """A `formats.UpstreamFormat`."""
+    """A `formats.UpstreamFormat`.
+
+    Args:
+        think_tags: The reasoning is in the text of an answer (`think_tags`).
+    """
 
     stream_types: tuple[str, ...] = ()
+
+    def __init__(self, *, think_tags: bool = False) -> None:
+        self._think_tags = think_tags
 
     def path(self, request: Request, model: str) -> str:
         """As `UpstreamFormat.path`."""
@@ -51,15 +59,17 @@ class ChatUpstream:
     def stream_parts(self, *, upstream: str, max_event_bytes: int) -> StreamParts:
         """As `UpstreamFormat.stream_parts`."""
         return StreamParts(
-            sse.EventSplitter(max_event_bytes=max_event_bytes),
+            TagSplitter(max_event_bytes=max_event_bytes, choices=1)
+            if self._think_tags
+            else sse.EventSplitter(max_event_bytes=max_event_bytes),
             CompletionTracker(_CHAT, upstream=upstream, choices=1),
             ChatEventDecoder(upstream=upstream),
         )
 
     def decode_answer(self, body: bytes, *, upstream: str) -> tuple[Answer, Usage | None]:
         """As `UpstreamFormat.decode_answer`."""
-        _, usage = openai_answer.decode_answer(body, _CHAT, model=None, upstream=upstream)
-        return decode_answer(body, upstream=upstream), usage
+        body, usage = openai_answer.decode_answer(body, _CHAT, model=None, upstream=upstream)
+        return decode_answer(with_reasoning_field(body) if self._think_tags else body, upstream=upstream), usage
 
     def events(self, body: bytes, *, upstream: str) -> bytes:
         """As `UpstreamFormat.events`."""
