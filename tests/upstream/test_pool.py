@@ -549,7 +549,12 @@ async def test_an_upload(authority: trustme.CA, secure: bool, length: int | None
 
 async def test_an_upload_that_fails() -> None:
     """Its error is raised as it is, and the connection is closed."""
-    async with open_pool(answers(OK)) as (server, transport):
+
+    async def play(server: Server, stream: trio.abc.Stream) -> None:
+        await stream.receive_some()
+        await trio.sleep_forever()
+
+    async with open_pool(play) as (server, transport):
         error = BodyTimeout("It stopped.")
         body = Upload([b"a"], length_bytes=9, error=error)
         with pytest.raises(BodyTimeout) as caught:
