@@ -475,8 +475,7 @@ class Overloaded(Fault, status=503, code="overloaded"):
 
 
 class StoreUnavailable(Fault, status=503, code="store_unavailable"):
-    """Data that must be stored cannot be stored: the disk is full, or the database cannot be read; the message has the
-    reason. None of it has been acknowledged."""
+    """Data that must be stored cannot be, for the reason in the message. None of it has been acknowledged."""
 
     retry_after_s = 1.0
 
