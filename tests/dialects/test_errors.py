@@ -214,6 +214,15 @@ def test_anthropic_s_envelope_is_replaced() -> None:
     assert error_response(error, "anthropic", "r")[2] == body
 
 
+def test_google_s_shape_is_replaced() -> None:
+    """The message stays, and Google's status is the code."""
+    told = {"code": 400, "message": "Unknown name.", "status": "INVALID_ARGUMENT", "details": [{"@type": "x"}]}
+    error = Rejected("Unknown name.", status=400, body=msgspec.json.encode({"error": told}))
+    status, _, rendered = error_response(error, "openai", "r")
+    expected = {"message": "Unknown name.", "type": "invalid_request_error", "param": None, "code": "invalid_argument"}
+    assert (status, msgspec.json.decode(rendered)) == (400, {"error": expected})
+
+
 def test_openai_s_own_words_go_through() -> None:
     """An upstream that says it with the code is passed on word for word, and so is every other error."""
     for message, code in (("It is too long.", "context_length_exceeded"), ("max_tokens is too large: 32000.", None)):

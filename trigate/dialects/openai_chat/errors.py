@@ -4,7 +4,8 @@ That is the gateway's own (`GatewayError.to_response`), with two additions:
 
 * That a request is too long for the model is said with OpenAI's code and in its words, in whichever words the upstream
   says it. Agents then shorten the conversation; any other error they answer with the same request, several times.
-* An error body in Anthropic's envelope is replaced by one of OpenAI's, with the same message and type.
+* An error body in Anthropic's envelope, or in Google's, is replaced by one of OpenAI's with the same message. Its type
+  is Anthropic's, or its code is Google's status.
 """
 
 from __future__ import annotations
@@ -53,10 +54,17 @@ def overflow_payload(error: GatewayError) -> dict[str, object] | None:
 
 
 def _unwrapped(error: GatewayError) -> dict[str, object] | None:
-    """Returns the error object for a body in Anthropic's envelope; None = it is in no such envelope."""
+    """Returns the error object for a body in Anthropic's envelope or in Google's; None = it is in neither."""
     value = decode_any(error.body) if isinstance(error, Rejected) and error.body is not None else None
-    if not isinstance(value, dict) or value.get("type") != "error":
+    if not isinstance(value, dict):
         return None
-    kind = error_object(error).get("type")
-    payload = {**error.payload, **({"type": kind} if isinstance(kind, str) else {})}
+    told = error_object(error)
+    kind, status = told.get("type"), told.get("status")
+    payload = dict(error.payload)
+    if value.get("type") == "error":
+        payload |= {"type": kind} if isinstance(kind, str) else {}
+    elif isinstance(status, str) and status.isupper() and type(told.get("code")) is int and kind is None:
+        payload["code"] = status.lower()
+    else:
+        return None
     return {**payload, "attempts": error.attempts} if error.attempts else payload
