@@ -214,6 +214,16 @@ def test_anthropic_s_envelope_is_replaced() -> None:
     assert error_response(error, "anthropic", "r")[2] == body
 
 
+def test_google_s_error_is_replaced() -> None:
+    """OpenAI's clients get a code that is text, and a type; Google's get its own words."""
+    error = rejected({"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}, 429)
+    status, _, rendered = error_response(error, "openai", "r")
+    told = {"message": "slow down", "type": "invalid_request_error", "param": None, "code": "upstream_rejected"}
+    assert (status, msgspec.json.decode(rendered)) == (429, {"error": told})
+    assert error_frame(error, "openai", "r") == b"data: " + rendered + b"\n\n"
+    assert error_response(error, "gemini", "r")[2] == error.body
+
+
 def test_openai_s_own_words_go_through() -> None:
     """An upstream that says it with the code is passed on word for word, and so is every other error."""
     for message, code in (("It is too long.", "context_length_exceeded"), ("max_tokens is too large: 32000.", None)):

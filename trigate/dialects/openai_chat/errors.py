@@ -4,7 +4,8 @@ That is the gateway's own (`GatewayError.to_response`), with two additions:
 
 * That a request is too long for the model is said with OpenAI's code and in its words, in whichever words the upstream
   says it. Agents then shorten the conversation; any other error they answer with the same request, several times.
-* An error body in Anthropic's envelope is replaced by one of OpenAI's, with the same message and type.
+* An error body in Anthropic's envelope, or with Google's `code` and `status`, is replaced by one of OpenAI's, with the
+  same message and, of Anthropic's, the same type.
 """
 
 from __future__ import annotations
@@ -53,10 +54,14 @@ def overflow_payload(error: GatewayError) -> dict[str, object] | None:
 
 
 def _unwrapped(error: GatewayError) -> dict[str, object] | None:
-    """Returns the error object for a body in Anthropic's envelope; None = it is in no such envelope."""
+    """Returns the error object for a body in Anthropic's envelope or Google's; None = it is in neither."""
     value = decode_any(error.body) if isinstance(error, Rejected) and error.body is not None else None
-    if not isinstance(value, dict) or value.get("type") != "error":
+    if not isinstance(value, dict):
         return None
-    kind = error_object(error).get("type")
+    told = error_object(error)
+    is_google_s = type(told.get("code")) is int and isinstance(told.get("status"), str)
+    if value.get("type") != "error" and not is_google_s:
+        return None
+    kind = told.get("type")
     payload = {**error.payload, **({"type": kind} if isinstance(kind, str) else {})}
     return {**payload, "attempts": error.attempts} if error.attempts else payload
