@@ -449,6 +449,7 @@ def test_other_fields() -> None:
         ({"logit_bias": {"5": 1}}, True),
         ({"audio": {"voice": "v", "format": "wav"}}, True),
         ({"web_search_options": {"a": 1}}, True),
+        ({"web_search_options": {}}, True),
         ({"modalities": ["text", "audio"]}, True),
         ({"stop": " "}, True),
         ({"tools": [{"type": "custom", "custom": {"name": "c"}}]}, True),

@@ -93,7 +93,7 @@ def _values(fields: Mapping[str, msgspec.Raw], dropped: set[str]) -> _Json:
             values[name] = decode_strictly(raw)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
-        if fate == "refused" and values[name]:
+        if fate == "refused" and (values[name] or (name == "web_search_options" and values[name] == {})):
             raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
     return values
 
