@@ -350,6 +350,19 @@ async def test_the_same_format_is_relayed(open_app: OpenApp) -> None:
         served.assert_clean()
 
 
+async def test_half_a_character_is_relayed(open_app: OpenApp) -> None:
+    """A server that cuts text within an emoji sends it; an answer without its message is none."""
+    half = rb'{"done":true,"model":"qwen3","message":{"role":"assistant","content":"\ud83d"},"done_reason":"stop"}'
+    async with open_app(make_config({"up": OLLAMA}), Provider((NDJSON, Say(half + b"\n")))) as served:
+        expected = {**json.loads(half), "model": "up/qwen3"}
+        assert json.loads((await ask(served, model="up/qwen3").wait()).body) == expected
+        served.providers["up"].play(answers(half))
+        assert json.loads((await ask(served, model="up/qwen3", stream=False).wait()).body) == expected
+        served.providers["up"].play(answers(b'{"model":"qwen3","message":null,"done":true}'))
+        assert (await ask(served, model="up/qwen3", stream=False).wait()).status == 502
+        served.assert_clean()
+
+
 @pytest.mark.parametrize(
     "end", [(Break(),), (Say(b'{"error":"it burns"}\n'),), (), (Say(b"no json\n"),), (Say(LAST[:-9]),)]
 )

@@ -78,6 +78,8 @@ def test_usage(usage: object, read: tuple[int, ...] | None) -> None:
         b'{"object": ',
         b"{}",
         b'{"id": "x", "choices": null}',
+        b'{"id": "x", "choices": 30}',
+        b'{"id": "x", "choices": {"index": 0}, "error": null}',
         b'{"object": "\xff"}',
         b'{"object": "\\ud83d"',
         b'{"object": "\\ud83d", "x": \xff}',

@@ -124,7 +124,12 @@ def decode_answer(body: bytes, endpoint: Endpoint, *, model: str | None, upstrea
             f"The upstream {upstream} answered with something that is not a JSON object: {error}."
         ) from None
     results = fields.get(endpoint.results)
-    if results is None or memoryview(results).nbytes <= len(b"null") or body.count(b'"error"'):
+    if (
+        results is None
+        or memoryview(results).nbytes <= len(b"null")
+        or (endpoint.needs_finish_reason and bytes(memoryview(results)[:1]) != b"[")
+        or body.count(b'"error"')
+    ):
         _check_results(body, endpoint, upstream=upstream)
     usage = parse_usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
     if usage is None and b'"usage"' in body:
@@ -142,6 +147,8 @@ def _check_results(body: bytes, endpoint: Endpoint, *, upstream: str) -> None:
     value = decode_any(body) or {}
     results = value.get(endpoint.results)
     error: GatewayError | None = None
+    if endpoint.needs_finish_reason and not isinstance(results, list):
+        results = None
     if results:
         if endpoint.needs_finish_reason and all(
             isinstance(choice, dict) and choice.get("error") for choice in results

@@ -9,7 +9,7 @@ from trigate.errors import GatewayError, ProtocolViolation, Truncated
 from trigate.openai import sse
 from trigate.openai.answer import Usage
 from trigate.openai.provider_error import reported
-from trigate.openai.raw_json import decode_any, split_fields, with_model
+from trigate.openai.raw_json import decode_any, split_provider_fields, with_model
 
 _MODEL = b'{"model":"'
 _CONTENT = ("content", "thinking", "tool_calls", "response")
@@ -122,7 +122,7 @@ class LineRelay:
         if line.startswith(_MODEL) and end > 0 and b"\\" not in line[:end]:
             return b'{"model":%b%b\n' % (self._model, line[end + 1 :])
         try:
-            fields = split_fields(line)
+            fields = split_provider_fields(line)
         except (ValueError, RecursionError):
             self.error = ProtocolViolation(f"The upstream {self._upstream} sent a line that is not a JSON object.")
             return b""

@@ -15,7 +15,7 @@ from trigate.dialects.ollama.values import asked_model
 from trigate.dialects.vocabulary import Answer, Request
 from trigate.errors import ProtocolViolation
 from trigate.openai.answer import Usage
-from trigate.openai.raw_json import split_fields, with_model
+from trigate.openai.raw_json import split_provider_fields, with_model
 from trigate.openai.request import Call
 
 _STREAM_TYPES = ("application/x-ndjson",)
@@ -100,8 +100,8 @@ class OllamaRelay:
         """The answer with the public model id. Raises ProtocolViolation."""
         body = body.strip()
         values = values_of(body, upstream)
-        if len(values) != 1 or call.endpoint.results not in values[0]:
+        if len(values) != 1 or values[0].get(call.endpoint.results) is None:
             raise ProtocolViolation(f"The upstream {upstream} answered without {call.endpoint.results}.")
         if "model" in values[0]:
-            body = with_model(body, split_fields(body), msgspec.json.encode(asked_model(call)))
+            body = with_model(body, split_provider_fields(body), msgspec.json.encode(asked_model(call)))
         return body, usage_of(values[0])
