@@ -12,13 +12,11 @@ import pytest
 from tests.matrix.clients import CLIENTS, Client
 from tests.matrix.providers import FAILS, TOO_LONG, UPSTREAMS, Upstream
 from tests.matrix.scenes import SCENES, Ask, Call, Part, Reply, Result, Scene
-from tests.support.gateway import OpenApp, make_config
+from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import Provider
 
 CELLS = [
-    pytest.param(client, upstream, scene, stream, id=f"{client.name}-{upstream.name}-{scene.name}-{how}")
-    for client in CLIENTS
-    for upstream in UPSTREAMS
+    (scene, stream)
     for scene in SCENES
     for how, stream in (("stream", True), ("plain", False))
     if scene.only in ("", how)
@@ -26,40 +24,49 @@ CELLS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("client", "upstream", "scene", "stream"), CELLS)
-async def test_cell(client: Client, upstream: Upstream, scene: Scene, stream: bool, open_app: OpenApp) -> None:
-    """The upstream reads what was asked, and the client what was answered."""
+@pytest.mark.parametrize("upstream", UPSTREAMS, ids=lambda upstream: upstream.name)
+@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
+async def test_formats(client: Client, upstream: Upstream, open_app: OpenApp, subtests: pytest.Subtests) -> None:
+    """In every scene, the upstream reads what was asked, and the client what was answered."""
     config = make_config({"up": upstream.settings})
+    async with open_app(config, Provider()) as served:
+        for scene, stream in CELLS:
+            with subtests.test(scene=scene.name, stream=stream):
+                await _play(client, upstream, scene, stream, served)
+
+
+async def _play(client: Client, upstream: Upstream, scene: Scene, stream: bool, served: Served) -> None:
+    provider = served.providers["up"]
+    provider.calls.clear()
     error = TOO_LONG if scene.name == "too long" else FAILS
     if scene.status != 200:
-        script = upstream.write_error(scene.status, error)
+        provider.play(upstream.write_error(scene.status, error))
     else:
-        script = upstream.write_stream(scene.reply) if stream else upstream.write(scene.reply)
-    async with open_app(config, Provider(script)) as served:
-        model = f"up/{upstream.model}"
-        body = client.write(scene.ask, model, stream=stream)
-        call = await served.client.start("POST", client.path(model, stream=stream), body).wait()
-        assert served.providers["up"].calls, call.body
-        [sent] = served.providers["up"].calls
-        assert renamed(upstream.read(sent)) == renamed(asked(client, upstream, scene.ask))
-        if scene.status != 200:
-            # a request that is too long is always said in the words that the client's agents know
-            assert call.status == scene.status or (client.name == "messages" and call.status == 529)
-            message = client.read_error(call.json)
-            assert error in message if scene.name != "too long" else "200000" in message, message
-            return
-        assert call.status == 200, call.body
-        read = client.read_stream(call.body) if stream else client.read(call.json)
-        expected = client.can_say(upstream.can_say(scene.reply))
-        if scene.reply.fails:
-            assert read.fails == "error"
-        elif upstream.has_ids:
-            assert read == expected
-        else:
-            if client.name == upstream.name:  # as they came: without ids
-                expected = without_ids(expected)
-            assert numbered(read) == numbered(expected)
-        served.assert_clean()
+        provider.play(upstream.write_stream(scene.reply) if stream else upstream.write(scene.reply))
+    model = f"up/{upstream.model}"
+    body = client.write(scene.ask, model, stream=stream)
+    call = await served.client.start("POST", client.path(model, stream=stream), body).wait()
+    assert provider.calls, call.body
+    [sent] = provider.calls
+    assert renamed(upstream.read(sent)) == renamed(asked(client, upstream, scene.ask))
+    if scene.status != 200:
+        # a request that is too long is always said in the words that the client's agents know
+        assert call.status == scene.status or (client.name == "messages" and call.status == 529)
+        message = client.read_error(call.json)
+        assert error in message if scene.name != "too long" else "200000" in message, message
+        return
+    assert call.status == 200, call.body
+    read = client.read_stream(call.body) if stream else client.read(call.json)
+    expected = client.can_say(upstream.can_say(scene.reply))
+    if scene.reply.fails:
+        assert read.fails == "error"
+    elif upstream.has_ids:
+        assert read == expected
+    else:
+        if client.name == upstream.name:  # as they came: without ids
+            expected = without_ids(expected)
+        assert numbered(read) == numbered(expected)
+    served.assert_clean()
 
 
 def asked(client: Client, upstream: Upstream, ask: Ask) -> Ask:
