@@ -115,3 +115,21 @@ def numbered(reply: Reply) -> Reply:
         for part in reply.parts
     )
     return attrs.evolve(reply, parts=parts)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS, ids=lambda upstream: upstream.name)
+async def test_half_a_character_in_a_name(upstream: Upstream, open_app: OpenApp) -> None:
+    """It is the provider's failure, in every format: no client could read it."""
+    scene = next(each for each in SCENES if each.name == "tools")
+    reply = attrs.evolve(scene.reply, parts=(Call("call_1", "f\ud800", {"x": 1}),))
+    async with open_app(make_config({"up": upstream.settings}), Provider(())) as served:
+        for client in CLIENTS:
+            for stream in (True, False):
+                served.providers["up"].play(upstream.write_stream(reply) if stream else upstream.write(reply))
+                model = f"up/{upstream.model}"
+                body = client.write(scene.ask, model, stream=stream)
+                call = await served.client.start("POST", client.path(model, stream=stream), body).wait()
+                assert call.status in (200, 502), call.body
+                assert b"internal_error" not in call.body
+                assert b"The gateway failed" not in call.body
+        served.assert_clean()

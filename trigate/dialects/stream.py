@@ -102,6 +102,8 @@ class TranslatedStream:
                     break
         except ProtocolViolation as error:
             self.error = error.with_traceback(None)
+        except UnicodeEncodeError:
+            self.error = half_of_a_character(self._upstream)
         if too_large and not self.complete and self.error is None:
             self.error = ProtocolViolation(f"The upstream {self._upstream} sent too much: {too_large}.")
         if not self._tracker.has_content and self.error is None:
@@ -159,6 +161,9 @@ class TranslatedStream:
         except ProtocolViolation as error:
             self.error = error.with_traceback(None)
             return rest
+        except UnicodeEncodeError:
+            self.error = half_of_a_character(self._upstream)
+            return rest
         return b"".join(frames)
 
     def error_frame(self, error: GatewayError, request_id: str = "") -> bytes | None:
@@ -173,3 +178,9 @@ class TranslatedStream:
         pending = sse.data_of(self._splitter.pending + b"\n\n")
         is_whole = pending is not None and (pending == DONE or isinstance(decode_any(pending), dict))
         return self.feed(b"\n\n") if is_whole else b""
+
+
+def half_of_a_character(upstream: str) -> ProtocolViolation:
+    """The failure of an upstream that sends a lone surrogate in a name, an id or a payload: only text may have one, in
+    which a decoder puts the halves together."""
+    return ProtocolViolation(f"The upstream {upstream} sent half of a character in a name or an id.")

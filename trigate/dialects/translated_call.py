@@ -21,7 +21,7 @@ from trigate.dialects.memory import (
     with_marks_checked,
     with_reasoning,
 )
-from trigate.dialects.stream import TranslatedStream
+from trigate.dialects.stream import TranslatedStream, half_of_a_character
 from trigate.dialects.vocabulary import Request
 from trigate.errors import Untranslatable
 from trigate.openai.answer import Usage
@@ -203,6 +203,12 @@ class TranslatedCall:
 
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
         """Translates a whole answer; returns it with the token counts in it. Raises ProtocolViolation."""
+        try:
+            return self._answer(body, upstream=upstream)
+        except UnicodeEncodeError:
+            raise half_of_a_character(upstream) from None
+
+    def _answer(self, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
         answer, usage = self._provider.decode_answer(body, upstream=upstream)
         if (memory := self._memory) is not None:
             if (
