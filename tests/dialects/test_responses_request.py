@@ -158,6 +158,7 @@ def test_malformed_input(items: Any, param: str, words: str) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_video"}]}]}, "input[0].content[0]"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "nope"}, "tools": [WEATHER]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": {}}, "tools": [WEATHER]}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
     ],
 )

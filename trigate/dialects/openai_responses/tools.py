@@ -160,16 +160,16 @@ def _checked(choice: ToolChoice, left: tuple[Tool, ...]) -> tuple[ToolChoice, tu
 def _function_of(chosen: object, tools: Tools) -> str:
     """Returns the name of the function that a choice names."""
     if isinstance(chosen, dict) and chosen.get("type") in ("function", "custom"):
-        namespace = chosen.get("namespace")
+        name, namespace = chosen.get("name"), chosen.get("namespace")
         for full, own in tools.own.items():
-            if own.name == chosen.get("name") and namespace in (None, own.namespace):
+            if own.name == name and namespace in (None, own.namespace):
                 return full
-        if chosen.get("name") in tools.own:
-            return str(chosen["name"])
+        if isinstance(name, str) and name in tools.own:
+            return name
     kind = shown(chosen.get("type")) if isinstance(chosen, dict) else "other"
-    name = shown(chosen.get("name")) if isinstance(chosen, dict) else "other"
+    named = shown(chosen.get("name")) if isinstance(chosen, dict) else "other"
     raise Untranslatable(
-        f"tool_choice: the upstream can call no tool of the type {kind} with the name {name}.", param="tool_choice"
+        f"tool_choice: the upstream can call no tool of the type {kind} with the name {named}.", param="tool_choice"
     )
 
 
