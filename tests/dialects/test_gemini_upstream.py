@@ -14,8 +14,11 @@ from tests.dialects.chat import message_of
 from tests.dialects.gemini import call, chunk, decoded, feed, function, messages_call, reader_of
 from tests.support.gemini_rules import SIGNATURE, problem_of
 from trigate.config.sections import UpstreamConfig
+from trigate.dialects.endpoints import CHAT
 from trigate.dialects.gemini import GeminiRelay, GeminiUpstream
 from trigate.dialects.gemini.encode import FOREIGN
+from trigate.dialects.openai_chat import ChatClient
+from trigate.dialects.translated_call import TranslatedCall
 from trigate.dialects.vocabulary import (
     Audio,
     File,
@@ -30,6 +33,7 @@ from trigate.dialects.vocabulary import (
     ToolResult,
 )
 from trigate.errors import BadRequest, ProtocolViolation, Reported, Truncated, Untranslatable
+from trigate.openai.request import decode_call
 
 CONFIG = UpstreamConfig(kind="gemini")
 MODEL = "gemini-3-flash-preview"
@@ -99,6 +103,14 @@ def test_a_request() -> None:
         },
     }
     assert dropped == ("parallel_tool_calls", "user")
+
+
+def test_a_cache_is_google_s_own_matter() -> None:
+    """That the client asked for one is said to be dropped, under the client's name for it."""
+    asked = decode_call(CHAT, b'{"model":"up/m","messages":[{"role":"user","content":"a"}],"prompt_cache_key":"k"}')
+    call = TranslatedCall(asked, ChatClient(), GeminiUpstream())
+    call.body(asked, MODEL, UpstreamConfig(kind="gemini"))
+    assert call.dropped == ("prompt_cache_key",)
 
 
 def test_turns_alternate() -> None:

@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.support.gateway import make_config
 from tests.upstream.socket_server import answers, open_pool
 from trigate.config import structure as configuration
 from trigate.config.sections import Config
@@ -360,6 +361,16 @@ async def test_secrets_are_redacted(status: int) -> None:
     for shown in (error.message, repr(error), error.to_response()[2].decode(), error.to_frame().decode()):
         assert KEY not in shown
         assert "[redacted]" in shown
+
+
+async def test_a_secret_of_another_upstream_is_redacted() -> None:
+    """Also where one provider's message quotes it."""
+    body = json.dumps({"error": {"message": f"Incorrect key: {KEY}"}}).encode()
+    config = make_config({"up": {"api_key": "another-key-of-its-own"}, "other": {"api_key": KEY}})
+    upstream = Upstream("up", config, _answering(body, status=400)[0])
+    async with upstream.open("POST", "/chat/completions") as reply:
+        error = await upstream.error_of(reply)
+    assert KEY not in error.to_response()[2].decode()
 
 
 @pytest.mark.parametrize("key", ["e", "error", "none"])

@@ -127,7 +127,8 @@ class Upstream:
         configured = self.config.models if self.config.models != "discover" else ()
         self.models: tuple[str, ...] = configured or default_models
         self.model_fields: Mapping[str, Mapping[str, Any]] = {}
-        values = (value.removeprefix("Bearer ") for value in config.secrets.get(name, {}).values())
+        # of all upstreams: what one provider says of a key may be about another one's
+        values = (value.removeprefix("Bearer ") for own in config.secrets.values() for value in own.values())
         # a short secret is an ordinary word, whose redaction would garble messages
         self._secrets = tuple(value for value in values if len(value) >= _MIN_SECRET_CHARS)
         self._headers = {**constant_headers(self.config), **config.secrets.get(name, {})}

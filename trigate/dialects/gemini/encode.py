@@ -84,6 +84,8 @@ def encode_request(request: Request, *, model: str, with_ids: bool) -> tuple[byt
         body["generationConfig"] = config
     if request.user is not None:
         dropped.append("user")
+    if request.cache:  # Gemini caches by itself
+        dropped.append("cache")
     return msgspec.json.encode(body), tuple(dropped)
 
 

@@ -10,7 +10,8 @@ _Json = dict[str, Any]
 
 _INPUT = ("context_length", "context_window", "max_context_length", "max_model_len")
 _OUTPUT = ("max_output_tokens", "max_completion_tokens", "max_tokens")
-_METHODS = ["generateContent", "streamGenerateContent", "countTokens"]
+_METHODS = ["generateContent", "streamGenerateContent"]
+"""What every model can be asked for; `countTokens` is served only where its upstream speaks Gemini's format."""
 
 
 def encode_model(model: str, fields: Mapping[str, Any]) -> _Json:  # Any: JSON of any shape

@@ -63,6 +63,7 @@ PARTS: Mapping[str, Fate] = {
 """The parts of messages. One that is not here is refused: without it, the conversation would be another one."""
 
 FIELD_OF: Mapping[str, str] = {
+    "cache": "prompt_cache_key",
     "effort": "reasoning_effort",
     "is_json": "response_format",
     "schema": "response_format",

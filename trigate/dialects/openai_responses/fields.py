@@ -76,6 +76,7 @@ TOOLS: Mapping[str, Fate] = {
 """The tools. One that is not here runs at OpenAI, and is refused: without it, the answer would be another one."""
 
 FIELD_OF: Mapping[str, str] = {
+    "cache": "prompt_cache_key",
     "effort": "reasoning.effort",
     "max_tokens": "max_output_tokens",
     "reasoning": "reasoning.encrypted_content",
