@@ -15,6 +15,7 @@ import pytest
 from tests.fuzz.mutation import in_pieces, mutated
 from tests.server.test_request_parser import CHUNKED, CORPUS, PARTS, STATUSES, parse
 from tests.support.provider import DONE, chunk, content, role, usage
+from tests.support.slow import FULL
 from tests.test_signatures import VECTORS, Vector
 from trigate.config import structure as configuration
 from trigate.config.sections import ConfigError, HookConfig
@@ -27,7 +28,7 @@ from trigate.openai.token_estimate import estimated_tokens
 from trigate.sessions.compose import compose
 from trigate.webhooks import payload
 
-CASES = 50_000
+CASES = 50_000 if FULL else 15_000
 
 pytestmark = pytest.mark.slow
 

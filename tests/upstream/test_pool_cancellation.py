@@ -13,6 +13,7 @@ import trio
 import trustme
 
 from tests.support.bomb import Bomb, armed
+from tests.support.slow import FULL
 from tests.upstream.socket_server import (
     OK,
     STREAM,
@@ -174,10 +175,10 @@ async def test_the_sweep_finds_a_leak(
 
 
 @pytest.mark.slow
-async def test_ten_thousand_cancels() -> None:
-    """After 10 000 cancels at random moments of thirty tasks on ten slots, ten requests are answered at once."""
+async def test_thousands_of_cancels() -> None:
+    """After as many cancels at random moments of thirty tasks on ten slots, ten requests are answered at once."""
     rng = random.Random(3)
-    wanted = 10_000
+    wanted = 10_000 if FULL else 4_000
     cancelled = answered = 0
 
     async def play(server: Server, stream: trio.abc.Stream) -> None:
