@@ -566,7 +566,7 @@ class Load:
         if self.job.status != 200:
             return ""
         if not self.streams:
-            return "" if self._results in client.head else f"no {self.job.results}"
+            return "" if self._results in client.head else f"no {self.job.results.strip(chr(34))}"
         if client.events != self.job.events and not (self.job.repeats and client.events > self.job.events):
             return f"{'fewer' if client.events < self.job.events else 'more'} events than asked for"
         return "" if self._ends in client.tail else f"no {self.job.ends}"

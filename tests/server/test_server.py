@@ -95,6 +95,11 @@ class App:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
+        if scope["type"] == "websocket":
+            refusal = b'{"error":{"message":"no"}}'
+            await send({"type": "websocket.http.response.start", "status": 404, "headers": []})
+            await send({"type": "websocket.http.response.body", "body": refusal})
+            return
         match scope["path"]:
             case "/stream":
                 await self._stream(send)

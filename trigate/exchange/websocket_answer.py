@@ -19,7 +19,6 @@ from trigate.exchange.sink import ClientSocket, Sink
 from trigate.openai.answer import Usage, find_usage
 from trigate.openai.raw_json import decode_any
 from trigate.upstream.reply import Reply
-from trigate.upstream.websocket import WebSocketReply
 
 SWITCHING_PROTOCOLS = 101
 
@@ -34,6 +33,8 @@ class WebSocketAnswer:
 
     async def relay(self, attempt: Attempt, reply: Reply, sink: Sink) -> bytes | None:
         """Moves the messages. As `Answer.relay`."""
+        from trigate.upstream.websocket import WebSocketReply  # here: its library takes long to import, and few use it
+
         assert isinstance(reply, WebSocketReply), "the opening is that of a WebSocket"
         upstream, client = reply.socket, self.client
         if not self.claim(attempt):

@@ -38,7 +38,7 @@ from trigate.concurrency.poller import Poller
 from trigate.concurrency.timers import Timers
 from trigate.errors import Header, Internal
 from trigate.logs import log
-from trigate.server import response_head, websocket
+from trigate.server import response_head
 from trigate.server.client_capabilities import Client
 from trigate.server.client_stream import YIELD_AFTER_BYTES, ClientStream
 from trigate.server.request_head import HeadRefused
@@ -279,6 +279,8 @@ class Connection:
             "extensions": {"trigate.client": self._client},
         }
         if head.offers_websocket:
+            from trigate.server import websocket  # here: its library takes long to import, and few use it
+
             self._persistent = False
             await websocket.serve(service.app, scope, self.client_stream, parser, self.respond)
             return

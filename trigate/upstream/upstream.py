@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import httpx2
@@ -51,7 +51,9 @@ from trigate.upstream.pool import ConnectionPool
 from trigate.upstream.reply import Httpx2Source, Reply, SocketSource, Source, translated
 from trigate.upstream.request_stream import RequestStream, StreamContent, length_field
 from trigate.upstream.transport import SocketTransport
-from trigate.upstream.websocket import WebSocketReply, open_websocket
+
+if TYPE_CHECKING:
+    from trigate.upstream.websocket import WebSocketReply
 
 _DOWN_S = 10.0
 _EXIT_NOTICED_S = 0.2
@@ -310,6 +312,8 @@ class Upstream:
         Raises:
             Unsupported: The upstream is reached by something else than our own connections.
         """
+        from trigate.upstream.websocket import open_websocket  # here: its library takes long to import, and few use it
+
         try:
             if self._pool is None:
                 reason = f"The upstream {self.name} is reached through a proxy or by HTTP/2, without WebSockets."
