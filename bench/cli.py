@@ -96,7 +96,7 @@ def main(**options: Any) -> None:  # Any: the decorators give each option its ty
         rounds = options["rounds"] or (2 if options["quick"] else 5)
         costs = trio.run(lambda: formats.run(names, rounds=rounds, window_s=options["window"] or 3.0))
         for line in formats.lines(costs):
-            console.print(line, markup=False, highlight=False)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     elif options["compare"]:
         before, after = (_read(file) for file in options["compare"])
         terminal.print_comparison(before, after, console)

@@ -344,7 +344,7 @@ SLOW = {
         "a probe is not ended",
         "an attempt is not ended",
     ),
-    *("a generation is kept", "a drain does not cancel"),
+    *("a generation is kept", "a drain does not cancel", "an event is sent twice"),
     *("clients are not notified of a hot restart", "a hot restart leaves no time"),
     *("a stalled client is kept", "a superseded attempt continues", "a probe is forgotten"),
 }
