@@ -44,6 +44,7 @@ from trigate.dialects.openai_responses import ResponsesClient
 from trigate.dialects.openai_responses import without_own_reasoning as without_sealed_reasoning
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, ProtocolViolation, Unsupported
+from trigate.openai import sse
 from trigate.openai.answer import Usage, decode_answer
 from trigate.openai.conversion import answer_of, events_of
 from trigate.openai.endpoints import Format
@@ -198,7 +199,12 @@ class _PassThrough:
             choices=call.choices,
             keep_bytes=keep_bytes,
             head=continues,
+            splitter=self.splitter(call, max_event_bytes),
         )
+
+    def splitter(self, call: Call, max_event_bytes: int) -> sse.EventSplitter | None:
+        """Makes what splits the body and changes its events; None = they stay as they are."""
+        return None
 
     def events(self, call: Call, body: bytes, *, upstream: str) -> bytes:
         return events_of(body, call, upstream=upstream)
@@ -213,25 +219,8 @@ class _PassThrough:
 class _ThinkTagsPassThrough(_PassThrough):
     """Chat completions on both sides, with the reasoning in the text of the upstream's answers."""
 
-    def stream_reader(
-        self,
-        call: Call,
-        *,
-        upstream: str,
-        max_event_bytes: int,
-        keep_bytes: int,
-        continues: Mapping[str, msgspec.Raw] | None,
-    ) -> Reader:
-        return StreamReader(
-            call.endpoint,
-            model=call.public_model,
-            upstream=upstream,
-            max_event_bytes=max_event_bytes,
-            choices=call.choices,
-            keep_bytes=keep_bytes,
-            head=continues,
-            splitter=TagSplitter(max_event_bytes=max_event_bytes, choices=call.choices),
-        )
+    def splitter(self, call: Call, max_event_bytes: int) -> sse.EventSplitter | None:
+        return TagSplitter(max_event_bytes=max_event_bytes, choices=call.choices)
 
     def answer(self, call: Call, body: bytes, *, upstream: str) -> tuple[bytes, Usage | None]:
         body, usage = super().answer(call, body, upstream=upstream)
