@@ -1,14 +1,21 @@
-"""Reads plain values of a request, with the messages that say what is wrong with them."""
+"""Reads the fields of a request, in any format: what becomes of each by the format's table, and plain values, with the
+messages that say what is wrong with them."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, cast
 
-from trigate.errors import BadRequest
+import msgspec
+
+from trigate.errors import BadRequest, Untranslatable
+from trigate.openai.raw_json import decode_strictly
 
 Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
+Fate = Literal["translated", "dropped", "refused"]
+"""``dropped``: advisory; its name is in ``x-trigate-dropped``. ``refused``: 400, unless it is null, false or empty."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 
@@ -20,6 +27,46 @@ def shown(name: object) -> str:
     ('input.new_field', 'other')
     """
     return name if isinstance(name, str) and _NAME.match(name) else "other"
+
+
+def decode_fields(
+    fields: Mapping[str, msgspec.Raw],
+    fates: Mapping[str, Fate],
+    dropped: set[str],
+    *,
+    name_of: Callable[[str], str] = str,
+    refused_if_empty: Collection[str] = (),
+) -> Json:
+    """Decodes those top-level fields of a request that are translated; one that is null is left out.
+
+    Args:
+        fates: What becomes of a field; one that is not in it is dropped.
+        dropped: Takes the names of those that are dropped.
+        name_of: The name in ``fates`` of a field, as the client may write it.
+        refused_if_empty: The refused fields whose presence alone asks for something.
+
+    Raises:
+        BadRequest: A field cannot be decoded.
+        Untranslatable: A field that is refused has a value.
+    """
+    values: Json = {}
+    for given, raw in fields.items():
+        if bytes(memoryview(raw)[:5]) == b"null":  # not the whole, which may be tens of MiB
+            continue
+        name = name_of(given)
+        fate = fates.get(name, "dropped")
+        if fate == "dropped":
+            dropped.add(shown(name))
+            continue
+        try:
+            value = decode_strictly(raw)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
+        if fate == "translated":
+            values[name] = value
+        elif value or name in refused_if_empty:
+            raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
+    return values
 
 
 def an_object(values: Json, name: str, path: str = "") -> Json:

@@ -5,7 +5,6 @@ The names of dropped fields are sorted, each once. A name that the client made u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,16 +12,12 @@ import msgspec
 
 from trigate.dialects.anthropic.content import ContentDecoder
 from trigate.dialects.anthropic.fields import FIELDS
+from trigate.dialects.request_values import Json, a_count_or_none, a_number_or_none, an_object, decode_fields, shown
 from trigate.dialects.vocabulary import Effort, Request, Schema, Tool, ToolChoice
 from trigate.errors import BadRequest, Untranslatable
-from trigate.openai.raw_json import decode_strictly
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "tool"}
-
-_Json = dict[str, Any]
-"""A JSON object. Any: JSON of any shape."""
 
 
 def decode_request(fields: Mapping[str, msgspec.Raw]) -> tuple[Request, tuple[str, ...]]:
@@ -39,35 +34,22 @@ def decode_request(fields: Mapping[str, msgspec.Raw]) -> tuple[Request, tuple[st
         Untranslatable: A field cannot be expressed; ``param`` names it.
     """
     dropped: set[str] = set()
-    values: _Json = {}
-    for name, raw in fields.items():
-        fate = FIELDS.get(name, "dropped")
-        if bytes(raw) == b"null":
-            continue
-        if fate == "dropped":
-            dropped.add(_shown(name))
-            continue
-        try:
-            values[name] = decode_strictly(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
-        if fate == "refused" and values[name]:
-            raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
+    values = decode_fields(fields, FIELDS, dropped)
     content = ContentDecoder(dropped)
     messages = content.messages(values.get("system"), values["messages"])
-    thinking = _object(values, "thinking")
-    config = _object(values, "output_config")
+    thinking = an_object(values, "thinking")
+    config = an_object(values, "output_config")
     tools = _tools(values.get("tools"), dropped)
-    choice, parallel = _tool_choice(_object(values, "tool_choice"), tools)
+    choice, parallel = _tool_choice(an_object(values, "tool_choice"), tools)
     effort = _effort(thinking, config, dropped)
     return (
         Request(
             messages=messages,
-            max_tokens=_count(values, "max_tokens"),
+            max_tokens=a_count_or_none(values, "max_tokens"),
             stream=values.get("stream") is True,
-            temperature=_number(values, "temperature"),
-            top_p=_number(values, "top_p"),
-            top_k=_count(values, "top_k"),
+            temperature=a_number_or_none(values, "temperature"),
+            top_p=a_number_or_none(values, "top_p"),
+            top_k=a_count_or_none(values, "top_k"),
             stop=_strings(values, "stop_sequences"),
             tools=tools,
             tool_choice=choice,
@@ -75,47 +57,16 @@ def decode_request(fields: Mapping[str, msgspec.Raw]) -> tuple[Request, tuple[st
             effort=effort,
             wants_reasoning=thinking.get("type") in ("enabled", "adaptive"),
             schema=_schema(config, dropped),
-            user=_user(_object(values, "metadata"), dropped),
+            user=_user(an_object(values, "metadata"), dropped),
         ),
         tuple(sorted(dropped)),
     )
 
 
-def _shown(name: str) -> str:
-    return name if _NAME.match(name) else "other"
-
-
 # -- plain values -----------------------------------------------------------------------------------------------------
 
 
-def _object(values: _Json, name: str) -> _Json:
-    value = values.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise BadRequest(f"{name} must be an object.", param=name)
-    return value
-
-
-def _count(values: _Json, name: str) -> int | None:
-    value = values.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or value < 1:
-        raise BadRequest(f"{name} must be a whole number above 0.", param=name)
-    return value
-
-
-def _number(values: _Json, name: str) -> float | None:
-    value = values.get(name)
-    if value is None:
-        return None
-    if type(value) not in (int, float):
-        raise BadRequest(f"{name} must be a number.", param=name)
-    return cast("float", value)
-
-
-def _strings(values: _Json, name: str) -> tuple[str, ...]:
+def _strings(values: Json, name: str) -> tuple[str, ...]:
     value = values.get(name)
     if value is None:
         return ()
@@ -139,12 +90,12 @@ def _tools(value: object, dropped: set[str]) -> tuple[Tool, ...]:
             raise BadRequest(f"{path} must be an object.", param=path)
         kind = tool.get("type")
         if kind not in (None, "custom"):  # Anthropic runs it, or it has a schema that only its models know
-            dropped.add(f"tools.{_shown(str(kind))}")
+            dropped.add(f"tools.{shown(str(kind))}")
             continue
         if tool.get("defer_loading"):  # its schema is loaded later, by a tool of Anthropic's
             dropped.add("tools.defer_loading")
             continue
-        dropped.update(f"tools.{_shown(name)}" for name in tool.keys() - _TOOL)
+        dropped.update(f"tools.{shown(name)}" for name in tool.keys() - _TOOL)
         name, description, schema = tool.get("name"), tool.get("description"), tool.get("input_schema")
         if not isinstance(name, str) or not name:
             raise BadRequest(f"{path}.name must be a non-empty string.", param=f"{path}.name")
@@ -160,7 +111,7 @@ def _tools(value: object, dropped: set[str]) -> tuple[Tool, ...]:
 _TOOL = frozenset(("type", "name", "description", "input_schema", "strict", "defer_loading"))
 
 
-def _tool_choice(value: _Json, tools: tuple[Tool, ...]) -> tuple[ToolChoice | None, bool | None]:
+def _tool_choice(value: Json, tools: tuple[Tool, ...]) -> tuple[ToolChoice | None, bool | None]:
     """Returns the choice, and whether several tools may be called at once."""
     if not value:
         return None, None
@@ -179,11 +130,11 @@ def _tool_choice(value: _Json, tools: tuple[Tool, ...]) -> tuple[ToolChoice | No
 # -- thinking and the form of the answer ------------------------------------------------------------------------------
 
 
-def _effort(thinking: _Json, config: _Json, dropped: set[str]) -> Effort | None:
+def _effort(thinking: Json, config: Json, dropped: set[str]) -> Effort | None:
     kind, budget, given = thinking.get("type"), thinking.get("budget_tokens"), config.get("effort")
     if kind not in (None, "enabled", "adaptive", "disabled"):
         raise BadRequest("thinking.type must be enabled, adaptive or disabled.", param="thinking.type")
-    dropped.update(f"thinking.{_shown(name)}" for name in thinking.keys() - {"type", "budget_tokens"})
+    dropped.update(f"thinking.{shown(name)}" for name in thinking.keys() - {"type", "budget_tokens"})
     if given is not None and given not in _EFFORTS:
         raise BadRequest(f"output_config.effort must be one of {', '.join(_EFFORTS)}.", param="output_config.effort")
     if kind == "disabled":
@@ -197,8 +148,8 @@ def _effort(thinking: _Json, config: _Json, dropped: set[str]) -> Effort | None:
     return None
 
 
-def _schema(config: _Json, dropped: set[str]) -> Schema | None:
-    dropped.update(f"output_config.{_shown(name)}" for name in config.keys() - {"effort", "format"})
+def _schema(config: Json, dropped: set[str]) -> Schema | None:
+    dropped.update(f"output_config.{shown(name)}" for name in config.keys() - {"effort", "format"})
     form = config.get("format")
     if form is None:
         return None
@@ -208,8 +159,8 @@ def _schema(config: _Json, dropped: set[str]) -> Schema | None:
     return schema
 
 
-def _user(metadata: _Json, dropped: set[str]) -> str | None:
-    dropped.update(f"metadata.{_shown(name)}" for name in metadata.keys() - {"user_id"})
+def _user(metadata: Json, dropped: set[str]) -> str | None:
+    dropped.update(f"metadata.{shown(name)}" for name in metadata.keys() - {"user_id"})
     user = metadata.get("user_id")
     if user is not None and not isinstance(user, str):
         raise BadRequest("metadata.user_id must be a string.", param="metadata.user_id")

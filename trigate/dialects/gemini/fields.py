@@ -7,10 +7,8 @@ camel case and in snake case, and so does the gateway: the tables have the names
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-Fate = Literal["translated", "dropped", "refused"]
-"""``dropped``: advisory; its name is in ``x-trigate-dropped``. ``refused``: 400, unless it is null or empty."""
+from trigate.dialects.request_values import Fate
 
 FIELDS: Mapping[str, Fate] = {
     "model": "translated",

@@ -13,10 +13,10 @@ import msgspec
 from trigate.dialects.gemini.content import ContentDecoder
 from trigate.dialects.gemini.fields import FIELDS, GENERATION_CONFIG
 from trigate.dialects.gemini.schema import json_schema
-from trigate.dialects.gemini.values import Json, camel, list_of, number, object_of, shown, strings, text_of, whole
+from trigate.dialects.gemini.values import Json, camel, list_of, number, object_of, strings, text_of, whole
+from trigate.dialects.request_values import decode_fields, shown
 from trigate.dialects.vocabulary import Effort, Request, Schema, Tool, ToolChoice
 from trigate.errors import BadRequest, Untranslatable
-from trigate.openai.raw_json import decode_strictly
 
 _CONFIG = "generationConfig"
 _CHOICES: Mapping[str, Any] = {"AUTO": "auto", "VALIDATED": "auto", "ANY": "required", "NONE": "none"}  # Any: a mode
@@ -38,21 +38,7 @@ def decode_request(fields: Mapping[str, msgspec.Raw], *, stream: bool) -> tuple[
         Untranslatable: A field cannot be expressed; ``param`` names it.
     """
     dropped: set[str] = set()
-    values: Json = {}
-    for given, raw in fields.items():
-        name = camel(given)
-        fate = FIELDS.get(name, "dropped")
-        if bytes(memoryview(raw)[:5]) == b"null":
-            continue
-        if fate == "dropped":
-            dropped.add(shown(name))
-            continue
-        try:
-            values[name] = decode_strictly(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
-        if fate == "refused" and values[name]:
-            raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
+    values = decode_fields(fields, FIELDS, dropped, name_of=camel)
     messages = ContentDecoder(dropped).messages(values.get("systemInstruction"), values.get("contents"))
     tools = _tools(values.get("tools"), dropped)
     tools, choice = _tool_choice(object_of(values.get("toolConfig"), "toolConfig"), tools, dropped)

@@ -15,7 +15,6 @@ from trigate.errors import BadRequest
 Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _SNAKE = re.compile(r"(?<=.)_([a-z0-9])")
 
 
@@ -26,15 +25,6 @@ def camel(name: str) -> str:
     ('systemInstruction', 'topK', '_responseJsonSchema')
     """
     return _SNAKE.sub(lambda found: found[1].upper(), name) if "_" in name else name
-
-
-def shown(name: str) -> str:
-    """Returns a name that the client made up, if it looks like one.
-
-    >>> shown("safetySettings"), shown("a b")
-    ('safetySettings', 'other')
-    """
-    return name if _NAME.match(name) else "other"
 
 
 def object_of(value: object, path: str) -> Json:

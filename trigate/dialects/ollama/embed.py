@@ -13,7 +13,8 @@ import msgspec
 
 from trigate.config.sections import UpstreamConfig
 from trigate.dialects.ollama.fields import EMBED_FIELDS
-from trigate.dialects.ollama.values import Json, asked_model, decode_fields, shown, whole_at
+from trigate.dialects.ollama.values import Json, asked_model, whole_at
+from trigate.dialects.request_values import decode_fields, shown
 from trigate.errors import BadRequest, ProtocolViolation, Untranslatable
 from trigate.openai import answer as openai_answer
 from trigate.openai.answer import Usage

@@ -6,10 +6,8 @@ The decoders act by these tables, and ``docs/reference/formats.md`` shows them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-Fate = Literal["translated", "dropped", "refused"]
-"""``dropped``: advisory; its name is in ``x-trigate-dropped``. ``refused``: 400, unless it is null, false or empty."""
+from trigate.dialects.request_values import Fate
 
 CHAT_FIELDS: Mapping[str, Fate] = {
     "model": "translated",

@@ -9,7 +9,8 @@ import msgspec
 
 from trigate.dialects.ollama.fields import CHAT_FIELDS, GENERATE_FIELDS, OPTIONS
 from trigate.dialects.ollama.messages import decode_images, decode_messages
-from trigate.dialects.ollama.values import Json, decode_fields, list_at, number_at, shown, text_at, whole_at
+from trigate.dialects.ollama.values import Json, list_at, number_at, text_at, whole_at
+from trigate.dialects.request_values import decode_fields, shown
 from trigate.dialects.vocabulary import Effort, Message, Request, Schema, Text, Tool
 from trigate.errors import BadRequest
 

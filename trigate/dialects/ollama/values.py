@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-import msgspec
-
-from trigate.dialects.ollama.fields import Fate
-from trigate.errors import BadRequest, Untranslatable
-from trigate.openai.raw_json import decode_any, decode_strictly
+from trigate.errors import BadRequest
+from trigate.openai.raw_json import decode_any
 from trigate.openai.request import Call
 
 Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
-
-
-def decode_fields(fields: Mapping[str, msgspec.Raw], fates: Mapping[str, Fate], dropped: set[str]) -> Json:
-    """Decodes those fields of a request that are translated; one that is null is left out.
-
-    Args:
-        dropped: Takes the names of those that are dropped.
-
-    Raises:
-        BadRequest: A field cannot be decoded.
-        Untranslatable: A field that is refused has a value.
-    """
-    values: Json = {}
-    for name, raw in fields.items():
-        fate = fates.get(name, "dropped")
-        if bytes(memoryview(raw)[:5]) == b"null":
-            continue
-        if fate == "dropped":
-            dropped.add(shown(name))
-            continue
-        try:
-            value = decode_strictly(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
-        if fate == "translated":
-            values[name] = value
-        elif value:
-            raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
-    return values
-
 
 def asked_model(call: Call) -> str:
     """Returns the model's name as the client has it: with the tag, or without it."""
     return str(decode_any(bytes(call.fields["model"])))
-
-
-def shown(name: str) -> str:
-    """A name that the client made up is repeated only if it looks like one."""
-    return name if _NAME.match(name) else "other"
 
 
 def text_at(value: Mapping[str, Any], name: str, path: str) -> str:

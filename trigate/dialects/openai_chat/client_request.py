@@ -6,24 +6,19 @@ The names of dropped fields are sorted, each once. A name that the client made u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
 from trigate.dialects.openai_chat.client_content import ContentDecoder
 from trigate.dialects.openai_chat.client_fields import FIELDS
+from trigate.dialects.request_values import Json, a_bool_or_none, a_count_or_none, a_number_or_none, decode_fields
 from trigate.dialects.vocabulary import Effort, Request, Schema, Tool, ToolChoice
 from trigate.errors import BadRequest, Untranslatable
-from trigate.openai.raw_json import decode_strictly
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _MODES = ("auto", "required", "none")
-
-_Json = dict[str, Any]
-"""A JSON object. Any: JSON of any shape."""
 
 
 def decode_request(fields: Mapping[str, msgspec.Raw]) -> tuple[Request, tuple[str, ...]]:
@@ -51,20 +46,20 @@ def decode_request(fields: Mapping[str, msgspec.Raw]) -> tuple[Request, tuple[st
     return (
         Request(
             messages=messages,
-            max_tokens=_count(values, "max_completion_tokens") or _count(values, "max_tokens"),
+            max_tokens=a_count_or_none(values, "max_completion_tokens") or a_count_or_none(values, "max_tokens"),
             stream=values.get("stream") is True,
-            temperature=_number(values, "temperature"),
-            top_p=_number(values, "top_p"),
-            top_k=_count(values, "top_k"),
+            temperature=a_number_or_none(values, "temperature"),
+            top_p=a_number_or_none(values, "top_p"),
+            top_k=a_count_or_none(values, "top_k"),
             stop=_stop(values),
             tools=tools,
             tool_choice=choice,
-            parallel_tool_calls=False if is_legacy(fields) else _flag(values, "parallel_tool_calls"),
+            parallel_tool_calls=False if is_legacy(fields) else a_bool_or_none(values, "parallel_tool_calls"),
             effort=_effort(values),
             wants_reasoning=True,
             seed=_whole_number(values, "seed"),
-            presence_penalty=_number(values, "presence_penalty"),
-            frequency_penalty=_number(values, "frequency_penalty"),
+            presence_penalty=a_number_or_none(values, "presence_penalty"),
+            frequency_penalty=a_number_or_none(values, "frequency_penalty"),
             user=_string(values, "safety_identifier") or user,
             cache=content.wants_cache or bool(values.get("prompt_cache_key")),
             **schema_fields,
@@ -78,29 +73,19 @@ def is_legacy(fields: Mapping[str, msgspec.Raw]) -> bool:
     return "functions" in fields and "tools" not in fields
 
 
-def _values(fields: Mapping[str, msgspec.Raw], dropped: set[str]) -> _Json:
-    values: _Json = {}
-    for name, raw in fields.items():
-        fate = FIELDS.get(name, "dropped")
-        start = bytes(memoryview(raw)[:6])  # a field may be tens of MiB
-        if start == b"null":
-            continue
-        if fate == "dropped":
-            if start != b"false":
-                dropped.add(name if _NAME.match(name) else "other")
-            continue
-        try:
-            values[name] = decode_strictly(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
-        if fate == "refused" and (values[name] or (name == "web_search_options" and values[name] == {})):
-            raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
-    return values
+def _values(fields: Mapping[str, msgspec.Raw], dropped: set[str]) -> Json:
+    """Decodes the fields. One that is dropped asks for nothing if it is false."""
+    asked = {
+        name: raw
+        for name, raw in fields.items()
+        if FIELDS.get(name, "dropped") != "dropped" or bytes(memoryview(raw)[:6]) != b"false"
+    }
+    return decode_fields(asked, FIELDS, dropped, refused_if_empty=("web_search_options",))
 
 
-def _check_form(values: _Json) -> None:
+def _check_form(values: Json) -> None:
     """Refuses answers of a form that only OpenAI's models give."""
-    n = _count(values, "n")
+    n = a_count_or_none(values, "n")
     if n is not None and n > 1:
         raise Untranslatable("n: the upstream gives one answer to a request.", param="n")
     modalities = values.get("modalities")
@@ -111,46 +96,21 @@ def _check_form(values: _Json) -> None:
 # -- plain values -----------------------------------------------------------------------------------------------------
 
 
-def _count(values: _Json, name: str) -> int | None:
-    value = values.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or value < 1:
-        raise BadRequest(f"{name} must be a whole number above 0.", param=name)
-    return value
-
-
-def _whole_number(values: _Json, name: str) -> int | None:
+def _whole_number(values: Json, name: str) -> int | None:
     value = values.get(name)
     if value is not None and type(value) is not int:
         raise BadRequest(f"{name} must be a whole number.", param=name)
     return value
 
 
-def _number(values: _Json, name: str) -> float | None:
-    value = values.get(name)
-    if value is None:
-        return None
-    if type(value) not in (int, float):
-        raise BadRequest(f"{name} must be a number.", param=name)
-    return cast("float", value)
-
-
-def _flag(values: _Json, name: str) -> bool | None:
-    value = values.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false.", param=name)
-    return value
-
-
-def _string(values: _Json, name: str) -> str | None:
+def _string(values: Json, name: str) -> str | None:
     value = values.get(name)
     if value is not None and not isinstance(value, str):
         raise BadRequest(f"{name} must be a string.", param=name)
     return value or None
 
 
-def _stop(values: _Json) -> tuple[str, ...]:
+def _stop(values: Json) -> tuple[str, ...]:
     value = values.get("stop")
     value = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
@@ -158,7 +118,7 @@ def _stop(values: _Json) -> tuple[str, ...]:
     return tuple(each for each in value if each)
 
 
-def _effort(values: _Json) -> Effort | None:
+def _effort(values: Json) -> Effort | None:
     value = values.get("reasoning_effort")
     if value is not None and value not in _EFFORTS:
         raise BadRequest(f"reasoning_effort must be one of {', '.join(_EFFORTS)}.", param="reasoning_effort")
@@ -168,7 +128,7 @@ def _effort(values: _Json) -> Effort | None:
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
-def _tools(values: _Json) -> tuple[Tool, ...]:
+def _tools(values: Json) -> tuple[Tool, ...]:
     name = "tools" if "tools" in values else "functions"
     given = values.get(name, [])
     if not isinstance(given, list):
@@ -192,7 +152,7 @@ def _tools(values: _Json) -> tuple[Tool, ...]:
     return tuple(tools)
 
 
-def _tool(function: _Json, path: str) -> Tool:
+def _tool(function: Json, path: str) -> Tool:
     name, description, schema = function.get("name"), function.get("description"), function.get("parameters")
     if not isinstance(name, str) or not name:
         raise BadRequest(f"{path}.name must be a non-empty string.", param=f"{path}.name")
@@ -204,7 +164,7 @@ def _tool(function: _Json, path: str) -> Tool:
     return Tool(name, description, schema or {}, strict if isinstance(strict, bool) else None)
 
 
-def _tool_choice(values: _Json, tools: tuple[Tool, ...]) -> tuple[ToolChoice | None, tuple[Tool, ...]]:
+def _tool_choice(values: Json, tools: tuple[Tool, ...]) -> tuple[ToolChoice | None, tuple[Tool, ...]]:
     """Returns the choice, and the tools that it leaves."""
     name = "tool_choice" if "tool_choice" in values else "function_call"
     choice = values.get(name)
@@ -243,7 +203,7 @@ def _allowed_tools(value: object, tools: tuple[Tool, ...]) -> tuple[ToolChoice, 
 # -- the form of the answer -------------------------------------------------------------------------------------------
 
 
-def _response_format(values: _Json) -> _Json:
+def _response_format(values: Json) -> Json:
     """Returns the fields of the request that say which form the answer has."""
     form = values.get("response_format")
     kind = form.get("type") if isinstance(form, dict) else None

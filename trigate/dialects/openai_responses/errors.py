@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import msgspec
 
 from trigate.dialects.openai_responses.response import response_head
-from trigate.dialects.openai_responses.values import Json
 from trigate.dialects.overflow import overflow_of
+from trigate.dialects.request_values import Json
 from trigate.errors import GatewayError, Header, Overloaded, Rejected, Reported, Unavailable
 from trigate.openai.provider_error import error_object
 from trigate.openai.request import Call

@@ -18,7 +18,7 @@ from trigate.dialects.formats import Asked
 from trigate.dialects.openai_responses.errors import code_of
 from trigate.dialects.openai_responses.response import INCOMPLETE, Context, context_of, text_part
 from trigate.dialects.openai_responses.tools import own_input
-from trigate.dialects.openai_responses.values import Json
+from trigate.dialects.request_values import Json
 from trigate.dialects.vocabulary import (
     ArgumentsDelta,
     Event,

@@ -8,7 +8,7 @@ import attrs
 import msgspec
 
 from trigate.dialects.openai_responses.sealed import PREFIX
-from trigate.dialects.openai_responses.values import Json
+from trigate.dialects.request_values import Json
 from trigate.errors import BadRequest
 from trigate.openai.raw_json import decode_any, decode_strictly, join_fields, split_fields
 from trigate.openai.request import Call

@@ -14,7 +14,7 @@ import msgspec
 from trigate.dialects.openai_responses.fields import CONTENT, ITEMS
 from trigate.dialects.openai_responses.sealed import unseal
 from trigate.dialects.openai_responses.tools import SEPARATOR
-from trigate.dialects.openai_responses.values import Json, a_list, a_string, a_string_or_none, shown
+from trigate.dialects.request_values import Json, a_list, a_string, a_string_or_none, shown
 from trigate.dialects.vocabulary import (
     Audio,
     File,

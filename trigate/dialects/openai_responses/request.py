@@ -10,7 +10,7 @@ import msgspec
 from trigate.dialects.openai_responses.fields import FIELDS
 from trigate.dialects.openai_responses.items import InputDecoder
 from trigate.dialects.openai_responses.tools import decode_tool_choice, decode_tools
-from trigate.dialects.openai_responses.values import (
+from trigate.dialects.request_values import (
     Json,
     a_bool_or_none,
     a_count_or_none,
@@ -18,12 +18,12 @@ from trigate.dialects.openai_responses.values import (
     a_number_or_none,
     a_string_or_none,
     an_object,
+    decode_fields,
     one_of,
     shown,
 )
 from trigate.dialects.vocabulary import Effort, Request, Schema
 from trigate.errors import BadRequest, PreviousResponseNotFound, Untranslatable
-from trigate.openai.raw_json import decode_strictly
 
 SEALED = "reasoning.encrypted_content"
 """What a client includes to get sealed reasoning."""
@@ -90,20 +90,7 @@ def decode_request(fields: Mapping[str, msgspec.Raw], *, stream: bool) -> tuple[
 
 
 def _values(fields: Mapping[str, msgspec.Raw], dropped: set[str]) -> Json:
-    values: Json = {}
-    for name, raw in fields.items():
-        if bytes(raw) == b"null":
-            continue
-        fate = FIELDS.get(name, "dropped")
-        if fate == "dropped":
-            dropped.add(shown(name))
-            continue
-        try:
-            values[name] = decode_strictly(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise BadRequest(f"{name} cannot be decoded: {error}.", param=name) from None
-        if fate == "refused" and values[name]:
-            raise Untranslatable(f"{name} cannot be translated to the format of the upstream.", param=name)
+    values = decode_fields(fields, FIELDS, dropped)
     if "input" not in values:
         raise BadRequest("You must provide input.", param="input")
     return values

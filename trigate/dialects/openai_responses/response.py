@@ -16,7 +16,7 @@ from trigate.dialects.formats import Asked
 from trigate.dialects.openai_responses.request import SEALED
 from trigate.dialects.openai_responses.sealed import seal
 from trigate.dialects.openai_responses.tools import OwnTool, decode_tools, own_input
-from trigate.dialects.openai_responses.values import Json
+from trigate.dialects.request_values import Json
 from trigate.dialects.vocabulary import Answer, Finish, Reasoning, TokenCounts, ToolCall
 from trigate.errors import ProtocolViolation
 from trigate.openai.raw_json import decode_any

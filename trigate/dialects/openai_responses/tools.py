@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import attrs
 
 from trigate.dialects.openai_responses.fields import TOOLS
-from trigate.dialects.openai_responses.values import Json, a_list, a_string, a_string_or_none, shown
+from trigate.dialects.request_values import Json, a_list, a_string, a_string_or_none, shown
 from trigate.dialects.vocabulary import Tool, ToolChoice
 from trigate.errors import BadRequest, Untranslatable
 from trigate.openai.raw_json import decode_any
