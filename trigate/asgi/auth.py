@@ -87,7 +87,7 @@ def authorize(head: RequestHead, config: Config) -> str | None:
         given = _given_key(head)
         found = None
         for name, key in config.keys.items():  # compare all keys, so that the time does not depend on the match
-            if hmac.compare_digest(given, key.encode()):
+            if hmac.compare_digest(given, str(key.secret.literal).encode()):
                 found = name
         if found is None:
             problem = "Incorrect API key provided." if given else "You didn't provide an API key."

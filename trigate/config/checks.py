@@ -6,12 +6,14 @@ with what was expected and what was found. The functions named ``…_problems`` 
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import functools
 import ipaddress
 import re
 import string
 from collections.abc import Collection, Mapping
+from decimal import Decimal, InvalidOperation
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -130,6 +132,45 @@ def whole(low: int, high: int) -> Any:
         return value
 
     return structure
+
+
+def micro_usd(value: Any, _: Any) -> int:
+    """US dollars, as a number or a string, in whole micro-dollars.
+
+    >>> micro_usd(0.1, None), micro_usd("12.345678", None)
+    (100000, 12345678)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"expected US dollars, got {kind_of(value)}")
+    try:
+        micro = Decimal(str(value)).scaleb(6)
+    except InvalidOperation:
+        raise ValueError(f"expected US dollars, got {value!r}") from None
+    if not micro.is_finite() or not 0 <= micro <= 10**15:
+        raise ValueError(f"expected 0 to 1000000000 US dollars, got {value}")
+    if micro != micro.to_integral_value():
+        raise ValueError(f"expected at most six decimal places, got {value}")
+    return int(micro)
+
+
+def instant(value: Any, _: Any) -> float:
+    """A date and time of TOML, an ISO 8601 text, or POSIX seconds; without an offset it is in UTC.
+
+    >>> instant("2026-12-31", None) == instant("2026-12-31T01:00:00+01:00", None) == instant(1798675200, None)
+    True
+    """
+    if isinstance(value, str):
+        try:
+            value = datetime.datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"expected a date and time (2026-12-31T00:00:00Z), got {value!r}") from None
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime.datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+    if type(value) not in (int, float) or not 0 <= value < 10**11:
+        raise ValueError(f"expected a date and time (2026-12-31T00:00:00Z), got {kind_of(value)}")
+    return float(value)
 
 
 def url(value: Any, _: Any) -> str:

@@ -15,6 +15,7 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from trigate.config import checks
+from trigate.config.key_sections import Instant, KeyConfig, KeySettings, MicroUsd, Tokens
 from trigate.config.reveal import parse_secret
 from trigate.config.secrets import Secret
 from trigate.config.sections import (
@@ -51,6 +52,9 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Size, checks.whole(1, 2**40))
     converter.register_structure_hook(Count, checks.whole(1, 10**6))
     converter.register_structure_hook(Limit, checks.whole(0, 10**6))
+    converter.register_structure_hook(Tokens, checks.whole(0, 10**12))
+    converter.register_structure_hook(MicroUsd, checks.micro_usd)
+    converter.register_structure_hook(Instant, checks.instant)
     converter.register_structure_hook(Share, checks.share)
     converter.register_structure_hook(Port, checks.whole(0, 65535))
     converter.register_structure_hook(Url, checks.url)
@@ -111,6 +115,16 @@ def _make_converter() -> cattrs.Converter:
             ),
         )
 
+    for key_kind in (KeySettings, KeyConfig):
+        converter.register_structure_hook(
+            key_kind,
+            make_dict_structure_fn(
+                key_kind,
+                converter,
+                _cattrs_forbid_extra_keys=True,
+                metadata=cattrs.override(struct_hook=checks.info),
+            ),
+        )
     converter.register_structure_hook(
         ModelConfig,
         make_dict_structure_fn(

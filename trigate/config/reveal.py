@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
+
 from trigate.config import checks
+from trigate.config.key_sections import AdminConfig, KeyConfig
 from trigate.config.secrets import Secret
 from trigate.config.sections import UpstreamConfig
 from trigate.signatures import Scheme, secret_problem
@@ -45,27 +48,49 @@ def reveal_secret(path: str, secret: Secret, env: Mapping[str, str], scheme: Sch
     return Secret(literal=value), [f"{path}: {problem}"] if problem else []
 
 
-def gateway_keys(table: Mapping[str, Any], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Returns the gateway's keys by name, and their problems.
+def reveal_keys(keys: Mapping[str, KeyConfig], env: Mapping[str, str]) -> tuple[dict[str, KeyConfig], list[str]]:
+    """Returns the gateway's keys with their secrets revealed, and with that of the environment; and their problems.
 
     A key that cannot be read is a problem, unlike an upstream's: starting without it would open the gateway.
     """
-    keys: dict[str, str] = {}
+    revealed: dict[str, KeyConfig] = {}
     problems: list[str] = []
-    for name, value in table.items():
+    for name, key in keys.items():
         try:
-            keys[name] = parse_secret(value, None).reveal(env)
-        except (ValueError, LookupError) as error:
+            revealed[name] = attrs.evolve(key, secret=Secret(literal=key.secret.reveal(env)))
+        except LookupError as error:
             problems.append(f"keys.{name}: {error}")
     if "TRIGATE_API_KEY" in env:
         try:
-            keys.setdefault("TRIGATE_API_KEY", Secret(env="TRIGATE_API_KEY").reveal(env))
+            own = KeyConfig(secret=Secret(literal=Secret(env="TRIGATE_API_KEY").reveal(env)))
+            revealed.setdefault("TRIGATE_API_KEY", own)
         except LookupError as error:
             empty = not env["TRIGATE_API_KEY"].strip()
             problems.append(
                 f"TRIGATE_API_KEY: {'set, but empty (unset it to serve without a key)' if empty else error}"
             )
-    return keys, problems
+    return revealed, problems
+
+
+def admin_key(
+    admin: AdminConfig, keys: Mapping[str, KeyConfig], env: Mapping[str, str]
+) -> tuple[AdminConfig, list[str]]:
+    """Returns the section with its key revealed, or with that of the environment; and its problems."""
+    secret = admin.key
+    if secret is None and "TRIGATE_ADMIN_KEY" in env:
+        secret = Secret(env="TRIGATE_ADMIN_KEY")
+    if secret is None:
+        return admin, []
+    try:
+        value = secret.reveal(env)
+    except LookupError as error:
+        return admin, [f"admin.key: {error}"]
+    problems = [
+        f"admin.key: is that of the key {name} as well; its users would administer the gateway"
+        for name, key in keys.items()
+        if key.secret.literal == value
+    ]
+    return attrs.evolve(admin, key=Secret(literal=value)), problems
 
 
 def upstream_secrets(

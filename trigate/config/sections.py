@@ -7,6 +7,7 @@ from typing import Any, Literal, NewType
 
 import attrs
 
+from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig
 from trigate.config.secrets import Secret
 
 Seconds = NewType("Seconds", float)
@@ -75,7 +76,7 @@ class ServerConfig:
 
 
 @attrs.frozen(kw_only=True)
-class UpstreamConfig:
+class UpstreamConfig(Allowance):
     """``[upstreams.NAME]``: one provider, with one field for each setting.
 
     A timeout that is not set is that of ``[limits]``.
@@ -151,7 +152,7 @@ class UpstreamConfig:
 
 
 @attrs.frozen(kw_only=True)
-class ModelConfig:
+class ModelConfig(Allowance):
     """``[models.ALIAS]``: a public model id, its targets, and how they are used. A time that is not set is that of
     the upstream, or of ``[limits]``; 0 disables it."""
 
@@ -437,7 +438,9 @@ class Config:
 
     Attributes:
         source: Where it came from, as shown in the start-up line: a path, or ``discovery``.
-        keys: Gateway keys by name. If there are any, every endpoint except ``/health`` requires one.
+        keys: Gateway keys by name, with their secrets revealed. If there are any, every endpoint except ``/health``
+            requires one.
+        allowance: What all calls may use together.
         disabled: Why an upstream is disabled, by its name.
         secrets: The revealed secrets of the upstreams: ``{name: {header name: value}}``.
         hooks: By name; None = there is no such section, and any name accepts the documented body. Their secrets
@@ -451,7 +454,10 @@ class Config:
     upstreams: Mapping[str, UpstreamConfig] = attrs.field(factory=dict)
     models: Mapping[str, ModelConfig] = attrs.field(factory=dict)
     limits: LimitsConfig = LimitsConfig()
-    keys: Mapping[str, str] = attrs.field(factory=dict, repr=lambda keys: repr(sorted(keys)))
+    keys: Mapping[str, KeyConfig] = attrs.field(factory=dict, repr=lambda keys: repr(sorted(keys)))
+    groups: Mapping[str, GroupConfig] = attrs.field(factory=dict)
+    admin: AdminConfig = attrs.field(factory=AdminConfig)
+    allowance: Allowance = attrs.field(factory=Allowance)
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
     store: StoreConfig = StoreConfig()

@@ -17,8 +17,17 @@ import attrs
 
 from trigate.config import checks
 from trigate.config.converter import convert
+from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig
 from trigate.config.regions import base_url_of
-from trigate.config.reveal import SCHEMES_WITHOUT_SECRET, gateway_keys, reveal_secret, reveal_secrets, upstream_secrets
+from trigate.config.reveal import (
+    SCHEMES_WITHOUT_SECRET,
+    admin_key,
+    parse_secret,
+    reveal_keys,
+    reveal_secret,
+    reveal_secrets,
+    upstream_secrets,
+)
 from trigate.config.secrets import Secret
 from trigate.config.sections import (
     MIN_RUN_RETENTION_S,
@@ -40,8 +49,8 @@ from trigate.config.sections import (
 )
 
 SECTIONS = (
-    *("server", "upstreams", "models", "limits", "retries", "breaker", "keys", "store", "ledger"),
-    "reasoning_memory",
+    *("server", "upstreams", "models", "limits", "retries", "breaker"),
+    *("keys", "groups", "admin", "allowance", "store", "ledger", "reasoning_memory"),
     *("sessions", "hooks", "channels"),
 )
 """The names of all sections, in the order of the documentation."""
@@ -72,8 +81,16 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     upstream_tables = document.tables("upstreams")
     upstreams = _upstreams(document, upstream_tables)
     models = _models(document, upstream_tables)
-    keys, problems = gateway_keys(document.tables("keys"), env)
+    groups = {
+        name: group
+        for name, value in document.tables("groups").items()
+        if (group := document.convert(GroupConfig, value, f"groups.{name}")) is not None
+    }
+    keys = _keys(document, groups, env)
+    admin = document.section(AdminConfig, "admin")
+    admin, problems = admin_key(admin, keys, env)
     document.problems += problems
+    allowance = document.section(Allowance, "allowance")
     hooks = _hooks(document, keys, env)
     channels, disabled_channels = _channels(document, hooks, env)
     limits = document.section(LimitsConfig, "limits")
@@ -92,6 +109,9 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         models=models,
         limits=limits,
         keys=keys,
+        groups=groups,
+        admin=admin,
+        allowance=allowance,
         disabled={**disabled, **disabled_channels},
         secrets=secrets,
         store=store,
@@ -186,7 +206,28 @@ def _models(document: _Document, upstreams: Mapping[str, Any]) -> dict[str, Mode
     return models
 
 
-def _hooks(document: _Document, keys: Mapping[str, str], env: Mapping[str, str]) -> dict[str, HookConfig]:
+def _keys(document: _Document, groups: Mapping[str, GroupConfig], env: Mapping[str, str]) -> dict[str, KeyConfig]:
+    keys = {}
+    for name, value in document.tables("keys").items():
+        path = f"keys.{name}"
+        if not isinstance(value, dict) or "env" in value or "file" in value:  # a secret alone
+            try:
+                keys[name] = KeyConfig(secret=parse_secret(value, None))
+            except ValueError as error:
+                document.problems.append(f"{path}: {error}")
+            continue
+        key = document.convert(KeyConfig, value, path)
+        if key is not None:
+            keys[name] = key
+            if key.group is not None and key.group not in document.tables("groups"):
+                hint = checks.did_you_mean(key.group, list(groups))
+                document.problems.append(f"{path}.group: there is no group {key.group}{hint}")
+    revealed, problems = reveal_keys(keys, env)
+    document.problems += problems
+    return revealed
+
+
+def _hooks(document: _Document, keys: Mapping[str, KeyConfig], env: Mapping[str, str]) -> dict[str, HookConfig]:
     hooks = {}
     for name, value in document.tables("hooks").items():
         hook = document.convert(HookConfig, value, f"hooks.{name}")
@@ -214,7 +255,7 @@ def _channels(
 
 
 def _reveal_hook(
-    name: str, hook: HookConfig, keys: Mapping[str, str], env: Mapping[str, str]
+    name: str, hook: HookConfig, keys: Mapping[str, KeyConfig], env: Mapping[str, str]
 ) -> tuple[HookConfig, list[str]]:
     """Returns the hook with its secrets revealed, and its problems."""
     problems = checks.name_problems(name)
@@ -226,7 +267,7 @@ def _reveal_hook(
         problems.append(f"secrets: required for verification {hook.verification!r}")
     if hook.verification in SCHEMES_WITHOUT_SECRET and hook.secrets:
         problems.append(f"secrets: not used by verification {hook.verification!r}")
-    if {secret.literal for secret in secrets} & set(keys.values()):
+    if {secret.literal for secret in secrets} & {key.secret.literal for key in keys.values()}:
         problems.append("secrets: one is a key of the gateway, and would give access to all of it")
     if hook.template is not None:
         problems += [f"template: {problem}" for problem in checks.template_problems(hook.template, hook.expressions)]

@@ -12,6 +12,7 @@ from trigate.config.sections import ModelConfig
 from trigate.errors import BadRequest
 from trigate.exchange.affinity_key import affinity_key_of
 from trigate.exchange.sink import ClientSocket
+from trigate.keys.key import ANYBODY, Key
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.routing.routes import Target
@@ -55,6 +56,7 @@ class ExchangeRequest:
         headers: The headers that are sent upstream, besides those of the upstream's configuration.
         client_headers: Those of the client's request, by lower-case name.
         owner: The name of the gateway key that the call was made with; empty = the gateway has no keys.
+        key: That key.
         arrived_at: When the request arrived (Trio time). The client's timeouts count from then.
         client_timeout_s: The client's timeout for the whole call.
         sdk_timeout_s: How long the client's SDK waits: for a stream, until it begins; for any other answer, until it
@@ -73,6 +75,7 @@ class ExchangeRequest:
     headers: Mapping[str, str] = attrs.field(factory=dict)
     client_headers: Mapping[bytes, bytes] = attrs.field(factory=dict)
     owner: str = ""
+    key: Key = ANYBODY
     arrived_at: float = attrs.field(factory=trio.current_time)
     client_timeout_s: float = math.inf
     sdk_timeout_s: float = math.inf

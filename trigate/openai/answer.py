@@ -23,12 +23,19 @@ class Usage(NamedTuple):
 
     Attributes:
         prompt_tokens: Those of the cache included.
-        cached_tokens: How many of them the provider has read from its cache; 0 if it does not say.
+        completion_tokens: Those of the reasoning included.
+        cached_tokens: How many of the prompt's the provider has read from its cache; 0 if it does not say.
+        cache_write_tokens: How many of the prompt's it has written into its cache.
+        reasoning_tokens: How many of the answer's are reasoning.
+        audio_tokens: How many of all are sound.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_tokens: int = 0
 
 
 def parse_usage(value: object, before: Usage | None = None) -> Usage | None:

@@ -327,6 +327,11 @@ class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):
         attempts: In the order in which they began.
         counted: No upstream has reported the tokens: the gateway has counted or estimated them.
         first_content_s: Time from the start to the first content.
+        key_group: The group of the key; empty = it has none.
+        cached_tokens, cache_write_tokens: How many of the prompt's tokens the provider read from its cache, or wrote
+            into it.
+        reasoning_tokens: How many of the answer's tokens are reasoning.
+        cost: Micro-dollars; None = the price is not known.
     """
 
     id: str
@@ -348,6 +353,11 @@ class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):
     events: Integer = 0
     bytes: Integer = 0
     first_content_s: float | None = None
+    key_group: str = ""
+    cached_tokens: Integer = 0
+    cache_write_tokens: Integer = 0
+    reasoning_tokens: Integer = 0
+    cost: Integer | None = None
 
     def encode(self) -> builtins.bytes:
         """Returns the record as a JSON array."""

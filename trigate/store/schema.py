@@ -193,5 +193,12 @@ MIGRATIONS = (
         events BLOB NOT NULL
     ) STRICT;
     """,
+    """
+    ALTER TABLE exchanges ADD COLUMN key_group TEXT NOT NULL DEFAULT '';
+    ALTER TABLE exchanges ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE exchanges ADD COLUMN cache_write_tokens INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE exchanges ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE exchanges ADD COLUMN cost INTEGER;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

@@ -1,0 +1,95 @@
+"""The sections about who may use the gateway, how much, and at what price: keys, groups, limits, budgets, prices.
+
+Money is a whole number of micro-dollars (`MicroUsd`), never a float. In the configuration it is a number or a string of
+US dollars, which is read as a decimal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NewType
+
+import attrs
+
+from trigate.config.secrets import Secret
+
+MicroUsd = NewType("MicroUsd", int)
+"""Millionths of a US dollar."""
+Tokens = NewType("Tokens", int)
+"""A number of tokens, of which there may be more than `sections.Limit` allows."""
+Instant = NewType("Instant", float)
+"""A point in time: POSIX seconds; in the configuration also a date and time of TOML, or one of ISO 8601."""
+Period = Literal["day", "week", "month", "total"]
+"""The time that a budget is for; days, weeks (from Monday) and months are those of UTC."""
+
+
+@attrs.frozen(kw_only=True)
+class Allowance:
+    """What a key, a group, a model or an upstream may use. None = no limit of its own."""
+
+    rpm: Tokens | None = None
+    """Calls per minute in the long run; a minute's calls may come at once."""
+    tpm: Tokens | None = None
+    """Tokens per minute, of prompts and answers."""
+    max_exchanges: Tokens | None = None
+    """Exchanges in flight."""
+    budget_usd: MicroUsd | None = None
+    """What may be spent in one ``budget_period``."""
+    budget_period: Period = "month"
+    budgets: Mapping[Period, MicroUsd] = attrs.field(factory=dict)
+    """Further budgets, each for its own period."""
+
+    @property
+    def all_budgets(self) -> dict[Period, MicroUsd]:
+        """Every budget, by its period."""
+        own: dict[Period, MicroUsd] = {} if self.budget_usd is None else {self.budget_period: self.budget_usd}
+        return {**self.budgets, **own}
+
+
+@attrs.frozen(kw_only=True)
+class GroupConfig(Allowance):
+    """``[groups.NAME]``: what the keys of a group may use together. The limits of a key hold beside those of its
+    group."""
+
+    models: tuple[str, ...] | None = None
+    """The models that its keys may use, with ``*`` for any text. None = all."""
+    soft_budget_usd: MicroUsd | None = None
+    """From which part of its budgets on a warning is given."""
+
+
+@attrs.frozen(kw_only=True)
+class KeySettings(GroupConfig):
+    """What a key may do: the settings of ``[keys.NAME]`` without the secret, which are also those of a key that is made
+    at run time (``POST /v1/keys``)."""
+
+    group: str | None = None
+    """Its group in ``[groups]``."""
+    priority: int = 0
+    """Of its calls in the queue for a slot of the gateway: those of a higher one go first."""
+    tags: tuple[str, ...] = ()
+    """Words under which its use is reported, besides its name."""
+    expires_at: Instant | None = None
+    hooks: tuple[str, ...] | None = None
+    """The webhooks that it may call, with ``*`` for any text. None = all."""
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    """Anything that its owner wants to remember with it."""
+    content_log: bool = False
+    """Whether its calls are in the log of contents, if there is one (``[content_log]``)."""
+    include_cost: bool = False
+    """Whether the last event with token counts of its streams has their cost as well."""
+
+
+@attrs.frozen(kw_only=True)
+class KeyConfig(KeySettings):
+    """``[keys.NAME]``: a key of the gateway, and what it may do. ``NAME = secret`` is a key that may do everything but
+    administer."""
+
+    secret: Secret
+
+
+@attrs.frozen(kw_only=True)
+class AdminConfig:
+    """``[admin]``: who administers keys, and sees all."""
+
+    key: Secret | None = None
+    """The admin's key. None = ``TRIGATE_ADMIN_KEY``, else nobody administers."""
