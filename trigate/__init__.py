@@ -35,10 +35,10 @@ class _LazyApp:
 def _build() -> Any:
     import trio
 
-    from trigate.asgi.application import calm_collector, create_app
+    from trigate.asgi.application import create_app, tune_memory
 
     built = create_app()
-    calm_collector()
+    tune_memory()
     if trio.lowlevel.in_trio_run():
         return built
     from trigate.server.asyncio_host import AsyncioHost

@@ -1089,7 +1089,7 @@ async def test_a_drain_refuses_new_calls_and_finishes_running_ones(
 @pytest.mark.parametrize("headers", [{}, {"x-coalesce": "true"}], ids=["own", "shared"])
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "json"])
 async def test_a_call_leaves_no_reference_cycle(open_app: OpenApp, stream: bool, headers: dict[str, str]) -> None:
-    """What belongs to a call is freed without the garbage collector, which runs rarely (`asgi.calm_collector`)."""
+    """What belongs to a call is freed without the garbage collector, which runs rarely (`asgi.tune_memory`)."""
     script = says("a") if stream else answers(completion("a"))
     async with open_app(providers=Provider(script)) as served:
         gc.disable()

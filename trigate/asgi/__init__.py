@@ -10,6 +10,6 @@ Checkpoints: an async function of this package need not be a checkpoint (flake8-
 reason that `trigate.exchange` gives.
 """
 
-from trigate.asgi.application import GatewayApp, calm_collector, create_app
+from trigate.asgi.application import GatewayApp, create_app, tune_memory
 
-__all__ = ["GatewayApp", "calm_collector", "create_app"]
+__all__ = ["GatewayApp", "create_app", "tune_memory"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from trigate.status.startup import startup_lines
 
 if TYPE_CHECKING:  # hypercorn imports multiprocessing
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
+
+_M_MMAP_THRESHOLD = -3
+"""Of ``mallopt``, in glibc's ``malloc.h``."""
 
 
 class GatewayApp:
@@ -73,14 +77,21 @@ class GatewayApp:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def calm_collector() -> None:
-    """Runs Python's garbage collector less often, in a process that does nothing but serve.
+def tune_memory() -> None:
+    """Sets Python's garbage collector and the C library's allocator for a process that does nothing but serve.
 
-    Imported modules are not garbage, and a call leaves no reference cycles. With the default thresholds the collector
-    took an eighth of the time of a short call and found nothing.
+    The collector runs less often: imported modules are not garbage, and a call leaves no reference cycles. With the
+    default thresholds the collector took an eighth of the time of a short call and found nothing.
+
+    glibc maps each buffer of 256 KiB or more for itself. By default this threshold rises to the largest buffer that was
+    ever freed, up to 32 MiB; request bodies then lie in the heap, which neither grows in place nor shrinks. After four
+    hundred refused uploads a worker kept 37 MiB, and 22 with this setting. Other C libraries have no such call.
     """
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
 def create_app(

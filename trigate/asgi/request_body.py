@@ -13,6 +13,7 @@ A body that is the only one is let in whatever the sum: its own limit is another
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ if TYPE_CHECKING:  # hypercorn imports multiprocessing
     from hypercorn.typing import ASGIReceiveCallable
 
 _PIECE_OVERHEAD_BYTES = 64
-"""What Python adds to a piece: a body of one-byte pieces takes far more memory than its size."""
+"""What Python adds to a piece that is kept as it is (`RequestBody.hold`): many one-byte pieces take far more than their
+bytes."""
 _LINGER_BYTES = 256 * 1024 * 1024
 _LINGER_S = 2.0
 
@@ -141,7 +143,7 @@ class RequestBody:
         decoder = Decoder(coding) if coding != "identity" else None
         began_at = trio.current_time()
         timeout_s = body.timeout_s or math.inf
-        pieces: list[bytes] = []
+        first, whole = b"", None
         size = received = 0
         with trio.move_on_after(timeout_s) as scope, self._budget.reading(scope):
             while not self.complete:
@@ -163,11 +165,21 @@ class RequestBody:
                     if max(size, received) > body.max_bytes:
                         raise too_large(body.max_bytes)
                     self._grow(len(piece), body, limits)
-                    pieces.append(piece)
+                    if whole is not None:
+                        whole.write(piece)
+                    elif first:
+                        whole = io.BytesIO(first)
+                        whole.seek(0, io.SEEK_END)
+                        whole.write(piece)
+                        first = b""
+                    else:
+                        first = piece
                     piece = await _next_piece(decoder) if decoder is not None else b""
             if decoder is not None and received and not decoder.complete:
                 raise BadRequest(f"The body ends before its content coding ({coding}) does.")
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            # BytesIO gives its buffer away, which grows in place: a list of pieces and what joins them would take the
+            # body's memory twice, and the heap of many small pieces stays large.
+            return whole.getvalue() if whole is not None else first
         self._budget.check_refused()
         raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s ({body.timeout_name}).")
 
@@ -196,7 +208,7 @@ class RequestBody:
         Raises:
             Overloaded: There is no room for it.
         """
-        self._grow(size, BodyLimits.of(limits, max_bytes=limits.body_bytes), limits)
+        self._grow(size + _PIECE_OVERHEAD_BYTES, BodyLimits.of(limits, max_bytes=limits.body_bytes), limits)
 
     async def drain(self) -> None:
         """Reads and discards the rest of the body, at most 256 MiB in 2 s."""
@@ -215,7 +227,6 @@ class RequestBody:
             Overloaded: There is no room for it.
         """
         budget = self._budget
-        size += _PIECE_OVERHEAD_BYTES
         budget.held_bytes += size
         self._held_bytes += size
         budget.arriving_bytes += size

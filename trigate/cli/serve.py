@@ -206,7 +206,7 @@ def _run_server(
 
     import trio
 
-    from trigate.asgi.application import calm_collector, create_app
+    from trigate.asgi.application import create_app, tune_memory
     from trigate.gateway.gateway import open_gateway
     from trigate.logs import message_of
     from trigate.server.lifespan import StartupFailed
@@ -215,7 +215,7 @@ def _run_server(
     _raise_file_limit()
     # Any: hypercorn's ASGI types are not those of the server
     app: Any = create_app(opener=lambda: open_gateway(env=env, adjust=override))
-    calm_collector()
+    tune_memory()
     failure = ""
     try:
         return trio.run(
