@@ -18,6 +18,7 @@ import httpx2
 import pytest
 import trio
 
+from tests.support.slow import FULL
 from trigate.asgi.application import create_app
 from trigate.config.sections import Port
 from trigate.config.structure import structure
@@ -26,7 +27,7 @@ from trigate.server import server
 from trigate.server.listeners import open_sockets
 from trigate.upstream.factory import http_transport
 
-CLIENTS = 1000
+CLIENTS = 1000 if FULL else 500
 AT_ONCE = 50
 EVENTS = 30
 SEED = 20_261_127
@@ -136,8 +137,8 @@ def _at_rest(idle: int) -> Baseline:
     return Baseline(_descriptors() - 2 * idle, trio.lowlevel.current_statistics().tasks_living - idle)
 
 
-async def test_a_thousand_clients_are_killed(tmp_path: Path) -> None:
-    """Afterwards the pool, the file descriptors and the tasks are as before, and there are a thousand records."""
+async def test_hundreds_of_clients_are_killed(tmp_path: Path) -> None:
+    """Afterwards the pool, the file descriptors and the tasks are as before, and each has its record."""
     chance = random.Random(SEED)
     provider = Upstream(chance)
     outcomes: collections.Counter[str] = collections.Counter()

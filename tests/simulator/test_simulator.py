@@ -76,7 +76,7 @@ def test_a_short_run() -> None:
 @pytest.mark.timeout(600)
 def test_thousands_of_requests() -> None:
     """Every reason for an attempt and every outcome of a call occurs."""
-    requests = 10_000 if FULL else 4_000
+    requests = 10_000 if FULL else 2_000
     report = simulate(4, requests)
     assert report.asked + report.turned_away == requests
     assert report.whys.keys() == {"first", "failover", "retry", "hedge", "continue"}
