@@ -8,11 +8,14 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.dialects import gemini
 from tests.dialects.native import call
 from trigate.config.sections import UpstreamConfig
 from trigate.dialects.anthropic import MessagesClient, MessagesUpstream
-from trigate.dialects.endpoints import CHAT, MESSAGES
+from trigate.dialects.endpoints import CHAT, GENERATE, MESSAGES, OLLAMA_CHAT, STREAM_GENERATE
 from trigate.dialects.formats import Asked
+from trigate.dialects.gemini import GeminiClient, GeminiUpstream
+from trigate.dialects.ollama import CLIENTS, OllamaUpstream
 from trigate.dialects.openai_chat import ChatClient, ChatUpstream
 from trigate.dialects.vocabulary import (
     Answer,
@@ -42,7 +45,7 @@ from trigate.dialects.vocabulary import (
     ToolChoice,
     ToolResult,
 )
-from trigate.openai.request import decode_call
+from trigate.openai.request import InPath, decode_call
 
 MODEL = "claude-opus-4-6"  # it takes everything but a prefill
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).map(lambda text: f"{text}.")
@@ -61,6 +64,7 @@ COUNTS = st.builds(
 REASONS: st.SearchStrategy[FinishReason] = st.sampled_from(["stop", "length", "refusal"])
 IMAGES = st.sampled_from([Image("data:image/png;base64,AAAA"), Image("https://x.invalid/a.png")])
 PDF = st.just(File("a.pdf", "data:application/pdf;base64,AAAA"))
+PICTURE = Image("data:image/png;base64,iVBORw0KGgo=")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}
 
 
@@ -103,14 +107,18 @@ def requests(draw: st.DrawFn, *, has_errors: bool = True, media: Any = IMAGES | 
     )
 
 
+def plain_part(part: Any) -> Any:
+    """A part of a message or of an answer without what only one provider or the gateway itself knows it by."""
+    if isinstance(part, ToolResult):
+        return msgspec.structs.replace(part, path="")
+    return msgspec.structs.replace(part, payloads={}) if isinstance(part, ToolCall | Reasoning) else part
+
+
 def same(request: Request) -> Request:
     """The request without what says where its parts came from, or how its client is answered."""
     messages = []
     for message in request.messages:
-        parts = [
-            msgspec.structs.replace(part, path="") if isinstance(part, ToolResult) else part for part in message.parts
-        ]
-        messages.append(Message(message.role, tuple(parts)))
+        messages.append(Message(message.role, tuple(map(plain_part, message.parts))))
     return msgspec.structs.replace(
         request, messages=tuple(messages), wants_reasoning=False, schema_name=None, schema_strict=None
     )
@@ -129,6 +137,38 @@ def test_requests_for_chat_completions(request: Request) -> None:
     upstream = UpstreamConfig(base_url="https://api.openai.com/v1")  # type: ignore[arg-type]
     body, dropped = ChatUpstream().encode_request(request, model="gpt-5", upstream=upstream)
     decoded, _ = ChatClient().decode_request(decode_call(CHAT, body))
+    assert dropped == ()
+    assert same(decoded) == same(request)
+
+
+@given(requests(media=st.just(PICTURE) | st.just(File("document", "data:application/pdf;base64,AAAA"))))
+def test_requests_in_gemini_s_format(request: Request) -> None:
+    body, dropped = GeminiUpstream().encode_request(
+        request, model="gemini-3-pro", upstream=UpstreamConfig(kind="gemini")
+    )
+    endpoint = STREAM_GENERATE if request.stream else GENERATE
+    asked = decode_call(endpoint, body, InPath("up/m", stream=request.stream))
+    assert dropped == ()
+    assert same(GeminiClient().decode_request(asked)[0]) == same(request)
+
+
+@given(requests(has_errors=False, media=st.just(PICTURE)))
+def test_requests_in_ollama_s_format(request: Request) -> None:
+    """A message has one text and then its pictures, results are messages of their own, and there is no choice of a
+    tool."""
+    messages = []
+    for message in request.messages:
+        texts = [part.text for part in message.parts if isinstance(part, Text)]
+        others = [part for part in message.parts if not isinstance(part, Text)]
+        results = [part for part in others if isinstance(part, ToolResult)]
+        joined = (Text("\n\n".join(texts)),) if texts else ()
+        if results:
+            messages.append(Message("user", tuple(results)))
+        if joined or others[len(results) :]:
+            messages.append(Message(message.role, (*joined, *others[len(results) :])))
+    request = msgspec.structs.replace(request, messages=tuple(messages), tool_choice=None)
+    body, dropped = OllamaUpstream().encode_request(request, model="m", upstream=UpstreamConfig(kind="ollama"))
+    decoded, _ = CLIENTS["/api/chat"].decode_request(decode_call(OLLAMA_CHAT, body))
     assert dropped == ()
     assert same(decoded) == same(request)
 
@@ -206,3 +246,42 @@ def test_answers_in_anthropic_s_format(parts: list[AnswerPart], counts: TokenCou
     assert msgspec.structs.replace(plain, parts=tuple(unmarked)) == answer
     encoder = client.event_encoder(made)
     assert decoded_events(upstream, b"".join(map(encoder.encode, events_of(answer)))) == events_of(plain)
+
+
+def counted(answer: Answer) -> Answer:
+    """The answer with the counts that Gemini's format and Ollama's have: without what was written to a cache, and with
+    no more reasoning than output."""
+    usage = answer.finish.usage
+    assert usage is not None
+    usage = TokenCounts(
+        input=usage.input + usage.cache_write,
+        cache_read=usage.cache_read,
+        output=usage.output,
+        reasoning=min(usage.reasoning or 0, usage.output) or None,
+    )
+    return msgspec.structs.replace(answer, finish=msgspec.structs.replace(answer.finish, usage=usage))
+
+
+def unmarked(answer: Answer) -> Answer:
+    return msgspec.structs.replace(answer, parts=tuple(map(plain_part, answer.parts)))
+
+
+@given(answers().map(counted))
+def test_answers_in_gemini_s_format(answer: Answer) -> None:
+    """Plain, and as a stream."""
+    asked, client, upstream = gemini.call(), GeminiClient(), GeminiUpstream()
+    made = Asked(asked, client.decode_request(asked)[0])
+    assert unmarked(upstream.decode_answer(client.encode_answer(answer, made), upstream="up")[0]) == answer
+    encoder = client.event_encoder(made)
+    parts = upstream.stream_parts(upstream="up", max_event_bytes=1 << 20)
+    events: list[Event] = []
+    for event in parts.splitter.feed(b"".join(map(encoder.encode, events_of(answer)))):
+        data = event.partition(b"data: ")[2].strip()
+        assert parts.tracker.observe(event, data)
+        events += parts.decoder.feed(data)
+    assert parts.tracker.all_finished
+    events += parts.decoder.feed_end()
+    nothing = ArgumentsDelta("{}")  # an upstream's call without arguments has none
+    assert [each for each in events if not isinstance(each, Payload)] == [
+        each for each in events_of(answer) if each != nothing
+    ]
