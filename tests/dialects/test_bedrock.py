@@ -43,6 +43,7 @@ from trigate.dialects.vocabulary import (
     ToolResult,
 )
 from trigate.errors import BadRequest, ProtocolViolation, Reported, Truncated, Untranslatable
+from trigate.openai.answer import Usage
 
 BEDROCK = BedrockUpstream(b"seed")
 CLAUDE = "us.anthropic.claude-sonnet-4-5-20250929-v1:0"
@@ -411,7 +412,7 @@ def test_every_kind_of_event() -> None:
     for pieces in (EVERYTHING, (b"".join(EVERYTHING),)):
         events, reader = read(*pieces, ended=False)
         assert events == EVENTS
-        assert (reader.complete, reader.usage) == (True, (100, 20, 60))
+        assert (reader.complete, reader.usage) == (True, Usage(100, 20, 60))
 
 
 @given(st.lists(st.integers(0, 3000), max_size=5))
@@ -478,7 +479,7 @@ def test_the_reason_of_the_end(reason: str, found: str) -> None:
     assert events[-1].reason == found
     answer, usage = BEDROCK.decode_answer(body_of({"text": "a"}, reason=reason), upstream="aws")
     assert answer.finish == events[-1]
-    assert usage == (30, 20, 0)
+    assert usage == Usage(30, 20)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.dialects.gemini import COUNTED, call, decoded, feed, over_chat, parts
 from trigate.config.sections import UpstreamConfig, Url
 from trigate.dialects.gemini.fields import FIELDS, GENERATION_CONFIG
 from trigate.errors import BadRequest, ProtocolViolation, Truncated, Untranslatable
+from trigate.openai.answer import Usage
 
 LOCAL = UpstreamConfig(base_url=Url("http://127.0.0.1:1/v1"))
 TOOL = {"name": "f", "description": "d", "parametersJsonSchema": {"type": "object", "properties": {"x": {}}}}
@@ -480,7 +481,7 @@ def test_reasons(reason: str, expected: str) -> None:
     choice = {"index": 0, "message": message, "finish_reason": reason}
     body = msgspec.json.encode({"id": "chatcmpl-1", "choices": [choice], "usage": chat.USAGE})
     data, usage = over_chat(asked).answer(asked, body, upstream="up")
-    assert usage == (100, 20, 60)
+    assert usage == Usage(100, 20, 60)
     assert msgspec.json.decode(data) == {
         "candidates": [{"content": {"parts": [{"text": "a"}], "role": "model"}, "finishReason": expected, "index": 0}],
         "usageMetadata": COUNTED,

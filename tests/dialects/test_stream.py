@@ -26,6 +26,7 @@ from tests.dialects.chat import (
 )
 from trigate.dialects.errors import error_frame
 from trigate.errors import Draining, GatewayError, ProtocolViolation, Reported, Truncated, UpstreamTimeout
+from trigate.openai.answer import Usage
 
 END = (chunk({}, "stop"), usage(), DONE)
 TEXT = (chunk({"role": "assistant", "content": ""}), chunk({"content": "Hel"}), chunk({"content": "lo"}), *END)
@@ -54,7 +55,7 @@ def test_the_events_of_a_text() -> None:
     """The events are exactly these, in this order."""
     out, reader = translate(TEXT)
     assert reader.complete
-    assert reader.usage == (100, 20, 60)
+    assert reader.usage == Usage(100, 20, 60)
     start, *rest = decoded(out)
     zero = {key: 0 for key in COUNTED if key.endswith("tokens")}
     assert start["message"] == {

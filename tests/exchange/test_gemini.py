@@ -13,6 +13,7 @@ from tests.support.asgi_client import ClientCall
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.gemini_rules import SIGNATURE
 from tests.support.provider import FINISH, Break, Head, Pause, Provider, Say, answers, completion, content, says, usage
+from trigate.openai.answer import Usage
 
 NATIVE = {"kind": "gemini", "api_key": "secret-of-native", "models": ["gemini-3-flash", "m/2"]}
 USAGE = {"promptTokenCount": 9, "cachedContentTokenCount": 4, "candidatesTokenCount": 2, "totalTokenCount": 11}
@@ -203,7 +204,7 @@ async def test_the_same_format_is_relayed_byte_for_byte(open_app: OpenApp) -> No
         assert sent.body == sent_body
         assert sent.headers["x-goog-api-key"] == "secret-of-native"
         assert not {"authorization", "cookie", "openai-beta"} & set(sent.headers)
-        assert served.settled[0].usage == (9, 2, 4)
+        assert served.settled[0].usage == Usage(9, 2, 4)
         served.assert_clean()
 
 
@@ -275,7 +276,7 @@ async def test_other_formats_over_google(open_app: OpenApp) -> None:
         [sent] = served.providers["native"].calls
         assert sent.target == "/v1beta/models/gemini-3-flash:streamGenerateContent?alt=sse"
         assert sent.json["contents"][1]["parts"][0]["thoughtSignature"] == "skip_thought_signature_validator"
-        assert served.settled[0].usage == (9, 2, 4)
+        assert served.settled[0].usage == Usage(9, 2, 4)
 
 
 async def test_a_signature_that_the_client_has_lost(open_app: OpenApp) -> None:

@@ -30,6 +30,7 @@ from tests.support.provider import (
 )
 from trigate.dialects.anthropic import MessagesClient
 from trigate.dialects.openai_chat import ChatUpstream
+from trigate.openai.answer import Usage
 
 NATIVE = {"kind": "anthropic", "base_url": "http://native.invalid/v1", "api_key": "secret-of-native", "models": ["c"]}
 MESSAGE = {"id": "msg_9", "type": "message", "role": "assistant", "model": "c-2026", "content": []}
@@ -98,7 +99,7 @@ async def test_a_translated_stream(open_app: OpenApp) -> None:
         assert sent.json["model"] == "m"
         assert "anthropic-beta" not in sent.headers
         [exchange] = served.settled
-        assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == ("complete", (5, 2, 0), len(call.body))
+        assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == ("complete", Usage(5, 2), len(call.body))
         served.assert_clean()
 
 
@@ -109,7 +110,7 @@ async def test_a_translated_answer(open_app: OpenApp) -> None:
         assert call.header("content-type") == "application/json"
         assert call.json["content"] == [{"type": "text", "text": "Hi"}]
         assert call.json["usage"]["input_tokens"] == 3
-        assert served.settled[0].usage == (3, 2, 0)
+        assert served.settled[0].usage == Usage(3, 2)
 
 
 async def test_a_large_call_is_translated_in_a_thread(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +250,7 @@ async def test_the_same_format_is_relayed_byte_for_byte(open_app: OpenApp) -> No
             "new-2030",
             "n",
         ]
-        assert served.settled[0].usage == (50, 12, 40)  # with the tokens of the cache
+        assert served.settled[0].usage == Usage(50, 12, 40)  # with the tokens of the cache
         served.assert_clean()
 
 
@@ -262,7 +263,7 @@ async def test_a_native_answer(open_app: OpenApp) -> None:
         call = await ask(served, model="c", stream=False).wait()
         assert call.json == {**answer, "model": "c"}
         assert served.providers["native"].calls[0].headers["anthropic-version"] == "2023-06-01"
-        assert served.settled[0].usage == (50, 1, 40)
+        assert served.settled[0].usage == Usage(50, 1, 40)
 
 
 async def test_a_native_answer_in_the_other_form(open_app: OpenApp) -> None:

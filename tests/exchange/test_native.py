@@ -29,6 +29,7 @@ from tests.support.asgi_client import ClientCall
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.messages_rules import problem_of, signature_of
 from tests.support.provider import DONE, Break, Head, Pause, Provider, Say, Script, answers, content, role, says
+from trigate.openai.answer import Usage
 
 NATIVE = {
     "kind": "anthropic",
@@ -102,7 +103,11 @@ async def test_a_stream(open_app: OpenApp) -> None:
         assert not {"openai-organization", "anthropic-beta", "authorization"} & sent.headers.keys()
         assert sent_to(served)[0]["model"] == "claude-opus-5"
         [exchange] = served.settled
-        assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == ("complete", (100, 20, 60), len(call.body))
+        assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == (
+            "complete",
+            Usage(100, 20, 60),
+            len(call.body),
+        )
         served.assert_clean()
 
 
@@ -113,7 +118,7 @@ async def test_an_answer(open_app: OpenApp) -> None:
         assert call.header("content-type") == "application/json"
         assert call.json["choices"][0]["message"]["content"] == "Hi"
         assert call.json["usage"]["prompt_tokens"] == 100
-        assert served.settled[0].usage == (100, 1, 60)
+        assert served.settled[0].usage == Usage(100, 1, 60)
 
 
 async def test_the_other_form_than_was_asked_for(open_app: OpenApp) -> None:

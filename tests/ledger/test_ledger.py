@@ -63,6 +63,11 @@ async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
             "completion_tokens": 2,
             "counted": False,
             "events": 5,
+            "key_group": "",
+            "cached_tokens": 0,
+            "cache_write_tokens": 0,
+            "reasoning_tokens": 0,
+            "cost": None,
         }
         assert body["has_more"] is False
 

@@ -81,7 +81,7 @@ def _sum(before: Usage | None, event: bytes) -> Usage | None:
     """Adds the token counts of one answer of a session to those before it.
 
     >>> _sum(Usage(1, 2), b'{"type": "response.done", "response": {"usage": {"input_tokens": 3, "output_tokens": 4}}}')
-    Usage(prompt_tokens=4, completion_tokens=6, cached_tokens=0)
+    Usage(prompt_tokens=4, completion_tokens=6)
     """
     value = decode_any(event)
     found = find_usage(value) if isinstance(value, dict) and value.get("type") == "response.done" else None

@@ -37,6 +37,16 @@ class Usage(NamedTuple):
     reasoning_tokens: int = 0
     audio_tokens: int = 0
 
+    def __repr__(self) -> str:
+        """Leaves out the details that are 0."""
+        counts = self._asdict()
+        told = [
+            f"{name}={count}"
+            for name, count in counts.items()
+            if count or name in ("prompt_tokens", "completion_tokens")
+        ]
+        return f"Usage({', '.join(told)})"
+
 
 def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
     """Reads chat-style (``prompt_tokens``) and responses-style (``input_tokens``) counts; None if there are none.
@@ -48,7 +58,7 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
         before: The counts that were reported before, in the same stream.
 
     >>> parse_usage({"input_tokens": 3, "output_tokens": 4}), parse_usage({"prompt_tokens": 10**30})
-    (Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=0), None)
+    (Usage(prompt_tokens=3, completion_tokens=4), None)
     >>> parse_usage({"input_tokens": 3, "cache_read_input_tokens": 10, "output_tokens": 1})
     Usage(prompt_tokens=13, completion_tokens=1, cached_tokens=10)
     >>> parse_usage({"output_tokens": 4}, Usage(13, 1, 10))
@@ -91,7 +101,7 @@ def find_usage(value: Mapping[str, Any], before: Usage | None = None) -> Usage |
     (Moonshot). ``before`` is as in `parse_usage`.
 
     >>> find_usage({"choices": [{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}]})
-    Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=0)
+    Usage(prompt_tokens=3, completion_tokens=4)
     """
     choices = value.get("choices")
     holders = (value, value.get("response"), value.get("message"), value.get("x_groq"))
