@@ -29,6 +29,7 @@ from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.processes import run_gateway
 from tests.support.provider import DONE, Break, Pause, Provider, Say, Script, Stall, answers, chunk, content, usage
 from trigate.errors import Unauthenticated, Unverified
+from trigate.keys.key import ANYBODY, Key
 from trigate.runs.service import Runs
 from trigate.signatures import Verifier
 from trigate.upstream.generation import Generations
@@ -656,7 +657,7 @@ def hooks_of(*configs: Any) -> tuple[Hooks, Callable[[], None]]:  # Any: each a 
 def test_runs_of_a_removed_hook_are_readable() -> None:
     """A client with a key still reads its runs, and those that the hook let in, after the hook is gone."""
     config = hooks({"ada": "key-of-ada"}, other={})
-    assert {"ada", "hook:h"} <= hooks_of(config)[0].readers("h", {}, lambda: "ada")
+    assert {"ada", "hook:h"} <= hooks_of(config)[0].readers("h", {}, lambda: Key(name="ada"))
 
 
 def test_who_reads_runs_of_a_channel() -> None:
@@ -664,11 +665,11 @@ def test_who_reads_runs_of_a_channel() -> None:
     platform has, does not."""
     config = make_config(channels={"bot": {"type": "telegram", "token": "123:ABC"}})
 
-    def refuse() -> str | None:
+    def refuse() -> Key:
         raise Unauthenticated("No key.")
 
     for each in (config, make_config()):
-        assert "channel:bot" in hooks_of(each)[0].readers("bot", {}, lambda: "ada")
+        assert "channel:bot" in hooks_of(each)[0].readers("bot", {}, lambda: Key(name="ada"))
     with pytest.raises(Unauthenticated):
         hooks_of(config)[0].readers("bot", {}, refuse)
 
@@ -687,7 +688,7 @@ def test_secrets_live_as_long_as_their_configuration() -> None:
             repeated=frozenset(),
             query=b"",
             client=None,
-            authorize=lambda: None,
+            authorize=lambda: ANYBODY,
         )
 
     def verifiers() -> list[Verifier]:
@@ -702,7 +703,7 @@ def test_secrets_live_as_long_as_their_configuration() -> None:
     served, reload = hooks_of(bearer(old), bearer(new))
     for _ in range(2):
         served.check_head(head(old))
-        assert served.readers("h", head(old).headers, lambda: None) == {"hook:h"}
+        assert served.readers("h", head(old).headers, lambda: ANYBODY) == {"hook:h"}
     assert len(verifiers()) == len(others) + 1
     reload()
     assert len(verifiers()) == len(others)

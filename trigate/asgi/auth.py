@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
@@ -10,6 +9,8 @@ from trigate.asgi.request import RequestHead
 from trigate.config.checks import FILE_ORIGIN, host_of, host_of_origin, is_loopback
 from trigate.dialects import gemini
 from trigate.errors import BadRequest, Forbidden, Header, Unauthenticated
+from trigate.keys.key import ANYBODY, Key
+from trigate.keys.service import Keys
 
 if TYPE_CHECKING:
     from trigate.config.sections import Config
@@ -71,11 +72,11 @@ def _key_in(head: RequestHead) -> bytes:
     return values[0].strip().encode() if len(values) == 1 else b""
 
 
-def authorize(head: RequestHead, config: Config) -> str | None:
+def authorize(head: RequestHead, config: Config, keys: Keys) -> Key:
     """Decides whether a request is allowed.
 
     Returns:
-        The name of its key; None = no key is configured.
+        Its key; `ANYBODY` = no key is configured.
 
     Raises:
         Unauthenticated: Keys are configured, and the request has none of them.
@@ -83,18 +84,15 @@ def authorize(head: RequestHead, config: Config) -> str | None:
         Forbidden: No key is configured, and the request is not from this machine, or it is from a web page whose origin
             is not allowed.
     """
-    if config.keys:
+    if keys.are_required:
         given = _given_key(head)
-        found = None
-        for name, key in config.keys.items():  # compare all keys, so that the time does not depend on the match
-            if hmac.compare_digest(given, str(key.secret.literal).encode()):
-                found = name
-        if found is None:
+        key = keys.find(given)
+        if key is None:
             problem = "Incorrect API key provided." if given else "You didn't provide an API key."
             raise Unauthenticated(f"{problem} This gateway requires one: Authorization: Bearer YOUR_KEY.")
-        return found
+        return key
     if config.server.insecure:
-        return None
+        return ANYBODY
     if not (is_loopback(head.server) and is_loopback(head.client)):
         raise Forbidden(
             "This gateway has no key configured, so it serves this machine only. Set TRIGATE_API_KEY (or [keys]) "
@@ -118,7 +116,7 @@ def authorize(head: RequestHead, config: Config) -> str | None:
         page = host_of_origin(origin)
         if page is None or not is_loopback(page):
             raise Forbidden(f"Pages of {origin[:200]!r} may not call this gateway. Add it to server.cors_origins.")
-    return None
+    return ANYBODY
 
 
 def cors_allows(origin: str, config: Config) -> bool:

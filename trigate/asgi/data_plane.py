@@ -34,6 +34,7 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Recorder
 from trigate.gateway.gateway import Gateway
+from trigate.keys.key import Key
 from trigate.openai.request import Call, decode_call, decode_large_call
 from trigate.openai.request_bounds import is_small
 from trigate.routing.routes import Target
@@ -55,7 +56,7 @@ async def serve_call(
     response: ClientResponse,
     *,
     request_id: str,
-    owner: str,
+    key: Key,
 ) -> None:
     """Serves one call: reads and decodes it, and runs its exchange in a nursery that ends when the client disconnects.
 
@@ -63,6 +64,7 @@ async def serve_call(
         GatewayError: The call was refused before its exchange began.
     """
     arrived_at = trio.current_time()
+    owner = key.name
     endpoint = found.endpoint
     if head.method != "POST":
         raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
@@ -95,7 +97,7 @@ async def serve_call(
     if endpoint is RESPONSES:
         asked = await responses.prepare(gateway, call, owner)
         call = asked.call
-    upstream, note = await _objects_of(gateway, call, owner)
+    upstream, note = await _objects_of(gateway, call, key)
     exchange: Exchange | None = None
     failure: GatewayError | None = None
     async with trio.open_nursery() as nursery:
@@ -119,7 +121,7 @@ async def serve_call(
                     **head.forwarded(endpoint),
                 },
                 client_headers=head.headers,
-                owner=owner,
+                key=key,
                 arrived_at=arrived_at,
                 client_timeout_s=timeout_s,
                 sdk_timeout_s=sdk_timeout_s,
@@ -158,13 +160,12 @@ async def serve_call(
         raise failure
 
 
-async def _objects_of(gateway: Gateway, call: Call, owner: str) -> tuple[str | None, _Note | None]:
+async def _objects_of(gateway: Gateway, call: Call, key: Key) -> tuple[str | None, _Note | None]:
     """Returns the upstream that has the objects that a call names, and what notes an answer that its upstream keeps."""
-    keys = gateway.generations.config.keys
-    names, keeps = may_name_objects(call, keys=len(keys)), is_kept(call)
+    names, keeps = may_name_objects(call, are_apart=gateway.keys.are_several), is_kept(call)
     if not (names or keeps):
         return None, None
-    objects = Objects(store=gateway.store, owner=owner, sees_all=not keys)
+    objects = Objects.of(gateway.store, key)
     upstream = None
     if names:
         find = partial(named_by, call)

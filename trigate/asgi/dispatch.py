@@ -68,20 +68,18 @@ async def serve_request(
         if found is None or head.method == "GET":
             passed = find_passed(head.method, head.path)
             if passed is not None:
-                owner = authorize(head, config) or ""
+                key = authorize(head, config, gateway.keys)
                 query: bytes = scope["query_string"]
-                if await serve_stored(gateway, passed, head, response, query=query, owner=owner):
+                if await serve_stored(gateway, passed, head, response, query=query, owner=key.name):
                     return
-                await serve_passed(
-                    gateway, passed, head, body, response, query=query, request_id=request_id, owner=owner
-                )
+                await serve_passed(gateway, passed, head, body, response, query=query, request_id=request_id, key=key)
                 return
         if found is not None:
             endpoint = found.endpoint
             if endpoint.format == "anthropic":
                 response.headers.append((b"request-id", request_id.encode()))
-            owner = authorize(head, config) or ""
-            await serve_call(gateway, found, head, body, response, request_id=request_id, owner=owner)
+            key = authorize(head, config, gateway.keys)
+            await serve_call(gateway, found, head, body, response, request_id=request_id, key=key)
             return
         if head.path == "/" and _asks_whether_anything_is_there(head):
             await response.respond(200, [(b"content-type", b"text/plain")], b"" if head.method == "HEAD" else _RUNNING)
@@ -92,10 +90,10 @@ async def serve_request(
             return
         if hook:
             scope["trigate.readers"] = gateway.hooks.readers(
-                hook, head.headers, functools.partial(authorize, head, config)
+                hook, head.headers, functools.partial(authorize, head, config, gateway.keys)
             )
         elif head.path != "/health":
-            scope["trigate.owner"] = authorize(head, config) or ""
+            scope["trigate.key"] = authorize(head, config, gateway.keys)
         if head.path in health.PATHS:
             await health.answer_probe(gateway, head, response)
             return
@@ -182,7 +180,7 @@ async def _serve_webhook(
             repeated=head.repeated,
             query=query,
             client=head.client,
-            authorize=functools.partial(authorize, head, config),
+            authorize=functools.partial(authorize, head, config, gateway.keys),
         )
     )
     max_bytes = call.body_bytes or (_HOOK_BYTES if call.is_verified else config.limits.unverified_body_bytes)

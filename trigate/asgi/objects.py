@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import attrs
 import msgspec
 
 from trigate.errors import BadRequest, NotFound, ProtocolViolation
+from trigate.keys.key import ANYBODY, Key
 from trigate.openai import sse
 from trigate.openai.passed_paths import objects_in
 from trigate.openai.raw_json import decode_any, split_provider_fields
@@ -35,12 +36,17 @@ class Objects:
 
     Attributes:
         owner: The name of its key.
-        sees_all: The gateway has no keys.
+        sees_all: The gateway has no keys, or the request has that of the admin.
     """
 
     store: Store
     owner: str
     sees_all: bool
+
+    @classmethod
+    def of(cls, store: Store, key: Key) -> Self:
+        """The objects that a key may see."""
+        return cls(store=store, owner=key.name, sees_all=key.is_admin or key is ANYBODY)
 
     async def upstream_of(self, object_id: str | None, named: Sequence[str], *, asked: str | None) -> str | None:
         """Returns the upstream that a request has to go to; None = it names no object that is known.
@@ -140,13 +146,13 @@ def _unknown(object_id: str) -> NotFound:
     return NotFound(f"There is no object {object_id!r} here.")
 
 
-def may_name_objects(call: Call, *, keys: int) -> bool:
+def may_name_objects(call: Call, *, are_apart: bool) -> bool:
     """Whether a call may name objects of its upstream: an earlier answer, files, vector stores.
 
     To search a body costs every call some microseconds, so it is done only where that keeps keys apart.
 
     Args:
-        keys: How many the gateway has.
+        are_apart: The gateway has several keys.
     """
     path, fields = call.endpoint.path, call.fields
     if path == "/responses":
@@ -154,7 +160,7 @@ def may_name_objects(call: Call, *, keys: int) -> bool:
             return True
     elif path != "/chat/completions":
         return False
-    if keys < 2:
+    if not are_apart:
         return False
     body = call.body
     return b'"file_id"' in body or b'"vector_store_ids"' in body or (b"\\" in body and _ESCAPED_LETTER in body)

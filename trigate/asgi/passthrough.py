@@ -28,6 +28,7 @@ from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest, PassThrough
 from trigate.gateway.gateway import Gateway
+from trigate.keys.key import Key
 from trigate.openai.answer import Usage, find_usage
 from trigate.openai.multipart import boundary_of
 from trigate.openai.passed_paths import Passed, objects_in
@@ -101,7 +102,7 @@ async def serve_passed(
     *,
     query: bytes,
     request_id: str,
-    owner: str,
+    key: Key,
 ) -> None:
     """Passes one request through, in a nursery that ends when the client disconnects.
 
@@ -122,7 +123,7 @@ async def serve_passed(
         if counted is not None:
             await response.respond(200, JSON_HEADERS, counted)
             return
-    objects = Objects(store=gateway.store, owner=owner, sees_all=not generation.config.keys)
+    objects = Objects.of(gateway.store, key)
     upstream = await objects.upstream_of(passed.object_id, read.objects, asked=asked_upstream(head))
     is_new = passed.method == "POST" and passed.object_id is None
     route = generation.passed_route(endpoint.path, model=read.model, upstream=upstream, is_new=is_new)
@@ -139,7 +140,7 @@ async def serve_passed(
             ),
             generation=generation,
             headers=_forwarded(head, passed, request_id),
-            owner=owner,
+            key=key,
             arrived_at=arrived_at,
             client_timeout_s=timeout_s,
             sdk_timeout_s=sdk_timeout_s if read.upload is None else math.inf,

@@ -23,6 +23,7 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest, PassThrough
 from trigate.exchange.websocket_answer import SWITCHING_PROTOCOLS
 from trigate.gateway.gateway import Gateway
+from trigate.keys.key import Key
 from trigate.logs import log
 from trigate.openai.passed_paths import REALTIME, is_realtime
 from trigate.openai.request import Call
@@ -137,8 +138,8 @@ async def serve_websocket(gateway: Gateway, scope: Any, receive: Any, send: Any)
         for offered in scope.get("subprotocols", ()):
             if offered.startswith(_KEY_PREFIX) and b"authorization" not in head.headers:  # from a browser
                 head.headers[b"authorization"] = b"Bearer " + offered.removeprefix(_KEY_PREFIX).encode("latin-1")
-        owner = authorize(head, gateway.generations.config) or ""
-        exchange = _exchange_for(gateway, head, query, socket, response, request_id, owner)
+        key = authorize(head, gateway.generations.config, gateway.keys)
+        exchange = _exchange_for(gateway, head, query, socket, response, request_id, key)
     except GatewayError as error:
         drop_frames(error)
         log.info("refused", request_id=request_id, path=head.path, status=error.status, code=error.code)
@@ -160,7 +161,7 @@ def _exchange_for(
     socket: _Socket,
     response: ClientResponse,
     request_id: str,
-    owner: str,
+    key: Key,
 ) -> Exchange:
     """Makes the exchange of a WebSocket.
 
@@ -182,7 +183,7 @@ def _exchange_for(
             ),
             generation=generation,
             headers={"x-request-id": request_id, **head.forwarded(REALTIME)},
-            owner=owner,
+            key=key,
             client_timeout_s=head.timeout_s(),
             passed=PassThrough(
                 method="GET",

@@ -55,8 +55,7 @@ class ExchangeRequest:
         generation: The configuration that serves the call, with its upstreams.
         headers: The headers that are sent upstream, besides those of the upstream's configuration.
         client_headers: Those of the client's request, by lower-case name.
-        owner: The name of the gateway key that the call was made with; empty = the gateway has no keys.
-        key: That key.
+        key: The gateway key that the call was made with.
         arrived_at: When the request arrived (Trio time). The client's timeouts count from then.
         client_timeout_s: The client's timeout for the whole call.
         sdk_timeout_s: How long the client's SDK waits: for a stream, until it begins; for any other answer, until it
@@ -74,7 +73,6 @@ class ExchangeRequest:
     generation: Generation
     headers: Mapping[str, str] = attrs.field(factory=dict)
     client_headers: Mapping[bytes, bytes] = attrs.field(factory=dict)
-    owner: str = ""
     key: Key = ANYBODY
     arrived_at: float = attrs.field(factory=trio.current_time)
     client_timeout_s: float = math.inf
@@ -86,6 +84,11 @@ class ExchangeRequest:
 
     def __attrs_post_init__(self) -> None:
         self.model = self.generation.settings_of(self.call.model)
+
+    @property
+    def owner(self) -> str:
+        """The name of its key; empty = the gateway has no keys."""
+        return self.key.name
 
     def route(self) -> Route:
         """Returns the targets of the request.

@@ -32,6 +32,7 @@ from trigate.exchange.stored_responses import BackgroundResponses, open_backgrou
 from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
+from trigate.keys.service import Keys
 from trigate.ledger.ledger import Ledger, open_ledger
 from trigate.routing.target_state import Targets
 from trigate.runs.outbox import open_outbox
@@ -54,6 +55,7 @@ class Gateway:
     """The services that outlive a request, for the ASGI application. Made by `open_gateway`."""
 
     generations: Generations
+    keys: Keys
     exchange_services: ExchangeServices
     live: LiveExchanges
     store: Store
@@ -114,7 +116,7 @@ async def open_gateway(
 
     first = await read()
     started_at = trio.current_time()
-    targets, admission = Targets(), Admission(descriptors.max_pairs())
+    targets, admission, keys = Targets(), Admission(descriptors.max_pairs()), Keys()
     async with (
         open_timers() as timers,
         open_cancel_queue() as cancel_queue,
@@ -147,6 +149,7 @@ async def open_gateway(
 
             def apply_config(config: Config) -> None:
                 """Applies a configuration to the services that outlive generations."""
+                keys.apply(config)
                 targets.apply(config)
                 admission.apply(config.limits)
                 ledger.apply(config.ledger)
@@ -168,6 +171,7 @@ async def open_gateway(
                     sessions=sessions,
                     outbox=outbox,
                     generations=generations,
+                    keys=keys,
                     exchange_services=exchange_services,
                 ) as runs,
                 open_background_responses() as background_responses,
@@ -205,6 +209,7 @@ async def open_gateway(
                 workers.report_with(status.snapshot)
                 gateway = Gateway(
                     generations=generations,
+                    keys=keys,
                     exchange_services=exchange_services,
                     live=live,
                     store=store,

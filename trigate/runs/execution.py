@@ -37,6 +37,7 @@ from trigate.errors import (
 )
 from trigate.exchange.exchange import Exchange, ExchangeServices
 from trigate.exchange.request import ExchangeRequest
+from trigate.keys.service import Keys
 from trigate.logs import log
 from trigate.openai.accumulator import AnswerAccumulator
 from trigate.openai.answer import Usage
@@ -78,6 +79,7 @@ class RunServices:
     store: Store
     sessions: Sessions
     generations: Generations
+    keys: Keys
     records: RunRecords
     queue: RunQueue
     live_views: Mapping[str, LiveView]
@@ -210,7 +212,7 @@ class RunExecution:
                 generation=services.generations.current,
                 headers={"content-type": "application/json", "accept": "text/event-stream", "x-request-id": run.id},
                 client_headers={b"x-session-key": (self._request.session or "").encode()},
-                owner=self._request.owner,
+                key=services.keys.named(self._request.owner),
             ),
             services=services.exchange_services,
             client=self._client.streamed_to if self._client is not None else None,

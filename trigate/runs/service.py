@@ -32,6 +32,7 @@ import trio
 from trigate.concurrency.notify import open_service
 from trigate.errors import Internal, StoreUnavailable
 from trigate.exchange.exchange import ExchangeServices
+from trigate.keys.service import Keys
 from trigate.logs import log
 from trigate.runs.client import RunClient
 from trigate.runs.execution import RunExecution, RunServices
@@ -75,6 +76,7 @@ class Runs:
         sessions: Sessions,
         outbox: Outbox,
         generations: Generations,
+        keys: Keys,
         exchange_services: ExchangeServices,
         nursery: trio.Nursery,
     ) -> None:
@@ -88,6 +90,7 @@ class Runs:
             store=store,
             sessions=sessions,
             generations=generations,
+            keys=keys,
             records=self._records,
             queue=self._queue,
             live_views=self.live_views,
@@ -249,12 +252,14 @@ async def open_runs(
     sessions: Sessions,
     outbox: Outbox,
     generations: Generations,
+    keys: Keys,
     exchange_services: ExchangeServices,
 ) -> AsyncIterator[Runs]:
     """Opens the service. Open it before `Workers.join` is called, which adopts the runs of dead workers.
 
     Args:
         generations: Gives the configuration in use, and the upstreams of a new exchange.
+        keys: Gives the keys of owners.
         exchange_services: What an `Exchange` takes.
 
     **Cancels:** all executions. Acknowledged runs stay in the store for the next start; the others end as
@@ -267,6 +272,7 @@ async def open_runs(
             sessions=sessions,
             outbox=outbox,
             generations=generations,
+            keys=keys,
             exchange_services=exchange_services,
             nursery=nursery,
         )

@@ -26,6 +26,7 @@ from trigate.dialects.endpoints import CHAT
 from trigate.errors import BadRequest, Header, IdempotencyConflict, MethodNotAllowed, RunStopped
 from trigate.exchange.answers import stream_headers
 from trigate.exchange.client_response import ClientResponse
+from trigate.keys.key import Key
 from trigate.runs.client import RunClient
 from trigate.runs.request import CLIENT_LEFT, RunRequest
 from trigate.runs.service import Runs
@@ -49,7 +50,7 @@ class HookHead:
         repeated: The names of the headers that occur more than once.
         query: The query of the URL, undecoded.
         client: The address of the client; None = the connection has none.
-        authorize: Checks the gateway key of the request, and returns its owner (None = the gateway has no keys). Raises
+        authorize: Checks the gateway key of the request, and returns that (`ANYBODY` = the gateway has no keys). Raises
             `Unauthenticated` or `Forbidden`.
     """
 
@@ -59,7 +60,7 @@ class HookHead:
     repeated: frozenset[bytes]
     query: bytes
     client: str | None
-    authorize: Callable[[], str | None]
+    authorize: Callable[[], Key]
 
 
 class HookCall(Protocol):

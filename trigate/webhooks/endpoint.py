@@ -37,6 +37,7 @@ from trigate.errors import (
     UnsupportedMediaType,
     Unverified,
 )
+from trigate.keys.key import Key
 from trigate.runs.service import Runs
 from trigate.signatures import Verifier
 from trigate.upstream.generation import Generations
@@ -106,13 +107,13 @@ class Hooks:
             return PlatformCall(adapter, head, hook)
         owner = f"hook:{name}"
         if verifier is None:
-            owner = head.authorize() or ""
+            owner = head.authorize().name
             _check_json(head)  # another site's page can send a form without a CORS preflight, but not JSON
         elif verifier.scheme == "bearer":
             verifier.verify(head.headers, b"", now=time.time())
         return MessageCall(self._runs, head, hook, verifier, owner, query)
 
-    def readers(self, name: str, headers: Mapping[bytes, bytes], authorize: Callable[[], str | None]) -> set[str]:
+    def readers(self, name: str, headers: Mapping[bytes, bytes], authorize: Callable[[], Key]) -> set[str]:
         """The owners whose runs of a hook the sender of a request may read: the owner of its gateway key, and the hook
         itself, which owns the runs that its own verification let in. The secret of a hook with verification ``bearer``
         opens only the latter. Any gateway key opens the runs of a channel.
@@ -135,7 +136,7 @@ class Hooks:
                 pass  # the header may hold a gateway key
             else:
                 return {f"hook:{name}"}
-        return {authorize() or "", f"hook:{name}", f"channel:{name}"}
+        return {authorize().name, f"hook:{name}", f"channel:{name}"}
 
     def _adapter(self, name: str) -> Adapter | None:
         """The adapter of the channel whose platform calls ``/hooks/NAME``; None = there is none, or it polls."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from quart import Blueprint, Response, jsonify, request
 
-from trigate.asgi.quart_app import current_gateway
+from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.errors import BadRequest, NotFound
 from trigate.store.records import Message, Session
 
@@ -20,7 +20,7 @@ _DEFAULT_LIMIT = 20
 
 
 def _owner() -> str:
-    return cast("str", request.scope["trigate.owner"])  # type: ignore[typeddict-item]
+    return current_key().name
 
 
 def _number(name: str, default: int, *, least: int, most: int) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 from quart import Blueprint, Response, request
 
-from trigate.asgi.quart_app import current_gateway
+from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.errors import BadRequest, NotFound
+from trigate.keys.key import ANYBODY
 from trigate.status.inflight import MAX_LIMIT
 from trigate.status.merge import iso_time
 from trigate.status.schema import StreamList
@@ -18,9 +19,9 @@ blueprint = Blueprint("status", __name__)
 
 
 def _owner() -> str | None:
-    """The owner whose exchanges may be seen: the key's name; None = all, if the gateway has no keys."""
-    scope: Any = request.scope  # Any: hypercorn's type does not know our entry
-    return str(scope["trigate.owner"]) if current_gateway().generations.current.config.keys else None
+    """The owner whose exchanges may be seen: the key's; None = everybody's, for the admin or without keys."""
+    key = current_key()
+    return None if key is ANYBODY or key.is_admin else key.name
 
 
 def _rounded(seconds: float | None) -> float | None:
