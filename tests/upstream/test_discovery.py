@@ -292,7 +292,8 @@ async def test_nothing_found_still_answers() -> None:
 @pytest.mark.usefixtures("no_local_model")
 async def test_the_gateway_s_key_holds_without_a_file() -> None:
     """``TRIGATE_API_KEY`` is a gateway key with discovery, too; an empty one is an error, not an open gateway."""
-    assert (await discover({"TRIGATE_API_KEY": "k"}, transport=Answers({}))).keys == {"TRIGATE_API_KEY": "k"}
+    keys = (await discover({"TRIGATE_API_KEY": "k"}, transport=Answers({}))).keys
+    assert {name: key.secret.literal for name, key in keys.items()} == {"TRIGATE_API_KEY": "k"}
     with pytest.raises(ConfigError, match="TRIGATE_API_KEY"):
         await discover({"TRIGATE_API_KEY": ""}, transport=Answers({}))
 
