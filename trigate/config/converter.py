@@ -16,6 +16,7 @@ from cattrs.v import format_exception
 
 from trigate.config import checks
 from trigate.config.key_sections import Instant, KeyConfig, KeySettings, MicroUsd, Tokens
+from trigate.config.report_sections import AlertKind
 from trigate.config.reveal import parse_secret
 from trigate.config.secrets import Secret
 from trigate.config.sections import (
@@ -82,9 +83,11 @@ def _make_converter() -> cattrs.Converter:
         return tuple(checks.not_negative(item, Rate) for item in value)
 
     converter.register_structure_hook_func(lambda kind: kind == tuple[Rate, ...], numbers)
-    converter.register_structure_hook_func(
-        lambda kind: kind in (tuple[HostName, ...], tuple[Origin, ...], tuple[Reason, ...], tuple[Action, ...]), items
+    item_kinds = (
+        *(tuple[HostName, ...], tuple[Origin, ...]),
+        *(tuple[Reason, ...], tuple[Action, ...], tuple[AlertKind, ...]),
     )
+    converter.register_structure_hook_func(lambda kind: kind in item_kinds, items)
     converter.register_structure_hook(
         UpstreamConfig,
         make_dict_structure_fn(

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NewType
+from typing import Any, Literal
 
 import attrs
 
 from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig
+from trigate.config.report_sections import AlertsConfig
 from trigate.config.secrets import Secret
+from trigate.config.values import Action as Action
+from trigate.config.values import Count as Count
+from trigate.config.values import Expression as Expression
+from trigate.config.values import HostName as HostName
+from trigate.config.values import Limit as Limit
+from trigate.config.values import Origin as Origin
+from trigate.config.values import Port as Port
+from trigate.config.values import ProxyUrl as ProxyUrl
+from trigate.config.values import Rate as Rate
+from trigate.config.values import Reason as Reason
+from trigate.config.values import ResponsesMode as ResponsesMode
+from trigate.config.values import Seconds as Seconds
+from trigate.config.values import Share as Share
+from trigate.config.values import Size as Size
+from trigate.config.values import TimeoutPhase as TimeoutPhase
+from trigate.config.values import Url as Url
 
-Seconds = NewType("Seconds", float)
-Size = NewType("Size", int)
-Count = NewType("Count", int)
-Port = NewType("Port", int)
-Url = NewType("Url", str)
-HostName = NewType("HostName", str)
-Origin = NewType("Origin", str)
-ProxyUrl = NewType("ProxyUrl", str)
-Rate = NewType("Rate", float)
-Share = NewType("Share", float)
-Limit = NewType("Limit", int)
-Expression = NewType("Expression", str)
-Action = Literal["chat", "reset", "stop", "history", "note"]
-Reason = Literal["context_length", "content_filter", "rate_limit", "timeout", "error"]
-"""Why an attempt failed, as far as it decides whether the next target is tried."""
-ResponsesMode = Literal["native", "translate", "discover"]
-TimeoutPhase = Literal["connect", "response_head", "first_token", "idle", "total", "queue"]
 DAY_S = 86400.0
 MIN_RUN_RETENTION_S = 4 * DAY_S
 
@@ -458,6 +458,7 @@ class Config:
     groups: Mapping[str, GroupConfig] = attrs.field(factory=dict)
     admin: AdminConfig = attrs.field(factory=AdminConfig)
     allowance: Allowance = attrs.field(factory=Allowance)
+    alerts: AlertsConfig = attrs.field(factory=AlertsConfig)
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
     store: StoreConfig = StoreConfig()

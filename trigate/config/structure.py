@@ -19,6 +19,7 @@ from trigate.config import checks
 from trigate.config.converter import convert
 from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig
 from trigate.config.regions import base_url_of
+from trigate.config.report_sections import AlertsConfig
 from trigate.config.reveal import (
     SCHEMES_WITHOUT_SECRET,
     admin_key,
@@ -50,7 +51,8 @@ from trigate.config.sections import (
 
 SECTIONS = (
     *("server", "upstreams", "models", "limits", "retries", "breaker"),
-    *("keys", "groups", "admin", "allowance", "store", "ledger", "reasoning_memory"),
+    *("keys", "groups", "admin", "allowance", "store", "ledger", "alerts"),
+    "reasoning_memory",
     *("sessions", "hooks", "channels"),
 )
 """The names of all sections, in the order of the documentation."""
@@ -97,6 +99,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     retries = document.section(RetriesConfig, "retries")
     breaker = document.section(BreakerConfig, "breaker")
     ledger = document.section(LedgerConfig, "ledger")
+    alerts = _alerts(document, env)
     reasoning_memory = document.section(ReasoningMemoryConfig, "reasoning_memory")
     sessions = document.section(SessionsConfig, "sessions")
     if document.problems:
@@ -112,6 +115,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         groups=groups,
         admin=admin,
         allowance=allowance,
+        alerts=alerts,
         disabled={**disabled, **disabled_channels},
         secrets=secrets,
         store=store,
@@ -225,6 +229,17 @@ def _keys(document: _Document, groups: Mapping[str, GroupConfig], env: Mapping[s
     revealed, problems = reveal_keys(keys, env)
     document.problems += problems
     return revealed
+
+
+def _alerts(document: _Document, env: Mapping[str, str]) -> AlertsConfig:
+    alerts = document.section(AlertsConfig, "alerts")
+    if alerts.secret is not None:
+        secret, problems = reveal_secret("secret", alerts.secret, env, "standard-webhooks")
+        document.report("alerts", problems)
+        return attrs.evolve(alerts, secret=secret)
+    if alerts.url is not None:
+        document.problems.append("alerts.secret: required for alerts, which are signed with it")
+    return alerts
 
 
 def _hooks(document: _Document, keys: Mapping[str, KeyConfig], env: Mapping[str, str]) -> dict[str, HookConfig]:

@@ -22,10 +22,20 @@ class Totals:
     complete: int = 0
     cancelled: int = 0
     failed: int = 0
+    faults: int = 0
+    """Those that failed by the fault of a provider or of the gateway."""
     events: int = 0
     bytes: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+def _is_fault(error: GatewayError | None) -> bool:
+    """Whether a call failed by the fault of a provider or of the gateway. A provider that refuses what the client asks
+    for is right; one that refuses the gateway's own key, or its rate, is not."""
+    if error is None:
+        return True
+    return error.blame != "client" and (error.status >= 500 or error.status in (401, 403, 429))
 
 
 class LiveExchanges:
@@ -97,6 +107,7 @@ class LiveExchanges:
             totals.cancelled += 1
         else:
             totals.failed += 1
+            totals.faults += _is_fault(exchange.error)
 
     def cancel_all(self, error: GatewayError) -> list[str]:
         """Cancels all exchanges with an error, which their clients get. Returns the request ids."""

@@ -45,6 +45,7 @@ from trigate.store.interface import Store
 from trigate.store.retention import keep_pruned
 from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.generation import Generation, Generations, open_generation
+from trigate.webhooks.alerts import Alerts
 from trigate.webhooks.callbacks import open_callbacks
 from trigate.webhooks.endpoint import Hooks
 from trigate.workers.membership import Workers, open_workers
@@ -65,6 +66,7 @@ class Gateway:
     runs: Runs
     background_responses: BackgroundResponses
     hooks: Hooks
+    alerts: Alerts
     channels: Channels
     inflight: InflightRequests
     status: StatusReporter
@@ -146,6 +148,8 @@ async def open_gateway(
             open_shared_calls(upstream_services) as shared_calls,
         ):
             drain = Drain(live, outbox)
+            alerts = Alerts(store=store, workers=workers, outbox=outbox, live=live, targets=targets)
+            background.start_soon(alerts.run)
 
             def apply_config(config: Config) -> None:
                 """Applies a configuration to the services that outlive generations."""
@@ -154,7 +158,8 @@ async def open_gateway(
                 admission.apply(config.limits)
                 ledger.apply(config.ledger)
                 reasoning.apply(config.reasoning_memory)
-                callbacks.apply(config.hooks or {}, outbox)
+                callbacks.apply(config.hooks or {}, outbox, config.alerts)
+                alerts.apply(config.alerts)
 
             exchange_services = ExchangeServices(
                 admission=admission,
@@ -219,6 +224,7 @@ async def open_gateway(
                     runs=runs,
                     background_responses=background_responses,
                     hooks=hooks,
+                    alerts=alerts,
                     channels=channels,
                     inflight=InflightRequests(workers=workers, live=live),
                     status=status,

@@ -177,12 +177,17 @@ class StreamsStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """The exchanges that have ended since the start."""
+    """The exchanges that have ended since the start.
+
+    Attributes:
+        faults: How many of ``failed`` did so by the fault of a provider or of the gateway.
+    """
 
     exchanges: int
     complete: int
     cancelled: int
     failed: int
+    faults: int = 0
     events: int = 0
     bytes: int = 0
     prompt_tokens: int = 0

@@ -53,6 +53,7 @@ def is_needed(config: Config, where: str) -> bool:
     return (
         config.hooks is not None
         or bool(config.channels)
+        or config.alerts.url is not None
         or config.store != StoreConfig()
         or config.sessions != SessionsConfig()
         or config.server.workers > 1

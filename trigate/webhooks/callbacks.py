@@ -24,6 +24,8 @@ import httpx2
 import trio
 
 from trigate.concurrency.notify import open_service
+from trigate.config.report_sections import AlertsConfig
+from trigate.config.secrets import Secret
 from trigate.config.sections import HookConfig
 from trigate.runs.outbox import Outbox, Receipt
 from trigate.signatures import sign_standard
@@ -39,6 +41,10 @@ _READ_S = 2.0
 """How long the body of a response may take, in seconds. Only its status counts; the body is read to reuse the
 connection."""
 _READ_BYTES = 16_384
+ALERTS = "!alerts"
+"""The channel of alerts in the outbox; no hook can have this name. Their URL is in the configuration, so they may go to
+any address."""
+_NO_ALERTS = AlertsConfig()
 
 
 def seconds_of(retry_after: str, *, at: float) -> float | None:
@@ -67,19 +73,25 @@ def seconds_of(retry_after: str, *, at: float) -> float | None:
 
 @attrs.define(eq=False, kw_only=True)
 class Callbacks:
-    """Delivers the results of the runs of all hooks (`outbox.Carrier`). Made by `open_callbacks`."""
+    """Delivers the results of the runs of all hooks, and alerts (`outbox.Carrier`). Made by `open_callbacks`."""
 
     _public: httpx2.AsyncBaseTransport
     _anywhere: httpx2.AsyncBaseTransport
     _now: Callable[[], float]
     _hooks: dict[str, HookConfig] = attrs.field(factory=dict, init=False)
+    _alerts: Secret | None = attrs.field(default=None, init=False)
 
     def __repr__(self) -> str:
         return f"<Callbacks of {len(self._hooks)} hooks>"
 
-    def apply(self, hooks: Mapping[str, HookConfig], outbox: Outbox) -> None:
-        """Follows a changed configuration: delivers for these hooks from now on. Deliveries for a hook that is gone
-        stay pending until it is configured again. Synchronous."""
+    def apply(self, hooks: Mapping[str, HookConfig], outbox: Outbox, alerts: AlertsConfig = _NO_ALERTS) -> None:
+        """Follows a changed configuration: delivers for these hooks, and alerts, from now on. Deliveries for a hook
+        that is gone stay pending until it is configured again. Synchronous."""
+        self._alerts = alerts.secret
+        if alerts.url is None:
+            outbox.carriers.pop(ALERTS, None)
+        else:
+            outbox.carriers[ALERTS] = self
         for name in self._hooks:
             if outbox.carriers.get(name) is self:  # otherwise a channel has taken the name
                 del outbox.carriers[name]
@@ -90,18 +102,21 @@ class Callbacks:
 
     async def deliver(self, delivery: Delivery) -> Receipt:
         """Makes one attempt: signs the body, sends it and waits for the status."""
-        hook = self._hooks[delivery.channel]
-        assert hook.callback_secret is not None
-        assert hook.callback_secret.literal is not None
+        if delivery.channel == ALERTS:
+            secret, transport = self._alerts, self._anywhere
+        else:
+            hook = self._hooks[delivery.channel]
+            secret, transport = hook.callback_secret, self._anywhere if hook.callback_private else self._public
+        assert secret is not None
+        assert secret.literal is not None
         at = math.floor(self._now())
         headers = {
             "content-type": "application/json",
             "user-agent": f"trigate/{__version__}",
             "webhook-id": delivery.id,
             "webhook-timestamp": str(at),
-            "webhook-signature": sign_standard(hook.callback_secret.literal, delivery.id, at, delivery.body),
+            "webhook-signature": sign_standard(secret.literal, delivery.id, at, delivery.body),
         }
-        transport = self._anywhere if hook.callback_private else self._public
         try:
             request = httpx2.Request(
                 "POST",
