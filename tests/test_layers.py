@@ -48,6 +48,7 @@ RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
 PURE = (
     *("errors", "tracebacks", "content_coding", "signatures", "config", "dialects", "openai", "routing"),
     *("prices", "keys.key"),
+    *("quotas.counters", "quotas.answer_sizes", "quotas.headers", "quotas.periods", "quotas.refusals"),
     "concurrency.rate_limiter",
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
     *("upstream.no_proxy",),
@@ -56,8 +57,8 @@ PURE = (
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),
 )
 """Packages and modules without an await, a clock or randomness: time and seed are arguments."""
-DATES = {"config.checks"}
-"""Pure modules that read a date in a text, but no clock."""
+DATES = {"config.checks", "quotas.headers", "quotas.periods"}
+"""Pure modules that read or write a date, but no clock."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),
     *("time", "datetime", "random", "secrets", "uuid", "socket", "threading", "subprocess"),

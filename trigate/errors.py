@@ -11,7 +11,8 @@ The tree::
     │                                                   SessionBusy 409 · RunStopped 409
     │                                                   CancelledByOperator 409 · IdempotencyConflict 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · WebSocketRefused 426
-    │                                                   RateLimited 429 · HeadersTooLarge 431
+    │                                                   RateLimited 429 · LimitReached 429 (TokensExceeded,
+    │                                                   ConcurrencyExceeded, QuotaSpent) · HeadersTooLarge 431
     │                                                   ClientStalled 503 (TooSlow)
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unsupported 405/501* · Unavailable 502/503*
@@ -291,6 +292,50 @@ class RateLimited(CallError, status=429, code="rate_limited"):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class LimitReached(CallError, status=429, code="rate_limit_exceeded"):
+    """A key, its group, the model, the upstream or the gateway has used the requests that it may make in a minute.
+
+    Args:
+        scope: Whose limit it is: ``key:ada``, ``group:team``, ``model:gpt``, ``upstream:openai``, ``all``.
+        limit: The limit, in the unit of its setting.
+        setting: The setting that sets it.
+        retry_after_s: When enough will be free; None = that is not known, or never.
+    """
+
+    openai_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, scope: str, setting: str, limit: int, retry_after_s: float | None) -> None:
+        self.scope = scope
+        self.setting = setting
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    @property
+    def payload(self) -> dict[str, object]:
+        return {**super().payload, "limit": {"of": self.scope, "setting": self.setting, "value": self.limit}}
+
+
+class TokensExceeded(LimitReached, code="tokens_exceeded"):
+    """As `LimitReached`, of the tokens that may be used in a minute. A call that needs more of them than the limit has
+    no ``retry_after_s``."""
+
+    @property
+    def headers(self) -> list[Header]:
+        return super().headers if self.retry_after_s is not None else [_NO_RETRY]
+
+
+class ConcurrencyExceeded(LimitReached, code="concurrency_exceeded"):
+    """As `LimitReached`, of the exchanges that may be in flight at once."""
+
+
+class QuotaSpent(LimitReached, code="insufficient_quota"):
+    """A budget is spent, or held by calls in flight. A retry makes no sense before its period ends."""
+
+    openai_type = "insufficient_quota"
+    own_headers = (_NO_RETRY,)
 
 
 class ClientStalled(CallError, status=503, code="client_stalled"):

@@ -78,8 +78,10 @@ class Served:
         return self.app.gateway
 
     def assert_clean(self) -> None:
-        """Asserts that no exchange, slot or connection is left, and that each exchange was settled once."""
+        """Asserts that no exchange, slot, hold or connection is left, and that each exchange was settled once."""
         assert not len(self.gateway.live)
+        for counter in self.gateway.exchange_services.quotas.all_counters():
+            assert getattr(counter, "held", 0) == 0, counter
         for upstream in self.gateway.generations.current.upstreams.values():
             assert upstream.in_flight == 0, upstream
             assert upstream.statistics().queued == 0, upstream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 
 import trio
 
@@ -12,7 +13,7 @@ from trigate.dialects.endpoints import RESPONSES
 from trigate.dialects.errors import error_frame, error_response
 from trigate.dialects.openai_responses import overloaded_response, response_failed
 from trigate.dialects.stream import TranslatedStream
-from trigate.errors import ClientStalled, GatewayError, Header
+from trigate.errors import ClientStalled, GatewayError, Header, QuotaSpent
 from trigate.exchange.answers import stream_headers
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.deadlines import StallDetector
@@ -20,6 +21,7 @@ from trigate.exchange.shared_call import Subscription
 from trigate.exchange.sink import PlainSocket
 from trigate.exchange.state import ExchangeState
 from trigate.openai import sse
+from trigate.quotas.headers import limit_headers
 
 KEEP_ALIVE = "keep-alive"
 """Sent in a silence of a stream. In Anthropic's format it is a ping, but only behind the event that has to be the
@@ -255,4 +257,7 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
     overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
     headers.append((b"x-trigate-overhead-ms", b"%.3f" % (overhead_s * 1000)))
+    if state.counters:
+        is_refused = isinstance(state.error, QuotaSpent)
+        headers += limit_headers(state.counters, state.call.endpoint.format, now, time.time(), is_refused=is_refused)
     return headers

@@ -28,7 +28,7 @@ import trio
 
 from trigate.concurrency.cancel_queue import CancelQueue
 from trigate.errors import ClientStalled, Draining, GatewayError, Internal, UpstreamError
-from trigate.exchange import view
+from trigate.exchange import quota_hold, view
 from trigate.exchange.admission import Admission
 from trigate.exchange.call_key import call_key_of
 from trigate.exchange.client_sink import ClientSink
@@ -41,6 +41,7 @@ from trigate.exchange.state import ExchangeState
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
 from trigate.logs import log
+from trigate.quotas.service import Quotas
 from trigate.tracebacks import drop_frames
 from trigate.upstream.generation import Route
 
@@ -54,6 +55,7 @@ class ExchangeServices:
 
     admission: Admission
     live: LiveExchanges
+    quotas: Quotas
     upstream: UpstreamServices
     shared_calls: SharedCalls
     cancel_queue: CancelQueue
@@ -88,6 +90,8 @@ class Exchange(ExchangeState):
             self.services.live.begin(self)
             route = self.request.route()
             watchdog = self._watch(route)
+            if (needed := quota_hold.hold_nowait(self, route, self.services.quotas)) is not None:
+                await quota_hold.hold(self, needed, self.services.quotas)
             async with self.services.admission.slot(self):
                 self.source = self._open_source(route)
                 await self.source.fetch(self._sink())
@@ -159,7 +163,10 @@ class Exchange(ExchangeState):
 
     def _settle(self) -> None:
         """Records how the exchange ended: in the ledger, in the totals, and with one log line."""
-        self.services.live.settle(self)
+        try:
+            self.services.live.settle(self)
+        finally:
+            quota_hold.settle(self, self.services.quotas)
         log.info("exchange", **view.log_line(self, trio.current_time()))
 
     async def _note_cancelled(self) -> None:
@@ -233,17 +240,9 @@ class Exchange(ExchangeState):
     def _check_limits(self, now: float) -> list[float]:
         due_at = [self.deadline_at, self.first_byte_deadline]
         if min(due_at) <= now:
-            self.cancel(call_timed_out(self._allowed_s()))
+            self.cancel(call_timed_out(self.allowed_s))
         if self.source is not None:
             due_at += self.source.check_limits(now)
         if self._client_sink is not None:
             due_at += self._client_sink.check_limits(now)
         return due_at
-
-    def _allowed_s(self) -> float:
-        """How long the call was allowed to take, for the message to its client."""
-        request = self.request
-        client_s = request.client_timeout_s
-        if not self.call.stream or self.first_byte_deadline < math.inf:
-            client_s = min(client_s, request.sdk_timeout_s)
-        return min(client_s, self.request.route().total_timeout_s)

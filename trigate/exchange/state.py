@@ -18,6 +18,7 @@ from trigate.exchange.shared_call import Subscription
 from trigate.exchange.upstream_call import UpstreamCall
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
+from trigate.quotas.counters import Counter, Reservation
 from trigate.routing.routes import Target
 from trigate.store.records import ExchangeRecord
 from trigate.upstream.generation import Generation
@@ -39,6 +40,8 @@ class ExchangeState:
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
         record: Its record in the ledger, completed when it has ended; None = it has not begun.
+        counters: The limits that it counts for.
+        reservation: What it holds of them; None = nothing.
         task: The task that serves it.
     """
 
@@ -55,6 +58,8 @@ class ExchangeState:
     is_finishing: bool = False
     admitted_at: float = -math.inf
     record: ExchangeRecord | None = None
+    counters: tuple[Counter, ...] = ()
+    reservation: Reservation | None = None
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
     _queue: trio.CancelScope | None = None
     _position: Callable[[], int | None] | None = None
@@ -93,6 +98,15 @@ class ExchangeState:
             self.admitted_at = trio.current_time()
         if self.cancelled_with is not None:
             raise self.cancelled_with
+
+    @property
+    def allowed_s(self) -> float:
+        """How long the call was allowed to take, for the message to its client."""
+        request = self.request
+        client_s = request.client_timeout_s
+        if not self.call.stream or self.first_byte_deadline < math.inf:
+            client_s = min(client_s, request.sdk_timeout_s)
+        return min(client_s, request.route().total_timeout_s)
 
     @property
     def is_queued(self) -> bool:

@@ -34,6 +34,7 @@ from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
 from trigate.keys.service import Keys
 from trigate.ledger.ledger import Ledger, open_ledger
+from trigate.quotas.service import open_quotas
 from trigate.routing.target_state import Targets
 from trigate.runs.outbox import open_outbox
 from trigate.runs.service import Runs, open_runs
@@ -125,7 +126,8 @@ async def open_gateway(
         open_poller() as poller,
         opening.open_store(opening.location(first.store, environ)) as store,
         open_workers(store) as workers,
-        open_ledger(store) as ledger,
+        open_ledger(store, worker=workers.id) as ledger,
+        open_quotas(store, workers) as quotas,
         open_service(admission.run) as background,
     ):
         open_next = functools.partial(_open_generation, background, transports)
@@ -154,6 +156,7 @@ async def open_gateway(
             def apply_config(config: Config) -> None:
                 """Applies a configuration to the services that outlive generations."""
                 keys.apply(config)
+                quotas.apply(config)
                 targets.apply(config)
                 admission.apply(config.limits)
                 ledger.apply(config.ledger)
@@ -164,6 +167,7 @@ async def open_gateway(
             exchange_services = ExchangeServices(
                 admission=admission,
                 live=live,
+                quotas=quotas,
                 upstream=upstream_services,
                 shared_calls=shared_calls,
                 cancel_queue=cancel_queue,

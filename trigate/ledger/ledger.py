@@ -72,10 +72,10 @@ class LedgerStatistics:
 class Ledger:
     """The ledger of this worker. Made by `open_ledger`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, worker: str | None = None) -> None:
         self._store = store
         self._path = store.statistics().path
-        self._worker = secrets.token_hex(6)
+        self._worker = worker or secrets.token_hex(6)
         self._numbers = itertools.count(1)
         self._settings = LedgerConfig()
         self._live: dict[str, ExchangeRecord] = {}
@@ -314,9 +314,13 @@ def _encoded_settled(records: Iterable[ExchangeRecord]) -> list[bytes]:
 
 
 @asynccontextmanager
-async def open_ledger(store: Store) -> AsyncIterator[Ledger]:
-    """Opens the ledger for a block. Before the first exchange, no file is made and the store is not opened."""
-    ledger = Ledger(store)
+async def open_ledger(store: Store, *, worker: str | None = None) -> AsyncIterator[Ledger]:
+    """Opens the ledger for a block. Before the first exchange, no file is made and the store is not opened.
+
+    Args:
+        worker: The id of the worker, which its records have, and by which they count for its leases.
+    """
+    ledger = Ledger(store, worker)
     try:
         async with open_service(ledger.run):
             yield ledger

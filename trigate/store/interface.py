@@ -32,6 +32,8 @@ from trigate.store.records import (
     Delivery,
     DeliveryState,
     ExchangeRecord,
+    Lease,
+    LeaseWish,
     Message,
     ReasoningRecord,
     Retention,
@@ -332,6 +334,26 @@ class Responses(Protocol):
         """Deletes a response; False = there is none."""
 
 
+# -- quotas -----------------------------------------------------------------------------------------------------------
+
+
+class Quotas(Protocol):
+    """The limits that all workers share: which part of them each worker has.
+
+    The parts of all workers, and what has been spent of a budget, are never more than the limit together. A record of
+    an exchange that is added (`Exchanges.put`) moves its cost from the part of its worker to what has been spent.
+    """
+
+    def lease(self, wish: LeaseWish) -> Write[Lease]:
+        """Adds to the part of a worker, as much as is free. Not durable."""
+
+    def give_back(self, wish: LeaseWish, amount: int) -> Write[None]:
+        """Takes an amount from the part of a worker. Of a rate, all of it may be used at once. Not durable."""
+
+    async def spent(self, scope: str, *, first_day: int, end_day: int) -> int:
+        """Returns what a scope has spent in a period, in micro-dollars: the sum of the records in the store."""
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +370,7 @@ class Store(Protocol):
     objects: Objects
     reasoning: Reasoning
     responses: Responses
+    quotas: Quotas
 
     def secret(self, name: str, new: bytes) -> Write[bytes]:
         """Returns a secret of the gateway, the same in all workers and after each restart; ``new`` becomes it if there

@@ -287,6 +287,52 @@ class StoredResponse:
     events: bytes = attrs.field(default=b"", repr=False)
 
 
+@attrs.frozen(kw_only=True)
+class LeaseWish:
+    """What a worker wants of a limit that all workers share.
+
+    Attributes:
+        name: Of the limit (``key:ada/rpm``).
+        scope: Whose limit it is (``key:ada``).
+        worker: Its id, the same as in the records of its exchanges.
+        limit: Of all workers together.
+        least: What it needs now.
+        most: What it takes, if there is as much.
+        is_rate: The limit is one per minute: what has been used comes back.
+        first_day, end_day: The period of a budget, in days since 1970; both 0 = it is none.
+    """
+
+    name: str
+    scope: str
+    worker: str
+    limit: int
+    least: int
+    most: int
+    at: float
+    is_rate: bool = False
+    first_day: int = 0
+    end_day: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Lease:
+    """What a worker has got of a limit.
+
+    Attributes:
+        amount: In addition to what it had.
+        tokens: Of a rate: how much of the amount may be used at once.
+        others: What other workers have.
+        spent: Of a budget: what has been spent in its period by records that are in the store.
+        held: All that the worker has, less what its records in the store have cost.
+    """
+
+    amount: int
+    tokens: float
+    others: int
+    spent: int
+    held: int
+
+
 LOST = "lost"
 """The outcome of an exchange whose process exited before the exchange ended."""
 
@@ -332,6 +378,7 @@ class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):
             into it.
         reasoning_tokens: How many of the answer's tokens are reasoning.
         cost: Micro-dollars; None = the price is not known.
+        alias: The name of the ``[models.NAME]`` that serves its model; empty = there is none.
     """
 
     id: str
@@ -358,6 +405,7 @@ class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):
     cache_write_tokens: Integer = 0
     reasoning_tokens: Integer = 0
     cost: Integer | None = None
+    alias: str = ""
 
     def encode(self) -> builtins.bytes:
         """Returns the record as a JSON array."""

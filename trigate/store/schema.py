@@ -200,5 +200,64 @@ MIGRATIONS = (
     ALTER TABLE exchanges ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE exchanges ADD COLUMN cost INTEGER;
     """,
+    # What an exchange has cost is counted where its record is inserted, whatever inserts it: so what is spent is the
+    # sum of the records. At the same time its worker's leases shrink by as much: what is leased and what is spent are
+    # never more than the limit together (`quota_tables`).
+    """
+    ALTER TABLE exchanges ADD COLUMN alias TEXT NOT NULL DEFAULT '';
+
+    CREATE TABLE spent (
+        scope TEXT NOT NULL,
+        day INTEGER NOT NULL,
+        amount INTEGER NOT NULL,
+        PRIMARY KEY (scope, day)
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE leases (
+        worker TEXT NOT NULL,
+        name TEXT NOT NULL,
+        scope TEXT NOT NULL,
+        first_day INTEGER NOT NULL,
+        end_day INTEGER NOT NULL,
+        amount INTEGER NOT NULL,
+        PRIMARY KEY (worker, name)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX leases_of_limit ON leases (name);
+
+    CREATE TABLE unleased (
+        name TEXT PRIMARY KEY,
+        level REAL NOT NULL,
+        at REAL NOT NULL,
+        full INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE VIEW scopes_of_exchanges AS
+        SELECT number, 'all' AS scope FROM exchanges
+        UNION ALL SELECT number, 'key:' || owner FROM exchanges WHERE owner <> ''
+        UNION ALL SELECT number, 'group:' || key_group FROM exchanges WHERE key_group <> ''
+        UNION ALL SELECT number, 'model:' || alias FROM exchanges WHERE alias <> ''
+        UNION ALL SELECT number, 'upstream:' || substr(target, 1, instr(target, '/') - 1) FROM exchanges
+            WHERE target IS NOT NULL;
+
+    CREATE TRIGGER exchange_added AFTER INSERT ON exchanges WHEN new.cost > 0 BEGIN
+        INSERT INTO spent SELECT scope, CAST(new.started_at / 86400 AS INTEGER), new.cost
+            FROM scopes_of_exchanges WHERE number = new.number
+            ON CONFLICT (scope, day) DO UPDATE SET amount = amount + excluded.amount;
+        UPDATE leases SET amount = amount - new.cost WHERE worker = new.worker
+            AND first_day <= CAST(new.started_at / 86400 AS INTEGER)
+            AND end_day > CAST(new.started_at / 86400 AS INTEGER)
+            AND scope IN (SELECT scope FROM scopes_of_exchanges WHERE number = new.number);
+    END;
+    CREATE TRIGGER exchange_found AFTER UPDATE OF cost ON exchanges WHEN coalesce(old.cost, 0) = 0 AND new.cost > 0
+    BEGIN
+        INSERT INTO spent SELECT scope, CAST(new.started_at / 86400 AS INTEGER), new.cost
+            FROM scopes_of_exchanges WHERE number = new.number
+            ON CONFLICT (scope, day) DO UPDATE SET amount = amount + excluded.amount;
+        UPDATE leases SET amount = amount - new.cost WHERE worker = new.worker
+            AND first_day <= CAST(new.started_at / 86400 AS INTEGER)
+            AND end_day > CAST(new.started_at / 86400 AS INTEGER)
+            AND scope IN (SELECT scope FROM scopes_of_exchanges WHERE number = new.number);
+    END;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

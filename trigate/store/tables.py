@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import attrs
 import msgspec
 
+from trigate.store.quota_tables import QuotaTables
 from trigate.store.reasoning_tables import ReasoningTables, is_in
 from trigate.store.records import (
     LOST,
@@ -111,7 +112,7 @@ _IS_OPEN = "state IN ('pending', 'sending')"
 # another index and sorts them.
 
 
-class Tables(ReasoningTables):
+class Tables(ReasoningTables, QuotaTables):
     """The tables of a store, as one operation sees them. The caller begins and ends the transaction.
 
     ``put_…`` inserts a value, or replaces the value with the same identity. ``drop_…`` of something that does not exist
@@ -388,6 +389,7 @@ class Tables(ReasoningTables):
         self._do("DELETE FROM workers WHERE id = ?", worker_id)
         self._do("DELETE FROM tickets WHERE worker = ?", worker_id)
         self._do("UPDATE channels SET holder = NULL WHERE holder = ?", worker_id)
+        self.drop_leases(worker_id)
 
     # -- exchanges
 

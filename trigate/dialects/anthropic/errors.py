@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from trigate.dialects.overflow import overflow_of
-from trigate.errors import GatewayError, Header, Rejected, Reported, Unauthenticated, UpstreamError
+from trigate.errors import GatewayError, Header, QuotaSpent, Rejected, Reported, Unauthenticated, UpstreamError
 from trigate.openai.provider_error import error_object
 from trigate.openai.raw_json import decode_any
 
@@ -81,7 +81,7 @@ def _describe(error: GatewayError, status: int) -> tuple[str, str]:
     """Returns the type and the message."""
     kind = TYPE_OF_STATUS.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
     if not isinstance(error, Rejected | Reported):
-        return kind, error.message
+        return "billing_error" if isinstance(error, QuotaSpent) else kind, error.message
     found = overflow_of(error)
     if found is not None:
         if found.tokens is None or found.maximum is None:

@@ -19,6 +19,8 @@ from trigate.store.operations.sessions import SessionOperations
 from trigate.store.operations.transactions import Transactions
 from trigate.store.records import (
     ExchangeRecord,
+    Lease,
+    LeaseWish,
     ReasoningRecord,
     Retention,
     StoredResponse,
@@ -48,6 +50,7 @@ class StoreOperations(Transactions):
         self.objects: interface.Objects = ObjectOperations(self)
         self.reasoning: interface.Reasoning = ReasoningOperations(self)
         self.responses: interface.Responses = ResponseOperations(self)
+        self.quotas: interface.Quotas = QuotaOperations(self)
 
     @abc.abstractmethod
     def statistics(self) -> StoreStatistics:
@@ -160,3 +163,19 @@ class ResponseOperations:
 
     def delete(self, owner: str, response_id: str) -> Write[bool]:
         return self._transactions.write(lambda tables: tables.drop_response(owner, response_id) > 0)
+
+
+@attrs.define(eq=False, slots=False)
+class QuotaOperations:
+    """Implements `interface.Quotas`, which documents the methods."""
+
+    _transactions: Transactions
+
+    def lease(self, wish: LeaseWish) -> Write[Lease]:
+        return self._transactions.write(lambda tables: tables.lease(wish), durable=False)
+
+    def give_back(self, wish: LeaseWish, amount: int) -> Write[None]:
+        return self._transactions.write(lambda tables: tables.give_back(wish, amount), durable=False)
+
+    async def spent(self, scope: str, *, first_day: int, end_day: int) -> int:
+        return await self._transactions.read(lambda tables: tables.spent(scope, first_day, end_day))

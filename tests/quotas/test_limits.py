@@ -1,0 +1,280 @@
+"""Limits and budgets of calls: what is let through, how a refusal looks, and what is left afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from tests.support.gateway import OpenApp, Served, make_config
+from tests.support.logs import Logs
+from tests.support.provider import DONE, Pause, Provider, Say, content, says, usage
+from trigate.exchange import live
+from trigate.exchange.record import complete_record
+from trigate.exchange.state import ExchangeState
+from trigate.prices.price import Price
+from trigate.store.records import ExchangeRecord
+from trigate.upstream.generation import Generation
+
+ADA, BOB = "key-of-ada-0123", "key-of-bob-0123"
+ANSWER = (Say(content("Hi")), Say(usage(100, 20)), Say(DONE))
+"""An answer that costs 100 + 200 micro-dollars."""
+
+
+@attrs.frozen
+class Prices:
+    """One price for all models."""
+
+    def price(self, upstream: str, model: str, at: float) -> Price:
+        """A dollar per million tokens of the prompt, ten per million of the answer."""
+        return Price(input=1_000_000, cache_read=1_000_000, cache_write=1_000_000, output=10_000_000)
+
+
+@pytest.fixture(autouse=True)
+def priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives every call its price."""
+
+    def complete(record: ExchangeRecord, state: ExchangeState) -> None:
+        complete_record(record, state)
+        if state.usage is not None:
+            record.cost = Prices().price("", "", 0.0).cost(state.usage)
+
+    monkeypatch.setattr(live, "complete_record", complete)
+    monkeypatch.setattr(Generation, "prices", Prices(), raising=False)
+
+
+def ask(served: Served, secret: str = ADA, path: str = "/v1/chat/completions", **fields: Any) -> Any:
+    """Starts a call."""
+    body = {"model": "up/m", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 20}
+    headers = {"authorization": f"Bearer {secret}"} if secret else {}
+    return served.client.start("POST", path, {**body, **fields}, headers=headers)
+
+
+def keys(**settings: Any) -> dict[str, Any]:
+    """The table of two keys, of which ada's has settings."""
+    return {"ada": {"secret": ADA, **settings}, "bob": BOB}
+
+
+async def test_requests_per_minute(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A minute's calls may come at once; the next is refused with the time to wait, and let through after it."""
+    async with open_app(make_config(keys=keys(rpm=3)), Provider(says("x"))) as served:
+        left = [(await ask(served).wait()).header("x-ratelimit-remaining-requests") for _ in range(3)]
+        assert left == ["2", "1", "0"]
+        refused = await ask(served).wait()
+        assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
+        assert refused.error["limit"] == {"of": "key:ada", "setting": "rpm", "value": 3}
+        assert refused.error["message"].startswith("The key ada may make 3 calls a minute (rpm)")
+        assert (refused.header("retry-after"), refused.header("x-ratelimit-limit-requests")) == ("20", "3")
+        assert refused.header("x-ratelimit-remaining-requests") == "0"
+        assert refused.header("x-ratelimit-reset-requests").startswith(("59", "1m"))
+        assert (await ask(served, BOB).wait()).status == 200
+        await trio.sleep(int(refused.header("retry-after-ms")) / 1000)
+        assert (await ask(served).wait()).status == 200
+        served.assert_clean()
+
+
+async def test_tokens_per_minute(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The estimate is held before the call, and corrected by what the upstream reports."""
+    async with open_app(make_config(keys=keys(tpm=300)), Provider(ANSWER)) as served:
+        first = await ask(served).wait()
+        assert (first.status, first.header("x-ratelimit-limit-tokens")) == (200, "300")
+        assert 240 < int(first.header("x-ratelimit-remaining-tokens")) < 280
+        refused = await ask(served, max_tokens=270).wait()  # 180 are left
+        assert (refused.status, refused.error["code"]) == (429, "tokens_exceeded")
+        assert refused.header("x-ratelimit-remaining-tokens") == "180"
+        assert int(refused.header("retry-after")) > 10
+        too_large = await ask(served, max_tokens=400).wait()
+        assert (too_large.status, too_large.header("x-should-retry")) == (429, "false")
+        assert (await ask(served).wait()).status == 200
+        served.assert_clean()
+
+
+async def test_exchanges_in_flight(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A call beyond the limit of exchanges in flight is refused; one that ends makes room."""
+    slow = (Pause(10), *says("x"))
+    async with open_app(make_config(keys=keys(max_exchanges=1)), Provider(slow)) as served:
+        call = ask(served)
+        await wait_all_tasks_blocked()
+        refused = await ask(served).wait()
+        assert (refused.status, refused.error["code"]) == (429, "concurrency_exceeded")
+        call.disconnect()
+        await call.wait()
+        assert (await ask(served).wait()).status == 200
+        served.assert_clean()
+
+
+async def test_a_budget(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
+    """When it is spent, a call is refused in a way that no SDK repeats, until the next period begins."""
+    async with open_app(make_config(keys=keys(budget_usd="0.0007")), Provider(ANSWER)) as served:
+        for _ in range(2):
+            assert (await ask(served).wait()).status == 200
+        refused = await ask(served).wait()
+        assert (refused.status, refused.error["code"]) == (429, "insufficient_quota")
+        assert refused.error["type"] == "insufficient_quota"
+        assert refused.header("x-should-retry") == "false"
+        assert int(refused.header("retry-after")) > 0
+        assert "The key ada may spend 0.0007 USD a month. 0.0006 USD are spent" in refused.error["message"]
+        assert refused.error["limit"] == {"of": "key:ada", "setting": "budgets.month", "value": 700}
+        assert (await ask(served, BOB).wait()).status == 200
+        await ask(served).wait()
+        assert [event["scope"] for event in logs.named("budget_reached")] == ["key:ada"], "once in a period"
+        served.assert_clean()
+
+
+async def test_a_refusal_to_claude_code(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """On Anthropic's path it is a ``billing_error``, with the headers that Claude Code shows."""
+    async with open_app(make_config(keys=keys(budget_usd="0.0007", rpm=9)), Provider(ANSWER)) as served:
+        first = await ask(served, path="/v1/messages").wait()
+        assert first.header("anthropic-ratelimit-unified-status") == "allowed"
+        assert first.header("anthropic-ratelimit-requests-remaining") == "8"
+        assert first.header("anthropic-ratelimit-requests-reset").endswith("Z")
+        await ask(served, path="/v1/messages").wait()
+        refused = await ask(served, path="/v1/messages").wait()
+        assert (refused.status, refused.error["type"]) == (429, "billing_error")
+        assert refused.header("x-should-retry") == "false"
+        assert refused.header("anthropic-ratelimit-unified-status") == "rejected"
+        assert refused.header("anthropic-ratelimit-unified-overage-utilization") == "0.8571"
+        assert int(refused.header("anthropic-ratelimit-unified-reset")) > 1_700_000_000
+
+
+async def test_a_soft_budget(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
+    """It refuses nothing: the answers have a warning, and the log has it once."""
+    async with open_app(make_config(keys=keys(soft_budget_usd="0.0005")), Provider(ANSWER)) as served:
+        events: list[Any] = []
+        served.gateway.exchange_services.quotas.on_budget = events.append
+        calls = [await ask(served).wait() for _ in range(4)]
+        assert [call.status for call in calls] == [200] * 4
+        warned = [call.header("x-trigate-budget-warning") for call in calls[2:]]
+        assert warned == ["key:ada has spent 0.0006 USD", "key:ada has spent 0.0009 USD"]
+        [event] = events
+        assert (event.kind, event.scope, event.limit, event.spent) == ("soft_budget", "key:ada", 500, 600)
+        assert len(logs.named("budget_reached")) == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "scope"),
+    [
+        ({"groups": {"team": {"rpm": 1}}, "keys": keys(group="team")}, "group:team"),
+        ({"models": {"up/m": {"targets": ["up/m"], "rpm": 1}}, "keys": keys()}, "model:up/m"),
+        ({"allowance": {"rpm": 1}, "keys": keys()}, "all"),
+        ({"allowance": {"rpm": 1}}, "all"),
+    ],
+    ids=["group", "model", "all", "no keys"],
+)
+async def test_every_scope(open_app: OpenApp, autojump_clock: MockClock, sections: dict[str, Any], scope: str) -> None:
+    """A group, a model and the whole gateway have limits as a key has them."""
+    async with open_app(make_config(**sections), Provider(says("x"))) as served:
+        secret = ADA if "keys" in sections else ""
+        assert (await ask(served, secret).wait()).status == 200
+        refused = await ask(served, secret).wait()
+        assert (refused.status, refused.error["limit"]["of"]) == (429, scope)
+        served.assert_clean()
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/messages", "/v1/responses", "/v1beta/models/up/m:generateContent", "/api/chat"]
+)
+async def test_every_format(open_app: OpenApp, autojump_clock: MockClock, path: str) -> None:
+    """A refusal has the shape of its format, with the headers that every format has."""
+    async with open_app(make_config(keys=keys(rpm=1)), Provider(says("x"))) as served:
+        extra = {"input": "Hi", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
+        await ask(served, path=path, **extra).wait()
+        refused = await ask(served, path=path, **extra).wait()
+        assert (refused.status, refused.header("x-ratelimit-limit-requests")) == (429, "1")
+        assert b"The key ada may make 1 calls a minute" in refused.body
+
+
+async def test_a_hundred_calls_on_a_budget_for_ten(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """100 calls at once, each of which can be paid ten times, spend no more than the budget."""
+    slow = (Pause(1), *ANSWER)
+    async with open_app(make_config(keys=keys(budget_usd="0.003")), Provider(slow)) as served:
+        calls = [ask(served) for _ in range(100)]
+        statuses = sorted([(await call.wait()).status for call in calls])
+        spent = sum(exchange.record.cost or 0 for exchange in served.settled)
+        # a call holds at most its prompt (29 estimated tokens) and its 20 tokens: about 229 of the 300 that it costs
+        assert 10 <= statuses.count(200) <= 13
+        assert spent <= 3000 + statuses.count(200) * 71
+        served.assert_clean()
+
+
+async def test_what_is_spent_is_the_sum_of_the_ledger(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """By key, group, model, upstream and in all, to the micro-dollar."""
+    config = make_config(
+        keys={"ada": {"secret": ADA, "group": "team"}, "bob": BOB},
+        groups={"team": {"budget_usd": 1}},
+        models={"fast": {"targets": ["up/m"]}},
+    )
+    async with open_app(config, Provider(ANSWER)) as served:
+        for secret, model in ((ADA, "up/m"), (ADA, "fast"), (BOB, "fast")):
+            await ask(served, secret, model=model).wait()
+        await served.gateway.ledger.flush()
+        quotas = served.gateway.store.quotas
+        spent = {
+            scope: await quotas.spent(scope, first_day=0, end_day=10**7)
+            for scope in ("all", "key:ada", "key:bob", "group:team", "model:fast", "model:up/m", "upstream:up")
+        }
+        assert spent == {
+            "all": 900,
+            "key:ada": 600,
+            "key:bob": 300,
+            "group:team": 600,
+            "model:fast": 600,
+            "model:up/m": 0,
+            "upstream:up": 900,
+        }
+
+
+async def test_a_new_configuration(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A limit that is raised counts at once, and what has been used stays used."""
+    async with open_app(make_config(keys=keys(rpm=1)), Provider(says("x"))) as served:
+        await ask(served).wait()
+        assert (await ask(served).wait()).status == 429
+        config = make_config(keys=keys(rpm=3))
+        served.gateway.keys.apply(config)
+        served.gateway.exchange_services.quotas.apply(config)
+        assert [(await ask(served).wait()).status for _ in range(3)] == [200, 200, 429]
+
+
+async def test_without_limits_nothing_is_counted(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A gateway without limits has no counters, and its answers no headers of limits."""
+    async with open_app(make_config(keys=keys()), Provider(says("x"))) as served:
+        call = await ask(served).wait()
+        assert not [name for name, _ in call.headers if b"ratelimit" in name]
+        assert not list(served.gateway.exchange_services.quotas.all_counters())
+
+
+async def test_a_call_that_fails_settles(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A refused call gives back its tokens and money, and keeps its request."""
+    config = make_config(keys=keys(rpm=9, tpm=1000, budget_usd=1, max_exchanges=3))
+    async with open_app(config, Provider()) as served:
+        call = await ask(served, model="nope").wait()
+        assert call.status == 404
+        served.providers["up"].play((Say(b"x"),))
+        await ask(served).wait()
+        await ask(served, stream=False).wait()
+        served.assert_clean()
+        left = {
+            c.name: c.available(trio.current_time()) for c in served.gateway.exchange_services.quotas.all_counters()
+        }
+        assert left["key:ada/max_exchanges"] == 3
+
+
+def test_bodies_that_say_how_long_an_answer_may_be() -> None:
+    """In every format."""
+    from trigate.exchange.quota_hold import _asked
+    from trigate.openai.endpoints import ENDPOINTS
+    from trigate.openai.request import decode_call
+
+    for fields, expected in (
+        ({"max_tokens": 7}, 7),
+        ({"max_completion_tokens": 8}, 8),
+        ({"generationConfig": {"maxOutputTokens": 9}}, 9),
+        ({"options": {"num_predict": -1}}, None),
+        ({"max_tokens": "7"}, None),
+    ):
+        body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
+        assert _asked(decode_call(ENDPOINTS["/v1/chat/completions"], body)) == expected

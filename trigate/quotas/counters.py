@@ -1,0 +1,312 @@
+"""Counters of what may be used: rates, exchanges in flight, budgets. Pure: the time is an argument.
+
+A *counter* is one limit of one scope (a key, a group, a model, an upstream, all calls), as one worker counts it. The
+worker does not have the whole limit, but a *lease* of it: a part that no other worker has. So a call is counted here,
+without asking anybody, and the sum over all workers is within the limit. `quotas.service` gets leases from the store,
+and gives back what other workers need.
+
+A call *holds* an amount of each counter before it is served, and *settles* it when it has ended, with what it has used.
+Both are synchronous and cannot fail. Between them, what is held is not available to others. `Reservation` does both for
+all counters of a call: for all of them, or for none.
+
+* `Rate` is GCRA in the form of a bucket: it is full at first, a call takes what it needs, and it fills at the limit. So
+  over any window of ``w`` seconds at most ``limit × (1 + w / 60)`` are used. A lease of it is a share of the limit, and
+  the bucket of a share is as much smaller as it fills more slowly: the buckets of all workers are one bucket.
+* `Slots` are exchanges in flight.
+* `Budget` is money in one period. What has been settled does not come back.
+
+A call may use more than it held (an answer may be longer than expected). The counter is then overdrawn: nothing is
+available until it has recovered.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import attrs
+
+Unit = Literal["requests", "tokens", "exchanges", "micro-dollars"]
+_MINUTE_S = 60.0
+_ROUNDING = 1e-6
+"""Sums of levels are not exact, and a rounding error must not refuse the last call of a minute."""
+
+
+@attrs.frozen(kw_only=True)
+class Amounts:
+    """What one call uses, or may use at most.
+
+    Attributes:
+        tokens: Of its prompt and its answer.
+        cost: In micro-dollars.
+    """
+
+    tokens: int = 0
+    cost: int = 0
+
+
+@attrs.define(eq=False, kw_only=True)
+class Counter:
+    """A limit of a scope, as this worker counts it.
+
+    Attributes:
+        name: Unique among all counters: that of the scope, and of the limit (``key:ada/rpm``).
+        scope: Whose limit it is (``key:ada``).
+        setting: The setting that sets it.
+        limit: Of all workers together.
+        asked_at: When the store was last asked for more of it (Trio time).
+    """
+
+    kind: ClassVar[Literal["rate", "slots", "budget"]]
+    counts_tokens: ClassVar[bool] = False
+    """Whether what it holds of a call depends on the call's tokens."""
+    name: str
+    scope: str
+    setting: str
+    limit: int
+    asked_at: float = -math.inf
+
+    def amount_of(self, amounts: Amounts) -> int:
+        """How much of this counter a call holds, or has used."""
+        raise NotImplementedError
+
+    def available(self, now: float) -> float:
+        """How much of the lease is left; below 0 = it is overdrawn."""
+        raise NotImplementedError
+
+    def hold(self, amount: int) -> None:
+        """Counts what a call may use at most; `available` was called at the same time."""
+        raise NotImplementedError
+
+    def settle(self, held: int, used: int, now: float) -> None:
+        """Counts what a call has used, in place of what it held."""
+        raise NotImplementedError
+
+    def add(self, amount: int, tokens: float, now: float) -> None:
+        """Adds to the lease. ``tokens``: of a rate, how much of the amount may be used at once."""
+        raise NotImplementedError
+
+    def give_back(self, now: float) -> int:
+        """Takes from the lease what is not in use, and returns it."""
+        raise NotImplementedError
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether it may be forgotten: no call holds any of it, and it has no lease."""
+        raise NotImplementedError
+
+    def frees_in_s(self, amount: float, now: float) -> float | None:
+        """Seconds until an amount will be available that is not now; None = that is not known."""
+        raise NotImplementedError
+
+
+@attrs.define(eq=False, kw_only=True)
+class Rate(Counter):
+    """Requests or tokens per minute.
+
+    Attributes:
+        share: The lease: how much of the limit is this worker's.
+        level: How much of it may be used at once, at the time ``at``.
+
+    >>> rate = Rate(name="key:ada/rpm", scope="key:ada", setting="rpm", limit=60, unit="requests")
+    >>> rate.add(60, 60.0, 0.0)
+    >>> rate.available(0.0)
+    60.0
+    >>> rate.hold(60)
+    >>> rate.available(0.0), rate.available(2.0), rate.frees_in_s(1, 2.0), rate.frees_in_s(5, 2.0)
+    (0.0, 2.0, 0.0, 3.0)
+    """
+
+    kind = "rate"
+    counts_tokens = True
+    unit: Literal["requests", "tokens"]
+    share: int = 0
+    level: float = 0.0
+    at: float = 0.0
+
+    def amount_of(self, amounts: Amounts) -> int:
+        return 1 if self.unit == "requests" else amounts.tokens
+
+    def available(self, now: float) -> float:
+        share = self.share
+        if self.level < share and now > self.at:
+            self.level = min(float(share), self.level + share * (now - self.at) / _MINUTE_S)
+        self.at = now
+        return self.level
+
+    def hold(self, amount: int) -> None:
+        self.level -= amount
+
+    def settle(self, held: int, used: int, now: float) -> None:
+        if self.unit == "tokens" and held != used:  # a request has been made, however it ended
+            self.level = min(float(self.share), self.available(now) + held - used)
+
+    def add(self, amount: int, tokens: float, now: float) -> None:
+        self.level = self.available(now) + tokens
+        self.share += amount
+
+    def give_back(self, now: float) -> int:
+        spare = max(0, math.floor(self.available(now) + _ROUNDING))
+        self.share -= spare
+        self.level -= spare
+        return spare
+
+    @property
+    def is_unused(self) -> bool:
+        return self.share == 0
+
+    def frees_in_s(self, amount: float, now: float) -> float | None:
+        if amount > self.limit:
+            return None
+        # Another worker may have the rest of the limit, which fills as well.
+        missing = amount - self.available(now)
+        return max(0.0, missing) * _MINUTE_S / (self.share if self.share >= amount else self.limit)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Slots(Counter):
+    """Exchanges in flight.
+
+    Attributes:
+        granted: The lease.
+        held: Exchanges in flight.
+    """
+
+    kind = "slots"
+    granted: int = 0
+    held: int = 0
+
+    def amount_of(self, amounts: Amounts) -> int:
+        return 1
+
+    def available(self, now: float) -> float:
+        return self.granted - self.held
+
+    def hold(self, amount: int) -> None:
+        self.held += amount
+
+    def settle(self, held: int, used: int, now: float) -> None:
+        self.held -= held
+
+    def add(self, amount: int, tokens: float, now: float) -> None:
+        self.granted += amount
+
+    def give_back(self, now: float) -> int:
+        spare = max(0, self.granted - self.held)
+        self.granted -= spare
+        return spare
+
+    @property
+    def is_unused(self) -> bool:
+        return self.granted == self.held == 0
+
+    def frees_in_s(self, amount: float, now: float) -> float | None:
+        return None
+
+
+@attrs.define(eq=False, kw_only=True)
+class Budget(Counter):
+    """Money that may be spent in one period. In micro-dollars.
+
+    Attributes:
+        soft_limit: From how much on a warning is given; None = there is none.
+        first_day, end_day: The period, in days since 1970: it ends before ``end_day``.
+        granted: All that this worker has leased, less what it has given back.
+        settled: All that calls of this worker have cost.
+        held: What calls in flight may cost at most.
+        spent_elsewhere: What had been spent when the store was last asked, by other workers and before.
+        episodes: What has been noted of this period: the soft limit, the limit.
+
+    >>> budget = Budget(name="key:ada/usd/day/1", scope="key:ada", setting="budget", limit=100, first_day=1, end_day=2)
+    >>> budget.add(100, 0.0, 0.0)
+    >>> budget.hold(60)
+    >>> budget.available(0.0)
+    40
+    >>> budget.settle(60, 15, 0.0)
+    >>> budget.available(0.0), budget.spent
+    (85, 15)
+    """
+
+    kind = "budget"
+    counts_tokens = True
+    soft_limit: int | None = None
+    first_day: int
+    end_day: int
+    granted: int = 0
+    settled: int = 0
+    held: int = 0
+    spent_elsewhere: int = 0
+    episodes: set[str] = attrs.field(factory=set)
+
+    def amount_of(self, amounts: Amounts) -> int:
+        return amounts.cost
+
+    def available(self, now: float) -> float:
+        return self.granted - self.settled - self.held
+
+    def hold(self, amount: int) -> None:
+        self.held += amount
+
+    def settle(self, held: int, used: int, now: float) -> None:
+        self.held -= held
+        self.settled += used
+
+    def add(self, amount: int, tokens: float, now: float) -> None:
+        self.granted += amount
+
+    def give_back(self, now: float) -> int:
+        spare = max(0, self.granted - self.settled - self.held)
+        self.granted -= spare
+        return spare
+
+    @property
+    def is_unused(self) -> bool:
+        return self.held == 0 and self.granted <= self.settled
+
+    def frees_in_s(self, amount: float, now: float) -> float | None:
+        return None
+
+    @property
+    def spent(self) -> int:
+        """What has been spent in the period, as far as this worker knows."""
+        return self.spent_elsewhere + self.settled
+
+
+def first_short(counters: tuple[Counter, ...], amounts: Amounts, now: float) -> Counter | None:
+    """Returns the first counter of which a call can have less than it needs; None = all have enough.
+
+    A budget has enough for a call that costs nothing, but not when it is spent.
+    """
+    for counter in counters:
+        if counter.available(now) + _ROUNDING < (counter.amount_of(amounts) or (counter.kind == "budget")):
+            return counter
+    return None
+
+
+@attrs.define(eq=False)
+class Reservation:
+    """What a call holds of its counters, until `settle`.
+
+    Attributes:
+        held: The amounts that it holds.
+    """
+
+    counters: tuple[Counter, ...]
+    held: Amounts
+    _is_settled: bool = False
+
+    @classmethod
+    def of(cls, counters: tuple[Counter, ...], amounts: Amounts) -> Reservation:
+        """Holds the amounts of all counters, each of which has enough (`first_short`)."""
+        for counter in counters:
+            counter.hold(counter.amount_of(amounts))
+        return cls(counters, amounts)
+
+    def settle(self, used: Amounts, now: float) -> None:
+        """Counts what the call has used. Only the first call has an effect."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        held = self.held
+        for counter in self.counters:
+            counter.settle(counter.amount_of(held), counter.amount_of(used), now)

@@ -1,0 +1,400 @@
+"""The quotas of one worker: finds the counters of a call, reserves, and leases what the counters need.
+
+`Quotas.counters` returns the counters of a call; for a call without any limit that is one look-up. `reserve_nowait`
+holds what a call needs of all of them, or of none, in one synchronous step. Where a lease is too small, `reserve` waits
+until there is more of it.
+
+The leases (`quotas.counters`) come from the store, which all workers of a machine share:
+
+* A worker that is alone leases all that is free, so only the first call of a limit waits for the store. Of several
+  workers, one takes what it needs and half of the rest.
+* When nothing is left in the store, the worker asks the others. Each gives back at once all of its lease that is not in
+  use, and the worker that has asked tries again, for up to `PATIENCE_S`. Then the call is refused. While a limit is
+  reached, a worker asks every `ASK_AGAIN_S` only; calls between are refused without a wait.
+* So all workers together never use more than a limit, and a call can be refused although something is left of the limit
+  only if another worker has it in its lease and is slow to give it back. When a worker is killed, its leases become
+  free as soon as another one has noticed (`trigate.workers`): a limit can be exceeded then by what the worker had used
+  and not recorded, at most one lease.
+* A lease is taken by a task of this service, and not by that of the call: no cancellation can lose one.
+
+If the store cannot be used, calls are served from the leases that the worker has. A call that needs more is refused
+with 503.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import attrs
+import trio
+
+from trigate.concurrency.notify import RepeatedEvent, open_service
+from trigate.config.key_sections import Allowance, GroupConfig, MicroUsd
+from trigate.config.sections import Config
+from trigate.errors import StoreUnavailable
+from trigate.keys.key import Key
+from trigate.logs import log
+from trigate.quotas.answer_sizes import AnswerSizes
+from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Reservation, Slots, first_short
+from trigate.quotas.headers import dollars
+from trigate.quotas.periods import DAY_S, period_of
+from trigate.quotas.refusals import refusal
+from trigate.store.interface import Store
+from trigate.store.records import LeaseWish
+from trigate.workers.membership import Workers
+
+PATIENCE_S = 0.25
+"""Seconds that a call waits for other workers to give back what they do not use."""
+ASK_AGAIN_S = 0.5
+"""Seconds before a worker asks for more of a limit that is reached."""
+_POLL_S = 0.02
+_MAX_KNOWN = 20_000
+_NO_LIMIT = MicroUsd(2**60)
+TOPIC = "quotas"
+"""The topic of the notification that asks other workers for a lease; its body is the name of the counter."""
+
+
+@attrs.frozen(kw_only=True)
+class BudgetEvent:
+    """A budget, or the part of it from which on a warning is given, has been reached: once in each period.
+
+    Attributes:
+        kind: ``budget`` or ``soft_budget``.
+        scope: Whose budget: ``key:ada``, ``group:team``, ``model:gpt``, ``upstream:openai``, ``all``.
+        period: ``day``, ``week``, ``month`` or ``total``.
+        limit, spent: In micro-dollars.
+    """
+
+    kind: str
+    scope: str
+    period: str
+    limit: int
+    spent: int
+
+
+def _ignore(event: BudgetEvent) -> None:
+    pass
+
+
+@attrs.define(eq=False)
+class _Known:
+    """The counters of the calls of one key for one model, and how long they are: budgets change with the day."""
+
+    counters: tuple[Counter, ...]
+    until_s: float
+
+
+class Quotas:
+    """The quotas of this worker. Made by `open_quotas`.
+
+    Attributes:
+        sizes: Of the last answers.
+        on_budget: Is told of each budget that is reached. Synchronous.
+        limits_upstreams: Whether an upstream has limits.
+    """
+
+    def __init__(self, store: Store, workers: Workers, nursery: trio.Nursery) -> None:
+        self._store = store
+        self._workers = workers
+        self._nursery = nursery
+        self._config = Config()
+        self._counters: dict[str, Counter] = {}
+        self._known: dict[tuple[Key, str], _Known] = {}
+        self._upstreams: dict[str, _Known] = {}
+        self._renewing: dict[Counter, RepeatedEvent] = {}
+        self._wanted: dict[Counter, int] = {}
+        self._failures: dict[Counter, StoreUnavailable] = {}
+        self._is_closed = False
+        self.sizes = AnswerSizes()
+        self.on_budget: Callable[[BudgetEvent], None] = _ignore
+        self.limits_upstreams = False
+        workers.on_notify(TOPIC, self._on_asked)
+
+    def __repr__(self) -> str:
+        return f"<Quotas, {len(self._counters)} counters>"
+
+    def apply(self, config: Config) -> None:
+        """Follows a configuration. Synchronous. What has been used and held stays."""
+        self._config = config
+        self._known.clear()
+        self._upstreams.clear()
+        self.limits_upstreams = any(_has_limits(each) for each in config.upstreams.values())
+
+    def all_counters(self) -> Iterable[Counter]:
+        """Returns all counters in use."""
+        return self._counters.values()
+
+    # -- the counters of a call ---------------------------------------------------------------------------------------
+
+    def counters(self, key: Key, alias: str, posix_s: float) -> tuple[Counter, ...]:
+        """Returns the counters of a call; empty = nothing limits it.
+
+        Args:
+            alias: The ``[models.NAME]`` of its model, or another text.
+            posix_s: When it began, as in its record.
+        """
+        known = self._known.get((key, alias))
+        if known is None or known.until_s <= posix_s:
+            known = self._find(key, alias, posix_s)
+        return known.counters
+
+    def upstream_counters(self, upstream: str, posix_s: float) -> tuple[Counter, ...]:
+        """Returns the counters of an upstream."""
+        known = self._upstreams.get(upstream)
+        if known is None or known.until_s <= posix_s:
+            settings = self._config.upstreams.get(upstream, Allowance())
+            day, counters = int(posix_s // DAY_S), []
+            counters += self._of(f"upstream:{upstream}", settings, day)
+            known = self._upstreams[upstream] = _Known(tuple(counters), (day + 1) * DAY_S)
+        return known.counters
+
+    def _find(self, key: Key, alias: str, posix_s: float) -> _Known:
+        config, day = self._config, int(posix_s // DAY_S)
+        counters: list[Counter] = []
+        if key.name:
+            counters += self._of(f"key:{key.name}", key.settings, day)
+        if key.group is not None:
+            counters += self._of(f"group:{key.settings.group}", key.group, day)
+        if alias in config.models:
+            counters += self._of(f"model:{alias}", config.models[alias], day)
+        counters += self._of("all", config.allowance, day)
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        known = self._known[key, alias] = _Known(tuple(counters), (day + 1) * DAY_S)
+        return known
+
+    def _of(self, scope: str, settings: Allowance, day: int) -> list[Counter]:
+        """The counters of a scope. They are found by name, so those of two models share that of their key."""
+        found: list[Counter] = []
+        if settings.rpm is not None:
+            found.append(
+                self._keep(Rate(name=f"{scope}/rpm", scope=scope, setting="rpm", limit=settings.rpm, unit="requests"))
+            )
+        if settings.tpm is not None:
+            found.append(
+                self._keep(Rate(name=f"{scope}/tpm", scope=scope, setting="tpm", limit=settings.tpm, unit="tokens"))
+            )
+        if settings.max_exchanges is not None:
+            limit, name = settings.max_exchanges, f"{scope}/max_exchanges"
+            found.append(self._keep(Slots(name=name, scope=scope, setting="max_exchanges", limit=limit)))
+        soft = settings.soft_budget_usd if isinstance(settings, GroupConfig) else None
+        budgets = settings.all_budgets
+        if soft is not None:
+            budgets.setdefault(settings.budget_period, _NO_LIMIT)
+        for period, most in budgets.items():
+            first, end = period_of(period, day)
+            budget = Budget(
+                name=f"{scope}/{period}/{first}",
+                scope=scope,
+                setting=period,
+                limit=most,
+                soft_limit=soft if period == settings.budget_period else None,
+                first_day=first,
+                end_day=end,
+            )
+            found.append(self._keep(budget))
+        return found
+
+    def _keep(self, new: Counter) -> Counter:
+        counter = self._counters.get(new.name)
+        if counter is None:
+            if len(self._counters) >= _MAX_KNOWN:
+                self._forget_unused()
+            counter = self._counters[new.name] = new
+        elif counter.limit != new.limit:
+            self._change(counter, new.limit)
+        if isinstance(counter, Budget) and isinstance(new, Budget):
+            counter.soft_limit = new.soft_limit
+        return counter
+
+    def _change(self, counter: Counter, limit: int) -> None:
+        """Follows a limit that has changed: the next call leases of the new one."""
+        spare = counter.give_back(trio.current_time())
+        if spare:
+            self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
+        counter.limit, counter.asked_at = limit, -math.inf
+
+    def _forget_unused(self) -> None:
+        """Gives back the leases that are not in use, and forgets their counters."""
+        now = trio.current_time()
+        self._known.clear()
+        self._upstreams.clear()
+        for name, counter in list(self._counters.items()):
+            spare = counter.give_back(now)
+            if spare:
+                self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
+            if counter.is_unused:
+                del self._counters[name]
+
+    # -- reserving ----------------------------------------------------------------------------------------------------
+
+    def reserve_nowait(self, counters: tuple[Counter, ...], amounts: Amounts, now: float) -> Reservation | None:
+        """Holds what a call needs of all its counters, or of none; None = a lease is too small."""
+        if first_short(counters, amounts, now) is not None:
+            return None
+        return Reservation.of(counters, amounts)
+
+    async def reserve(self, counters: tuple[Counter, ...], amounts: Amounts) -> Reservation:
+        """As `reserve_nowait`, but leases what is missing.
+
+        Raises:
+            LimitReached: A limit is reached: the error says which, and when to try again.
+            StoreUnavailable: Nothing can be leased.
+
+        **Cancels:** while it waits; nothing is held then.
+        """
+        await trio.lowlevel.checkpoint()
+        tried: set[Counter] = set()
+        while True:
+            now = trio.current_time()
+            short = first_short(counters, amounts, now)
+            if short is None:
+                return Reservation.of(counters, amounts)
+            amount = short.amount_of(amounts)
+            if short in tried or (short not in self._renewing and now < short.asked_at + ASK_AGAIN_S):
+                self._note_reached(short)
+                raise refusal(short, amount, now, time.time())
+            if short not in self._renewing:
+                tried.add(short)
+            await self._renew(short, max(1, amount))
+
+    async def _renew(self, counter: Counter, amount: int) -> None:
+        self._wanted[counter] = max(amount, self._wanted.get(counter, 0))
+        done = self._renewing.get(counter)
+        if done is None:
+            done = self._renewing[counter] = RepeatedEvent()
+            self._failures.pop(counter, None)
+            self._nursery.start_soon(self._lease, counter, done)
+        await done.wait()
+        failure = self._failures.get(counter)
+        if failure is not None:
+            raise failure.copy()
+
+    async def _lease(self, counter: Counter, done: RepeatedEvent) -> None:
+        """Leases more of a counter, in a task of its own."""
+        try:
+            await self._workers.join()
+            give_up_at = trio.current_time() + PATIENCE_S
+            has_asked = False
+            while True:
+                others = await self._lease_once(counter)
+                now = trio.current_time()
+                if counter.available(now) >= self._wanted[counter] or not others or now >= give_up_at:
+                    break
+                if not has_asked:
+                    has_asked = True
+                    self._workers.notify(TOPIC, counter.name.encode())
+                await trio.sleep(_POLL_S)
+            if counter.available(now) < self._wanted[counter]:
+                counter.asked_at = now
+        except StoreUnavailable as error:
+            self._failures[counter] = error
+        except Exception:  # a defect must not end the gateway
+            log.exception("lease_crashed", limit=counter.name)
+            self._failures[counter] = StoreUnavailable("A limit cannot be leased.")
+        finally:
+            del self._renewing[counter], self._wanted[counter]
+            done.set()
+
+    async def _lease_once(self, counter: Counter) -> bool:
+        """Leases what is free, as far as this worker takes it; returns whether other workers have something."""
+        now = trio.current_time()
+        wish = self._wish(counter)
+        missing = max(1, math.ceil(self._wanted[counter] - counter.available(now)))
+        most = counter.limit if self._workers.count == 1 else missing + max(0, counter.limit - missing) // 2
+        lease = await self._store.quotas.lease(attrs.evolve(wish, least=missing, most=most))
+        if lease.amount:
+            counter.add(lease.amount, lease.tokens, trio.current_time())
+        if isinstance(counter, Budget):
+            # What is held in the store has shrunk by what this worker's records there have cost.
+            counter.spent_elsewhere = lease.spent - (counter.granted - lease.held)
+        return lease.others > 0
+
+    def _wish(self, counter: Counter) -> LeaseWish:
+        first, end = (counter.first_day, counter.end_day) if isinstance(counter, Budget) else (0, 0)
+        return LeaseWish(
+            name=counter.name,
+            scope=counter.scope,
+            worker=self._workers.id,
+            limit=counter.limit,
+            least=0,
+            most=0,
+            at=time.time(),
+            is_rate=counter.kind == "rate",
+            first_day=first,
+            end_day=end,
+        )
+
+    def _on_asked(self, body: bytes) -> None:
+        """Another worker needs more of a limit: gives back what is not in use."""
+        counter = self._counters.get(body.decode(errors="replace"))
+        if counter is None or self._is_closed:
+            return
+        spare = counter.give_back(trio.current_time())
+        if spare:
+            self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
+
+    async def _return(self, counter: Counter, wish: LeaseWish, amount: int) -> None:
+        try:
+            await self._store.quotas.give_back(wish, amount)
+        except StoreUnavailable:
+            counter.add(amount, 0.0, trio.current_time())  # the store still has it as this worker's
+
+    def close(self) -> None:
+        """Gives back all leases. Synchronous: the store writes what is queued before it closes."""
+        self._is_closed = True
+        now = trio.current_time()
+        for counter in self._counters.values():
+            spare = counter.give_back(now)
+            if spare:
+                self._store.quotas.give_back(self._wish(counter), spare)
+
+    # -- settling -----------------------------------------------------------------------------------------------------
+
+    def settle(self, reservation: Reservation, used: Amounts) -> None:
+        """Counts what a call has used, in place of what it held. Synchronous; only the first call has an effect."""
+        reservation.settle(used, trio.current_time())
+        for counter in reservation.counters if used.cost else ():
+            soft = counter.soft_limit if isinstance(counter, Budget) else None
+            if isinstance(counter, Budget) and soft is not None and counter.spent >= soft:
+                self._note_episode(counter, "soft_budget", soft)
+
+    def _note_reached(self, counter: Counter) -> None:
+        if isinstance(counter, Budget):
+            self._note_episode(counter, "budget", counter.limit)
+
+    def _note_episode(self, budget: Budget, kind: str, limit: int) -> None:
+        if kind in budget.episodes:
+            return
+        budget.episodes.add(kind)
+        event = BudgetEvent(kind=kind, scope=budget.scope, period=budget.setting, limit=limit, spent=budget.spent)
+        log.warning(
+            "budget_reached",
+            kind=kind,
+            scope=event.scope,
+            period=event.period,
+            limit_usd=dollars(event.limit),
+            spent_usd=dollars(event.spent),
+        )
+        try:
+            self.on_budget(event)
+        except Exception:
+            log.exception("budget_alert_crashed", scope=event.scope)
+
+
+def _has_limits(settings: Allowance) -> bool:
+    return not (settings.rpm is settings.tpm is settings.max_exchanges is None and not settings.all_budgets)
+
+
+@contextlib.asynccontextmanager
+async def open_quotas(store: Store, workers: Workers) -> AsyncIterator[Quotas]:
+    """Opens the service. It uses the store from the first call that has a limit on."""
+    async with open_service() as nursery:
+        quotas = Quotas(store, workers, nursery)
+        try:
+            yield quotas
+        finally:
+            quotas.close()
