@@ -200,5 +200,20 @@ MIGRATIONS = (
     ALTER TABLE exchanges ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE exchanges ADD COLUMN cost INTEGER;
     """,
+    """
+    CREATE TABLE keys (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL UNIQUE,
+        version INTEGER NOT NULL UNIQUE,
+        digest BLOB NOT NULL,
+        shown TEXT NOT NULL,
+        settings BLOB NOT NULL,
+        created_at REAL NOT NULL,
+        revoked_at REAL,
+        old_digest BLOB NOT NULL,
+        old_until REAL NOT NULL
+    ) STRICT;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""
