@@ -20,7 +20,7 @@ from trigate import errors
 from trigate.asgi import health
 from trigate.asgi.control_plane import create_control_plane
 from trigate.cli.commands import cli
-from trigate.config import sections, structure
+from trigate.config import key_sections, sections, structure
 from trigate.dialects import endpoints, gemini
 from trigate.dialects.anthropic import errors as messages_errors
 from trigate.dialects.anthropic import fields
@@ -86,6 +86,10 @@ SECTIONS = {
     "[retries]": sections.RetriesConfig,
     "[breaker]": sections.BreakerConfig,
     "[hooks.NAME]": sections.HookConfig,
+    "[keys]": key_sections.KeyConfig,
+    "[groups.NAME]": key_sections.GroupConfig,
+    "[admin]": key_sections.AdminConfig,
+    "[allowance]": key_sections.Allowance,
     "[store]": sections.StoreConfig,
     "[reasoning_memory]": sections.ReasoningMemoryConfig,
     "[sessions]": sections.SessionsConfig,
@@ -131,6 +135,10 @@ def test_units(title: str) -> None:
         "Count": "count",
         "Limit": "count or 0",
         "Share": "share",
+        "Tokens": "number",
+        "MicroUsd": "US dollars",
+        "Mapping[Period, MicroUsd]": "table of US dollars",
+        "Period": '`"day"`, `"week"`, `"month"` or `"total"`',
         "tuple[Rate, ...]": "array of numbers",
         "Port": "port",
         "Url": "URL",
@@ -249,7 +257,7 @@ def test_error_codes() -> None:
     rows = _first_names(_sections(_page("reference/errors.md"))["Codes"])
     found = {cls.code: cls for cls in _error_classes() if "code" in vars(cls)}
     assert set(rows) == set(found)
-    assert set(rows) >= errors.CODES
+    assert set(rows) >= errors.codes()
     for code, cls in found.items():
         _, status, kind, following, *_ = rows[code]
         assert (_names(kind), following) == ([cls.openai_type], "yes" if cls.retryable else "no"), code
@@ -404,17 +412,27 @@ def test_commands() -> None:
     assert _documented_options(intro) == _options(cli) | set(cli.context_settings["help_option_names"])
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+COMMANDS = {
+    name: [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    for name, command in cli.commands.items()
+}
+"""Each command, with those of a group."""
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_command_options(name: str) -> None:
-    """The options of a command are in its section with the variables that stand for them; so are its arguments."""
-    command = cli.commands[name]
+    """The options of a command are in its section with the variables that stand for them; so are its arguments, and the
+    commands of a group."""
     text = _sections(_page("reference/command-line.md"))[f"trigate {name}"]
-    assert _documented_options(text) == _options(command)
-    for parameter in command.params:
-        if isinstance(parameter, click.Argument):
-            assert parameter.make_metavar(click.Context(command)) in text
-        elif isinstance(parameter.envvar, str):
-            assert f"`{parameter.envvar}`" in text
+    assert _documented_options(text) == {option for command in COMMANDS[name] for option in _options(command)}
+    for command in COMMANDS[name][1:]:
+        assert f"trigate {name} {command.name}" in text
+    for command in COMMANDS[name]:
+        for parameter in command.params:
+            if isinstance(parameter, click.Argument):
+                assert parameter.make_metavar(click.Context(command)) in text
+            elif isinstance(parameter.envvar, str):
+                assert f"`{parameter.envvar}`" in text
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------

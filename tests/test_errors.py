@@ -13,7 +13,6 @@ import pytest
 import trigate
 from trigate import errors
 from trigate.errors import (
-    CODES,
     Ambiguous,
     BadRequest,
     BodyTimeout,
@@ -52,7 +51,9 @@ from trigate.errors import (
     UpstreamError,
     UpstreamTimeout,
     WebSocketRefused,
+    codes,
 )
+from trigate.keys.errors import AdminRequired, HookNotAllowed, KeyRevoked, ModelNotAllowed
 
 ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
 
@@ -66,6 +67,10 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (Unauthenticated("no"), 401, "invalid_request_error", "invalid_api_key"),
     (Unverified("no"), 401, "invalid_request_error", "invalid_signature"),
     (Forbidden("no"), 403, "permission_error", "forbidden"),
+    (KeyRevoked(), 401, "authentication_error", "key_revoked"),
+    (ModelNotAllowed("m"), 403, "permission_error", "model_not_allowed"),
+    (HookNotAllowed("ci"), 403, "permission_error", "hook_not_allowed"),
+    (AdminRequired("no"), 403, "permission_error", "admin_required"),
     (UnknownModel("gpt-5p", closest=("openai/gpt-5",)), 404, "invalid_request_error", "model_not_found"),
     (NotFound("no"), 404, "invalid_request_error", "not_found"),
     (MethodNotAllowed("GET", "/v1/x", allowed=("POST",)), 405, "invalid_request_error", "method_not_allowed"),
@@ -123,8 +128,8 @@ def test_what_the_client_may_rely_on(error: GatewayError, status: int, openai_ty
 
 
 def test_codes_are_a_closed_set(every_class: set[type[GatewayError]]) -> None:
-    """`CODES` is exactly the codes of the tree, wherever in the package a class is defined."""
-    assert {cls.code for cls in every_class - ABSTRACT} == CODES
+    """`codes()` is exactly the codes of the tree, wherever in the package a class is defined."""
+    assert {cls.code for cls in every_class - ABSTRACT} == codes()
 
 
 def test_codes_differ(every_class: set[type[GatewayError]]) -> None:

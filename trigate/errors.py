@@ -8,7 +8,7 @@ The tree::
     │                                                   Unauthenticated 401
     │                                                   Unverified 401 · Forbidden 403 · UnknownModel 404
     │                                                   NotFound 404 · MethodNotAllowed 405 · BodyTimeout 408
-    │                                                   SessionBusy 409 · RunStopped 409
+    │                                                   SessionBusy 409 · RunStopped 409 (`keys.errors`: of keys)
     │                                                   CancelledByOperator 409 · IdempotencyConflict 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · WebSocketRefused 426
     │                                                   RateLimited 429 · LimitReached 429 (TokensExceeded,
@@ -25,7 +25,7 @@ The tree::
 
 There are two renderers: `GatewayError.to_response` before COMMIT (the moment at which the status line is sent), and
 `GatewayError.to_frame` after it. Constructing an error never logs; the code that ends the request logs once. ``code``
-comes from a closed set (`CODES`): it is a metric label, and users search the documentation for it.
+comes from a closed set (`codes`): it is a metric label, and users search the documentation for it.
 
 Errors are values. An error that is raised in several tasks is raised as a `GatewayError.copy`. Code that catches an
 error and keeps it calls `trigate.tracebacks.drop_frames`: a traceback keeps its frames alive, and the bodies in them.
@@ -536,10 +536,7 @@ class Internal(Fault, status=500, code="internal_error"):
     """A defect of the gateway; the log has the traceback under the request id."""
 
 
-def _all_codes(cls: type[GatewayError]) -> set[str]:
+def codes(cls: type[GatewayError] = GatewayError) -> set[str]:
+    """Returns every ``code`` of the errors of the modules that are loaded."""
     own = {cls.__dict__["code"]} if "code" in cls.__dict__ else set()
-    return own.union(*(_all_codes(sub) for sub in cls.__subclasses__()))
-
-
-CODES: frozenset[str] = frozenset(_all_codes(GatewayError))
-"""Every ``code`` that the gateway puts into an error of its own."""
+    return own.union(*(codes(sub) for sub in cls.__subclasses__()))

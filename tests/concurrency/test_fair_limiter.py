@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trigate.concurrency.fair_limiter import FairLimiter
+from trigate.concurrency.fair_limiter import Evicted, FairLimiter
 
 
 async def _acquire(limiter: FairLimiter, key: str, admitted: list[str]) -> None:
@@ -185,3 +185,66 @@ def test_invariants(steps: list[tuple[str, int, str]], key_limit: int) -> None:
         assert limiter.queued == 0
 
     trio.run(play)
+
+
+async def test_priorities() -> None:
+    """A slot goes to a key of the highest priority, and round those of the same one."""
+    limiter = FairLimiter(1)
+    admitted: list[str] = []
+
+    async def enter(key: str, priority: int) -> None:
+        await limiter.acquire(key, priority)
+        admitted.append(key)
+
+    limiter.acquire_nowait("x")
+    async with trio.open_nursery() as nursery:
+        for key, priority in (("low", -1), ("a", 0), ("a", 0), ("b", 0), ("high", 3), ("high", 3)):
+            nursery.start_soon(enter, key, priority)
+            await wait_all_tasks_blocked()
+        held = "x"
+        for _ in range(6):
+            limiter.release(held)
+            await wait_all_tasks_blocked()
+            held = admitted[-1]
+    assert admitted == ["high", "high", "a", "b", "a", "low"]
+    assert limiter._priorities == {}
+
+
+async def test_eviction_by_priority() -> None:
+    """A call evicts one of a lower priority, even the only one, and none of a higher one."""
+    limiter = FairLimiter(1)
+    evicted: list[str] = []
+
+    async def enter(key: str, priority: int) -> None:
+        try:
+            await limiter.acquire(key, priority)
+        except Evicted:
+            evicted.append(key)
+
+    limiter.acquire_nowait("x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(enter, "high", 2)
+        nursery.start_soon(enter, "mid", 1)
+        await wait_all_tasks_blocked()
+        assert not limiter.evict_longest("low", 0)
+        assert limiter.evict_longest("other", 2)
+        await wait_all_tasks_blocked()
+        assert evicted == ["mid"]
+        assert not limiter.evict_longest("other", 2)  # it waits once, like the other one
+        assert limiter._priorities == {"high": 2}
+        nursery.cancel_scope.cancel()
+    assert limiter._priorities == {}
+
+
+async def test_the_expected_wait_by_priority() -> None:
+    """Calls of a lower priority are not before one of a higher one."""
+    limiter = FairLimiter(1)
+    limiter.acquire_nowait("x")
+    limiter.release("x", 10.0)
+    limiter.acquire_nowait("x")
+    async with trio.open_nursery() as nursery:
+        for key, priority in (("low", 0), ("low", 0), ("high", 2)):
+            nursery.start_soon(limiter.acquire, key, priority)
+        await wait_all_tasks_blocked()
+        assert [limiter.expected_wait_s("new", priority) for priority in (0, 1, 2, 3)] == [30.0, 20.0, 20.0, 10.0]
+        nursery.cancel_scope.cancel()

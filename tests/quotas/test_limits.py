@@ -175,9 +175,7 @@ async def test_every_scope(open_app: OpenApp, autojump_clock: MockClock, section
         served.assert_clean()
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/messages", "/v1/responses", "/v1beta/models/up/m:generateContent", "/api/chat"]
-)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1beta/models/up/m:generateContent", "/api/chat"])
 async def test_every_format(open_app: OpenApp, autojump_clock: MockClock, path: str) -> None:
     """A refusal has the shape of its format, with the headers that every format has."""
     async with open_app(make_config(keys=keys(rpm=1)), Provider(says("x"))) as served:

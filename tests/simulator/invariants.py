@@ -18,7 +18,7 @@ import trio
 from bench.events import DONE
 from tests.simulator import draws
 from tests.simulator.clients import Call
-from trigate.errors import CODES
+from trigate.errors import codes
 from trigate.exchange.answers import _REST_S
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.exchange import Exchange
@@ -35,6 +35,7 @@ _ERROR = b'data: {"error"'
 _EPSILON_S = 0.001
 GRACE_S = 0.5
 """How much later than its deadline an answer may end."""
+_CODES = codes()
 _NAME = re.compile(rb'"id":"chatcmpl-(\d+)-(\d+)"')
 _PASSED_ON = re.compile(r"s4\d\d")  # provider errors that the client gets unchanged
 _REPORTED = "s0"
@@ -286,7 +287,7 @@ def _may_lack_its_end(world: World, call: Call) -> bool:
         idle_since = call.before.returned_at if call.before is not None else math.inf
         return world.stopping or call.begun_at + _EPSILON_S > idle_since + draws.KEEP_ALIVE_TIMEOUT_S
     # Audio cannot carry an error event, so the client's only sign of an error is a truncated response.
-    return call.request.kind == "speech" and call.answer.status == 200 and call.outcome in CODES
+    return call.request.kind == "speech" and call.answer.status == 200 and call.outcome in _CODES
 
 
 def _of_error(world: World, call: Call, body: bytes) -> Iterator[str]:
@@ -309,7 +310,7 @@ def _of_code(world: World, call: Call, code: Any) -> Iterator[str]:
         meant = (code,)
     if code == "draining" and not world.stopping:
         yield "the client got draining, but the gateway is not stopping"
-    if code == "internal_error" or not CODES.issuperset(meant):
+    if code == "internal_error" or not _CODES.issuperset(meant):
         yield f"its error has the code {code}"
     if call.admitted and not call.disconnected and call.outcome not in meant:
         yield f"the client got {code}, but the exchange was settled as {call.outcome}"

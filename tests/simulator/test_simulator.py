@@ -25,7 +25,7 @@ from tests.simulator.pipes import pair
 from tests.support.slow import FULL
 from trigate.concurrency.fair_limiter import FairLimiter
 from trigate.concurrency.timers import Timer
-from trigate.errors import CODES
+from trigate.errors import codes
 from trigate.exchange.admission import _Slot
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.client_response import ClientResponse
@@ -66,7 +66,7 @@ def test_a_short_run() -> None:
     """No invariant is violated, and the common outcomes occur. (Rarer ones depend on the seed: see below.)"""
     reports = [simulate(seed, 400) for seed in (1, 2)]
     outcomes = {outcome for report in reports for outcome in report.outcomes}
-    assert ALWAYS <= outcomes <= OUTCOMES | CODES
+    assert ALWAYS <= outcomes <= OUTCOMES | codes()
     assert {"first", "failover"} <= {why for report in reports for why in report.whys}
     assert sum(report.outcomes["complete"] for report in reports) > 100
     assert sum(report.lives for report in reports) > 3
@@ -80,7 +80,7 @@ def test_thousands_of_requests() -> None:
     report = simulate(4, requests)
     assert report.asked + report.turned_away == requests
     assert report.whys.keys() == {"first", "failover", "retry", "hedge", "continue"}
-    assert OUTCOMES <= report.outcomes.keys() <= OUTCOMES | CODES
+    assert OUTCOMES <= report.outcomes.keys() <= OUTCOMES | codes()
     assert report.lives > requests / 400
     assert report.reloads > requests / 400
     assert report.moved > requests / 100

@@ -27,6 +27,7 @@ from trigate.store.records import (
     StoredResponse,
     Turn,
     UpstreamObject,
+    VirtualKey,
     Worker,
 )
 from trigate.store.sqlite import open_sqlite_store
@@ -1022,3 +1023,42 @@ async def test_responses_are_bounded_by_age_and_count(store: Store) -> None:
     assert await store.prune(keep) == 3
     assert await store.prune(attrs.evolve(keep, max_responses=4)) == 2
     assert [number for number in range(9) if await store.responses.get("o", str(number)) is not None] == [5, 6, 7, 8]
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def a_key(key_id: str, *, name: str = "") -> VirtualKey:
+    """A key that was made at run time."""
+    return VirtualKey(
+        id=key_id, name=name or key_id, digest=key_id.encode(), shown="sk", settings=b"{}", created_at=1.0
+    )
+
+
+async def test_keys(store: Store) -> None:
+    """A name is given once; a key is found by its id and its name; the newest come first."""
+    assert await store.keys.add(a_key("k1", name="ada"))
+    assert not await store.keys.add(a_key("k2", name="ada"))
+    assert await store.keys.add(a_key("k3"))
+    assert await store.keys.get("k1") == await store.keys.get("ada") == a_key("k1", name="ada")
+    assert await store.keys.get("k2") is None
+    assert [key.id for key in await store.keys.list(limit=9)] == ["k3", "k1"]
+    assert [key.id for key in await store.keys.list(limit=9, after="k3")] == ["k1"]
+
+
+async def test_changes_of_keys(store: Store) -> None:
+    """Each has a version of its own; a revoked key changes no more, and is among the changes, but not among all."""
+    await store.keys.add(a_key("k1"))
+    await store.keys.add(a_key("k2"))
+    [first, second] = await store.keys.since(0)
+    assert first.version < second.version
+    changed = await store.keys.change("k1", {"settings": b'{"rpm":1}', "old_digest": b"old", "old_until": 5.0})
+    assert changed == attrs.evolve(a_key("k1"), settings=b'{"rpm":1}', old_digest=b"old", old_until=5.0)
+    [news] = await store.keys.since(second.version)
+    assert (news.id, news.settings, news.old_digest, news.is_revoked) == ("k1", b'{"rpm":1}', b"old", 0)
+    assert await store.keys.change("k1", {"revoked_at": 7.0}) is not None
+    assert await store.keys.change("k1", {"settings": b"{}"}) is None
+    assert await store.keys.change("none", {"settings": b"{}"}) is None
+    [news] = await store.keys.since(news.version)
+    assert (news.id, news.is_revoked) == ("k1", 1)
+    assert [key.id for key in await store.keys.since(0)] == ["k2"]

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 from trigate.asgi.request import RequestHead
 from trigate.config.checks import FILE_ORIGIN, host_of, host_of_origin, is_loopback
 from trigate.dialects import gemini
-from trigate.errors import BadRequest, Forbidden, Header, Unauthenticated
+from trigate.errors import BadRequest, Forbidden, Header
 from trigate.keys.key import ANYBODY, Key
 from trigate.keys.service import Keys
 
@@ -79,18 +79,13 @@ def authorize(head: RequestHead, config: Config, keys: Keys) -> Key:
         Its key; `ANYBODY` = no key is configured.
 
     Raises:
-        Unauthenticated: Keys are configured, and the request has none of them.
+        Unauthenticated, RateLimited, StoreUnavailable: Keys are configured; as `Keys.authenticate`.
         BadRequest: Keys are configured, and the request has two different ones.
         Forbidden: No key is configured, and the request is not from this machine, or it is from a web page whose origin
             is not allowed.
     """
     if keys.are_required:
-        given = _given_key(head)
-        key = keys.find(given)
-        if key is None:
-            problem = "Incorrect API key provided." if given else "You didn't provide an API key."
-            raise Unauthenticated(f"{problem} This gateway requires one: Authorization: Bearer YOUR_KEY.")
-        return key
+        return keys.authenticate(_given_key(head), head.client)
     if config.server.insecure:
         return ANYBODY
     if not (is_loopback(head.server) and is_loopback(head.client)):

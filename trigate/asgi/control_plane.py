@@ -16,15 +16,19 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
-from trigate.asgi.routes import hooks, models, ollama, sessions, status
+from trigate.asgi.routes import hooks, keys, models, ollama, sessions, status
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "sessions.list_sessions": ("limit", "after"),
-    "sessions.list_messages": ("limit", "after", "archived"),
+    "keys.list_keys": ("limit", "after"),
+    "sessions.list_sessions": ("limit", "after", "owner"),
+    "sessions.retrieve_session": ("owner",),
+    "sessions.list_messages": ("limit", "after", "archived", "owner"),
+    "sessions.reset_session": ("owner",),
+    "sessions.delete_session": ("owner",),
     "status.list_streams": ("limit",),
     "status.list_records": ("limit", "after", "outcome"),
 }
@@ -48,6 +52,7 @@ def create_control_plane() -> ControlPlane:
     app.url_map.merge_slashes = False  # no redirects
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(hooks.blueprint)
+    app.register_blueprint(keys.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(ollama.blueprint)
     app.register_blueprint(sessions.blueprint)

@@ -70,7 +70,7 @@ async def serve_request(
             if passed is not None:
                 key = authorize(head, config, gateway.keys)
                 query: bytes = scope["query_string"]
-                if await serve_stored(gateway, passed, head, response, query=query, owner=key.name):
+                if await serve_stored(gateway, passed, head, response, query=query, key=key):
                     return
                 await serve_passed(gateway, passed, head, body, response, query=query, request_id=request_id, key=key)
                 return
@@ -244,7 +244,7 @@ async def _answer_preflight(head: RequestHead, config: Config, response: ClientR
         return False
     asked = head.headers.get(b"access-control-request-headers", b"")
     headers = [
-        (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+        (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE, OPTIONS"),
         (b"access-control-allow-headers", asked if asked.isascii() else b""),
         (b"access-control-max-age", b"600"),
     ]

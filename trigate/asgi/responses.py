@@ -28,6 +28,7 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.stored_responses import LiveResponse, ResponseRecorder, split_events
 from trigate.gateway.gateway import Gateway
+from trigate.keys.key import Key
 from trigate.openai.passed_paths import Passed
 from trigate.openai.raw_json import decode_any
 from trigate.openai.request import Call, Identity
@@ -211,7 +212,7 @@ async def _follow(gateway: Gateway, live: LiveResponse, response: ClientResponse
 
 
 async def serve_stored(
-    gateway: Gateway, passed: Passed, head: RequestHead, response: ClientResponse, *, query: bytes, owner: str
+    gateway: Gateway, passed: Passed, head: RequestHead, response: ClientResponse, *, query: bytes, key: Key
 ) -> bool:
     """Serves a request for a response that the gateway keeps; False = an upstream may have it.
 
@@ -223,7 +224,7 @@ async def serve_stored(
     path, response_id = passed.found.endpoint.path, passed.object_id
     if response_id is None or not path.startswith("/responses/{id}") or passed.method not in passed.found.methods:
         return False
-    stored = await gateway.store.responses.get(owner, response_id)
+    stored = await gateway.store.responses.get(None if key.is_admin else key.name, response_id)
     if stored is None:
         if response_id.startswith(_OWN):
             raise NotFound(f"Response with id {response_id!r} not found.")
@@ -237,7 +238,7 @@ async def serve_stored(
     elif passed.method == "DELETE":
         if stored.worker:
             await _cancel(gateway, stored)
-        await gateway.store.responses.delete(owner, response_id)
+        await gateway.store.responses.delete(stored.owner, response_id)
         deleted = {"id": response_id, "object": "response", "deleted": True}
         await response.respond(200, JSON_HEADERS, msgspec.json.encode(deleted))
     elif given.get("stream") == ["true"]:

@@ -88,11 +88,14 @@ def message_of(response: httpx2.Response) -> str:
     return f"{response.status_code}: {printable(message)}"
 
 
-def request(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
+def request(url: str, key: str | None, *paths: str, method: str = "GET", body: Any = None) -> list[dict[str, Any]]:
     """Requests each path in turn, on one connection, and returns the bodies.
+
+    Args:
+        body: Sent with each request, as JSON; None = nothing.
 
     Raises:
         RequestFailed: A request failed; the paths after it are not requested.
     """
     with httpx2.Client(**client_settings(url, key)) as client, translated_errors(url):
-        return [body_of(client.request(method, path), url) for path in paths]
+        return [body_of(client.request(method, path, json=body), url) for path in paths]

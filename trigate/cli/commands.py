@@ -28,6 +28,7 @@ from trigate.cli.configuration import (
     refuse_open_gateway,
 )
 from trigate.cli.failure import CommandFailed
+from trigate.cli.keys import keys
 from trigate.cli.serve import serve
 from trigate.version import __version__
 
@@ -56,6 +57,7 @@ def cli() -> None:
 
 
 cli.add_command(serve)
+cli.add_command(keys)
 
 
 def main(args: Sequence[str] | None = None, prog_name: str = "trigate") -> NoReturn:
@@ -85,6 +87,8 @@ def check(config_path: str | None) -> None:
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     without_keys = "none (open to everybody: insecure)" if config.server.insecure else "none (this machine only)"
     click.echo(f"keys: {', '.join(config.keys) or without_keys}")
+    if config.admin.key is not None:
+        click.echo("admin: has a key, and makes others with `trigate keys`")
     click.echo(f"store: {opening.describe_location(opening.location(config.store, os.environ))}")
     click.echo("upstreams:")
     for name, upstream in config.upstreams.items():

@@ -85,7 +85,7 @@ def refuse_open_gateway(config: Config) -> None:
     """
     from trigate.config.checks import is_loopback
 
-    if not config.keys and not config.server.insecure and not is_loopback(config.server.host):
+    if not (config.keys or config.admin.key) and not config.server.insecure and not is_loopback(config.server.host):
         raise CommandFailed(
             f"refusing to listen on {config.server.host} without a key: anybody who reaches it could spend your "
             "providers' money. Set TRIGATE_API_KEY (or [keys]), or pass --insecure."

@@ -4,6 +4,8 @@ When no slot is free, a task waits. Slots that become free go round the waiting 
 thousand calls in the queue delays the single call of another key by one slot, not by a thousand. Within a key, the
 order is first come, first served.
 
+A key may have a *priority*: a slot goes to a waiting key of the highest one, and round those of the same.
+
 `FairLimiter.evict_longest` takes a waiting call of the key that has the most calls in the queue out of it, so that one
 key cannot fill the whole queue.
 
@@ -46,6 +48,8 @@ class FairLimiter:
     _key_limit: int = attrs.field(default=0, kw_only=True)
     _waiting: dict[str, deque[trio.lowlevel.Task]] = attrs.field(init=False, factory=dict)
     """The tasks of each key that has some; the key that is next comes first."""
+    _priorities: dict[str, int] = attrs.field(init=False, factory=dict)
+    """Those of the waiting keys that have another one than 0."""
     _queued: int = attrs.field(init=False, default=0)
     taken: int = attrs.field(init=False, default=0)
     taken_by: dict[str, int] = attrs.field(init=False, factory=dict)
@@ -95,7 +99,7 @@ class FairLimiter:
         self.taken_by[key] = self.taken_by.get(key, 0) + 1
         return True
 
-    async def acquire(self, key: str) -> None:
+    async def acquire(self, key: str, priority: int = 0) -> None:
         """Waits for a slot in the queue, and holds it on return. Call it after `acquire_nowait` has returned False.
 
         Raises:
@@ -106,34 +110,44 @@ class FairLimiter:
         task = trio.lowlevel.current_task()
         self._waiting.setdefault(key, deque()).append(task)
         self._queued += 1
+        if priority:
+            self._priorities[key] = priority
 
         def abort(_: Callable[[], BaseException]) -> trio.lowlevel.Abort:
             queue = self._waiting[key]
             queue.remove(task)
             if not queue:
-                del self._waiting[key]
+                self._forget(key)
             self._queued -= 1
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
-    def evict_longest(self, key: str) -> bool:
+    def _forget(self, key: str) -> None:
+        """Removes a key that no longer waits."""
+        del self._waiting[key]
+        self._priorities.pop(key, None)
+
+    def evict_longest(self, key: str, priority: int = 0) -> bool:
         """Makes a position in the queue available to one more call of a key.
 
         Evicts the last call of the key that has the most calls in the queue, unless that key would then have as few as
-        ``key`` would have.
+        ``key`` would have. If keys of a lower priority wait, it evicts one of theirs; it spares those of a higher one.
 
         Returns:
             Whether a call was evicted.
         """
         if not self._waiting:
             return False
-        longest = max(self._waiting, key=lambda other: len(self._waiting[other]))
-        queue = self._waiting[longest]
-        if len(queue) <= self.queued_by(key) + 1:
+        known = self._priorities
+        longest = max(self._waiting, key=lambda other: (-known.get(other, 0), len(self._waiting[other])))
+        queue, lowest = self._waiting[longest], known.get(longest, 0)
+        if lowest > priority or (lowest == priority and len(queue) <= self.queued_by(key) + 1):
             return False
         self._queued -= 1
         trio.lowlevel.reschedule(queue.pop(), outcome.Error(Evicted()))
+        if not queue:
+            self._forget(longest)
         return True
 
     def release(self, key: str, held_s: float | None = None) -> None:
@@ -156,22 +170,36 @@ class FairLimiter:
 
     def _hand_over_slots(self) -> None:
         while self._queued and self.taken < self._limit:
-            key = next(filter(self.is_free, self._waiting), None)
+            key = self._next_key()
             if key is None:
                 return
             queue = self._waiting.pop(key)
             task = queue.popleft()
             if queue:
                 self._waiting[key] = queue  # behind the other keys
+            else:
+                self._priorities.pop(key, None)
             self._queued -= 1
             self.taken += 1
             self.taken_by[key] = self.taken_by.get(key, 0) + 1
             trio.lowlevel.reschedule(task)
 
-    def expected_wait_s(self, key: str) -> float:
+    def _next_key(self) -> str | None:
+        """The key that gets the next slot; None = no waiting key may have one more."""
+        may_have = filter(self.is_free, self._waiting)
+        if not self._priorities:
+            return next(may_have, None)
+        return max(may_have, key=lambda key: self._priorities.get(key, 0), default=None)  # of equal ones, the first
+
+    def expected_wait_s(self, key: str, priority: int = 0) -> float:
         """Estimates how long one more call of a key would wait, in seconds, at the pace at which slots become free."""
         if self.is_keys_own_limit(key):
             return (self.queued_by(key) + 1) * self.held_s / self._key_limit
-        keys = len(self._waiting) + (key not in self._waiting)
-        ahead = min(self._queued, (self.queued_by(key) + 1) * keys - 1)
+        keys, queued, before = len(self._waiting) + (key not in self._waiting), self._queued, 0
+        if self._priorities or priority:  # those of a higher priority are before it, those of a lower one are not
+            ranks = {other: self._priorities.get(other, 0) for other in self._waiting}
+            before = sum(len(self._waiting[other]) for other, rank in ranks.items() if rank > priority)
+            equal = {other for other, rank in ranks.items() if rank == priority}
+            keys, queued = len(equal | {key}), sum(len(self._waiting[other]) for other in equal)
+        ahead = before + min(queued, (self.queued_by(key) + 1) * keys - 1)
         return (ahead + 1) * self.held_s / self._limit if self._limit else math.inf

@@ -39,6 +39,12 @@ class RateLimiter:
     def __repr__(self) -> str:
         return f"RateLimiter({len(self)} of {self._max_keys} keys)"
 
+    def wait_s(self, key: str, *, rate_per_s: float, burst: int, now: float) -> float:
+        """As `take`, but counts nothing."""
+        paid_at_s = max(self._paid_at_s.get(key, now), now)
+        wait_s = paid_at_s - (burst - 1) / rate_per_s - now
+        return wait_s if wait_s > _ROUNDING_S else 0.0
+
     def take(self, key: str, *, rate_per_s: float, burst: int, now: float) -> float:
         """Counts one request, if it is allowed.
 
@@ -55,11 +61,11 @@ class RateLimiter:
         >>> [rates.take("a", rate_per_s=2.0, burst=2, now=now) for now in (0.0, 0.0, 0.0, 0.25, 0.5)]
         [0.0, 0.0, 0.5, 0.25, 0.0]
         """
+        wait_s = self.wait_s(key, rate_per_s=rate_per_s, burst=burst, now=now)
+        if wait_s:
+            return wait_s
         interval_s = 1 / rate_per_s
         paid_at_s = max(self._paid_at_s.get(key, now), now)
-        wait_s = paid_at_s - (burst - 1) * interval_s - now
-        if wait_s > _ROUNDING_S:
-            return wait_s
         if key not in self._paid_at_s and len(self) >= self._max_keys:
             self._forget_one()
         self._paid_at_s[key] = paid_at_s + interval_s

@@ -90,6 +90,8 @@ def admin_key(
         for name, key in keys.items()
         if key.secret.literal == value
     ]
+    if "admin" in keys:
+        problems.append("keys.admin: is the name of the admin's key; choose another one")
     return attrs.evolve(admin, key=Secret(literal=value)), problems
 
 

@@ -142,7 +142,7 @@ class Admission:
             RateLimited, Overloaded: As `slot`.
         """
         limits = exchange.generation.config.limits
-        key, slots = exchange.owner, self.slots
+        key, slots, priority = exchange.owner, self.slots, exchange.request.key.settings.priority
         is_own = slots.is_keys_own_limit(key)
         message = (
             f"{limits.max_exchanges_per_key} calls of this key are in flight, which is its limit."
@@ -150,15 +150,15 @@ class Admission:
             else f"{slots.limit} calls are in flight, which is the limit of this gateway."
         )
         allowed_s = min(limits.queue_timeout_s or math.inf, exchange.deadline_at - trio.current_time())
-        expected_s = slots.expected_wait_s(key)
+        expected_s = slots.expected_wait_s(key, priority)
         is_full = self._is_full(key, limits, is_own=is_own)
-        if expected_s > allowed_s or (is_full and (is_own or not slots.evict_longest(key))):
+        if expected_s > allowed_s or (is_full and (is_own or not slots.evict_longest(key, priority))):
             retry_after_s = max(0.05, expected_s if slots.held_s else 1.0)
             raise self._refuse(_refusal(message, is_own=is_own, retry_after_s=retry_after_s))
         has_slot = False
         try:
             with exchange.waiting_in_queue(allowed_s, functools.partial(slots.position, key, exchange.task)):
-                await slots.acquire(key)
+                await slots.acquire(key, priority)
                 has_slot = True
         except Evicted:
             message = f"{message} Other keys wait as well, and this one has the most calls in the queue."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import attrs
 
@@ -11,6 +11,7 @@ from trigate.errors import Draining, GatewayError
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.record import complete_record
 from trigate.exchange.state import ExchangeState
+from trigate.keys.errors import KeyRevoked
 from trigate.ledger.ledger import Ledger
 
 
@@ -44,6 +45,7 @@ class LiveExchanges:
     Attributes:
         totals: Counters of the settled exchanges.
         is_draining: New exchanges are refused.
+        revoked_keys: The ids of the keys whose exchanges are refused.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -52,6 +54,7 @@ class LiveExchanges:
         self._none_left = RepeatedEvent()
         self.totals = Totals()
         self.is_draining = False
+        self.revoked_keys: Container[str] = ()
 
     def __repr__(self) -> str:
         return f"<LiveExchanges {len(self)} live of {self.totals.exchanges}>"
@@ -66,6 +69,7 @@ class LiveExchanges:
         """Records that an exchange has begun; `settle` records how it ended.
 
         Raises:
+            KeyRevoked: Its key has been revoked since its request arrived.
             Draining: The gateway is shutting down.
         """
         request = exchange.request
@@ -77,6 +81,8 @@ class LiveExchanges:
             model=call.model,
             stream=call.stream,
         )
+        if request.key.is_gone or request.key.id in self.revoked_keys:
+            raise KeyRevoked
         if self.is_draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
         self._live[exchange] = None
@@ -115,6 +121,12 @@ class LiveExchanges:
         for exchange in cancelled:
             exchange.cancel(error.copy())  # each task raises a copy of its own
         return [exchange.id for exchange in cancelled]
+
+    def cancel_key(self, key_id: str) -> None:
+        """Cancels the exchanges of a key that has been revoked."""
+        for exchange in list(self._live):
+            if exchange.request.key.id == key_id:
+                exchange.cancel(KeyRevoked())
 
     async def wait_none_left(self) -> None:
         """Waits until no exchange is in flight."""

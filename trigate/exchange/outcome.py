@@ -31,7 +31,7 @@ class Phase(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How an exchange or an attempt ended. The outcome of one that failed is an error code (`errors.CODES`)."""
+    """How an exchange or an attempt ended. The outcome of one that failed is an error code (`errors.codes`)."""
 
     COMPLETE = "complete"
     CANCELLED = "cancelled"

@@ -12,6 +12,7 @@ from trigate.config.sections import ModelConfig
 from trigate.errors import BadRequest
 from trigate.exchange.affinity_key import affinity_key_of
 from trigate.exchange.sink import ClientSocket
+from trigate.keys.errors import ModelNotAllowed
 from trigate.keys.key import ANYBODY, Key
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
@@ -95,11 +96,19 @@ class ExchangeRequest:
 
         Raises:
             BadRequest: The model is not one of the upstream that has the objects which the call names.
+            ModelNotAllowed: The key may not use the model.
             GatewayError: As `Generation.route`.
         """
         if self.passed is not None:
-            return self.passed.route
-        route = self.generation.route(self.call.model, self.call.endpoint)
+            route = self.passed.route
+        else:
+            route = self.generation.route(self.call.model, self.call.endpoint)
+        if self.key.limits_models:
+            targets = [f"{target.upstream}/{target.model}" for target in route.targets]
+            if not self.key.may_use(self.call.model, targets):
+                raise ModelNotAllowed(self.call.model)
+        if self.passed is not None:
+            return route
         if self.upstream is None:
             return route
         own = tuple(target for target in route.targets if target.upstream == self.upstream)

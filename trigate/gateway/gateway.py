@@ -32,7 +32,8 @@ from trigate.exchange.stored_responses import BackgroundResponses, open_backgrou
 from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
-from trigate.keys.service import Keys
+from trigate.keys.service import Keys, open_keys
+from trigate.keys.virtual import VirtualKeys
 from trigate.ledger.ledger import Ledger, open_ledger
 from trigate.quotas.service import open_quotas
 from trigate.routing.target_state import Targets
@@ -58,6 +59,7 @@ class Gateway:
 
     generations: Generations
     keys: Keys
+    virtual_keys: VirtualKeys
     exchange_services: ExchangeServices
     live: LiveExchanges
     store: Store
@@ -119,13 +121,14 @@ async def open_gateway(
 
     first = await read()
     started_at = trio.current_time()
-    targets, admission, keys = Targets(), Admission(descriptors.max_pairs()), Keys()
+    targets, admission = Targets(), Admission(descriptors.max_pairs())
     async with (
         open_timers() as timers,
         open_cancel_queue() as cancel_queue,
         open_poller() as poller,
         opening.open_store(opening.location(first.store, environ)) as store,
         open_workers(store) as workers,
+        open_keys(store, workers, first) as keys,
         open_ledger(store, worker=workers.id) as ledger,
         open_quotas(store, workers) as quotas,
         open_service(admission.run) as background,
@@ -142,6 +145,7 @@ async def open_gateway(
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger)
+        live.revoked_keys, keys.on_revoked = keys.revoked, live.cancel_key
         # Shared calls, runs and channels have exchanges, so they close before the generations do. The runs service
         # adopts the runs of exited workers, so it opens before this worker joins the others (`_use_store`).
         async with (
@@ -151,6 +155,7 @@ async def open_gateway(
         ):
             drain = Drain(live, outbox)
             alerts = Alerts(store=store, workers=workers, outbox=outbox, live=live, targets=targets)
+            quotas.on_budget = alerts.note_budget
             background.start_soon(alerts.run)
 
             def apply_config(config: Config) -> None:
@@ -219,6 +224,7 @@ async def open_gateway(
                 gateway = Gateway(
                     generations=generations,
                     keys=keys,
+                    virtual_keys=VirtualKeys(store, workers, keys),
                     exchange_services=exchange_services,
                     live=live,
                     store=store,

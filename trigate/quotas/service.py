@@ -27,12 +27,13 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Literal, cast
 
 import attrs
 import trio
 
 from trigate.concurrency.notify import RepeatedEvent, open_service
-from trigate.config.key_sections import Allowance, GroupConfig, MicroUsd
+from trigate.config.key_sections import Allowance, GroupConfig, MicroUsd, Period
 from trigate.config.sections import Config
 from trigate.errors import StoreUnavailable
 from trigate.keys.key import Key
@@ -68,9 +69,9 @@ class BudgetEvent:
         limit, spent: In micro-dollars.
     """
 
-    kind: str
+    kind: Literal["budget", "soft_budget"]
     scope: str
-    period: str
+    period: Period
     limit: int
     spent: int
 
@@ -366,11 +367,13 @@ class Quotas:
         if isinstance(counter, Budget):
             self._note_episode(counter, "budget", counter.limit)
 
-    def _note_episode(self, budget: Budget, kind: str, limit: int) -> None:
+    def _note_episode(self, budget: Budget, kind: Literal["budget", "soft_budget"], limit: int) -> None:
         if kind in budget.episodes:
             return
         budget.episodes.add(kind)
-        event = BudgetEvent(kind=kind, scope=budget.scope, period=budget.setting, limit=limit, spent=budget.spent)
+        event = BudgetEvent(
+            kind=kind, scope=budget.scope, period=cast(Period, budget.setting), limit=limit, spent=budget.spent
+        )
         log.warning(
             "budget_reached",
             kind=kind,

@@ -37,6 +37,8 @@ def startup_lines(generation: Generation, *, store_path: str) -> list[str]:
 def _keys(config: Config) -> str:
     if config.keys:
         return f"{len(config.keys)} keys ({', '.join(config.keys)})"
+    if config.admin.key is not None:
+        return "keys of its store only"
     if config.server.insecure:
         return "NO KEY and --insecure: anybody who reaches it can use it"
     return "no key: this machine only"

@@ -24,7 +24,7 @@ The rules of every implementation:
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from trigate.store.records import (
     ChannelRecord,
@@ -34,6 +34,7 @@ from trigate.store.records import (
     ExchangeRecord,
     Lease,
     LeaseWish,
+    LoadedKey,
     Message,
     ReasoningRecord,
     Retention,
@@ -46,6 +47,7 @@ from trigate.store.records import (
     Ticket,
     Turn,
     UpstreamObject,
+    VirtualKey,
     Worker,
 )
 
@@ -327,8 +329,8 @@ class Responses(Protocol):
     def put(self, response: StoredResponse) -> Write[None]:
         """Stores a response, or replaces the one with its id."""
 
-    async def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        """Returns one response; None = there is none."""
+    async def get(self, owner: str | None, response_id: str) -> StoredResponse | None:
+        """Returns one response, of any owner if that is None; None = there is none."""
 
     def delete(self, owner: str, response_id: str) -> Write[bool]:
         """Deletes a response; False = there is none."""
@@ -354,6 +356,33 @@ class Quotas(Protocol):
         """Returns what a scope has spent in a period, in micro-dollars: the sum of the records in the store."""
 
 
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+class Keys(Protocol):
+    """Keys that are made at run time, all of them: revoked ones keep their names."""
+
+    def add(self, key: VirtualKey) -> Write[bool]:
+        """Adds a key; False = there is, or was, one of that name."""
+
+    def change(self, key_id: str, changes: Mapping[str, Any]) -> Write[VirtualKey | None]:
+        """Sets fields of a key; None = there is none, or it is revoked."""
+
+    async def get(self, key: str) -> VirtualKey | None:
+        """Returns a key by its id or its name; None = there is none."""
+
+    async def list(self, *, limit: int, after: str | None = None) -> Sequence[VirtualKey]:
+        """Returns keys, the newest first.
+
+        Args:
+            after: Only those that are older than the one with this id.
+        """
+
+    async def since(self, version: int) -> Sequence[LoadedKey]:
+        """Returns the keys that have changed since a version, in the order of the changes; with 0, all that are not
+        revoked."""
+
+
 # -- the store --------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +400,7 @@ class Store(Protocol):
     reasoning: Reasoning
     responses: Responses
     quotas: Quotas
+    keys: Keys
 
     def secret(self, name: str, new: bytes) -> Write[bytes]:
         """Returns a secret of the gateway, the same in all workers and after each restart; ``new`` becomes it if there

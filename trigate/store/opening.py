@@ -57,6 +57,7 @@ def is_needed(config: Config, where: str) -> bool:
         or config.store != StoreConfig()
         or config.sessions != SessionsConfig()
         or config.server.workers > 1
+        or config.admin.key is not None
         or _is_worker_of_a_server()
         or (where != MEMORY and os.path.exists(where))
     )

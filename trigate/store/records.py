@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import builtins
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import attrs
 import msgspec
@@ -263,6 +263,48 @@ class ReasoningRecord:
     call: str
     at: float
     value: bytes = attrs.field(repr=False)
+
+
+@attrs.frozen
+class VirtualKey:
+    """A key that was made at run time.
+
+    Attributes:
+        id: ``key_…``.
+        name: Unique, also among revoked keys.
+        digest: The SHA-256 digest of its secret.
+        shown: The beginning of its secret, by which people recognise it.
+        settings: As `trigate.config.key_sections.KeySettings`: a JSON object.
+        revoked_at: None = it is not.
+        old_digest: The digest of the secret before the last rotation, which is valid until ``old_until``; empty = none.
+    """
+
+    id: str
+    name: str
+    digest: bytes = attrs.field(repr=False)
+    shown: str
+    settings: bytes
+    created_at: float
+    revoked_at: float | None = None
+    old_digest: bytes = attrs.field(default=b"", repr=False)
+    old_until: float = 0.0
+
+
+class LoadedKey(NamedTuple):
+    """A `VirtualKey` as each worker holds it: as many of them as there are keys. The attributes are those of the key.
+
+    Attributes:
+        version: Of all keys, that of the last change is the greatest.
+    """
+
+    id: str
+    name: str
+    version: int
+    digest: bytes
+    settings: bytes
+    old_digest: bytes
+    old_until: float
+    is_revoked: int
 
 
 @attrs.frozen(kw_only=True)

@@ -259,5 +259,20 @@ MIGRATIONS = (
             AND scope IN (SELECT scope FROM scopes_of_exchanges WHERE number = new.number);
     END;
     """,
+    """
+    CREATE TABLE keys (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL UNIQUE,
+        version INTEGER NOT NULL UNIQUE,
+        digest BLOB NOT NULL,
+        shown TEXT NOT NULL,
+        settings BLOB NOT NULL,
+        created_at REAL NOT NULL,
+        revoked_at REAL,
+        old_digest BLOB NOT NULL,
+        old_until REAL NOT NULL
+    ) STRICT;
+    """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

@@ -14,8 +14,9 @@ from typing import Any, Generic, TypeVar
 import attrs
 import msgspec
 
+from trigate.store.key_tables import KeyTables
 from trigate.store.quota_tables import QuotaTables
-from trigate.store.reasoning_tables import ReasoningTables, is_in
+from trigate.store.reasoning_tables import is_in
 from trigate.store.records import (
     LOST,
     ChannelRecord,
@@ -112,7 +113,7 @@ _IS_OPEN = "state IN ('pending', 'sending')"
 # another index and sorts them.
 
 
-class Tables(ReasoningTables, QuotaTables):
+class Tables(KeyTables, QuotaTables):
     """The tables of a store, as one operation sees them. The caller begins and ends the transaction.
 
     ``put_…`` inserts a value, or replaces the value with the same identity. ``drop_…`` of something that does not exist
@@ -466,9 +467,9 @@ class Tables(ReasoningTables, QuotaTables):
         """Stores a response, or replaces the one with its id."""
         self._put(_RESPONSES, response)
 
-    def response(self, owner: str, response_id: str) -> StoredResponse | None:
-        """Returns one response."""
-        return self._one(_RESPONSES, "WHERE id = ? AND owner = ?", response_id, owner)
+    def response(self, owner: str | None, response_id: str) -> StoredResponse | None:
+        """Returns one response; of any owner (None)."""
+        return self._one(_RESPONSES, "WHERE id = ? AND ifnull(?, owner) = owner", response_id, owner)
 
     def drop_response(self, owner: str, response_id: str) -> int:
         """Deletes one response; returns how many there were."""

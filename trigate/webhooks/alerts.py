@@ -35,6 +35,9 @@ from trigate.config.report_sections import AlertKind, AlertsConfig
 from trigate.errors import StoreUnavailable
 from trigate.exchange.live import LiveExchanges
 from trigate.logs import log
+from trigate.quotas.headers import dollars
+from trigate.quotas.periods import DAY_S, period_of
+from trigate.quotas.service import BudgetEvent
 from trigate.routing.target_state import Targets
 from trigate.runs.outbox import Outbox
 from trigate.store.interface import Store
@@ -170,6 +173,20 @@ class Alerts:
         except StoreUnavailable:
             return
         self._outbox.wake()
+
+    def note_budget(self, event: BudgetEvent) -> None:
+        """Sends the alert about a budget (`quotas.service.Quotas.on_budget`). Synchronous."""
+        first_day, _ = period_of(event.period, int(self._now()) // DAY_S)
+        what = "is used up" if event.kind == "budget" else "has reached the part from which a warning is given"
+        self.note(
+            Alert(
+                kind=event.kind,
+                subject=event.scope,
+                message=f"The budget of {event.scope} ({event.period}) {what}.",
+                episode=f"{event.period} {first_day}",
+                facts={"period": event.period, "limit_usd": dollars(event.limit), "spent_usd": dollars(event.spent)},
+            )
+        )
 
     # -- what is looked at --------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from trigate.errors import (
     UnsupportedMediaType,
     Unverified,
 )
+from trigate.keys.errors import HookNotAllowed
 from trigate.keys.key import Key
 from trigate.runs.service import Runs
 from trigate.signatures import Verifier
@@ -87,6 +88,7 @@ class Hooks:
             BadRequest: There is a token in the URL.
             RateLimited: The client has exceeded the rate of the hook.
             Unauthenticated, Forbidden, Unverified: The key or the bearer secret is missing or wrong.
+            HookNotAllowed: The key may not call the hook.
             UnsupportedMediaType: The request is authenticated by a key and is not JSON.
         """
         name = head.name
@@ -107,16 +109,16 @@ class Hooks:
             return PlatformCall(adapter, head, hook)
         owner = f"hook:{name}"
         if verifier is None:
-            owner = head.authorize().name
+            owner = _allowed(head.authorize(), name).name
             _check_json(head)  # another site's page can send a form without a CORS preflight, but not JSON
         elif verifier.scheme == "bearer":
             verifier.verify(head.headers, b"", now=time.time())
         return MessageCall(self._runs, head, hook, verifier, owner, query)
 
-    def readers(self, name: str, headers: Mapping[bytes, bytes], authorize: Callable[[], Key]) -> set[str]:
+    def readers(self, name: str, headers: Mapping[bytes, bytes], authorize: Callable[[], Key]) -> set[str] | None:
         """The owners whose runs of a hook the sender of a request may read: the owner of its gateway key, and the hook
-        itself, which owns the runs that its own verification let in. The secret of a hook with verification ``bearer``
-        opens only the latter. Any gateway key opens the runs of a channel.
+        itself, which owns the runs that its own verification let in; None = all owners, for the admin. The secret of a
+        hook with verification ``bearer`` opens only the runs of the hook. Any gateway key opens those of a channel.
 
         Runs stay readable after their hook or channel has been removed.
 
@@ -125,7 +127,7 @@ class Hooks:
             authorize: As `HookHead.authorize`.
 
         Raises:
-            Unauthenticated, Forbidden: As `check_head`.
+            Unauthenticated, Forbidden, HookNotAllowed: As `check_head`.
         """
         hook = (self._config.hooks or {}).get(name)
         verifier = self._verifier(name, hook) if hook is not None else None
@@ -136,7 +138,10 @@ class Hooks:
                 pass  # the header may hold a gateway key
             else:
                 return {f"hook:{name}"}
-        return {authorize().name, f"hook:{name}", f"channel:{name}"}
+        key = _allowed(authorize(), name)
+        if key.is_admin:
+            return None
+        return {key.name, f"hook:{name}", f"channel:{name}"}
 
     def _adapter(self, name: str) -> Adapter | None:
         """The adapter of the channel whose platform calls ``/hooks/NAME``; None = there is none, or it polls."""
@@ -183,6 +188,12 @@ def find(name: str, config: Config) -> HookConfig:
     if hook is None or not hook.enabled:
         raise NotFound(f"There is no hook {name[:_MAX_NAME_CHARS]!r}.")
     return hook
+
+
+def _allowed(key: Key, hook: str) -> Key:
+    if not key.may_call_hook(hook):
+        raise HookNotAllowed(hook)
+    return key
 
 
 def _check_json(head: HookHead) -> None:

@@ -7,15 +7,17 @@ Gemini's, as every request to ``/v1beta/models``, and every other one in OpenAI'
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from quart import Blueprint, Response, jsonify, request
 
 from trigate.asgi.paths import format_of
-from trigate.asgi.quart_app import current_gateway
+from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.dialects import gemini
 from trigate.dialects.anthropic import encode_model, encode_model_list
-from trigate.errors import BadRequest, Unavailable, UnknownModel
+from trigate.errors import BadRequest, GatewayError, Unavailable, UnknownModel
+from trigate.keys.key import Key
 from trigate.routing import routes
 from trigate.upstream.generation import Generation
 
@@ -24,6 +26,23 @@ blueprint = Blueprint("models", __name__)
 
 def _generation() -> Generation:
     return current_gateway().generations.current
+
+
+def visible_ids(generation: Generation) -> Mapping[str, str]:
+    """Returns the public model ids that the key of the current request may use, each with its upstream."""
+    key, ids = current_key(), generation.public_ids()
+    return (
+        {model: owner for model, owner in ids.items() if may_use(key, generation, model)} if key.limits_models else ids
+    )
+
+
+def may_use(key: Key, generation: Generation, model: str) -> bool:
+    """Whether a call of a model would be allowed, and have a target."""
+    try:
+        targets = generation.route(model).targets
+    except GatewayError:
+        return key.may_use(model, ())
+    return key.may_use(model, [f"{target.upstream}/{target.model}" for target in targets])
 
 
 def _model(generation: Generation, model: str, owner: str) -> dict[str, Any]:
@@ -49,7 +68,7 @@ async def list_models() -> Response:
     generation = _generation()
     if _is_for_anthropic():
         page = encode_model_list(
-            generation.public_ids(),
+            visible_ids(generation),
             _rfc3339(generation.created),
             limit=_limit(request.args.get("limit", "20"), "limit"),
             after=request.args.get("after_id"),
@@ -57,10 +76,10 @@ async def list_models() -> Response:
         )
         return jsonify(page)
     if _is_for_google():
-        models = ((model, generation.model_fields(model, owner)) for model, owner in generation.public_ids().items())
+        models = ((model, generation.model_fields(model, owner)) for model, owner in visible_ids(generation).items())
         size = min(_limit(request.args.get("pageSize", "50"), "pageSize"), 1000)
         return jsonify(gemini.encode_model_list(models, size=size, after=request.args.get("pageToken")))
-    rows = [_model(generation, model, owner) for model, owner in generation.public_ids().items()]
+    rows = [_model(generation, model, owner) for model, owner in visible_ids(generation).items()]
     return jsonify({"object": "list", "data": rows})
 
 
@@ -74,14 +93,14 @@ async def retrieve_model(model: str) -> Response:
         UnknownModel: It is not listed.
     """
     generation = _generation()
-    ids = generation.public_ids()
+    ids = visible_ids(generation)
     if model in ids:
         return jsonify(_model(generation, model, ids[model]))
     try:
         route = generation.route(model)  # says which upstreams have an ambiguous id
     except Unavailable as error:  # a call would get a 503; here the model is not listed
         raise UnknownModel(model, reason=error.message) from None
-    if route.alias != model:
+    if route.alias != model and may_use(current_key(), generation, model):
         return jsonify(_model(generation, model, route.targets[0].upstream))
     raise UnknownModel(model, closest=routes.closest(model, ids))
 

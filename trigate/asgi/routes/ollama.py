@@ -8,9 +8,10 @@ import datetime
 import msgspec
 from quart import Blueprint, Response, abort, jsonify, request
 
-from trigate.asgi.quart_app import current_gateway
+from trigate.asgi.quart_app import current_gateway, current_key
+from trigate.asgi.routes.models import may_use, visible_ids
 from trigate.dialects.ollama import VERSION, encode_show, encode_tag
-from trigate.errors import BadRequest, NotFound
+from trigate.errors import BadRequest, NotFound, UnknownModel
 from trigate.openai.raw_json import decode_client
 from trigate.upstream.generation import Generation
 
@@ -41,7 +42,7 @@ async def list_tags() -> Response:
     created = _created(generation)
     models = [
         encode_tag(model, generation.model_fields(model, owner), created)
-        for model, owner in generation.public_ids().items()
+        for model, owner in visible_ids(generation).items()
     ]
     return jsonify({"models": models})
 
@@ -71,6 +72,8 @@ async def show() -> Response:
         raise BadRequest("You must provide a model.", param="model")
     generation = _generation()
     model = generation.named(asked)
+    if not may_use(current_key(), generation, model):
+        raise UnknownModel(model)
     owner = generation.public_ids().get(model) or generation.route(model).targets[0].upstream
     return jsonify(encode_show(model, generation.model_fields(model, owner), _created(generation)))
 

@@ -11,6 +11,7 @@ from quart import Blueprint, Response, jsonify, request
 
 from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.errors import BadRequest, NotFound
+from trigate.keys.errors import AdminRequired
 from trigate.store.records import Message, Session
 
 blueprint = Blueprint("sessions", __name__)
@@ -20,7 +21,17 @@ _DEFAULT_LIMIT = 20
 
 
 def _owner() -> str:
-    return current_key().name
+    """The owner of the sessions: the key's name. The admin may ask for those of another one (``?owner=NAME``).
+
+    Raises:
+        AdminRequired: Another key does.
+    """
+    key, asked = current_key(), request.args.get("owner")
+    if asked is None or asked == key.name:
+        return key.name
+    if not key.is_admin:
+        raise AdminRequired("Only the admin's key may see the sessions of another owner.")
+    return asked
 
 
 def _number(name: str, default: int, *, least: int, most: int) -> int:

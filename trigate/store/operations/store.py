@@ -14,6 +14,7 @@ from trigate.store import interface
 from trigate.store.interface import Write
 from trigate.store.operations.channels import ChannelOperations, WorkerOperations
 from trigate.store.operations.deliveries import DeliveryOperations
+from trigate.store.operations.keys import KeyOperations
 from trigate.store.operations.runs import IdempotencyOperations, RunOperations
 from trigate.store.operations.sessions import SessionOperations
 from trigate.store.operations.transactions import Transactions
@@ -51,6 +52,7 @@ class StoreOperations(Transactions):
         self.reasoning: interface.Reasoning = ReasoningOperations(self)
         self.responses: interface.Responses = ResponseOperations(self)
         self.quotas: interface.Quotas = QuotaOperations(self)
+        self.keys: interface.Keys = KeyOperations(self)
 
     @abc.abstractmethod
     def statistics(self) -> StoreStatistics:
@@ -158,7 +160,7 @@ class ResponseOperations:
     def put(self, response: StoredResponse) -> Write[None]:
         return self._transactions.write(lambda tables: tables.put_response(response))
 
-    async def get(self, owner: str, response_id: str) -> StoredResponse | None:
+    async def get(self, owner: str | None, response_id: str) -> StoredResponse | None:
         return await self._transactions.read(lambda tables: tables.response(owner, response_id))
 
     def delete(self, owner: str, response_id: str) -> Write[bool]:
