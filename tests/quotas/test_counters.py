@@ -7,13 +7,13 @@ import random
 import pytest
 
 from trigate.quotas.answer_sizes import ENOUGH, UNKNOWN_TOKENS, AnswerSizes
-from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Reservation, Slots, first_short
+from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Requests, Reservation, Slots, Tokens, first_short
 from trigate.quotas.periods import FOREVER, period_of
 
 
-def rate(limit: int = 60, *, unit: str = "requests", leased: bool = True) -> Rate:
+def rate(limit: int = 60, *, kind: type[Rate] = Requests, leased: bool = True) -> Rate:
     """A rate whose bucket is full."""
-    made = Rate(name="all/rate", scope="all", setting="rpm", limit=limit, unit=unit)  # type: ignore[arg-type]
+    made = kind(name="all/rate", scope="all", setting="rpm", limit=limit)
     if leased:
         made.add(limit, float(limit), 0.0)
     return made
@@ -69,7 +69,7 @@ def test_over_any_window_a_rate_holds() -> None:
 
 def test_tokens_are_corrected() -> None:
     """What a call held too much comes back; what it held too little is a debt that fills first."""
-    counter = rate(600, unit="tokens")
+    counter = rate(600, kind=Tokens)
     Reservation.of((counter,), Amounts(tokens=500)).settle(Amounts(tokens=100), 0.0)
     assert counter.available(0.0) == 500
     Reservation.of((counter,), Amounts(tokens=500)).settle(Amounts(tokens=900), 0.0)
@@ -94,7 +94,7 @@ def test_two_leases_of_a_rate_are_one_bucket() -> None:
 def test_a_random_sequence_leaves_nothing() -> None:
     """After 10 000 calls that overlap at random, nothing is held, and what is settled is what the calls have cost."""
     dice = random.Random(7)
-    counters: tuple[Counter, ...] = (rate(10**9, unit="tokens"), slots(50), budget(10**9))
+    counters: tuple[Counter, ...] = (rate(10**9, kind=Tokens), slots(50), budget(10**9))
     open_calls: list[Reservation] = []
     total = 0
     for _ in range(10_000):
@@ -123,10 +123,10 @@ def test_periods() -> None:
     """Weeks begin on Monday, months on their first day; the end of one is the beginning of the next."""
     for day in range(20_000, 20_800):
         for kind in ("day", "week", "month"):
-            first, end = period_of(kind, day)  # type: ignore[arg-type]
+            first, end = period_of(kind, day)
             assert first <= day < end
-            assert period_of(kind, end)[0] == end  # type: ignore[arg-type]
-            assert period_of(kind, end - 1) == (first, end)  # type: ignore[arg-type]
+            assert period_of(kind, end)[0] == end
+            assert period_of(kind, end - 1) == (first, end)
     assert period_of("total", 20_000) == (0, FOREVER)
 
 

@@ -179,7 +179,7 @@ async def test_every_scope(open_app: OpenApp, autojump_clock: MockClock, section
 async def test_every_format(open_app: OpenApp, autojump_clock: MockClock, path: str) -> None:
     """A refusal has the shape of its format, with the headers that every format has."""
     async with open_app(make_config(keys=keys(rpm=1)), Provider(says("x"))) as served:
-        extra = {"input": "Hi", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
+        extra: dict[str, Any] = {"input": "Hi", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
         await ask(served, path=path, **extra).wait()
         refused = await ask(served, path=path, **extra).wait()
         assert (refused.status, refused.header("x-ratelimit-limit-requests")) == (429, "1")
@@ -263,7 +263,7 @@ async def test_a_call_that_fails_settles(open_app: OpenApp, autojump_clock: Mock
 
 def test_bodies_that_say_how_long_an_answer_may_be() -> None:
     """In every format."""
-    from trigate.exchange.quota_hold import _asked
+    from trigate.exchange.call_amounts import _asked
     from trigate.openai.endpoints import ENDPOINTS
     from trigate.openai.request import decode_call
 
@@ -276,3 +276,29 @@ def test_bodies_that_say_how_long_an_answer_may_be() -> None:
     ):
         body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
         assert _asked(decode_call(ENDPOINTS["/v1/chat/completions"], body)) == expected
+
+
+async def test_an_upstream_at_its_limit_is_passed_over(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The next target serves the call; if there is none, the call is refused with the upstream's limit."""
+    config = make_config(
+        {"a": {"rpm": 2, "max_exchanges": 1}, "b": {"rpm": 1}}, models={"both": {"targets": ["a/m", "b/m"]}}
+    )
+    async with open_app(config, {"a": Provider(says("x")), "b": Provider(says("y"))}) as served:
+        calls = [await ask(served, "", model="both").wait() for _ in range(4)]
+        assert [call.header("x-trigate-upstream") for call in calls] == ["a", "a", "b", ""]
+        assert (calls[3].status, calls[3].error["code"]) == (429, "rate_limit_exceeded")
+        assert calls[3].error["limit"] == {"of": "upstream:a", "setting": "rpm", "value": 2}
+        assert calls[3].header("retry-after") == "30"
+        assert (await ask(served, "", model="b/m").wait()).error["limit"]["of"] == "upstream:b"
+        served.assert_clean()
+
+
+async def test_the_budget_of_an_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """What its calls have cost counts, and a call whose attempts fail gives back what it held."""
+    config = make_config({"a": {"budget_usd": "0.0007"}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}})
+    async with open_app(config, {"a": Provider(ANSWER), "b": Provider(says("y"))}) as served:
+        calls = [await ask(served, "", model="both").wait() for _ in range(4)]
+        assert [call.header("x-trigate-upstream") for call in calls] == ["a", "a", "b", "b"]
+        refused = await ask(served, "", model="a/m").wait()
+        assert (refused.status, refused.error["code"]) == (429, "insufficient_quota")
+        served.assert_clean()

@@ -35,7 +35,9 @@ from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
 from trigate.exchange.socket_relay import RelayedStream, SocketRelay
 from trigate.exchange.translation import Reader, Translation
+from trigate.exchange.upstream_gate import gate_of
 from trigate.openai.answer import Usage
+from trigate.quotas.service import Quotas
 from trigate.routing.plan import Plan, Step
 from trigate.routing.routes import Target
 from trigate.routing.target_state import Targets
@@ -55,6 +57,7 @@ class UpstreamServices:
         timers: Run the checks of time limits.
         socket_relay: The fast path; None = this system has no epoll.
         reasoning: What is remembered for the next call of a conversation.
+        quotas: The limits of upstreams.
     """
 
     targets: Targets
@@ -62,6 +65,7 @@ class UpstreamServices:
     timers: Timers
     socket_relay: SocketRelay | None
     reasoning: ReasoningMemory
+    quotas: Quotas
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -109,7 +113,8 @@ class UpstreamCall:
             GatewayError: No attempt could serve the call, or it was cancelled (`cancel`).
         """
         request, chance = self.request, self.services.chance
-        path = request.call.endpoint.path
+        path, quotas = request.call.endpoint.path, self.services.quotas
+        gate = await gate_of(request, self.route.targets, quotas) if quotas.limits_upstreams else None
         plan = Plan(
             self.route.alias,
             path,
@@ -118,6 +123,7 @@ class UpstreamCall:
             request.generation.config,
             weights=self.route.weights,
             key=request.affinity_key if len(self.route.targets) > 1 else None,
+            gate=gate,
         )
         now = trio.current_time()
         step = plan.first(now, chance())

@@ -135,6 +135,7 @@ async def open_gateway(
     ):
         open_next = functools.partial(_open_generation, background, transports)
         generations = Generations(await open_next(first))
+        workers.adopt_with(ledger.adopt)
         reasoning = ReasoningMemory(store)
         upstream_services = UpstreamServices(
             targets=targets,
@@ -142,6 +143,7 @@ async def open_gateway(
             timers=timers,
             socket_relay=SocketRelay(poller) if poller is not None else None,
             reasoning=reasoning,
+            quotas=quotas,
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger)

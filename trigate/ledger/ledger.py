@@ -238,6 +238,12 @@ class Ledger:
                 except OSError as error:
                     self._degrade(error)
 
+    async def adopt(self, worker: str, dead: Sequence[str]) -> None:
+        """Writes the records of workers that exited to the store now: before their leases become free
+        (`trigate.quotas`)."""
+        self._orphans_at = -math.inf
+        await self.flush()
+
     async def _adopt_orphans(self) -> None:
         """Writes the records of killed processes to the store."""
         await trio.lowlevel.checkpoint()

@@ -22,27 +22,25 @@ available until it has recovered.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, NamedTuple
 
 import attrs
 
-Unit = Literal["requests", "tokens", "exchanges", "micro-dollars"]
 _MINUTE_S = 60.0
 _ROUNDING = 1e-6
 """Sums of levels are not exact, and a rounding error must not refuse the last call of a minute."""
 
 
-@attrs.frozen(kw_only=True)
-class Amounts:
-    """What one call uses, or may use at most.
-
-    Attributes:
-        tokens: Of its prompt and its answer.
-        cost: In micro-dollars.
-    """
+class Amounts(NamedTuple):
+    """What one call uses, or may use at most: ``tokens`` of its prompt and its answer, ``cost`` in micro-dollars. It is
+    one request, and one exchange in flight."""
 
     tokens: int = 0
     cost: int = 0
+    calls: int = 1
+
+
+_TOKENS, _COST, _CALLS = range(3)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -57,18 +55,15 @@ class Counter:
         asked_at: When the store was last asked for more of it (Trio time).
     """
 
-    kind: ClassVar[Literal["rate", "slots", "budget"]]
-    counts_tokens: ClassVar[bool] = False
-    """Whether what it holds of a call depends on the call's tokens."""
+    which: ClassVar[int] = _CALLS
+    """Which of the `Amounts` of a call it counts."""
+    least: ClassVar[int] = 0
+    """What has to be left for a call that needs nothing."""
     name: str
     scope: str
     setting: str
     limit: int
     asked_at: float = -math.inf
-
-    def amount_of(self, amounts: Amounts) -> int:
-        """How much of this counter a call holds, or has used."""
-        raise NotImplementedError
 
     def available(self, now: float) -> float:
         """How much of the lease is left; below 0 = it is overdrawn."""
@@ -102,13 +97,13 @@ class Counter:
 
 @attrs.define(eq=False, kw_only=True)
 class Rate(Counter):
-    """Requests or tokens per minute.
+    """Requests or tokens per minute: `Requests` or `Tokens`.
 
     Attributes:
         share: The lease: how much of the limit is this worker's.
         level: How much of it may be used at once, at the time ``at``.
 
-    >>> rate = Rate(name="key:ada/rpm", scope="key:ada", setting="rpm", limit=60, unit="requests")
+    >>> rate = Requests(name="key:ada/rpm", scope="key:ada", setting="rpm", limit=60)
     >>> rate.add(60, 60.0, 0.0)
     >>> rate.available(0.0)
     60.0
@@ -117,15 +112,9 @@ class Rate(Counter):
     (0.0, 2.0, 0.0, 3.0)
     """
 
-    kind = "rate"
-    counts_tokens = True
-    unit: Literal["requests", "tokens"]
     share: int = 0
     level: float = 0.0
     at: float = 0.0
-
-    def amount_of(self, amounts: Amounts) -> int:
-        return 1 if self.unit == "requests" else amounts.tokens
 
     def available(self, now: float) -> float:
         share = self.share
@@ -136,10 +125,6 @@ class Rate(Counter):
 
     def hold(self, amount: int) -> None:
         self.level -= amount
-
-    def settle(self, held: int, used: int, now: float) -> None:
-        if self.unit == "tokens" and held != used:  # a request has been made, however it ended
-            self.level = min(float(self.share), self.available(now) + held - used)
 
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.level = self.available(now) + tokens
@@ -164,6 +149,25 @@ class Rate(Counter):
 
 
 @attrs.define(eq=False, kw_only=True)
+class Requests(Rate):
+    """Requests per minute."""
+
+    def settle(self, held: int, used: int, now: float) -> None:
+        """Changes nothing: a request has been made, however it ended."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Tokens(Rate):
+    """Tokens per minute."""
+
+    which = _TOKENS
+
+    def settle(self, held: int, used: int, now: float) -> None:
+        if held != used:
+            self.level = min(float(self.share), self.available(now) + held - used)
+
+
+@attrs.define(eq=False, kw_only=True)
 class Slots(Counter):
     """Exchanges in flight.
 
@@ -172,12 +176,8 @@ class Slots(Counter):
         held: Exchanges in flight.
     """
 
-    kind = "slots"
     granted: int = 0
     held: int = 0
-
-    def amount_of(self, amounts: Amounts) -> int:
-        return 1
 
     def available(self, now: float) -> float:
         return self.granted - self.held
@@ -227,8 +227,8 @@ class Budget(Counter):
     (85, 15)
     """
 
-    kind = "budget"
-    counts_tokens = True
+    which = _COST
+    least = 1
     soft_limit: int | None = None
     first_day: int
     end_day: int
@@ -237,9 +237,6 @@ class Budget(Counter):
     held: int = 0
     spent_elsewhere: int = 0
     episodes: set[str] = attrs.field(factory=set)
-
-    def amount_of(self, amounts: Amounts) -> int:
-        return amounts.cost
 
     def available(self, now: float) -> float:
         return self.granted - self.settled - self.held
@@ -278,7 +275,7 @@ def first_short(counters: tuple[Counter, ...], amounts: Amounts, now: float) -> 
     A budget has enough for a call that costs nothing, but not when it is spent.
     """
     for counter in counters:
-        if counter.available(now) + _ROUNDING < (counter.amount_of(amounts) or (counter.kind == "budget")):
+        if counter.available(now) + _ROUNDING < (amounts[counter.which] or counter.least):
             return counter
     return None
 
@@ -299,7 +296,7 @@ class Reservation:
     def of(cls, counters: tuple[Counter, ...], amounts: Amounts) -> Reservation:
         """Holds the amounts of all counters, each of which has enough (`first_short`)."""
         for counter in counters:
-            counter.hold(counter.amount_of(amounts))
+            counter.hold(amounts[counter.which])
         return cls(counters, amounts)
 
     def settle(self, used: Amounts, now: float) -> None:
@@ -309,4 +306,4 @@ class Reservation:
         self._is_settled = True
         held = self.held
         for counter in self.counters:
-            counter.settle(counter.amount_of(held), counter.amount_of(used), now)
+            counter.settle(held[counter.which], used[counter.which], now)

@@ -11,7 +11,7 @@ import math
 
 from trigate.errors import Header
 from trigate.openai.endpoints import Format
-from trigate.quotas.counters import Budget, Counter, Rate
+from trigate.quotas.counters import Budget, Counter, Rate, Tokens
 from trigate.quotas.periods import DAY_S, FOREVER
 
 NEARLY = 0.75
@@ -29,36 +29,44 @@ def limit_headers(
         is_refused: The call was refused for a budget.
     """
     headers: list[Header] = []
-    tightest: dict[str, tuple[float, Rate]] = {}
     budgets: list[Budget] = []
+    requests: Rate | None = None
+    tokens: Rate | None = None
+    left_requests = left_tokens = math.inf
     for counter in counters:
-        if isinstance(counter, Rate):
-            left = counter.available(now) + counter.limit - counter.share  # other workers may have the rest
-            found = tightest.get(counter.unit)
-            if found is None or left < found[0]:
-                tightest[counter.unit] = left, counter
-        elif isinstance(counter, Budget):
-            budgets.append(counter)
-    for unit, (left, rate) in tightest.items():
-        remaining, reset_s = max(0, math.floor(left + 1e-6)), max(0.0, (rate.limit - left) / rate.limit * 60)
-        if form == "anthropic":
-            prefix = f"anthropic-ratelimit-{unit}".encode()
-            headers += [
-                (prefix + b"-limit", b"%d" % rate.limit),
-                (prefix + b"-remaining", b"%d" % remaining),
-                (prefix + b"-reset", _rfc3339(posix_s + reset_s)),
-            ]
-        name = unit.encode()
+        match counter:
+            case Rate():
+                left = counter.available(now) + counter.limit - counter.share  # other workers may have the rest
+                if isinstance(counter, Tokens):
+                    if left < left_tokens:
+                        tokens, left_tokens = counter, left
+                elif left < left_requests:
+                    requests, left_requests = counter, left
+            case Budget():
+                budgets.append(counter)
+    for name, rate, left in ((b"requests", requests, left_requests), (b"tokens", tokens, left_tokens)):
+        if rate is None:
+            continue
+        limit, reset_s = b"%d" % rate.limit, max(0.0, (rate.limit - left) / rate.limit * 60)
+        remaining = b"%d" % max(0, math.floor(left + 1e-6))
         headers += [
-            (b"x-ratelimit-limit-" + name, b"%d" % rate.limit),
-            (b"x-ratelimit-remaining-" + name, b"%d" % remaining),
+            (b"x-ratelimit-limit-" + name, limit),
+            (b"x-ratelimit-remaining-" + name, remaining),
             (b"x-ratelimit-reset-" + name, duration(reset_s).encode()),
         ]
+        if form == "anthropic":
+            headers += [
+                (b"anthropic-ratelimit-%b-limit" % name, limit),
+                (b"anthropic-ratelimit-%b-remaining" % name, remaining),
+                (b"anthropic-ratelimit-%b-reset" % name, _rfc3339(posix_s + reset_s)),
+            ]
+    if not budgets:
+        return headers
     warned = [each for each in budgets if each.soft_limit is not None and each.spent >= each.soft_limit]
     if warned:
         text = ", ".join(f"{each.scope} has spent {dollars(each.spent)} USD" for each in warned)
         headers.append((b"x-trigate-budget-warning", text.encode()))
-    if form == "anthropic" and budgets:
+    if form == "anthropic":
         headers += _unified(budgets, is_refused=is_refused)
     return headers
 
@@ -89,9 +97,10 @@ def duration(seconds: float) -> str:
     >>> duration(0.0201), duration(1), duration(90.25), duration(3600)
     ('21ms', '1s', '1m30.25s', '1h0m0s')
     """
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000 - 1e-6)}ms"
-    whole = math.ceil(seconds * 1000 - 1e-6) / 1000
+    milliseconds = math.ceil(seconds * 1000 - 1e-6)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    whole = milliseconds / 1000
     minutes, rest = divmod(whole, 60)
     text = f"{round(rest, 3):g}s"
     if minutes < 60:

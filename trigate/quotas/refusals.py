@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from trigate.errors import ConcurrencyExceeded, LimitReached, QuotaSpent, TokensExceeded
-from trigate.quotas.counters import Budget, Counter, Rate, Slots
+from trigate.quotas.counters import Budget, Counter, Requests, Slots, Tokens
 from trigate.quotas.headers import dollars
 from trigate.quotas.periods import DAY_S, FOREVER
 
@@ -20,12 +20,12 @@ def refusal(counter: Counter, amount: int, now: float, posix_s: float) -> LimitR
     scope, limit, whose = counter.scope, counter.limit, _whose(counter.scope)
     after_s = counter.frees_in_s(amount, now)
     match counter:
-        case Rate(unit="requests"):
+        case Requests():
             message = (
                 f"{whose} may make {limit} calls a minute (rpm), and has made them. Try again in {_shown(after_s)}."
             )
             return LimitReached(message, scope=scope, setting="rpm", limit=limit, retry_after_s=after_s)
-        case Rate():
+        case Tokens():
             when = "which is more" if after_s is None else f"which will be free in {_shown(after_s)}"
             message = f"{whose} may use {limit} tokens a minute (tpm). This call may need {amount} of them, {when}."
             return TokensExceeded(message, scope=scope, setting="tpm", limit=limit, retry_after_s=after_s)

@@ -39,7 +39,7 @@ from trigate.errors import StoreUnavailable
 from trigate.keys.key import Key
 from trigate.logs import log
 from trigate.quotas.answer_sizes import AnswerSizes
-from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Reservation, Slots, first_short
+from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Requests, Reservation, Slots, Tokens, first_short
 from trigate.quotas.headers import dollars
 from trigate.quotas.periods import DAY_S, period_of
 from trigate.quotas.refusals import refusal
@@ -47,9 +47,9 @@ from trigate.store.interface import Store
 from trigate.store.records import LeaseWish
 from trigate.workers.membership import Workers
 
-PATIENCE_S = 0.25
+PATIENCE_S = 0.15
 """Seconds that a call waits for other workers to give back what they do not use."""
-ASK_AGAIN_S = 0.5
+ASK_AGAIN_S = 0.1
 """Seconds before a worker asks for more of a limit that is reached."""
 _POLL_S = 0.02
 _MAX_KNOWN = 20_000
@@ -171,13 +171,9 @@ class Quotas:
         """The counters of a scope. They are found by name, so those of two models share that of their key."""
         found: list[Counter] = []
         if settings.rpm is not None:
-            found.append(
-                self._keep(Rate(name=f"{scope}/rpm", scope=scope, setting="rpm", limit=settings.rpm, unit="requests"))
-            )
+            found.append(self._keep(Requests(name=f"{scope}/rpm", scope=scope, setting="rpm", limit=settings.rpm)))
         if settings.tpm is not None:
-            found.append(
-                self._keep(Rate(name=f"{scope}/tpm", scope=scope, setting="tpm", limit=settings.tpm, unit="tokens"))
-            )
+            found.append(self._keep(Tokens(name=f"{scope}/tpm", scope=scope, setting="tpm", limit=settings.tpm)))
         if settings.max_exchanges is not None:
             limit, name = settings.max_exchanges, f"{scope}/max_exchanges"
             found.append(self._keep(Slots(name=name, scope=scope, setting="max_exchanges", limit=limit)))
@@ -242,10 +238,19 @@ class Quotas:
         """As `reserve_nowait`, but leases what is missing.
 
         Raises:
-            LimitReached: A limit is reached: the error says which, and when to try again.
-            StoreUnavailable: Nothing can be leased.
+            LimitReached, StoreUnavailable: As `lease`.
 
         **Cancels:** while it waits; nothing is held then.
+        """
+        await self.lease(counters, amounts)
+        return Reservation.of(counters, amounts)
+
+    async def lease(self, counters: tuple[Counter, ...], amounts: Amounts) -> None:
+        """Leases what a call needs of all its counters, and holds nothing.
+
+        Raises:
+            LimitReached: A limit is reached: the error says which, and when to try again.
+            StoreUnavailable: Nothing can be leased.
         """
         await trio.lowlevel.checkpoint()
         tried: set[Counter] = set()
@@ -253,8 +258,8 @@ class Quotas:
             now = trio.current_time()
             short = first_short(counters, amounts, now)
             if short is None:
-                return Reservation.of(counters, amounts)
-            amount = short.amount_of(amounts)
+                return
+            amount = amounts[short.which]
             if short in tried or (short not in self._renewing and now < short.asked_at + ASK_AGAIN_S):
                 self._note_reached(short)
                 raise refusal(short, amount, now, time.time())
@@ -324,7 +329,7 @@ class Quotas:
             least=0,
             most=0,
             at=time.time(),
-            is_rate=counter.kind == "rate",
+            is_rate=isinstance(counter, Rate),
             first_day=first,
             end_day=end,
         )
@@ -362,6 +367,12 @@ class Quotas:
             soft = counter.soft_limit if isinstance(counter, Budget) else None
             if isinstance(counter, Budget) and soft is not None and counter.spent >= soft:
                 self._note_episode(counter, "soft_budget", soft)
+
+    def spend_at(self, upstream: str, cost: int, posix_s: float) -> None:
+        """Counts what a call has cost in the budgets of an upstream, which its attempts have held."""
+        for counter in self.upstream_counters(upstream, posix_s):
+            if isinstance(counter, Budget):
+                counter.settle(0, cost, 0.0)
 
     def _note_reached(self, counter: Counter) -> None:
         if isinstance(counter, Budget):

@@ -15,7 +15,7 @@ The rules:
   first one has not answered within its delay.
 * With **affinity**, the calls of a conversation prefer one target; this changes the order, and nothing else.
 * A target whose breaker is open is skipped. If all breakers are open, the call fails at once, and the error says when
-  to retry.
+  to retry. A target whose upstream is at a limit of its own (`Gate`) is skipped in the same way.
 * Only failures count against a target. A refusal (`retry.REFUSALS`) shows that it works. A target that does not serve
   the endpoint (`Unsupported`) comes after all others for a while.
 * An error for a reason that the model names (``on``, `retry.reasons_of`) leads to the targets that have not been tried
@@ -30,7 +30,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from trigate.config.sections import Config, ModelConfig
 from trigate.errors import GatewayError, Throttled, Unavailable, Unsupported, UpstreamTimeout
@@ -57,6 +57,22 @@ class Step(NamedTuple):
     entry: Entry = "call"
 
 
+class Gate(Protocol):
+    """The limits of upstreams, which hold for each attempt."""
+
+    def admits(self, target: Target) -> bool:
+        """Whether an attempt may begin."""
+
+    def enter(self, target: Target) -> None:
+        """An attempt begins, at a target that was admitted at the same time."""
+
+    def leave(self, target: Target, usage: Usage | None) -> None:
+        """It has ended."""
+
+    def refusal(self, target: Target) -> GatewayError:
+        """The error of a call whose target is not admitted."""
+
+
 class Plan:
     """The attempts of one call.
 
@@ -67,6 +83,7 @@ class Plan:
         states: The states of all targets.
         weights: Of the targets, for balance (`relative_weights`); empty = equal ones.
         key: The conversation of the call, if the model has affinity (`trigate.routing.affinity`); None = none.
+        gate: The limits of the upstreams; None = they have none.
     """
 
     __slots__ = (
@@ -74,6 +91,7 @@ class Plan:
         "_attempts",
         "_endpoint",
         "_failed",
+        "_gate",
         "_hedged",
         "_key",
         "_max",
@@ -97,8 +115,10 @@ class Plan:
         *,
         weights: tuple[float, ...] = (),
         key: bytes | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._name = alias
+        self._gate = gate
         self._endpoint = endpoint
         self._targets = targets
         self._key = key
@@ -122,10 +142,11 @@ class Plan:
         Raises:
             Unavailable: All breakers are open; its ``retry_after_s`` says for how long.
             Throttled: All breakers are open, and the one that closes first has opened for the provider's rate limit.
+            LimitReached: An upstream is at a limit of its own, and there is no other one.
         """
         for target in self._order(now, chance):
             state = self._state(target)
-            entry = state.breaker.enter(now)
+            entry = self._enter(target, state, now)
             if entry is not None:
                 budget = self._all_states.hedges(self._name)
                 if budget is not None:
@@ -137,6 +158,9 @@ class Plan:
         """The error of a call for which every breaker is open. For a provider's rate limit it is the provider's own
         error, which the call would have got from there."""
         states = [self._state(target) for target in self._targets]
+        for target, state in zip(self._targets, states, strict=True) if self._gate is not None else ():
+            if self._gate is not None and state.breaker.opens_in_s(now) <= 0 and not self._gate.admits(target):
+                return self._gate.refusal(target)
         first = min(states, key=lambda state: state.breaker.opens_in_s(now))
         after_s = max(0.001, first.breaker.opens_in_s(now))
         if isinstance(first.last_error, Throttled):
@@ -163,7 +187,7 @@ class Plan:
             if target in self._tries:
                 continue
             state = self._state(target)
-            entry = state.breaker.enter(now)
+            entry = self._enter(target, state, now)
             if entry is not None:
                 return self._begin(target, state, "failover", entry)
         return self._again(now, chance, left_s, leads_on=leads_on) if error.retryable else None
@@ -177,7 +201,7 @@ class Plan:
         if self._attempts >= self._max:
             return False
         left = [target for target in self._targets if target not in self._tries]
-        return any(self._state(target).breaker.opens_in_s(now) <= 0 for target in left)
+        return any(self._state(target).breaker.opens_in_s(now) <= 0 and self._admits(target) for target in left)
 
     def _again(self, now: float, chance: float, left_s: float, *, leads_on: bool) -> Step | None:
         """A target that has been tried: the one of the fewest tries that can be tried soonest, in its order; the one
@@ -191,7 +215,7 @@ class Plan:
             opens_s = self._state(target).breaker.opens_in_s(now)
             pause_s = backoff_s(tries, base_s=retries.backoff_s, max_s=retries.max_backoff_s, chance=chance)
             may_wait = opens_s <= retries.max_backoff_s and max(opens_s, pause_s) < left_s
-            if tries and may_wait and target not in self._spent:
+            if tries and may_wait and target not in self._spent and self._admits(target):
                 waits.append((tries, max(opens_s, pause_s), index))
         for _, after_s, index in sorted(waits):
             target = self._targets[index]
@@ -221,7 +245,7 @@ class Plan:
         for target in self._targets:
             state = self._state(target)
             may_serve = state.breaker.state(now) == "closed" and state.unserved_until <= now
-            if target not in self._tries and may_serve:
+            if target not in self._tries and may_serve and self._admits(target):
                 if not budget.take(now):
                     return None
                 self._hedged = True
@@ -235,7 +259,8 @@ class Plan:
             return None
         for target in sorted(self._targets, key=lambda target: self._tries.get(target, 0)):
             state = self._state(target)
-            entry = state.breaker.enter(now) if target not in self._tries or state.budget.take(now) else None
+            may_try = target not in self._tries or (self._admits(target) and state.budget.take(now))
+            entry = self._enter(target, state, now) if may_try else None
             if entry is not None:
                 return self._begin(target, state, "continue", entry)
         return None
@@ -260,6 +285,8 @@ class Plan:
         """
         state = self._states[step.target]
         state.in_flight -= 1
+        if self._gate is not None:
+            self._gate.leave(step.target, usage)
         if usage is not None:
             state.prompt_tokens += usage.prompt_tokens
             state.cached_tokens += usage.cached_tokens
@@ -293,9 +320,20 @@ class Plan:
     def _state(self, target: Target) -> TargetState:
         return self._all_states.of(target, self._endpoint)
 
+    def _admits(self, target: Target) -> bool:
+        return self._gate is None or self._gate.admits(target)
+
+    def _enter(self, target: Target, state: TargetState, now: float) -> Entry | None:
+        """Passes the limits of the upstream and the breaker of a target; None = an attempt may not begin now."""
+        if self._gate is not None and not self._gate.admits(target):
+            return None
+        return state.breaker.enter(now)
+
     def _begin(self, target: Target, state: TargetState, why: Why, entry: Entry, after_s: float = 0.0) -> Step:
         self._states[target] = state
         state.in_flight += 1
+        if self._gate is not None:
+            self._gate.enter(target)
         tries = self._tries.get(target, 0)
         if not tries:
             state.budget.note_call()

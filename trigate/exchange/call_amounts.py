@@ -1,0 +1,69 @@
+"""What a call may use at most: tokens and money.
+
+That is not known before it has been served. Its prompt is estimated. Of its answer counts what the model's answers have
+had lately (`quotas.answer_sizes`), or what the call allows, if that is less. The price is that of the dearest target.
+"""
+
+from __future__ import annotations
+
+import time
+
+from trigate.openai.raw_json import decode_any
+from trigate.openai.request import Call
+from trigate.openai.token_estimate import estimated_tokens
+from trigate.quotas.counters import Amounts, Counter, Requests, Slots
+from trigate.quotas.service import Quotas
+from trigate.routing.routes import Target
+from trigate.upstream.generation import Generation
+
+NOTHING = Amounts()
+_MOST = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_NESTED = (("generationConfig", "maxOutputTokens"), ("options", "num_predict"), ("inferenceConfig", "maxTokens"))
+_WITHOUT_TEXT = ("/embeddings", "/moderations")
+"""Endpoints whose answers have no tokens."""
+
+
+def amounts_of(
+    call: Call, generation: Generation, targets: tuple[Target, ...], counters: tuple[Counter, ...], quotas: Quotas
+) -> Amounts:
+    """Returns what a call may use at most at one of these targets."""
+    for counter in counters:
+        if not isinstance(counter, Requests | Slots):
+            break
+    else:
+        return NOTHING
+    prompt, answer = estimated_tokens(call.body), 0
+    if call.endpoint.counts_tokens and call.endpoint.path not in _WITHOUT_TEXT:
+        answer = quotas.sizes.expected(call.model, _asked(call))
+        if "n" in call.fields or "prompt" in call.fields:
+            answer *= call.choices
+    return Amounts(tokens=prompt + answer, cost=_most(generation, targets, prompt, answer))
+
+
+def _most(generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int) -> int:
+    prices = getattr(generation, "prices", None)
+    if prices is None:
+        return 0
+    most, now = 0, time.time()
+    for target in targets:
+        price = prices.price(target.upstream, target.model, now)
+        if price is not None:
+            most = max(most, price.most(prompt, answer))
+    return most
+
+
+def _asked(call: Call) -> int | None:
+    """The most tokens that a call allows its answer; None = it does not say."""
+    fields = call.fields
+    for name in _MOST:
+        if name in fields:
+            asked = decode_any(bytes(fields[name]))
+            if type(asked) is int and asked > 0:
+                return asked
+    for name, inner in _NESTED:
+        if name in fields:
+            options = decode_any(bytes(fields[name]))
+            asked = options.get(inner) if isinstance(options, dict) else None
+            if type(asked) is int and asked > 0:
+                return asked
+    return None

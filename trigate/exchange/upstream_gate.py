@@ -1,0 +1,81 @@
+"""The limits of upstreams, for the plan of one call: a target whose upstream is at its limit is passed over.
+
+An attempt holds what it may use of the limits of its upstream, from when the plan begins it until the plan ends it. The
+money that the call has cost is counted when its exchange is settled, as in its record: with the upstream of the target
+that answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+import trio
+
+from trigate.errors import GatewayError, LimitReached
+from trigate.exchange.call_amounts import amounts_of
+from trigate.exchange.request import ExchangeRequest
+from trigate.openai.answer import Usage
+from trigate.quotas.counters import Amounts, Counter, Reservation, first_short
+from trigate.quotas.refusals import refusal
+from trigate.quotas.service import Quotas
+from trigate.routing.routes import Target
+
+
+class UpstreamGate:
+    """The `routing.plan.Gate` of one call. Made by `gate_of`."""
+
+    def __init__(self, request: ExchangeRequest, quotas: Quotas) -> None:
+        self._request = request
+        self._quotas = quotas
+        self._at = time.time()
+        self._held: dict[Target, Reservation] = {}
+
+    async def prepare(self, targets: Sequence[Target]) -> None:
+        """Leases what one attempt at each target needs, as far as there is as much."""
+        await trio.lowlevel.checkpoint()
+        for target in targets:
+            if not self.admits(target):
+                with contextlib.suppress(LimitReached):
+                    await self._quotas.lease(*self._needs(target))
+
+    def _needs(self, target: Target) -> tuple[tuple[Counter, ...], Amounts]:
+        counters = self._quotas.upstream_counters(target.upstream, self._at)
+        request = self._request
+        return counters, amounts_of(request.call, request.generation, (target,), counters, self._quotas)
+
+    def admits(self, target: Target) -> bool:
+        """Whether an attempt may begin."""
+        return first_short(*self._needs(target), trio.current_time()) is None
+
+    def enter(self, target: Target) -> None:
+        """An attempt begins."""
+        counters, amounts = self._needs(target)
+        if counters:
+            self._held[target] = Reservation.of(counters, amounts)
+
+    def leave(self, target: Target, usage: Usage | None) -> None:
+        """An attempt has ended."""
+        held = self._held.pop(target, None)
+        if held is not None:
+            tokens = usage.prompt_tokens + usage.completion_tokens if usage is not None else 0
+            held.settle(Amounts(tokens=tokens), trio.current_time())
+
+    def refusal(self, target: Target) -> GatewayError:
+        """The error of a call whose target is not admitted."""
+        counters, amounts = self._needs(target)
+        now = trio.current_time()
+        short = first_short(counters, amounts, now) or counters[0]
+        return refusal(short, amounts[short.which], now, self._at)
+
+
+async def gate_of(request: ExchangeRequest, targets: Sequence[Target], quotas: Quotas) -> UpstreamGate:
+    """Returns the gate of a call with these targets.
+
+    Raises:
+        StoreUnavailable: Nothing can be leased.
+    """
+    gate = UpstreamGate(request, quotas)
+    await gate.prepare(targets)
+    return gate
