@@ -88,6 +88,38 @@ class KeyConfig(KeySettings):
 
 
 @attrs.frozen(kw_only=True)
+class Rates:
+    """What a model costs, in US dollars per million tokens of each kind, and per call."""
+
+    input_usd: MicroUsd = MicroUsd(0)
+    """Tokens of the prompt that no cache had."""
+    output_usd: MicroUsd = MicroUsd(0)
+    """Tokens of the answer, those of its reasoning included."""
+    cache_read_usd: MicroUsd | None = None
+    """Tokens that the provider reads from its cache. None = ``input_usd``."""
+    cache_write_usd: MicroUsd | None = None
+    """Tokens that it writes into its cache. None = ``input_usd``."""
+    cache_write_1h_usd: MicroUsd | None = None
+    """Tokens that it keeps in its cache for an hour. None = ``cache_write_usd``."""
+    audio_input_usd: MicroUsd | None = None
+    """Tokens of sound in the prompt. None = ``input_usd``."""
+    audio_output_usd: MicroUsd | None = None
+    """Tokens of sound in the answer. None = ``output_usd``."""
+    call_usd: MicroUsd = MicroUsd(0)
+    """Of each call, besides its tokens."""
+
+
+@attrs.frozen(kw_only=True)
+class PriceConfig(Rates):
+    """``[prices."MODEL"]``: the price of a model, instead of the public one. ``MODEL`` is the id that the upstream
+    knows it by, at any upstream; or ``UPSTREAM/MODEL``, or ``UPSTREAM/*`` for all others of one upstream."""
+
+    long_prompt_tokens: Tokens | None = None
+    """With more tokens than this, the whole call costs what ``long_prompt`` says."""
+    long_prompt: Rates | None = None
+
+
+@attrs.frozen(kw_only=True)
 class AdminConfig:
     """``[admin]``: who administers keys, and sees all."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import attrs
 
-from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig
+from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
 from trigate.config.report_sections import AlertsConfig
 from trigate.config.secrets import Secret
 from trigate.config.values import Action as Action
@@ -459,6 +459,7 @@ class Config:
     admin: AdminConfig = attrs.field(factory=AdminConfig)
     allowance: Allowance = attrs.field(factory=Allowance)
     alerts: AlertsConfig = attrs.field(factory=AlertsConfig)
+    prices: Mapping[str, PriceConfig] = attrs.field(factory=dict)
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
     store: StoreConfig = StoreConfig()

@@ -17,7 +17,7 @@ import attrs
 
 from trigate.config import checks
 from trigate.config.converter import convert
-from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig
+from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
 from trigate.config.regions import base_url_of
 from trigate.config.report_sections import AlertsConfig
 from trigate.config.reveal import (
@@ -51,7 +51,7 @@ from trigate.config.sections import (
 
 SECTIONS = (
     *("server", "upstreams", "models", "limits", "retries", "breaker"),
-    *("keys", "groups", "admin", "allowance", "store", "ledger", "alerts"),
+    *("keys", "groups", "admin", "allowance", "prices", "store", "ledger", "alerts"),
     "reasoning_memory",
     *("sessions", "hooks", "channels"),
 )
@@ -93,6 +93,11 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     admin, problems = admin_key(admin, keys, env)
     document.problems += problems
     allowance = document.section(Allowance, "allowance")
+    prices = {
+        model: price
+        for model, value in document.tables("prices").items()
+        if (price := document.convert(PriceConfig, value, f"prices.{model}")) is not None
+    }
     hooks = _hooks(document, keys, env)
     channels, disabled_channels = _channels(document, hooks, env)
     limits = document.section(LimitsConfig, "limits")
@@ -116,6 +121,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         admin=admin,
         allowance=allowance,
         alerts=alerts,
+        prices=prices,
         disabled={**disabled, **disabled_channels},
         secrets=secrets,
         store=store,

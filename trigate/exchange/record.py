@@ -6,15 +6,15 @@ import time
 
 from trigate.dialects.errors import error_response
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.bill import bill_of
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.state import ExchangeState
-from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
 from trigate.store.records import AttemptRecord, ExchangeRecord
 
 
 def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
     """Completes the record of an exchange that has ended."""
-    source, call, usage = state.source, state.request.call, state.usage
+    source = state.source
     record.ended_at = time.time()
     record.outcome = state.outcome or ""
     record.status = _status_of(state)
@@ -24,13 +24,11 @@ def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
         record.events = source.events
         record.bytes = source.bytes_sent
         record.first_content_s = state.first_content_after_s
+    usage, record.counted, record.cost = bill_of(state, at=record.started_at)
     if usage is not None:
         record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
-    elif state.is_billed and (record.bytes or record.events):
-        # No usage was reported: estimate one token for each event of a stream, and four bytes for each of the rest.
-        record.prompt_tokens = estimated_tokens(call.body)
-        record.completion_tokens = record.events if call.stream else tokens_of_size(record.bytes)
-        record.counted = True
+        record.cached_tokens, record.cache_write_tokens = usage.cached_tokens, usage.cache_write_tokens
+        record.reasoning_tokens = usage.reasoning_tokens
 
 
 def _status_of(state: ExchangeState) -> int | None:

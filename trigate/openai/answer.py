@@ -28,6 +28,8 @@ class Usage(NamedTuple):
         cache_write_tokens: How many of the prompt's it has written into its cache.
         reasoning_tokens: How many of the answer's are reasoning.
         audio_tokens: How many of all are sound.
+        audio_output_tokens: How many of the answer's are sound.
+        cache_write_1h_tokens: How many of those in the cache the provider keeps for an hour, which costs more.
     """
 
     prompt_tokens: int
@@ -36,6 +38,8 @@ class Usage(NamedTuple):
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
     audio_tokens: int = 0
+    audio_output_tokens: int = 0
+    cache_write_1h_tokens: int = 0
 
     def __repr__(self) -> str:
         """Leaves out the details that are 0."""

@@ -1,6 +1,6 @@
 """The price of a model, and what token counts cost at it.
 
-Money is whole micro-dollars. The prices are micro-dollars per million tokens, so that a sum of tokens times prices is
+Money is whole micro-dollars. The rates are micro-dollars per million tokens, so that a sum of tokens times rates is
 exact, and is rounded once, at the end: half a micro-dollar and more count as one.
 """
 
@@ -24,6 +24,10 @@ class Price:
         cache_write: Tokens of the prompt that it wrote into its cache.
         output: Tokens of the answer, those of its reasoning included.
         call: Micro-dollars for each call.
+        cache_write_1h: Those that it keeps there for an hour; None = as all that it writes.
+        audio_input, audio_output: Tokens of sound; None = as those of text.
+        tiers: The prices of longer prompts: ``(more than so many tokens, price)``, the shortest first. The length of
+            the whole prompt decides, for all tokens of the call.
     """
 
     input: int
@@ -31,6 +35,18 @@ class Price:
     cache_write: int
     output: int
     call: int = 0
+    cache_write_1h: int | None = None
+    audio_input: int | None = None
+    audio_output: int | None = None
+    tiers: tuple[tuple[int, Price], ...] = ()
+
+    def of_prompt(self, prompt_tokens: int) -> Price:
+        """Returns the price for a prompt of this length."""
+        found = self
+        for above, price in self.tiers:
+            if prompt_tokens > above:
+                found = price
+        return found
 
     def cost(self, usage: Usage) -> MicroUsd:
         """Returns what token counts cost.
@@ -40,17 +56,32 @@ class Price:
         ... )
         2415
         """
-        plain = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
-        total = (
-            plain * self.input
-            + usage.cached_tokens * self.cache_read
-            + usage.cache_write_tokens * self.cache_write
-            + usage.completion_tokens * self.output
-        )
-        return MicroUsd(self.call + (total + _PER // 2) // _PER)
+        price = self.of_prompt(usage.prompt_tokens) if self.tiers else self
+        written, hour = usage.cache_write_tokens, 0
+        plain = usage.prompt_tokens - usage.cached_tokens - written
+        total = usage.cached_tokens * price.cache_read + usage.completion_tokens * price.output
+        if price.cache_write_1h is not None and usage.cache_write_1h_tokens:
+            hour = min(usage.cache_write_1h_tokens, written)
+            total += hour * (price.cache_write_1h - price.cache_write)
+        if usage.audio_tokens:
+            spoken = min(usage.audio_output_tokens, usage.completion_tokens)
+            heard = min(usage.audio_tokens - usage.audio_output_tokens, plain)
+            if price.audio_input is not None:
+                total += heard * (price.audio_input - price.input)
+            if price.audio_output is not None:
+                total += spoken * (price.audio_output - price.output)
+        total += plain * price.input + written * price.cache_write
+        return MicroUsd(price.call + (total + _PER // 2) // _PER)
 
     def most(self, prompt_tokens: int, completion_tokens: int) -> MicroUsd:
         """Returns the most that a call with these counts can cost, however much of its prompt is in a cache."""
-        dearest = max(self.input, self.cache_read, self.cache_write)
-        total = prompt_tokens * dearest + completion_tokens * self.output
-        return MicroUsd(self.call - -total // _PER)
+        price = self.of_prompt(prompt_tokens)
+        dearest = max(
+            price.input, price.cache_read, price.cache_write, price.cache_write_1h or 0, price.audio_input or 0
+        )
+        total = prompt_tokens * dearest + completion_tokens * max(price.output, price.audio_output or 0)
+        return MicroUsd(price.call - -total // _PER)
+
+
+FREE = Price(input=0, cache_read=0, cache_write=0, output=0)
+"""What a model costs that the gateway runs itself."""

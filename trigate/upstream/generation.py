@@ -21,6 +21,7 @@ from trigate.config.sections import AttemptTimeouts, Config, ModelConfig, Upstre
 from trigate.dialects.ollama import names_of
 from trigate.errors import GatewayError
 from trigate.openai.endpoints import Endpoint
+from trigate.prices.prices import Prices
 from trigate.routing import routes
 from trigate.routing.endpoints import call_targets, passed_targets
 from trigate.routing.plan import relative_weights
@@ -70,6 +71,7 @@ class Generation:
     Attributes:
         aliases: The configured aliases.
         trust: The certificate authorities, as they were when this generation first needed them.
+        prices: What the models of its upstreams cost.
         exchanges: The number of holds: exchanges that use this generation.
         created: When it was opened, in seconds since the epoch.
     """
@@ -78,6 +80,7 @@ class Generation:
         self.config = config
         self.upstreams = upstreams
         self.trust = trust
+        self.prices = Prices(config)
         self.aliases = Aliases({name: tuple(map(Target.parse, model.targets)) for name, model in config.models.items()})
         self._narrowed = any(upstream.endpoints is not None for upstream in config.upstreams.values())
         self._routes: dict[str, Route] = {}

@@ -1,0 +1,84 @@
+"""What an exchange has used and what that costs: its token counts over all attempts, and the sum of their prices."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from trigate.config.key_sections import MicroUsd
+from trigate.exchange.attempt import Attempt
+from trigate.exchange.state import ExchangeState
+from trigate.openai.answer import Usage
+from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
+from trigate.prices.price import FREE
+from trigate.routing.routes import Target
+
+
+class Bill(NamedTuple):
+    """What an exchange has used.
+
+    Attributes:
+        usage: The counts of all attempts together; None = nobody counts them.
+        counted: The gateway has estimated some of them.
+        cost: What they cost; None = a price is not known, or no count of tokens tells it.
+    """
+
+    usage: Usage | None
+    counted: bool
+    cost: MicroUsd | None
+
+
+_NOTHING = Bill(None, False, MicroUsd(0))
+
+
+def bill_of(state: ExchangeState, *, at: float) -> Bill:
+    """Makes the bill of an exchange, as far as its upstreams have answered until now.
+
+    Every attempt that has answered costs something: those that a continued stream consists of, and one that lost a
+    race with its content. An attempt that reports nothing has its tokens estimated: one for each event of a stream,
+    and four bytes for each of the rest.
+
+    Args:
+        at: When the prices apply (POSIX seconds).
+    """
+    source = state.source
+    if source is None or not source.attempts:
+        return _NOTHING
+    call = state.request.call
+    if not state.is_billed and call.endpoint.counts_tokens:
+        return _NOTHING  # another exchange of the shared call has it
+    parts: list[tuple[Target, Usage]] = []
+    counted = False
+    for attempt in source.attempts:
+        usage = attempt.reported_usage
+        if usage is not None:
+            parts.append((attempt.target, usage))
+    if call.endpoint.counts_tokens and len(parts) < len(source.attempts):
+        unreported = [each for each in source.attempts if each.reported_usage is None and _has_answered(each)]
+        if parts and unreported:
+            prompt = estimated_tokens(call.body)
+            parts += [(each.target, Usage(prompt, _events(each))) for each in unreported]
+            counted = True
+        elif not parts and source.target is not None and (source.bytes_sent or source.events):
+            completion = source.events if call.stream else tokens_of_size(source.bytes_sent)
+            parts.append((source.target, Usage(estimated_tokens(call.body), completion)))
+            counted = True
+    prices = state.request.generation.prices
+    if not parts:
+        if not call.model or source.target is None or not (source.bytes_sent or source.events):
+            return _NOTHING
+        price = prices.price(source.target.upstream, source.target.model, at)
+        return _NOTHING if price is FREE else Bill(None, False, None)
+    cost: MicroUsd | None = MicroUsd(0)
+    for target, usage in parts:
+        price = prices.price(target.upstream, target.model, at)
+        cost = None if price is None or cost is None else MicroUsd(cost + price.cost(usage))
+    total = parts[0][1] if len(parts) == 1 else Usage(*map(sum, zip(*[usage for _, usage in parts], strict=True)))
+    return Bill(total, counted, cost)
+
+
+def _has_answered(attempt: Attempt) -> bool:
+    return attempt.reader is not None and attempt.reader.has_content
+
+
+def _events(attempt: Attempt) -> int:
+    return attempt.reader.events if attempt.reader is not None else 0

@@ -1,0 +1,98 @@
+"""The prices of the models of one configuration: those that it sets, and the public ones of its providers."""
+
+from __future__ import annotations
+
+import attrs
+
+from trigate.config.key_sections import PriceConfig, Rates
+from trigate.config.sections import Config, UpstreamConfig
+from trigate.prices.price import FREE, Price
+from trigate.prices.table import DatedPrices, PriceTable, ProviderPrices, read_table
+
+_KINDS = {"azure": "azure", "bedrock": "aws", "gemini": "google", "vertex": "google"}
+"""The providers of the upstreams that are known by their kind, whatever their base URL is."""
+_MAX_KEPT = 4096
+
+
+class Prices:
+    """What the models of the upstreams cost. It is asked for each attempt, and looks a model up once.
+
+    Attributes:
+        source: Where the public prices come from; empty = no upstream needs them.
+        unknown: The targets (``upstream/model``) whose price somebody has asked for, and which have none.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.source = ""
+        self.unknown: dict[str, None] = {}
+        self._own = {model: DatedPrices(((None, _configured(each)),)) for model, each in config.prices.items()}
+        self._upstreams: dict[str, ProviderPrices | DatedPrices | None] = {}
+        self._found: dict[tuple[str, str], DatedPrices | None] = {}
+        remote = {name: each for name, each in config.upstreams.items() if each.kind not in ("echo", "local")}
+        table = read_table() if remote else None
+        shared: dict[str, ProviderPrices] = {}
+        for name, upstream in config.upstreams.items():
+            if table is None or name not in remote:
+                self._upstreams[name] = DatedPrices(((None, FREE),))
+                continue
+            self.source = table.source
+            provider = _provider_of(upstream, table)
+            if provider is not None and provider not in shared:
+                shared[provider] = table.models_of(provider)
+            self._upstreams[name] = shared[provider] if provider is not None else None
+
+    def __repr__(self) -> str:
+        return f"<Prices from {self.source or 'nowhere'}, {len(self.unknown)} unknown>"
+
+    def price(self, upstream: str, model: str, at: float) -> Price | None:
+        """Returns what a model costs at an upstream, at a time in POSIX seconds; None = it is not known.
+
+        Args:
+            model: The id that the upstream knows it by.
+        """
+        key = (upstream, model)
+        try:
+            found = self._found[key]
+        except KeyError:
+            if len(self._found) >= _MAX_KEPT:
+                self._found.clear()  # clients choose the ids, so their number has no other bound
+            found = self._found[key] = self._find(upstream, model)
+        price = found.at(at) if found is not None else None
+        if price is None and len(self.unknown) < _MAX_KEPT:
+            self.unknown[f"{upstream}/{model}"] = None
+        return price
+
+    def _find(self, upstream: str, model: str) -> DatedPrices | None:
+        for name in (f"{upstream}/{model}", f"{upstream}/*", model):
+            if name in self._own:
+                return self._own[name]
+        source = self._upstreams.get(upstream)
+        return source.find(model) if isinstance(source, ProviderPrices) else source
+
+
+def _provider_of(upstream: UpstreamConfig, table: PriceTable) -> str | None:
+    found = table.provider_of(str(upstream.base_url)) if upstream.base_url is not None else None
+    return found or _KINDS.get(upstream.kind)
+
+
+def _configured(config: PriceConfig) -> Price:
+    price = _price(config)
+    if config.long_prompt is None:
+        return price
+    return attrs.evolve(price, tiers=((config.long_prompt_tokens or 0, _price(config.long_prompt)),))
+
+
+def _price(rates: Rates) -> Price:
+    def or_input(value: int | None) -> int:
+        return rates.input_usd if value is None else value
+
+    return Price(
+        input=rates.input_usd,
+        cache_read=or_input(rates.cache_read_usd),
+        cache_write=or_input(rates.cache_write_usd),
+        cache_write_1h=rates.cache_write_1h_usd,
+        output=rates.output_usd,
+        audio_input=rates.audio_input_usd,
+        audio_output=rates.audio_output_usd,
+        call=rates.call_usd,
+    )
