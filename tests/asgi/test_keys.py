@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -241,3 +242,42 @@ async def test_priority(open_app: OpenApp, autojump_clock: MockClock) -> None:
         for each in (*low, *high):
             await each.wait()
         assert max(each.ended_at for each in high) < min(each.ended_at for each in low)
+
+
+async def test_responses_belong_to_their_key(open_app: OpenApp) -> None:
+    """A stored response of one key is a 404 for another; the admin sees it and may delete it."""
+    config = make_config(
+        {"up": {"models": ["m"], "responses": "translate"}}, admin={"key": ADMIN}, keys={"ada": "a-key-of-ada"}
+    )
+    async with open_app(config, Provider(ANSWER)) as served:
+        secret = await make(served)
+        made = await ask(served, "POST", "/v1/responses", {"model": "up/m", "input": "Hi", "stream": True}, key=secret)
+        found = re.search(rb'"id":"(resp_[^"]+)"', made.body)
+        assert found is not None
+        path = f"/v1/responses/{found[1].decode()}"
+        for key, method, status in (
+            (secret, "GET", 200),
+            ("a-key-of-ada", "GET", 404),
+            ("a-key-of-ada", "DELETE", 404),
+            (ADMIN, "GET", 200),
+            (ADMIN, "DELETE", 200),
+            (secret, "GET", 404),
+        ):
+            assert (await ask(served, method, path, key=key)).status == status, (key, method)
+
+
+async def test_formats_of_refusals(open_app: OpenApp) -> None:
+    """Each format has its own shape of a refusal."""
+    async with open_app(CONFIG, providers()) as served:
+        secret = await make(served, models=["fast"])
+        body = {"model": "up/other", "messages": HI, "max_tokens": 5}
+        refused = await served.client.start("POST", "/v1/messages", body, headers={"x-api-key": secret}).wait()
+        assert (refused.status, refused.json["type"], refused.json["error"]["type"]) == (
+            403,
+            "error",
+            "permission_error",
+        )
+        gemini = {"contents": [{"parts": [{"text": "Hi"}]}]}
+        path = "/v1beta/models/up/other:generateContent"
+        refused = await served.client.start("POST", path, gemini, headers={"x-goog-api-key": secret}).wait()
+        assert (refused.status, refused.json["error"]["status"]) == (403, "PERMISSION_DENIED")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import click.testing
 import pytest
@@ -81,6 +82,15 @@ def test_what_the_gateway_refuses(gateway: Gateway, args: tuple[str, ...], messa
     result = keys(gateway, *args)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_check(tmp_path: Path) -> None:
+    """`trigate check` says that there is an admin, and that keys may be elsewhere."""
+    path = tmp_path / "trigate.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    runner = click.testing.CliRunner(env={"TRIGATE_CONFIG": str(path), "TRIGATE_API_KEY": None})
+    result = runner.invoke(cli, ["check"], prog_name="trigate")
+    assert "keys: none in the configuration\nadmin: has a key" in result.output, result.output
 
 
 def test_without_the_admin_s_key(gateway: Gateway) -> None:

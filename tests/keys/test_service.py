@@ -19,10 +19,11 @@ from trigate.config.sections import Config
 from trigate.errors import BadRequest, NotFound, RateLimited, StoreUnavailable, Unauthenticated
 from trigate.keys import service
 from trigate.keys.key import ANYBODY, Key
-from trigate.keys.service import FAILURES, Keys, open_keys
+from trigate.keys.service import FAILURES, Keys, digest_of, open_keys
 from trigate.keys.virtual import PREFIX, VirtualKeys
 from trigate.store.interface import Store
 from trigate.store.memory import open_memory_store
+from trigate.store.records import VirtualKey
 from trigate.store.sqlite import open_sqlite_store
 from trigate.workers.membership import open_workers
 
@@ -251,13 +252,40 @@ async def test_an_address_that_fails_too_often(autojump_clock: MockClock) -> Non
         assert outcome(keys, b"guess") is Unauthenticated
 
 
+async def test_a_client_that_repeats_a_wrong_key(autojump_clock: MockClock) -> None:
+    """It gets 429 like one that sends none, but keys that are new at its address are not refused for that, as behind a
+    proxy; a guess that got no answer is not told from a key."""
+    config = make_config(keys={"ada": "a-key-of-ada", "bob": "a-key-of-bob"})
+    async with in_memory(config) as (keys, _):
+        for secret in (b"the-old-key", b""):
+            said = [outcome(keys, secret) for _ in range(2 * FAILURES)]
+            assert said[-1] is RateLimited
+        assert outcome(keys, b"a-key-of-ada") == "ada"
+        for number in range(FAILURES):
+            outcome(keys, b"guess %d" % number)
+        await trio.sleep(1)
+        assert {outcome(keys, secret) for secret in (b"guess", b"guess", b"a-key-of-bob")} == {RateLimited}
+
+
+async def test_settings_of_a_later_version() -> None:
+    """A key with a setting that is not known may use nothing, since the setting may be a limit."""
+    async with open_memory_store() as store, opened(store, configured()) as (keys, _):
+        row = VirtualKey("key_1", "eve", digest_of(b"a-secret"), "sk", b'{"rpd":5}', 0.0)
+        await store.keys.add(row)
+        await keys.refresh()
+        key = keys.find(b"a-secret")
+        assert key is not None
+        assert not key.may_use("up/m", ["up/m"])
+        assert not key.may_call_hook("ci")
+
+
 async def test_failures_need_bounded_memory(autojump_clock: MockClock) -> None:
     """Addresses are forgotten in excess of a number, also those from which one key has been used, and an IPv6 client
     has one allowance for its whole network."""
     async with in_memory(make_config(keys={"ada": "a-key-of-ada"})) as (keys, _):
         for number in range(11_000):
-            outcome(keys, b"guess", f"198.51.{number // 256}.{number % 256}")
-        assert len(keys._failures) == 10_000
+            outcome(keys, b"guess %d" % number, f"198.51.{number // 256}.{number % 256}")
+        assert {len(kept) for kept in (keys._failures, keys._guesses, keys._wrong)} == {10_000}
         for number in range(100):
             assert outcome(keys, b"a-key-of-ada", f"203.0.113.{number}") == "ada"
         assert len(keys.named("ada").addresses) == 64
@@ -312,9 +340,9 @@ async def test_a_hundred_thousand_keys(tmp_path: Path) -> None:
         )
     config = configured()
     async with open_sqlite_store(path) as store:
-        began = time.monotonic()
+        began = time.process_time()  # of all threads; other processes do not count
         async with opened(store, config) as (keys, _):
-            assert time.monotonic() - began < 1.0
+            assert time.process_time() - began < 1.0
             assert keys.find(b"secret 99999") is not None
             costs = []
             for secret in (b"secret 99999", b"a-key-of-ada"):

@@ -86,6 +86,8 @@ def check(config_path: str | None) -> None:
     click.echo(f"{config.source}: ok")
     click.echo(f"listens on {config.server.host}:{config.server.port}, {config.server.workers} worker(s)")
     without_keys = "none (open to everybody: insecure)" if config.server.insecure else "none (this machine only)"
+    if config.admin.key is not None:
+        without_keys = "none in the configuration"
     click.echo(f"keys: {', '.join(config.keys) or without_keys}")
     if config.admin.key is not None:
         click.echo("admin: has a key, and makes others with `trigate keys`")

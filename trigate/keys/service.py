@@ -43,6 +43,7 @@ LOAD_S = 5.0
 FAILURES = 30
 """How many requests of an address may fail at once for want of a key; see `Keys.authenticate`."""
 FAILURES_PER_S = 0.5
+_MAX_WRONG = 10_000
 _SETTINGS = [field.name for field in attrs.fields(KeySettings)]
 
 
@@ -73,6 +74,8 @@ class Keys:
         self._refreshing = trio.Lock()
         self._check_now = Wakeup()
         self._failures = RateLimiter()
+        self._guesses = RateLimiter()
+        self._wrong: dict[bytes, None] = {}  # the digests of the last keys that were found to be wrong
         self.are_required = False
         self.are_several = False
         self.are_virtual = False
@@ -112,9 +115,10 @@ class Keys:
     def authenticate(self, secret: bytes, address: str | None) -> Key:
         """Returns the key of a request.
 
-        An address with more failures than `FAILURES` at once, and `FAILURES_PER_S` in the long run, is refused with any
-        key, right or wrong, that has not been used from it before. So it cannot guess, and a client with a wrong key
-        does not lock out its neighbours. An IPv6 address counts with all of its /64 network.
+        An address may fail `FAILURES` times at once, and `FAILURES_PER_S` in the long run; further failures are a 429.
+        If it has failed so often with *different* keys, every key is refused, right or wrong, that has not been used
+        from it before: it cannot guess. A client that repeats a wrong key, or has none, does not lock out its
+        neighbours. An IPv6 address counts with all of its /64 network.
 
         Args:
             secret: What the request has; empty = nothing.
@@ -131,12 +135,7 @@ class Keys:
         key = self.find(secret)
         if key is not None and address in key.addresses:
             return key
-        now, network = trio.current_time(), _network(address)
-        if key is not None:
-            wait_s = self._failures.wait_s(network, rate_per_s=FAILURES_PER_S, burst=FAILURES, now=now)
-        else:
-            wait_s = self._failures.take(network, rate_per_s=FAILURES_PER_S, burst=FAILURES, now=now)
-        if wait_s:
+        if wait_s := self._wait_s(secret, _network(address), is_known=key is not None):
             raise RateLimited("Too many requests from this address had no valid key.", retry_after_s=wait_s)
         if key is None:
             if self.are_virtual and not self._is_loaded and secret:
@@ -145,6 +144,22 @@ class Keys:
             raise Unauthenticated(f"{problem} This gateway requires one: Authorization: Bearer YOUR_KEY.")
         key.note_address(address)
         return key
+
+    def _wait_s(self, secret: bytes, network: str, *, is_known: bool) -> float:
+        """Counts a request that has no key, or one that has not been used from its address; 0.0 = it is answered, else
+        after how many seconds it would be."""
+        now = trio.current_time()
+        if is_known:
+            return self._guesses.wait_s(network, rate_per_s=FAILURES_PER_S, burst=FAILURES, now=now)
+        wait_s = self._failures.take(network, rate_per_s=FAILURES_PER_S, burst=FAILURES, now=now)
+        if not secret or (digest := digest_of(secret)) in self._wrong:
+            return wait_s
+        guess_s = self._guesses.take(network, rate_per_s=FAILURES_PER_S, burst=FAILURES, now=now)
+        if not guess_s:  # a guess that got no answer is none: the next time, it gets none either
+            if len(self._wrong) >= _MAX_WRONG:
+                del self._wrong[next(iter(self._wrong))]
+            self._wrong[digest] = None
+        return max(wait_s, guess_s)
 
     def find(self, secret: bytes) -> Key | None:
         """Returns the key with a secret; None = there is none, or it has expired."""
@@ -265,8 +280,8 @@ class Keys:
 
     async def load(self) -> None:
         """Waits until the virtual keys are there, if there may be some, but not longer than `LOAD_S`."""
+        await trio.lowlevel.checkpoint()
         if not self.are_virtual:
-            await trio.lowlevel.checkpoint()
             return
         with trio.move_on_after(LOAD_S), contextlib.suppress(StoreUnavailable):
             await self.refresh()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -12,6 +13,8 @@ from trigate.store.records import LoadedKey, VirtualKey
 
 _NAMES = [field.name for field in attrs.fields(VirtualKey)]
 _COLUMNS = ", ".join(_NAMES)
+_loaded: Callable[[Sequence[Any]], LoadedKey] = partial(tuple.__new__, LoadedKey)
+"""As `LoadedKey._make`, at half the cost: there may be a hundred thousand rows."""
 _NEXT_VERSION = "(SELECT ifnull(max(version), 0) + 1 FROM keys)"
 
 
@@ -53,7 +56,7 @@ class KeyTables(ReasoningTables):
             f" FROM keys WHERE version > ?{only} ORDER BY version",
             (version,),
         )
-        return [LoadedKey(*row) for row in rows]
+        return list(map(_loaded, rows))
 
     def _key(self, where: str, value: str) -> VirtualKey | None:
         rows = list(self._db.execute(f"SELECT {_COLUMNS} FROM keys {where}", (value,)))
