@@ -264,6 +264,25 @@ async def test_an_operator_ends_it(open_server: OpenServer) -> None:
         await _assert_clean(app)
 
 
+async def test_its_key_is_revoked(open_server: OpenServer) -> None:
+    """The session ends with an error that says so."""
+    async with open_upstream(echo) as upstream:
+        config = _config(upstream.port, admin={"key": "the-key-of-the-admin"})
+        async with open_server(config) as (http, app):
+            _, secret = await app.gateway.virtual_keys.create("eve", {})
+            headers = {"authorization": f"Bearer {secret}"}
+            async with open_client(http.base_url.port, headers=headers) as (client, _):
+                await client.next()
+                await app.gateway.virtual_keys.revoke("eve")
+                event = await client.next()
+                assert isinstance(event, TextMessage)
+                assert json.loads(event.data)["error"]["code"] == "key_revoked"
+            async with open_client(http.base_url.port, headers=headers) as (_, answer):
+                assert isinstance(answer, RejectConnection)
+                assert answer.status_code == 401
+            await _assert_clean(app)
+
+
 async def test_a_refusal_of_the_upstream(open_server: OpenServer) -> None:
     """Its status and its error; with a second upstream that accepts, that one is used."""
 
