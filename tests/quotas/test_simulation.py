@@ -22,7 +22,6 @@ from trio.testing import MockClock
 from tests.support.gateway import make_config
 from trigate.errors import LimitReached
 from trigate.keys.key import Key
-from trigate.keys.service import Keys
 from trigate.quotas import service
 from trigate.quotas.counters import Amounts, Budget, Reservation, Slots
 from trigate.quotas.service import Quotas
@@ -109,6 +108,11 @@ def _config() -> Any:
     )
 
 
+def _keys() -> list[Key]:
+    config = _config()
+    return [Key(name=name, settings=own, group=config.groups["team"]) for name, own in config.keys.items()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 async def test_a_hundred_thousand_calls(mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -131,9 +135,7 @@ async def _simulate(clock: MockClock, monkeypatch: pytest.MonkeyPatch, seed: int
             return START_S + trio.current_time() - begun_at
 
     monkeypatch.setattr(service, "time", VirtualTime)
-    keys = Keys()
-    keys.apply(_config())
-    names = [keys.named(f"k{n}") for n in range(KEYS)]
+    names = _keys()
     passed: dict[str, list[float]] = {key.name: [] for key in names}
     in_flight: Count[str] = Count()
     most_in_flight: Count[str] = Count()
@@ -244,8 +246,7 @@ def _record(worker: str, number: int, owner: str, cost: int) -> bytes:
 async def test_ten_thousand_random_cancellations(autojump_clock: MockClock) -> None:
     """Calls that are cancelled at any moment, while they wait or are served, leave nothing held and no lease lost."""
     dice = random.Random(5)
-    keys, config = Keys(), _config()
-    keys.apply(config)
+    names = _keys()
     async with open_memory_store() as store, trio.open_nursery() as nursery:
         machine = a_machine(store, nursery, 2)
 
@@ -261,7 +262,7 @@ async def test_ten_thousand_random_cancellations(autojump_clock: MockClock) -> N
         for _ in range(100):
             async with trio.open_nursery() as wave:
                 for _ in range(100):
-                    wave.start_soon(call, dice.choice(machine).quotas, keys.named(f"k{dice.randrange(KEYS)}"))
+                    wave.start_soon(call, dice.choice(machine).quotas, dice.choice(names))
         granted: Count[str] = Count()
         for worker in machine:
             assert not worker.quotas._renewing
