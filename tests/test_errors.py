@@ -7,6 +7,7 @@ import inspect
 import json
 import pkgutil
 import re
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from trigate.errors import (
     CallError,
     CancelledByOperator,
     ClientStalled,
+    ConcurrencyExceeded,
     Draining,
     Fault,
     Forbidden,
@@ -26,11 +28,13 @@ from trigate.errors import (
     HeadersTooLarge,
     IdempotencyConflict,
     Internal,
+    LimitReached,
     MethodNotAllowed,
     NotFound,
     Overloaded,
     PreviousResponseNotFound,
     ProtocolViolation,
+    QuotaSpent,
     RateLimited,
     Rejected,
     Reported,
@@ -38,6 +42,7 @@ from trigate.errors import (
     SessionBusy,
     StoreUnavailable,
     Throttled,
+    TokensExceeded,
     TooLarge,
     TooSlow,
     Truncated,
@@ -56,6 +61,8 @@ from trigate.errors import (
 from trigate.keys.errors import AdminRequired, HookNotAllowed, KeyRevoked, ModelNotAllowed
 
 ABSTRACT = {GatewayError, CallError, UpstreamError, Fault}
+
+LIMIT: Any = {"scope": "key:ada", "setting": "rpm", "limit": 3}
 
 # One of each, with the status, type and code that clients may rely on.
 SAMPLES: list[tuple[GatewayError, int, str, str]] = [
@@ -83,6 +90,10 @@ SAMPLES: list[tuple[GatewayError, int, str, str]] = [
     (UnsupportedMediaType("no"), 415, "invalid_request_error", "unsupported_media_type"),
     (WebSocketRefused(), 426, "invalid_request_error", "websocket_refused"),
     (RateLimited("no", retry_after_s=1.5), 429, "rate_limit_error", "rate_limited"),
+    (LimitReached("no", **LIMIT, retry_after_s=1.5), 429, "rate_limit_error", "rate_limit_exceeded"),
+    (TokensExceeded("no", **LIMIT, retry_after_s=None), 429, "rate_limit_error", "tokens_exceeded"),
+    (ConcurrencyExceeded("no", **LIMIT, retry_after_s=1.0), 429, "rate_limit_error", "concurrency_exceeded"),
+    (QuotaSpent("no", **LIMIT, retry_after_s=9.0), 429, "insufficient_quota", "insufficient_quota"),
     (Rejected("no", status=422), 422, "invalid_request_error", "upstream_rejected"),
     (Unsupported("no", status=501), 501, "invalid_request_error", "upstream_unsupported"),
     (Throttled("no", status=429), 429, "rate_limit_error", "upstream_throttled"),
@@ -194,10 +205,11 @@ def test_what_is_retryable() -> None:
 
 @each_sample
 def test_the_sdks_do_not_retry_what_was_tried(error: GatewayError) -> None:
-    """Provider errors and calls cancelled by an operator carry ``x-should-retry: false``; other errors do not."""
+    """Provider errors, calls cancelled by an operator and what a retry cannot help (a spent budget, more tokens than
+    the limit) carry ``x-should-retry: false``; other errors do not."""
     headers = dict(error.to_response()[1])
     assert (headers.get(b"x-should-retry") == b"false") == (
-        error.blame == "provider" or isinstance(error, CancelledByOperator)
+        error.blame == "provider" or isinstance(error, CancelledByOperator | QuotaSpent | TokensExceeded)
     )
 
 

@@ -11,8 +11,9 @@ The tree::
     │                                                   SessionBusy 409 · RunStopped 409 (`keys.errors`: of keys)
     │                                                   CancelledByOperator 409 · IdempotencyConflict 409 · TooLarge 413
     │                                                   UnsupportedMediaType 415 · WebSocketRefused 426
-    │                                                   RateLimited 429 · LimitReached 429 (TokensExceeded,
-    │                                                   ConcurrencyExceeded, QuotaSpent) · HeadersTooLarge 431
+    │                                                   RateLimited 429 · LimitReached 429
+    │                                                   TokensExceeded 429 · ConcurrencyExceeded 429
+    │                                                   QuotaSpent 429 · HeadersTooLarge 431
     │                                                   ClientStalled 503 (TooSlow)
     ├─ UpstreamError        the provider                Rejected (its own 4xx, passed through)
     │                                                   Throttled 429* · Unsupported 405/501* · Unavailable 502/503*

@@ -183,9 +183,14 @@ async def sweep(open_app: OpenApp, scene: Scene, trial: Trial) -> int:
         AssertionError: A trial left something behind.
     """
     config = make_config(
-        {"a": {"max_connections": 1}, "b": {"max_connections": 1}},
+        {
+            "a": {"max_connections": 1, "max_exchanges": 9, "budget_usd": 10**6},
+            "b": {"max_connections": 1, "tpm": 10**9},
+        },
         models={"both": {"targets": ["a/m", "b/m"]}},
+        prices={"m": {"input_usd": 1, "output_usd": 10}},
         limits={"first_token_timeout_s": 50, "idle_timeout_s": 50},
+        allowance={"rpm": 10**6, "tpm": 10**9, "max_exchanges": 9, "budget_usd": 10**6},
     )
     providers = {"a": Provider(), "b": Provider()}
     async with open_app(config, providers) as served:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import attrs
 import msgspec
 import pytest
 import trio
@@ -13,38 +12,19 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import DONE, Pause, Provider, Say, content, says, usage
-from trigate.exchange import live
-from trigate.exchange.record import complete_record
-from trigate.exchange.state import ExchangeState
-from trigate.prices.price import Price
-from trigate.store.records import ExchangeRecord
-from trigate.upstream.generation import Generation
+from trigate.config.sections import Config
 
 ADA, BOB = "key-of-ada-0123", "key-of-bob-0123"
 ANSWER = (Say(content("Hi")), Say(usage(100, 20)), Say(DONE))
 """An answer that costs 100 + 200 micro-dollars."""
 
 
-@attrs.frozen
-class Prices:
-    """One price for all models."""
-
-    def price(self, upstream: str, model: str, at: float) -> Price:
-        """A dollar per million tokens of the prompt, ten per million of the answer."""
-        return Price(input=1_000_000, cache_read=1_000_000, cache_write=1_000_000, output=10_000_000)
+PRICES = {"m": {"input_usd": 1, "output_usd": 10}}
 
 
-@pytest.fixture(autouse=True)
-def priced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives every call its price."""
-
-    def complete(record: ExchangeRecord, state: ExchangeState) -> None:
-        complete_record(record, state)
-        if state.usage is not None:
-            record.cost = Prices().price("", "", 0.0).cost(state.usage)
-
-    monkeypatch.setattr(live, "complete_record", complete)
-    monkeypatch.setattr(Generation, "prices", Prices(), raising=False)
+def priced(*args: Any, **sections: Any) -> Config:
+    """A configuration with prices."""
+    return make_config(*args, prices=PRICES, **sections)
 
 
 def ask(served: Served, secret: str = ADA, path: str = "/v1/chat/completions", **fields: Any) -> Any:
@@ -61,7 +41,7 @@ def keys(**settings: Any) -> dict[str, Any]:
 
 async def test_requests_per_minute(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """A minute's calls may come at once; the next is refused with the time to wait, and let through after it."""
-    async with open_app(make_config(keys=keys(rpm=3)), Provider(says("x"))) as served:
+    async with open_app(priced(keys=keys(rpm=3)), Provider(says("x"))) as served:
         left = [(await ask(served).wait()).header("x-ratelimit-remaining-requests") for _ in range(3)]
         assert left == ["2", "1", "0"]
         refused = await ask(served).wait()
@@ -79,7 +59,7 @@ async def test_requests_per_minute(open_app: OpenApp, autojump_clock: MockClock)
 
 async def test_tokens_per_minute(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The estimate is held before the call, and corrected by what the upstream reports."""
-    async with open_app(make_config(keys=keys(tpm=300)), Provider(ANSWER)) as served:
+    async with open_app(priced(keys=keys(tpm=300)), Provider(ANSWER)) as served:
         first = await ask(served).wait()
         assert (first.status, first.header("x-ratelimit-limit-tokens")) == (200, "300")
         assert 240 < int(first.header("x-ratelimit-remaining-tokens")) < 280
@@ -96,7 +76,7 @@ async def test_tokens_per_minute(open_app: OpenApp, autojump_clock: MockClock) -
 async def test_exchanges_in_flight(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """A call beyond the limit of exchanges in flight is refused; one that ends makes room."""
     slow = (Pause(10), *says("x"))
-    async with open_app(make_config(keys=keys(max_exchanges=1)), Provider(slow)) as served:
+    async with open_app(priced(keys=keys(max_exchanges=1)), Provider(slow)) as served:
         call = ask(served)
         await wait_all_tasks_blocked()
         refused = await ask(served).wait()
@@ -109,7 +89,7 @@ async def test_exchanges_in_flight(open_app: OpenApp, autojump_clock: MockClock)
 
 async def test_a_budget(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
     """When it is spent, a call is refused in a way that no SDK repeats, until the next period begins."""
-    async with open_app(make_config(keys=keys(budget_usd="0.0007")), Provider(ANSWER)) as served:
+    async with open_app(priced(keys=keys(budget_usd="0.0007")), Provider(ANSWER)) as served:
         for _ in range(2):
             assert (await ask(served).wait()).status == 200
         refused = await ask(served).wait()
@@ -127,7 +107,7 @@ async def test_a_budget(open_app: OpenApp, autojump_clock: MockClock, logs: Logs
 
 async def test_a_refusal_to_claude_code(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """On Anthropic's path it is a ``billing_error``, with the headers that Claude Code shows."""
-    async with open_app(make_config(keys=keys(budget_usd="0.0007", rpm=9)), Provider(ANSWER)) as served:
+    async with open_app(priced(keys=keys(budget_usd="0.0007", rpm=9)), Provider(ANSWER)) as served:
         first = await ask(served, path="/v1/messages").wait()
         assert first.header("anthropic-ratelimit-unified-status") == "allowed"
         assert first.header("anthropic-ratelimit-requests-remaining") == "8"
@@ -143,7 +123,7 @@ async def test_a_refusal_to_claude_code(open_app: OpenApp, autojump_clock: MockC
 
 async def test_a_soft_budget(open_app: OpenApp, autojump_clock: MockClock, logs: Logs) -> None:
     """It refuses nothing: the answers have a warning, and the log has it once."""
-    async with open_app(make_config(keys=keys(soft_budget_usd="0.0005")), Provider(ANSWER)) as served:
+    async with open_app(priced(keys=keys(soft_budget_usd="0.0005")), Provider(ANSWER)) as served:
         events: list[Any] = []
         served.gateway.exchange_services.quotas.on_budget = events.append
         calls = [await ask(served).wait() for _ in range(4)]
@@ -167,7 +147,7 @@ async def test_a_soft_budget(open_app: OpenApp, autojump_clock: MockClock, logs:
 )
 async def test_every_scope(open_app: OpenApp, autojump_clock: MockClock, sections: dict[str, Any], scope: str) -> None:
     """A group, a model and the whole gateway have limits as a key has them."""
-    async with open_app(make_config(**sections), Provider(says("x"))) as served:
+    async with open_app(priced(**sections), Provider(says("x"))) as served:
         secret = ADA if "keys" in sections else ""
         assert (await ask(served, secret).wait()).status == 200
         refused = await ask(served, secret).wait()
@@ -178,7 +158,7 @@ async def test_every_scope(open_app: OpenApp, autojump_clock: MockClock, section
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1beta/models/up/m:generateContent", "/api/chat"])
 async def test_every_format(open_app: OpenApp, autojump_clock: MockClock, path: str) -> None:
     """A refusal has the shape of its format, with the headers that every format has."""
-    async with open_app(make_config(keys=keys(rpm=1)), Provider(says("x"))) as served:
+    async with open_app(priced(keys=keys(rpm=1)), Provider(says("x"))) as served:
         extra: dict[str, Any] = {"input": "Hi", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
         await ask(served, path=path, **extra).wait()
         refused = await ask(served, path=path, **extra).wait()
@@ -189,7 +169,7 @@ async def test_every_format(open_app: OpenApp, autojump_clock: MockClock, path: 
 async def test_a_hundred_calls_on_a_budget_for_ten(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """100 calls at once, each of which can be paid ten times, spend no more than the budget."""
     slow = (Pause(1), *ANSWER)
-    async with open_app(make_config(keys=keys(budget_usd="0.003")), Provider(slow)) as served:
+    async with open_app(priced(keys=keys(budget_usd="0.003")), Provider(slow)) as served:
         calls = [ask(served) for _ in range(100)]
         statuses = sorted([(await call.wait()).status for call in calls])
         spent = sum(exchange.record.cost or 0 for exchange in served.settled)
@@ -201,7 +181,7 @@ async def test_a_hundred_calls_on_a_budget_for_ten(open_app: OpenApp, autojump_c
 
 async def test_what_is_spent_is_the_sum_of_the_ledger(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """By key, group, model, upstream and in all, to the micro-dollar."""
-    config = make_config(
+    config = priced(
         keys={"ada": {"secret": ADA, "group": "team"}, "bob": BOB},
         groups={"team": {"budget_usd": 1}},
         models={"fast": {"targets": ["up/m"]}},
@@ -228,10 +208,10 @@ async def test_what_is_spent_is_the_sum_of_the_ledger(open_app: OpenApp, autojum
 
 async def test_a_new_configuration(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """A limit that is raised counts at once, and what has been used stays used."""
-    async with open_app(make_config(keys=keys(rpm=1)), Provider(says("x"))) as served:
+    async with open_app(priced(keys=keys(rpm=1)), Provider(says("x"))) as served:
         await ask(served).wait()
         assert (await ask(served).wait()).status == 429
-        config = make_config(keys=keys(rpm=3))
+        config = priced(keys=keys(rpm=3))
         served.gateway.keys.apply(config)
         served.gateway.exchange_services.quotas.apply(config)
         assert [(await ask(served).wait()).status for _ in range(3)] == [200, 200, 429]
@@ -239,7 +219,7 @@ async def test_a_new_configuration(open_app: OpenApp, autojump_clock: MockClock)
 
 async def test_without_limits_nothing_is_counted(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """A gateway without limits has no counters, and its answers no headers of limits."""
-    async with open_app(make_config(keys=keys()), Provider(says("x"))) as served:
+    async with open_app(priced(keys=keys()), Provider(says("x"))) as served:
         call = await ask(served).wait()
         assert not [name for name, _ in call.headers if b"ratelimit" in name]
         assert not list(served.gateway.exchange_services.quotas.all_counters())
@@ -247,7 +227,7 @@ async def test_without_limits_nothing_is_counted(open_app: OpenApp, autojump_clo
 
 async def test_a_call_that_fails_settles(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """A refused call gives back its tokens and money, and keeps its request."""
-    config = make_config(keys=keys(rpm=9, tpm=1000, budget_usd=1, max_exchanges=3))
+    config = priced(keys=keys(rpm=9, tpm=1000, budget_usd=1, max_exchanges=3))
     async with open_app(config, Provider()) as served:
         call = await ask(served, model="nope").wait()
         assert call.status == 404
@@ -280,7 +260,7 @@ def test_bodies_that_say_how_long_an_answer_may_be() -> None:
 
 async def test_an_upstream_at_its_limit_is_passed_over(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """The next target serves the call; if there is none, the call is refused with the upstream's limit."""
-    config = make_config(
+    config = priced(
         {"a": {"rpm": 2, "max_exchanges": 1}, "b": {"rpm": 1}}, models={"both": {"targets": ["a/m", "b/m"]}}
     )
     async with open_app(config, {"a": Provider(says("x")), "b": Provider(says("y"))}) as served:
@@ -295,7 +275,7 @@ async def test_an_upstream_at_its_limit_is_passed_over(open_app: OpenApp, autoju
 
 async def test_the_budget_of_an_upstream(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """What its calls have cost counts, and a call whose attempts fail gives back what it held."""
-    config = make_config({"a": {"budget_usd": "0.0007"}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}})
+    config = priced({"a": {"budget_usd": "0.0007"}, "b": {}}, models={"both": {"targets": ["a/m", "b/m"]}})
     async with open_app(config, {"a": Provider(ANSWER), "b": Provider(says("y"))}) as served:
         calls = [await ask(served, "", model="both").wait() for _ in range(4)]
         assert [call.header("x-trigate-upstream") for call in calls] == ["a", "a", "b", "b"]

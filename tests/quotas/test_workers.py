@@ -12,8 +12,8 @@ import pytest
 import trio
 import trio.lowlevel
 
-from tests.quotas.test_limits import ADA, ANSWER, ask, keys, priced  # noqa: F401 - a fixture
-from tests.support.gateway import OpenApp, Served, make_config
+from tests.quotas.test_limits import ANSWER, ask, keys, priced
+from tests.support.gateway import OpenApp, Served
 from tests.support.provider import Pause, Provider, Script, says
 from trigate.quotas.counters import Budget, Counter, Slots
 from trigate.quotas.service import ASK_AGAIN_S
@@ -34,7 +34,7 @@ async def two_workers(
     open_app: OpenApp, store: Path, script: Script, **sections: Any
 ) -> AsyncIterator[tuple[Served, Served]]:
     """Opens two gateways over one store, both of which have joined."""
-    config = make_config(**sections)
+    config = priced(**sections)
     async with (
         open_app(config, Provider(script), store=store) as a,
         open_app(config, Provider(script), store=store) as b,
@@ -98,7 +98,7 @@ async def test_a_budget(open_app: OpenApp, tmp_path: Path) -> None:
 
 async def test_a_worker_that_exits_leaves_its_leases(open_app: OpenApp, tmp_path: Path) -> None:
     """What it has not used of a minute's calls, the next one may use at once."""
-    store, config = tmp_path / "s.db", make_config(keys=keys(rpm=5))
+    store, config = tmp_path / "s.db", priced(keys=keys(rpm=5))
     async with open_app(config, Provider(says("x")), store=store) as first:
         assert await statuses(ask(first)) == [200]
     async with open_app(config, Provider(says("x")), store=store) as second:
@@ -108,9 +108,7 @@ async def test_a_worker_that_exits_leaves_its_leases(open_app: OpenApp, tmp_path
 @pytest.mark.slow
 async def test_a_dead_worker(open_app: OpenApp, tmp_path: Path) -> None:
     """The leases of a worker that has died are free as soon as it is removed."""
-    async with open_app(
-        make_config(keys=keys(max_exchanges=2)), Provider(says("x")), store=tmp_path / "s.db"
-    ) as served:
+    async with open_app(priced(keys=keys(max_exchanges=2)), Provider(says("x")), store=tmp_path / "s.db") as served:
         store = served.gateway.store
         await store.quotas.lease(attrs.evolve(SLOTS, worker="w_dead"))
         assert await statuses(ask(served)) == [429]
@@ -121,14 +119,14 @@ async def test_a_dead_worker(open_app: OpenApp, tmp_path: Path) -> None:
 
 async def test_a_store_that_cannot_be_used(open_app: OpenApp) -> None:
     """Calls are served from the lease that the worker has; one that needs more is refused with the reason."""
-    async with open_app(make_config(keys=keys(rpm=9))) as served:
+    async with open_app(priced(keys=keys(rpm=9))) as served:
         store: Any = served.gateway.store
         served.providers["up"].play(says("x"))
         assert (await ask(served).wait()).status == 200
         store.failure = "the disk is full"
         assert (await ask(served).wait()).status == 200
-        served.gateway.exchange_services.quotas.apply(make_config(keys=keys(rpm=9, max_exchanges=1)))
-        served.gateway.keys.apply(make_config(keys=keys(rpm=9, max_exchanges=1)))
+        served.gateway.exchange_services.quotas.apply(priced(keys=keys(rpm=9, max_exchanges=1)))
+        served.gateway.keys.apply(priced(keys=keys(rpm=9, max_exchanges=1)))
         refused = await ask(served).wait()
         assert (refused.status, refused.error["code"]) == (503, "store_unavailable")
         store.failure = None
@@ -138,9 +136,7 @@ async def test_a_store_that_cannot_be_used(open_app: OpenApp) -> None:
 
 async def test_a_cancelled_call_loses_no_lease(open_app: OpenApp, tmp_path: Path) -> None:
     """A client that leaves while its call leases something: the lease is the worker's all the same."""
-    async with open_app(
-        make_config(keys=keys(max_exchanges=3)), Provider(says("x")), store=tmp_path / "s.db"
-    ) as served:
+    async with open_app(priced(keys=keys(max_exchanges=3)), Provider(says("x")), store=tmp_path / "s.db") as served:
         call = ask(served)
         await trio.lowlevel.checkpoint()
         call.disconnect()

@@ -41,12 +41,9 @@ def amounts_of(
 
 
 def _most(generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int) -> int:
-    prices = getattr(generation, "prices", None)
-    if prices is None:
-        return 0
     most, now = 0, time.time()
     for target in targets:
-        price = prices.price(target.upstream, target.model, now)
+        price = generation.prices.price(target.upstream, target.model, now)
         if price is not None:
             most = max(most, price.most(prompt, answer))
     return most

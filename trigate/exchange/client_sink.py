@@ -13,7 +13,7 @@ from trigate.dialects.endpoints import RESPONSES
 from trigate.dialects.errors import error_frame, error_response
 from trigate.dialects.openai_responses import overloaded_response, response_failed
 from trigate.dialects.stream import TranslatedStream
-from trigate.errors import ClientStalled, GatewayError, Header, QuotaSpent
+from trigate.errors import ClientStalled, GatewayError, Header, QuotaSpent, Rejected
 from trigate.exchange.answers import stream_headers
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.deadlines import StallDetector
@@ -257,7 +257,7 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
     overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
     headers.append((b"x-trigate-overhead-ms", b"%.3f" % (overhead_s * 1000)))
-    if state.counters:
+    if state.counters and not isinstance(state.error, Rejected):  # which has those of the provider
         is_refused = isinstance(state.error, QuotaSpent)
         headers += limit_headers(state.counters, state.call.endpoint.format, now, time.time(), is_refused=is_refused)
     return headers

@@ -52,7 +52,7 @@ class Counter:
         scope: Whose limit it is (``key:ada``).
         setting: The setting that sets it.
         limit: Of all workers together.
-        asked_at: When the store was last asked for more of it (Trio time).
+        ask_again_at: When the store may be asked for more of it again (Trio time).
     """
 
     which: ClassVar[int] = _CALLS
@@ -63,7 +63,7 @@ class Counter:
     scope: str
     setting: str
     limit: int
-    asked_at: float = -math.inf
+    ask_again_at: float = -math.inf
 
     def available(self, now: float) -> float:
         """How much of the lease is left; below 0 = it is overdrawn."""
@@ -81,8 +81,19 @@ class Counter:
         """Adds to the lease. ``tokens``: of a rate, how much of the amount may be used at once."""
         raise NotImplementedError
 
-    def give_back(self, now: float) -> int:
-        """Takes from the lease what is not in use, and returns it."""
+    def give_back(self, now: float, needed: int | None = None) -> int:
+        """Takes from the lease what is not in use, and returns it.
+
+        Args:
+            needed: What another worker needs: this much, or half of what is not in use, if that is more; None = all.
+        """
+        spare = max(0, math.floor(self.available(now) + _ROUNDING))
+        if needed is not None:
+            spare = min(spare, max(needed, spare // 2))
+        self._shrink(spare)
+        return spare
+
+    def _shrink(self, amount: int) -> None:
         raise NotImplementedError
 
     @property
@@ -130,11 +141,9 @@ class Rate(Counter):
         self.level = self.available(now) + tokens
         self.share += amount
 
-    def give_back(self, now: float) -> int:
-        spare = max(0, math.floor(self.available(now) + _ROUNDING))
-        self.share -= spare
-        self.level -= spare
-        return spare
+    def _shrink(self, amount: int) -> None:
+        self.share -= amount
+        self.level -= amount
 
     @property
     def is_unused(self) -> bool:
@@ -191,10 +200,8 @@ class Slots(Counter):
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.granted += amount
 
-    def give_back(self, now: float) -> int:
-        spare = max(0, self.granted - self.held)
-        self.granted -= spare
-        return spare
+    def _shrink(self, amount: int) -> None:
+        self.granted -= amount
 
     @property
     def is_unused(self) -> bool:
@@ -251,10 +258,8 @@ class Budget(Counter):
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.granted += amount
 
-    def give_back(self, now: float) -> int:
-        spare = max(0, self.granted - self.settled - self.held)
-        self.granted -= spare
-        return spare
+    def _shrink(self, amount: int) -> None:
+        self.granted -= amount
 
     @property
     def is_unused(self) -> bool:

@@ -8,9 +8,10 @@ The leases (`quotas.counters`) come from the store, which all workers of a machi
 
 * A worker that is alone leases all that is free, so only the first call of a limit waits for the store. Of several
   workers, one takes what it needs and half of the rest.
-* When nothing is left in the store, the worker asks the others. Each gives back at once all of its lease that is not in
-  use, and the worker that has asked tries again, for up to `PATIENCE_S`. Then the call is refused. While a limit is
-  reached, a worker asks every `ASK_AGAIN_S` only; calls between are refused without a wait.
+* When nothing is left in the store, the worker asks the others. Each gives back at once what is needed, or half of what
+  it does not use, if that is more, and answers. The worker that has asked tries again, and refuses the call when all
+  have answered, or after `PATIENCE_S`. While a limit is reached, a worker asks every `ASK_AGAIN_S` only; calls between
+  are refused at once.
 * So all workers together never use more than a limit, and a call can be refused although something is left of the limit
   only if another worker has it in its lease and is slow to give it back. When a worker is killed, its leases become
   free as soon as another one has noticed (`trigate.workers`): a limit can be exceeded then by what the worker had used
@@ -50,12 +51,16 @@ from trigate.workers.membership import Workers
 PATIENCE_S = 0.15
 """Seconds that a call waits for other workers to give back what they do not use."""
 ASK_AGAIN_S = 0.1
-"""Seconds before a worker asks for more of a limit that is reached."""
-_POLL_S = 0.02
+"""Seconds before a worker asks again for more of a limit of exchanges in flight that is reached."""
+_MAX_ASK_AGAIN_S = 1.0
+"""The same for a budget, and for a rate that does not fill sooner."""
 _MAX_KNOWN = 20_000
 _NO_LIMIT = MicroUsd(2**60)
 TOPIC = "quotas"
-"""The topic of the notification that asks other workers for a lease; its body is the name of the counter."""
+"""The topic of the notification that asks other workers for a lease; its body is how much is needed, and the name of
+the counter."""
+ANSWERS = "quotas-answer"
+"""That of their answer, whose body is the name: what they do not use is free."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,6 +111,7 @@ class Quotas:
         self._known: dict[tuple[Key, str], _Known] = {}
         self._upstreams: dict[str, _Known] = {}
         self._renewing: dict[Counter, RepeatedEvent] = {}
+        self._answered: dict[str, trio.MemorySendChannel[None]] = {}
         self._wanted: dict[Counter, int] = {}
         self._failures: dict[Counter, StoreUnavailable] = {}
         self._is_closed = False
@@ -113,6 +119,7 @@ class Quotas:
         self.on_budget: Callable[[BudgetEvent], None] = _ignore
         self.limits_upstreams = False
         workers.on_notify(TOPIC, self._on_asked)
+        workers.on_notify(ANSWERS, self._on_answer)
 
     def __repr__(self) -> str:
         return f"<Quotas, {len(self._counters)} counters>"
@@ -212,7 +219,7 @@ class Quotas:
         spare = counter.give_back(trio.current_time())
         if spare:
             self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
-        counter.limit, counter.asked_at = limit, -math.inf
+        counter.limit, counter.ask_again_at = limit, -math.inf
 
     def _forget_unused(self) -> None:
         """Gives back the leases that are not in use, and forgets their counters."""
@@ -260,7 +267,7 @@ class Quotas:
             if short is None:
                 return
             amount = amounts[short.which]
-            if short in tried or (short not in self._renewing and now < short.asked_at + ASK_AGAIN_S):
+            if short in tried or (short not in self._renewing and now < short.ask_again_at):
                 self._note_reached(short)
                 raise refusal(short, amount, now, time.time())
             if short not in self._renewing:
@@ -283,19 +290,13 @@ class Quotas:
         """Leases more of a counter, in a task of its own."""
         try:
             await self._workers.join()
-            give_up_at = trio.current_time() + PATIENCE_S
-            has_asked = False
-            while True:
-                others = await self._lease_once(counter)
+            if await self._lease_once(counter) and not self._has_enough(counter):
+                await self._ask_others(counter)
+            if not self._has_enough(counter):
                 now = trio.current_time()
-                if counter.available(now) >= self._wanted[counter] or not others or now >= give_up_at:
-                    break
-                if not has_asked:
-                    has_asked = True
-                    self._workers.notify(TOPIC, counter.name.encode())
-                await trio.sleep(_POLL_S)
-            if counter.available(now) < self._wanted[counter]:
-                counter.asked_at = now
+                after_s = counter.frees_in_s(self._wanted[counter], now)
+                longest_s = ASK_AGAIN_S if isinstance(counter, Slots) else _MAX_ASK_AGAIN_S
+                counter.ask_again_at = now + max(ASK_AGAIN_S, min(longest_s if after_s is None else after_s, longest_s))
         except StoreUnavailable as error:
             self._failures[counter] = error
         except Exception:  # a defect must not end the gateway
@@ -304,6 +305,26 @@ class Quotas:
         finally:
             del self._renewing[counter], self._wanted[counter]
             done.set()
+
+    def _has_enough(self, counter: Counter) -> bool:
+        return counter.available(trio.current_time()) >= self._wanted[counter]
+
+    async def _ask_others(self, counter: Counter) -> None:
+        """Leases what other workers give back."""
+        send, receive = trio.open_memory_channel[None](math.inf)
+        self._answered[counter.name] = send
+        missing = max(1, math.ceil(self._wanted[counter] - counter.available(trio.current_time())))
+        self._workers.notify(TOPIC, b"%d %b" % (missing, counter.name.encode()))
+        try:
+            give_up_at = trio.current_time() + PATIENCE_S
+            for _ in range(self._workers.count - 1):
+                with trio.move_on_at(give_up_at):
+                    await receive.receive()
+                await self._lease_once(counter)  # not within the time limit: a lease must not be lost
+                if self._has_enough(counter) or trio.current_time() >= give_up_at:
+                    break
+        finally:
+            del self._answered[counter.name]
 
     async def _lease_once(self, counter: Counter) -> bool:
         """Leases what is free, as far as this worker takes it; returns whether other workers have something."""
@@ -336,18 +357,28 @@ class Quotas:
 
     def _on_asked(self, body: bytes) -> None:
         """Another worker needs more of a limit: gives back what is not in use."""
-        counter = self._counters.get(body.decode(errors="replace"))
-        if counter is None or self._is_closed:
+        needed, _, name = body.partition(b" ")
+        counter = self._counters.get(name.decode(errors="replace"))
+        if self._is_closed:
             return
-        spare = counter.give_back(trio.current_time())
-        if spare:
+        spare = counter.give_back(trio.current_time(), int(needed)) if counter is not None else 0
+        if counter is not None and spare:
             self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
+        else:
+            self._workers.notify(ANSWERS, name)
+
+    def _on_answer(self, body: bytes) -> None:
+        """Another worker has given back what it does not use."""
+        send = self._answered.get(body.decode(errors="replace"))
+        if send is not None:
+            send.send_nowait(None)
 
     async def _return(self, counter: Counter, wish: LeaseWish, amount: int) -> None:
         try:
             await self._store.quotas.give_back(wish, amount)
         except StoreUnavailable:
             counter.add(amount, 0.0, trio.current_time())  # the store still has it as this worker's
+        self._workers.notify(ANSWERS, counter.name.encode())
 
     def close(self) -> None:
         """Gives back all leases. Synchronous: the store writes what is queued before it closes."""

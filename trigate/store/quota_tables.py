@@ -69,7 +69,7 @@ class QuotaTables:
     def _add(self, wish: LeaseWish, amount: int) -> None:
         self._db.execute(
             "INSERT INTO leases (worker, name, scope, first_day, end_day, amount) VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (worker, name) DO UPDATE SET amount = amount + excluded.amount",
+            " ON CONFLICT (name, worker) DO UPDATE SET amount = amount + excluded.amount",
             (wish.worker, wish.name, wish.scope, wish.first_day, wish.end_day, amount),
         )
 

@@ -12,6 +12,23 @@ from __future__ import annotations
 APPLICATION_ID = 0x54726967
 """``Trig`` in ASCII. It is in the file's header, so that a database of another program is not taken for a store."""
 
+_UPSTREAM = "substr(new.target, 1, instr(new.target, '/') - 1)"
+_DAY = "CAST(new.started_at / 86400 AS INTEGER)"
+_SPEND = f"""
+        INSERT INTO spent SELECT scope, {_DAY}, new.cost FROM (
+            SELECT 'all' AS scope
+            UNION ALL SELECT 'key:' || new.owner WHERE new.owner <> ''
+            UNION ALL SELECT 'group:' || new.key_group WHERE new.key_group <> ''
+            UNION ALL SELECT 'model:' || new.alias WHERE new.alias <> ''
+            UNION ALL SELECT 'upstream:' || {_UPSTREAM} WHERE new.target IS NOT NULL
+        ) WHERE true ON CONFLICT (scope, day) DO UPDATE SET amount = amount + excluded.amount;
+        UPDATE leases SET amount = amount - new.cost
+            WHERE worker = new.worker AND first_day <= {_DAY} AND end_day > {_DAY}
+            AND scope IN ('all', 'key:' || new.owner, 'group:' || new.key_group, 'model:' || new.alias,
+                'upstream:' || coalesce({_UPSTREAM}, ''));
+"""
+"""What the triggers on the records of exchanges do: a call has cost something."""
+
 MIGRATIONS = (
     """
     CREATE TABLE sessions (
@@ -203,7 +220,7 @@ MIGRATIONS = (
     # What an exchange has cost is counted where its record is inserted, whatever inserts it: so what is spent is the
     # sum of the records. At the same time its worker's leases shrink by as much: what is leased and what is spent are
     # never more than the limit together (`quota_tables`).
-    """
+    f"""
     ALTER TABLE exchanges ADD COLUMN alias TEXT NOT NULL DEFAULT '';
 
     CREATE TABLE spent (
@@ -220,9 +237,9 @@ MIGRATIONS = (
         first_day INTEGER NOT NULL,
         end_day INTEGER NOT NULL,
         amount INTEGER NOT NULL,
-        PRIMARY KEY (worker, name)
+        PRIMARY KEY (name, worker)
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX leases_of_limit ON leases (name);
+    CREATE INDEX leases_of_worker ON leases (worker, scope);
 
     CREATE TABLE unleased (
         name TEXT PRIMARY KEY,
@@ -231,33 +248,10 @@ MIGRATIONS = (
         full INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
 
-    CREATE VIEW scopes_of_exchanges AS
-        SELECT number, 'all' AS scope FROM exchanges
-        UNION ALL SELECT number, 'key:' || owner FROM exchanges WHERE owner <> ''
-        UNION ALL SELECT number, 'group:' || key_group FROM exchanges WHERE key_group <> ''
-        UNION ALL SELECT number, 'model:' || alias FROM exchanges WHERE alias <> ''
-        UNION ALL SELECT number, 'upstream:' || substr(target, 1, instr(target, '/') - 1) FROM exchanges
-            WHERE target IS NOT NULL;
-
-    CREATE TRIGGER exchange_added AFTER INSERT ON exchanges WHEN new.cost > 0 BEGIN
-        INSERT INTO spent SELECT scope, CAST(new.started_at / 86400 AS INTEGER), new.cost
-            FROM scopes_of_exchanges WHERE number = new.number
-            ON CONFLICT (scope, day) DO UPDATE SET amount = amount + excluded.amount;
-        UPDATE leases SET amount = amount - new.cost WHERE worker = new.worker
-            AND first_day <= CAST(new.started_at / 86400 AS INTEGER)
-            AND end_day > CAST(new.started_at / 86400 AS INTEGER)
-            AND scope IN (SELECT scope FROM scopes_of_exchanges WHERE number = new.number);
-    END;
+    CREATE TRIGGER exchange_added AFTER INSERT ON exchanges WHEN new.cost > 0
+    BEGIN {_SPEND} END;
     CREATE TRIGGER exchange_found AFTER UPDATE OF cost ON exchanges WHEN coalesce(old.cost, 0) = 0 AND new.cost > 0
-    BEGIN
-        INSERT INTO spent SELECT scope, CAST(new.started_at / 86400 AS INTEGER), new.cost
-            FROM scopes_of_exchanges WHERE number = new.number
-            ON CONFLICT (scope, day) DO UPDATE SET amount = amount + excluded.amount;
-        UPDATE leases SET amount = amount - new.cost WHERE worker = new.worker
-            AND first_day <= CAST(new.started_at / 86400 AS INTEGER)
-            AND end_day > CAST(new.started_at / 86400 AS INTEGER)
-            AND scope IN (SELECT scope FROM scopes_of_exchanges WHERE number = new.number);
-    END;
+    BEGIN {_SPEND} END;
     """,
     """
     CREATE TABLE keys (
