@@ -90,6 +90,7 @@ SECTIONS = {
     "[groups.NAME]": key_sections.GroupConfig,
     "[admin]": key_sections.AdminConfig,
     "[allowance]": key_sections.Allowance,
+    "[prices]": key_sections.PriceConfig,
     "[store]": sections.StoreConfig,
     "[reasoning_memory]": sections.ReasoningMemoryConfig,
     "[sessions]": sections.SessionsConfig,
