@@ -137,6 +137,7 @@ def test_units(title: str) -> None:
         "Limit": "count or 0",
         "Share": "share",
         "Tokens": "number",
+        "Rates": "table",
         "MicroUsd": "US dollars",
         "Mapping[Period, MicroUsd]": "table of US dollars",
         "Period": '`"day"`, `"week"`, `"month"` or `"total"`',

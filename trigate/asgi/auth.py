@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _OF_FILES = ("null", FILE_ORIGIN)
 _EXPOSED = (
     b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-cost-usd, "
-    b"x-trigate-coalesced, x-trigate-history-omitted, x-trigate-dropped, request-id, retry-after, retry-after-ms, x-should-retry"
+    b"x-trigate-coalesced, x-trigate-history-omitted, x-trigate-dropped, request-id, retry-after, "
+    b"retry-after-ms, x-should-retry"
 )
 
 
