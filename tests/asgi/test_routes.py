@@ -525,6 +525,18 @@ async def test_status_counts_and_remembers_the_last_error(open_app: OpenApp) -> 
         assert re.match(r"\d{4}-\d\d-\d\dT", upstream["last_error_at"])
 
 
+async def test_status_shows_the_cost(open_app: OpenApp) -> None:
+    """What all calls have cost, how many have no known cost, and for which targets there is no price."""
+    config = make_config({"up": {"models": ["m", "n"]}}, prices={"m": {"input_usd": 1}})
+    async with open_app(config, Provider(answers(completion("Hi")), answers(completion("Hi")))) as served:
+        for model in ("up/m", "up/n"):
+            await served.client.chat(stream=False, model=model).wait()
+        status = (await served.client.ask("GET", "/status")).json
+        assert (status["totals"]["cost_microusd"], status["totals"]["unpriced"]) == (3, 1)
+        assert status["prices"]["source"].startswith("genai-prices ")
+        assert status["prices"]["unknown"] == ["up/n"]
+
+
 async def test_status_shows_what_the_cache_saves(open_app: OpenApp) -> None:
     """The tokens of the prompts of each target, and how many came from its cache: of a stream, of an answer, and of one
     that another target had to give."""

@@ -412,7 +412,7 @@ def test_every_kind_of_event() -> None:
     for pieces in (EVERYTHING, (b"".join(EVERYTHING),)):
         events, reader = read(*pieces, ended=False)
         assert events == EVENTS
-        assert (reader.complete, reader.usage) == (True, Usage(100, 20, 60))
+        assert (reader.complete, reader.usage) == (True, Usage(100, 20, 60, 10))
 
 
 @given(st.lists(st.integers(0, 3000), max_size=5))

@@ -481,7 +481,7 @@ def test_reasons(reason: str, expected: str) -> None:
     choice = {"index": 0, "message": message, "finish_reason": reason}
     body = msgspec.json.encode({"id": "chatcmpl-1", "choices": [choice], "usage": chat.USAGE})
     data, usage = over_chat(asked).answer(asked, body, upstream="up")
-    assert usage == Usage(100, 20, 60)
+    assert usage == Usage(100, 20, 60, 10, 5)
     assert msgspec.json.decode(data) == {
         "candidates": [{"content": {"parts": [{"text": "a"}], "role": "model"}, "finishReason": expected, "index": 0}],
         "usageMetadata": COUNTED,

@@ -271,7 +271,7 @@ def test_everything(cuts: list[int]) -> None:
     edges = [0, *sorted(set(cuts)), len(whole)]
     out, reader = stream(*[whole[start:end] for start, end in itertools.pairwise(edges)])
     assert reader.complete
-    assert reader.usage == Usage(100, 20, 60)
+    assert reader.usage == Usage(100, 20, 60, 0, 5)
     message = message_of(out)
     thinking, *rest = message["content"]
     assert thinking["thinking"] == "Let me think."
@@ -295,7 +295,7 @@ def test_a_whole_answer() -> None:
     candidate = {"content": {"parts": parts}, "finishReason": "STOP"}
     body = msgspec.json.encode({"candidates": [candidate], "responseId": "r1", "usageMetadata": USAGE})
     answer, usage = GeminiUpstream().decode_answer(body, upstream="up")
-    assert usage == Usage(100, 20, 60)
+    assert usage == Usage(100, 20, 60, 0, 5)
     assert answer.parts == (
         Reasoning("hm", {"gemini": "BB=="}),
         Text("I call two."),
@@ -442,7 +442,7 @@ def test_events_go_through_as_they_came() -> None:
         reader = reader_of(GeminiRelay(), call())
         assert feed(reader, [b": a comment\n\n", *pieces]) == whole + new
         assert reader.complete
-        assert reader.usage == Usage(100, 20, 60)
+        assert reader.usage == Usage(100, 20, 60, 0, 5)
         reader = reader_of(GeminiRelay(), call(is_array=True))
         array = feed(reader, pieces)
         assert msgspec.json.decode(array) == decoded(whole + new)

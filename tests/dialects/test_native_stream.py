@@ -87,7 +87,7 @@ def test_a_text() -> None:
         + "data: [DONE]\n\n"
     )
     assert reader.complete
-    assert reader.usage == Usage(prompt_tokens=100, completion_tokens=20, cached_tokens=60)
+    assert reader.usage == Usage(100, 20, 60, 10, 5)
     plain, _ = translate(TEXT, stream_options=None)
     assert b"usage" not in plain
     assert message_of(plain)["content"] == "Hello"
@@ -347,7 +347,7 @@ def test_json_for_a_stream_and_back() -> None:
     assert message == MESSAGE
     answer, usage = translation.answer(asked, body, upstream="up")
     assert msgspec.json.decode(answer)["usage"] == COUNTED
-    assert usage == Usage(prompt_tokens=100, completion_tokens=20, cached_tokens=60)
+    assert usage == Usage(100, 20, 60, 10, 5)
 
 
 def test_a_stream_that_cannot_be_collected() -> None:

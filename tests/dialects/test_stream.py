@@ -55,7 +55,7 @@ def test_the_events_of_a_text() -> None:
     """The events are exactly these, in this order."""
     out, reader = translate(TEXT)
     assert reader.complete
-    assert reader.usage == Usage(100, 20, 60)
+    assert reader.usage == Usage(100, 20, 60, 10, 5)
     start, *rest = decoded(out)
     zero = {key: 0 for key in COUNTED if key.endswith("tokens")}
     assert start["message"] == {

@@ -50,6 +50,7 @@ async def test_version_1(open_app: OpenApp, stream: bool) -> None:
         "messages": [{"role": "user", "content": "Hi"}],
         "stream": stream,
         "new_field": [1.0],
+        **({"stream_options": {"include_usage": True}} if stream else {}),
     }
 
 

@@ -250,7 +250,7 @@ async def test_the_same_format_is_relayed_byte_for_byte(open_app: OpenApp) -> No
             "new-2030",
             "n",
         ]
-        assert served.settled[0].usage == Usage(50, 12, 40)  # with the tokens of the cache
+        assert served.settled[0].usage == Usage(50, 12, 40, 7)  # with the tokens of the cache
         served.assert_clean()
 
 
@@ -263,7 +263,7 @@ async def test_a_native_answer(open_app: OpenApp) -> None:
         call = await ask(served, model="c", stream=False).wait()
         assert call.json == {**answer, "model": "c"}
         assert served.providers["native"].calls[0].headers["anthropic-version"] == "2023-06-01"
-        assert served.settled[0].usage == Usage(50, 1, 40)
+        assert served.settled[0].usage == Usage(50, 1, 40, 7)
 
 
 async def test_a_native_answer_in_the_other_form(open_app: OpenApp) -> None:

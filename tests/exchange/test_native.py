@@ -105,7 +105,7 @@ async def test_a_stream(open_app: OpenApp) -> None:
         [exchange] = served.settled
         assert (exchange.outcome, exchange.usage, exchange.bytes_sent) == (
             "complete",
-            Usage(100, 20, 60),
+            Usage(100, 20, 60, 10, 5),
             len(call.body),
         )
         served.assert_clean()
@@ -118,7 +118,7 @@ async def test_an_answer(open_app: OpenApp) -> None:
         assert call.header("content-type") == "application/json"
         assert call.json["choices"][0]["message"]["content"] == "Hi"
         assert call.json["usage"]["prompt_tokens"] == 100
-        assert served.settled[0].usage == Usage(100, 1, 60)
+        assert served.settled[0].usage == Usage(100, 1, 60, 10)
 
 
 async def test_the_other_form_than_was_asked_for(open_app: OpenApp) -> None:

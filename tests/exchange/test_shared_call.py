@@ -56,6 +56,8 @@ def config(upstream: dict[str, Any] | None = None, model: dict[str, Any] | None 
 def ask(served: Served, text: str = "Hi", *, stream: Any = True, key: str = "", **headers: str) -> ClientCall:
     """Starts a call that may be shared."""
     body = {**chat(stream=stream, model="shared", temperature=0), "messages": [{"role": "user", "content": text}]}
+    if stream is True:
+        body["stream_options"] = {"include_usage": True}
     more = {"authorization": f"Bearer {key}"} if key else {}
     return served.client.start("POST", "/v1/chat/completions", body, headers={**more, **headers})
 

@@ -62,7 +62,7 @@ async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
             "prompt_tokens": 7,
             "completion_tokens": 2,
             "counted": False,
-            "events": 5,
+            "events": 4,
             "key_group": "",
             "cached_tokens": 0,
             "cache_write_tokens": 0,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.openai.wire import CHAT, RESPONSES, deep, json_values, make_event, make_reader, model_ids, text
 from trigate.errors import ProtocolViolation, Reported
-from trigate.openai.answer import Usage, decode_answer
+from trigate.openai.answer import Usage, decode_answer, parse_usage
 from trigate.openai.endpoints import ENDPOINTS, Endpoint
 
 EMBEDDINGS = ENDPOINTS["/v1/embeddings"]
@@ -58,6 +58,37 @@ def test_an_answer_is_otherwise_untouched(more: dict[str, Any], public: str) -> 
         ({**CHAT_COUNTS, "prompt_tokens_details": {"cached_tokens": 9}}, (3, 4, 3)),
         ({**CHAT_COUNTS, "prompt_tokens_details": {"cached_tokens": "2"}, "cached_tokens": -1}, (3, 4)),
         ({**CHAT_COUNTS, "prompt_tokens_details": [2]}, (3, 4)),
+        ({**CHAT_COUNTS, "prompt_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 2}}, (3, 4, 1, 2)),
+        ({**CHAT_COUNTS, "completion_tokens_details": {"reasoning_tokens": 3}}, (3, 4, 0, 0, 3)),
+        ({**CHAT_COUNTS, "total_tokens": 12, "completion_tokens_details": {"reasoning_tokens": 5}}, (3, 9, 0, 0, 5)),
+        ({"input_tokens": 3, "output_tokens": 4, "output_tokens_details": {"thinking_tokens": 3}}, (3, 4, 0, 0, 3)),
+        (
+            {
+                **CHAT_COUNTS,
+                "prompt_tokens_details": {"audio_tokens": 2},
+                "completion_tokens_details": {"audio_tokens": 3},
+            },
+            (3, 4, 0, 0, 0, 5, 3),
+        ),
+        (
+            {
+                "input_tokens": 9,
+                "output_tokens": 4,
+                "input_token_details": {"cached_tokens": 1, "audio_tokens": 8},
+                "output_token_details": {"audio_tokens": 4},
+            },
+            (9, 4, 1, 0, 0, 12, 4),
+        ),
+        (
+            {
+                "input_tokens": 1,
+                "output_tokens": 4,
+                "cache_read_input_tokens": 2,
+                "cache_creation_input_tokens": 30,
+                "cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20},
+            },
+            (33, 4, 2, 30, 0, 0, 0, 20),
+        ),
     ],
     ids=repr,
 )
@@ -66,6 +97,15 @@ def test_usage(usage: object, read: tuple[int, ...] | None) -> None:
     body = json.dumps({"output": [], "usage": usage}).encode()
     expected = Usage(*read) if read else None
     assert decode_answer(body, RESPONSES, model="m", upstream="mock")[1] == expected
+
+
+def test_the_counts_of_a_whole_stream() -> None:
+    """The last event of Anthropic's stream counts the answer alone: what was said of the prompt still holds."""
+    first = {"input_tokens": 1, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 3, "output_tokens": 1}
+    first |= {"cache_creation": {"ephemeral_1h_input_tokens": 3}}
+    last = {"output_tokens": 9, "output_tokens_details": {"thinking_tokens": 5}}
+    expected = Usage(6, 9, 2, 3, reasoning_tokens=5, cache_write_1h_tokens=3)
+    assert parse_usage(last, parse_usage(first)) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _OF_FILES = ("null", FILE_ORIGIN)
 _EXPOSED = (
-    b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-coalesced, "
+    b"x-request-id, x-trigate-upstream, x-trigate-attempts, x-trigate-overhead-ms, x-trigate-cost-usd, "
+    b"x-trigate-coalesced, "
     b"x-trigate-history-omitted, x-trigate-dropped, request-id, retry-after, retry-after-ms, x-should-retry, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, x-trigate-budget-warning"

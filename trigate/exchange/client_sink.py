@@ -15,6 +15,7 @@ from trigate.dialects.openai_responses import overloaded_response, response_fail
 from trigate.dialects.stream import TranslatedStream
 from trigate.errors import ClientStalled, GatewayError, Header, QuotaSpent, Rejected
 from trigate.exchange.answers import stream_headers
+from trigate.exchange.bill import bill_of, usd
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.deadlines import StallDetector
 from trigate.exchange.shared_call import Subscription
@@ -254,6 +255,10 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
             if source.dropped:
                 headers.append((b"x-trigate-dropped", ",".join(source.dropped).encode()))
         waited_s = source.waited_s(now)
+        if not state.call.stream and state.error is None:
+            cost = bill_of(state, at=time.time()).cost
+            if cost is not None:
+                headers.append((b"x-trigate-cost-usd", usd(cost).encode()))
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
     overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
     headers.append((b"x-trigate-overhead-ms", b"%.3f" % (overhead_s * 1000)))

@@ -29,6 +29,8 @@ class Totals:
     bytes: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost_microusd: int = 0
+    unpriced: int = 0
 
 
 def _is_fault(error: GatewayError | None) -> bool:
@@ -107,6 +109,10 @@ class LiveExchanges:
         if not record.counted:
             totals.prompt_tokens += record.prompt_tokens or 0
             totals.completion_tokens += record.completion_tokens or 0
+        if record.cost is None:
+            totals.unpriced += 1
+        else:
+            totals.cost_microusd += record.cost
         if record.outcome == Outcome.COMPLETE:
             totals.complete += 1
         elif record.outcome in (Outcome.CANCELLED, Outcome.FINISHED):

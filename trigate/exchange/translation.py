@@ -40,6 +40,11 @@ from trigate.dialects.openai_chat import (
     with_reasoning_field,
     with_system_role,
 )
+from trigate.dialects.openai_chat.usage_request import (
+    is_counted_for_gateway,
+    takes_include_usage,
+    with_include_usage,
+)
 from trigate.dialects.openai_responses import ResponsesClient
 from trigate.dialects.openai_responses import without_own_reasoning as without_sealed_reasoning
 from trigate.dialects.translated_call import TranslatedCall
@@ -160,7 +165,14 @@ class Translation(Protocol):
 
 
 class _PassThrough:
-    """OpenAI's format on both sides."""
+    """OpenAI's format on both sides.
+
+    Args:
+        asks_usage: The token counts of a stream are asked for, and the client that did not ask does not get them.
+    """
+
+    def __init__(self, *, asks_usage: bool = True) -> None:
+        self._asks_usage = asks_usage
 
     dropped: tuple[str, ...] = ()
     stream_types: tuple[str, ...] = ()
@@ -180,6 +192,8 @@ class _PassThrough:
             messages = with_system_role(bytes(call.fields["messages"]), upstream.system_role, takes_developer=known)
             call = call.with_messages(messages) if messages is not None else call
         body = call.body_for(model)
+        if self._asks_usage and is_counted_for_gateway(call):
+            body = with_include_usage(body, call, msgspec.json.encode(model))
         return without_sealed_reasoning(body) if call.endpoint is RESPONSES else body
 
     def stream_reader(
@@ -200,6 +214,7 @@ class _PassThrough:
             keep_bytes=keep_bytes,
             head=continues,
             splitter=self.splitter(call, max_event_bytes),
+            hides_usage=self._asks_usage and is_counted_for_gateway(call),
         )
 
     def splitter(self, call: Call, max_event_bytes: int) -> sse.EventSplitter | None:
@@ -236,6 +251,7 @@ class _AnthropicPassThrough(_PassThrough):
     """
 
     def __init__(self, betas: tuple[str, ...] | None = None) -> None:
+        super().__init__(asks_usage=False)
         self._betas = betas
         self.dropped: tuple[str, ...] = ()
 
@@ -339,7 +355,9 @@ _UPSTREAMS: Mapping[Format, UpstreamFormat] = {
     "ollama": OllamaUpstream(),
 }
 """The formats to which calls can be translated."""
+_UNCOUNTED = _PassThrough(asks_usage=False)
 _THINK_TAGS = _ThinkTagsPassThrough()
+_THINK_TAGS_UNCOUNTED = _ThinkTagsPassThrough(asks_usage=False)
 _WITH_THINK_TAGS = ChatUpstream(think_tags=True)
 _PAYLOADS: Mapping[Format, str] = {"anthropic": "anthropic", "bedrock": "anthropic", "gemini": "gemini"}
 """What an upstream of a format needs of reasoning, by its name in the vocabulary. The others take its text."""
@@ -366,8 +384,11 @@ def translation_of(
     if call.endpoint.format == spoken and not (call.endpoint is RESPONSES and responses == "translate"):
         if spoken == "anthropic" and (config.betas is not None or may_have_own_reasoning(call.body)):
             return _AnthropicPassThrough(config.betas)
+        asks_usage = takes_include_usage(config)
         if config.think_tags and call.endpoint.path == CHAT.path:
-            return _THINK_TAGS
+            return _THINK_TAGS if asks_usage else _THINK_TAGS_UNCOUNTED
+        if spoken == "openai" and not asks_usage:
+            return _UNCOUNTED
         return _PASS_THROUGH[spoken]
     if spoken == "bedrock" and call.endpoint is MESSAGES and is_claude(model):
         return _Invoke()

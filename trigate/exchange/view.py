@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 
+from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.bill import usd
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
@@ -90,6 +92,8 @@ def log_line(state: ExchangeState, now: float) -> dict[str, object]:
     if record.prompt_tokens is not None and not record.counted:
         line["prompt_tokens"] = record.prompt_tokens
         line["completion_tokens"] = record.completion_tokens
+    if record.cost:
+        line["cost_usd"] = usd(MicroUsd(record.cost))
     if isinstance(source, Subscription):
         line["coalesced"] = source.role
         line["shared_call"] = source.shared.id

@@ -72,31 +72,69 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
     """
     if not isinstance(value, dict):
         return None
-    cached_before = 0
+    known = before or _NONE
     prompt = value.get("prompt_tokens")
+    in_prompt = _details(value, "prompt_tokens_details", "input_tokens_details", "input_token_details")
+    written = _count(in_prompt, "cache_write_tokens") or _count(value, "cache_creation_input_tokens")
     if prompt is None:
         prompt = value.get("input_tokens")
         if type(prompt) is int:
-            cached = [value.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
-            prompt += sum([count for count in cached if type(count) is int])
+            prompt += _count(value, "cache_read_input_tokens") + _count(value, "cache_creation_input_tokens")
         if before is not None and "output_tokens" in value and not prompt:
-            prompt, cached_before = before.prompt_tokens, before.cached_tokens
+            prompt = before.prompt_tokens
+        else:
+            known = _NONE
+    else:
+        known = _NONE
     completion = value.get("completion_tokens", value.get("output_tokens", 0))
-    if type(prompt) is int and type(completion) is int and 0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS:
-        return Usage(prompt, completion, min(_cached_tokens(value) or cached_before, prompt))
+    if not (type(prompt) is int and type(completion) is int):
+        return None
+    in_answer = _details(value, "completion_tokens_details", "output_tokens_details", "output_token_details")
+    reasoning = _count(in_answer, "reasoning_tokens") or _count(in_answer, "thinking_tokens")
+    if reasoning and value.get("total_tokens") == prompt + completion + reasoning:
+        completion += reasoning  # xAI does not count it among those of the answer
+    if not (0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS):
+        return None
+    cached = min(_cached_tokens(value, in_prompt) or known.cached_tokens, prompt)
+    written = min(written or known.cache_write_tokens, prompt - cached)
+    spoken = min(_count(in_answer, "audio_tokens"), completion)
+    return Usage(
+        prompt,
+        completion,
+        cached,
+        written,
+        min(reasoning, completion),
+        min(_count(in_prompt, "audio_tokens"), prompt) + spoken,
+        spoken,
+        min(_count(value.get("cache_creation"), "ephemeral_1h_input_tokens") or known.cache_write_1h_tokens, written),
+    )
+
+
+_NONE = Usage(0, 0)
+
+
+def _details(usage: dict[str, Any], *names: str) -> object:  # Any: JSON of any shape
+    for name in names:
+        if usage.get(name):
+            return usage[name]
     return None
 
 
-def _cached_tokens(usage: dict[str, Any]) -> int:  # Any: JSON of any shape
-    """Reads how many tokens of the prompt came from the provider's cache: in OpenAI's details of either API, as
-    Anthropic counts them, as DeepSeek does, or as Moonshot does. 0 if it is not said."""
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    count = details.get("cached_tokens") if isinstance(details, dict) else None
-    for name in ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens"):
-        if type(count) is int and count > 0:
-            return count
-        count = usage.get(name)
-    return count if type(count) is int and count > 0 else 0
+def _count(value: object, name: str) -> int:
+    """Reads a count of tokens; 0 if there is none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if type(found) is int and 0 < found <= MAX_TOKENS else 0
+
+
+def _cached_tokens(usage: dict[str, Any], details: object) -> int:  # Any: JSON of any shape
+    """Reads how many tokens of the prompt came from the provider's cache: in OpenAI's details of any API, as Anthropic
+    counts them, as DeepSeek does, or as Moonshot does. 0 if it is not said."""
+    return (
+        _count(details, "cached_tokens")
+        or _count(usage, "cache_read_input_tokens")
+        or _count(usage, "prompt_cache_hit_tokens")
+        or _count(usage, "cached_tokens")
+    )
 
 
 def find_usage(value: Mapping[str, Any], before: Usage | None = None) -> Usage | None:  # Any: JSON of any shape

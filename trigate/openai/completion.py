@@ -34,6 +34,7 @@ class CompletionTracker:
         endpoint: Decides how the stream ends.
         upstream: The upstream's name, for messages.
         choices: How many choices the client asked for.
+        hides_usage: The event that has nothing but token counts is not for the client.
 
     Attributes:
         has_content: An event with a part of the answer has come.
@@ -49,6 +50,7 @@ class CompletionTracker:
         "_choices",
         "_endpoint",
         "_finished",
+        "_hides_usage",
         "_last_types",
         "_needs_finish_reason",
         "_seen",
@@ -61,10 +63,11 @@ class CompletionTracker:
         "watched",
     )
 
-    def __init__(self, endpoint: Endpoint, *, upstream: str, choices: int) -> None:
+    def __init__(self, endpoint: Endpoint, *, upstream: str, choices: int, hides_usage: bool = False) -> None:
         self._endpoint = endpoint
         self._upstream = upstream
         self._choices = choices
+        self._hides_usage = hides_usage
         self._needs_finish_reason = endpoint.needs_finish_reason
         # `[DONE]` is an event of its own, so it cannot be a part of another event's JSON
         self._last_types = endpoint.end_markers if endpoint.end_markers != (DONE,) else ()
@@ -170,7 +173,7 @@ class CompletionTracker:
             if is_error(value):
                 self.error = reported(self._upstream, value)
                 return False
-            return not _is_heartbeat(value)
+            return not (_is_heartbeat(value) or (self._hides_usage and value.get("usage")))
         if not value:
             return False
         self.has_content = self.has_content or _carries_content(value)

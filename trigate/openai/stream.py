@@ -47,6 +47,7 @@ class StreamReader:
         keep_bytes: How much of the returned data is kept for another upstream to continue the stream (`kept`).
         head: The continuation head of the stream that this one continues; None if it continues none.
         splitter: Splits the body, and may change the events; None = one that does not.
+        hides_usage: The event that has nothing but token counts is not for the client.
 
     Attributes:
         events: How many events have been returned.
@@ -80,6 +81,7 @@ class StreamReader:
         keep_bytes: int = 0,
         head: ContinuationHead | None = None,
         splitter: sse.EventSplitter | None = None,
+        hides_usage: bool = False,
     ) -> None:
         self._upstream = upstream
         self._max_bytes = max_event_bytes
@@ -87,7 +89,7 @@ class StreamReader:
         self._kept: list[bytes] = []
         self._head = head
         self._splitter = splitter or sse.EventSplitter(max_event_bytes=max_event_bytes)
-        self._tracker = CompletionTracker(endpoint, upstream=upstream, choices=choices)
+        self._tracker = CompletionTracker(endpoint, upstream=upstream, choices=choices, hides_usage=hides_usage)
         in_choices = endpoint.needs_finish_reason
         self._rewriter = ModelRewriter(model, watched=self._tracker.watched, in_choices=in_choices)
         self._tool_calls = ToolCallIndexes() if in_choices else None

@@ -22,7 +22,7 @@ from trigate.channels.service import ChannelStatistics
 from trigate.exchange.admission import AdmissionStatistics
 from trigate.ledger.ledger import LedgerStatistics
 from trigate.status import schema
-from trigate.status.snapshot import MAX_STREAMS, MAX_TARGETS, Part
+from trigate.status.snapshot import MAX_STREAMS, MAX_TARGETS, MAX_UNKNOWN, Part
 from trigate.store.records import ChannelRecord, SessionCounts
 from trigate.upstream.upstream import UpstreamStatistics
 from trigate.version import __version__
@@ -95,6 +95,7 @@ def merge(reports: Iterable[Report], counts: StoreCounts, store: schema.StoreSta
         targets=tuple(target for part in parts for target in part.targets)[:MAX_TARGETS],
         streams=_streams(reports),
         totals=_totals([part.totals for part in parts]),
+        prices=_prices([part.prices for part in parts]),
     )
 
 
@@ -154,6 +155,11 @@ def _sum_by_key(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for each in counts:
         total.update(each)
     return dict(total)
+
+
+def _prices(prices: Sequence[schema.PricesStatus]) -> schema.PricesStatus:
+    unknown = sorted({target for each in prices for target in each.unknown})
+    return schema.PricesStatus(source=prices[0].source, unknown=tuple(unknown[:MAX_UNKNOWN]))
 
 
 def _totals(totals: Sequence[schema.Totals]) -> schema.Totals:

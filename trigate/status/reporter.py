@@ -95,6 +95,7 @@ class StatusReporter:
             admission=self._admission.statistics(),
             targets=snapshot.list_targets(self._targets, worker=worker, now=now),
             ledger=self._ledger.statistics(),
+            prices=snapshot.list_prices(generation.prices),
         )
 
     def snapshot(self) -> bytes:

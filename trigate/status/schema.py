@@ -181,6 +181,8 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         faults: How many of ``failed`` did so by the fault of a provider or of the gateway.
+        cost_microusd: What those have cost whose cost is known.
+        unpriced: How many have a cost that is not known.
     """
 
     exchanges: int
@@ -192,6 +194,20 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost_microusd: int = 0
+    unpriced: int = 0
+
+
+class PricesStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the prices come from, and which are missing.
+
+    Attributes:
+        source: Empty = no upstream needs public prices.
+        unknown: The targets that were called and have no price; a call of theirs has no cost.
+    """
+
+    source: str = ""
+    unknown: tuple[str, ...] = ()
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +234,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[TargetStatus, ...] = ()
     streams: StreamsStatus
     totals: Totals
+    prices: PricesStatus = PricesStatus()
 
 
 # -- GET /status/streams ----------------------------------------------------------------------------------------------

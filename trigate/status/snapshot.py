@@ -16,14 +16,17 @@ from trigate.exchange import view
 from trigate.exchange.admission import AdmissionStatistics
 from trigate.exchange.state import ExchangeState
 from trigate.ledger.ledger import LedgerStatistics
+from trigate.prices.prices import Prices
 from trigate.routing.target_state import Targets
-from trigate.status.schema import OldestStream, TargetStatus, Totals
+from trigate.status.schema import OldestStream, PricesStatus, TargetStatus, Totals
 from trigate.upstream.upstream import UpstreamStatistics
 
 MAX_STREAMS = 100
 """Maximum number of exchanges that ``/status`` lists."""
 MAX_TARGETS = 100
 """Maximum number of targets that ``/status`` lists."""
+MAX_UNKNOWN = 100
+"""Maximum number of targets without a price that ``/status`` lists."""
 
 
 class InFlight(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +63,12 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionStatistics
     targets: tuple[TargetStatus, ...]
     ledger: LedgerStatistics
+    prices: PricesStatus = PricesStatus()
+
+
+def list_prices(prices: Prices) -> PricesStatus:
+    """Describes the prices: where they come from, and which are missing."""
+    return PricesStatus(source=prices.source, unknown=tuple(list(prices.unknown)[:MAX_UNKNOWN]))
 
 
 def encode(part: Part) -> bytes:

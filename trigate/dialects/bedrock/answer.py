@@ -92,7 +92,7 @@ def usage_of(counts: TokenCounts | None) -> Usage | None:
     if counts is None:
         return None
     prompt = counts.input + counts.cache_read + counts.cache_write
-    return Usage(prompt, counts.output, counts.cache_read)
+    return Usage(prompt, counts.output, counts.cache_read, counts.cache_write)
 
 
 def checked_arguments(value: object, name: str, upstream: str) -> str:

@@ -58,7 +58,33 @@ def reported_usage(usage: object) -> Usage | None:
     if counts is None:
         return None
     prompt = counts.input + counts.cache_read
-    return Usage(prompt, counts.output, counts.cache_read) if max(prompt, counts.output) <= MAX_TOKENS else None
+    if max(prompt, counts.output) > MAX_TOKENS:
+        return None
+    heard, spoken = (_sound(usage, name) for name in ("promptTokensDetails", "candidatesTokensDetails"))
+    spoken = min(spoken, counts.output)
+    return Usage(
+        prompt,
+        counts.output,
+        counts.cache_read,
+        reasoning_tokens=counts.reasoning or 0,
+        audio_tokens=min(heard, prompt) + spoken,
+        audio_output_tokens=spoken,
+    )
+
+
+def _sound(usage: object, name: str) -> int:
+    """Returns how many tokens of the prompt or of the answer are sound.
+
+    >>> _sound({"x": [{"modality": "TEXT", "tokenCount": 3}, {"modality": "AUDIO", "tokenCount": 4}]}, "x")
+    4
+    """
+    details = usage.get(name) if isinstance(usage, dict) else None
+    found = details if isinstance(details, list) else []
+    return sum([_count(each, "tokenCount") or 0 for each in found if isinstance(each, dict) and _is_sound(each)])
+
+
+def _is_sound(detail: _Json) -> bool:
+    return detail.get("modality") == "AUDIO"
 
 
 def _count(usage: _Json, name: str) -> int | None:

@@ -56,7 +56,9 @@ def encode_request(request: Request, *, model: str, traits: Traits) -> tuple[byt
     dropped: list[str] = []
     body: _Json = {"model": model, "messages": _messages(request.messages, traits)}
     if request.stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body["stream"] = True
+        if traits.takes_include_usage:
+            body["stream_options"] = {"include_usage": True}
     if request.max_tokens is not None:
         body[traits.max_tokens_field] = request.max_tokens
     if request.temperature is not None:

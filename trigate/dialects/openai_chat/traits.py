@@ -44,6 +44,7 @@ class Traits:
         takes_effort: It knows ``reasoning_effort``, at every model.
         has_all_efforts: It knows more of them than low, medium and high.
         system_role: Where it takes system messages.
+        takes_include_usage: It knows ``stream_options``.
     """
 
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -55,6 +56,7 @@ class Traits:
     takes_effort: bool = False
     has_all_efforts: bool = False
     system_role: SystemRole = "as-user"
+    takes_include_usage: bool = True
 
     def takes_effort_at(self, model: str) -> bool:
         """Whether ``reasoning_effort`` can be sent for a model; one that does not reason refuses it.
@@ -83,13 +85,18 @@ def takes_developer(base_url: str | None) -> bool:
 
 
 def traits_of(
-    base_url: str | None, *, history_fields: tuple[str, ...] | None = None, system_role: SystemRole | None = None
+    base_url: str | None,
+    *,
+    history_fields: tuple[str, ...] | None = None,
+    system_role: SystemRole | None = None,
+    takes_include_usage: bool = True,
 ) -> Traits:
     """Returns what the server at a base URL takes; None = one that this gateway runs itself.
 
     Args:
         history_fields: The fields of answers that it takes back, if they are configured.
         system_role: Where it takes system messages, if that is configured.
+        takes_include_usage: Whether it knows ``stream_options``.
 
     >>> traits_of("https://api.openai.com/v1").max_tokens_field, traits_of("https://api.deepseek.com").reasoning_field
     ('max_completion_tokens', 'reasoning_content')
@@ -112,6 +119,7 @@ def traits_of(
         takes_effort=is_local or _is_of(host, _EFFORT),
         has_all_efforts=is_openai or _is_of(host, _EFFORT),
         system_role=system_role or "as-user",
+        takes_include_usage=takes_include_usage,
     )
 
 

@@ -13,6 +13,7 @@ from trigate.dialects.openai_chat.events import ChatEventDecoder
 from trigate.dialects.openai_chat.request import encode_request
 from trigate.dialects.openai_chat.think_tags import TagSplitter, with_reasoning_field
 from trigate.dialects.openai_chat.traits import traits_of
+from trigate.dialects.openai_chat.usage_request import takes_include_usage
 from trigate.dialects.vocabulary import Answer, Request
 from trigate.openai import answer as openai_answer
 from trigate.openai import sse
@@ -49,7 +50,12 @@ class ChatUpstream:
         self, request: Request, *, model: str, upstream: UpstreamConfig
     ) -> tuple[bytes, tuple[str, ...]]:
         """As `UpstreamFormat.encode_request`."""
-        traits = traits_of(upstream.base_url, history_fields=upstream.history_fields, system_role=upstream.system_role)
+        traits = traits_of(
+            upstream.base_url,
+            history_fields=upstream.history_fields,
+            system_role=upstream.system_role,
+            takes_include_usage=takes_include_usage(upstream),
+        )
         return encode_request(request, model=model, traits=traits)
 
     def takes_reasoning(self, upstream: UpstreamConfig) -> bool:
