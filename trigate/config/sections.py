@@ -311,6 +311,8 @@ class LedgerConfig:
     enabled: bool = True
     retention_s: Seconds = Seconds(30 * DAY_S)
     max_records: Limit = Limit(1_000_000)
+    usage_retention_s: Seconds = Seconds(800 * DAY_S)
+    """How long it is kept what was used in each hour, which the records are not needed for any more."""
 
 
 @attrs.frozen(kw_only=True)
