@@ -402,7 +402,7 @@ class Tables(KeyTables, QuotaTables, ReportTables):
 
     def exchanges(self, query: ExchangeQuery, *, limit: int, after: str | None) -> Sequence[ExchangeRecord]:
         """Returns a page of records behind the id ``after``, the last added first."""
-        asked: list[tuple[str, Sequence[Any]]] = [("number > 0", []), *conditions(query)]
+        asked: list[tuple[str, Sequence[Any]]] = [("true", []), *conditions(query)]
         if after is not None:
             asked.append(("number < (SELECT number FROM exchanges WHERE id = ?)", [after]))
         where = " AND ".join(condition for condition, _ in asked)
