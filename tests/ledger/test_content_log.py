@@ -95,7 +95,7 @@ def _record(number: int) -> ExchangeRecord:
     )
 
 
-async def _add(contents: ContentLog, number: int, request: bytes) -> None:
+def _add(contents: ContentLog, number: int, request: bytes) -> None:
     answer = contents.answer_for(ANYBODY)
     assert answer is not None
     contents.add(_record(number), request, answer)
@@ -107,7 +107,7 @@ async def test_bounds(tmp_path: Path) -> None:
     async with open_content_log() as contents:
         contents.apply(settings)
         for number in range(40):
-            await _add(contents, number, b'{"text":"%s"}' % (b"x" * 500))
+            _add(contents, number, b'{"text":"%s"}' % (b"x" * 500))
             while contents._waiting:  # noqa: ASYNC110 - the writer tells nobody
                 await trio.sleep(0.005)
     entries = lines(tmp_path)
@@ -119,7 +119,7 @@ async def test_bounds(tmp_path: Path) -> None:
         os.utime(path, (1.0, 1.0))
     async with open_content_log() as contents:
         contents.apply(attrs.evolve(settings, max_bytes=Size(100_000)))
-        await _add(contents, 50, b"{}")
+        _add(contents, 50, b"{}")
     assert [entry["id"] for entry in lines(tmp_path)] == ["ex_50"]
 
 
@@ -129,7 +129,7 @@ async def test_a_directory_that_cannot_be_used(tmp_path: Path, logs: Logs) -> No
     (tmp_path / "file").write_text("")
     async with open_content_log() as contents:
         contents.apply(ContentLogConfig(directory=str(tmp_path / "file")))
-        await _add(contents, 1, b"{}")
+        _add(contents, 1, b"{}")
     [event] = logs.named("contents_dropped")
     assert event["count"] == 1
 
