@@ -314,7 +314,7 @@ async def test_head_is_answered_as_get_is(open_app: OpenApp) -> None:
         ("GET", "/status/streams?limit=1&limit=2", "'limit' is given more than once"),
         ("GET", "/status/streams/x?limit=1", "no query parameter 'limit'"),
         ("DELETE", "/status/streams/x?force=true", "no query parameter 'force'"),
-        ("GET", "/v1/sessions?order=desc", "no query parameter 'order'. It has limit, after."),
+        ("GET", "/v1/sessions?order=desc", "no query parameter 'order'. It has limit, after, owner."),
         ("GET", "/v1/sessions/k?x", "no query parameter 'x'"),
         ("GET", "/v1/sessions/k/messages?before=1", "no query parameter 'before'"),
         ("POST", "/v1/sessions/k/reset?hard=1", "no query parameter 'hard'"),
