@@ -198,7 +198,7 @@ async def test_hundreds_of_clients_are_killed(tmp_path: Path) -> None:
             records: list[dict[str, Any]] = []
             while True:
                 query = f"?limit=1000{'&after=' + records[-1]['id'] if records else ''}"
-                page = (await client.get(f"/status/ledger{query}")).json()
+                page = (await client.get(f"/v1/exchanges{query}")).json()
                 records += page["data"]
                 if not page["has_more"]:
                     break

@@ -29,8 +29,8 @@ USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2,"
 
 
 async def listed(served: Served, query: str = "", **headers: str) -> Any:  # Any: JSON
-    """The response of ``GET /status/ledger``."""
-    return (await served.client.ask("GET", f"/status/ledger{query}", headers=headers)).json
+    """The response of ``GET /v1/exchanges``."""
+    return (await served.client.ask("GET", f"/v1/exchanges{query}", headers=headers)).json
 
 
 async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
@@ -52,7 +52,7 @@ async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
         assert record.pop("bytes") > 100
         assert record == {
             "request_id": "mine",
-            "owner": "",
+            "key": "",
             "endpoint": "/chat/completions",
             "model": "up/m",
             "stream": True,
@@ -63,12 +63,13 @@ async def test_a_record(open_app: OpenApp, autojump_clock: MockClock) -> None:
             "completion_tokens": 2,
             "counted": False,
             "events": 4,
-            "key_group": "",
+            "group": "",
             "cached_tokens": 0,
             "cache_write_tokens": 0,
             "reasoning_tokens": 0,
-            "cost": None,
+            "cost_usd": None,
             "alias": "",
+            "waited_s": 0.0,
         }
         assert body["has_more"] is False
 
@@ -142,7 +143,7 @@ async def test_a_key_sees_its_own_records(open_app: OpenApp, autojump_clock: Moc
             headers = {"authorization": f"Bearer key-of-{key}"}
             await served.client.start("POST", "/v1/chat/completions", chat(model=model), headers=headers).wait()
         mine = await listed(served, authorization="Bearer key-of-a")
-        assert [(each["owner"], each["outcome"]) for each in mine["data"]] == [
+        assert [(each["key"], each["outcome"]) for each in mine["data"]] == [
             ("a", "model_not_found"),
             ("a", "complete"),
             ("a", "complete"),
@@ -423,7 +424,7 @@ def test_records_after_sigkill(tmp_path: Path) -> None:
             gateway.process.wait()
     with run_gateway(config, tmp_path, env=env) as gateway, httpx2.Client(base_url=gateway.url) as client:
         give_up_at = time.monotonic() + 10
-        while len(rows := client.get("/status/ledger").json()["data"]) < 21 and time.monotonic() < give_up_at:
+        while len(rows := client.get("/v1/exchanges").json()["data"]) < 21 and time.monotonic() < give_up_at:
             time.sleep(0.05)
         assert sorted((each["request_id"], each["outcome"]) for each in rows) == [
             *((f"a{number:02}", "complete") for number in range(20)),

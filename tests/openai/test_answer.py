@@ -101,7 +101,12 @@ def test_usage(usage: object, read: tuple[int, ...] | None) -> None:
 
 def test_the_counts_of_a_whole_stream() -> None:
     """The last event of Anthropic's stream counts the answer alone: what was said of the prompt still holds."""
-    first = {"input_tokens": 1, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 3, "output_tokens": 1}
+    first: dict[str, object] = {
+        "input_tokens": 1,
+        "cache_read_input_tokens": 2,
+        "cache_creation_input_tokens": 3,
+        "output_tokens": 1,
+    }
     first |= {"cache_creation": {"ephemeral_1h_input_tokens": 3}}
     last = {"output_tokens": 9, "output_tokens_details": {"thinking_tokens": 5}}
     expected = Usage(6, 9, 2, 3, reasoning_tokens=5, cache_write_1h_tokens=3)

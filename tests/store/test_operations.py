@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -11,7 +9,6 @@ import pytest
 import trio
 
 from trigate.store.interface import Store
-from trigate.store.memory import open_memory_store
 from trigate.store.operations.store import StoreOperations
 from trigate.store.records import (
     ENDED,
@@ -30,16 +27,8 @@ from trigate.store.records import (
     VirtualKey,
     Worker,
 )
-from trigate.store.sqlite import open_sqlite_store
+from trigate.store.reports import ExchangeQuery
 from trigate.store.tables import Tables
-
-
-@pytest.fixture(params=["sqlite", "memory"])
-async def store(request: Any, tmp_path: Path) -> AsyncIterator[Store]:
-    """An empty store of each kind."""
-    opened = open_sqlite_store(tmp_path / "store.db") if request.param == "sqlite" else open_memory_store()
-    async with opened as made:
-        yield made
 
 
 def message(text: str = "hello", *, tokens: int = 2, at: float = 1.0, partial: bool = False) -> Message:
@@ -917,7 +906,9 @@ async def test_records_are_paged_and_chosen(store: Store) -> None:
     )
 
     async def listed(**asked: Any) -> list[int]:
-        return [int(each.id[3:]) for each in await store.exchanges.list(**{"limit": 100} | asked)]
+        limit, after = asked.pop("limit", 100), asked.pop("after", None)
+        found = await store.exchanges.list(ExchangeQuery(**asked), limit=limit, after=after)
+        return [int(each.id[3:]) for each in found]
 
     assert await listed() == [9, 8, 7, 6, 5, 4, 3, 2, 1]
     assert await listed(limit=2) == [9, 8]
@@ -926,6 +917,18 @@ async def test_records_are_paged_and_chosen(store: Store) -> None:
     assert await listed(outcome="lost") == [9, 6, 3]
     assert await listed(outcome="complete", owner="b", after="ex_8") == [4, 2]
     assert await listed(after="ex_99") == []
+    assert await listed(failed=True) == [9, 6, 3]
+    assert await listed(failed=True, owner="b") == [6]
+    assert await listed(id="ex_4") == [4]
+    assert await listed(id="req_1", owner="a", limit=1) == [9]
+    assert (
+        await listed(id="req_2")
+        == await listed(model="x")
+        == await listed(since=10.0)
+        == await listed(before=1.0)
+        == []
+    )
+    assert await listed(since=3.0, before=6.0, model="m") == [5, 4, 3]
 
 
 async def test_old_records_are_deleted(store: Store) -> None:

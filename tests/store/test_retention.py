@@ -30,6 +30,7 @@ def test_retention() -> None:
         max_exchanges=9,
         objects_before=600 * DAY_S,
         max_objects=1_000_000,
+        usage_before=200 * DAY_S,
         reasoning_before=1_000 * DAY_S - 3600,
         responses_before=970 * DAY_S,
         max_responses=10_000,

@@ -16,7 +16,7 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
-from trigate.asgi.routes import hooks, keys, models, ollama, sessions, status
+from trigate.asgi.routes import hooks, keys, models, ollama, reports, sessions, status
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
@@ -24,13 +24,14 @@ from trigate.logs import log
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "keys.list_keys": ("limit", "after"),
+    "reports.get_usage": ("group_by", "from", "to", "key", "model", "format"),
+    "reports.list_exchanges": ("id", "key", "model", "outcome", "failed", "from", "to", "limit", "after"),
     "sessions.list_sessions": ("limit", "after", "owner"),
     "sessions.retrieve_session": ("owner",),
     "sessions.list_messages": ("limit", "after", "archived", "owner"),
     "sessions.reset_session": ("owner",),
     "sessions.delete_session": ("owner",),
     "status.list_streams": ("limit",),
-    "status.list_records": ("limit", "after", "outcome"),
 }
 """The query parameters of each view; a view that is not here has none. Those of OpenAI's own paths (`models`) are not
 checked, since clients append some to every URL (``api-version``)."""
@@ -55,6 +56,7 @@ def create_control_plane() -> ControlPlane:
     app.register_blueprint(keys.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(ollama.blueprint)
+    app.register_blueprint(reports.blueprint)
     app.register_blueprint(sessions.blueprint)
     app.register_blueprint(status.blueprint)
 

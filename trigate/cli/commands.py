@@ -29,6 +29,7 @@ from trigate.cli.configuration import (
 )
 from trigate.cli.failure import CommandFailed
 from trigate.cli.keys import keys
+from trigate.cli.reports import exchanges, usage
 from trigate.cli.serve import serve
 from trigate.version import __version__
 
@@ -58,6 +59,8 @@ def cli() -> None:
 
 cli.add_command(serve)
 cli.add_command(keys)
+cli.add_command(exchanges)
+cli.add_command(usage)
 
 
 def main(args: Sequence[str] | None = None, prog_name: str = "trigate") -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
-from trigate.config.report_sections import AlertsConfig
+from trigate.config.report_sections import AlertsConfig, ContentLogConfig
 from trigate.config.secrets import Secret
 from trigate.config.values import Action as Action
 from trigate.config.values import Count as Count
@@ -313,6 +313,7 @@ class LedgerConfig:
     enabled: bool = True
     retention_s: Seconds = Seconds(30 * DAY_S)
     max_records: Limit = Limit(1_000_000)
+    usage_retention_s: Seconds = Seconds(800 * DAY_S)
 
 
 @attrs.frozen(kw_only=True)
@@ -461,6 +462,7 @@ class Config:
     admin: AdminConfig = attrs.field(factory=AdminConfig)
     allowance: Allowance = attrs.field(factory=Allowance)
     alerts: AlertsConfig = attrs.field(factory=AlertsConfig)
+    content_log: ContentLogConfig = attrs.field(factory=ContentLogConfig)
     prices: Mapping[str, PriceConfig] = attrs.field(factory=dict)
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)

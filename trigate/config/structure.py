@@ -10,6 +10,7 @@ reason, and the rest starts. A missing secret that protects the gateway (a key, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from trigate.config import checks
 from trigate.config.converter import convert
 from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
 from trigate.config.regions import base_url_of
-from trigate.config.report_sections import AlertsConfig
+from trigate.config.report_sections import AlertsConfig, ContentLogConfig
 from trigate.config.reveal import (
     SCHEMES_WITHOUT_SECRET,
     admin_key,
@@ -52,6 +53,7 @@ from trigate.config.sections import (
 SECTIONS = (
     *("server", "upstreams", "models", "limits", "retries", "breaker"),
     *("keys", "groups", "admin", "allowance", "prices", "store", "ledger", "alerts"),
+    "content_log",
     "reasoning_memory",
     *("sessions", "hooks", "channels"),
 )
@@ -105,6 +107,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     breaker = document.section(BreakerConfig, "breaker")
     ledger = document.section(LedgerConfig, "ledger")
     alerts = _alerts(document, env)
+    content_log = _content_log(document)
     reasoning_memory = document.section(ReasoningMemoryConfig, "reasoning_memory")
     sessions = document.section(SessionsConfig, "sessions")
     if document.problems:
@@ -121,6 +124,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         admin=admin,
         allowance=allowance,
         alerts=alerts,
+        content_log=content_log,
         prices=prices,
         disabled={**disabled, **disabled_channels},
         secrets=secrets,
@@ -246,6 +250,16 @@ def _alerts(document: _Document, env: Mapping[str, str]) -> AlertsConfig:
     if alerts.url is not None:
         document.problems.append("alerts.secret: required for alerts, which are signed with it")
     return alerts
+
+
+def _content_log(document: _Document) -> ContentLogConfig:
+    settings = document.section(ContentLogConfig, "content_log")
+    for pattern in settings.redact:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            document.problems.append(f"content_log.redact: {pattern!r} is no regular expression: {error}")
+    return settings
 
 
 def _hooks(document: _Document, keys: Mapping[str, KeyConfig], env: Mapping[str, str]) -> dict[str, HookConfig]:

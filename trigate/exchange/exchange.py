@@ -36,7 +36,7 @@ from trigate.exchange.live import LiveExchanges
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.passed_call import PassedCall
 from trigate.exchange.shared_call import STOPPED, SharedCalls, Subscription
-from trigate.exchange.sink import NotingSink, Recorder, RecordingSink, Sink
+from trigate.exchange.sink import ContentSink, NotingSink, Recorder, RecordingSink, Sink
 from trigate.exchange.state import ExchangeState
 from trigate.exchange.upstream_call import UpstreamCall, UpstreamServices
 from trigate.exchange.watchdog import Watchdog, call_timed_out
@@ -137,6 +137,8 @@ class Exchange(ExchangeState):
         if self.recorder is not None:
             sink = RecordingSink(self.recorder, sink, is_stream=self.call.stream, usage=lambda: self.usage)
         assert sink is not None, "an exchange has a client, or a recorder, or both"
+        if self.content is not None:
+            sink = ContentSink(sink, self.content)
         note = self.request.note
         return sink if note is None else NotingSink(sink, lambda data: note(self.target, data))
 

@@ -12,6 +12,7 @@ from trigate.exchange.outcome import Outcome
 from trigate.exchange.record import complete_record
 from trigate.exchange.state import ExchangeState
 from trigate.keys.errors import KeyRevoked
+from trigate.ledger.content_log import ContentLog
 from trigate.ledger.ledger import Ledger
 
 
@@ -50,8 +51,9 @@ class LiveExchanges:
         revoked_keys: The ids of the keys whose exchanges are refused.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, contents: ContentLog) -> None:
         self._ledger = ledger
+        self._contents = contents
         self._live: dict[ExchangeState, None] = {}
         self._none_left = RepeatedEvent()
         self.totals = Totals()
@@ -87,6 +89,8 @@ class LiveExchanges:
             raise KeyRevoked
         if self.is_draining:
             raise Draining("The gateway is shutting down. Try again: another instance will answer.")
+        if request.passed is None:
+            exchange.content = self._contents.answer_for(request.key)
         self._live[exchange] = None
         request.generation.hold()
 
@@ -102,6 +106,8 @@ class LiveExchanges:
         assert record is not None, "an exchange is settled after it has begun"
         complete_record(record, exchange)
         self._ledger.settle(record)
+        if exchange.content is not None:
+            self._contents.add(record, exchange.request.call.body, exchange.content)
         totals = self.totals
         totals.exchanges += 1
         totals.events += record.events

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from trigate.errors import Header
+from trigate.ledger.content import AnswerContent
 from trigate.openai.answer import Usage
 
 
@@ -97,6 +98,27 @@ class NotingSink:
 
     async def end(self, data: bytes = b"") -> None:
         self._is_done = self._is_done or self._note(data)
+        await self._sink.end(data)
+
+
+class ContentSink:
+    """Passes an answer on, and notes it for the log of contents. So a stream is not relayed from socket to socket."""
+
+    plain_socket = None
+
+    def __init__(self, sink: Sink, content: AnswerContent) -> None:
+        self._sink = sink
+        self._content = content
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        await self._sink.start(status, headers)
+
+    async def send(self, data: bytes) -> None:
+        self._content.add(data)
+        await self._sink.send(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        self._content.add(data)
         await self._sink.end(data)
 
 

@@ -16,6 +16,7 @@ from trigate.exchange.outcome import Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.upstream_call import UpstreamCall
+from trigate.ledger.content import AnswerContent
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.quotas.counters import Counter, Reservation
@@ -40,6 +41,7 @@ class ExchangeState:
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
         record: Its record in the ledger, completed when it has ended; None = it has not begun.
+        content: Notes its answer for the log of contents; None = it is not logged.
         counters: The limits that it counts for.
         reservation: What it holds of them; None = nothing.
         task: The task that serves it.
@@ -58,6 +60,7 @@ class ExchangeState:
     is_finishing: bool = False
     admitted_at: float = -math.inf
     record: ExchangeRecord | None = None
+    content: AnswerContent | None = None
     counters: tuple[Counter, ...] = ()
     reservation: Reservation | None = None
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)

@@ -34,6 +34,7 @@ from trigate.gateway.drain import Drain
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
 from trigate.keys.service import Keys, open_keys
 from trigate.keys.virtual import VirtualKeys
+from trigate.ledger.content_log import open_content_log
 from trigate.ledger.ledger import Ledger, open_ledger
 from trigate.quotas.service import open_quotas
 from trigate.routing.target_state import Targets
@@ -130,6 +131,7 @@ async def open_gateway(
         open_workers(store) as workers,
         open_keys(store, workers, first) as keys,
         open_ledger(store, worker=workers.id) as ledger,
+        open_content_log() as contents,
         open_quotas(store, workers) as quotas,
         open_service(admission.run) as background,
     ):
@@ -146,7 +148,7 @@ async def open_gateway(
             quotas=quotas,
         )
         sessions = Sessions(store, workers)
-        live = LiveExchanges(ledger)
+        live = LiveExchanges(ledger, contents)
         live.revoked_keys, keys.on_revoked = keys.revoked, live.cancel_key
         # Shared calls, runs and channels have exchanges, so they close before the generations do. The runs service
         # adopts the runs of exited workers, so it opens before this worker joins the others (`_use_store`).
@@ -167,6 +169,7 @@ async def open_gateway(
                 targets.apply(config)
                 admission.apply(config.limits)
                 ledger.apply(config.ledger)
+                contents.apply(config.content_log)
                 reasoning.apply(config.reasoning_memory)
                 callbacks.apply(config.hooks or {}, outbox, config.alerts)
                 alerts.apply(config.alerts)

@@ -35,6 +35,7 @@ from trigate.logs import log
 from trigate.store.interface import Store
 from trigate.store.opening import MEMORY
 from trigate.store.records import LOST, ExchangeRecord
+from trigate.store.reports import ExchangeQuery
 
 FLUSH_S = 5.0
 """The longest time that a record waits before it is written to the store."""
@@ -47,6 +48,7 @@ ROTATE_BYTES = 4 * 1024 * 1024
 """The size at which a journal is rotated."""
 MAX_WAITING = 50_000
 """The largest number of records that wait in memory."""
+_ANY = ExchangeQuery()
 _MAX_MODEL_CHARS = 256  # of a model id: clients send any text
 
 
@@ -286,7 +288,7 @@ class Ledger:
             log.warning("journal_unusable", journal=path, reason=reason)
 
     async def list(
-        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+        self, query: ExchangeQuery = _ANY, *, limit: int, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
         """Returns a page of records, after a flush of those of this process (`store.Exchanges.list`).
 
@@ -294,7 +296,7 @@ class Ledger:
             StoreUnavailable: The store cannot be read.
         """
         await self.flush()
-        return await self._store.exchanges.list(limit=limit, owner=owner, outcome=outcome, after=after)
+        return await self._store.exchanges.list(query, limit=limit, after=after)
 
     async def close(self) -> None:
         """Writes the remaining records to the store. If that fails, they stay in the journal for the next process."""

@@ -50,6 +50,7 @@ from trigate.store.records import (
     VirtualKey,
     Worker,
 )
+from trigate.store.reports import ExchangeQuery, UsageColumn, UsageTotals
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -285,10 +286,26 @@ class Exchanges(Protocol):
         record whose id exists is ignored, unless the stored one is ``lost``. Not durable."""
 
     async def list(
-        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+        self, query: ExchangeQuery = ..., *, limit: int, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
         """Returns a page of records, the last added first, behind the one with the id ``after``; an empty page if
-        there is no such record. ``owner`` None = of all owners."""
+        there is no such record."""
+
+    async def usage(
+        self,
+        columns: Sequence[UsageColumn],
+        first: int,
+        end: int,
+        *,
+        owner: str | None = None,
+        model: str | None = None,
+    ) -> Sequence[UsageTotals]:
+        """Returns the use within some hours (numbers since 1970; ``end`` is not one of them), with one value for each
+        combination of values in some columns. The use is that of all records that were ever added, deleted ones
+        included."""
+
+    async def hours_used(self) -> tuple[int, int] | None:
+        """Returns the first and the last hour with use; None = there is none."""
 
 
 # -- objects of upstreams ---------------------------------------------------------------------------------------------

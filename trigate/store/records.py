@@ -478,10 +478,9 @@ class Retention:
         archives_before: Messages of earlier epochs that are older than this time.
         runs_before: Runs that ended before this time, with their deliveries and idempotency keys, and deliveries of no
             run that were done before it.
-        exchanges_before: Records of exchanges that began before this time.
+        exchanges_before, usage_before: Records of exchanges that began before this time; the use per hour before it.
         objects_before: Objects of upstreams that were noted before this time.
-        reasoning_before: Reasoning that was remembered before this time.
-        responses_before: Responses that were made before this time.
+        reasoning_before, responses_before: Reasoning and responses that were made before this time.
         max_sessions, max_runs, max_exchanges, max_objects, max_responses: How many are kept, of all owners; the oldest
             ones in excess are deleted.
     """
@@ -497,4 +496,5 @@ class Retention:
     max_objects: int = 2**63 - 1
     reasoning_before: float = 0.0
     responses_before: float = 0.0
+    usage_before: float = 0.0
     max_responses: int = 2**63 - 1

@@ -41,6 +41,7 @@ def retention(
         objects_before=before(settings.object_retention_s),
         max_objects=settings.max_objects,
         reasoning_before=now - reasoning.retention_s,
+        usage_before=before(ledger.usage_retention_s),
         responses_before=before(settings.response_retention_s),
         max_responses=settings.max_responses,
     )

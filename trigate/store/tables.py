@@ -31,6 +31,8 @@ from trigate.store.records import (
     UpstreamObject,
     Worker,
 )
+from trigate.store.report_tables import ReportTables, conditions
+from trigate.store.reports import ExchangeQuery
 
 T = TypeVar("T")
 
@@ -113,7 +115,7 @@ _IS_OPEN = "state IN ('pending', 'sending')"
 # another index and sorts them.
 
 
-class Tables(KeyTables, QuotaTables):
+class Tables(KeyTables, QuotaTables, ReportTables):
     """The tables of a store, as one operation sees them. The caller begins and ends the transaction.
 
     ``put_…`` inserts a value, or replaces the value with the same identity. ``drop_…`` of something that does not exist
@@ -398,21 +400,14 @@ class Tables(KeyTables, QuotaTables):
         """Keeps records, each a JSON array; a record that exists is replaced only if it is ``lost``."""
         self._do(_PUT_EXCHANGES, (b"[" + b",".join(records) + b"]").decode())
 
-    def exchanges(
-        self, *, limit: int, owner: str | None, outcome: str | None, after: str | None
-    ) -> Sequence[ExchangeRecord]:
+    def exchanges(self, query: ExchangeQuery, *, limit: int, after: str | None) -> Sequence[ExchangeRecord]:
         """Returns a page of records behind the id ``after``, the last added first."""
-        asked: list[tuple[str, Any]] = [("number > ?", 0)]
-        if owner is not None:
-            asked.append(("owner = ?", owner))
-        if outcome is not None:
-            # SQLite uses the partial index of what is not complete only if the query repeats its condition.
-            asked.append(("outcome = ?" if outcome == "complete" else "outcome = ? AND outcome <> 'complete'", outcome))
+        asked: list[tuple[str, Sequence[Any]]] = [("true", []), *conditions(query)]
         if after is not None:
-            asked.append(("number < (SELECT number FROM exchanges WHERE id = ?)", after))
+            asked.append(("number < (SELECT number FROM exchanges WHERE id = ?)", [after]))
         where = " AND ".join(condition for condition, _ in asked)
         sql = f"SELECT {', '.join(_OF_EXCHANGE)} FROM exchanges WHERE {where} ORDER BY number DESC LIMIT ?"
-        rows = self._db.execute(sql, (*(value for _, value in asked), limit))
+        rows = self._db.execute(sql, (*(value for _, values in asked for value in values), limit))
         return [_exchange(row) for row in rows]
 
     def drop_exchanges(self, before: float, *, most: int, limit: int) -> int:

@@ -1,8 +1,6 @@
-"""``GET /status``: the state of the gateway, its exchanges in flight, and the ledger."""
+"""``GET /status``: the state of the gateway, and its exchanges in flight."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import msgspec
 from quart import Blueprint, Response, request
@@ -11,9 +9,7 @@ from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.errors import BadRequest, NotFound
 from trigate.keys.key import ANYBODY
 from trigate.status.inflight import MAX_LIMIT
-from trigate.status.merge import iso_time
 from trigate.status.schema import StreamList
-from trigate.store.records import ExchangeRecord
 
 blueprint = Blueprint("status", __name__)
 
@@ -22,10 +18,6 @@ def _owner() -> str | None:
     """The owner whose exchanges may be seen: the key's; None = everybody's, for the admin or without keys."""
     key = current_key()
     return None if key is ANYBODY or key.is_admin else key.name
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return round(seconds, 4) if seconds is not None else None
 
 
 def _json(body: object) -> Response:
@@ -69,32 +61,3 @@ async def delete_stream(stream: str) -> Response:
     if not found.count:
         raise NotFound("There is no such stream.")
     return _json({"id": stream, "object": "stream.cancelled", "cancelled": found.cancelled})
-
-
-@blueprint.get("/status/ledger")
-async def list_records() -> Response:
-    """Lists the ledger's records, the last settled first."""
-    limit = _limit()
-    found = await current_gateway().ledger.list(
-        limit=limit + 1, owner=_owner(), outcome=request.args.get("outcome"), after=request.args.get("after")
-    )
-    return _json({"object": "list", "data": [_record(each) for each in found[:limit]], "has_more": len(found) > limit})
-
-
-def _record(record: ExchangeRecord) -> dict[str, Any]:
-    return {
-        **msgspec.structs.asdict(record),
-        "started_at": iso_time(record.started_at, timespec="milliseconds"),
-        "ended_at": iso_time(record.ended_at, timespec="milliseconds"),
-        "duration_s": _rounded(record.ended_at - record.started_at if record.ended_at is not None else None),
-        "first_content_s": _rounded(record.first_content_s),
-        "attempts": [
-            {
-                **msgspec.structs.asdict(attempt),
-                "started_s": round(attempt.started_s, 4),
-                "duration_s": _rounded(attempt.duration_s),
-                "first_content_s": _rounded(attempt.first_content_s),
-            }
-            for attempt in record.attempts
-        ],
-    }

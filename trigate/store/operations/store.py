@@ -28,6 +28,7 @@ from trigate.store.records import (
     StoreStatistics,
     UpstreamObject,
 )
+from trigate.store.reports import ExchangeQuery, UsageColumn, UsageTotals
 from trigate.store.tables import Tables
 
 PRUNE_SLICE = 100
@@ -35,6 +36,7 @@ PRUNE_SLICE = 100
 exchanges."""
 
 _IDS_AT_ONCE = 1000
+_ANY = ExchangeQuery()
 
 
 class StoreOperations(Transactions):
@@ -89,6 +91,7 @@ def _prune(tables: Tables, retention: Retention) -> int:
         + tables.drop_archived(retention.archives_before, limit=PRUNE_SLICE)
         + tables.drop_orphans(retention.runs_before, limit=PRUNE_SLICE)
         + tables.drop_exchanges(retention.exchanges_before, most=retention.max_exchanges, limit=10 * PRUNE_SLICE)
+        + tables.drop_usage(int(retention.usage_before // 3600), limit=10 * PRUNE_SLICE)
         + tables.drop_objects(retention.objects_before, most=retention.max_objects, limit=10 * PRUNE_SLICE)
         + tables.drop_reasoning(retention.reasoning_before, limit=PRUNE_SLICE)
         + tables.drop_responses(retention.responses_before, most=retention.max_responses, limit=PRUNE_SLICE)
@@ -105,11 +108,23 @@ class ExchangeOperations:
         return self._transactions.write(lambda tables: tables.put_exchanges(records), durable=False)
 
     async def list(
-        self, *, limit: int, owner: str | None = None, outcome: str | None = None, after: str | None = None
+        self, query: ExchangeQuery = _ANY, *, limit: int, after: str | None = None
     ) -> Sequence[ExchangeRecord]:
-        return await self._transactions.read(
-            lambda tables: tables.exchanges(limit=limit, owner=owner, outcome=outcome, after=after)
-        )
+        return await self._transactions.read(lambda tables: tables.exchanges(query, limit=limit, after=after))
+
+    async def usage(
+        self,
+        columns: Sequence[UsageColumn],
+        first: int,
+        end: int,
+        *,
+        owner: str | None = None,
+        model: str | None = None,
+    ) -> Sequence[UsageTotals]:
+        return await self._transactions.read(lambda tables: tables.usage(columns, first, end, owner=owner, model=model))
+
+    async def hours_used(self) -> tuple[int, int] | None:
+        return await self._transactions.read(lambda tables: tables.hours_used())
 
 
 @attrs.define(eq=False, slots=False)
