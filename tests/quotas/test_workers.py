@@ -74,6 +74,14 @@ async def test_exchanges_in_flight(open_app: OpenApp, tmp_path: Path) -> None:
             served.assert_clean()
 
 
+async def test_calls_that_come_at_once(open_app: OpenApp, tmp_path: Path) -> None:
+    """Calls that wait for the same lease get it together: none is refused because another one was quicker."""
+    async with two_workers(open_app, tmp_path / "s.db", says("x"), keys=keys(max_exchanges=4)) as (a, b):
+        assert await statuses(*(ask(a) for _ in range(4))) == [200] * 4
+        await trio.lowlevel.checkpoint()
+        assert await statuses(*(ask(b) for _ in range(4))) == [200] * 4
+
+
 async def test_requests_per_minute(open_app: OpenApp, tmp_path: Path) -> None:
     """A minute's calls are let through once, and not once by each worker."""
     async with two_workers(open_app, tmp_path / "s.db", says("x"), keys=keys(rpm=6)) as (a, b):

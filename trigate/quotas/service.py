@@ -54,6 +54,7 @@ ASK_AGAIN_S = 0.1
 """Seconds before a worker asks again for more of a limit of exchanges in flight that is reached."""
 _MAX_ASK_AGAIN_S = 1.0
 """The same for a budget, and for a rate that does not fill sooner."""
+_ROUNDS = 3
 _MAX_KNOWN = 20_000
 _NO_LIMIT = MicroUsd(2**60)
 TOPIC = "quotas"
@@ -260,22 +261,20 @@ class Quotas:
             StoreUnavailable: Nothing can be leased.
         """
         await trio.lowlevel.checkpoint()
-        tried: set[Counter] = set()
         while True:
             now = trio.current_time()
             short = first_short(counters, amounts, now)
             if short is None:
                 return
             amount = amounts[short.which]
-            if short in tried or (short not in self._renewing and now < short.ask_again_at):
+            if now < short.ask_again_at and short not in self._renewing:
                 self._note_reached(short)
                 raise refusal(short, amount, now, time.time())
-            if short not in self._renewing:
-                tried.add(short)
+            # What is leased may go to another call that waits for it. Then this one asks again, until nothing is left.
             await self._renew(short, max(1, amount))
 
     async def _renew(self, counter: Counter, amount: int) -> None:
-        self._wanted[counter] = max(amount, self._wanted.get(counter, 0))
+        self._wanted[counter] = self._wanted.get(counter, 0) + amount
         done = self._renewing.get(counter)
         if done is None:
             done = self._renewing[counter] = RepeatedEvent()
@@ -290,8 +289,12 @@ class Quotas:
         """Leases more of a counter, in a task of its own."""
         try:
             await self._workers.join()
-            if await self._lease_once(counter) and not self._has_enough(counter):
-                await self._ask_others(counter)
+            for _ in range(_ROUNDS):
+                wanted = self._wanted[counter]
+                if await self._lease_once(counter) and not self._has_enough(counter):
+                    await self._ask_others(counter)
+                if self._has_enough(counter) or self._wanted[counter] == wanted:
+                    break  # else more calls have come meanwhile
             if not self._has_enough(counter):
                 now = trio.current_time()
                 after_s = counter.frees_in_s(self._wanted[counter], now)
