@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from trio.testing import MockClock
 
+from tests.support.asgi_client import chat
 from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.provider import DONE, Break, Provider, Say, Stall, answers, completion, content, says, usage
 from trigate.config.sections import UpstreamConfig, Url
@@ -20,8 +22,9 @@ STREAM = (Say(content("a")), Say(content("b")), Say(usage(7, 2)), Say(DONE))
 
 
 async def record_of(served: Served) -> Any:
-    [record] = (await served.client.ask("GET", "/status/ledger")).json["data"]
-    return record
+    """The record of the only exchange."""
+    [exchange] = served.settled
+    return msgspec.structs.asdict(exchange.record)
 
 
 async def test_the_counts_of_a_stream_are_asked_for(open_app: OpenApp, autojump_clock: MockClock, logs: Any) -> None:
@@ -140,3 +143,31 @@ async def test_the_echo_is_free(open_app: OpenApp, autojump_clock: MockClock) ->
     async with open_app(make_config({"echo": {"kind": "echo"}}), Provider(says("a"))) as served:
         call = await served.client.chat(model="echo/echo", stream=False).wait()
         assert call.header("x-trigate-cost-usd") == "0.000000"
+
+
+@pytest.mark.parametrize("by", ["key", "header", "nobody"])
+async def test_the_cost_in_a_stream(open_app: OpenApp, autojump_clock: MockClock, by: str) -> None:
+    """A client that wants it gets it with the token counts: by a setting of its key, or by a header of its call."""
+    keys = {"ada": {"secret": "a-secret-of-ada", "include_cost": by == "key"}}
+    headers = {"authorization": "Bearer a-secret-of-ada"} | (
+        {"x-trigate-include-cost": "true"} if by == "header" else {}
+    )
+    body = chat(stream_options={"include_usage": True})
+    async with open_app(make_config(prices=PRICES, keys=keys), Provider(STREAM)) as served:
+        call = await served.client.start("POST", "/v1/chat/completions", body, headers=headers).wait()
+        [counted] = [line for line in call.body.splitlines() if b'"usage":{' in line]
+        given = json.loads(counted.removeprefix(b"data: "))["usage"]
+        assert given["prompt_tokens"] == 7
+        assert given.get("cost", "none") == ("none" if by == "nobody" else 0.000027)
+        assert call.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_the_cost_in_the_stream_of_another_format(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A translated stream has it in its own counts; without a price it is null."""
+    body = {"model": "up/m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    for prices, cost in ((PRICES, 0.000027), ({}, None)):
+        async with open_app(make_config(prices=prices), Provider(STREAM)) as served:
+            headers = {"x-trigate-include-cost": "1"}
+            call = await served.client.start("POST", "/v1/messages", body, headers=headers).wait()
+            [last] = [line for line in call.body.splitlines() if b'"message_delta"' in line and b"data:" in line]
+            assert json.loads(last.removeprefix(b"data: "))["usage"]["cost"] == cost

@@ -18,12 +18,14 @@ import trio
 
 from trigate.errors import GatewayError, Header, ProtocolViolation
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.cost_reader import CostReader
 from trigate.exchange.outcome import Phase
 from trigate.exchange.sink import PlainSocket, Sink
 from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.translation import Reader, Translation
 from trigate.openai.conversion import BLANKS, are_events
 from trigate.openai.request import Call
+from trigate.prices.prices import Prices
 from trigate.upstream.reply import Reply
 
 # How long the rest of an upstream's body (the end of its HTTP framing) may take after the last event, before the
@@ -57,6 +59,7 @@ class StreamAnswer:
         socket_relay: The fast path; None = this system has none.
         keep_bytes: How many bytes of the answer are kept, so that another target can continue it; 0 = none.
         continues: The fields that all events of the continued stream have in common.
+        prices: The client gets the cost with the token counts; None = it does not.
     """
 
     call: Call
@@ -67,6 +70,7 @@ class StreamAnswer:
     max_event_bytes: int
     keep_bytes: int
     continues: Mapping[str, msgspec.Raw] | None
+    prices: Prices | None = None
     _attempt: Attempt = attrs.field(init=False)
     _client: PlainSocket = attrs.field(init=False)
 
@@ -75,13 +79,16 @@ class StreamAnswer:
         name = attempt.target.upstream
         attempt.phase = Phase.WAITING
         piece = await self._receive_first(attempt, reply)
-        reader = attempt.reader = self.translation.stream_reader(
+        reader: Reader = self.translation.stream_reader(
             self.call,
             upstream=name,
             max_event_bytes=self.max_event_bytes,
             keep_bytes=self.keep_bytes,
             continues=self.continues,
         )
+        attempt.reader = reader
+        if self.prices is not None:
+            reader = CostReader(reader, self.prices, attempt.target)
         claimed, has_sent, is_first = False, False, True
         while True:
             # Not before the first bytes: the server keeps the head until they come, and the content may have none yet

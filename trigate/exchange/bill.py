@@ -76,15 +76,6 @@ def bill_of(state: ExchangeState, *, at: float) -> Bill:
     return Bill(total, counted, cost)
 
 
-def usd(cost: MicroUsd) -> str:
-    """Writes an amount in US dollars.
-
-    >>> usd(MicroUsd(2415)), usd(MicroUsd(1_000_000))
-    ('0.002415', '1.000000')
-    """
-    return f"{cost // 1_000_000}.{cost % 1_000_000:06d}"
-
-
 def _has_answered(attempt: Attempt) -> bool:
     return attempt.reader is not None and attempt.reader.has_content
 

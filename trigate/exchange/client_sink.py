@@ -15,13 +15,14 @@ from trigate.dialects.openai_responses import overloaded_response, response_fail
 from trigate.dialects.stream import TranslatedStream
 from trigate.errors import ClientStalled, GatewayError, Header, QuotaSpent, Rejected
 from trigate.exchange.answers import stream_headers
-from trigate.exchange.bill import bill_of, usd
+from trigate.exchange.bill import bill_of
 from trigate.exchange.client_response import ClientResponse
 from trigate.exchange.deadlines import StallDetector
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.sink import PlainSocket
 from trigate.exchange.state import ExchangeState
 from trigate.openai import sse
+from trigate.prices.price import usd
 from trigate.quotas.headers import limit_headers
 
 KEEP_ALIVE = "keep-alive"

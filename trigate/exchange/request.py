@@ -16,6 +16,7 @@ from trigate.keys.errors import ModelNotAllowed
 from trigate.keys.key import ANYBODY, Key
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
+from trigate.prices.prices import Prices
 from trigate.routing.routes import Target
 from trigate.upstream.generation import Generation, Route
 from trigate.upstream.request_stream import RequestStream
@@ -90,6 +91,13 @@ class ExchangeRequest:
     def owner(self) -> str:
         """The name of its key; empty = the gateway has no keys."""
         return self.key.name
+
+    @property
+    def stream_prices(self) -> Prices | None:
+        """The prices, if the client wants the cost in its stream and its format is one of server-sent events."""
+        wants = self.key.settings.include_cost or self.client_headers.get(b"x-trigate-include-cost") in (b"1", b"true")
+        has_place = self.call.endpoint.stream_type.startswith("text/event-stream")
+        return self.generation.prices if wants and has_place else None
 
     def route(self) -> Route:
         """Returns the targets of the request.

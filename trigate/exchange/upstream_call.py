@@ -339,6 +339,7 @@ class UpstreamCall:
                 max_event_bytes=limits.event_bytes,
                 keep_bytes=limits.buffered_bytes if may_be_continued(self.request) else 0,
                 continues=self._continuation.head,
+                prices=self.request.stream_prices,
             )
         if call.endpoint.answer == "json":
             return JsonAnswer(

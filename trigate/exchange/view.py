@@ -9,10 +9,10 @@ import math
 
 from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
-from trigate.exchange.bill import usd
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
+from trigate.prices.price import usd
 
 
 def phase(state: ExchangeState) -> Phase:

@@ -85,3 +85,12 @@ class Price:
 
 FREE = Price(input=0, cache_read=0, cache_write=0, output=0)
 """What a model costs that the gateway runs itself."""
+
+
+def usd(cost: MicroUsd) -> str:
+    """Writes an amount in US dollars.
+
+    >>> usd(MicroUsd(2415)), usd(MicroUsd(1_000_000))
+    ('0.002415', '1.000000')
+    """
+    return f"{cost // 1_000_000}.{cost % 1_000_000:06d}"
