@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ STREAM = (Say(content("a")), Say(content("b")), Say(usage(7, 2)), Say(DONE))
 
 
 async def record_of(served: Served) -> Any:
-    [record] = (await served.client.ask("GET", "/status/ledger")).json["data"]
-    return record
+    """The record of the only exchange, with its cost in micro-dollars."""
+    [record] = (await served.client.ask("GET", "/v1/exchanges")).json["data"]
+    usd = record.pop("cost_usd")
+    return {**record, "cost": None if usd is None else int(Decimal(usd) * 1_000_000)}
 
 
 async def test_the_counts_of_a_stream_are_asked_for(open_app: OpenApp, autojump_clock: MockClock, logs: Any) -> None:
