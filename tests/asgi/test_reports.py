@@ -67,6 +67,23 @@ async def test_use_by_key(open_app: OpenApp, autojump_clock: MockClock) -> None:
         assert (await asked(served, "/v1/exchanges?to=2020-01-01", **ADMIN))["data"] == []
 
 
+async def test_tags(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The calls of a key with two tags are in two rows, and once in the total."""
+    keys = {"ada": {"secret": "key-of-ada", "tags": ["red", "blue"]}, "ben": "key-of-ben"}
+    config = make_config(keys=keys, admin={"key": "key-of-the-admin"})
+    good = (Say(content("a")), Say(USAGE), Say(DONE))
+    async with open_app(config, Provider(good, good)) as served:
+        await _call(served, "ada")
+        await _call(served, "ben")
+        body = await asked(served, "/v1/usage?group_by=key,tag", **ADMIN)
+        assert [(row["key"], row["tag"], row["calls"]) for row in body["data"]] == [
+            ("ada", "blue", 1),
+            ("ada", "red", 1),
+            ("ben", "", 1),
+        ]
+        assert body["total"]["calls"] == 2
+
+
 def _record(number: int, at: str, **changes: Any) -> bytes:
     started_at = datetime.datetime.fromisoformat(f"{at}+00:00").timestamp()
     given: dict[str, Any] = {"model": "m", "cost": 1_250_000, "outcome": "complete", "ended_at": started_at + 1}

@@ -8,6 +8,8 @@ import apsw
 import pytest
 
 from trigate.store.records import Session
+from trigate.store.report_tables import conditions
+from trigate.store.reports import ExchangeQuery
 from trigate.store.schema import MIGRATIONS
 from trigate.store.tables import Tables
 
@@ -84,3 +86,26 @@ def test_times_come_back_as_they_were() -> None:
         found = tables.session("o", str(at))
         assert found is not None
         assert found.created_at == at
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        ({"id": "ex_1"}, "sqlite_autoindex_exchanges_1"),
+        ({"owner": "o"}, "exchanges_of_owner"),
+        ({"outcome": "timeout", "owner": "o"}, "exchanges_not_complete"),
+        ({"failed": True, "owner": "o"}, "exchanges_failed"),
+        ({"since": 1.0, "before": 9.0}, "exchanges_by_time"),
+    ],
+)
+def test_records_are_found_by_an_index(query: dict[str, Any], index: str) -> None:
+    """Each query for records uses the index that leads to the fewest of them."""
+    db = apsw.Connection(":memory:")
+    for migration in MIGRATIONS:
+        db.execute(migration)
+    found = [*conditions(ExchangeQuery(**query))]
+    where = " AND ".join(condition for condition, _ in found)
+    sql = f"EXPLAIN QUERY PLAN SELECT * FROM exchanges WHERE {where} ORDER BY number DESC LIMIT 9"
+    steps = [step for *_, step in db.execute(sql, [value for _, values in found for value in values])]
+    assert any(index in step for step in steps), steps
+    assert not [step for step in steps if "TEMP B-TREE" in step], steps

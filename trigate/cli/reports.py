@@ -116,7 +116,7 @@ def _seconds(value: float | None) -> str:
     "--by",
     default="key,model",
     show_default=True,
-    help="What each row is for: some of key, group, model, target, upstream, hour, day, month; empty = the sum alone.",
+    help="Of each row: some of key, group, model, target, upstream, hour, day, month, tag; empty = the sum alone.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV.")
 def usage(

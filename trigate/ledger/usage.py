@@ -7,14 +7,16 @@ time is read, so that other reads of the store need not wait for a long report.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 from trigate.errors import BadRequest
 from trigate.ledger.ledger import Ledger
 from trigate.store.interface import Store
 from trigate.store.reports import UsageColumn, UsageTotals
 
+Column = UsageColumn | Literal["tag"]
+"""What a report can be grouped by: what the store has, and the tags that keys have now."""
 MAX_ROWS = 50_000
 """How many combinations of values a report may have."""
 HOUR_S = 3600
@@ -57,15 +59,22 @@ def percentile_s(histogram: dict[int, int], share: float) -> float | None:
 async def usage(
     store: Store,
     ledger: Ledger,
-    columns: Sequence[UsageColumn],
+    columns: Sequence[Column],
     first: int,
     end: int,
     *,
+    tags_of: Callable[[str], Sequence[str]],
     owner: str | None = None,
     model: str | None = None,
-) -> list[UsageTotals]:
-    """Returns the use within some hours, the records of this worker included, as `store.interface.Exchanges.usage`,
-    sorted by the columns.
+) -> tuple[list[UsageTotals], UsageTotals]:
+    """Returns the use within some hours, the records of this worker included, as `store.interface.Exchanges.usage`.
+
+    Args:
+        tags_of: Returns the tags of the key of a name.
+
+    Returns:
+        The use for each combination of values, sorted by them, and that of all calls. The use of a key with several
+        tags is in several rows.
 
     Raises:
         BadRequest: There are more than `MAX_ROWS` combinations.
@@ -74,15 +83,32 @@ async def usage(
     await ledger.flush()
     hours = await store.exchanges.hours_used()
     found: dict[tuple[str | int, ...], UsageTotals] = {}
+    total = UsageTotals()
     if hours is not None:
+        asked: list[UsageColumn] = ["key" if column == "tag" else column for column in columns]
         at, end = max(first, hours[0]), min(end, hours[1] + 1)
         while at < end:
             to = min(end, (at // _DAY_HOURS + 1) * _DAY_HOURS)
-            for use in await store.exchanges.usage(columns, at, to, owner=owner, model=model):
-                add(found.setdefault(use.group, UsageTotals(group=use.group)), use)
+            for use in await store.exchanges.usage(asked, at, to, owner=owner, model=model):
+                add(total, use)
+                for group in _groups(columns, use.group, tags_of):
+                    add(found.setdefault(group, UsageTotals(group=group)), use)
             if len(found) > MAX_ROWS:
                 raise BadRequest(
                     f"The report has more than {MAX_ROWS} rows. Group by less, or ask for less time.", param="group_by"
                 )
             at = to
-    return sorted(found.values(), key=lambda use: use.group)
+    return sorted(found.values(), key=lambda use: use.group), total
+
+
+def _groups(
+    columns: Sequence[Column], group: tuple[str | int, ...], tags_of: Callable[[str], Sequence[str]]
+) -> Iterator[tuple[str | int, ...]]:
+    """Yields the groups that a group belongs to: where a tag is asked for, one for each tag of its key, or that of no
+    tag."""
+    if "tag" not in columns:
+        yield group
+        return
+    at = columns.index("tag")
+    for tag in set(tags_of(str(group[at]))) or ("",):
+        yield (*group[:at], tag, *group[at + 1 :])

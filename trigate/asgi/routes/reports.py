@@ -16,7 +16,7 @@ from quart import Blueprint, Response, request
 from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.errors import BadRequest, Forbidden
 from trigate.keys.key import ANYBODY
-from trigate.ledger.usage import HOUR_S, add, percentile_s, usage
+from trigate.ledger.usage import HOUR_S, Column, percentile_s, usage
 from trigate.status.merge import iso_time
 from trigate.store.records import ExchangeRecord
 from trigate.store.reports import ExchangeQuery, UsageColumn, UsageTotals
@@ -26,7 +26,7 @@ blueprint = Blueprint("reports", __name__)
 MAX_LIMIT = 1000
 _DAY_S = 86_400
 _DEFAULT_DAYS = 30
-_COLUMNS: tuple[UsageColumn, ...] = get_args(UsageColumn)
+_COLUMNS: tuple[Column, ...] = (*get_args(UsageColumn), "tag")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _ENDED_WELL = ("complete", "cancelled", "finished")
 
@@ -107,14 +107,18 @@ async def get_usage() -> Response:
     end = math.ceil((now if before is None else before) / HOUR_S)
     first = (end * HOUR_S // _DAY_S - _DEFAULT_DAYS) * 24 if since is None else math.floor(since / HOUR_S)
     gateway = current_gateway()
-    found = await usage(
-        gateway.store, gateway.ledger, columns, first, end, owner=owner, model=request.args.get("model")
+    found, total = await usage(
+        gateway.store,
+        gateway.ledger,
+        columns,
+        first,
+        end,
+        tags_of=lambda name: gateway.keys.named(name).settings.tags,
+        owner=owner,
+        model=request.args.get("model"),
     )
     if as_csv:
         return Response(_csv(columns, found), content_type="text/csv; charset=utf-8")
-    total = UsageTotals()
-    for use in found:
-        add(total, use)
     return _json(
         {
             "object": "usage",
@@ -127,14 +131,14 @@ async def get_usage() -> Response:
     )
 
 
-def _columns() -> list[UsageColumn]:
+def _columns() -> list[Column]:
     names = [name.strip() for name in request.args.get("group_by", "").split(",") if name.strip()]
     for name in names:
         if name not in _COLUMNS:
             raise BadRequest(f"group_by must have some of {', '.join(_COLUMNS)}, not {name[:60]!r}.", param="group_by")
     if len(set(names)) < len(names):
         raise BadRequest("group_by has a word twice.", param="group_by")
-    return cast("list[UsageColumn]", names)
+    return cast("list[Column]", names)
 
 
 def _is_csv() -> bool:
@@ -149,14 +153,14 @@ def _iso(at: float) -> str:
     return datetime.datetime.fromtimestamp(min(max(at, 0), 253_402_300_799), datetime.UTC).isoformat()
 
 
-def _shown(column: UsageColumn, value: str | int) -> str:
+def _shown(column: Column, value: str | int) -> str:
     """The value of a column: hours and days as ISO 8601."""
     if column == "hour":
         return _iso(int(value) * HOUR_S)
     return _iso(int(value) * _DAY_S)[:10] if column == "day" else str(value)
 
 
-def _row(columns: Sequence[UsageColumn], use: UsageTotals) -> dict[str, Any]:
+def _row(columns: Sequence[Column], use: UsageTotals) -> dict[str, Any]:
     outcomes = use.outcomes
     complete, cancelled = outcomes.get("complete", 0), outcomes.get("cancelled", 0) + outcomes.get("finished", 0)
     return {
@@ -181,7 +185,7 @@ def _row(columns: Sequence[UsageColumn], use: UsageTotals) -> dict[str, Any]:
     }
 
 
-def _csv(columns: Sequence[UsageColumn], found: Sequence[UsageTotals]) -> str:
+def _csv(columns: Sequence[Column], found: Sequence[UsageTotals]) -> str:
     """Makes a table with a head. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
     names = [name for name in _row((), UsageTotals()) if name != "failures"]
     text = io.StringIO()
