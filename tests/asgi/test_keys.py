@@ -203,7 +203,7 @@ async def test_what_belongs_to_another_key(open_app: OpenApp) -> None:
             assert (await ask(served, "GET", path, key=key)).status == status, (key, path)
         await served.gateway.ledger.list(limit=1)
         for key, count in ((secret, 1), ("a-key-of-ada", 0), (ADMIN, 1)):
-            records = await ask(served, "GET", "/status/ledger", key=key)
+            records = await ask(served, "GET", "/v1/exchanges", key=key)
             assert len(records.json["data"]) == count
 
 
@@ -218,10 +218,10 @@ async def test_carriers(open_app: OpenApp) -> None:
             "x-goog-api-key": secret,
         }.items():
             for given, status in ((value, 200), (value[:-1], 401)):
-                answer = await served.client.start("GET", "/status/ledger", None, headers={name: given}).wait()
+                answer = await served.client.start("GET", "/v1/exchanges", None, headers={name: given}).wait()
                 assert answer.status == status, name
         both = {"x-api-key": secret, "authorization": "Bearer a-key-of-ada"}
-        assert (await served.client.start("GET", "/status/ledger", None, headers=both).wait()).status == 400
+        assert (await served.client.start("GET", "/v1/exchanges", None, headers=both).wait()).status == 400
 
 
 async def test_priority(open_app: OpenApp, autojump_clock: MockClock) -> None:

@@ -20,7 +20,8 @@ STREAM = (Say(content("a")), Say(content("b")), Say(usage(7, 2)), Say(DONE))
 
 
 async def record_of(served: Served) -> Any:
-    [record] = (await served.client.ask("GET", "/status/ledger")).json["data"]
+    [record] = (await served.client.ask("GET", "/v1/exchanges")).json["data"]
+    record["cost"] = None if record["cost_usd"] is None else round(float(record["cost_usd"]) * 1e6)
     return record
 
 
