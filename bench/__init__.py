@@ -18,5 +18,6 @@ It must not depend on the tests. Read `session` first. The modules, in the order
 - `acknowledgements`: durable acknowledgements of webhooks, compared with the disk's speed;
 - `overload`: the latency of the admitted calls under overload;
 - `formats`: calls in three formats, translated and as they are;
+- `keys`: plain calls with keys, limits, prices and budgets, and without;
 - `micro`: micro-benchmarks of pure modules, for pytest-benchmark.
 """

@@ -60,6 +60,7 @@ MICRO = Path(__file__).parent / "micro.py"
 @click.option("--hooks", is_flag=True, help="Durable acknowledgements of webhooks, compared with what the disk can do.")
 @click.option("--overload", is_flag=True, help="Three times as many calls as there are slots.")
 @click.option("--formats", is_flag=True, help="Calls in three formats, translated and as they are.")
+@click.option("--keys", is_flag=True, help="Plain calls with keys, limits, prices and budgets, and without.")
 @click.option("--list", "list_peers", is_flag=True, help="List the known gateways, and whether each is installed.")
 def main(**options: Any) -> None:  # Any: the decorators give each option its type
     """Measures Trigate and other gateways in turn, with a mock upstream on this machine."""
@@ -97,6 +98,13 @@ def main(**options: Any) -> None:  # Any: the decorators give each option its ty
         costs = trio.run(lambda: formats.run(names, rounds=rounds, window_s=options["window"] or 3.0))
         for line in formats.lines(costs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    elif options["keys"]:
+        from bench import keys
+
+        rounds = options["rounds"] or (2 if options["quick"] else 9)
+        spent = trio.run(lambda: keys.run(rounds=rounds, window_s=options["window"] or 2.0))
+        for line in keys.lines(spent):
+            console.print(line, markup=False, highlight=False)
     elif options["compare"]:
         before, after = (_read(file) for file in options["compare"])
         terminal.print_comparison(before, after, console)

@@ -20,7 +20,7 @@ import pytest
 import trio
 
 import bench
-from bench import gateways, load, overload, scenarios, session
+from bench import gateways, keys, load, overload, scenarios, session
 from bench.distribution import Histogram, Spread, pair_ratios, recovery
 from bench.gateways import Gateway, GatewayFailed
 from bench.load import Job, arrivals, share
@@ -225,6 +225,18 @@ async def test_overload() -> None:
     assert measured.refused_share > 0.5
     assert measured.served_share > 0.5
     assert any("p99 ratio" in line for line in overload.lines([measured]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PROC, reason="the CPU time of a process cannot be read here")
+async def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateways serve, each with its keys, and the result has a line for each."""
+    monkeypatch.setattr(keys, "VIRTUAL_KEYS", 100)
+    monkeypatch.setattr(keys, "SECRETS", {**keys.SECRETS, keys.MANY: f"{keys.SECRET} 99"})
+    found = await keys.run(rounds=1, window_s=0.3)
+    assert [each.name for each in found] == list(keys.CONFIGURATIONS)
+    assert all(each.rounds[0] > 0 for each in found)
+    assert len(keys.lines(found)) == 5
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ class UpstreamGate:
         self._request = request
         self._quotas = quotas
         self._at = time.time()
+        self._needed: dict[Target, tuple[tuple[Counter, ...], Amounts]] = {}
         self._held: dict[Target, Reservation] = {}
 
     async def prepare(self, targets: Sequence[Target]) -> None:
@@ -41,9 +42,14 @@ class UpstreamGate:
                     await self._quotas.lease(*self._needs(target))
 
     def _needs(self, target: Target) -> tuple[tuple[Counter, ...], Amounts]:
-        counters = self._quotas.upstream_counters(target.upstream, self._at)
-        request = self._request
-        return counters, amounts_of(request.call, request.generation, (target,), counters, self._quotas)
+        """The counters of a target's upstream, and what an attempt there may use. The plan asks several times."""
+        needed = self._needed.get(target)
+        if needed is None:
+            counters = self._quotas.upstream_counters(target.upstream, self._at)
+            call, generation = self._request.call, self._request.generation
+            needed = counters, amounts_of(call, generation, (target,), counters, self._quotas)
+            self._needed[target] = needed
+        return needed
 
     def admits(self, target: Target) -> bool:
         """Whether an attempt may begin."""
