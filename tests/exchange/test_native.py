@@ -338,6 +338,7 @@ async def test_a_webhook(open_app: OpenApp) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_shared_call(open_app: OpenApp, autojump_clock: MockClock, stream: bool) -> None:
     """Equal calls share one upstream call, and each client gets the whole answer."""
+    autojump_clock.autojump_threshold = 0.005  # it does not wait for the thread that puts the answer together
     script = (Pause(1), *HELLO[:3], Pause(1), *HELLO[3:])
     config = native(MODEL, alias={"coalesce": True}, limits={"keep_alive_s": 0})
     async with open_app(config, both(script)) as served:

@@ -251,7 +251,7 @@ SCENES = {
     "an event in two pieces": Scene(
         (Say(B[:20]), Pause(1), Say(B[20:] + DONE[:5]), Pause(1), Say(DONE[5:])), B + DONE, after_s=3
     ),
-    "usage": Scene((Say(usage(7, 11)), Say(DONE)), usage(7, 11) + DONE),
+    "usage": Scene((Say(usage(7, 11)), Say(DONE)), DONE),
     "an upstream's comment": Scene((Say(b": ping\n\n"), Pause(1), Say(B), Say(DONE)), B + DONE, after_s=2),
     "never ends after DONE": Scene((Say(B), Say(DONE), Stall()), B + DONE),
     "DONE without a blank line": Scene((Say(B), Say(FINISH), Say(b"data: [DONE]")), B + DONE),

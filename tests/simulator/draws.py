@@ -70,6 +70,7 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
             name: {
                 "base_url": f"http://{name}.invalid:{one_of(80, 80, 8080)}/v1",
                 "models": [f"m-{name}"],
+                "include_usage": False,  # an answer is compared with what its provider has sent
                 "max_connections": rng.randint(3, 8),
                 "queue_timeout_s": round(rng.uniform(0.3, 3.0), 2),
                 **({"first_token_timeout_s": 1.5} if chance(0.2) else {}),
