@@ -158,6 +158,7 @@ async def test_every_scope(open_app: OpenApp, autojump_clock: MockClock, section
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1beta/models/up/m:generateContent", "/api/chat"])
 async def test_every_format(open_app: OpenApp, autojump_clock: MockClock, path: str) -> None:
     """A refusal has the shape of its format, with the headers that every format has."""
+    autojump_clock.autojump_threshold = 0.005  # it does not wait for threads
     async with open_app(priced(keys=keys(rpm=1)), Provider(says("x"))) as served:
         extra: dict[str, Any] = {"input": "Hi", "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
         await ask(served, path=path, **extra).wait()
