@@ -17,10 +17,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import attrs
-import trio
 
-from bench.gateways import Gateway, open_gateway, peers
-from bench.load import Job, Report
+from bench.gateways import Gateway, cpu_spent, open_gateway, peers
+from bench.load import Job
 from bench.process import Generator, Upstream, open_generator, open_upstream
 from bench.upstream import directive
 
@@ -90,22 +89,6 @@ class Measured:
     error: str = ""
 
 
-async def _spent(upstream: Upstream, generator: Generator, gateway: Gateway, job: Job) -> tuple[float, Report]:
-    """Runs a job; returns the CPU time of the gateway while it ran, in seconds."""
-    await upstream.wait_active(0, at_most_s=5)
-    before_s = gateway.cpu_s()
-    report = await generator.report(await generator.start(job))
-    await trio.sleep(0.05)
-    after_s = gateway.cpu_s()
-    if before_s is None or after_s is None:
-        raise RuntimeError("the CPU time of a process cannot be read on this system")
-    if report.errors:
-        raise RuntimeError(f"{report.errors}: {report.error}")
-    if not report.latency.count:
-        raise RuntimeError("no call was answered")
-    return after_s - before_s, report
-
-
 async def _measure(
     upstream: Upstream, generator: Generator, gateway: Gateway, form: Format, model: str, *, window_s: float
 ) -> Cost:
@@ -127,10 +110,10 @@ async def _measure(
         )
 
     for streams in (False, True):  # what a gateway does at its first call of a kind does not count
-        await _spent(upstream, generator, gateway, attrs.evolve(job(stream=streams, connections=1), window_s=0.1))
+        await cpu_spent(upstream, generator, gateway, attrs.evolve(job(stream=streams, connections=1), window_s=0.1))
     # every call of a job counts: the window is the whole time, and the last calls are waited for
-    plain_s, plain = await _spent(upstream, generator, gateway, job(stream=False, connections=CALLERS))
-    stream_s, stream = await _spent(upstream, generator, gateway, job(stream=True, connections=STREAMS))
+    plain_s, plain = await cpu_spent(upstream, generator, gateway, job(stream=False, connections=CALLERS))
+    stream_s, stream = await cpu_spent(upstream, generator, gateway, job(stream=True, connections=STREAMS))
     return Cost(call_us=plain_s * 1e6 / plain.latency.count, stream_us=stream_s * 1e6 / stream.latency.count)
 
 

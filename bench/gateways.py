@@ -43,7 +43,8 @@ import cattrs
 import httpx2
 import trio
 
-from bench.process import cpu_s, environment, memory, open_process, tree
+from bench.load import Job, Report
+from bench.process import Generator, Upstream, cpu_s, environment, memory, open_process, tree
 
 PEERS = Path(__file__).parent / "peers"
 DIRECT = "direct"
@@ -260,3 +261,23 @@ def summary(gateway: Gateway) -> dict[str, Any]:  # Any: JSON
         "model": gateway.model,
         "start_s": None if gateway.start_s is None else round(gateway.start_s, 3),
     }
+
+
+async def cpu_spent(upstream: Upstream, generator: Generator, gateway: Gateway, job: Job) -> tuple[float, Report]:
+    """Runs a job; returns the CPU time of the gateway while it ran, in seconds.
+
+    Raises:
+        RuntimeError: A call failed, none was answered, or the time cannot be read.
+    """
+    await upstream.wait_active(0, at_most_s=5)
+    before_s = gateway.cpu_s()
+    report = await generator.report(await generator.start(job))
+    await trio.sleep(0.05)
+    after_s = gateway.cpu_s()
+    if before_s is None or after_s is None:
+        raise RuntimeError("the CPU time of a process cannot be read on this system")
+    if report.errors:
+        raise RuntimeError(f"{gateway.title}: {report.errors}: {report.error}")
+    if not report.latency.count:
+        raise RuntimeError(f"{gateway.title}: no call was answered")
+    return after_s - before_s, report

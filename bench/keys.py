@@ -24,9 +24,8 @@ from pathlib import Path
 
 import apsw
 import attrs
-import trio
 
-from bench.gateways import Gateway, Peer, open_gateway, peers
+from bench.gateways import Gateway, Peer, cpu_spent, open_gateway, peers
 from bench.load import Job
 from bench.process import Generator, Upstream, open_generator, open_upstream
 from bench.upstream import directive
@@ -145,16 +144,8 @@ async def _call_us(upstream: Upstream, generator: Generator, gateway: Gateway, w
         connections=CALLERS,
         window_s=window_s,
     )
-    await upstream.wait_active(0, at_most_s=5)
-    before_s = gateway.cpu_s()
-    report = await generator.report(await generator.start(job))
-    await trio.sleep(0.05)
-    after_s = gateway.cpu_s()
-    if before_s is None or after_s is None:
-        raise RuntimeError("the CPU time of a process cannot be read on this system")
-    if report.errors:
-        raise RuntimeError(f"{gateway.title}: {report.errors}: {report.error}")
-    return (after_s - before_s) * 1e6 / report.latency.count
+    spent_s, report = await cpu_spent(upstream, generator, gateway, job)
+    return spent_s * 1e6 / report.latency.count
 
 
 async def run(*, rounds: int, window_s: float) -> list[Measured]:

@@ -21,6 +21,7 @@ import httpx2
 import openai
 import pytest
 
+from tests.support import processes
 from tests.support.processes import environment, run_gateway
 from tests.support.scripted_upstream import open_upstream, wait_closed
 
@@ -62,16 +63,6 @@ def configuration(upstream: str) -> str:
     """Each kind of key for each client; a call of `MESSAGES` costs 7 + 2 × 4 = 15 micro-dollars."""
     parts = [
         f"""
-[retries]
-budget = 0
-[breaker]
-failures = 0
-failure_rate = 0
-[upstreams.mock]
-kind = "openai"
-base_url = "{upstream}/v1"
-[models.default]
-targets = ["mock/hello"]
 [models.busy]
 targets = ["mock/endless.busy"]
 max_exchanges = 1
@@ -86,7 +77,7 @@ key = "{ADMIN}"
         parts.append(GROUPS.format(client=client))
         for name, settings in KEYS.items():
             parts.append(FIRST.format(name=name, client=client) + settings.format(client=client))
-    return "\n".join(parts)
+    return processes.configuration(upstream, more="\n".join(parts))
 
 
 @attrs.frozen

@@ -28,7 +28,9 @@ def slots(limit: int = 2) -> Slots:
 
 def budget(limit: int = 1000) -> Budget:
     """A budget, all of which is leased."""
-    made = Budget(name="all/day/1", scope="all", setting="day", limit=limit, first_day=1, end_day=2)
+    made = Budget(
+        name="all/day/1", scope="all", setting="budgets.day", limit=limit, period="day", first_day=1, end_day=2
+    )
     made.add(limit, 0.0, 0.0)
     return made
 

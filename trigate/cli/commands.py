@@ -23,13 +23,13 @@ from trigate.cli.configuration import (
     check_certificate,
     config_option,
     gateway_environment,
-    gateway_url,
     read_configuration,
     refuse_open_gateway,
 )
 from trigate.cli.failure import CommandFailed
 from trigate.cli.keys import keys
 from trigate.cli.reports import exchanges, usage
+from trigate.cli.running_gateway import ask, failures_reported, not_a_gateway, url_option
 from trigate.cli.serve import serve
 from trigate.version import __version__
 
@@ -150,40 +150,17 @@ def _disabled(reason: str | None) -> str:
 
 
 def _gateway_options(command: Any) -> Any:
-    command = click.option(
-        "--url",
-        envvar="TRIGATE_URL",
-        default=gateway_url,
-        show_default="$TRIGATE_URL, else as the configuration file says, else http://127.0.0.1:18888",
-        help="The gateway.",
-    )(command)
-    return click.option("--key", envvar="TRIGATE_API_KEY", help="Its key, if it needs one.  [env: TRIGATE_API_KEY]")(
-        command
-    )
-
-
-def _request(url: str, key: str | None, *paths: str, method: str = "GET") -> list[dict[str, Any]]:
-    from trigate.cli import client
-
-    try:
-        return client.request(url, key, *paths, method=method)
-    except client.RequestFailed as failed:
-        raise CommandFailed(str(failed)) from None
-
-
-def _not_a_gateway(url: str, why: str | None = None) -> CommandFailed:
-    from trigate.cli import client
-
-    return CommandFailed(str(client.not_a_gateway(url, why)))
+    key = click.option("--key", envvar="TRIGATE_API_KEY", help="Its key, if it needs one.  [env: TRIGATE_API_KEY]")
+    return key(url_option(command))
 
 
 @cli.command()
 @_gateway_options
 def models(url: str, key: str | None) -> None:
     """List the models of a running gateway, one id per line."""
-    [body] = _request(url, key, "/v1/models")
+    [body] = ask(url, key, "/v1/models")
     if body.get("object") != "list":
-        raise _not_a_gateway(url)
+        raise not_a_gateway(url)
     for model in body["data"]:
         click.echo(model["id"])
 
@@ -218,16 +195,16 @@ def status(
     if cancelled is not None:
         _cancel(url, key, cancelled, as_json)
         return
-    status, streams = _request(url, key, *status_view.PATHS)
+    status, streams = ask(url, key, *status_view.PATHS)
     if "totals" not in status or not isinstance(status.get("streams"), dict):
-        raise _not_a_gateway(url)
+        raise not_a_gateway(url)
     if as_json:
         click.echo(json.dumps({**status, "streams": {**status["streams"], **streams}}, indent=2, ensure_ascii=False))
         return
     try:
         shown = status_view.overview(*status_view.read(status, streams))
     except ValueError as error:
-        raise _not_a_gateway(url, str(error)) from None
+        raise not_a_gateway(url, str(error)) from None
     _replace_unencodable()
     if sys.stdout.isatty() and _has_rich():
         from trigate.cli import status_watch
@@ -256,8 +233,6 @@ def _watch(url: str, key: str | None, interval_s: float) -> int:
     """Shows the state until a signal; returns the exit code for that signal."""
     import trio
 
-    from trigate.cli.client import RequestFailed
-
     if not _has_rich():
         raise CommandFailed("--watch needs the package rich: pip install 'trigate[terminal]'")
     from trigate.cli import status_watch
@@ -265,16 +240,14 @@ def _watch(url: str, key: str | None, interval_s: float) -> int:
     if not status_watch.can_watch():
         raise CommandFailed("--watch needs a terminal as its output. Without --watch, the state is shown once.")
     _replace_unencodable()
-    try:
+    with failures_reported():
         return 128 + trio.run(status_watch.watch, url, key, interval_s)
-    except RequestFailed as failed:
-        raise CommandFailed(str(failed)) from None
 
 
 def _cancel(url: str, key: str | None, stream: str, as_json: bool) -> None:
     from urllib.parse import quote
 
-    [body] = _request(url, key, f"/status/streams/{quote(stream, safe='')}", method="DELETE")
+    [body] = ask(url, key, f"/status/streams/{quote(stream, safe='')}", method="DELETE")
     if as_json:
         click.echo(json.dumps(body, indent=2, ensure_ascii=False))
     else:
@@ -299,21 +272,19 @@ def chat(url: str, key: str | None, question: str, model: str, system: str | Non
         raise CommandFailed("the question is not UTF-8.") from None
     messages = [{"role": "system", "content": system}] if system else []
     payload = {"model": model, "stream": True, "messages": [*messages, {"role": "user", "content": text}]}
-    try:
-        with (
-            httpx2.Client(**client_settings(url, key)) as client,
-            translated_errors(url),
-            client.stream("POST", "/v1/chat/completions", json=payload) as response,
-        ):
-            if response.status_code != 200:
-                response.read()
-                raise RequestFailed(message_of(response))
-            is_complete = False
-            for delta in _deltas(response):
-                is_complete = delta is None
-                click.echo(delta or "", nl=is_complete)  # also flushes
-    except RequestFailed as failed:
-        raise CommandFailed(str(failed)) from None
+    with (
+        failures_reported(),
+        httpx2.Client(**client_settings(url, key)) as client,
+        translated_errors(url),
+        client.stream("POST", "/v1/chat/completions", json=payload) as response,
+    ):
+        if response.status_code != 200:
+            response.read()
+            raise RequestFailed(message_of(response))
+        is_complete = False
+        for delta in _deltas(response):
+            is_complete = delta is None
+            click.echo(delta or "", nl=is_complete)  # also flushes
     if not is_complete:
         raise CommandFailed("the answer was truncated.")
 

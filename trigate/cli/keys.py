@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import click
 
-from trigate.cli.configuration import gateway_url
 from trigate.cli.failure import CommandFailed
+from trigate.cli.running_gateway import ask, not_a_gateway, url_option
 
 _PERIODS = ("day", "week", "month", "total")
 
@@ -24,13 +24,7 @@ def _admin_options(command: Any) -> Any:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer, as JSON."),
         click.option("--admin-key", envvar="TRIGATE_ADMIN_KEY", help="The admin's key.  [env: TRIGATE_ADMIN_KEY]"),
-        click.option(
-            "--url",
-            envvar="TRIGATE_URL",
-            default=gateway_url,
-            show_default="$TRIGATE_URL, else as the configuration file says, else http://127.0.0.1:18888",
-            help="The gateway.",
-        ),
+        url_option,
     ):
         command = option(command)
     return command
@@ -68,16 +62,11 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask(url: str, key: str | None, path: str, method: str = "GET", body: Any = None) -> dict[str, Any]:  # Any: JSON
-    from trigate.cli import client
-
     if not key:
         raise CommandFailed("needs the admin's key: set TRIGATE_ADMIN_KEY, or pass --admin-key.")
-    try:
-        [found] = client.request(url, key, path, method=method, body=body)
-    except client.RequestFailed as failed:
-        raise CommandFailed(str(failed)) from None
+    [found] = ask(url, key, path, method=method, body=body)
     if found.get("object") not in ("key", "list"):
-        raise CommandFailed(str(client.not_a_gateway(url)))
+        raise not_a_gateway(url)
     return found
 
 

@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 
 import click
 
-from trigate.cli.configuration import gateway_url
 from trigate.cli.failure import CommandFailed
+from trigate.cli.running_gateway import ask, failures_reported, not_a_gateway, url_option
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -33,13 +33,7 @@ def _report_options(command: Any) -> Any:
             envvar=["TRIGATE_ADMIN_KEY", "TRIGATE_API_KEY"],
             help="The admin's key, or one that sees its own calls.  [env: TRIGATE_ADMIN_KEY, TRIGATE_API_KEY]",
         ),
-        click.option(
-            "--url",
-            envvar="TRIGATE_URL",
-            default=gateway_url,
-            show_default="$TRIGATE_URL, else as the configuration file says, else http://127.0.0.1:18888",
-            help="The gateway.",
-        ),
+        url_option,
     ):
         command = option(command)
     return command
@@ -80,15 +74,6 @@ def _asked(last: str | None, **given: str | None) -> dict[str, str]:
             raise click.UsageError("--last cannot be combined with --from.")
         given["from"] = since_of(last, time.time())
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _request(url: str, secret: str | None, *paths: str) -> list[dict[str, Any]]:
-    from trigate.cli import client
-
-    try:
-        return client.request(url, secret, *paths)
-    except client.RequestFailed as failed:
-        raise CommandFailed(str(failed)) from None
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -140,13 +125,13 @@ def usage(
         click.echo(_text(url, secret, f"/v1/usage?{urlencode({**grouped, 'format': 'csv'})}"), nl=False)
         return
     if as_json:
-        [body] = _request(url, secret, f"/v1/usage?{urlencode(grouped)}")
+        [body] = ask(url, secret, f"/v1/usage?{urlencode(grouped)}")
         click.echo(json.dumps(body, indent=2, ensure_ascii=False))
         return
     paths = (f"/v1/usage?{urlencode(asking)}" for asking in (grouped, {**asked, "group_by": "day"}))
-    body, days = _request(url, secret, *paths)
+    body, days = ask(url, secret, *paths)
     if body.get("object") != "usage":
-        raise CommandFailed(f"what answers at {url} is not a Trigate gateway.")
+        raise not_a_gateway(url)
     columns: list[str] = body["group_by"]
     rows = sorted(body["data"], key=lambda row: [row[each] for each in columns if each in ("month", "day", "hour")])
     head = ("calls", "failed", "prompt", "cached", "output", "cost $", "p50 s", "p95 s", "first p50", "first p95")
@@ -188,14 +173,15 @@ def _text(url: str, secret: str | None, path: str) -> str:
 
     from trigate.cli import client
 
-    try:
-        with httpx2.Client(**client.client_settings(url, secret)) as http, client.translated_errors(url):
-            response = http.get(path)
-            if response.status_code != 200:
-                raise client.RequestFailed(client.message_of(response))
-            return response.text
-    except client.RequestFailed as failed:
-        raise CommandFailed(str(failed)) from None
+    with (
+        failures_reported(),
+        httpx2.Client(**client.client_settings(url, secret)) as http,
+        client.translated_errors(url),
+    ):
+        response = http.get(path)
+        if response.status_code != 200:
+            raise client.RequestFailed(client.message_of(response))
+        return response.text
 
 
 @click.command()
@@ -232,12 +218,12 @@ def exchanges(
             "limit": str(limit),
         },
     )
-    [body] = _request(url, secret, f"/v1/exchanges?{urlencode(asked)}")
+    [body] = ask(url, secret, f"/v1/exchanges?{urlencode(asked)}")
     if as_json:
         click.echo(json.dumps(body, indent=2, ensure_ascii=False))
         return
     if body.get("object") != "list":
-        raise CommandFailed(f"what answers at {url} is not a Trigate gateway.")
+        raise not_a_gateway(url)
     rows: list[dict[str, Any]] = body["data"]
     if identity is not None and not rows:
         raise CommandFailed(f"no exchange that has ended has the id {identity!r}.")

@@ -7,6 +7,7 @@ Strictness is deliberate: an unknown key is a mistake, a string is not a number,
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import attrs
@@ -88,55 +89,31 @@ def _make_converter() -> cattrs.Converter:
         *(tuple[Reason, ...], tuple[Action, ...], tuple[AlertKind, ...]),
     )
     converter.register_structure_hook_func(lambda kind: kind in item_kinds, items)
-    converter.register_structure_hook(
-        UpstreamConfig,
-        make_dict_structure_fn(
-            UpstreamConfig,
-            converter,
-            _cattrs_forbid_extra_keys=True,
-            models=cattrs.override(struct_hook=checks.model_list),
-            model_info=cattrs.override(struct_hook=checks.model_info),
-            set=cattrs.override(struct_hook=checks.set_fields),
-            base_url=cattrs.override(struct_hook=checks.base_url),
-            api_version=cattrs.override(struct_hook=checks.word),
-            region=cattrs.override(struct_hook=checks.word),
-            guardrail=cattrs.override(struct_hook=checks.guardrail),
-            project=cattrs.override(struct_hook=checks.word),
-            location=cattrs.override(struct_hook=checks.word),
-        ),
-    )
+
+    def register(section: type, **hooks: Callable[[Any, Any], Any]) -> None:
+        """Registers a section of which some fields have a check of their own."""
+        overrides: dict[str, Any] = {name: cattrs.override(struct_hook=hook) for name, hook in hooks.items()}
+        structure: Any = make_dict_structure_fn(section, converter, _cattrs_forbid_extra_keys=True, **overrides)
+        converter.register_structure_hook(section, structure)
 
     converter.register_structure_hook(Expression, checks.expression)
-    for kind in (HookConfig, ChannelConfig):
-        converter.register_structure_hook(
-            kind,
-            make_dict_structure_fn(
-                kind,
-                converter,
-                _cattrs_forbid_extra_keys=True,
-                parameters=cattrs.override(struct_hook=checks.parameters),
-            ),
-        )
-
-    for key_kind in (KeySettings, KeyConfig):
-        converter.register_structure_hook(
-            key_kind,
-            make_dict_structure_fn(
-                key_kind,
-                converter,
-                _cattrs_forbid_extra_keys=True,
-                metadata=cattrs.override(struct_hook=checks.info),
-            ),
-        )
-    converter.register_structure_hook(
-        ModelConfig,
-        make_dict_structure_fn(
-            ModelConfig,
-            converter,
-            _cattrs_forbid_extra_keys=True,
-            info=cattrs.override(struct_hook=checks.info),
-        ),
+    register(
+        UpstreamConfig,
+        models=checks.model_list,
+        model_info=checks.model_info,
+        set=checks.set_fields,
+        base_url=checks.base_url,
+        api_version=checks.word,
+        region=checks.word,
+        guardrail=checks.guardrail,
+        project=checks.word,
+        location=checks.word,
     )
+    register(HookConfig, parameters=checks.parameters)
+    register(ChannelConfig, parameters=checks.parameters)
+    register(KeySettings, metadata=checks.info)
+    register(KeyConfig, metadata=checks.info)
+    register(ModelConfig, info=checks.info)
     return converter
 
 

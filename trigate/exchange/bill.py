@@ -30,18 +30,15 @@ class Bill(NamedTuple):
 _NOTHING = Bill(None, False, MicroUsd(0))
 
 
-def bill_of(state: ExchangeState, *, at: float) -> Bill:
+def bill_of(state: ExchangeState) -> Bill:
     """Makes the bill of an exchange, as far as its upstreams have answered until now.
 
     Every attempt that has answered costs something: those that a continued stream consists of, and one that lost a
     race with its content. An attempt that reports nothing has its tokens estimated: one for each event of a stream,
-    and four bytes for each of the rest.
-
-    Args:
-        at: When the prices apply (POSIX seconds).
+    and four bytes for each of the rest. The prices are those of the time at which the exchange began.
     """
-    source = state.source
-    if source is None or not source.attempts:
+    source, record = state.source, state.record
+    if source is None or record is None or not source.attempts:
         return _NOTHING
     call = state.request.call
     if not state.is_billed and call.endpoint.counts_tokens:
@@ -66,11 +63,11 @@ def bill_of(state: ExchangeState, *, at: float) -> Bill:
     if not parts:
         if not call.model or source.target is None or not (source.bytes_sent or source.events):
             return _NOTHING
-        price = prices.price(source.target.upstream, source.target.model, at)
+        price = prices.price(source.target.upstream, source.target.model, record.started_at)
         return _NOTHING if price is FREE else Bill(None, False, None)
     cost: MicroUsd | None = MicroUsd(0)
     for target, usage in parts:
-        price = prices.price(target.upstream, target.model, at)
+        price = prices.price(target.upstream, target.model, record.started_at)
         cost = None if price is None or cost is None else MicroUsd(cost + price.cost(usage))
     total = parts[0][1] if len(parts) == 1 else Usage(*map(sum, zip(*[usage for _, usage in parts], strict=True)))
     return Bill(total, counted, cost)

@@ -257,7 +257,7 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
                 headers.append((b"x-trigate-dropped", ",".join(source.dropped).encode()))
         waited_s = source.waited_s(now)
         if not state.call.stream and state.error is None:
-            cost = bill_of(state, at=time.time()).cost
+            cost = bill_of(state).cost
             if cost is not None:
                 headers.append((b"x-trigate-cost-usd", usd(cost).encode()))
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))

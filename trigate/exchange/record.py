@@ -24,7 +24,7 @@ def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
         record.events = source.events
         record.bytes = source.bytes_sent
         record.first_content_s = state.first_content_after_s
-    usage, record.counted, record.cost = bill_of(state, at=record.started_at)
+    usage, record.counted, record.cost = bill_of(state)
     if usage is not None:
         record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
         record.cached_tokens, record.cache_write_tokens = usage.cached_tokens, usage.cache_write_tokens

@@ -26,6 +26,8 @@ from typing import ClassVar, NamedTuple
 
 import attrs
 
+from trigate.config.key_sections import Period
+
 _MINUTE_S = 60.0
 _ROUNDING = 1e-6
 """Sums of levels are not exact, and a rounding error must not refuse the last call of a minute."""
@@ -216,6 +218,7 @@ class Budget(Counter):
     """Money that may be spent in one period. In micro-dollars.
 
     Attributes:
+        period: Its kind.
         soft_limit: From how much on a warning is given; None = there is none.
         first_day, end_day: The period, in days since 1970: it ends before ``end_day``.
         granted: All that this worker has leased, less what it has given back.
@@ -224,7 +227,8 @@ class Budget(Counter):
         spent_elsewhere: What had been spent when the store was last asked, by other workers and before.
         episodes: What has been noted of this period: the soft limit, the limit.
 
-    >>> budget = Budget(name="key:ada/usd/day/1", scope="key:ada", setting="budget", limit=100, first_day=1, end_day=2)
+    >>> budget = Budget(name="key:ada/usd/day/1", scope="key:ada", setting="budgets.day", limit=100, period="day",
+    ...     first_day=1, end_day=2)
     >>> budget.add(100, 0.0, 0.0)
     >>> budget.hold(60)
     >>> budget.available(0.0)
@@ -236,6 +240,7 @@ class Budget(Counter):
 
     which = _COST
     least = 1
+    period: Period
     soft_limit: int | None = None
     first_day: int
     end_day: int

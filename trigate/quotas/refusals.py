@@ -38,7 +38,7 @@ def refusal(counter: Counter, amount: int, now: float, posix_s: float) -> LimitR
 
 
 def _quota_spent(budget: Budget, amount: int, whose: str, posix_s: float) -> QuotaSpent:
-    period = "in all" if budget.setting == "total" else f"a {budget.setting}"
+    period = "in all" if budget.period == "total" else f"a {budget.period}"
     message = (
         f"{whose} may spend {dollars(budget.limit)} USD {period}. {dollars(max(0, budget.spent))} USD are spent, and "
         f"calls in flight may cost {dollars(budget.held)} USD; this call may cost {dollars(amount)} USD."
@@ -46,9 +46,8 @@ def _quota_spent(budget: Budget, amount: int, whose: str, posix_s: float) -> Quo
     after_s = None
     if budget.end_day != FOREVER:
         after_s = max(1.0, budget.end_day * DAY_S - posix_s)
-        message += f" The next {budget.setting} begins in {_shown(after_s)}."
-    setting = f"budgets.{budget.setting}"
-    return QuotaSpent(message, scope=budget.scope, setting=setting, limit=budget.limit, retry_after_s=after_s)
+        message += f" The next {budget.period} begins in {_shown(after_s)}."
+    return QuotaSpent(message, scope=budget.scope, setting=budget.setting, limit=budget.limit, retry_after_s=after_s)
 
 
 def _whose(scope: str) -> str:

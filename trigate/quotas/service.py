@@ -28,7 +28,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Literal, cast
+from typing import Literal
 
 import attrs
 import trio
@@ -194,7 +194,8 @@ class Quotas:
             budget = Budget(
                 name=f"{scope}/{period}/{first}",
                 scope=scope,
-                setting=period,
+                setting=f"budgets.{period}",
+                period=period,
                 limit=most,
                 soft_limit=soft if period == settings.budget_period else None,
                 first_day=first,
@@ -416,9 +417,7 @@ class Quotas:
         if kind in budget.episodes:
             return
         budget.episodes.add(kind)
-        event = BudgetEvent(
-            kind=kind, scope=budget.scope, period=cast(Period, budget.setting), limit=limit, spent=budget.spent
-        )
+        event = BudgetEvent(kind=kind, scope=budget.scope, period=budget.period, limit=limit, spent=budget.spent)
         log.warning(
             "budget_reached",
             kind=kind,

@@ -71,6 +71,14 @@ def seconds_of(retry_after: str, *, at: float) -> float | None:
         return None
 
 
+@attrs.frozen
+class _Sender:
+    """How the deliveries of a hook, or alerts, are signed, and the transport that decides where they may go."""
+
+    secret: Secret
+    transport: httpx2.AsyncBaseTransport
+
+
 @attrs.define(eq=False, kw_only=True)
 class Callbacks:
     """Delivers the results of the runs of all hooks, and alerts (`outbox.Carrier`). Made by `open_callbacks`."""
@@ -78,44 +86,39 @@ class Callbacks:
     _public: httpx2.AsyncBaseTransport
     _anywhere: httpx2.AsyncBaseTransport
     _now: Callable[[], float]
-    _hooks: dict[str, HookConfig] = attrs.field(factory=dict, init=False)
-    _alerts: Secret | None = attrs.field(default=None, init=False)
+    _senders: dict[str, _Sender] = attrs.field(factory=dict, init=False)
 
     def __repr__(self) -> str:
-        return f"<Callbacks of {len(self._hooks)} hooks>"
+        return f"<Callbacks of {len(self._senders)} channels>"
 
     def apply(self, hooks: Mapping[str, HookConfig], outbox: Outbox, alerts: AlertsConfig = _NO_ALERTS) -> None:
         """Follows a changed configuration: delivers for these hooks, and alerts, from now on. Deliveries for a hook
         that is gone stay pending until it is configured again. Synchronous."""
-        self._alerts = alerts.secret
-        if alerts.url is None:
-            outbox.carriers.pop(ALERTS, None)
-        else:
-            outbox.carriers[ALERTS] = self
-        for name in self._hooks:
+        for name in self._senders:
             if outbox.carriers.get(name) is self:  # otherwise a channel has taken the name
                 del outbox.carriers[name]
-        self._hooks = {name: hook for name, hook in hooks.items() if hook.enabled and hook.callback_secret is not None}
-        for name in self._hooks:
+        self._senders = {
+            name: _Sender(hook.callback_secret, self._anywhere if hook.callback_private else self._public)
+            for name, hook in hooks.items()
+            if hook.enabled and hook.callback_secret is not None
+        }
+        if alerts.url is not None and alerts.secret is not None:
+            self._senders[ALERTS] = _Sender(alerts.secret, self._anywhere)
+        for name in self._senders:
             outbox.carriers[name] = self
         outbox.wake()
 
     async def deliver(self, delivery: Delivery) -> Receipt:
         """Makes one attempt: signs the body, sends it and waits for the status."""
-        if delivery.channel == ALERTS:
-            secret, transport = self._alerts, self._anywhere
-        else:
-            hook = self._hooks[delivery.channel]
-            secret, transport = hook.callback_secret, self._anywhere if hook.callback_private else self._public
-        assert secret is not None
-        assert secret.literal is not None
+        sender = self._senders[delivery.channel]
+        assert sender.secret.literal is not None, "the configuration has revealed it"
         at = math.floor(self._now())
         headers = {
             "content-type": "application/json",
             "user-agent": f"trigate/{__version__}",
             "webhook-id": delivery.id,
             "webhook-timestamp": str(at),
-            "webhook-signature": sign_standard(secret.literal, delivery.id, at, delivery.body),
+            "webhook-signature": sign_standard(sender.secret.literal, delivery.id, at, delivery.body),
         }
         try:
             request = httpx2.Request(
@@ -125,7 +128,7 @@ class Callbacks:
                 content=delivery.body,
                 extensions={"timeout": {"connect": CONNECT_S}},
             )
-            response = await transport.handle_async_request(request)
+            response = await sender.transport.handle_async_request(request)
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             await trio.lowlevel.checkpoint()
             return _receipt_without_response(error)
