@@ -358,6 +358,7 @@ async def test_the_default_model(open_app: OpenApp) -> None:
         assert message_of(call.body)["content"] == "Hello"
 
 
+@pytest.mark.slow
 async def test_cancellation_at_every_step(open_app: OpenApp) -> None:
     """A client that disconnects at any piece of a translated stream leaves nothing behind."""
     events = [START, *text(0, "a", "b"), *tool(1, "{}"), *end("tool_use")]

@@ -67,7 +67,7 @@ def mock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("llmock") / "log"
     command = [str(LLMOCK), "serve", "--port", str(port)]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment(LLMOCK_STREAM_CHUNK_DELAY_MS="2"))
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment(LLMOCK_STREAM_CHUNK_DELAY_MS="20"))
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -13,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from tests.support import slow
 from tests.support.gateway import make_config
 from tests.support.logs import Logs
 from trigate.config.sections import Config
@@ -340,9 +341,10 @@ async def test_a_hundred_thousand_keys(tmp_path: Path) -> None:
         )
     config = configured()
     async with open_sqlite_store(path) as store:
-        began = time.process_time()  # of all threads; other processes do not count
+        allowed_s = max(1.0, slow.limit_s() / slow.LIMIT_S)  # on a machine as slow as this one is now
+        began = time.process_time()  # of all threads
         async with opened(store, config) as (keys, _):
-            assert time.process_time() - began < 1.0
+            assert time.process_time() - began < allowed_s
             assert keys.find(b"secret 99999") is not None
             costs = []
             for secret in (b"secret 99999", b"a-key-of-ada"):

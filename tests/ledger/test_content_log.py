@@ -109,7 +109,7 @@ async def test_bounds(tmp_path: Path) -> None:
         for number in range(40):
             _add(contents, number, b'{"text":"%s"}' % (b"x" * 500))
             while contents._waiting:  # noqa: ASYNC110 - the writer tells nobody
-                await trio.sleep(0.005)
+                await trio.sleep(0.0005)
     entries = lines(tmp_path)
     assert entries[-1]["request"] == {"beginning": '{"text":"xxxxxxxxxxx', "bytes": 511}
     assert entries[-1]["id"] == "ex_39"
