@@ -171,3 +171,33 @@ async def test_the_cost_in_the_stream_of_another_format(open_app: OpenApp, autoj
             call = await served.client.start("POST", "/v1/messages", body, headers=headers).wait()
             [last] = [line for line in call.body.splitlines() if b'"message_delta"' in line and b"data:" in line]
             assert json.loads(last.removeprefix(b"data: "))["usage"]["cost"] == cost
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_estimates_learn_from_reports(open_app: OpenApp, autojump_clock: MockClock, stream: bool) -> None:
+    """Where nothing is reported, the estimate is corrected by what the same target has reported of other calls."""
+    silent = (Say(content("a")), Say(content("b")), Say(DONE)) if stream else answers(completion_of(None))
+    reports = (
+        (Say(content("a")), Say(content("b")), Say(usage(90, 8)), Say(DONE))
+        if stream
+        else answers(completion_of({"prompt_tokens": 90, "completion_tokens": 8}))
+    )
+    async with open_app(make_config(), Provider(silent, *[reports] * 20, silent)) as served:
+        for _ in range(22):
+            await served.client.chat(stream=stream).wait()
+        first, *reported, last = [exchange.record for exchange in served.settled]
+        assert first.counted
+        assert last.counted
+        assert {record.counted for record in reported} == {False}
+        assert first.prompt_tokens != 90
+        assert last.prompt_tokens == 90
+        # an answer that is not streamed is shorter by what says the counts
+        assert last.completion_tokens == (8 if stream else 5)
+        [target] = (await served.client.ask("GET", "/status")).json["targets"]
+        assert target["estimate_factor"] == round(90 / first.prompt_tokens, 3)
+        assert target["estimate_error"] < 0.2
+
+
+def completion_of(counts: Any) -> bytes:
+    message = {"index": 0, "message": {"role": "assistant", "content": "ab"}, "finish_reason": "stop"}
+    return json.dumps({"id": "x", "choices": [message], **({"usage": counts} if counts else {})}).encode()

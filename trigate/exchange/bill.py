@@ -9,6 +9,7 @@ from trigate.exchange.attempt import Attempt
 from trigate.exchange.state import ExchangeState
 from trigate.openai.answer import Usage
 from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
+from trigate.openai.token_ratios import TokenRatios
 from trigate.prices.price import FREE
 from trigate.routing.routes import Target
 
@@ -27,6 +28,8 @@ class Bill(NamedTuple):
     cost: MicroUsd | None
 
 
+_LEARNT_BYTES = 256 * 1024
+"""Of a larger request, nothing is learnt: to estimate it takes too long."""
 _NOTHING = Bill(None, False, MicroUsd(0))
 
 
@@ -35,7 +38,8 @@ def bill_of(state: ExchangeState) -> Bill:
 
     Every attempt that has answered costs something: those that a continued stream consists of, and one that lost a
     race with its content. An attempt that reports nothing has its tokens estimated: one for each event of a stream,
-    and four bytes for each of the rest. The prices are those of the time at which the exchange began.
+    and four bytes for each of the rest, times what the calls that were reported have taught of its target
+    (`openai.token_ratios`). The prices are those of the time at which the exchange began.
     """
     source, record = state.source, state.record
     if source is None or record is None or not source.attempts:
@@ -53,11 +57,12 @@ def bill_of(state: ExchangeState) -> Bill:
         unreported = [each for each in source.attempts if each.reported_usage is None and _has_answered(each)]
         if parts and unreported:
             prompt = estimated_tokens(call.body)
-            parts += [(each.target, Usage(prompt, _events(each))) for each in unreported]
+            parts += [(each.target, _estimate(state, each.target, prompt, _events(each))) for each in unreported]
             counted = True
         elif not parts and source.target is not None and (source.bytes_sent or source.events):
             completion = source.events if call.stream else tokens_of_size(source.bytes_sent)
-            parts.append((source.target, Usage(estimated_tokens(call.body), completion)))
+            prompt = estimated_tokens(call.body)
+            parts.append((source.target, _estimate(state, source.target, prompt, completion)))
             counted = True
     prices = state.request.generation.prices
     if not parts:
@@ -71,6 +76,37 @@ def bill_of(state: ExchangeState) -> Bill:
         cost = None if price is None or cost is None else MicroUsd(cost + price.cost(usage))
     total = parts[0][1] if len(parts) == 1 else Usage(*map(sum, zip(*[usage for _, usage in parts], strict=True)))
     return Bill(total, counted, cost)
+
+
+def _estimate(state: ExchangeState, target: Target, prompt: int, answer: int) -> Usage:
+    """Corrects estimates by what is known of the target."""
+    call = state.request.call
+    ratios = _ratios(state, target)
+    return Usage(ratios.prompt.corrected(prompt), (ratios.events if call.stream else ratios.text).corrected(answer))
+
+
+def learn_from(state: ExchangeState) -> None:
+    """Compares the estimates of a complete exchange with what its only attempt has reported. Once for each exchange."""
+    call, source = state.request.call, state.source
+    if source is None or len(source.attempts) != 1 or not source.is_delivered or not state.is_billed:
+        return
+    [attempt] = source.attempts
+    usage = attempt.reported_usage
+    if usage is None or not call.endpoint.counts_tokens or len(call.body) > _LEARNT_BYTES:
+        return
+    ratios = _ratios(state, attempt.target)
+    if not ratios.prompt.wants():
+        return
+    ratios.prompt.note(estimated=estimated_tokens(call.body), reported=usage.prompt_tokens)
+    if call.stream:
+        ratios.events.note(estimated=source.events, reported=usage.completion_tokens)
+    else:
+        ratios.text.note(estimated=tokens_of_size(source.bytes_sent), reported=usage.completion_tokens)
+
+
+def _ratios(state: ExchangeState, target: Target) -> TokenRatios:
+    assert state.source is not None, "an attempt belongs to a source"
+    return state.source.services.targets.of(target, state.request.call.endpoint.path).ratios
 
 
 def _has_answered(attempt: Attempt) -> bool:

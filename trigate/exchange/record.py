@@ -6,7 +6,7 @@ import time
 
 from trigate.dialects.errors import error_response
 from trigate.exchange.attempt import Attempt
-from trigate.exchange.bill import bill_of
+from trigate.exchange.bill import bill_of, learn_from
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.state import ExchangeState
 from trigate.store.records import AttemptRecord, ExchangeRecord
@@ -24,6 +24,7 @@ def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
         record.events = source.events
         record.bytes = source.bytes_sent
         record.first_content_s = state.first_content_after_s
+    learn_from(state)
     usage, record.counted, record.cost = bill_of(state)
     if usage is not None:
         record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens

@@ -427,6 +427,11 @@ class Subscription:
         return self.shared.upstream.attempts
 
     @property
+    def services(self) -> UpstreamServices:
+        """Those that the shared call uses."""
+        return self.shared.upstream.services
+
+    @property
     def target(self) -> Target | None:
         """The target of the shared call."""
         return self.shared.upstream.target

@@ -12,6 +12,7 @@ import math
 
 from trigate.config.sections import Config
 from trigate.errors import GatewayError
+from trigate.openai.token_ratios import TokenRatios
 from trigate.routing.affinity import Pins
 from trigate.routing.circuit_breaker import MAX_COOLDOWN_S, Breaker
 from trigate.routing.retry import Budget
@@ -35,6 +36,7 @@ class TargetState:
         unserved_until: Until when the target comes after all others, because it does not serve the endpoint.
         prompt_tokens: Tokens of the prompts of all calls, as far as the target has reported them.
         cached_tokens: How many of them it has read from its cache.
+        ratios: How far estimates of its tokens are off.
     """
 
     __slots__ = (
@@ -48,6 +50,7 @@ class TargetState:
         "in_flight",
         "last_error",
         "prompt_tokens",
+        "ratios",
         "unserved_until",
     )
 
@@ -56,6 +59,7 @@ class TargetState:
         self.budget = Budget(config.retries.budget)
         self.in_flight = 0
         self.prompt_tokens = self.cached_tokens = 0
+        self.ratios = TokenRatios()
         self.last_error: GatewayError | None = None
         self.unserved_until = -math.inf
         self._samples: list[float] = []

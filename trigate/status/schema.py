@@ -130,6 +130,9 @@ class TargetStatus(msgspec.Struct, frozen=True, kw_only=True):
         first_token_s: Moving average of the time to the first token; None = no data.
         prompt_tokens: Tokens of the prompts, as far as the target has reported them.
         cached_tokens: How many of them it has read from its cache.
+        estimate_factor: By what the gateway multiplies its own estimate of a prompt, as the calls have taught it whose
+            tokens were reported.
+        estimate_error: The mean relative error of those estimates; None = no call was reported.
     """
 
     target: str
@@ -140,6 +143,8 @@ class TargetStatus(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    estimate_factor: float = 1.0
+    estimate_error: float | None = None
     worker: str = ""
 
 

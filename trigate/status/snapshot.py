@@ -131,6 +131,8 @@ def list_targets(targets: Targets, *, worker: str, now: float) -> tuple[TargetSt
             first_token_s=round(state.first_token_s, 4) if state.first_token_s is not None else None,
             prompt_tokens=state.prompt_tokens,
             cached_tokens=state.cached_tokens,
+            estimate_factor=round(state.ratios.prompt.factor, 3),
+            estimate_error=round(state.ratios.prompt.error, 3) if state.ratios.prompt.error is not None else None,
             worker=worker,
         )
         for target, endpoint, state in targets.items()[:MAX_TARGETS]
