@@ -7,7 +7,7 @@ import random
 import pytest
 
 from trigate.quotas.answer_sizes import ENOUGH, UNKNOWN_TOKENS, AnswerSizes
-from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Requests, Reservation, Slots, Tokens, first_short
+from trigate.quotas.counters import Amounts, Budget, Counter, Limits, Rate, Requests, Reservation, Slots, Tokens
 from trigate.quotas.periods import FOREVER, period_of
 
 
@@ -35,13 +35,22 @@ def budget(limit: int = 1000) -> Budget:
     return made
 
 
+def reserved(limits: Limits, amounts: Amounts) -> Reservation:
+    """Reserves at the time 0, as all limits have enough."""
+    reservation = limits.reserve(amounts, 0.0)
+    assert reservation is not None
+    return reservation
+
+
 def test_all_or_nothing() -> None:
     """A call that one counter refuses takes nothing of the others."""
     counters: tuple[Counter, ...] = (rate(), slots(1), budget(100))
-    amounts = Amounts(cost=60)
-    assert first_short(counters, amounts, 0.0) is None
-    first = Reservation.of(counters, amounts)
-    assert first_short(counters, Amounts(cost=1), 0.0) is counters[1]
+    limits = Limits.of(counters)
+    assert limits.all == counters
+    first = reserved(limits, Amounts(cost=60))
+    assert limits.first_short(Amounts(cost=1), 0.0) is counters[1]
+    assert limits.first_short(Amounts(cost=41), 0.0) is counters[2]  # to wait for a slot would be useless
+    assert limits.reserve(Amounts(cost=1), 0.0) is None
     assert [counter.available(0.0) for counter in counters] == [59, 0, 40]
     first.settle(Amounts(cost=30), 0.0)
     assert [counter.available(0.0) for counter in counters] == [59, 1, 70]
@@ -50,7 +59,7 @@ def test_all_or_nothing() -> None:
 def test_settling_twice_counts_once() -> None:
     """A second settlement changes nothing."""
     counters = (slots(2), budget(100))
-    reservation = Reservation.of(counters, Amounts(cost=60))
+    reservation = reserved(Limits.of(counters), Amounts(cost=60))
     for _ in range(2):
         reservation.settle(Amounts(cost=50), 0.0)
     assert (counters[0].held, counters[1].held, counters[1].settled) == (0, 0, 50)
@@ -58,11 +67,12 @@ def test_settling_twice_counts_once() -> None:
 
 def test_over_any_window_a_rate_holds() -> None:
     """Of 10 000 calls at random times, no minute has more than twice the limit, and a long time has the limit."""
-    dice, counter, now, passed = random.Random(3), rate(60), 0.0, []
+    dice, limits, now, passed = random.Random(3), Limits.of([rate(60)]), 0.0, []
     for _ in range(10_000):
         now += dice.expovariate(3.0)
-        if first_short((counter,), Amounts(), now) is None:
-            Reservation.of((counter,), Amounts()).settle(Amounts(), now)
+        reservation = limits.reserve(Amounts(), now)
+        if reservation is not None:
+            reservation.settle(Amounts(), now)
             passed.append(now)
     for begin in range(0, int(now) - 60, 20):
         assert sum(begin <= at < begin + 60 for at in passed) <= 120
@@ -72,9 +82,9 @@ def test_over_any_window_a_rate_holds() -> None:
 def test_tokens_are_corrected() -> None:
     """What a call held too much comes back; what it held too little is a debt that fills first."""
     counter = rate(600, kind=Tokens)
-    Reservation.of((counter,), Amounts(tokens=500)).settle(Amounts(tokens=100), 0.0)
+    reserved(Limits.of([counter]), Amounts(tokens=500)).settle(Amounts(tokens=100), 0.0)
     assert counter.available(0.0) == 500
-    Reservation.of((counter,), Amounts(tokens=500)).settle(Amounts(tokens=900), 0.0)
+    reserved(Limits.of([counter]), Amounts(tokens=500)).settle(Amounts(tokens=900), 0.0)
     assert counter.available(0.0) == -400
     assert counter.frees_in_s(100, 0.0) == pytest.approx(50)
     assert counter.available(40.0) == pytest.approx(0)
@@ -85,7 +95,7 @@ def test_two_leases_of_a_rate_are_one_bucket() -> None:
     """A share moves with what may be used at once of it: two workers never have more than one would have."""
     whole, part = rate(60), rate(60, leased=False)
     for _ in range(20):
-        whole.hold(1)
+        reserved(Limits.of([whole]), Amounts())
     spare = whole.give_back(0.0)
     part.add(spare, float(spare), 0.0)
     assert (whole.share, whole.available(0.0), part.share, part.available(0.0)) == (20, 0, 40, 40)
@@ -97,12 +107,13 @@ def test_a_random_sequence_leaves_nothing() -> None:
     """After 10 000 calls that overlap at random, nothing is held, and what is settled is what the calls have cost."""
     dice = random.Random(7)
     counters: tuple[Counter, ...] = (rate(10**9, kind=Tokens), slots(50), budget(10**9))
+    limits = Limits.of(counters)
     open_calls: list[Reservation] = []
     total = 0
     for _ in range(10_000):
         amounts = Amounts(tokens=dice.randrange(1000), cost=dice.randrange(100))
-        if dice.random() < 0.6 and first_short(counters, amounts, 0.0) is None:
-            open_calls.append(Reservation.of(counters, amounts))
+        if dice.random() < 0.6 and (reservation := limits.reserve(amounts, 0.0)) is not None:
+            open_calls.append(reservation)
         elif open_calls:
             cost = dice.randrange(200)
             total += cost
@@ -117,8 +128,9 @@ def test_a_random_sequence_leaves_nothing() -> None:
 def test_a_spent_budget_refuses_a_call_that_costs_nothing() -> None:
     """As its price may not be known."""
     counter = budget(10)
-    Reservation.of((counter,), Amounts(cost=10)).settle(Amounts(cost=10), 0.0)
-    assert first_short((counter,), Amounts(), 0.0) is counter
+    limits = Limits.of([counter])
+    reserved(limits, Amounts(cost=10)).settle(Amounts(cost=10), 0.0)
+    assert limits.first_short(Amounts(), 0.0) is counter
 
 
 def test_periods() -> None:

@@ -156,14 +156,14 @@ async def _simulate(clock: MockClock, monkeypatch: pytest.MonkeyPatch, seed: int
             worker.waiting.append(_record(worker.id, number, name, used.cost))
 
         async def begin(worker: SimWorker, key: Key) -> None:
-            counters = worker.quotas.counters(key, "m", START_S)
+            limits = worker.quotas.limits(key, "m", START_S)
             number = next(numbers)
-            reservation = worker.quotas.reserve_nowait(counters, HELD, trio.current_time())
+            reservation = limits.reserve(HELD, trio.current_time())
             if reservation is None:
                 with contextlib.suppress(LimitReached), trio.CancelScope() as scope:
                     if dice.random() < 0.1:
                         scope.cancel()
-                    reservation = await worker.quotas.reserve(counters, HELD)
+                    reservation = await worker.quotas.reserve(limits, HELD)
             if reservation is not None:
                 passed[key.name].append(trio.current_time() - begun_at)
                 in_flight[key.name] += 1
@@ -251,9 +251,9 @@ async def test_ten_thousand_random_cancellations(autojump_clock: MockClock) -> N
         machine = a_machine(store, nursery, 2)
 
         async def call(quotas: Quotas, key: Key) -> None:
-            counters = quotas.counters(key, "m", START_S)
+            limits = quotas.limits(key, "m", START_S)
             with trio.move_on_after(dice.choice((0, 0, 0.01, 0.05, 0.3))), contextlib.suppress(LimitReached):
-                reservation = await quotas.reserve(counters, Amounts(tokens=10, cost=1))
+                reservation = await quotas.reserve(limits, Amounts(tokens=10, cost=1))
                 try:
                     await trio.sleep(dice.choice((0, 0.02, 0.2)))
                 finally:

@@ -47,6 +47,11 @@ def bill_of(state: ExchangeState) -> Bill:
     call = state.request.call
     if not state.is_billed and call.endpoint.counts_tokens:
         return _NOTHING  # another exchange of the shared call has it
+    prices = state.request.generation.prices
+    if len(source.attempts) == 1 and (usage := source.attempts[0].reported_usage) is not None:  # as usual
+        target = source.attempts[0].target
+        price = prices.price(target.upstream, target.model, record.started_at)
+        return Bill(usage, False, price.cost(usage) if price is not None else None)
     parts: list[tuple[Target, Usage]] = []
     counted = False
     for attempt in source.attempts:
@@ -64,7 +69,6 @@ def bill_of(state: ExchangeState) -> Bill:
             prompt = estimated_tokens(call.body)
             parts.append((source.target, _estimate(state, source.target, prompt, completion)))
             counted = True
-    prices = state.request.generation.prices
     if not parts:
         if not call.model or source.target is None or not (source.bytes_sent or source.events):
             return _NOTHING

@@ -11,7 +11,7 @@ import time
 from trigate.openai.raw_json import decode_any
 from trigate.openai.request import Call
 from trigate.openai.token_estimate import estimated_tokens
-from trigate.quotas.counters import Amounts, Counter, Requests, Slots
+from trigate.quotas.counters import Amounts, Limits
 from trigate.quotas.service import Quotas
 from trigate.routing.routes import Target
 from trigate.upstream.generation import Generation
@@ -24,20 +24,17 @@ _WITHOUT_TEXT = ("/embeddings", "/moderations")
 
 
 def amounts_of(
-    call: Call, generation: Generation, targets: tuple[Target, ...], counters: tuple[Counter, ...], quotas: Quotas
+    call: Call, generation: Generation, targets: tuple[Target, ...], limits: Limits, quotas: Quotas
 ) -> Amounts:
     """Returns what a call may use at most at one of these targets."""
-    for counter in counters:
-        if not isinstance(counter, Requests | Slots):
-            break
-    else:
+    if not (limits.tokens or limits.budgets):
         return NOTHING
     prompt, answer = estimated_tokens(call.body), 0
     if call.endpoint.counts_tokens and call.endpoint.path not in _WITHOUT_TEXT:
         answer = quotas.sizes.expected(call.model, _asked(call))
         if "n" in call.fields or "prompt" in call.fields:
             answer *= call.choices
-    return Amounts(tokens=prompt + answer, cost=_most(generation, targets, prompt, answer))
+    return Amounts(prompt + answer, _most(generation, targets, prompt, answer) if limits.budgets else 0)
 
 
 def _most(generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int) -> int:

@@ -263,7 +263,7 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
     overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
     headers.append((b"x-trigate-overhead-ms", b"%.3f" % (overhead_s * 1000)))
-    if state.counters and not isinstance(state.error, Rejected):  # which has those of the provider
+    if state.limits.all and not isinstance(state.error, Rejected):  # which has those of the provider
         is_refused = isinstance(state.error, QuotaSpent)
-        headers += limit_headers(state.counters, state.call.endpoint.format, now, time.time(), is_refused=is_refused)
+        headers += limit_headers(state.limits, state.call.endpoint.format, now, time.time(), is_refused=is_refused)
     return headers

@@ -27,12 +27,12 @@ def hold_nowait(state: ExchangeState, route: Route, quotas: Quotas) -> Amounts |
         record.key_group = key.settings.group
     if route.alias in state.generation.config.models:
         record.alias = route.alias
-    counters = quotas.counters(key, route.alias, record.started_at)
-    if not counters:
+    limits = quotas.limits(key, route.alias, record.started_at)
+    if not limits.all:
         return None
-    state.counters = counters
-    amounts = amounts_of(state.request.call, state.generation, route.targets, counters, quotas)
-    state.reservation = quotas.reserve_nowait(counters, amounts, state.started_at)
+    state.limits = limits
+    amounts = amounts_of(state.request.call, state.generation, route.targets, limits, quotas)
+    state.reservation = limits.reserve(amounts, state.started_at)
     return amounts if state.reservation is None else None
 
 
@@ -45,7 +45,7 @@ async def hold(state: ExchangeState, amounts: Amounts, quotas: Quotas) -> None:
     """
     left_s = state.deadline_at - trio.current_time()
     with state.waiting_in_queue(left_s, lambda: None):
-        state.reservation = await quotas.reserve(state.counters, amounts)
+        state.reservation = await quotas.reserve(state.limits, amounts)
     if state.reservation is None:
         raise call_timed_out(left_s)
 

@@ -112,7 +112,7 @@ class ExchangeRequest:
         else:
             route = self.generation.route(self.call.model, self.call.endpoint)
         if self.key.limits_models:
-            targets = [f"{target.upstream}/{target.model}" for target in route.targets]
+            targets = (f"{target.upstream}/{target.model}" for target in route.targets)
             if not self.key.may_use(self.call.model, targets):
                 raise ModelNotAllowed(self.call.model)
         if self.passed is not None:

@@ -19,7 +19,7 @@ from trigate.exchange.upstream_call import UpstreamCall
 from trigate.ledger.content import AnswerContent
 from trigate.openai.answer import Usage
 from trigate.openai.request import Call
-from trigate.quotas.counters import Counter, Reservation
+from trigate.quotas.counters import NO_LIMITS, Limits, Reservation
 from trigate.routing.routes import Target
 from trigate.store.records import ExchangeRecord
 from trigate.upstream.generation import Generation
@@ -42,7 +42,7 @@ class ExchangeState:
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
         record: Its record in the ledger, completed when it has ended; None = it has not begun.
         content: Notes its answer for the log of contents; None = it is not logged.
-        counters: The limits that it counts for.
+        limits: Those that it counts for.
         reservation: What it holds of them; None = nothing.
         task: The task that serves it.
     """
@@ -61,7 +61,7 @@ class ExchangeState:
     admitted_at: float = -math.inf
     record: ExchangeRecord | None = None
     content: AnswerContent | None = None
-    counters: tuple[Counter, ...] = ()
+    limits: Limits = NO_LIMITS
     reservation: Reservation | None = None
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
     _queue: trio.CancelScope | None = None

@@ -17,7 +17,7 @@ from trigate.errors import GatewayError, LimitReached
 from trigate.exchange.call_amounts import amounts_of
 from trigate.exchange.request import ExchangeRequest
 from trigate.openai.answer import Usage
-from trigate.quotas.counters import Amounts, Counter, Reservation, first_short
+from trigate.quotas.counters import Amounts, Limits, Reservation
 from trigate.quotas.refusals import refusal
 from trigate.quotas.service import Quotas
 from trigate.routing.routes import Target
@@ -30,7 +30,7 @@ class UpstreamGate:
         self._request = request
         self._quotas = quotas
         self._at = time.time()
-        self._needed: dict[Target, tuple[tuple[Counter, ...], Amounts]] = {}
+        self._needed: dict[Target, tuple[Limits, Amounts]] = {}
         self._held: dict[Target, Reservation] = {}
 
     async def prepare(self, targets: Sequence[Target]) -> None:
@@ -41,25 +41,26 @@ class UpstreamGate:
                 with contextlib.suppress(LimitReached):
                     await self._quotas.lease(*self._needs(target))
 
-    def _needs(self, target: Target) -> tuple[tuple[Counter, ...], Amounts]:
-        """The counters of a target's upstream, and what an attempt there may use. The plan asks several times."""
+    def _needs(self, target: Target) -> tuple[Limits, Amounts]:
+        """The limits of a target's upstream, and what an attempt there may use. The plan asks several times."""
         needed = self._needed.get(target)
         if needed is None:
-            counters = self._quotas.upstream_counters(target.upstream, self._at)
+            limits = self._quotas.upstream_limits(target.upstream, self._at)
             call, generation = self._request.call, self._request.generation
-            needed = counters, amounts_of(call, generation, (target,), counters, self._quotas)
+            needed = limits, amounts_of(call, generation, (target,), limits, self._quotas)
             self._needed[target] = needed
         return needed
 
     def admits(self, target: Target) -> bool:
         """Whether an attempt may begin."""
-        return first_short(*self._needs(target), trio.current_time()) is None
+        limits, amounts = self._needs(target)
+        return limits.first_short(amounts, trio.current_time()) is None
 
     def enter(self, target: Target) -> None:
         """An attempt begins."""
-        counters, amounts = self._needs(target)
-        if counters:
-            self._held[target] = Reservation.of(counters, amounts)
+        limits, amounts = self._needs(target)
+        if limits.all:
+            self._held[target] = limits.hold(amounts)
 
     def leave(self, target: Target, usage: Usage | None) -> None:
         """An attempt has ended."""
@@ -70,9 +71,9 @@ class UpstreamGate:
 
     def refusal(self, target: Target) -> GatewayError:
         """The error of a call whose target is not admitted."""
-        counters, amounts = self._needs(target)
+        limits, amounts = self._needs(target)
         now = trio.current_time()
-        short = first_short(counters, amounts, now) or counters[0]
+        short = limits.first_short(amounts, now) or limits.all[0]
         return refusal(short, amounts[short.which], now, self._at)
 
 

@@ -52,19 +52,17 @@ class Key:
 
         Args:
             model: The id in the call; empty = it names none.
-            targets: Ids with upstream: ``upstream/model``.
+            targets: Ids with upstream: ``upstream/model``. They are looked at only if the lists do not have the model.
 
         >>> key = Key(settings=KeySettings(models=("fast", "openai/*")))
         >>> key.may_use("fast", ["groq/x"]), key.may_use("gpt", ["openai/gpt"]), key.may_use("gpt", ["groq/gpt"])
         (True, True, False)
         """
-        if not self._models:
+        others = [allowed for allowed in self._models if not (model and allowed.fullmatch(model))]
+        if not others:
             return True
         ids = list(targets)
-        return all(
-            (model and allowed.fullmatch(model)) or (ids and all(allowed.fullmatch(each) for each in ids))
-            for allowed in self._models
-        )
+        return bool(ids) and all(allowed.fullmatch(each) for allowed in others for each in ids)
 
     def may_call_hook(self, hook: str) -> bool:
         """Whether it may call a webhook.

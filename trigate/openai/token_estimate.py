@@ -22,6 +22,7 @@ _MAX_NAMED = 1000
 # Every string of at least twice this size has a whole block in it that begins at a multiple of this size.
 _BLOCK_BYTES = 1024
 _BASE64 = (string.ascii_letters + string.digits + "+/=_-").encode()
+_IN_URL, _IN_FILE_ID = b'_url"', b'"file_id"'
 _URL = re.compile(rb'_url"\s*:\s*(?:\{[^{}]{0,200}?"url"\s*:\s*)?"https?:')
 _FILE_ID = re.compile(rb'"file_id"\s*:\s*"')
 
@@ -42,11 +43,15 @@ def estimated_tokens(body: bytes) -> int:
     1003
     """
     text_bytes, media = len(body), 0
-    for literal in _long_strings(body):
-        if _is_base64(literal):
-            text_bytes -= len(literal)
-            media += 1
-    media += _count(body, b'_url"', _URL) + _count(body, b'"file_id"', _FILE_ID)
+    if text_bytes >= _BLOCK_BYTES:
+        for literal in _long_strings(body):
+            if _is_base64(literal):
+                text_bytes -= len(literal)
+                media += 1
+    if _IN_URL in body:
+        media += _count(body, _IN_URL, _URL)
+    if _IN_FILE_ID in body:
+        media += _count(body, _IN_FILE_ID, _FILE_ID)
     return tokens_of_size(text_bytes) + media * MEDIUM_TOKENS
 
 

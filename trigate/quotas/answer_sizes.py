@@ -7,6 +7,7 @@ its call has held: this is the bound by which a budget, and a limit of tokens, c
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 SHARE = 0.95
@@ -14,6 +15,8 @@ LAST = 128
 """How many answers of a model are remembered."""
 ENOUGH = 16
 """From how many answers on their quantile counts."""
+_EVERY = 16
+"""To sort the sizes takes as long as a tenth of a call: after how many answers of all models it is done again."""
 UNKNOWN_TOKENS = 4096
 """What an answer is expected to have at most, of a model with fewer answers."""
 _MAX_MODELS = 1000
@@ -25,6 +28,7 @@ class AnswerSizes:
     def __init__(self) -> None:
         self._last: dict[str, deque[int]] = {}
         self._expected: dict[str, int] = {}
+        self._noted = itertools.count(1)
 
     def __repr__(self) -> str:
         return f"<AnswerSizes of {len(self._last)} models>"
@@ -38,7 +42,7 @@ class AnswerSizes:
                 self._expected.clear()
             last = self._last[model] = deque(maxlen=LAST)
         last.append(tokens)
-        if len(last) % ENOUGH == 0:
+        if len(last) == ENOUGH or (len(last) > ENOUGH and next(self._noted) % _EVERY == 0):
             self._expected[model] = sorted(last)[min(len(last) - 1, int(SHARE * len(last)))]
 
     def expected(self, model: str, asked: int | None) -> int:

@@ -8,58 +8,50 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from trigate.errors import Header
 from trigate.openai.endpoints import Format
-from trigate.quotas.counters import Budget, Counter, Rate, Tokens
+from trigate.quotas.counters import Budget, Limits, Rate
 from trigate.quotas.periods import DAY_S, FOREVER
 
+class _Names(NamedTuple):
+    """The headers of one kind of rate."""
+
+    limit: bytes
+    remaining: bytes
+    reset: bytes
+    anthropic_limit: bytes
+    anthropic_remaining: bytes
+    anthropic_reset: bytes
+
+    @classmethod
+    def of(cls, kind: bytes) -> _Names:
+        parts = (b"limit", b"remaining", b"reset")
+        openai = [b"x-ratelimit-%b-%b" % (part, kind) for part in parts]
+        return cls(*openai, *[b"anthropic-ratelimit-%b-%b" % (kind, part) for part in parts])
+
+
+_REQUESTS, _TOKENS = _Names.of(b"requests"), _Names.of(b"tokens")
 NEARLY = 0.75
 """From which share of a budget on Anthropic's headers warn."""
 
 
-def limit_headers(
-    counters: tuple[Counter, ...], form: Format, now: float, posix_s: float, *, is_refused: bool
-) -> list[Header]:
+def limit_headers(limits: Limits, form: Format, now: float, posix_s: float, *, is_refused: bool) -> list[Header]:
     """Returns the headers of an answer.
 
     Args:
-        counters: Those that the call was counted at. Of several rates of one kind, the one with the least left counts.
+        limits: Those that the call was counted at. Of several rates of one kind, the one with the least left counts.
         now, posix_s: The time, by Trio's clock and in seconds since 1970.
         is_refused: The call was refused for a budget.
     """
     headers: list[Header] = []
-    budgets: list[Budget] = []
-    requests: Rate | None = None
-    tokens: Rate | None = None
-    left_requests = left_tokens = math.inf
-    for counter in counters:
-        match counter:
-            case Rate():
-                left = counter.available(now) + counter.limit - counter.share  # other workers may have the rest
-                if isinstance(counter, Tokens):
-                    if left < left_tokens:
-                        tokens, left_tokens = counter, left
-                elif left < left_requests:
-                    requests, left_requests = counter, left
-            case Budget():
-                budgets.append(counter)
-    for name, rate, left in ((b"requests", requests, left_requests), (b"tokens", tokens, left_tokens)):
-        if rate is None:
-            continue
-        limit, reset_s = b"%d" % rate.limit, max(0.0, (rate.limit - left) / rate.limit * 60)
-        remaining = b"%d" % max(0, math.floor(left + 1e-6))
-        headers += [
-            (b"x-ratelimit-limit-" + name, limit),
-            (b"x-ratelimit-remaining-" + name, remaining),
-            (b"x-ratelimit-reset-" + name, duration(reset_s).encode()),
-        ]
-        if form == "anthropic":
-            headers += [
-                (b"anthropic-ratelimit-%b-limit" % name, limit),
-                (b"anthropic-ratelimit-%b-remaining" % name, remaining),
-                (b"anthropic-ratelimit-%b-reset" % name, _rfc3339(posix_s + reset_s)),
-            ]
+    if limits.requests:
+        _add_rate(headers, limits.requests, _REQUESTS, form, now, posix_s)
+    if limits.tokens:
+        _add_rate(headers, limits.tokens, _TOKENS, form, now, posix_s)
+    budgets = limits.budgets
     if not budgets:
         return headers
     warned = [each for each in budgets if each.soft_limit is not None and each.spent >= each.soft_limit]
@@ -71,7 +63,28 @@ def limit_headers(
     return headers
 
 
-def _unified(budgets: list[Budget], *, is_refused: bool) -> list[Header]:
+def _add_rate(
+    headers: list[Header], rates: Sequence[Rate], names: _Names, form: Format, now: float, posix_s: float
+) -> None:
+    rate = rates[0]
+    left = rate.available(now) + rate.limit - rate.share  # other workers may have the rest
+    for other in rates[1:]:
+        other_left = other.available(now) + other.limit - other.share
+        if other_left < left:
+            rate, left = other, other_left
+    # not only for speed: what rounding leaves of a full limit is not worth a wait
+    reset_s = (rate.limit - left) / rate.limit * 60 if left < rate.limit else 0.0
+    limit, remaining = b"%d" % rate.limit, b"%d" % (left + 1e-6 if left > 0 else 0)
+    headers.append((names.limit, limit))
+    headers.append((names.remaining, remaining))
+    headers.append((names.reset, duration(reset_s).encode() if reset_s else b"0ms"))
+    if form == "anthropic":
+        headers.append((names.anthropic_limit, limit))
+        headers.append((names.anthropic_remaining, remaining))
+        headers.append((names.anthropic_reset, _rfc3339(posix_s + reset_s)))
+
+
+def _unified(budgets: Sequence[Budget], *, is_refused: bool) -> list[Header]:
     """The headers by which Claude Code shows how much of a budget is used: those of the budget that is used most."""
     most = max(budgets, key=lambda each: each.spent / (each.limit or 1))
     share = most.spent / (most.limit or 1)

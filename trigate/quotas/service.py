@@ -1,8 +1,8 @@
 """The quotas of one worker: finds the counters of a call, reserves, and leases what the counters need.
 
-`Quotas.counters` returns the counters of a call; for a call without any limit that is one look-up. `reserve_nowait`
-holds what a call needs of all of them, or of none, in one synchronous step. Where a lease is too small, `reserve` waits
-until there is more of it.
+`Quotas.limits` returns the limits of a call; for a call without any that is one look-up. `Limits.reserve` holds what a
+call needs of all of them, or of none, in one synchronous step. Where a lease is too small, `Quotas.reserve` waits until
+there is more of it.
 
 The leases (`quotas.counters`) come from the store, which all workers of a machine share:
 
@@ -40,7 +40,7 @@ from trigate.errors import StoreUnavailable
 from trigate.keys.key import Key
 from trigate.logs import log
 from trigate.quotas.answer_sizes import AnswerSizes
-from trigate.quotas.counters import Amounts, Budget, Counter, Rate, Requests, Reservation, Slots, Tokens, first_short
+from trigate.quotas.counters import Amounts, Budget, Counter, Limits, Rate, Requests, Reservation, Slots, Tokens
 from trigate.quotas.headers import dollars
 from trigate.quotas.periods import DAY_S, period_of
 from trigate.quotas.refusals import refusal
@@ -88,9 +88,9 @@ def _ignore(event: BudgetEvent) -> None:
 
 @attrs.define(eq=False)
 class _Known:
-    """The counters of the calls of one key for one model, and how long they are: budgets change with the day."""
+    """The limits of the calls of one key for one model, and how long they are: budgets change with the day."""
 
-    counters: tuple[Counter, ...]
+    limits: Limits
     until_s: float
 
 
@@ -136,10 +136,10 @@ class Quotas:
         """Returns all counters in use."""
         return self._counters.values()
 
-    # -- the counters of a call ---------------------------------------------------------------------------------------
+    # -- the limits of a call -----------------------------------------------------------------------------------------
 
-    def counters(self, key: Key, alias: str, posix_s: float) -> tuple[Counter, ...]:
-        """Returns the counters of a call; empty = nothing limits it.
+    def limits(self, key: Key, alias: str, posix_s: float) -> Limits:
+        """Returns the limits of a call.
 
         Args:
             alias: The ``[models.NAME]`` of its model, or another text.
@@ -148,17 +148,17 @@ class Quotas:
         known = self._known.get((key, alias))
         if known is None or known.until_s <= posix_s:
             known = self._find(key, alias, posix_s)
-        return known.counters
+        return known.limits
 
-    def upstream_counters(self, upstream: str, posix_s: float) -> tuple[Counter, ...]:
-        """Returns the counters of an upstream."""
+    def upstream_limits(self, upstream: str, posix_s: float) -> Limits:
+        """Returns the limits of an upstream."""
         known = self._upstreams.get(upstream)
         if known is None or known.until_s <= posix_s:
             settings = self._config.upstreams.get(upstream, Allowance())
-            day, counters = int(posix_s // DAY_S), []
-            counters += self._of(f"upstream:{upstream}", settings, day)
-            known = self._upstreams[upstream] = _Known(tuple(counters), (day + 1) * DAY_S)
-        return known.counters
+            day = int(posix_s // DAY_S)
+            limits = Limits.of(self._of(f"upstream:{upstream}", settings, day))
+            known = self._upstreams[upstream] = _Known(limits, (day + 1) * DAY_S)
+        return known.limits
 
     def _find(self, key: Key, alias: str, posix_s: float) -> _Known:
         config, day = self._config, int(posix_s // DAY_S)
@@ -172,7 +172,7 @@ class Quotas:
         counters += self._of("all", config.allowance, day)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        known = self._known[key, alias] = _Known(tuple(counters), (day + 1) * DAY_S)
+        known = self._known[key, alias] = _Known(Limits.of(counters), (day + 1) * DAY_S)
         return known
 
     def _of(self, scope: str, settings: Allowance, day: int) -> list[Counter]:
@@ -237,25 +237,19 @@ class Quotas:
 
     # -- reserving ----------------------------------------------------------------------------------------------------
 
-    def reserve_nowait(self, counters: tuple[Counter, ...], amounts: Amounts, now: float) -> Reservation | None:
-        """Holds what a call needs of all its counters, or of none; None = a lease is too small."""
-        if first_short(counters, amounts, now) is not None:
-            return None
-        return Reservation.of(counters, amounts)
-
-    async def reserve(self, counters: tuple[Counter, ...], amounts: Amounts) -> Reservation:
-        """As `reserve_nowait`, but leases what is missing.
+    async def reserve(self, limits: Limits, amounts: Amounts) -> Reservation:
+        """As `Limits.reserve`, but leases what is missing.
 
         Raises:
             LimitReached, StoreUnavailable: As `lease`.
 
         **Cancels:** while it waits; nothing is held then.
         """
-        await self.lease(counters, amounts)
-        return Reservation.of(counters, amounts)
+        await self.lease(limits, amounts)
+        return limits.hold(amounts)
 
-    async def lease(self, counters: tuple[Counter, ...], amounts: Amounts) -> None:
-        """Leases what a call needs of all its counters, and holds nothing.
+    async def lease(self, limits: Limits, amounts: Amounts) -> None:
+        """Leases what a call needs of all its limits, and holds nothing.
 
         Raises:
             LimitReached: A limit is reached: the error says which, and when to try again.
@@ -264,7 +258,7 @@ class Quotas:
         await trio.lowlevel.checkpoint()
         while True:
             now = trio.current_time()
-            short = first_short(counters, amounts, now)
+            short = limits.first_short(amounts, now)
             if short is None:
                 return
             amount = amounts[short.which]
@@ -398,16 +392,15 @@ class Quotas:
     def settle(self, reservation: Reservation, used: Amounts) -> None:
         """Counts what a call has used, in place of what it held. Synchronous; only the first call has an effect."""
         reservation.settle(used, trio.current_time())
-        for counter in reservation.counters if used.cost else ():
-            soft = counter.soft_limit if isinstance(counter, Budget) else None
-            if isinstance(counter, Budget) and soft is not None and counter.spent >= soft:
-                self._note_episode(counter, "soft_budget", soft)
+        for budget in reservation.limits.budgets if used.cost else ():
+            soft = budget.soft_limit
+            if soft is not None and budget.spent >= soft:
+                self._note_episode(budget, "soft_budget", soft)
 
     def spend_at(self, upstream: str, cost: int, posix_s: float) -> None:
         """Counts what a call has cost in the budgets of an upstream, which its attempts have held."""
-        for counter in self.upstream_counters(upstream, posix_s):
-            if isinstance(counter, Budget):
-                counter.settle(0, cost, 0.0)
+        for budget in self.upstream_limits(upstream, posix_s).budgets:
+            budget.settled += cost
 
     def _note_reached(self, counter: Counter) -> None:
         if isinstance(counter, Budget):

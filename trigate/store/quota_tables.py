@@ -1,21 +1,37 @@
 """The tables of what is spent and leased: a part of `tables.Tables`.
 
-``spent`` has what each scope has spent on each day. Triggers of the schema keep it: it is the sum of the records of
-exchanges, those that have been deleted since included. ``leases`` has the part of a limit that a worker has.
+``spent`` has what each scope has spent on each day: the sum of the records of exchanges, those that have been deleted
+since included. ``leases`` has the part of a limit that a worker has. When a record is added, the leases of its worker
+shrink by its cost: what is leased and what is spent are never more than the limit together.
 ``unleased`` has, of a rate, how much may be used at once of the part that no worker has (``level``), and the limit
 (``full``); a limit that it does not have has not been used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trigate.store.records import Lease, LeaseWish
+from trigate.store.report_tables import Used
 
 if TYPE_CHECKING:
     import apsw
 
 _MINUTE_S = 60.0
+
+
+def _scopes(used: Used) -> Iterator[str]:
+    """Whose money some calls have spent."""
+    yield "all"
+    if used.owner:
+        yield f"key:{used.owner}"
+    if used.key_group:
+        yield f"group:{used.key_group}"
+    if used.alias:
+        yield f"model:{used.alias}"
+    if used.target:
+        yield f"upstream:{used.target.partition('/')[0]}"
 
 
 class QuotaTables:
@@ -51,6 +67,30 @@ class QuotaTables:
         sql = "SELECT coalesce(sum(amount), 0) FROM spent WHERE scope = ? AND day >= ? AND day < ?"
         [[total]] = self._db.execute(sql, (scope, first_day, end_day))
         return int(total)
+
+    def count_spent(self, used: Sequence[Used]) -> None:
+        """Counts what calls have cost."""
+        spent: dict[tuple[str, int], int] = {}
+        by_worker: dict[tuple[str, str, int], int] = {}
+        for each in used:
+            if not each.cost:
+                continue
+            day = each.hour // 24
+            for scope in _scopes(each):
+                spent[scope, day] = spent.get((scope, day), 0) + each.cost
+                leased = each.worker, scope, day
+                by_worker[leased] = by_worker.get(leased, 0) + each.cost
+        for (scope, day), cost in spent.items():
+            self._db.execute(
+                "INSERT INTO spent (scope, day, amount) VALUES (?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET amount = amount + excluded.amount",
+                (scope, day, cost),
+            )
+        for (worker, scope, day), cost in by_worker.items():
+            self._db.execute(
+                "UPDATE leases SET amount = amount - ? WHERE worker = ? AND scope = ? AND first_day <= ? AND end_day > ?",
+                (cost, worker, scope, day, day),
+            )
 
     def drop_leases(self, worker: str) -> None:
         """Deletes what a worker has."""

@@ -1,10 +1,12 @@
 """The table of the use per hour, a part of `tables.Tables`, and the conditions of queries for records.
 
-Triggers of the schema count each record in the table.
+The records that one transaction adds are summed up, and each sum is added to the table: it stays when the records are
+deleted. A lost record becomes another one at most once, and has neither tokens nor a cost.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,94 @@ _SUMS = ", ".join(f"sum({name})" for name in _COUNTS)
 # They are merged here, and not by SQLite: grouping their buckets would take ten times as long.
 _HISTOGRAMS = "json_group_array(json(durations)), json_group_array(json(first_contents))"
 _histograms = msgspec.json.Decoder(list[dict[int, int]])
+
+
+class Used(msgspec.Struct, array_like=True):
+    """What some records of one hour with the same values in the first columns have used; see `UsageTotals`.
+
+    Attributes:
+        durations, first_contents: The buckets of the records.
+    """
+
+    hour: int
+    worker: str
+    owner: str
+    key_group: str
+    alias: str
+    model: str
+    target: str
+    outcome: str
+    calls: int
+    estimated: int
+    unpriced: int
+    prompt_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    cost: int
+    durations: Sequence[int | None]
+    first_contents: Sequence[int | None]
+
+
+_used = msgspec.json.Decoder(list[Used])
+
+
+def _bounded(column: str, most: int = 10**12) -> str:
+    """The sum of a column that stays within 64 bits, whatever an upstream reports."""
+    return f"sum(max(0, min(coalesce({column}, 0), {most})))"
+
+
+def _buckets(seconds: str) -> str:
+    return f"json_group_array(CAST(ceil(8 * log2(1000 * max({seconds}, 0.001))) AS INTEGER))"
+
+
+# A model that does not exist is any text of a client, so it has no row of its own. One row is returned: see `tables`.
+_BY = "hour, worker, owner, key_group, alias, used_model, used_target, outcome"
+_USED = f"""
+    SELECT json_group_array(json(used)) FROM (
+        SELECT json_array({_BY}, count(*), sum(counted),
+            sum(cost IS NULL AND coalesce(prompt_tokens, completion_tokens) IS NOT NULL),
+            {_bounded("prompt_tokens")}, {_bounded("cached_tokens")}, {_bounded("cache_write_tokens")},
+            {_bounded("completion_tokens")}, {_bounded("reasoning_tokens")}, {_bounded("cost", 10**15)},
+            {_buckets("ended_at - started_at")}, {_buckets("first_content_s")}) AS used
+        FROM (
+            SELECT *, CAST(started_at / 3600 AS INTEGER) AS hour, coalesce(target, '') AS used_target,
+                CASE WHEN outcome = 'model_not_found' THEN '' ELSE model END AS used_model
+            FROM exchanges WHERE number > ? OR number IN (SELECT value FROM json_each(?))
+        ) GROUP BY {_BY}
+    )
+"""
+
+
+def _added(column: str) -> str:
+    """The sum of two histograms, JSON objects of counts by the numbers of buckets."""
+    both = " UNION ALL ".join(f"SELECT key, value FROM json_each({each}.{column})" for each in ("usage", "excluded"))
+    summed = f"SELECT key, sum(value) AS count FROM ({both}) GROUP BY key"
+    return f"{column} = (SELECT jsonb_group_object(key, count) FROM ({summed}))"
+
+
+_ADD_USED = f"""
+    INSERT INTO usage (hour, owner, key_group, model, target, outcome, {", ".join(_COUNTS)}, durations, first_contents)
+    SELECT {", ".join(f"value ->> {at}" for at in range(6 + len(_COUNTS)))},
+        jsonb(value -> {6 + len(_COUNTS)}), jsonb(value -> {7 + len(_COUNTS)}) FROM json_each(?) WHERE true
+    ON CONFLICT DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in _COUNTS)},
+        {_added("durations")}, {_added("first_contents")}
+"""
+_UNCOUNT_LOST = """
+    UPDATE usage SET calls = calls - lost.count FROM (
+        SELECT CAST(started_at / 3600 AS INTEGER) AS hour, owner, key_group, model, coalesce(target, '') AS target,
+            outcome, count(*) AS count
+        FROM exchanges WHERE number IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4, 5, 6
+    ) AS lost
+    WHERE (usage.hour, usage.owner, usage.key_group, usage.model, usage.target, usage.outcome)
+        = (lost.hour, lost.owner, lost.key_group, lost.model, lost.target, lost.outcome)
+"""
+
+
+def _histogram(buckets: Sequence[int | None]) -> dict[int, int]:
+    counts = Counter(buckets)
+    return {bucket: count for bucket, count in counts.items() if bucket is not None}
 
 
 def _merge(total: dict[int, int], histograms: str) -> None:
@@ -71,6 +161,30 @@ class ReportTables:
     """The statements on this table."""
 
     _db: apsw.Connection
+
+    def used_by(self, last: int, numbers: str) -> Sequence[Used]:
+        """Returns what some records have used.
+
+        Args:
+            last: Those behind this number,
+            numbers: and these, a JSON array.
+        """
+        [[used]] = self._db.execute(_USED, (last, numbers))
+        return _used.decode(used)
+
+    def count_use(self, used: Sequence[Used]) -> None:
+        """Adds what records have used."""
+        rows = [
+            (each.hour, each.owner, each.key_group, each.model, each.target, each.outcome)
+            + tuple(getattr(each, name) for name in _COUNTS)
+            + (_histogram(each.durations), _histogram(each.first_contents))
+            for each in used
+        ]
+        self._db.execute(_ADD_USED, (msgspec.json.encode(rows).decode(),))
+
+    def uncount_lost(self, numbers: str) -> None:
+        """Takes away what lost records, a JSON array of their numbers, were counted as: they become others."""
+        self._db.execute(_UNCOUNT_LOST, (numbers,))
 
     def usage(
         self, columns: Sequence[UsageColumn], first: int, end: int, *, owner: str | None, model: str | None

@@ -12,69 +12,6 @@ from __future__ import annotations
 APPLICATION_ID = 0x54726967
 """``Trig`` in ASCII. It is in the file's header, so that a database of another program is not taken for a store."""
 
-_UPSTREAM = "substr(new.target, 1, instr(new.target, '/') - 1)"
-_DAY = "CAST(new.started_at / 86400 AS INTEGER)"
-_SPEND = f"""
-        INSERT INTO spent SELECT scope, {_DAY}, new.cost FROM (
-            SELECT 'all' AS scope
-            UNION ALL SELECT 'key:' || new.owner WHERE new.owner <> ''
-            UNION ALL SELECT 'group:' || new.key_group WHERE new.key_group <> ''
-            UNION ALL SELECT 'model:' || new.alias WHERE new.alias <> ''
-            UNION ALL SELECT 'upstream:' || {_UPSTREAM} WHERE new.target IS NOT NULL
-        ) WHERE true ON CONFLICT (scope, day) DO UPDATE SET amount = amount + excluded.amount;
-        UPDATE leases SET amount = amount - new.cost
-            WHERE worker = new.worker AND first_day <= {_DAY} AND end_day > {_DAY}
-            AND scope IN ('all', 'key:' || new.owner, 'group:' || new.key_group, 'model:' || new.alias,
-                'upstream:' || coalesce({_UPSTREAM}, ''));
-"""
-"""What the triggers on the records of exchanges do: a call has cost something."""
-_BUCKET_OF_DURATION = "CAST(ceil(8 * log2(1000 * max(new.ended_at - new.started_at, 0.001))) AS INTEGER)"
-_BUCKET_OF_FIRST_CONTENT = "CAST(ceil(8 * log2(1000 * max(new.first_content_s, 0.001))) AS INTEGER)"
-
-
-def _counted_in(column: str, bucket: str, exists: str) -> str:
-    """The assignment that counts a value in a histogram, a JSON object of counts by the numbers of buckets."""
-    count = f"jsonb_set({column}, '$.' || {bucket}, coalesce({column} ->> ('$.' || {bucket}), 0) + 1)"
-    return f"{column} = CASE WHEN {exists} THEN {count} ELSE {column} END"
-
-
-# The bounds keep sums within 64 bits, whatever an upstream reports. A model that does not exist is any text of a
-# client, so it has no row of its own.
-_ADD_USAGE = f"""
-        INSERT INTO usage VALUES (
-            CAST(new.started_at / 3600 AS INTEGER),
-            new.owner,
-            new.key_group,
-            CASE WHEN new.outcome = 'model_not_found' THEN '' ELSE new.model END,
-            coalesce(new.target, ''),
-            new.outcome,
-            1,
-            new.counted,
-            new.cost IS NULL AND coalesce(new.prompt_tokens, new.completion_tokens) IS NOT NULL,
-            max(0, min(coalesce(new.prompt_tokens, 0), 1000000000000)),
-            max(0, min(new.cached_tokens, 1000000000000)),
-            max(0, min(new.cache_write_tokens, 1000000000000)),
-            max(0, min(coalesce(new.completion_tokens, 0), 1000000000000)),
-            max(0, min(new.reasoning_tokens, 1000000000000)),
-            max(0, min(coalesce(new.cost, 0), 1000000000000000)),
-            CASE WHEN new.ended_at IS NULL THEN jsonb('{{}}') ELSE jsonb_object('' || {_BUCKET_OF_DURATION}, 1) END,
-            CASE WHEN new.first_content_s IS NULL THEN jsonb('{{}}')
-                ELSE jsonb_object('' || {_BUCKET_OF_FIRST_CONTENT}, 1) END
-        )
-        ON CONFLICT DO UPDATE SET
-            calls = calls + 1,
-            estimated = estimated + excluded.estimated,
-            unpriced = unpriced + excluded.unpriced,
-            prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-            cached_tokens = cached_tokens + excluded.cached_tokens,
-            cache_write_tokens = cache_write_tokens + excluded.cache_write_tokens,
-            completion_tokens = completion_tokens + excluded.completion_tokens,
-            reasoning_tokens = reasoning_tokens + excluded.reasoning_tokens,
-            cost = cost + excluded.cost,
-            {_counted_in("durations", _BUCKET_OF_DURATION, "new.ended_at IS NOT NULL")},
-            {_counted_in("first_contents", _BUCKET_OF_FIRST_CONTENT, "new.first_content_s IS NOT NULL")};
-"""
-
 MIGRATIONS = (
     """
     CREATE TABLE sessions (
@@ -263,10 +200,7 @@ MIGRATIONS = (
     ALTER TABLE exchanges ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE exchanges ADD COLUMN cost INTEGER;
     """,
-    # What an exchange has cost is counted where its record is inserted, whatever inserts it: so what is spent is the
-    # sum of the records. At the same time its worker's leases shrink by as much: what is leased and what is spent are
-    # never more than the limit together (`quota_tables`).
-    f"""
+    """
     ALTER TABLE exchanges ADD COLUMN alias TEXT NOT NULL DEFAULT '';
 
     CREATE TABLE spent (
@@ -293,11 +227,6 @@ MIGRATIONS = (
         at REAL NOT NULL,
         full INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
-
-    CREATE TRIGGER exchange_added AFTER INSERT ON exchanges WHEN new.cost > 0
-    BEGIN {_SPEND} END;
-    CREATE TRIGGER exchange_found AFTER UPDATE OF cost ON exchanges WHEN coalesce(old.cost, 0) = 0 AND new.cost > 0
-    BEGIN {_SPEND} END;
     """,
     """
     CREATE TABLE keys (
@@ -314,9 +243,7 @@ MIGRATIONS = (
         old_until REAL NOT NULL
     ) STRICT;
     """,
-    # The use per hour is counted where a record is inserted, whatever inserts it: so it is the sum of the records, and
-    # stays when they are deleted. A lost record becomes another one at most once, and has neither tokens nor a cost.
-    f"""
+    """
     CREATE TABLE usage (
         hour INTEGER NOT NULL,
         owner TEXT NOT NULL,
@@ -337,17 +264,15 @@ MIGRATIONS = (
         first_contents BLOB NOT NULL,
         PRIMARY KEY (hour, owner, key_group, model, target, outcome)
     ) STRICT, WITHOUT ROWID;
-    CREATE TRIGGER exchange_used AFTER INSERT ON exchanges BEGIN
-        {_ADD_USAGE}
-    END;
-    CREATE TRIGGER lost_exchange_used AFTER UPDATE ON exchanges WHEN old.outcome = 'lost' BEGIN
-        UPDATE usage SET calls = calls - 1 WHERE hour = CAST(old.started_at / 3600 AS INTEGER)
-            AND owner = old.owner AND key_group = old.key_group AND model = old.model
-            AND target = coalesce(old.target, '') AND outcome = old.outcome;
-        {_ADD_USAGE}
-    END;
     CREATE INDEX exchanges_by_time ON exchanges (started_at);
     CREATE INDEX exchanges_failed ON exchanges (number) WHERE outcome NOT IN ('complete', 'cancelled', 'finished');
+    """,
+    # A database of a version in development may have them; `Tables.put_exchanges` does what they did.
+    """
+    DROP TRIGGER IF EXISTS exchange_added;
+    DROP TRIGGER IF EXISTS exchange_found;
+    DROP TRIGGER IF EXISTS exchange_used;
+    DROP TRIGGER IF EXISTS lost_exchange_used;
     """,
 )
 """SQL statements: from an empty database to version 1, from there to version 2, and so on."""

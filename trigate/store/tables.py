@@ -84,9 +84,9 @@ _OBJECTS = _Table(UpstreamObject, "objects", key=("id", "upstream"))
 _RESPONSES = _Table(StoredResponse, "responses", key=("id",))
 
 _OF_EXCHANGE = ExchangeRecord.__struct_fields__
-# One statement inserts all rows, from JSON: the interpreter's lock changes hands between two statements, and while the
-# event loop is busy, that costs more than inserting a row. MATERIALIZED: otherwise SQLite writes out the JSON of a
-# record once for each column.
+# One statement inserts all rows, from JSON: the interpreter's lock changes hands between two statements, and between
+# two rows of a result. While the event loop is busy, that costs more than inserting a row. MATERIALIZED: otherwise
+# SQLite writes out the JSON of a record once for each column.
 _EXCHANGE_FROM_JSON = ", ".join(
     f"record {'->' if name == 'attempts' else '->>'} {at}" for at, name in enumerate(_OF_EXCHANGE)
 )
@@ -96,6 +96,10 @@ _PUT_EXCHANGES = (
     f" SELECT {_EXCHANGE_FROM_JSON} FROM records WHERE true"
     f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _OF_EXCHANGE)}"
     f" WHERE exchanges.outcome = '{LOST}'"
+)
+_LOST_AMONG = (
+    "SELECT (SELECT coalesce(max(number), 0) FROM exchanges), (SELECT json_group_array(number) FROM exchanges"
+    f" WHERE outcome = '{LOST}' AND outcome <> 'complete' AND id IN (SELECT value ->> 0 FROM json_each(?)))"
 )
 
 
@@ -397,8 +401,19 @@ class Tables(KeyTables, QuotaTables, ReportTables):
     # -- exchanges
 
     def put_exchanges(self, records: Sequence[bytes]) -> None:
-        """Keeps records, each a JSON array; a record that exists is replaced only if it is ``lost``."""
-        self._do(_PUT_EXCHANGES, (b"[" + b",".join(records) + b"]").decode())
+        """Keeps records, each a JSON array; a record that exists is replaced only if it is ``lost``.
+
+        In the same transaction, what they have used and spent is counted: so that is the sum of all records, those that
+        have been deleted since included. Nothing else inserts a record.
+        """
+        given = (b"[" + b",".join(records) + b"]").decode()
+        [[last, found]] = self._db.execute(_LOST_AMONG, (given,))
+        if found != "[]":
+            self.uncount_lost(found)
+        self._do(_PUT_EXCHANGES, given)
+        used = self.used_by(last, found)
+        self.count_use(used)
+        self.count_spent(used)
 
     def exchanges(self, query: ExchangeQuery, *, limit: int, after: str | None) -> Sequence[ExchangeRecord]:
         """Returns a page of records behind the id ``after``, the last added first."""
