@@ -227,6 +227,21 @@ async def test_old_names(open_app: OpenApp, autojump_clock: MockClock) -> None:
         assert found.value("gen_ai_client_token_usage_sum", gen_ai_token_type="input") == 11
 
 
+async def test_limits(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A limit and a budget are there with what is left of them, once a call has counted for them."""
+    key = {"secret": "a-key-of-ada", "rpm": 10, "budget_usd": 5}
+    config = make_config(keys={"ada": key}, prices={"m": {"input_usd": 0, "output_usd": 0, "call_usd": 2}})
+    headers = {"authorization": "Bearer a-key-of-ada"}
+    async with open_app(config, Provider(COUNTED)) as served:
+        call = {"model": "up/m", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        assert (await served.client.ask("POST", "/v1/chat/completions", call, headers=headers)).status == 200
+        found = Scraped((await served.client.ask("GET", "/metrics", headers=headers)).body)
+        assert found.value("trigate_limit", scope="key:ada", limit="rpm") == 10
+        assert 9 <= (found.value("trigate_limit_available", scope="key:ada", limit="rpm") or 0) < 10
+        assert found.value("trigate_budget_usd", scope="key:ada") == 5
+        assert found.value("trigate_budget_left_usd", scope="key:ada") == 3
+
+
 async def test_access(open_app: OpenApp) -> None:
     """A gateway with keys shows its metrics to those who have one."""
     async with open_app(make_config(keys={"ada": "a-key-of-ada"})) as served:

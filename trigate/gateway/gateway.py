@@ -237,6 +237,7 @@ async def open_gateway(
                     generations=generations,
                     admission=admission,
                     targets=targets,
+                    quotas=quotas,
                     ledger=ledger,
                     store=store,
                     slow_steps=slow_steps,

@@ -223,6 +223,30 @@ FAMILIES: tuple[Family, ...] = (
         help="The number of connection slots of an upstream.",
         labels=("upstream",),
     ),
+    Family(
+        name="trigate_limit",
+        kind="gauge",
+        help="A limit (rpm, tpm, max_exchanges) of all workers together, once a call has counted for it.",
+        labels=("scope", "limit"),
+    ),
+    Family(
+        name="trigate_limit_available",
+        kind="gauge",
+        help="How much of it the worker may still use now, of its own part.",
+        labels=("scope", "limit"),
+    ),
+    Family(
+        name="trigate_budget_usd",
+        kind="gauge",
+        help="A budget of all workers together, once a call has counted for it.",
+        labels=("scope", "period"),
+    ),
+    Family(
+        name="trigate_budget_left_usd",
+        kind="gauge",
+        help="How much of it is left, as far as the worker knows.",
+        labels=("scope", "period"),
+    ),
     Family(name="trigate_ledger_begun", kind="counter", help="Records that the ledger has begun."),
     Family(name="trigate_ledger_settled", kind="counter", help="Records that the ledger has completed."),
     Family(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import itertools
 import os
 import resource
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 import trio
@@ -19,11 +20,15 @@ from trigate.exchange.live import LiveExchanges
 from trigate.exchange.outcome import Phase
 from trigate.ledger.ledger import Ledger
 from trigate.metrics.families import Sample
+from trigate.quotas.counters import Budget, Counter
+from trigate.quotas.service import NO_LIMIT, Quotas
 from trigate.routing.circuit_breaker import State
 from trigate.routing.target_state import Targets
 from trigate.store.interface import Store
 from trigate.upstream.generation import Generations
 
+MAX_LIMITS = 500
+"""How many limits and budgets are shown: any number of keys may be made while the gateway runs."""
 _BREAKER_STATES: tuple[State, ...] = ("closed", "half_open", "open")
 
 
@@ -35,6 +40,7 @@ class WorkerMetrics:
     _generations: Generations
     _admission: Admission
     _targets: Targets
+    _quotas: Quotas
     _ledger: Ledger
     _store: Store
     _slow_steps: SlowSteps
@@ -48,6 +54,7 @@ class WorkerMetrics:
             *self._of_admission(),
             *self._of_live(),
             *self._of_upstreams(),
+            *_of_limits(self._quotas.all_counters(), trio.current_time()),
             *self._of_stores(),
             Sample("trigate_slow_steps", (), self._slow_steps.count),
             Sample("trigate_draining", (), int(self._is_draining())),
@@ -64,7 +71,7 @@ class WorkerMetrics:
         yield Sample("trigate_event_loop_lag_seconds", (), admission.lag_s)
 
     def _of_live(self) -> Iterator[Sample]:
-        phases = Counter([view.phase(exchange) for exchange in self._live])
+        phases = collections.Counter([view.phase(exchange) for exchange in self._live])
         for phase in Phase:
             if phase is not Phase.ENDED:
                 yield Sample("trigate_live_exchanges", (str(phase),), phases[phase])
@@ -74,7 +81,9 @@ class WorkerMetrics:
 
     def _of_upstreams(self) -> Iterator[Sample]:
         now, upstreams = trio.current_time(), self._generations.current.upstreams
-        breakers = Counter([(target.upstream, state.breaker.state(now)) for target, _, state in self._targets.items()])
+        breakers = collections.Counter(
+            [(target.upstream, state.breaker.state(now)) for target, _, state in self._targets.items()]
+        )
         for name, upstream in upstreams.items():
             statistics = upstream.statistics()
             for state in _BREAKER_STATES:
@@ -94,6 +103,24 @@ class WorkerMetrics:
         yield Sample("trigate_ledger_waiting", (), ledger.waiting)
         yield Sample("trigate_store_writes", (), store.writes)
         yield Sample("trigate_store_write_seconds", (), store.write_s)
+
+
+def _of_limits(counters: Iterable[Counter], now: float) -> Iterator[Sample]:
+    budgets: dict[tuple[str, str], Budget] = {}
+    for counter in itertools.islice(counters, MAX_LIMITS):
+        labels = counter.scope, counter.setting
+        if isinstance(counter, Budget):
+            if counter.limit >= NO_LIMIT:  # only a soft budget is set
+                continue
+            other = budgets.get(labels)
+            if other is None or other.first_day < counter.first_day:  # calls in flight may still hold some of the last
+                budgets[labels] = counter
+        else:
+            yield Sample("trigate_limit", labels, counter.limit)
+            yield Sample("trigate_limit_available", labels, max(0.0, counter.available(now)))
+    for labels, budget in budgets.items():
+        yield Sample("trigate_budget_usd", labels, budget.limit / 1e6)
+        yield Sample("trigate_budget_left_usd", labels, max(0, budget.limit - budget.spent) / 1e6)
 
 
 def _of_process() -> Iterator[Sample]:
