@@ -78,6 +78,7 @@ class Scrapes:
 
     async def _ask(self) -> tuple[dict[str, tuple[Sample, ...]], int]:
         """Returns the samples of each worker by its id, and how many workers have not answered."""
+        await trio.lowlevel.checkpoint()
         try:
             others = {worker.id for worker in await self._workers.others()}
         except StoreUnavailable:  # then this worker knows of no other
