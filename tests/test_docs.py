@@ -30,6 +30,7 @@ from trigate.dialects.gemini import fields as gemini_fields
 from trigate.dialects.ollama import fields as ollama_fields
 from trigate.dialects.openai_chat import client_fields
 from trigate.dialects.openai_responses import fields as responses_fields
+from trigate.metrics.families import FAMILIES
 from trigate.openai import passed_paths
 from trigate.upstream import discovery
 
@@ -435,6 +436,19 @@ def test_command_options(name: str) -> None:
                 assert parameter.make_metavar(click.Context(command)) in text
             elif isinstance(parameter.envvar, str):
                 assert f"`{parameter.envvar}`" in text
+
+
+# -- the metrics ------------------------------------------------------------------------------------------------------
+
+
+def test_metrics() -> None:
+    """The table of metrics has every family with its kind, its labels and its help, in the order of the answer."""
+    rows = [row for row in _rows(_sections(_page("reference/metrics.md"))["All metrics"]) if row[0].startswith("`")]
+    documented = [(_names(row[0])[0], row[1], tuple(_names(row[2])), row[3]) for row in rows]
+    assert documented == [
+        (f"{each.name}{'_total' if each.kind == 'counter' else ''}", each.kind, each.labels, each.help)
+        for each in FAMILIES
+    ]
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------

@@ -40,14 +40,14 @@ ROWS = (
     ("server",),
     ("concurrency",),
     ("config",),
-    ("content_coding", "signatures"),
+    ("content_coding", "metrics", "signatures"),
     ("errors", "logs", "tracebacks", "version"),
 )
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
 
 PURE = (
     *("errors", "tracebacks", "content_coding", "signatures", "config", "dialects", "openai", "routing"),
-    *("prices", "keys.key"),
+    *("metrics", "prices", "keys.key"),
     *("quotas.counters", "quotas.answer_sizes", "quotas.headers", "quotas.periods", "quotas.refusals"),
     "concurrency.rate_limiter",
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),

@@ -16,7 +16,7 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
-from trigate.asgi.routes import hooks, keys, models, ollama, reports, sessions, status
+from trigate.asgi.routes import hooks, keys, metrics, models, ollama, reports, sessions, status
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
@@ -54,6 +54,7 @@ def create_control_plane() -> ControlPlane:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(hooks.blueprint)
     app.register_blueprint(keys.blueprint)
+    app.register_blueprint(metrics.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(ollama.blueprint)
     app.register_blueprint(reports.blueprint)

@@ -261,7 +261,7 @@ def answer_headers(state: ExchangeState, now: float) -> list[Header]:
             if cost is not None:
                 headers.append((b"x-trigate-cost-usd", usd(cost).encode()))
     headers.append((b"x-trigate-attempts", b"%d" % len(state.attempts)))
-    overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
+    overhead_s = state.overhead_s = max(0.0, now - state.request.arrived_at - waited_s)
     headers.append((b"x-trigate-overhead-ms", b"%.3f" % (overhead_s * 1000)))
     if state.limits.all and not isinstance(state.error, Rejected):  # which has those of the provider
         is_refused = isinstance(state.error, QuotaSpent)

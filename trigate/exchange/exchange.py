@@ -186,7 +186,7 @@ class Exchange(ExchangeState):
     def client_left(self) -> None:
         """The client has disconnected: ends the exchange, unless ``on_disconnect = "finish"`` applies."""
         assert self.client is not None, "only a client disconnects"
-        self.client.gone = True
+        self.client.gone, self.left_at = True, trio.current_time()
         if self.client.ended:
             return
         if self.request.model.on_disconnect == "finish" and self._may_finish():

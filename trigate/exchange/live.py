@@ -8,6 +8,7 @@ import attrs
 
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.errors import Draining, GatewayError
+from trigate.exchange.call_metrics import CallMetrics
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.record import complete_record
 from trigate.exchange.state import ExchangeState
@@ -47,6 +48,7 @@ class LiveExchanges:
 
     Attributes:
         totals: Counters of the settled exchanges.
+        metrics: The same for Prometheus, in more detail.
         is_draining: New exchanges are refused.
         revoked_keys: The ids of the keys whose exchanges are refused.
     """
@@ -57,6 +59,7 @@ class LiveExchanges:
         self._live: dict[ExchangeState, None] = {}
         self._none_left = RepeatedEvent()
         self.totals = Totals()
+        self.metrics = CallMetrics()
         self.is_draining = False
         self.revoked_keys: Container[str] = ()
 
@@ -108,6 +111,7 @@ class LiveExchanges:
         self._ledger.settle(record)
         if exchange.content is not None:
             self._contents.add(record, exchange.request.call.body, exchange.content)
+        self.metrics.count(exchange, record)
         totals = self.totals
         totals.exchanges += 1
         totals.events += record.events

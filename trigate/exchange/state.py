@@ -40,6 +40,8 @@ class ExchangeState:
         cancelled_with: Why it was cancelled.
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
+        overhead_s: The gateway's own share of the time to the head of the answer; None = there was no head.
+        left_at: When its client disconnected (Trio time); None = it has not.
         record: Its record in the ledger, completed when it has ended; None = it has not begun.
         content: Notes its answer for the log of contents; None = it is not logged.
         limits: Those that it counts for.
@@ -59,6 +61,8 @@ class ExchangeState:
     cancelled_with: GatewayError | None = None
     is_finishing: bool = False
     admitted_at: float = -math.inf
+    overhead_s: float | None = None
+    left_at: float | None = None
     record: ExchangeRecord | None = None
     content: AnswerContent | None = None
     limits: Limits = NO_LIMITS

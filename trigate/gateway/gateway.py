@@ -19,6 +19,7 @@ from trigate.concurrency import descriptors
 from trigate.concurrency.cancel_queue import open_cancel_queue
 from trigate.concurrency.notify import open_service
 from trigate.concurrency.poller import open_poller
+from trigate.concurrency.slow_steps import SlowSteps
 from trigate.concurrency.timers import open_timers
 from trigate.config import load
 from trigate.config.sections import Config
@@ -36,6 +37,7 @@ from trigate.keys.service import Keys, open_keys
 from trigate.keys.virtual import VirtualKeys
 from trigate.ledger.content_log import open_content_log
 from trigate.ledger.ledger import Ledger, open_ledger
+from trigate.metrics.families import OLD_NAMES, OPT_IN
 from trigate.quotas.service import open_quotas
 from trigate.routing.target_state import Targets
 from trigate.runs.outbox import open_outbox
@@ -43,6 +45,8 @@ from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
 from trigate.status.inflight import InflightRequests
 from trigate.status.reporter import StatusReporter
+from trigate.status.scrape import Scrapes
+from trigate.status.worker_metrics import WorkerMetrics
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.store.retention import keep_pruned
@@ -74,6 +78,7 @@ class Gateway:
     channels: Channels
     inflight: InflightRequests
     status: StatusReporter
+    scrapes: Scrapes
     reloader: Reloader
     drain: Drain
 
@@ -226,6 +231,19 @@ async def open_gateway(
                     is_handing_over=drain.handing_over.is_set,
                 )
                 workers.report_with(status.snapshot)
+                slow_steps = SlowSteps()
+                metrics = WorkerMetrics(
+                    live=live,
+                    generations=generations,
+                    admission=admission,
+                    targets=targets,
+                    quotas=quotas,
+                    ledger=ledger,
+                    store=store,
+                    slow_steps=slow_steps,
+                    is_draining=drain.handing_over.is_set,
+                )
+                old_names = OLD_NAMES in environ.get(OPT_IN, "").replace(" ", "").split(",")
                 gateway = Gateway(
                     generations=generations,
                     keys=keys,
@@ -243,10 +261,11 @@ async def open_gateway(
                     channels=channels,
                     inflight=InflightRequests(workers=workers, live=live),
                     status=status,
+                    scrapes=Scrapes(workers=workers, metrics=metrics, status=status, old_names=old_names),
                     reloader=reloader,
                     drain=drain,
                 )
-                with reload_on_sighup(reloader):
+                with reload_on_sighup(reloader), slow_steps.installed():
                     background.start_soon(reloader.run)
                     if path is not None:
                         background.start_soon(reloader.watch_file, path)

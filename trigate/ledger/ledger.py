@@ -61,6 +61,7 @@ class LedgerStatistics:
         begun, settled: Exchanges of this process.
         lost: Exchanges of killed processes that this process found.
         dropped: Records that could not be stored anywhere.
+        waiting: Settled records in memory that the store does not have yet.
     """
 
     state: Literal["off", "ok", "degraded"]
@@ -69,6 +70,7 @@ class LedgerStatistics:
     lost: int
     dropped: int
     error: str | None = None
+    waiting: int = 0
 
 
 class Ledger:
@@ -114,6 +116,7 @@ class Ledger:
             lost=self._lost,
             dropped=self._dropped,
             error=self._error or self._store_error,
+            waiting=len(self._waiting),
         )
 
     # -- one exchange -------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ without asking anybody, and the sum over all workers is within the limit. `quota
 and gives back what other workers need.
 
 A call *holds* an amount of each counter before it is served, and *settles* it when it has ended, with what it has used.
-Both are synchronous and cannot fail. Between them, what is held is not available to others. `Limits` are all counters of
-a call, and a `Reservation` is what it holds of them: of all, or of none.
+Both are synchronous and cannot fail. Between them, what is held is not available to others. `Limits` are all counters
+of a call, and a `Reservation` is what it holds of them: of all, or of none.
 
 * `Rate` is GCRA in the form of a bucket: it is full at first, a call takes what it needs, and it fills at the limit. So
   over any window of ``w`` seconds at most ``limit × (1 + w / 60)`` are used. A lease of it is a share of the limit, and

@@ -16,6 +16,7 @@ from trigate.openai.endpoints import Format
 from trigate.quotas.counters import Budget, Limits, Rate
 from trigate.quotas.periods import DAY_S, FOREVER
 
+
 class _Names(NamedTuple):
     """The headers of one kind of rate."""
 

@@ -56,7 +56,8 @@ _MAX_ASK_AGAIN_S = 1.0
 """The same for a budget, and for a rate that does not fill sooner."""
 _ROUNDS = 3
 _MAX_KNOWN = 20_000
-_NO_LIMIT = MicroUsd(2**60)
+NO_LIMIT = MicroUsd(2**60)
+"""The limit of a budget of which only the soft part is set."""
 TOPIC = "quotas"
 """The topic of the notification that asks other workers for a lease; its body is how much is needed, and the name of
 the counter."""
@@ -188,7 +189,7 @@ class Quotas:
         soft = settings.soft_budget_usd if isinstance(settings, GroupConfig) else None
         budgets = settings.all_budgets
         if soft is not None:
-            budgets.setdefault(settings.budget_period, _NO_LIMIT)
+            budgets.setdefault(settings.budget_period, NO_LIMIT)
         for period, most in budgets.items():
             first, end = period_of(period, day)
             budget = Budget(

@@ -88,7 +88,8 @@ class QuotaTables:
             )
         for (worker, scope, day), cost in by_worker.items():
             self._db.execute(
-                "UPDATE leases SET amount = amount - ? WHERE worker = ? AND scope = ? AND first_day <= ? AND end_day > ?",
+                "UPDATE leases SET amount = amount - ?"
+                " WHERE worker = ? AND scope = ? AND first_day <= ? AND end_day > ?",
                 (cost, worker, scope, day, day),
             )
 

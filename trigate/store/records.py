@@ -461,12 +461,16 @@ class StoreStatistics:
     Attributes:
         state: ``closed`` = nothing has needed the file yet.
         error: Why it is unavailable; None = it is available.
+        writes: How many groups of writes this worker has committed, or failed to.
+        write_s: How long these have taken, in all.
     """
 
     kind: str
     path: str
     state: Literal["closed", "open", "unavailable"]
     error: str | None = None
+    writes: int = 0
+    write_s: float = 0.0
 
 
 @attrs.frozen(kw_only=True)

@@ -175,9 +175,11 @@ class ReportTables:
     def count_use(self, used: Sequence[Used]) -> None:
         """Adds what records have used."""
         rows = [
-            (each.hour, each.owner, each.key_group, each.model, each.target, each.outcome)
-            + tuple(getattr(each, name) for name in _COUNTS)
-            + (_histogram(each.durations), _histogram(each.first_contents))
+            (
+                *(each.hour, each.owner, each.key_group, each.model, each.target, each.outcome),
+                *(getattr(each, name) for name in _COUNTS),
+                *(_histogram(each.durations), _histogram(each.first_contents)),
+            )
             for each in used
         ]
         self._db.execute(_ADD_USED, (msgspec.json.encode(rows).decode(),))

@@ -87,6 +87,7 @@ class SqliteStore(StoreOperations):
         self._is_reported = False
         self._reported_reason = ""
         self._reported_at = -math.inf
+        self._writes, self._write_s = 0, 0.0
 
     def __repr__(self) -> str:
         return f"<SqliteStore, {self.statistics().state}, {len(self._queue)} writes waiting>"
@@ -95,7 +96,12 @@ class SqliteStore(StoreOperations):
         """Returns the state of the store. Never blocks."""
         state: Literal["closed", "open", "unavailable"] = "closed" if self._file is None else "open"
         return StoreStatistics(
-            kind="sqlite", path=self.path, state="unavailable" if self._error else state, error=self._error
+            kind="sqlite",
+            path=self.path,
+            state="unavailable" if self._error else state,
+            error=self._error,
+            writes=self._writes,
+            write_s=self._write_s,
         )
 
     def write(self, operation: Callable[[Tables], T], *, durable: bool = True) -> Write[T]:
@@ -166,6 +172,7 @@ class SqliteStore(StoreOperations):
         await trio.lowlevel.checkpoint()  # other tasks can still add writes to this group
         # They stay in the queue until their outcomes are known: `run` fails them if the deadline cancels this.
         group = list(itertools.islice(self._queue, GROUP))
+        began_at = trio.current_time()
         try:
             file = await self._open()
             outcomes: Sequence[Any] = await file.write(
@@ -182,6 +189,8 @@ class SqliteStore(StoreOperations):
             outcomes = [unavailable(type(error).__name__) for _ in group]
         else:
             self._note(None)
+        self._writes += 1
+        self._write_s += trio.current_time() - began_at
         for queued, outcome in zip(group, outcomes, strict=True):
             self._queue.popleft()
             if isinstance(outcome, Exception):
