@@ -277,7 +277,7 @@ def test_endpoints() -> None:
     served |= {f"POST /v1beta/models/{{model}}:{method}" for method in gemini.METHODS}
     served |= {f"GET {path}" for path in health.PATHS}
     for rule in create_control_plane().url_map.iter_rules():
-        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     titles = re.findall(r"^### `(.*)`$", _page("reference/endpoints.md"), re.M)
     assert sorted(titles) == sorted(served)

@@ -146,7 +146,7 @@ async def test_a_model_that_is_not_listed_is_a_404(open_app: OpenApp) -> None:
         assert "qwen/qwen-turbo" in call.error["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/models", "/v1/chat", "/v2/chat/completions/", "/%00", "/é"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/models", "/v1/chat", "/v2/chat/completions/", "/%00", "/é"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_an_unknown_path_is_a_404(open_app: OpenApp, path: str, method: str) -> None:
     """The error has OpenAI's shape."""
@@ -262,7 +262,6 @@ async def test_an_id_with_two_slashes(open_app: OpenApp) -> None:
         ("/v1/v1/usage/", "Did you mean /v1/usage?"),
         ("/filez", "The paths of the API begin with /v1."),
         ("/v1", "The paths of the API begin with /v1."),
-        ("/", "The paths of the API begin with /v1."),
     ],
 )
 async def test_a_404_names_what_was_meant(open_app: OpenApp, path: str, hint: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -179,14 +180,14 @@ def test_config_leaves_the_environment_alone(
 
 
 def test_check_names_every_problem(run: Run, tmp_path: Path) -> None:
-    """Standard error has one line for each problem, with file and path; standard output has nothing."""
+    """Standard error has one line for each problem, with file, line and path; standard output has nothing."""
     path = _file(tmp_path, '[server]\nport = "x"\nspeed = 1\n[upstreams.a]\n[models.m]\ntargets = ["nobody/x"]\n')
     result = run("check", "--config", path)
     _assert_failed(result, "server.port: ", "upstreams.a.base_url: ", "models.m.targets.0: ", "unknown key speed")
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) == 4
-    assert all(line.startswith(f"trigate: {path}: ") for line in lines)
+    assert all(re.match(rf"trigate: {re.escape(path)}:\d+:\d+: ", line) for line in lines)
 
 
 @pytest.mark.parametrize("command", ["check", "serve"])

@@ -16,7 +16,7 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
-from trigate.asgi.routes import hooks, keys, metrics, models, ollama, reports, sessions, status
+from trigate.asgi.routes import api, hooks, keys, metrics, models, ollama, reports, sessions, status
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
@@ -36,6 +36,9 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 """The query parameters of each view; a view that is not here has none. Those of OpenAI's own paths (`models`) are not
 checked, since clients append some to every URL (``api-version``)."""
 
+_ELSEWHERE: Mapping[str, tuple[str, ...]] = {"/": ("GET", "HEAD"), "/v1/realtime": ("GET",)}
+"""The methods of paths that are served before a request comes here, by their paths."""
+
 
 async def open_control_plane(gateway: Gateway) -> ControlPlane:
     """Makes the application of an open gateway, and starts it."""
@@ -52,6 +55,8 @@ def create_control_plane() -> ControlPlane:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = True
     app.url_map.merge_slashes = False  # no redirects
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.parameters = PARAMETERS
+    app.register_blueprint(api.blueprint)
     app.register_blueprint(hooks.blueprint)
     app.register_blueprint(keys.blueprint)
     app.register_blueprint(metrics.blueprint)
@@ -102,6 +107,8 @@ async def check_parameters() -> None:  # noqa: ASYNC124 - so that Quart gives it
 def _error_for(error: HTTPException) -> errors.GatewayError:
     if isinstance(error, WerkzeugMethodNotAllowed):
         allowed = tuple(sorted(error.valid_methods or ()))
+        return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
+    if error.code == 404 and request.method not in (allowed := _ELSEWHERE.get(request.path, (request.method,))):
         return errors.MethodNotAllowed(request.method, request.path, allowed=allowed)
     if error.code == 404:
         asked: str = cast("Any", request.scope).get("trigate.asked_path", request.path)  # Any: our own entry

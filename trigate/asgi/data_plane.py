@@ -35,6 +35,7 @@ from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Recorder
 from trigate.gateway.gateway import Gateway
 from trigate.keys.key import Key
+from trigate.openai.passed_paths import find_passed
 from trigate.openai.request import Call, decode_call, decode_large_call
 from trigate.openai.request_bounds import is_small
 from trigate.routing.routes import Target
@@ -67,7 +68,8 @@ async def serve_call(
     owner = key.name
     endpoint = found.endpoint
     if head.method != "POST":
-        raise MethodNotAllowed(head.method, head.path, allowed=("POST",))
+        listed = find_passed("GET", head.path) is not None
+        raise MethodNotAllowed(head.method, head.path, allowed=("GET", "POST") if listed else ("POST",))
     content_type = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     # Ollama takes any: its clients are told to use `curl -d`. A web page, which has an origin, cannot.
     is_curl = endpoint.format == "ollama" and head.origin is None and content_type in _OF_CURL

@@ -92,7 +92,7 @@ async def serve_request(
             scope["trigate.readers"] = gateway.hooks.readers(
                 hook, head.headers, functools.partial(authorize, head, config, gateway.keys)
             )
-        elif head.path != "/health":
+        elif head.path not in health.OPEN:
             scope["trigate.key"] = authorize(head, config, gateway.keys)
         if head.path in health.PATHS:
             await health.answer_probe(gateway, head, response)

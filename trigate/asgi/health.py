@@ -13,6 +13,8 @@ from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 
 PATHS = ("/health", "/ready")
+OPEN = ("/health", "/docs", "/openapi.json", "/llms.txt")
+"""The paths that need no key: a probe, and the description of the API, which is the same for every gateway."""
 _ALLOWED = ("GET", "HEAD", "OPTIONS")
 
 

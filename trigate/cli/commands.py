@@ -26,7 +26,9 @@ from trigate.cli.configuration import (
     read_configuration,
     refuse_open_gateway,
 )
+from trigate.cli.doctor import doctor
 from trigate.cli.failure import CommandFailed
+from trigate.cli.init import completion, init, schema
 from trigate.cli.keys import keys
 from trigate.cli.reports import exchanges, usage
 from trigate.cli.running_gateway import ask, failures_reported, not_a_gateway, url_option
@@ -58,6 +60,10 @@ def cli() -> None:
 
 
 cli.add_command(serve)
+cli.add_command(init)
+cli.add_command(doctor)
+cli.add_command(schema)
+cli.add_command(completion)
 cli.add_command(keys)
 cli.add_command(exchanges)
 cli.add_command(usage)

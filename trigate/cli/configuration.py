@@ -51,7 +51,7 @@ def read_configuration(env: Mapping[str, str]) -> Config:
 
         return trio.run(read_config, None, env)
     except ConfigError as error:
-        raise CommandFailed(*(f"{error.source}: {problem}" for problem in error.problems)) from None
+        raise CommandFailed(*error.lines) from None
 
 
 def gateway_url() -> str:

@@ -314,7 +314,8 @@ def model_list(value: Any, _: Any) -> Any:
 def literal(value: Any, kind: Any) -> Any:
     if value in kind.__args__:
         return value
-    raise ValueError(f"expected {' or '.join(map(repr, kind.__args__))}, got {value!r}")
+    hint = did_you_mean(str(value), kind.__args__)
+    raise ValueError(f"expected {' or '.join(map(repr, kind.__args__))}, got {value!r}{hint}")
 
 
 def name_problems(name: str) -> list[str]:
@@ -423,8 +424,8 @@ def target_problems(alias: str, targets: list[Any], upstreams: Mapping[str, Any]
         if not slash or not model_id:
             found.append(f"models.{alias}.targets.{index}: expected 'upstream/model', got {target!r}")
         elif upstream not in upstreams:
-            known = ", ".join(sorted(upstreams)) or "none"
-            found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} (there are: {known})")
+            known = f"(there are: {', '.join(sorted(upstreams)) or 'none'}){did_you_mean(upstream, list(upstreams))}"
+            found.append(f"models.{alias}.targets.{index}: there is no upstream {upstream!r} {known}")
         found += [
             f"models.{alias}.targets.{index}: {name} stands for nothing here; there is {' and '.join(names)}"
             for name in re.findall(r"\{[^{}]*\}|(?<!\{)\*", model_id)

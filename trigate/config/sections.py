@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import attrs
 
+from trigate.config.config_error import ConfigError as ConfigError
 from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
 from trigate.config.report_sections import AlertsConfig, ContentLogConfig
 from trigate.config.secrets import Secret
@@ -29,20 +30,6 @@ from trigate.config.values import Url as Url
 
 DAY_S = 86400.0
 MIN_RUN_RETENTION_S = 4 * DAY_S
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used.
-
-    Args:
-        source: Where it came from, as users know it (a path, ``TRIGATE_API_KEY``).
-        problems: One line each, ``path: what is wrong``.
-    """
-
-    def __init__(self, source: str, problems: tuple[str, ...]) -> None:
-        self.source = source
-        self.problems = problems
-        super().__init__(f"{source}: " + "; ".join(problems))
 
 
 @attrs.frozen(kw_only=True)

@@ -96,7 +96,10 @@ class Hooks:
         adapter = self._adapter(name)
         hook = HookConfig() if adapter is not None else find(name, self._config)
         if head.method != "POST" and not (head.method == "GET" and "hub.mode" in query):
-            raise MethodNotAllowed(head.method, f"/hooks/{name}", allowed=("POST",))
+            if head.method == "GET" and hook.verify_token is not None:
+                raise BadRequest("The challenge of a platform has hub.mode in its query.", param="hub.mode")
+            allowed = ("POST",) if hook.verify_token is None else ("GET", "POST")
+            raise MethodNotAllowed(head.method, f"/hooks/{name}", allowed=allowed)
         if "token" in query:
             raise BadRequest(
                 "A token in the URL is not accepted, because URLs are logged. Send it in a header.", param="token"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 
 import msgspec
-from quart import Blueprint, Response, abort, jsonify, request
+from quart import Blueprint, Response, jsonify, request
 
 from trigate.asgi.quart_app import current_gateway, current_key
 from trigate.asgi.routes.models import may_use, visible_ids
@@ -78,13 +78,11 @@ async def show() -> Response:
     return jsonify(encode_show(model, generation.model_fields(model, owner), _created(generation)))
 
 
-@blueprint.route("/api/<what>", methods=["POST", "DELETE"])
+@blueprint.route(f"/api/<any({', '.join(MANAGED)}):what>", methods=["POST", "DELETE"])
 async def manage(what: str) -> Response:  # noqa: ASYNC124 - so that Quart gives it no thread
     """Refuses to manage models.
 
     Raises:
         NotFound: Always.
     """
-    if what not in MANAGED:
-        abort(404)
     raise NotFound(f"This gateway has no models of its own to {what}. Do it at the server that runs the model.")
