@@ -175,7 +175,8 @@ async def test_a_throttled_call(open_app: OpenApp) -> None:
 
 async def test_the_client_disconnects(open_app: OpenApp) -> None:
     """The upstream is closed at once."""
-    async with open_app(native(), {"up": Provider(), "native": Provider((Say(STREAM[0]), Pause(1000)))}) as served:
+    config = make_config({"native": {**NATIVE, "count_tokens": False}})
+    async with open_app(config, {"native": Provider((Say(STREAM[0]), Pause(1000)))}) as served:
         call = ask(served, "native/gemini-3-flash")
         await call.wait_for(b"Hel")
         call.disconnect()

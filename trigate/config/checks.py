@@ -368,6 +368,7 @@ _OF_KIND = {
     "words_per_s": ("echo",),
     "responses": ("openai", "azure"),
     "betas": ("anthropic", "bedrock"),
+    "count_tokens": ("openai", "anthropic", "gemini", "vertex"),
 }
 
 

@@ -112,6 +112,8 @@ class UpstreamConfig(Allowance):
     """The top-level fields of requests that it gets under another name."""
     include_usage: bool | None = None
     """Ask it for the token counts of streams of choices. None = if its provider is not known to refuse that."""
+    count_tokens: bool | None = None
+    """Ask it to count the prompts of calls that it has not counted. None = if its format has an endpoint for it."""
     clamp_max_tokens: bool = False
     """Lower the most tokens of an answer to what the model can give, also where the request is not translated."""
     api_version: str | None = None

@@ -6,6 +6,7 @@ import trio
 
 from trigate.dialects.translated_call import TranslatedCall
 from trigate.exchange.reasoning_memory import ReasoningMemory
+from trigate.exchange.translation import Translation
 from trigate.openai.request import Call
 from trigate.upstream.upstream import Upstream
 
@@ -34,3 +35,21 @@ async def prepare(
     await memory.use_for(translation, owner)
     translation.limit_answer(upstream.max_output_tokens(model))
     await trio.to_thread.run_sync(translation.body, call, model, upstream.config, limiter=_TRANSLATING)
+
+
+def encoded(translation: Translation, call: Call, model: str, upstream: Upstream) -> tuple[str, bytes, tuple[str, ...]]:
+    """Encodes a call as it is sent to an upstream.
+
+    Returns:
+        The path below the base URL, the body, and the names of the fields that were left out.
+
+    Raises:
+        GatewayError: As `Translation.body`.
+    """
+    body = translation.body(call, model, upstream.config)
+    dropped, path, edits = translation.dropped, translation.path(call, model), upstream.edits
+    if edits is not None:
+        limit = upstream.max_output_tokens(model) if edits.clamps else None
+        body, edited = edits.apply(body, path, max_tokens=limit)
+        dropped += edited
+    return path, body, dropped

@@ -30,6 +30,20 @@ def complete_record(record: ExchangeRecord, state: ExchangeState) -> None:
         record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
         record.cached_tokens, record.cache_write_tokens = usage.cached_tokens, usage.cache_write_tokens
         record.reasoning_tokens = usage.reasoning_tokens
+    if record.counted:
+        _have_prompt_counted(state)
+
+
+def _have_prompt_counted(state: ExchangeState) -> None:
+    """Has the upstream count a prompt that had to be estimated, for the next estimates."""
+    source = state.source
+    assert source is not None, "what has been estimated has a source"
+    silent = [each for each in source.attempts if each.reported_usage is None]
+    answered = [each.target for each in silent if each.first_content_after_s is not None]
+    if answered:
+        services, target = source.services, answered[-1]
+        ratio = services.targets.of(target, state.call.endpoint.path).ratios.prompt
+        services.prompt_counts.note(state.request, target, ratio, services.reasoning)
 
 
 def _status_of(state: ExchangeState) -> int | None:

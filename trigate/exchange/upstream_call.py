@@ -29,7 +29,8 @@ from trigate.exchange.continuation import NEW_STREAM, Continuation, may_be_conti
 from trigate.exchange.deadlines import attempt_limits
 from trigate.exchange.discovery import Discovering, translation_for
 from trigate.exchange.outcome import Outcome, Phase
-from trigate.exchange.preparation import prepare
+from trigate.exchange.preparation import encoded, prepare
+from trigate.exchange.prompt_counts import PromptCounts
 from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
@@ -58,6 +59,7 @@ class UpstreamServices:
         socket_relay: The fast path; None = this system has no epoll.
         reasoning: What is remembered for the next call of a conversation.
         quotas: The limits of upstreams.
+        prompt_counts: Has upstreams count prompts.
     """
 
     targets: Targets
@@ -66,6 +68,7 @@ class UpstreamServices:
     socket_relay: SocketRelay | None
     reasoning: ReasoningMemory
     quotas: Quotas
+    prompt_counts: PromptCounts
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -309,13 +312,8 @@ class UpstreamCall:
         if over_at < math.inf:
             left_s = max(0.001, over_at - attempt.started_at)
             headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
-        model, edits = attempt.target.model, upstream.edits
-        body = translation.body(call, model, upstream.config)
-        attempt.dropped, path = translation.dropped, translation.path(call, model)
-        if edits is not None:
-            limit = upstream.max_output_tokens(model) if edits.clamps else None
-            body, dropped = edits.apply(body, path, max_tokens=limit)
-            attempt.dropped += dropped
+        model = attempt.target.model
+        path, body, attempt.dropped = encoded(translation, call, model, upstream)
         return upstream.open(
             "POST",
             path,

@@ -26,6 +26,7 @@ from trigate.config.sections import Config
 from trigate.exchange.admission import Admission
 from trigate.exchange.exchange import ExchangeServices
 from trigate.exchange.live import LiveExchanges
+from trigate.exchange.prompt_counts import open_prompt_counts
 from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.shared_call import open_shared_calls
 from trigate.exchange.socket_relay import SocketRelay
@@ -139,6 +140,7 @@ async def open_gateway(
         open_content_log() as contents,
         open_quotas(store, workers) as quotas,
         open_service(admission.run) as background,
+        open_prompt_counts() as prompt_counts,
     ):
         open_next = functools.partial(_open_generation, background, transports)
         generations = Generations(await open_next(first))
@@ -151,6 +153,7 @@ async def open_gateway(
             socket_relay=SocketRelay(poller) if poller is not None else None,
             reasoning=reasoning,
             quotas=quotas,
+            prompt_counts=prompt_counts,
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger, contents)

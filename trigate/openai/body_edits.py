@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import attrs
 import msgspec
 
+from trigate.config.sections import UpstreamConfig
 from trigate.openai.raw_json import decode_any, join_fields, split_fields
 
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -75,3 +76,15 @@ class BodyEdits:
         if edited == fields and not dropped:
             return body, ()
         return join_fields(edited), tuple(dropped)
+
+
+def edits_of(config: UpstreamConfig) -> BodyEdits | None:
+    """Returns the edits of an upstream; None = nothing is changed.
+
+    >>> edits_of(UpstreamConfig()), edits_of(UpstreamConfig(set={"seed": 4})).set["seed"] == msgspec.Raw(b"4")
+    (None, True)
+    """
+    if not (config.drop or config.rename or config.set or config.clamp_max_tokens):
+        return None
+    values = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in config.set.items()}
+    return BodyEdits(drop=config.drop, rename=config.rename, set=values, clamps=config.clamp_max_tokens)

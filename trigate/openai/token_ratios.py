@@ -39,10 +39,10 @@ class Ratio:
     def __repr__(self) -> str:
         return f"<Ratio {self.factor:.2f} of {self.calls} calls>"
 
-    def wants(self) -> bool:
-        """Counts a call, and returns whether it should be noted."""
+    def wants(self, *, every: int = _EVERY) -> bool:
+        """Counts a call, and returns whether it should be noted: the first ones, then one in ``every``."""
         self.calls += 1
-        return self.calls <= _ENOUGH or self.calls % _EVERY == 0
+        return self.calls <= _ENOUGH or self.calls % every == 0
 
     def note(self, *, estimated: int, reported: int) -> None:
         """Notes the estimate of a call, without the factor, and what was reported."""

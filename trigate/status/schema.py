@@ -132,7 +132,7 @@ class TargetStatus(msgspec.Struct, frozen=True, kw_only=True):
         cached_tokens: How many of them it has read from its cache.
         estimate_factor: By what the gateway multiplies its own estimate of a prompt, as the calls have taught it whose
             tokens were reported.
-        estimate_error: The mean relative error of those estimates; None = no call was reported.
+        estimate_error: The mean relative error of those estimates; None = no prompt was reported or counted.
     """
 
     target: str

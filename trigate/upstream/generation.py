@@ -202,6 +202,11 @@ class Generation:
         listed, configured = upstream.model_fields.get(target.model, {}), upstream.config.model_info
         return {**listed, **configured.get(target.model, {}), **self.settings_of(model).info}
 
+    @property
+    def is_retired(self) -> bool:
+        """No further exchange starts with it: it closes after its last one."""
+        return self._retired
+
     def hold(self) -> None:
         """Keeps the generation open for one exchange, until `let_go`."""
         self.exchanges += 1

@@ -15,6 +15,7 @@ without one.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import httpx2
-import msgspec
 import trio
 
 from trigate.concurrency.fair_limiter import FairLimiter
@@ -38,7 +38,7 @@ from trigate.errors import (
     Unsupported,
     UpstreamTimeout,
 )
-from trigate.openai.body_edits import BodyEdits
+from trigate.openai.body_edits import edits_of
 from trigate.openai.model_fields import max_output_tokens
 from trigate.openai.native_responses import responses_mode_of
 from trigate.routing.routes import Known
@@ -135,7 +135,7 @@ class Upstream:
         self._secrets = tuple(value for value in values if len(value) >= _MIN_SECRET_CHARS)
         self._headers = {**constant_headers(self.config), **config.secrets.get(name, {})}
         self._fields = _fields(self._headers)
-        self.edits = _edits(self.config)
+        self.edits = edits_of(self.config)
         self._pool: ConnectionPool | None = transport.pool if isinstance(transport, SocketTransport) else None
         self._local_model = local_model
         self.auth = auth
@@ -342,6 +342,12 @@ class Upstream:
             self._redact(error)
             raise
 
+    def at_root(self) -> Upstream:
+        """Returns the same upstream, with the same slots and connections, below whose base URL there is no version."""
+        other = copy.copy(self)
+        other._url, other._address = self._url.removesuffix("/v1"), None
+        return other
+
     async def _find_address(self) -> Address:
         """Returns the address of the upstream. Raises Unavailable."""
         base_url = await self._base_url()
@@ -484,13 +490,6 @@ class _OpenReply:
 def _fields(headers: Mapping[str, str]) -> str:
     """Formats header fields, each with its line end."""
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-
-
-def _edits(config: UpstreamConfig) -> BodyEdits | None:
-    if not (config.drop or config.rename or config.set or config.clamp_max_tokens):
-        return None
-    values = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in config.set.items()}
-    return BodyEdits(drop=config.drop, rename=config.rename, set=values, clamps=config.clamp_max_tokens)
 
 
 def _finite(seconds: float) -> float | None:
