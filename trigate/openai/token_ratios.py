@@ -1,7 +1,8 @@
 """How far the estimates of `token_estimate` are off for one model, as calls whose tokens are reported teach it. Pure.
 
 Four bytes a token is right for English prose. Code, Chinese and other tokenizers differ by a factor of two or three, so
-each model has a factor of its own, a moving average of what was reported over what was estimated.
+each model has a factor of its own: what was reported over what was estimated, each as a moving average. So a call
+counts by its size. An average of the calls' own factors would be that of short calls, with more JSON than text in them.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ class Ratio:
     (100, 0.0)
     """
 
-    __slots__ = ("calls", "error", "factor")
+    __slots__ = ("_estimated", "_reported", "calls", "error", "factor")
 
     def __init__(self) -> None:
+        self._estimated = self._reported = 0.0
         self.calls = 0
         self.factor = 1.0
         self.error: float | None = None
@@ -48,13 +50,14 @@ class Ratio:
         """Notes the estimate of a call, without the factor, and what was reported."""
         if estimated <= 0 or reported <= 0 or not _LEAST <= reported / estimated <= _MOST:
             return
-        ratio = reported / estimated
+        error = abs(self.factor * estimated - reported) / reported
         if self.error is None:
-            self.error = abs(self.factor - ratio) / ratio
-            self.factor = ratio
-            return
-        self.error += _WEIGHT * (abs(self.factor - ratio) / ratio - self.error)
-        self.factor += _WEIGHT * (ratio - self.factor)
+            self._estimated, self._reported, self.error = estimated, reported, error
+        else:
+            self._estimated += _WEIGHT * (estimated - self._estimated)
+            self._reported += _WEIGHT * (reported - self._reported)
+            self.error += _WEIGHT * (error - self.error)
+        self.factor = self._reported / self._estimated
 
     def corrected(self, estimated: int) -> int:
         """Returns an estimate with the factor."""
