@@ -63,13 +63,28 @@ async def test_tokens_per_minute(open_app: OpenApp, autojump_clock: MockClock) -
         first = await ask(served).wait()
         assert (first.status, first.header("x-ratelimit-limit-tokens")) == (200, "300")
         assert 240 < int(first.header("x-ratelimit-remaining-tokens")) < 280
-        refused = await ask(served, max_tokens=270).wait()  # 180 are left
+        refused = await ask(served, max_tokens=190).wait()  # 180 are left
         assert (refused.status, refused.error["code"]) == (429, "tokens_exceeded")
         assert refused.header("x-ratelimit-remaining-tokens") == "180"
         assert int(refused.header("retry-after")) > 10
         too_large = await ask(served, max_tokens=400).wait()
         assert (too_large.status, too_large.header("x-should-retry")) == (429, "false")
         assert (await ask(served).wait()).status == 200
+        served.assert_clean()
+
+
+@pytest.mark.parametrize("of", ["key", "upstream"])
+async def test_the_estimate_is_corrected(open_app: OpenApp, autojump_clock: MockClock, of: str) -> None:
+    """What is held for a prompt is what prompts of its size have had at the target."""
+    limit = {"tpm": 340}
+    config = priced({"up": limit if of == "upstream" else {}}, keys=keys(**(limit if of == "key" else {})))
+    async with open_app(config, Provider(ANSWER)) as served:
+        assert (await ask(served).wait()).status == 200
+        assert (await ask(served, max_tokens=119).wait()).status == 200  # 220 are left
+        await trio.sleep(60)
+        assert (await ask(served).wait()).status == 200
+        refused = await ask(served, max_tokens=121).wait()
+        assert (refused.status, refused.error["code"]) == (429, "tokens_exceeded")
         served.assert_clean()
 
 

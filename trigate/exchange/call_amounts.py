@@ -1,7 +1,8 @@
 """What a call may use at most: tokens and money.
 
-That is not known before it has been served. Its prompt is estimated. Of its answer counts what the model's answers have
-had lately (`quotas.answer_sizes`), or what the call allows, if that is less. The price is that of the dearest target.
+That is not known before it has been served. Its prompt is estimated, and corrected by what its targets have reported
+(`openai.token_ratios`). Of its answer counts what the model's answers have had lately (`quotas.answer_sizes`), or what
+the call allows, if that is less. The price is that of the dearest target.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from trigate.openai.token_estimate import estimated_tokens
 from trigate.quotas.counters import Amounts, Limits
 from trigate.quotas.service import Quotas
 from trigate.routing.routes import Target
+from trigate.routing.target_state import Targets
 from trigate.upstream.generation import Generation
 
 NOTHING = Amounts()
@@ -24,12 +26,12 @@ _WITHOUT_TEXT = ("/embeddings", "/moderations")
 
 
 def amounts_of(
-    call: Call, generation: Generation, targets: tuple[Target, ...], limits: Limits, quotas: Quotas
+    call: Call, generation: Generation, targets: tuple[Target, ...], limits: Limits, quotas: Quotas, states: Targets
 ) -> Amounts:
-    """Returns what a call may use at most at one of these targets."""
+    """Returns what a call may use at most at one of these targets, which have these states."""
     if not (limits.tokens or limits.budgets):
         return NOTHING
-    prompt, answer = estimated_tokens(call.body), 0
+    prompt, answer = states.corrected_prompt(estimated_tokens(call.body), targets, call.endpoint.path), 0
     if call.endpoint.counts_tokens and call.endpoint.path not in _WITHOUT_TEXT:
         answer = quotas.sizes.expected(call.model, _asked(call))
         if "n" in call.fields or "prompt" in call.fields:

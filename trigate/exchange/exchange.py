@@ -90,7 +90,7 @@ class Exchange(ExchangeState):
             self.services.live.begin(self)
             route = self.request.route()
             watchdog = self._watch(route)
-            if (needed := quota_hold.hold_nowait(self, route, self.services.quotas)) is not None:
+            if (needed := quota_hold.hold_nowait(self, route, self.services.upstream)) is not None:
                 await quota_hold.hold(self, needed, self.services.quotas)
             async with self.services.admission.slot(self):
                 self.source = self._open_source(route)

@@ -9,19 +9,20 @@ import trio
 
 from trigate.exchange.call_amounts import amounts_of
 from trigate.exchange.state import ExchangeState
+from trigate.exchange.upstream_call import UpstreamServices
 from trigate.exchange.watchdog import call_timed_out
 from trigate.quotas.counters import Amounts
 from trigate.quotas.service import Quotas
 from trigate.upstream.generation import Route
 
 
-def hold_nowait(state: ExchangeState, route: Route, quotas: Quotas) -> Amounts | None:
+def hold_nowait(state: ExchangeState, route: Route, services: UpstreamServices) -> Amounts | None:
     """Holds what an exchange may use, if that needs no wait.
 
     Returns:
         None = it is held, or nothing limits the exchange; else the amounts for `hold`.
     """
-    record, key = state.record, state.request.key
+    record, key, quotas = state.record, state.request.key, services.quotas
     assert record is not None, "an exchange that holds something has begun"
     if key.settings.group is not None:
         record.key_group = key.settings.group
@@ -31,7 +32,7 @@ def hold_nowait(state: ExchangeState, route: Route, quotas: Quotas) -> Amounts |
     if not limits.all:
         return None
     state.limits = limits
-    amounts = amounts_of(state.request.call, state.generation, route.targets, limits, quotas)
+    amounts = amounts_of(state.request.call, state.generation, route.targets, limits, quotas, services.targets)
     state.reservation = limits.reserve(amounts, state.started_at)
     return amounts if state.reservation is None else None
 

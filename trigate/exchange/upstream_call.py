@@ -116,13 +116,13 @@ class UpstreamCall:
             GatewayError: No attempt could serve the call, or it was cancelled (`cancel`).
         """
         request, chance = self.request, self.services.chance
-        path, quotas = request.call.endpoint.path, self.services.quotas
-        gate = await gate_of(request, self.route.targets, quotas) if quotas.limits_upstreams else None
+        path, quotas, states = request.call.endpoint.path, self.services.quotas, self.services.targets
+        gate = await gate_of(request, self.route.targets, states, quotas) if quotas.limits_upstreams else None
         plan = Plan(
             self.route.alias,
             path,
             self.route.targets,
-            self.services.targets,
+            states,
             request.generation.config,
             weights=self.route.weights,
             key=request.affinity_key if len(self.route.targets) > 1 else None,

@@ -21,13 +21,15 @@ from trigate.quotas.counters import Amounts, Limits, Reservation
 from trigate.quotas.refusals import refusal
 from trigate.quotas.service import Quotas
 from trigate.routing.routes import Target
+from trigate.routing.target_state import Targets
 
 
 class UpstreamGate:
     """The `routing.plan.Gate` of one call. Made by `gate_of`."""
 
-    def __init__(self, request: ExchangeRequest, quotas: Quotas) -> None:
+    def __init__(self, request: ExchangeRequest, states: Targets, quotas: Quotas) -> None:
         self._request = request
+        self._states = states
         self._quotas = quotas
         self._at = time.time()
         self._needed: dict[Target, tuple[Limits, Amounts]] = {}
@@ -47,7 +49,7 @@ class UpstreamGate:
         if needed is None:
             limits = self._quotas.upstream_limits(target.upstream, self._at)
             call, generation = self._request.call, self._request.generation
-            needed = limits, amounts_of(call, generation, (target,), limits, self._quotas)
+            needed = limits, amounts_of(call, generation, (target,), limits, self._quotas, self._states)
             self._needed[target] = needed
         return needed
 
@@ -77,12 +79,15 @@ class UpstreamGate:
         return refusal(short, amounts[short.which], now, self._at)
 
 
-async def gate_of(request: ExchangeRequest, targets: Sequence[Target], quotas: Quotas) -> UpstreamGate:
+async def gate_of(request: ExchangeRequest, targets: Sequence[Target], states: Targets, quotas: Quotas) -> UpstreamGate:
     """Returns the gate of a call with these targets.
+
+    Args:
+        states: Those of all targets.
 
     Raises:
         StoreUnavailable: Nothing can be leased.
     """
-    gate = UpstreamGate(request, quotas)
+    gate = UpstreamGate(request, states, quotas)
     await gate.prepare(targets)
     return gate

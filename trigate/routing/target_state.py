@@ -9,6 +9,7 @@ is an argument.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from trigate.config.sections import Config
 from trigate.errors import GatewayError
@@ -160,6 +161,14 @@ class Targets:
                 self._forget_idle()
             state = self._states[key] = TargetState(self._config)
         return state
+
+    def corrected_prompt(self, estimated: int, targets: Sequence[Target], endpoint: str) -> int:
+        """Corrects the estimate of a prompt by the greatest factor that one of these targets has at an endpoint."""
+        if len(targets) == 1:  # as usual, and in half the time
+            state = self._states.get((targets[0], endpoint))
+            return int(estimated * state.ratios.prompt.factor) if state is not None else estimated
+        states = [self._states.get((target, endpoint)) for target in targets]
+        return int(estimated * max([each.ratios.prompt.factor if each is not None else 1.0 for each in states]))
 
     def hedges(self, alias: str) -> Budget | None:
         """The budget of hedges of an alias; None if its strategy is not ``hedge``."""
