@@ -15,6 +15,8 @@ from trigate.config.secrets import Secret
 
 MicroUsd = NewType("MicroUsd", int)
 """Millionths of a US dollar."""
+Factor = NewType("Factor", int)
+"""Millionths of a factor by which a price is multiplied; in the configuration a number or a string."""
 Tokens = NewType("Tokens", int)
 """A number of tokens, of which there may be more than `sections.Limit` allows."""
 Instant = NewType("Instant", float)
@@ -105,6 +107,13 @@ class Rates:
     """Tokens of sound in the prompt. None = ``input_usd``."""
     audio_output_usd: MicroUsd | None = None
     """Tokens of sound in the answer. None = ``output_usd``."""
+    image_input_usd: MicroUsd | None = None
+    """Tokens of images in the prompt. None = ``input_usd``."""
+    image_output_usd: MicroUsd | None = None
+    """Tokens of images in the answer. None = ``output_usd``."""
+    image_usd: MicroUsd | None = None
+    """Of each image that ``/v1/images`` makes, besides its tokens. None = an image without token counts has no known
+    price, if there are rates of tokens."""
     call_usd: MicroUsd = MicroUsd(0)
     """Of each call, besides its tokens."""
 
@@ -117,6 +126,9 @@ class PriceConfig(Rates):
     long_prompt_tokens: Tokens | None = None
     """With more tokens than this, the whole call costs what ``long_prompt`` says."""
     long_prompt: Rates | None = None
+    service_tiers: Mapping[str, Factor] = attrs.field(factory=dict)
+    """What the price is multiplied by in each of the provider's service tiers. Alone, they hold for the public
+    price."""
 
 
 @attrs.frozen(kw_only=True)

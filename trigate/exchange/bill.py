@@ -7,7 +7,7 @@ from typing import NamedTuple
 from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.state import ExchangeState
-from trigate.openai.answer import Usage
+from trigate.openai.answer import Usage, sum_of
 from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
 from trigate.openai.token_ratios import TokenRatios
 from trigate.prices.price import FREE
@@ -58,7 +58,7 @@ def bill_of(state: ExchangeState) -> Bill:
         usage = attempt.reported_usage
         if usage is not None:
             parts.append((attempt.target, usage))
-    if call.endpoint.counts_tokens and len(parts) < len(source.attempts):
+    if call.endpoint.counts_tokens and not call.endpoint.makes_images and len(parts) < len(source.attempts):
         unreported = [each for each in source.attempts if each.reported_usage is None and _has_answered(each)]
         if parts and unreported:
             prompt = estimated_tokens(call.body)
@@ -76,9 +76,9 @@ def bill_of(state: ExchangeState) -> Bill:
         return _NOTHING if price is FREE else Bill(None, False, None)
     cost: MicroUsd | None = MicroUsd(0)
     for target, usage in parts:
-        price = prices.price(target.upstream, target.model, record.started_at)
-        cost = None if price is None or cost is None else MicroUsd(cost + price.cost(usage))
-    total = parts[0][1] if len(parts) == 1 else Usage(*map(sum, zip(*[usage for _, usage in parts], strict=True)))
+        part = prices.cost(target.upstream, target.model, usage, record.started_at)
+        cost = None if part is None or cost is None else MicroUsd(cost + part)
+    total = parts[0][1] if len(parts) == 1 else sum_of([usage for _, usage in parts])
     return Bill(total, counted, cost)
 
 
