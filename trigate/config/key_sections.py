@@ -12,6 +12,7 @@ from typing import Any, Literal, NewType
 import attrs
 
 from trigate.config.secrets import Secret
+from trigate.config.values import Seconds, Url
 
 MicroUsd = NewType("MicroUsd", int)
 """Millionths of a US dollar."""
@@ -21,6 +22,8 @@ Tokens = NewType("Tokens", int)
 """A number of tokens, of which there may be more than `sections.Limit` allows."""
 Instant = NewType("Instant", float)
 """A point in time: POSIX seconds; in the configuration also a date and time of TOML, or one of ISO 8601."""
+MIN_PRICE_INTERVAL_S = 60
+"""The shortest ``interval_s`` of ``[price_table]``."""
 Period = Literal["day", "week", "month", "total"]
 """The time that a budget is for; days, weeks (from Monday) and months are those of UTC."""
 
@@ -129,6 +132,23 @@ class PriceConfig(Rates):
     service_tiers: Mapping[str, Factor] = attrs.field(factory=dict)
     """What the price is multiplied by in each of the provider's service tiers. Alone, they hold for the public
     price."""
+
+
+@attrs.frozen(kw_only=True)
+class PriceTableConfig:
+    """``[price_table]``: where newer public prices come from than those of the release. Without it, nothing is read."""
+
+    url: Url | None = None
+    """The data of genai-prices, as it is published."""
+    file: str | None = None
+    """The same data in a file. Only one of the two."""
+    interval_s: Seconds = Seconds(86_400.0)
+    """How often it is read, besides at the start and at each reload; 0 = not besides."""
+
+    @property
+    def source(self) -> str:
+        """Where the prices come from; empty = from the release."""
+        return self.url or self.file or ""
 
 
 @attrs.frozen(kw_only=True)

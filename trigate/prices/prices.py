@@ -14,6 +14,8 @@ _KINDS = {"azure": "azure", "bedrock": "aws", "gemini": "google", "vertex": "goo
 """The providers of the upstreams that are known by their kind, whatever their base URL is."""
 _NORMAL_TIERS = frozenset(("", "default", "standard", "auto", "on_demand", "unspecified", "traffic_type_unspecified"))
 """The names of the service tier in which calls are served that ask for none, at the providers that name it."""
+_OWN_KINDS = ("echo", "local")
+_FREE = DatedPrices(((None, FREE),))
 _NOTHING_SET = PriceConfig()
 _MAX_KEPT = 4096
 
@@ -30,24 +32,32 @@ class Prices:
     def __init__(self, config: Config) -> None:
         self.source = ""
         self.unknown: dict[str, None] = {}
+        self._config = config.upstreams
         self._own = config.prices
         self._upstreams: dict[str, ProviderPrices | DatedPrices | None] = {}
         self._found: dict[tuple[str, str], DatedPrices | None] = {}
-        remote = {name: each for name, each in config.upstreams.items() if each.kind not in ("echo", "local")}
-        table = read_table() if remote else None
+        if any(each.kind not in _OWN_KINDS for each in self._config.values()):
+            self.use(read_table())
+        else:
+            self._upstreams = dict.fromkeys(self._config, _FREE)
+
+    def __repr__(self) -> str:
+        return f"<Prices from {self.source or 'nowhere'}, {len(self.unknown)} unknown>"
+
+    def use(self, table: PriceTable) -> None:
+        """Takes the public prices from a table, from now on. Synchronous."""
         shared: dict[str, ProviderPrices] = {}
-        for name, upstream in config.upstreams.items():
-            if table is None or name not in remote:
-                self._upstreams[name] = DatedPrices(((None, FREE),))
+        for name, upstream in self._config.items():
+            if upstream.kind in _OWN_KINDS:
+                self._upstreams[name] = _FREE
                 continue
             self.source = table.source
             provider = _provider_of(upstream, table)
             if provider is not None and provider not in shared:
                 shared[provider] = table.models_of(provider)
             self._upstreams[name] = shared[provider] if provider is not None else None
-
-    def __repr__(self) -> str:
-        return f"<Prices from {self.source or 'nowhere'}, {len(self.unknown)} unknown>"
+        self._found.clear()
+        self.unknown.clear()
 
     def cost(self, upstream: str, model: str, usage: Usage, at: float) -> MicroUsd | None:
         """Returns what a call has cost that began at a time in POSIX seconds; None = that is not known.
