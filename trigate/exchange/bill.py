@@ -50,8 +50,7 @@ def bill_of(state: ExchangeState) -> Bill:
     prices = state.request.generation.prices
     if len(source.attempts) == 1 and (usage := source.attempts[0].reported_usage) is not None:  # as usual
         target = source.attempts[0].target
-        price = prices.price(target.upstream, target.model, record.started_at)
-        return Bill(usage, False, price.cost(usage) if price is not None else None)
+        return Bill(usage, False, prices.cost(target.upstream, target.model, usage, record.started_at))
     parts: list[tuple[Target, Usage]] = []
     counted = False
     for attempt in source.attempts:
@@ -95,8 +94,8 @@ def learn_from(state: ExchangeState) -> None:
     if source is None or len(source.attempts) != 1 or not source.is_delivered or not state.is_billed:
         return
     [attempt] = source.attempts
-    usage = attempt.reported_usage
-    if usage is None or not call.endpoint.counts_tokens or len(call.body) > _LEARNT_BYTES:
+    usage, endpoint = attempt.reported_usage, call.endpoint
+    if usage is None or not endpoint.counts_tokens or endpoint.makes_images or len(call.body) > _LEARNT_BYTES:
         return
     ratios = _ratios(state, attempt.target)
     if not ratios.prompt.wants():
