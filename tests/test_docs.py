@@ -141,6 +141,7 @@ def test_units(title: str) -> None:
         "Rates": "table",
         "MicroUsd": "US dollars",
         "Mapping[Period, MicroUsd]": "table of US dollars",
+        "Mapping[str, Factor]": "table of factors",
         "Period": '`"day"`, `"week"`, `"month"` or `"total"`',
         "tuple[Rate, ...]": "array of numbers",
         "Port": "port",

@@ -57,7 +57,7 @@ PURE = (
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),
 )
 """Packages and modules without an await, a clock or randomness: time and seed are arguments."""
-DATES = {"config.checks", "quotas.headers", "quotas.periods"}
+DATES = {"config.checks", "prices.published", "quotas.headers", "quotas.periods"}
 """Pure modules that read or write a date, but no clock."""
 IMPURE_MODULES = {
     *("trio", "anyio", "asyncio", "httpx2", "quart", "quart_trio", "hypercorn"),

@@ -482,6 +482,17 @@ def test_the_reason_of_the_end(reason: str, found: str) -> None:
     assert usage == Usage(30, 20)
 
 
+def test_the_service_tier() -> None:
+    """It is beside the token counts, in a stream and in a plain answer."""
+    fields = msgspec.json.decode(body_of({"text": "a"}))
+    body = msgspec.json.encode({**fields, "serviceTier": {"type": "flex"}})
+    assert BEDROCK.decode_answer(body, upstream="aws")[1] == Usage(30, 20, service_tier="flex")
+    counts = {"inputTokens": 30, "outputTokens": 20}
+    last = frame("metadata", {"usage": counts, "serviceTier": {"type": "priority"}})
+    _, reader = read(start(), delta(0, text="a"), stop(0), frame("messageStop", {"stopReason": "end_turn"}), last)
+    assert reader.usage == Usage(30, 20, service_tier="priority")
+
+
 @pytest.mark.parametrize(
     ("name", "status"),
     [

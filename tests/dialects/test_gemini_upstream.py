@@ -283,6 +283,28 @@ def test_everything(cuts: list[int]) -> None:
     assert (message["stop_reason"], message["usage"]["cache_read_input_tokens"]) == ("tool_use", 60)
 
 
+@pytest.mark.parametrize(
+    ("said", "tier"),
+    [
+        ({"serviceTier": "flex"}, "flex"),
+        ({"trafficType": "ON_DEMAND_PRIORITY"}, "priority"),
+        ({"trafficType": "ON_DEMAND"}, "on_demand"),
+        ({"serviceTier": 5}, ""),
+    ],
+)
+def test_what_the_price_depends_on(said: dict[str, Any], tier: str) -> None:
+    """The service tier, and which tokens are of images, of sound or of text."""
+    media = [{"modality": "IMAGE", "tokenCount": 7}, {"modality": "AUDIO", "tokenCount": 2}]
+    counts = {"promptTokenCount": 50, "candidatesTokenCount": 9, "promptTokensDetails": [*media, 5, {"modality": []}]}
+    candidate = {"content": {"parts": [{"text": "a"}]}, "finishReason": "STOP"}
+    usage_fields = {**counts, "candidatesTokensDetails": media, **said}
+    body = msgspec.json.encode({"candidates": [candidate], "usageMetadata": usage_fields})
+    usage = GeminiUpstream().decode_answer(body, upstream="up")[1]
+    assert usage == Usage(
+        50, 9, audio_tokens=4, audio_output_tokens=2, image_tokens=14, image_output_tokens=7, service_tier=tier
+    )
+
+
 def test_a_whole_answer() -> None:
     """It has the same parts and ids, and the signature as an opaque payload."""
     parts = [

@@ -92,7 +92,7 @@ def test_an_answer_is_otherwise_untouched(more: dict[str, Any], public: str) -> 
     ],
     ids=repr,
 )
-def test_usage(usage: object, read: tuple[int, ...] | None) -> None:
+def test_usage(usage: object, read: tuple[Any, ...] | None) -> None:
     """Counts are read in every spelling, those of the cache too. Invalid counts mean no usage and never an error."""
     body = json.dumps({"output": [], "usage": usage}).encode()
     expected = Usage(*read) if read else None

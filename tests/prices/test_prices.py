@@ -89,14 +89,66 @@ def test_every_row_of_the_table() -> None:
 
     table = module.read_table()
     for provider in table._models:
-        for match, prices in table.models_of(provider)._rows:
+        for match, *prices in table.models_of(provider)._rows:
             assert isinstance(module._matches(match, "gpt-4o"), bool)
-            for when, tiers in prices:
-                module._when(when)
-                assert tiers is None or module.price_of_tiers(tiers) is not None
+            found = module._dated(*prices)
+            for dated in (found, *found.tiers.values()):
+                dated.at(NOON)
 
 
-@pytest.mark.parametrize("value", [{"input_usd": "x"}, {"input_usd": -1}, {"in": 1}, {"long_prompt": {"input": 1}}])
+def test_the_service_tiers_of_the_table() -> None:
+    """A tier has the public price, where there is one; the names of the normal tier have the normal one."""
+    prices = prices_of()
+
+    def rate(upstream: str, model: str, tier: str) -> int | None:
+        price = prices.price(upstream, model, 1_796_000_000.0, tier)
+        return price.output if price is not None else None
+
+    assert [rate("openai", "o3", tier) for tier in ("", "default", "flex", "priority")] == [
+        *(8_000_000, 8_000_000, 4_000_000, 14_000_000)
+    ]
+    assert [rate("claude", "claude-opus-5", tier) for tier in ("standard", "batch", "fast")] == [
+        *(25_000_000, 12_500_000, 50_000_000)
+    ]
+    assert list(prices.unknown) == []
+    assert rate("openai", "gpt-4o-mini", "scale") is None
+    assert rate("echo", "echo", "scale") == 0
+    assert list(prices.unknown) == ["openai/gpt-4o-mini (scale)"]
+
+
+def test_the_factors_of_service_tiers() -> None:
+    """They multiply the price of the same table, its longer prompts included. Alone, they multiply the public one, of
+    which other tiers stay; where there is none, they give none."""
+    long = {"input_usd": 4, "image_usd": "0.02"}
+    prices = prices_of(
+        **{
+            "mine/*": {
+                "input_usd": 3,
+                "long_prompt_tokens": 100,
+                "long_prompt": long,
+                "service_tiers": {"Slow": "0.5"},
+            },
+            "openai/*": {"service_tiers": {"flex": 2, "contract": 0.9}},
+            "claude/x": {"service_tiers": {"batch": 0.5}},
+        }
+    )
+    slow = prices.price("mine", "m", NOON, "slow")
+    assert slow is not None
+    assert [slow.cost(Usage(count, 0, images=1)) for count in (100, 1000)] == [150, 2000 + 10_000]
+    tiers = ("", "flex", "contract", "priority")
+    found = [prices.price("openai", "o3", 1_796_000_000.0, tier) for tier in tiers]
+    assert [each.output if each else None for each in found] == [8_000_000, 16_000_000, 7_200_000, 14_000_000]
+    assert prices.price("claude", "x", NOON, "batch") is None
+    assert list(prices.unknown) == ["claude/x"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"input_usd": "x"}, {"input_usd": -1}, {"in": 1}, {"long_prompt": {"input": 1}}),
+        *({"service_tiers": {"flex": -1}}, {"service_tiers": {"flex": "half"}}, {"service_tiers": 0.5}),
+    ],
+)
 def test_a_wrong_price_is_refused(value: dict[str, Any]) -> None:
     """The error names its path."""
     with pytest.raises(Exception, match=r"prices\.m"):

@@ -29,7 +29,7 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest, PassThrough
 from trigate.gateway.gateway import Gateway
 from trigate.keys.key import Key
-from trigate.openai.answer import Usage, find_usage
+from trigate.openai.answer import Usage, find_usage, with_images
 from trigate.openai.multipart import boundary_of
 from trigate.openai.passed_paths import Passed, objects_in
 from trigate.openai.raw_json import decode_any, decode_client, problem_of, split_client_fields, with_model
@@ -326,7 +326,8 @@ async def _take_answer(
     if model is not None and isinstance(value.get("model"), str):
         _, fields = split_client_fields(body)
         body = with_model(body, fields, msgspec.json.encode(model))
-    return body, find_usage(value)
+    usage = find_usage(value)
+    return body, with_images(usage, value.get("data")) if passed.found.endpoint.makes_images else usage
 
 
 def _made_by(path: str, value: Any) -> list[Any]:  # Any: JSON of any shape

@@ -140,14 +140,27 @@ def micro_usd(value: Any, _: Any) -> int:
     >>> micro_usd(0.1, None), micro_usd("12.345678", None)
     (100000, 12345678)
     """
+    return _millionths(value, "US dollars", 10**9)
+
+
+def factor(value: Any, _: Any) -> int:
+    """A factor, as a number or a string, in whole millionths.
+
+    >>> factor(0.5, None), factor("1.75", None)
+    (500000, 1750000)
+    """
+    return _millionths(value, "a factor", 1000)
+
+
+def _millionths(value: Any, what: str, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected US dollars, got {kind_of(value)}")
+        raise ValueError(f"expected {what}, got {kind_of(value)}")
     try:
         micro = Decimal(str(value)).scaleb(6)
     except InvalidOperation:
-        raise ValueError(f"expected US dollars, got {value!r}") from None
-    if not micro.is_finite() or not 0 <= micro <= 10**15:
-        raise ValueError(f"expected 0 to 1000000000 US dollars, got {value}")
+        raise ValueError(f"expected {what}, got {value!r}") from None
+    if not micro.is_finite() or not 0 <= micro <= most * 10**6:
+        raise ValueError(f"expected {what} from 0 to {most}, got {value}")
     if micro != micro.to_integral_value():
         raise ValueError(f"expected at most six decimal places, got {value}")
     return int(micro)

@@ -16,7 +16,7 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from trigate.config import checks
-from trigate.config.key_sections import Instant, KeyConfig, KeySettings, MicroUsd, Tokens
+from trigate.config.key_sections import Factor, Instant, KeyConfig, KeySettings, MicroUsd, Tokens
 from trigate.config.report_sections import AlertKind
 from trigate.config.reveal import parse_secret
 from trigate.config.secrets import Secret
@@ -56,6 +56,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(Limit, checks.whole(0, 10**6))
     converter.register_structure_hook(Tokens, checks.whole(0, 10**12))
     converter.register_structure_hook(MicroUsd, checks.micro_usd)
+    converter.register_structure_hook(Factor, checks.factor)
     converter.register_structure_hook(Instant, checks.instant)
     converter.register_structure_hook(Share, checks.share)
     converter.register_structure_hook(Port, checks.whole(0, 65535))

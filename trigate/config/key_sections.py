@@ -12,13 +12,18 @@ from typing import Any, Literal, NewType
 import attrs
 
 from trigate.config.secrets import Secret
+from trigate.config.values import Seconds, Url
 
 MicroUsd = NewType("MicroUsd", int)
 """Millionths of a US dollar."""
+Factor = NewType("Factor", int)
+"""Millionths of a factor by which a price is multiplied; in the configuration a number or a string."""
 Tokens = NewType("Tokens", int)
 """A number of tokens, of which there may be more than `sections.Limit` allows."""
 Instant = NewType("Instant", float)
 """A point in time: POSIX seconds; in the configuration also a date and time of TOML, or one of ISO 8601."""
+MIN_PRICE_INTERVAL_S = 60
+"""The shortest ``interval_s`` of ``[price_table]``."""
 Period = Literal["day", "week", "month", "total"]
 """The time that a budget is for; days, weeks (from Monday) and months are those of UTC."""
 
@@ -105,6 +110,13 @@ class Rates:
     """Tokens of sound in the prompt. None = ``input_usd``."""
     audio_output_usd: MicroUsd | None = None
     """Tokens of sound in the answer. None = ``output_usd``."""
+    image_input_usd: MicroUsd | None = None
+    """Tokens of images in the prompt. None = ``input_usd``."""
+    image_output_usd: MicroUsd | None = None
+    """Tokens of images in the answer. None = ``output_usd``."""
+    image_usd: MicroUsd | None = None
+    """Of each image that ``/v1/images`` makes, besides its tokens. None = an image without token counts has no known
+    price, if there are rates of tokens."""
     call_usd: MicroUsd = MicroUsd(0)
     """Of each call, besides its tokens."""
 
@@ -117,6 +129,26 @@ class PriceConfig(Rates):
     long_prompt_tokens: Tokens | None = None
     """With more tokens than this, the whole call costs what ``long_prompt`` says."""
     long_prompt: Rates | None = None
+    service_tiers: Mapping[str, Factor] = attrs.field(factory=dict)
+    """What the price is multiplied by in each of the provider's service tiers. Alone, they hold for the public
+    price."""
+
+
+@attrs.frozen(kw_only=True)
+class PriceTableConfig:
+    """``[price_table]``: where newer public prices come from than those of the release. Without it, nothing is read."""
+
+    url: Url | None = None
+    """The data of genai-prices, as it is published."""
+    file: str | None = None
+    """The same data in a file. Only one of the two."""
+    interval_s: Seconds = Seconds(86_400.0)
+    """How often it is read, besides at the start and at each reload; 0 = not besides."""
+
+    @property
+    def source(self) -> str:
+        """Where the prices come from; empty = from the release."""
+        return self.url or self.file or ""
 
 
 @attrs.frozen(kw_only=True)

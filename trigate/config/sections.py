@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from trigate.config.config_error import ConfigError as ConfigError
-from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
+from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig, PriceTableConfig
 from trigate.config.report_sections import AlertsConfig, ContentLogConfig
 from trigate.config.secrets import Secret
 from trigate.config.values import Action as Action
@@ -453,6 +453,7 @@ class Config:
     alerts: AlertsConfig = attrs.field(factory=AlertsConfig)
     content_log: ContentLogConfig = attrs.field(factory=ContentLogConfig)
     prices: Mapping[str, PriceConfig] = attrs.field(factory=dict)
+    price_table: PriceTableConfig = attrs.field(factory=PriceTableConfig)
     disabled: Mapping[str, str] = attrs.field(factory=dict)
     secrets: Mapping[str, Mapping[str, str]] = attrs.field(factory=dict, repr=False)
     store: StoreConfig = StoreConfig()

@@ -18,7 +18,15 @@ import attrs
 
 from trigate.config import checks
 from trigate.config.converter import convert
-from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig
+from trigate.config.key_sections import (
+    MIN_PRICE_INTERVAL_S,
+    AdminConfig,
+    Allowance,
+    GroupConfig,
+    KeyConfig,
+    PriceConfig,
+    PriceTableConfig,
+)
 from trigate.config.regions import base_url_of
 from trigate.config.report_sections import AlertsConfig, ContentLogConfig
 from trigate.config.reveal import (
@@ -52,7 +60,7 @@ from trigate.config.sections import (
 
 SECTIONS = (
     *("server", "upstreams", "models", "limits", "retries", "breaker"),
-    *("keys", "groups", "admin", "allowance", "prices", "store", "ledger", "alerts"),
+    *("keys", "groups", "admin", "allowance", "prices", "price_table", "store", "ledger", "alerts"),
     "content_log",
     "reasoning_memory",
     *("sessions", "hooks", "channels"),
@@ -100,6 +108,11 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         for model, value in document.tables("prices").items()
         if (price := document.convert(PriceConfig, value, f"prices.{model}")) is not None
     }
+    price_table = document.section(PriceTableConfig, "price_table")
+    if price_table.url is not None and price_table.file is not None:
+        document.problems.append("price_table.file: not used with url")
+    if 0 < price_table.interval_s < MIN_PRICE_INTERVAL_S:
+        document.problems.append(f"price_table.interval_s: at least {MIN_PRICE_INTERVAL_S}, or 0")
     hooks = _hooks(document, keys, env)
     channels, disabled_channels = _channels(document, hooks, env)
     limits = document.section(LimitsConfig, "limits")
@@ -126,6 +139,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         alerts=alerts,
         content_log=content_log,
         prices=prices,
+        price_table=price_table,
         disabled={**disabled, **disabled_channels},
         secrets=secrets,
         store=store,

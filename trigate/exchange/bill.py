@@ -7,7 +7,7 @@ from typing import NamedTuple
 from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.state import ExchangeState
-from trigate.openai.answer import Usage
+from trigate.openai.answer import Usage, sum_of
 from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
 from trigate.openai.token_ratios import TokenRatios
 from trigate.prices.price import FREE
@@ -50,15 +50,14 @@ def bill_of(state: ExchangeState) -> Bill:
     prices = state.request.generation.prices
     if len(source.attempts) == 1 and (usage := source.attempts[0].reported_usage) is not None:  # as usual
         target = source.attempts[0].target
-        price = prices.price(target.upstream, target.model, record.started_at)
-        return Bill(usage, False, price.cost(usage) if price is not None else None)
+        return Bill(usage, False, prices.cost(target.upstream, target.model, usage, record.started_at))
     parts: list[tuple[Target, Usage]] = []
     counted = False
     for attempt in source.attempts:
         usage = attempt.reported_usage
         if usage is not None:
             parts.append((attempt.target, usage))
-    if call.endpoint.counts_tokens and len(parts) < len(source.attempts):
+    if call.endpoint.counts_tokens and not call.endpoint.makes_images and len(parts) < len(source.attempts):
         unreported = [each for each in source.attempts if each.reported_usage is None and _has_answered(each)]
         if parts and unreported:
             prompt = estimated_tokens(call.body)
@@ -76,9 +75,9 @@ def bill_of(state: ExchangeState) -> Bill:
         return _NOTHING if price is FREE else Bill(None, False, None)
     cost: MicroUsd | None = MicroUsd(0)
     for target, usage in parts:
-        price = prices.price(target.upstream, target.model, record.started_at)
-        cost = None if price is None or cost is None else MicroUsd(cost + price.cost(usage))
-    total = parts[0][1] if len(parts) == 1 else Usage(*map(sum, zip(*[usage for _, usage in parts], strict=True)))
+        part = prices.cost(target.upstream, target.model, usage, record.started_at)
+        cost = None if part is None or cost is None else MicroUsd(cost + part)
+    total = parts[0][1] if len(parts) == 1 else sum_of([usage for _, usage in parts])
     return Bill(total, counted, cost)
 
 
@@ -95,8 +94,8 @@ def learn_from(state: ExchangeState) -> None:
     if source is None or len(source.attempts) != 1 or not source.is_delivered or not state.is_billed:
         return
     [attempt] = source.attempts
-    usage = attempt.reported_usage
-    if usage is None or not call.endpoint.counts_tokens or len(call.body) > _LEARNT_BYTES:
+    usage, endpoint = attempt.reported_usage, call.endpoint
+    if usage is None or not endpoint.counts_tokens or endpoint.makes_images or len(call.body) > _LEARNT_BYTES:
         return
     ratios = _ratios(state, attempt.target)
     if not ratios.prompt.wants():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from trigate.openai.answer import tier_of
 from trigate.openai.raw_json import decode_any
 from trigate.openai.request import Call
 from trigate.openai.token_estimate import estimated_tokens
@@ -21,6 +22,8 @@ from trigate.upstream.generation import Generation
 NOTHING = Amounts()
 _MOST = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _NESTED = (("generationConfig", "maxOutputTokens"), ("options", "num_predict"), ("inferenceConfig", "maxTokens"))
+_TIERS = ("speed", "service_tier")
+"""Anthropic's fast mode is no service tier of its own, but has its price."""
 _WITHOUT_TEXT = ("/embeddings", "/moderations")
 """Endpoints whose answers have no tokens."""
 
@@ -36,16 +39,26 @@ def amounts_of(
         answer = quotas.sizes.expected(call.model, _asked(call))
         if "n" in call.fields or "prompt" in call.fields:
             answer *= call.choices
-    return Amounts(prompt + answer, _most(generation, targets, prompt, answer) if limits.budgets else 0)
+    if not limits.budgets:
+        return Amounts(prompt + answer)
+    images = call.choices if call.endpoint.makes_images else 0
+    return Amounts(prompt + answer, _most(generation, targets, prompt, answer, images, _tier(call)))
 
 
-def _most(generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int) -> int:
-    most, now = 0, time.time()
+def _most(generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int, images: int, tier: str) -> int:
+    most, now, prices = 0, time.time(), generation.prices
     for target in targets:
-        price = generation.prices.price(target.upstream, target.model, now)
-        if price is not None:
-            most = max(most, price.most(prompt, answer))
+        for price in prices.possible(target.upstream, target.model, now, tier):
+            most = max(most, price.most(prompt, answer, images))
     return most
+
+
+def _tier(call: Call) -> str:
+    """The service tier that a call asks for, by which it may cost more."""
+    for name in _TIERS:
+        if name in call.fields:
+            return tier_of(decode_any(bytes(call.fields[name])))
+    return ""
 
 
 def _asked(call: Call) -> int | None:

@@ -84,8 +84,8 @@ class CostReader:
         usage = self._reader.usage
         if usage is None or not data.count(b'"usage"'):
             return data
-        price = self._prices.price(self._target.upstream, self._target.model, time.time())
-        cost = msgspec.Raw(usd(price.cost(usage)).encode() if price is not None else b"null")
+        micro = self._prices.cost(self._target.upstream, self._target.model, usage, time.time())
+        cost = msgspec.Raw(usd(micro).encode() if micro is not None else b"null")
         events = sse.EventSplitter(max_event_bytes=len(data) + 1).feed(data)
         return b"".join([_with_cost(event, cost) for event in events])
 

@@ -16,7 +16,7 @@ from trigate.exchange.answers import Claim, Count
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Phase
 from trigate.exchange.sink import ClientSocket, Sink
-from trigate.openai.answer import Usage, find_usage
+from trigate.openai.answer import Usage, find_usage, sum_of
 from trigate.openai.raw_json import decode_any
 from trigate.upstream.reply import Reply
 
@@ -87,4 +87,4 @@ def _sum(before: Usage | None, event: bytes) -> Usage | None:
     found = find_usage(value) if isinstance(value, dict) and value.get("type") == "response.done" else None
     if found is None:
         return before
-    return Usage(*[sum(counts) for counts in zip(before or Usage(0, 0), found, strict=True)])
+    return sum_of([before, found]) if before is not None else found

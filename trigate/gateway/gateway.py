@@ -33,6 +33,7 @@ from trigate.exchange.socket_relay import SocketRelay
 from trigate.exchange.stored_responses import BackgroundResponses, open_background_responses
 from trigate.exchange.upstream_call import UpstreamServices
 from trigate.gateway.drain import Drain
+from trigate.gateway.price_refresh import PriceRefresh
 from trigate.gateway.reload import Reloader, read_config, reload_on_sighup
 from trigate.keys.service import Keys, open_keys
 from trigate.keys.virtual import VirtualKeys
@@ -168,7 +169,9 @@ async def open_gateway(
             drain = Drain(live, outbox)
             alerts = Alerts(store=store, workers=workers, outbox=outbox, live=live, targets=targets)
             quotas.on_budget = alerts.note_budget
+            price_refresh = PriceRefresh(generations, workers)
             background.start_soon(alerts.run)
+            background.start_soon(price_refresh.run)
 
             def apply_config(config: Config) -> None:
                 """Applies a configuration to the services that outlive generations."""
@@ -181,6 +184,7 @@ async def open_gateway(
                 reasoning.apply(config.reasoning_memory)
                 callbacks.apply(config.hooks or {}, outbox, config.alerts)
                 alerts.apply(config.alerts)
+                price_refresh.apply(config.price_table)
 
             exchange_services = ExchangeServices(
                 admission=admission,
@@ -231,6 +235,7 @@ async def open_gateway(
                     channels=channels,
                     started_at=started_at,
                     reload=reloader,
+                    price_refresh=price_refresh,
                     is_handing_over=drain.handing_over.is_set,
                 )
                 workers.report_with(status.snapshot)

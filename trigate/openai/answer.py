@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,10 +16,12 @@ from trigate.openai.raw_json import decode_any, split_provider_fields, with_mode
 
 MAX_TOKENS = 2**31 - 1
 """A larger count is no count of tokens, and is ignored: it could not be added up and stored."""
+_MAX_TIER_CHARS = 32
+_raw_list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class Usage(NamedTuple):
-    """Token counts as the upstream reported them.
+    """Token counts as the upstream reported them, and what else its price depends on.
 
     Attributes:
         prompt_tokens: Those of the cache included.
@@ -30,6 +32,11 @@ class Usage(NamedTuple):
         audio_tokens: How many of all are sound.
         audio_output_tokens: How many of the answer's are sound.
         cache_write_1h_tokens: How many of those in the cache the provider keeps for an hour, which costs more.
+        image_tokens: How many of all are of images.
+        image_output_tokens: How many of the answer's are of images.
+        images: How many images the answer of an endpoint of images has.
+        service_tier: The tier in which the provider has served the call, if it says so: ``flex``, ``priority``,
+            ``batch``; its normal one has a name as well, such as ``default``.
     """
 
     prompt_tokens: int
@@ -40,16 +47,59 @@ class Usage(NamedTuple):
     audio_tokens: int = 0
     audio_output_tokens: int = 0
     cache_write_1h_tokens: int = 0
+    image_tokens: int = 0
+    image_output_tokens: int = 0
+    images: int = 0
+    service_tier: str = ""
 
     def __repr__(self) -> str:
         """Leaves out the details that are 0."""
         counts = self._asdict()
         told = [
-            f"{name}={count}"
+            f"{name}={count!r}"
             for name, count in counts.items()
             if count or name in ("prompt_tokens", "completion_tokens")
         ]
         return f"Usage({', '.join(told)})"
+
+
+def sum_of(usages: Iterable[Usage]) -> Usage:
+    """Adds counts up. The service tier is that of the last ones.
+
+    >>> sum_of([Usage(1, 2, images=1), Usage(3, 4, images=1, service_tier="flex")])._asdict()["images"]
+    2
+    """
+    *counts, tiers = zip(*usages, strict=True)
+    return Usage._make([*map(sum, counts), tiers[-1]])
+
+
+def tier_of(value: object) -> str:
+    """Reads the name of a service tier; empty = it is none.
+
+    >>> tier_of("Flex"), tier_of(None)
+    ('flex', '')
+    """
+    return value[:_MAX_TIER_CHARS].lower() if isinstance(value, str) else ""
+
+
+def with_images(usage: Usage | None, results: object) -> Usage | None:
+    """Adds the number of images to what an answer reports. Where that does not say which tokens are of images, all of
+    the answer are.
+
+    Args:
+        results: The images.
+
+    >>> with_images(None, [{"url": "a"}, {"url": "b"}])
+    Usage(prompt_tokens=0, completion_tokens=0, images=2)
+    >>> with_images(Usage(3, 4), [{"url": "a"}])
+    Usage(prompt_tokens=3, completion_tokens=4, image_tokens=4, image_output_tokens=4, images=1)
+    """
+    if not isinstance(results, list) or not results:
+        return usage
+    found = usage or _NONE
+    drawn = found.image_output_tokens or found.completion_tokens
+    seen = found.image_tokens - found.image_output_tokens
+    return found._replace(images=len(results), image_tokens=seen + drawn, image_output_tokens=drawn)
 
 
 def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
@@ -69,6 +119,8 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
     Usage(prompt_tokens=13, completion_tokens=4, cached_tokens=10)
     >>> parse_usage({"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}})
     Usage(prompt_tokens=9, completion_tokens=4, cached_tokens=8)
+    >>> parse_usage({"input_tokens": 3, "output_tokens": 4, "service_tier": "batch"})
+    Usage(prompt_tokens=3, completion_tokens=4, service_tier='batch')
     """
     if not isinstance(value, dict):
         return None
@@ -98,6 +150,12 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
     cached = min(_cached_tokens(value, in_prompt) or known.cached_tokens, prompt)
     written = min(written or known.cache_write_tokens, prompt - cached)
     spoken = min(_count(in_answer, "audio_tokens"), completion)
+    drawn = min(_count(in_answer, "image_tokens"), completion - spoken)
+    tier = value.get("service_tier") or ""
+    if value.get("speed") == "fast":
+        tier = "fast"  # Anthropic has it beside the tier, which is the standard one then
+    if not tier and before is not None:
+        tier = before.service_tier
     return Usage(
         prompt,
         completion,
@@ -107,6 +165,10 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
         min(_count(in_prompt, "audio_tokens"), prompt) + spoken,
         spoken,
         min(_count(value.get("cache_creation"), "ephemeral_1h_input_tokens") or known.cache_write_1h_tokens, written),
+        min(_count(in_prompt, "image_tokens"), prompt) + drawn,
+        drawn,
+        0,
+        tier_of(tier) if tier else "",
     )
 
 
@@ -150,7 +212,8 @@ def find_usage(value: Mapping[str, Any], before: Usage | None = None) -> Usage |
     for holder in (*holders, *(choices if isinstance(choices, list) else ())):
         found = parse_usage(holder.get("usage"), before) if isinstance(holder, dict) else None
         if found is not None:
-            return found
+            tier = holder.get("service_tier")
+            return found._replace(service_tier=tier_of(tier)) if tier else found
     return None
 
 
@@ -193,11 +256,26 @@ def decode_answer(body: bytes, endpoint: Endpoint, *, model: str | None, upstrea
     usage = parse_usage(decode_any(bytes(fields["usage"]))) if "usage" in fields else None
     if usage is None and b'"usage"' in body:
         usage = find_usage(decode_any(body) or {})
+    elif usage is not None and "service_tier" in fields:
+        tier = bytes(fields["service_tier"])
+        if tier not in _NO_TIERS:
+            usage = usage._replace(service_tier=tier_of(decode_any(tier)))
+    if endpoint.makes_images and results is not None:
+        usage = with_images(usage, _split_list(results))
     if model is None or "model" not in fields:
         return body, usage
     return with_model(body, fields, msgspec.json.encode(model)), usage
 
 
+def _split_list(results: msgspec.Raw) -> list[msgspec.Raw] | None:
+    try:
+        return _raw_list_decoder.decode(results)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+_NO_TIERS = (b'"default"', b"null")
+"""The service tier of nearly all answers: its price is that of the model."""
 _GLUED = re.compile(rb"\s+data: ?\[DONE\]\s*\Z")
 
 

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from trigate.errors import GatewayError, ProtocolViolation, Truncated
-from trigate.openai.answer import Usage, find_usage
+from trigate.openai.answer import Usage, find_usage, sum_of, with_images
 from trigate.openai.endpoints import DONE, Endpoint
 from trigate.openai.provider_error import is_error, reported
 from trigate.openai.raw_json import decode_any
@@ -120,6 +120,8 @@ class CompletionTracker:
             self.complete = not endpoint.repeats_last_event
             self.may_end = True
             self.has_content = True
+            if endpoint.makes_images:
+                return self._examine(data)
         if (
             not self.has_content
             or b'"error"' in data
@@ -167,7 +169,10 @@ class CompletionTracker:
         if (value.get("error") and not self.complete) or value.get("type") == "error":
             self.error = reported(self._upstream, value)
             return False
-        self.usage = find_usage(value, self.usage) or self.usage
+        if self._endpoint.makes_images:
+            self._add_image(value)
+        else:
+            self.usage = find_usage(value, self.usage) or self.usage
         choices = value.get("choices")
         if not choices and self._needs_finish_reason and not self.complete:
             if is_error(value):
@@ -188,6 +193,14 @@ class CompletionTracker:
                 if choice.get("finish_reason"):
                     self._finished.add(index)
         return True
+
+    def _add_image(self, value: dict[str, Any]) -> None:  # Any: JSON of any shape
+        """Counts an image of a stream, and adds its token counts to those of the images before it."""
+        found = find_usage(value)
+        if str(value.get("type")).encode() in self._last_types:
+            found = with_images(found, [value])
+        if found is not None:
+            self.usage = sum_of([self.usage, found]) if self.usage is not None else found
 
 
 def _has_value(data: bytes, key: bytes) -> bool:

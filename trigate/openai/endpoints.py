@@ -34,6 +34,7 @@ class Endpoint:
             is not complete. With it, a stream that ends in order is complete without its last event.
         format: The format of its requests, answers and errors.
         counts_tokens: The tokens of an answer are estimated if the upstream does not report them.
+        makes_images: Its answers are images: they are counted, and nothing is estimated.
         streams_by_default: A call without ``stream`` asks for a stream.
         stream_type: The content type of a stream.
         keep_alive: What a client is sent in a silence of its stream: a comment; an event of the format's own, once the
@@ -53,6 +54,7 @@ class Endpoint:
     needs_finish_reason: bool = False
     format: Format = "openai"
     counts_tokens: bool = True
+    makes_images: bool = False
     streams_by_default: bool = False
     stream_type: str = "text/event-stream; charset=utf-8"
     keep_alive: Literal["comment", "ping", "blank", "none"] = "comment"
@@ -97,6 +99,7 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             required=("prompt",),
             model_optional=True,
             repeats_last_event=True,
+            makes_images=True,
         ),
     )
 }

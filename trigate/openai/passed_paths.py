@@ -89,6 +89,7 @@ def _path(
         model_optional=model_optional or not by_model,
         repeats_last_event=bool(ends),
         counts_tokens=False,
+        makes_images=path.startswith("/images/"),
     )
     return PassedPath(
         endpoint=endpoint, methods=methods, by_model=by_model, makes=makes, lists=lists, names_objects=names_objects

@@ -6,6 +6,8 @@ exact, and is rounded once, at the end: half a micro-dollar and more count as on
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
 from trigate.config.key_sections import MicroUsd
@@ -26,6 +28,8 @@ class Price:
         call: Micro-dollars for each call.
         cache_write_1h: Those that it keeps there for an hour; None = as all that it writes.
         audio_input, audio_output: Tokens of sound; None = as those of text.
+        image_input, image_output: Tokens of images; None = as those of text.
+        image: Micro-dollars for each image that an endpoint of images makes; None = not known, or the tokens tell it.
         tiers: The prices of longer prompts: ``(more than so many tokens, price)``, the shortest first. The length of
             the whole prompt decides, for all tokens of the call.
     """
@@ -38,6 +42,9 @@ class Price:
     cache_write_1h: int | None = None
     audio_input: int | None = None
     audio_output: int | None = None
+    image_input: int | None = None
+    image_output: int | None = None
+    image: int | None = None
     tiers: tuple[tuple[int, Price], ...] = ()
 
     def of_prompt(self, prompt_tokens: int) -> Price:
@@ -48,13 +55,15 @@ class Price:
                 found = price
         return found
 
-    def cost(self, usage: Usage) -> MicroUsd:
-        """Returns what token counts cost.
+    def cost(self, usage: Usage) -> MicroUsd | None:
+        """Returns what token counts and images cost; None = images without token counts, whose price is not known.
 
         >>> Price(input=3_000_000, cache_read=300_000, cache_write=3_750_000, output=15_000_000).cost(
         ...     Usage(prompt_tokens=1000, completion_tokens=100, cached_tokens=800, cache_write_tokens=100)
         ... )
         2415
+        >>> Price(input=0, cache_read=0, cache_write=0, output=0, image=40_000).cost(Usage(0, 0, images=2))
+        80000
         """
         price = self.of_prompt(usage.prompt_tokens) if self.tiers else self
         written, hour = usage.cache_write_tokens, 0
@@ -70,19 +79,48 @@ class Price:
                 total += heard * (price.audio_input - price.input)
             if price.audio_output is not None:
                 total += spoken * (price.audio_output - price.output)
+        if usage.image_tokens:
+            drawn = min(usage.image_output_tokens, usage.completion_tokens)
+            seen = min(usage.image_tokens - usage.image_output_tokens, plain)
+            if price.image_input is not None:
+                total += seen * (price.image_input - price.input)
+            if price.image_output is not None:
+                total += drawn * (price.image_output - price.output)
         total += plain * price.input + written * price.cache_write
-        return MicroUsd(price.call + (total + _PER // 2) // _PER)
+        each = price.call
+        if usage.images:
+            if price.image is not None:
+                each += usage.images * price.image
+            elif not (usage.prompt_tokens or usage.completion_tokens) and (price.input or price.output):
+                return None
+        return MicroUsd(each + (total + _PER // 2) // _PER)
 
-    def most(self, prompt_tokens: int, completion_tokens: int) -> MicroUsd:
+    def most(self, prompt_tokens: int, completion_tokens: int, images: int = 0) -> MicroUsd:
         """Returns the most that a call with these counts can cost, however much of its prompt is in a cache."""
         price = self.of_prompt(prompt_tokens)
         dearest = max(
-            price.input, price.cache_read, price.cache_write, price.cache_write_1h or 0, price.audio_input or 0
+            *(price.input, price.cache_read, price.cache_write, price.cache_write_1h or 0),
+            *(price.audio_input or 0, price.image_input or 0),
         )
-        total = prompt_tokens * dearest + completion_tokens * max(price.output, price.audio_output or 0)
-        return MicroUsd(price.call - -total // _PER)
+        written = max(price.output, price.audio_output or 0, price.image_output or 0)
+        total = prompt_tokens * dearest + completion_tokens * written
+        return MicroUsd(price.call + images * (price.image or 0) - -total // _PER)
+
+    def times(self, factor: int) -> Price:
+        """Returns the price times a factor in millionths. Each rate is rounded, half up.
+
+        >>> Price(input=3, cache_read=0, cache_write=3, output=15_000_000).times(500_000).output
+        7500000
+        """
+
+        def scaled(rate: int | None) -> Any:  # Any: None stays None
+            return None if rate is None else (rate * factor + _PER // 2) // _PER
+
+        rates = {name: scaled(getattr(self, name)) for name in _RATES}
+        return Price(**rates, tiers=tuple([(above, price.times(factor)) for above, price in self.tiers]))
 
 
+_RATES = [field.name for field in attrs.fields(Price) if field.name != "tiers"]
 FREE = Price(input=0, cache_read=0, cache_write=0, output=0)
 """What a model costs that the gateway runs itself."""
 

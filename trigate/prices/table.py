@@ -5,7 +5,8 @@ little: that package takes 1.4 s to import and 96 MiB, for each worker. ``table.
 
 * ``source``: the package and its version.
 * ``providers``: ``[id, pattern of base URLs, [ids of providers whose models it also offers]]``.
-* ``models``: for each provider, rows of ``[match, prices]``. The first row that matches a model id is its own.
+* ``models``: for each provider, rows of ``[match, prices, {service tier: prices}]``, the last part of which may be
+  missing. The first row that matches a model id is its own.
 
 A match is a sign and a text (``=`` equal to it, ``^`` begins with it, ``$`` ends with it, ``*`` contains it, ``/``
 regular expression), or a list: ``|`` (one of the rest) or ``&`` (all of the rest).
@@ -38,9 +39,14 @@ class _Table(msgspec.Struct):
 
 @attrs.frozen
 class DatedPrices:
-    """The prices of a model, each from a time on, or for a part of the day."""
+    """The prices of a model, each from a time on, or for a part of the day.
+
+    Attributes:
+        tiers: The prices in the provider's service tiers, by their names in lower case.
+    """
 
     rows: tuple[tuple[int | tuple[int, int] | None, Price | None], ...]
+    tiers: Mapping[str, DatedPrices] = attrs.field(factory=dict)
 
     def at(self, time_s: float) -> Price | None:
         """Returns the price at a time (POSIX seconds); None = unknown."""
@@ -53,6 +59,15 @@ class DatedPrices:
                 if start <= now < end if start <= end else now >= start or now < end:
                     return price
         return self.rows[0][1]
+
+    def in_tier(self, tier: str, time_s: float) -> Price | None:
+        """Returns the price in a service tier at a time; None = unknown."""
+        found = self.tiers.get(tier)
+        return found.at(time_s) if found is not None else None
+
+    def times(self, factor: int) -> DatedPrices:
+        """Returns the prices times a factor in millionths."""
+        return DatedPrices(tuple([(when, price and price.times(factor)) for when, price in self.rows]))
 
 
 class PriceTable:
@@ -94,10 +109,15 @@ class ProviderPrices:
         """Returns the prices of a model; None = it is none of the table."""
         model = model.lower()
         for wanted in (model, re.sub(r"-(\d{4})(\d\d)(\d\d)\b", r"-\1-\2-\3", model)):
-            for match, prices in self._rows:
+            for match, prices, *tiers in self._rows:
                 if _matches(match, wanted):
-                    return DatedPrices(tuple([(_when(when), price_of_tiers(tiers)) for when, tiers in prices]))
+                    return _dated(prices, *tiers)
         return None
+
+
+def _dated(prices: list[Any], tiers: Mapping[str, list[Any]] | None = None) -> DatedPrices:  # Any: JSON
+    rows = tuple([(_when(when), price_of_tiers(of_prompt)) for when, of_prompt in prices])
+    return DatedPrices(rows, {name: _dated(each) for name, each in (tiers or {}).items()})
 
 
 def _matches(match: Any, model: str) -> bool:  # Any: JSON, whose shape the module describes
@@ -150,6 +170,8 @@ def _price(rates: Mapping[str, int]) -> Price:
         output=rates.get("output", 0),
         audio_input=rates.get("audio_input"),
         audio_output=rates.get("audio_output"),
+        image_input=rates.get("image_input"),
+        image_output=rates.get("image_output"),
         call=rates.get("call", 0),
     )
 

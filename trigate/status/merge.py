@@ -159,7 +159,12 @@ def _sum_by_key(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def _prices(prices: Sequence[schema.PricesStatus]) -> schema.PricesStatus:
     unknown = sorted({target for each in prices for target in each.unknown})
-    return schema.PricesStatus(source=prices[0].source, unknown=tuple(unknown[:MAX_UNKNOWN]))
+    return schema.PricesStatus(
+        source="; ".join(dict.fromkeys(each.source for each in prices)),
+        unknown=tuple(unknown[:MAX_UNKNOWN]),
+        refreshed_at=min((each.refreshed_at for each in prices if each.refreshed_at is not None), default=None),
+        refresh_error=next((each.refresh_error for each in prices if each.refresh_error is not None), None),
+    )
 
 
 def _totals(totals: Sequence[schema.Totals]) -> schema.Totals:

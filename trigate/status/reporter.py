@@ -51,6 +51,18 @@ class ReloadState(Protocol):
         """Why the last reload was refused; None = it was not."""
 
 
+class PriceRefreshState(Protocol):
+    """What the status shows of the refresh of prices."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the prices could not be refreshed the last time; None = they could."""
+
+    @property
+    def refreshed_at(self) -> float | None:
+        """When they were refreshed (POSIX seconds); None = not yet."""
+
+
 @attrs.define(eq=False, kw_only=True)
 class StatusReporter:
     """Reports the status of this worker and of all workers. Made by `gateway`.
@@ -73,6 +85,7 @@ class StatusReporter:
     _channels: Channels | None
     _started_at: float
     _reload: ReloadState
+    _price_refresh: PriceRefreshState
     _is_handing_over: Callable[[], bool]
 
     def __repr__(self) -> str:
@@ -95,7 +108,11 @@ class StatusReporter:
             admission=self._admission.statistics(),
             targets=snapshot.list_targets(self._targets, worker=worker, now=now),
             ledger=self._ledger.statistics(),
-            prices=snapshot.list_prices(generation.prices),
+            prices=snapshot.list_prices(
+                generation.prices,
+                error=self._price_refresh.error,
+                refreshed_at=merge.iso_time(self._price_refresh.refreshed_at),
+            ),
         )
 
     def snapshot(self) -> bytes:

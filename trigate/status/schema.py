@@ -207,12 +207,18 @@ class PricesStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Where the prices come from, and which are missing.
 
     Attributes:
-        source: Empty = no upstream needs public prices.
+        source: Empty = no upstream needs public prices. Several, separated by ``; ``, if the workers do not have the
+            same ones.
         unknown: The targets that were called and have no price; a call of theirs has no cost.
+        refreshed_at: When they were read from the source that is configured; None = they were not. Of the worker that
+            did so first.
+        refresh_error: Why they could not be read the last time; None = they could, or none is configured.
     """
 
     source: str = ""
     unknown: tuple[str, ...] = ()
+    refreshed_at: str | None = None
+    refresh_error: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,9 +66,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     prices: PricesStatus = PricesStatus()
 
 
-def list_prices(prices: Prices) -> PricesStatus:
+def list_prices(prices: Prices, *, error: str | None = None, refreshed_at: str | None = None) -> PricesStatus:
     """Describes the prices: where they come from, and which are missing."""
-    return PricesStatus(source=prices.source, unknown=tuple(list(prices.unknown)[:MAX_UNKNOWN]))
+    unknown = tuple(list(prices.unknown)[:MAX_UNKNOWN])
+    return PricesStatus(source=prices.source, unknown=unknown, refreshed_at=refreshed_at, refresh_error=error)
 
 
 def encode(part: Part) -> bytes:

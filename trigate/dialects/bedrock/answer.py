@@ -18,7 +18,7 @@ from trigate.dialects.vocabulary import (
     ToolCall,
 )
 from trigate.errors import ProtocolViolation
-from trigate.openai.answer import MAX_TOKENS, Usage
+from trigate.openai.answer import MAX_TOKENS, Usage, tier_of
 from trigate.openai.provider_error import is_error, reported
 from trigate.openai.raw_json import decode_any
 
@@ -87,12 +87,17 @@ def counts_of(usage: object) -> TokenCounts | None:
     return TokenCounts(input=counts[0], cache_read=counts[1], cache_write=counts[2], output=counts[3])
 
 
-def usage_of(counts: TokenCounts | None) -> Usage | None:
-    """Returns token counts as the ledger takes them."""
+def usage_of(counts: TokenCounts | None, tier: object) -> Usage | None:
+    """Returns token counts as the ledger takes them.
+
+    Args:
+        tier: The ``serviceTier``.
+    """
     if counts is None:
         return None
     prompt = counts.input + counts.cache_read + counts.cache_write
-    return Usage(prompt, counts.output, counts.cache_read, counts.cache_write)
+    name = tier_of(tier.get("type")) if isinstance(tier, dict) else ""
+    return Usage(prompt, counts.output, counts.cache_read, counts.cache_write, service_tier=name)
 
 
 def checked_arguments(value: object, name: str, upstream: str) -> str:
@@ -138,7 +143,7 @@ def decode_answer(body: bytes, *, answer_id: str, upstream: str) -> tuple[Answer
     counts = counts_of(value.get("usage"))
     has_calls = any(isinstance(part, ToolCall) for part in parts)
     finish = finish_of(value.get("stopReason"), counts, has_calls=has_calls, upstream=upstream)
-    return Answer(answer_id, tuple(parts), finish), usage_of(counts)
+    return Answer(answer_id, tuple(parts), finish), usage_of(counts, value.get("serviceTier"))
 
 
 def _parts(block: _Json, upstream: str) -> list[AnswerPart]:

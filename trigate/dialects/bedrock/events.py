@@ -98,7 +98,8 @@ class BedrockTracker:
             self.has_content = self.all_finished = True
         elif data.startswith(_METADATA):
             named = _named(data)
-            self.usage = usage_of(counts_of(named[1].get("usage"))) if named is not None else None
+            end = named[1] if named is not None else {}
+            self.usage = usage_of(counts_of(end.get("usage")), end.get("serviceTier"))
         elif data == END:
             self.complete = self.all_finished
             return self.complete

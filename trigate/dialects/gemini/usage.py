@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trigate.dialects.vocabulary import TokenCounts
-from trigate.openai.answer import MAX_TOKENS, Usage
+from trigate.openai.answer import MAX_TOKENS, Usage, tier_of
 
 _Json = dict[str, Any]
 """A JSON object. Any: JSON of any shape."""
@@ -60,8 +60,10 @@ def reported_usage(usage: object) -> Usage | None:
     prompt = counts.input + counts.cache_read
     if max(prompt, counts.output) > MAX_TOKENS:
         return None
-    heard, spoken = (_sound(usage, name) for name in ("promptTokensDetails", "candidatesTokensDetails"))
+    heard, seen = _media(usage, "promptTokensDetails")
+    spoken, drawn = _media(usage, "candidatesTokensDetails")
     spoken = min(spoken, counts.output)
+    drawn = min(drawn, counts.output - spoken)
     return Usage(
         prompt,
         counts.output,
@@ -69,22 +71,38 @@ def reported_usage(usage: object) -> Usage | None:
         reasoning_tokens=counts.reasoning or 0,
         audio_tokens=min(heard, prompt) + spoken,
         audio_output_tokens=spoken,
+        image_tokens=min(seen, prompt) + drawn,
+        image_output_tokens=drawn,
+        service_tier=_tier(usage),
     )
 
 
-def _sound(usage: object, name: str) -> int:
-    """Returns how many tokens of the prompt or of the answer are sound.
+def _tier(usage: object) -> str:
+    """Returns the service tier. Vertex AI names it by the type of the traffic.
 
-    >>> _sound({"x": [{"modality": "TEXT", "tokenCount": 3}, {"modality": "AUDIO", "tokenCount": 4}]}, "x")
-    4
+    >>> _tier({"trafficType": "ON_DEMAND_FLEX"}), _tier({"serviceTier": "priority"}), _tier({})
+    ('flex', 'priority', '')
+    """
+    if not isinstance(usage, dict):
+        return ""
+    return tier_of(usage.get("serviceTier") or usage.get("trafficType")).removeprefix("on_demand_")
+
+
+def _media(usage: object, name: str) -> tuple[int, int]:
+    """Returns how many tokens of the prompt or of the answer are sound, and how many are of images.
+
+    >>> _media({"x": [{"modality": "IMAGE", "tokenCount": 3}, {"modality": "AUDIO", "tokenCount": 4}]}, "x")
+    (4, 3)
     """
     details = usage.get(name) if isinstance(usage, dict) else None
-    found = details if isinstance(details, list) else []
-    return sum([_count(each, "tokenCount") or 0 for each in found if isinstance(each, dict) and _is_sound(each)])
-
-
-def _is_sound(detail: _Json) -> bool:
-    return detail.get("modality") == "AUDIO"
+    sound = images = 0
+    for each in details if isinstance(details, list) else ():
+        kind = each.get("modality") if isinstance(each, dict) else None
+        if kind == "AUDIO":
+            sound += _count(each, "tokenCount") or 0
+        elif kind == "IMAGE":
+            images += _count(each, "tokenCount") or 0
+    return sound, images
 
 
 def _count(usage: _Json, name: str) -> int | None:
