@@ -94,8 +94,13 @@ _PARAMETERS: Mapping[tuple[str, str], Json] = {
     ("sessions.list_messages", "archived"): {"type": "string", "enum": ["true", "false"]},
 }
 """The schemas of query parameters by view and name; of another one, it is a text, or the number of a ``limit``."""
-_TEXTS: Mapping[str, str] = {"api.docs": "text/html", "api.llms": "text/plain"}
-"""The content types of answers that are not JSON."""
+_TYPES: Mapping[str, tuple[str, ...]] = {
+    "api.docs": ("text/html",),
+    "api.llms": ("text/plain",),
+    "metrics.scrape": ("text/plain", "application/openmetrics-text"),
+    "reports.get_usage": ("application/json", "text/csv"),
+}
+"""The content types of answers that are not only JSON."""
 _NAMES: Mapping[Format, str] = {
     "openai": "OpenAI's format",
     "anthropic": "Anthropic's format",
@@ -334,9 +339,8 @@ def _view(
     blueprint = name.partition(".")[0]
     takes_body = method in ("POST", "PUT", "PATCH") and name not in _WITHOUT_BODY
     kind = ANSWERS.get(name)
-    answer: Json = {_TEXTS.get(name, "application/json"): {"type": "string" if name in _TEXTS else "object"}}
-    if name == "reports.get_usage":
-        answer["text/csv"] = {"type": "string"}
+    types = _TYPES.get(name, ("application/json",))
+    answer: Json = {each: {"type": "object" if each == "application/json" else "string"} for each in types}
     return Operation(
         method=method,
         path=path,
