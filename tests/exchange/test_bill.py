@@ -11,11 +11,12 @@ from trio.testing import MockClock
 
 from tests.support.asgi_client import chat
 from tests.support.gateway import OpenApp, Served, make_config
-from tests.support.provider import DONE, Break, Provider, Say, Stall, answers, completion, content, says, usage
+from tests.support.provider import DONE, Break, Head, Provider, Say, Stall, answers, completion, content, says, usage
 from trigate.config.sections import UpstreamConfig, Url
 from trigate.dialects.endpoints import CHAT
 from trigate.dialects.openai_chat.usage_request import takes_include_usage
 from trigate.openai.stream import StreamReader
+from trigate.openai.token_estimate import estimated_tokens
 
 PRICES = {"m": {"input_usd": 1, "output_usd": 10}}
 STREAM = (Say(content("a")), Say(content("b")), Say(usage(7, 2)), Say(DONE))
@@ -136,6 +137,27 @@ async def test_a_continued_stream_costs_both_parts(open_app: OpenApp, autojump_c
         record = await record_of(served)
         assert (record["completion_tokens"], record["counted"]) == (1 + 2, True)
         assert record["cost"] == (record["prompt_tokens"] - 7) + 10 + 200
+
+
+@pytest.mark.parametrize("second", [(Say(content("b")), Say(content("c")), Say(DONE)), (Head(500), Say(b"{}"))])
+async def test_parts_of_which_none_is_reported(
+    open_app: OpenApp, autojump_clock: MockClock, second: tuple[Any, ...]
+) -> None:
+    """Each part that has come is estimated and paid for; a target that was to continue a stream and failed is not."""
+    prices = {"up/m": {"input_usd": 1, "output_usd": 10}, "other/m": {"input_usd": 1000, "output_usd": 100}}
+    models = {"both": {"targets": ["up/m", "other/m"], "on_truncation": "continue"}}
+    config = make_config({"up": {}, "other": {}}, models=models, prices=prices)
+    providers = {"up": Provider((Say(content("a")), Break())), "other": Provider(second)}
+    async with open_app(config, providers) as served:
+        await served.client.chat(model="both").wait()
+        record = await record_of(served)
+        prompt = estimated_tokens(served.settled[0].call.body)
+        if second[0] == Head(500):
+            assert (record["prompt_tokens"], record["completion_tokens"]) == (prompt, 1)
+            assert record["cost"] == prompt + 10
+        else:
+            assert (record["prompt_tokens"], record["completion_tokens"]) == (2 * prompt, 1 + 4)  # with the end
+            assert record["cost"] == prompt + 10 + 1000 * prompt + 400
 
 
 async def test_the_echo_is_free(open_app: OpenApp, autojump_clock: MockClock) -> None:

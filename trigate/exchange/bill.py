@@ -59,7 +59,7 @@ def bill_of(state: ExchangeState) -> Bill:
             parts.append((attempt.target, usage))
     if call.endpoint.counts_tokens and not call.endpoint.makes_images and len(parts) < len(source.attempts):
         unreported = [each for each in source.attempts if each.reported_usage is None and _has_answered(each)]
-        if parts and unreported:
+        if unreported and (parts or source.bytes_sent or source.events):
             prompt = estimated_tokens(call.body)
             parts += [(each.target, _estimate(state, each.target, prompt, _events(each))) for each in unreported]
             counted = True
