@@ -28,12 +28,17 @@ USAGES = (
     Usage(272_001, 777, cached_tokens=20_000, cache_write_tokens=100_000, cache_write_1h_tokens=40_000),
     Usage(5000, 400, audio_tokens=3300, audio_output_tokens=300),
     Usage(5000, 400, image_tokens=3300, image_output_tokens=300),
+    Usage(0, 0, characters=12_345),
+    Usage(0, 0, audio_ms=12_345_678),
 )
 NOT_COUNTED = {"web_searches_kcount", "storage_searches_kcount", "cache_audio_read_mtok", "cache_image_read_mtok"}
 COUNTED = {
     *("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok", "cache_write_1h_mtok", "requests_kcount"),
     *("input_audio_mtok", "output_audio_mtok", "input_image_mtok", "output_image_mtok"),
+    *("input_mchars", "input_audio_hours", "audio_hours"),
 }
+TOKENS = {"input_mtok", "output_mtok", "requests_kcount"}
+UNITS = {"input_mchars", "input_audio_hours", "audio_hours"}
 TIERS: tuple[dict[str, str], ...] = (
     {},
     {"service_tier": "flex"},
@@ -59,6 +64,9 @@ def counts_of(usage: Usage) -> types.Usage:
         input_image_tokens=usage.image_tokens - usage.image_output_tokens,
         output_image_tokens=usage.image_output_tokens,
         cache_image_read_tokens=0,
+        input_characters=usage.characters,
+        input_audio_seconds=Decimal(usage.audio_ms) / 1000,
+        audio_seconds=Decimal(usage.audio_ms) / 1000,
     )
 
 
@@ -86,7 +94,14 @@ def expected(price: types.ModelPrice, usage: Usage) -> int | None:
     """What the package says that a call costs, in micro-dollars; None = no counts of tokens tell it, or it refuses."""
     rates = {name: value for name, value in vars(price).items() if value is not None and name not in NOT_COUNTED}
     told = {name for name, value in rates.items() if name in COUNTED or value != rates.get("input_mtok")}
-    if not told <= COUNTED or not told & {"input_mtok", "output_mtok", "requests_kcount"}:
+    by_token, by_unit = told & TOKENS, told & UNITS
+    if not told <= COUNTED or (by_token and by_unit) or not told:
+        return None
+    if "audio_hours" in told and rates.get("input_audio_hours") != rates["audio_hours"]:
+        return None
+    if (usage.prompt_tokens and by_unit) or (usage.characters and "input_mchars" not in told):
+        return None
+    if usage.audio_ms and "audio_hours" not in told:
         return None
     total = price.calc_price(counts_of(usage))["total_price"]
     return int((total * 1_000_000).quantize(Decimal(1), ROUND_HALF_UP))
@@ -99,7 +114,8 @@ def test_all_prices_are_those_of_the_package(context: dict[str, str], at: dateti
     """Each model of each provider costs the same to the micro-dollar, in each service tier.
 
     The exceptions: fees for tools and the rates of sound and images from a cache are not counted, and a rate with more
-    than six decimal places is rounded. Where no count of tokens tells the cost, it is unknown.
+    than six decimal places is rounded. What has no rate is unknown, and not 0; so is a model that has rates of tokens
+    and of hours.
     """
     from genai_prices.data import providers
 

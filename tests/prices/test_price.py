@@ -1,9 +1,10 @@
 """What token counts cost at a price."""
 
+import attrs
 import pytest
 
 from trigate.openai.answer import Usage
-from trigate.prices.price import Price
+from trigate.prices.price import FREE, Price
 
 PRICE = Price(
     input=3_000_000,
@@ -39,6 +40,30 @@ def test_the_sum_is_rounded_once() -> None:
     """Half a micro-dollar counts as one, whatever the parts are."""
     price = Price(input=250_000, cache_read=250_000, cache_write=250_000, output=250_000)
     assert [price.cost(Usage(prompt, 1)) for prompt in (0, 1, 2, 4)] == [0, 1, 1, 1]
+
+
+UNITS = Price(input=0, cache_read=0, cache_write=0, output=0, characters=15_000_000, audio_hour=360_000)
+
+
+@pytest.mark.parametrize(
+    ("price", "usage", "cost"),
+    [
+        (UNITS, Usage(0, 0, characters=1000), 15_000),
+        (UNITS, Usage(0, 0, audio_ms=90_000), 9000),
+        (UNITS, Usage(0, 0, audio_ms=1), 0),
+        (UNITS, Usage(0, 0, images=1), None),
+        (UNITS, Usage(5, 5), None),
+        (UNITS, Usage(0, 0), 0),
+        (PRICE, Usage(0, 0, characters=1000), None),
+        (PRICE, Usage(0, 0, audio_ms=1000), None),
+        (attrs.evolve(PRICE, image=40_000), Usage(0, 0, images=2), 80_007),
+        (attrs.evolve(UNITS, characters=None, audio_hour=None, call=5), Usage(0, 0, audio_ms=1000), 5),
+        (FREE, Usage(5, 5, images=1, characters=1), 0),
+    ],
+)
+def test_what_has_another_price_than_its_tokens(price: Price, usage: Usage, cost: int | None) -> None:
+    """Images, characters and hours have their own. What has none is unknown, and not 0."""
+    assert price.cost(usage) == cost
 
 
 def test_a_longer_prompt() -> None:

@@ -38,7 +38,10 @@ def test_rates() -> None:
     prices = {"input_mtok": 1.5, "output_mtok": 10, "requests_kcount": 14, "web_searches_kcount": 10, "x": None}
     assert cost(prices, Usage(1000, 10)) == 1500 + 100 + 14_000
     assert cost({"input_mtok": 0.1, "output_mtok": 0.083333333333}, Usage(0, 1_000_000)) == 83_333
-    assert cost({"audio_hours": 3}, Usage(1, 1)) is None
+    assert cost({"input_mchars": 15}, Usage(0, 0, characters=100)) == 1500
+    assert cost({"audio_hours": 0.36, "input_audio_hours": 0.36}, Usage(0, 0, audio_ms=1000)) == 100
+    assert cost({"audio_hours": 3}, Usage(0, 0, audio_ms=1000)) is None
+    assert cost({"input_mtok": 1, "input_audio_hours": 3}, Usage(1, 1)) is None
     assert cost({"input_mtok": 1, "input_video_mtok": 2}, Usage(1, 1)) is None
     assert cost({"input_mtok": 1, "input_text_mtok": 1}, Usage(1, 1)) == 1
 

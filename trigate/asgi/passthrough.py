@@ -29,7 +29,7 @@ from trigate.exchange.exchange import Exchange
 from trigate.exchange.request import ExchangeRequest, PassThrough
 from trigate.gateway.gateway import Gateway
 from trigate.keys.key import Key
-from trigate.openai.answer import Usage, find_usage, with_images
+from trigate.openai.answer import Usage, find_usage, with_duration, with_images
 from trigate.openai.multipart import boundary_of
 from trigate.openai.passed_paths import Passed, objects_in
 from trigate.openai.raw_json import decode_any, decode_client, problem_of, split_client_fields, with_model
@@ -327,6 +327,8 @@ async def _take_answer(
         _, fields = split_client_fields(body)
         body = with_model(body, fields, msgspec.json.encode(model))
     usage = find_usage(value)
+    if path in ("/audio/transcriptions", "/audio/translations"):
+        return body, with_duration(usage, value)
     return body, with_images(usage, value.get("data")) if passed.found.endpoint.makes_images else usage
 
 

@@ -117,6 +117,10 @@ class Rates:
     image_usd: MicroUsd | None = None
     """Of each image that ``/v1/images`` makes, besides its tokens. None = an image without token counts has no known
     price, if there are rates of tokens."""
+    characters_usd: MicroUsd | None = None
+    """Of a million characters of a text that ``/v1/audio/speech`` reads out. None = not known."""
+    audio_hour_usd: MicroUsd | None = None
+    """Of an hour of sound that is transcribed. None = not known."""
     call_usd: MicroUsd = MicroUsd(0)
     """Of each call, besides its tokens."""
 

@@ -64,10 +64,13 @@ def bill_of(state: ExchangeState) -> Bill:
             parts += [(each.target, _estimate(state, each.target, prompt, _events(each))) for each in unreported]
             counted = True
         elif not parts and source.target is not None and (source.bytes_sent or source.events):
-            completion = source.events if call.stream else tokens_of_size(source.bytes_sent)
-            prompt = estimated_tokens(call.body)
-            parts.append((source.target, _estimate(state, source.target, prompt, completion)))
-            counted = True
+            if call.speech_characters:  # the size of sound tells no tokens
+                parts.append((source.target, Usage(0, 0, characters=call.speech_characters)))
+            else:
+                completion = source.events if call.stream else tokens_of_size(source.bytes_sent)
+                prompt = estimated_tokens(call.body)
+                parts.append((source.target, _estimate(state, source.target, prompt, completion)))
+                counted = True
     if not parts:
         if not call.model or source.target is None or not (source.bytes_sent or source.events):
             return _NOTHING

@@ -41,15 +41,15 @@ def amounts_of(
             answer *= call.choices
     if not limits.budgets:
         return Amounts(prompt + answer)
-    images = call.choices if call.endpoint.makes_images else 0
-    return Amounts(prompt + answer, _most(generation, targets, prompt, answer, images, _tier(call)))
+    return Amounts(prompt + answer, _most(call, generation, targets, prompt, answer))
 
 
-def _most(generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int, images: int, tier: str) -> int:
-    most, now, prices = 0, time.time(), generation.prices
+def _most(call: Call, generation: Generation, targets: tuple[Target, ...], prompt: int, answer: int) -> int:
+    images, characters = call.choices if call.endpoint.makes_images else 0, call.speech_characters
+    most, now, prices, tier = 0, time.time(), generation.prices, _tier(call)
     for target in targets:
         for price in prices.possible(target.upstream, target.model, now, tier):
-            most = max(most, price.most(prompt, answer, images))
+            most = max(most, price.most(prompt, answer, images, characters))
     return most
 
 

@@ -19,6 +19,7 @@ import httpx2
 import trio
 
 from trigate.concurrency.notify import Wakeup
+from trigate.config.config_error import ConfigError
 from trigate.config.key_sections import PriceTableConfig
 from trigate.logs import log, message_of
 from trigate.prices.published import table_of
@@ -88,7 +89,7 @@ class PriceRefresh:
                 continue
             try:
                 await self._refresh(config)
-            except (OSError, ValueError, trio.TooSlowError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+            except (OSError, ValueError, ConfigError, trio.TooSlowError, httpx2.HTTPError, httpx2.InvalidURL) as error:
                 reason = "it took too long" if isinstance(error, trio.TooSlowError) else message_of(error)
                 if reason != self.error:
                     log.warning("prices_not_refreshed", source=config.source, error=reason)

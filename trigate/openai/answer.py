@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ class Usage(NamedTuple):
         image_tokens: How many of all are of images.
         image_output_tokens: How many of the answer's are of images.
         images: How many images the answer of an endpoint of images has.
+        characters: How many characters the text has that an endpoint of speech has read out.
+        audio_ms: How many milliseconds of sound have been transcribed.
         service_tier: The tier in which the provider has served the call, if it says so: ``flex``, ``priority``,
             ``batch``; its normal one has a name as well, such as ``default``.
     """
@@ -50,6 +53,8 @@ class Usage(NamedTuple):
     image_tokens: int = 0
     image_output_tokens: int = 0
     images: int = 0
+    characters: int = 0
+    audio_ms: int = 0
     service_tier: str = ""
 
     def __repr__(self) -> str:
@@ -100,6 +105,20 @@ def with_images(usage: Usage | None, results: object) -> Usage | None:
     drawn = found.image_output_tokens or found.completion_tokens
     seen = found.image_tokens - found.image_output_tokens
     return found._replace(images=len(results), image_tokens=seen + drawn, image_output_tokens=drawn)
+
+
+def with_duration(usage: Usage | None, answer: Mapping[str, Any]) -> Usage | None:  # Any: JSON of any shape
+    """Adds the length of the sound that a transcription reports, if it reports no tokens: OpenAI in its ``usage``,
+    and with ``verbose_json`` everybody in ``duration``.
+
+    >>> with_duration(None, {"text": "a", "usage": {"type": "duration", "seconds": 9}})
+    Usage(prompt_tokens=0, completion_tokens=0, audio_ms=9000)
+    """
+    own = answer.get("usage")
+    for seconds in (own.get("seconds") if isinstance(own, dict) else None, answer.get("duration")):
+        if usage is None and isinstance(seconds, int | float) and 0 < seconds * 1000 <= MAX_TOKENS:
+            return Usage(0, 0, audio_ms=math.ceil(seconds * 1000))
+    return usage
 
 
 def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
@@ -167,8 +186,7 @@ def parse_usage(value: object, before: Usage | None = None) -> Usage | None:
         min(_count(value.get("cache_creation"), "ephemeral_1h_input_tokens") or known.cache_write_1h_tokens, written),
         min(_count(in_prompt, "image_tokens"), prompt) + drawn,
         drawn,
-        0,
-        tier_of(tier) if tier else "",
+        service_tier=tier_of(tier) if tier else "",
     )
 
 

@@ -119,6 +119,14 @@ class Call:
                 prompts = len(found)
         return (n if type(n) is int and n > 1 else 1) * prompts
 
+    @property
+    def speech_characters(self) -> int:
+        """How many characters the text has that is to be read out; 0 = the call is for something else."""
+        if self.endpoint.path != "/audio/speech":
+            return 0
+        text = decode_any(bytes(self.fields["input"]))
+        return len(text) if isinstance(text, str) else 0
+
     def continued_from(self, text: str) -> Call:
         """The call with the beginning of the answer as its last message, for an upstream that continues it."""
         messages = [bytes(message) for message in _raw_messages_decoder.decode(self.fields["messages"])]

@@ -14,6 +14,7 @@ from trigate.config.key_sections import MicroUsd
 from trigate.openai.answer import Usage
 
 _PER = 1_000_000
+_HOUR_MS = 3_600_000
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +30,8 @@ class Price:
         cache_write_1h: Those that it keeps there for an hour; None = as all that it writes.
         audio_input, audio_output: Tokens of sound; None = as those of text.
         image_input, image_output: Tokens of images; None = as those of text.
+        characters: Micro-dollars for each million characters of a text that is read out; None = not known.
+        audio_hour: Micro-dollars for each hour of sound that is transcribed; None = not known.
         image: Micro-dollars for each image that an endpoint of images makes; None = not known, or the tokens tell it.
         tiers: The prices of longer prompts: ``(more than so many tokens, price)``, the shortest first. The length of
             the whole prompt decides, for all tokens of the call.
@@ -45,6 +48,8 @@ class Price:
     image_input: int | None = None
     image_output: int | None = None
     image: int | None = None
+    characters: int | None = None
+    audio_hour: int | None = None
     tiers: tuple[tuple[int, Price], ...] = ()
 
     def of_prompt(self, prompt_tokens: int) -> Price:
@@ -56,7 +61,7 @@ class Price:
         return found
 
     def cost(self, usage: Usage) -> MicroUsd | None:
-        """Returns what token counts and images cost; None = images without token counts, whose price is not known.
+        """Returns what token counts, images, characters and hours cost; None = what is counted has no known price.
 
         >>> Price(input=3_000_000, cache_read=300_000, cache_write=3_750_000, output=15_000_000).cost(
         ...     Usage(prompt_tokens=1000, completion_tokens=100, cached_tokens=800, cache_write_tokens=100)
@@ -88,14 +93,30 @@ class Price:
                 total += drawn * (price.image_output - price.output)
         total += plain * price.input + written * price.cache_write
         each = price.call
-        if usage.images:
-            if price.image is not None:
-                each += usage.images * price.image
-            elif not (usage.prompt_tokens or usage.completion_tokens) and (price.input or price.output):
+        if usage.images or usage.characters or usage.audio_ms:
+            if not (usage.prompt_tokens or usage.completion_tokens) and not price.tells(usage):
                 return None
+            each += usage.images * (price.image or 0)
+            total += usage.characters * (price.characters or 0)
+            total += (usage.audio_ms * (price.audio_hour or 0) * _PER + _HOUR_MS // 2) // _HOUR_MS
+        elif not (total or each) and usage.prompt_tokens + usage.completion_tokens and price.has_units:
+            return None  # tokens, of a model whose price is another
         return MicroUsd(each + (total + _PER // 2) // _PER)
 
-    def most(self, prompt_tokens: int, completion_tokens: int, images: int = 0) -> MicroUsd:
+    @property
+    def has_units(self) -> bool:
+        """Whether something else than tokens and calls has a price."""
+        return self.image is not None or self.characters is not None or self.audio_hour is not None
+
+    def tells(self, usage: Usage) -> bool:
+        """Whether the cost of images, characters and hours without token counts is known: each has a price, or there
+        are no rates of anything, as where a call has one price."""
+        rates = ((usage.images, self.image), (usage.characters, self.characters), (usage.audio_ms, self.audio_hour))
+        if all(rate is not None for count, rate in rates if count):
+            return True
+        return not any((self.input, self.output, *[rate for _, rate in rates]))
+
+    def most(self, prompt_tokens: int, completion_tokens: int, images: int = 0, characters: int = 0) -> MicroUsd:
         """Returns the most that a call with these counts can cost, however much of its prompt is in a cache."""
         price = self.of_prompt(prompt_tokens)
         dearest = max(
@@ -103,7 +124,7 @@ class Price:
             *(price.audio_input or 0, price.image_input or 0),
         )
         written = max(price.output, price.audio_output or 0, price.image_output or 0)
-        total = prompt_tokens * dearest + completion_tokens * written
+        total = prompt_tokens * dearest + completion_tokens * written + characters * (price.characters or 0)
         return MicroUsd(price.call + images * (price.image or 0) - -total // _PER)
 
     def times(self, factor: int) -> Price:

@@ -25,8 +25,8 @@ class Prices:
 
     Attributes:
         source: Where the public prices come from; empty = no upstream needs them.
-        unknown: The targets (``upstream/model``) whose price somebody has asked for, and which have none; with
-            ``(TIER)`` or ``(images)`` behind, if only that price is missing.
+        unknown: The targets (``upstream/model``) whose price somebody has asked for, and which have none; if only one
+            of its prices is missing, with its name behind: ``(flex)``, ``(images)``, ``(characters)`` …
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,7 +70,8 @@ class Prices:
             return None
         cost = price.cost(usage)
         if cost is None:
-            self._note_unknown(f"{upstream}/{model} (images)")
+            counts = {"images": usage.images, "characters": usage.characters, "hours": usage.audio_ms, "tokens": 1}
+            self._note_unknown(f"{upstream}/{model} ({next(what for what, count in counts.items() if count)})")
         return cost
 
     def price(self, upstream: str, model: str, at: float, tier: str = "") -> Price | None:
@@ -159,5 +160,7 @@ def _price(rates: Rates) -> Price:
         image_input=rates.image_input_usd,
         image_output=rates.image_output_usd,
         image=rates.image_usd,
+        characters=rates.characters_usd,
+        audio_hour=rates.audio_hour_usd,
         call=rates.call_usd,
     )

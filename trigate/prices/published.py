@@ -1,6 +1,7 @@
 """Makes the price table (`prices.table`) of the data that genai-prices publishes: a JSON array of providers.
 
-What cannot be told from counts of tokens, calls and images has no price in the table: sound by the hour, pages, videos.
+What cannot be told from counts of tokens, calls, characters and hours of transcribed sound has no price in the table:
+pages, videos, hours of conversation.
 Fees for tools of a provider (web search) are left out, and so is that sound or images from a cache have a rate of their
 own: they cost what text from a cache does.
 """
@@ -26,10 +27,12 @@ _RATES = {
     "output_audio_mtok": "audio_output",
     "input_image_mtok": "image_input",
     "output_image_mtok": "image_output",
+    "input_mchars": "characters",
+    "input_audio_hours": "audio_hour",
     "requests_kcount": "call",
 }
 _NOT_COUNTED = {"web_searches_kcount", "storage_searches_kcount", "cache_audio_read_mtok", "cache_image_read_mtok"}
-_NEEDED = {"input_mtok", "output_mtok", "requests_kcount"}
+_NEEDED = {"input_mtok", "output_mtok", "requests_kcount", "input_mchars", "input_audio_hours"}
 _SIGNS = {"equals": "=", "starts_with": "^", "ends_with": "$", "contains": "*", "regex": "/"}
 _MOST_USD = 10**6
 """More than this, a rate is none."""
@@ -180,11 +183,15 @@ def _tiers(prices: _Rates) -> list[Any] | None:  # Any: JSON
     """Returns the rates by the length of the prompt; None = counts of tokens do not tell the cost."""
     values = {name: value for name, value in prices.items() if value is not None}
     base = values.get("input_mtok")
+    if values.get("audio_hours") == values.get("input_audio_hours"):
+        values.pop("audio_hours", None)
     values = {
         name: value for name, value in values.items() if name in _RATES or (name not in _NOT_COUNTED and value != base)
     }
     if not set(values) <= set(_RATES) or not _NEEDED & set(values):
         return None
+    if "input_audio_hours" in values and {"input_mtok", "output_mtok"} & set(values):
+        return None  # a chat with sound costs both, and no count of tokens tells the hours
     starts = {0} | {tier.start for value in values.values() if isinstance(value, _Tiers) for tier in value.tiers}
     return [
         [start, {_RATES[name]: _rate(value, start, name) for name, value in values.items()}] for start in sorted(starts)

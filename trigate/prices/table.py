@@ -172,6 +172,8 @@ def _price(rates: Mapping[str, int]) -> Price:
         audio_output=rates.get("audio_output"),
         image_input=rates.get("image_input"),
         image_output=rates.get("image_output"),
+        characters=rates.get("characters"),
+        audio_hour=rates.get("audio_hour"),
         call=rates.get("call", 0),
     )
 

@@ -1,4 +1,4 @@
-"""What images cost, and calls in a service tier of their provider."""
+"""What images, speech and transcriptions cost, and calls in a service tier of their provider."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from tests.support.asgi_client import chat
 from tests.support.gateway import OpenApp, Served, make_config
-from tests.support.provider import DONE, Provider, Say, Script, answers, content, event
+from tests.support.provider import DONE, Head, Provider, Say, Script, answers, content, event
 
 BY_IMAGE = {"m": {"image_usd": "0.04"}}
 BY_TOKEN = {"m": {"input_usd": 5, "output_usd": 40, "image_input_usd": 10}}
@@ -123,6 +123,65 @@ async def test_images_are_reserved_in_a_budget(open_app: OpenApp, autojump_clock
             body = {"model": "up/m", "prompt": "a", "n": n}
             assert (await served.client.ask("POST", "/v1/images/generations", body, headers=headers)).status == status
         assert len(provider.calls) == 1
+
+
+# -- sound ------------------------------------------------------------------------------------------------------------
+
+BY_CHARACTER = {"m": {"characters_usd": 15}}
+BY_HOUR = {"m": {"audio_hour_usd": "0.36"}}
+
+
+@pytest.mark.parametrize(
+    ("prices", "cost", "unknown"),
+    [
+        (BY_CHARACTER, 75, []),
+        ({"m": {"input_usd": 1, "output_usd": 10}}, None, ["up/m (characters)"]),
+        ({}, None, ["up/m"]),
+    ],
+)
+async def test_the_cost_of_speech(
+    open_app: OpenApp, autojump_clock: MockClock, prices: Any, cost: int | None, unknown: list[str]
+) -> None:
+    """The characters of the text are counted; the size of the sound tells no tokens, and none are estimated."""
+    script = (Head(200, "audio/mpeg"), Say(b"ID3" * 10_000))
+    async with open_app(make_config(prices=prices), Provider(script)) as served:
+        body = {"model": "up/m", "input": "Grüße", "voice": "a"}
+        assert (await served.client.ask("POST", "/v1/audio/speech", body)).status == 200
+        assert cost_of(served) == (cost, 0, 0, False)
+        assert await unknown_of(served) == unknown
+
+
+async def test_reported_tokens_of_speech(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A stream of speech reports tokens, which then count."""
+    done = event({"type": "speech.audio.done", "usage": {"input_tokens": 5, "output_tokens": 100, "total_tokens": 105}})
+    script = (Say(event({"type": "speech.audio.delta", "audio": "AA"})), Say(done))
+    async with open_app(make_config(prices={"m": {"output_usd": 10}}), Provider(script)) as served:
+        body = {"model": "up/m", "input": "a", "voice": "a", "stream_format": "sse", "stream": True}
+        assert (await served.client.ask("POST", "/v1/audio/speech", body)).status == 200
+        assert cost_of(served) == (1000, 5, 100, False)
+
+
+@pytest.mark.parametrize(
+    ("prices", "answer", "cost", "unknown"),
+    [
+        (BY_HOUR, {"text": "a", "usage": {"type": "duration", "seconds": 9}}, 900, []),
+        (BY_HOUR, {"text": "a", "duration": 8.4704}, 847, []),
+        (BY_HOUR, {"text": "a", "duration": "long"}, None, []),
+        (BY_HOUR, {"text": "a", "usage": {"input_tokens": 14, "output_tokens": 3}}, None, ["up/m (tokens)"]),
+        ({"m": {"input_usd": 6}}, {"text": "a", "usage": {"input_tokens": 14, "output_tokens": 3}}, 84, []),
+        ({"m": {"input_usd": 6}}, {"text": "a", "duration": 8}, None, ["up/m (hours)"]),
+    ],
+)
+@pytest.mark.parametrize("path", ["transcriptions", "translations"])
+async def test_the_cost_of_a_transcription(
+    open_app: OpenApp, autojump_clock: MockClock, path: str, prices: Any, answer: Any, cost: int | None, unknown: Any
+) -> None:
+    """The length of the sound is taken from the answer, unless that has token counts."""
+    async with open_app(make_config(prices=prices), Provider(answers(json.dumps(answer).encode()))) as served:
+        call = await served.client.ask("POST", f"/v1/audio/{path}", PICTURE.replace(b"image", b"file"), headers=FORM)
+        assert (call.status, call.json) == (200, answer)
+        assert cost_of(served)[0] == cost
+        assert await unknown_of(served) == unknown
 
 
 # -- service tiers ----------------------------------------------------------------------------------------------------
