@@ -88,10 +88,10 @@ def _ignore(event: BudgetEvent) -> None:
 
 @attrs.define(eq=False)
 class _Known:
-    """The counters of the calls of one key for one model, and how long they are: budgets change with the day."""
+    """The counters of the calls of one key for one model on one day: budgets change with it."""
 
     counters: tuple[Counter, ...]
-    until_s: float
+    day: int
 
 
 class Quotas:
@@ -146,18 +146,18 @@ class Quotas:
             posix_s: When it began, as in its record.
         """
         known = self._known.get((key, alias))
-        if known is None or known.until_s <= posix_s:
+        if known is None or known.day != posix_s // DAY_S:
             known = self._find(key, alias, posix_s)
         return known.counters
 
     def upstream_counters(self, upstream: str, posix_s: float) -> tuple[Counter, ...]:
         """Returns the counters of an upstream."""
         known = self._upstreams.get(upstream)
-        if known is None or known.until_s <= posix_s:
+        if known is None or known.day != posix_s // DAY_S:
             settings = self._config.upstreams.get(upstream, Allowance())
             day, counters = int(posix_s // DAY_S), []
             counters += self._of(f"upstream:{upstream}", settings, day)
-            known = self._upstreams[upstream] = _Known(tuple(counters), (day + 1) * DAY_S)
+            known = self._upstreams[upstream] = _Known(tuple(counters), day)
         return known.counters
 
     def _find(self, key: Key, alias: str, posix_s: float) -> _Known:
@@ -172,7 +172,7 @@ class Quotas:
         counters += self._of("all", config.allowance, day)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        known = self._known[key, alias] = _Known(tuple(counters), (day + 1) * DAY_S)
+        known = self._known[key, alias] = _Known(tuple(counters), day)
         return known
 
     def _of(self, scope: str, settings: Allowance, day: int) -> list[Counter]:
@@ -218,10 +218,13 @@ class Quotas:
 
     def _change(self, counter: Counter, limit: int) -> None:
         """Follows a limit that has changed: the next call leases of the new one."""
-        spare = counter.give_back(trio.current_time())
-        if spare:
-            self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
-        counter.limit, counter.ask_again_at = limit, -math.inf
+        wish = self._wish(counter)
+        amount = counter.follow(limit, trio.current_time())
+        if amount:
+            self._nursery.start_soon(self._return, counter, wish, amount)
+        # A call that came before a key has changed may bring the former limit. The next one puts it right.
+        self._known.clear()
+        self._upstreams.clear()
 
     def _forget_unused(self) -> None:
         """Gives back the leases that are not in use, and forgets their counters."""
