@@ -13,6 +13,7 @@ from tests.support.gateway import OpenApp, Served, make_config
 from tests.support.logs import Logs
 from tests.support.provider import DONE, Pause, Provider, Say, content, says, usage
 from trigate.config.sections import Config
+from trigate.quotas.counters import Budget
 
 ADA, BOB = "key-of-ada-0123", "key-of-bob-0123"
 ANSWER = (Say(content("Hi")), Say(usage(100, 20)), Say(DONE))
@@ -298,3 +299,86 @@ async def test_the_budget_of_an_upstream(open_app: OpenApp, autojump_clock: Mock
         refused = await ask(served, "", model="a/m").wait()
         assert (refused.status, refused.error["code"]) == (429, "insufficient_quota")
         served.assert_clean()
+
+
+def change(served: Served, config: Config) -> None:
+    """Applies a configuration to the keys and the quotas of a gateway."""
+    served.gateway.keys.apply(config)
+    served.gateway.exchange_services.quotas.apply(config)
+
+
+async def test_lowered_slots(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """What calls in flight give back is not used again, beyond a limit that has been lowered meanwhile."""
+    async with open_app(priced(keys=keys(max_exchanges=3)), Provider((Pause(1), *says("x")))) as served:
+        calls = [ask(served) for _ in range(3)]
+        await wait_all_tasks_blocked()
+        change(served, priced(keys=keys(max_exchanges=1)))
+        assert (await ask(served).wait()).status == 429
+        assert [(await call.wait()).status for call in calls] == [200] * 3
+        await trio.sleep(1)
+        calls = [ask(served) for _ in range(3)]
+        assert sorted([(await call.wait()).status for call in calls]) == [200, 429, 429]
+
+
+async def test_a_lowered_rate(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """It fills at the new limit, after what has been used beyond that."""
+    async with open_app(priced(keys=keys(rpm=60)), Provider(says("x"))) as served:
+        assert {(await ask(served).wait()).status for _ in range(50)} == {200}
+        change(served, priced(keys=keys(rpm=6)))
+        passed = []
+        for _ in range(1000):
+            passed.append((await ask(served).wait()).status)
+            await trio.sleep(1)
+        assert passed.count(200) == pytest.approx((1000 - 440) / 10, abs=2), "44 beyond the limit take 440 s to fill"
+
+
+async def test_a_lowered_budget(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """What a call held and has not cost is not used again."""
+    async with open_app(priced(keys=keys(budget_usd="0.1")), Provider((Pause(1), *ANSWER))) as served:
+        call = ask(served, max_tokens=4000)  # holds 0.04
+        await wait_all_tasks_blocked()
+        change(served, priced(keys=keys(budget_usd="0.0004")))
+        assert (await ask(served).wait()).status == 429
+        assert (await call.wait()).status == 200
+        assert [(await ask(served).wait()).status for _ in range(3)] == [429] * 3, "of 400, 300 are spent"
+        served.assert_clean()
+
+
+async def test_a_call_that_knows_the_former_limit(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A key is found before its request's body is read. So a call may come with a key from before a change; the calls
+    after it follow the change all the same."""
+    async with open_app(priced(keys=keys(max_exchanges=3)), Provider(says("x"))) as served:
+        quotas, find = served.gateway.exchange_services.quotas, served.gateway.keys.find
+        former = find(ADA.encode())
+        change(served, priced(keys=keys(max_exchanges=1)))
+        now = find(ADA.encode())
+        assert former is not None
+        assert now is not None
+        for key, limit in ((now, 1), (former, 3), (now, 1)):
+            [counter] = quotas.limits(key, "m", 0.0).all
+            assert counter.limit == limit
+
+
+async def test_what_began_yesterday(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """A call that ends after midnight counts on the day on which it began, also with its upstream."""
+    async with open_app(priced({"up": {"budgets": {"day": 1}}})) as served:
+        quotas = served.gateway.exchange_services.quotas
+        [yesterday], [today] = [quotas.upstream_limits("up", at).all for at in (86_399.0, 86_400.0)]
+        quotas.spend_at("up", 5, 86_399.0)
+        assert isinstance(yesterday, Budget)
+        assert isinstance(today, Budget)
+        assert (yesterday.settled, today.settled) == (5, 0)
+
+
+async def test_a_call_without_time_left(open_app: OpenApp, autojump_clock: MockClock) -> None:
+    """The upload has taken the time of a call that then needs more of a limit: it is over, as without a limit."""
+    async with open_app(priced(keys=keys(rpm=1)), Provider(says("x"))) as served:
+        body = served.client.encode({"model": "up/m", "messages": [{"role": "user", "content": "Hi"}]})
+        headers = [
+            ("authorization", f"Bearer {ADA}"),
+            ("x-request-timeout", "0.5"),
+            ("content-type", "application/json"),
+        ]
+        call = served.client.start("POST", "/v1/chat/completions", raw=[body[:9], Pause(1), body[9:]], headers=headers)
+        assert ((await call.wait()).status, call.error["code"]) == (504, "upstream_timeout")
+        assert "longer than 0.5 s" in call.error["message"]

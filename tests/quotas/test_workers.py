@@ -202,6 +202,28 @@ async def test_costs_move_from_leases_to_what_is_spent(store: Store) -> None:
     assert (await store.quotas.lease(DAY)).amount == 52
 
 
+async def test_what_a_worker_has_overdrawn_is_not_free(store: Store) -> None:
+    """A call has cost more than its worker had leased: another worker gets what the limit has left, and no more."""
+    await store.quotas.lease(attrs.evolve(DAY, most=10))
+    record = ExchangeRecord(
+        id="ex_1",
+        request_id="r",
+        owner="a",
+        worker="w1",
+        endpoint="/x",
+        model="m",
+        stream=False,
+        started_at=86405.0,
+        outcome="complete",
+        cost=30,
+    )
+    await store.exchanges.put([record.encode()])
+    second = await store.quotas.lease(attrs.evolve(DAY, worker="w2", most=100))
+    assert (second.amount, second.spent, second.others) == (70, 30, 0)
+    first = await store.quotas.lease(DAY)
+    assert (first.amount, first.held) == (20, 0), "it had overdrawn as much"
+
+
 async def test_a_rate_is_leased_with_what_may_be_used_at_once(store: Store) -> None:
     """What a worker has used fills again at its share; what it gives back is there for the others at once."""
     first = await store.quotas.lease(RATE)

@@ -15,10 +15,13 @@ import attrs
 import msgspec
 
 from bench import events
+from tests.simulator import allowances
 
 UPSTREAMS = ("alpha", "beta", "gamma")
 MODELS = ("one", "both", "spread", "race", "kept", "alpha/m-alpha")
 KEYS = {name: f"key-of-{name}-0123456789" for name in ("ada", "bob", "cyd")}
+_CALLS = {"ada": 430, "bob": 140, "cyd": 140}
+"""How many calls a minute are made with a key, about."""
 SPEECH_BYTES = 3000
 KEEP_ALIVE_TIMEOUT_S = 5
 NONSENSE = b"data: {nonsense\n\n"
@@ -44,8 +47,37 @@ def is_plain(seed: int, *what: object) -> bool:
 # -- the configuration ------------------------------------------------------------------------------------------------
 
 
-def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of TOML
-    """A configuration as its file would hold it, with limits low enough to be reached."""
+def configuration(seed: int, number: int, life: int) -> dict[str, Any]:  # Any: a table of TOML
+    """A configuration as its file would hold it, with limits low enough to be reached.
+
+    Args:
+        number: Of the configuration.
+        life: Of the gateway.
+    """
+    tables = _services(seed, number)
+    shape, amounts = rng_for(seed, "budgets", life), rng_for(seed, "allowances", number)
+
+    def limited(calls: float) -> dict[str, Any]:  # Any: a table of TOML
+        return allowances.limits(shape, amounts, calls=calls)
+
+    for name in UPSTREAMS:
+        limits = limited(400)
+        if name in tables["upstreams"]:
+            tables["upstreams"][name] |= limits
+    for model in tables["models"].values():
+        model |= limited(120)
+    tables["keys"] = {name: {"secret": secret, **limited(_CALLS[name])} for name, secret in KEYS.items()}
+    for name in ("ada", "bob"):
+        tables["keys"][name]["group"] = "team"
+    tables["groups"] = {"team": limited(600)}
+    tables["allowance"] = limited(700)
+    tables["prices"] = allowances.prices(shape, [f"{name}/m-{name}" for name in UPSTREAMS])
+    if amounts.random() < 0.2:
+        del tables["keys"]["cyd"]
+    return tables
+
+
+def _services(seed: int, number: int) -> dict[str, Any]:  # Any: as above
     rng, routing = rng_for(seed, "configuration", number), rng_for(seed, "routing", number)
 
     def chance(of: float) -> bool:
@@ -139,7 +171,6 @@ def configuration(seed: int, number: int) -> dict[str, Any]:  # Any: a table of 
         },
         "server": {"drain_timeout_s": round(rng.uniform(0.2, 3.0), 2), "keep_alive_timeout_s": KEEP_ALIVE_TIMEOUT_S},
         "sessions": {"wait_s": one_of(0.5, 5), "history_messages": 6},
-        "keys": KEYS,
     }
 
 
@@ -163,6 +194,7 @@ class Request:
         stalls_bytes: The client stops reading after this many bytes, for ``stalls_s``.
         cancel_after_s: An operator cancels it after this time through ``/status/streams``.
         session: The session whose turn it is; empty = none.
+        max_tokens: The most that its answer may have; None = it does not say.
     """
 
     number: int
@@ -183,6 +215,7 @@ class Request:
     stalls_s: float
     cancel_after_s: float
     session: str
+    max_tokens: int | None
 
     @property
     def wire(self) -> tuple[bytes, bytes]:
@@ -193,6 +226,8 @@ class Request:
         else:
             path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hi"}]
             body["stream"] = self.kind == "stream"
+            if self.max_tokens is not None:
+                body["max_tokens"] = self.max_tokens
         data = msgspec.json.encode(body)
         lines = [
             f"POST /v1/{path} HTTP/1.1",
@@ -213,7 +248,7 @@ class Request:
 
 def request(seed: int, number: int) -> Request:
     """The request with this number."""
-    rng = rng_for(seed, "request", number)
+    rng, most = rng_for(seed, "request", number), rng_for(seed, "most", number)
     fate = rng.random()
     stream = rng.random()
     stalls = 0.18 <= fate < 0.24
@@ -236,6 +271,7 @@ def request(seed: int, number: int) -> Request:
         stalls_s=rng.choice((1.0, 1.2, 1.4, 4.0, 30.0)),
         cancel_after_s=rng.expovariate(1.0) if 0.24 <= fate < 0.26 or (stalls and rng.random() < 0.25) else math.inf,
         session=rng.choice("pqr") if stream < 0.93 and rng.random() < 0.06 else "",
+        max_tokens=most.randint(1, 100) if most.random() < 0.9 else None,
     )
 
 
@@ -319,6 +355,8 @@ def reply(seed: int, upstream: str, asked: Request, number: int, prefix: str, no
     fate = rng.random() * (0.4 if rough else 1.0)
     fault = "" if fate > 0.2 else rng.choice(_BEFORE if fate < 0.09 else _WITHIN)
     script = _Script(rng, asked, f"m-{upstream}", number, prefix, fault)
+    tokens = rng_for(seed, "tokens", asked.number, number)
+    script.tokens = tokens.randint(1, 60), tokens.randint(1, 120)
     script.write()
     return Reply(
         steps=tuple(script.steps),
@@ -339,6 +377,7 @@ class _Script:
         self._remaining = asked.text[len(prefix) :]
         self._fault = fault
         self._chunked = True
+        self.tokens = 0, 0
         self.steps: list[Step] = []
         self.sent_events: list[bytes] = []
         self.whole = False
@@ -438,8 +477,11 @@ class _Script:
             remaining = remaining[size:]
         stream.append(self._chunk({}, "stop"))
         if self._rng.random() < 0.3:
-            usage = b'data: {"id":"%b","model":"%b","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
-            stream.append(usage % (self._name.encode(), self._model.encode()))
+            counts = b"%d" % self.tokens[0], b"%d" % self.tokens[1]
+            usage = (
+                b'data: {"id":"%b","model":"%b","choices":[],"usage":{"prompt_tokens":%b,"completion_tokens":%b}}\n\n'
+            )
+            stream.append(usage % (self._name.encode(), self._model.encode(), *counts))
         return stream
 
     def _stream(self) -> None:
@@ -511,7 +553,7 @@ class _Script:
     def _json(self) -> None:
         rng, fault = self._rng, self._fault
         choice = events.choice(message={"role": "assistant", "content": self._remaining}, finish_reason="stop")
-        body = events.encode(events.completion(choice, events.tokens(3, 5), model=self._model, id=self._name))
+        body = events.encode(events.completion(choice, events.tokens(*self.tokens), model=self._model, id=self._name))
         if fault == "large":
             body = body[:-1] + b',"padding":"%b"}' % (b"x" * 30_000)
         elif fault in ("nonsense", "bad chunk"):

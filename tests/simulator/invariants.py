@@ -17,6 +17,7 @@ import trio
 
 from bench.events import DONE
 from tests.simulator import draws
+from tests.simulator.books import is_counted
 from tests.simulator.clients import Call
 from trigate.errors import codes
 from trigate.exchange.answers import _REST_S
@@ -24,6 +25,7 @@ from trigate.exchange.attempt import Attempt
 from trigate.exchange.exchange import Exchange
 from trigate.exchange.upstream_call import UpstreamCall
 from trigate.gateway.gateway import Gateway
+from trigate.store.memory import MemoryStore
 from trigate.store.records import ExchangeRecord
 from trigate.upstream.generation import Generation
 
@@ -58,6 +60,7 @@ def of_step(world: World, gateway: Gateway) -> Iterator[str]:
         yield from _of_limits(exchange, attempts, now)
     yield from _of_admission(gateway, live)
     yield from _of_upstreams(world, gateway, live)
+    yield from _of_quotas(world, gateway, live)
     wanted = Counter(
         (exchange.id, attempt.target.upstream)
         for exchange, attempts in live.items()
@@ -181,6 +184,18 @@ def _of_upstreams(world: World, gateway: Gateway, live: Live) -> Iterator[str]:
                 yield f"{upstream.transport} of {name}, but {upstream.in_flight} calls use it"
 
 
+def _of_quotas(world: World, gateway: Gateway, live: Live) -> Iterator[str]:
+    """What is held of the limits is what the exchanges in flight, and their attempts, have reserved."""
+    own = {exchange.reservation for exchange in live} - {None}
+    held = {each for each in world.books.open if not each.limits.all[0].scope.startswith("upstream:")}
+    if held != own:
+        yield f"{len(held)} reservations hold something, but {len(own)} exchanges have one"
+    quotas = gateway.exchange_services.quotas
+    for counter in quotas.all_counters():
+        if is_counted(counter) and counter.held != world.books.held(counter):  # type: ignore[attr-defined] # it is
+            yield f"{counter}, but its calls hold {world.books.held(counter)}"
+
+
 def _is_let_go(reply: Any) -> bool:
     """Whether the reply's connection is already closed, while the reply waits for a client that does not read."""
     return reply._source.response._connection is None
@@ -205,6 +220,8 @@ def _of_idle(world: World, gateway: Gateway) -> Iterator[str]:
     for taken in world.open:
         if taken.is_wanted:
             yield f"idle, but {taken.upstream} answers {taken.id}: an orphan"
+    if world.books.open or services.quotas._renewing:
+        yield f"idle, but {len(world.books.open)} reservations and {len(services.quotas._renewing)} leases are open"
     if gateway.sessions.turns:
         yield f"idle, but {gateway.sessions.turns} session turns are running"
     for generation in world.generations:
@@ -228,6 +245,30 @@ def of_ledger(world: World, records: Sequence[ExchangeRecord]) -> Iterator[str]:
     kept = Counter((record.request_id, record.outcome) for record in records)
     if kept != world.settled:
         yield f"settled: {world.settled - kept}, but the ledger has {kept - world.settled}"
+
+
+def of_store(world: World, gateway: Gateway) -> Iterator[str]:
+    """What each scope has spent is what its exchanges have cost, on each day, and no more than its budget."""
+    spent = {(scope, day): amount for scope, day, amount in _rows(gateway, "SELECT scope, day, amount FROM spent")}
+    noted = {each: amount for each, amount in world.books.spent.items() if amount}
+    if spent != noted:
+        yield f"the store has {spent} as spent, but the calls have cost {noted}"
+    recorded = _rows(gateway, "SELECT request_id, cost FROM exchanges")
+    if dict(recorded) != world.books.costs:
+        yield f"the ledger has the costs {recorded}, but the calls have cost {world.books.costs}"
+
+
+def of_closed_store(gateway: Gateway) -> Iterator[str]:
+    """A gateway that has ended has given all its leases back."""
+    left = "SELECT name, amount FROM leases WHERE amount > 0 AND name NOT LIKE '%/rpm' AND name NOT LIKE '%/tpm'"
+    if leases := _rows(gateway, left):
+        yield f"closed, but {leases} are leased"
+
+
+def _rows(gateway: Gateway, query: str) -> list[tuple[Any, ...]]:
+    store = gateway.store
+    assert isinstance(store, MemoryStore)
+    return list(store._db.execute(query)) if store._db is not None else []
 
 
 def of_end(world: World) -> Iterator[str]:
@@ -284,6 +325,10 @@ def _may_lack_its_end(world: World, call: Call) -> bool:
     if world.broken_off or call.stalled:
         return True
     if not call.entered:
+        if call.before is not None and not call.before.sent_at <= call.before.returned_at:
+            return (
+                True  # the request before was refused before its body had arrived, and the server did not wait for it
+            )
         idle_since = call.before.returned_at if call.before is not None else math.inf
         return world.stopping or call.begun_at + _EPSILON_S > idle_since + draws.KEEP_ALIVE_TIMEOUT_S
     # Audio cannot carry an error event, so the client's only sign of an error is a truncated response.
@@ -397,8 +442,9 @@ def _of_stream(world: World, call: Call) -> Iterator[str]:
 def _of_bytes(call: Call, got: bytes, *, done: bool) -> Iterator[str]:
     """A stream from one provider contains that provider's bytes, unchanged."""
     name = _NAME.search(got)
-    if name is None:
-        if got:
+    if name is None:  # the client disconnected within the first event
+        sent = [_public(call, upstream, reply.body) for upstream, reply in call.replies]
+        if got and (done or not any(body.startswith(got) for body in sent)):
             yield f"no provider sent {got!r}"
         return
     upstream, reply = call.replies[int(name[2])]

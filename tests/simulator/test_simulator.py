@@ -37,11 +37,15 @@ from trigate.gateway.drain import Drain
 from trigate.ledger.ledger import Ledger
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
+from trigate.quotas import counters as quota_counters
+from trigate.quotas.counters import Budget, Rate, Slots
+from trigate.quotas.service import Quotas
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
 from trigate.server import shutdown
 from trigate.server.client_stream import ClientStream
 from trigate.server.connection import Service
+from trigate.store.records import ExchangeRecord
 from trigate.upstream.generation import Generation
 from trigate.upstream.pool import ConnectionPool, Opening
 
@@ -58,6 +62,7 @@ ALWAYS = {
 OUTCOMES = ALWAYS | {
     *("finished", "client_stalled", "stream_cancelled", "overloaded", "rate_limited"),
     *("upstream_throttled", "upstream_rejected", "upstream_error"),
+    *("rate_limit_exceeded", "tokens_exceeded", "concurrency_exceeded", "insufficient_quota"),
 }
 
 
@@ -74,10 +79,11 @@ def test_a_short_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_thousands_of_requests() -> None:
-    """Every reason for an attempt and every outcome of a call occurs."""
+@pytest.mark.parametrize("seed", range(4, 14) if FULL else [4])
+def test_thousands_of_requests(seed: int) -> None:
+    """Every reason for an attempt and every outcome of a call occurs. At full size these are 100 000 requests."""
     requests = 10_000 if FULL else 2_000
-    report = simulate(4, requests)
+    report = simulate(seed, requests)
     assert report.asked + report.turned_away == requests
     assert report.whys.keys() == {"first", "failover", "retry", "hedge", "continue"}
     assert OUTCOMES <= report.outcomes.keys() <= OUTCOMES | codes()
@@ -267,6 +273,38 @@ def skip_wait(wait_gone: Any) -> Any:
     return replacement
 
 
+def keep_lease(follow: Any) -> Any:
+    """A limit that is lowered leaves the lease as it was."""
+
+    def replacement(self: quota_counters.Counter, limit: int, now: float) -> int:
+        self.limit = limit
+        return 0
+
+    return replacement
+
+
+def overfill(available: Any) -> Any:
+    """A rate has more than it has."""
+    return lambda self, now: available(self, now) + 20
+
+
+def book_half(settle: Any) -> Any:
+    """A call counts in its budgets as less than it has cost."""
+    return lambda self, held, used, now: settle(self, held, used // 2, now)
+
+
+def store_no_cost(encode: Any) -> Any:
+    """A record is stored without its cost."""
+
+    def replacement(self: ExchangeRecord) -> bytes:
+        cost, self.cost = self.cost, 0
+        encoded: bytes = encode(self)
+        self.cost = cost
+        return encoded
+
+    return replacement
+
+
 def ignore_limits(look: Any) -> Any:
     """No time limit is enforced."""
     return lambda self, now: [now + 1.0]
@@ -324,6 +362,19 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         skip_calls(Plan, "end", lambda self, step, now, *, judged=True, **more: not judged),
         "have not ended",
     ),
+    "a reservation is not settled": (
+        skip_calls(Slots, "settle", lambda self, *rest: bool(sometimes_leaked)),
+        "but its calls hold",
+    ),
+    "a reservation holds nothing": (skip_calls(Slots, "hold", lambda self, amount: True), "but its calls hold"),
+    "a rate lets too much through": (replace(Rate, "available", overfill), "rpm is exceeded|tpm is exceeded"),
+    "a lowered limit is not followed": (replace(quota_counters.Counter, "follow", keep_lease), "is exceeded"),
+    "a budget counts too little": (replace(Budget, "settle", book_half), "is exceeded"),
+    "a cost is not stored": (
+        replace(ExchangeRecord, "encode", store_no_cost),
+        "the store has",
+    ),
+    "a lease is not given back": (skip_calls(Quotas, "close", lambda self: True), "are leased"),
     "a generation is kept": (
         skip_calls(Generation, "let_go", lambda self: bool(sometimes_leaked)),
         "hold a generation",
@@ -344,6 +395,8 @@ SLOW = {
         "a probe is not ended",
         "an attempt is not ended",
     ),
+    *("a rate lets too much through", "a lowered limit is not followed", "a budget counts too little"),
+    *("a lease is not given back", "a cost is not stored"),
     *("a generation is kept", "a drain does not cancel", "an event is sent twice"),
     *("clients are not notified of a hot restart", "a hot restart leaves no time"),
     *("a stalled client is kept", "a superseded attempt continues", "a probe is forgotten"),

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,8 @@ import trio
 import trio._core._run as scheduler
 from trio.testing import MockClock
 
-from tests.simulator import draws, invariants, provider
+from tests.simulator import allowances, draws, invariants, provider
+from tests.simulator.books import Books, watched
 from tests.simulator.clients import Call, run_client
 from tests.simulator.pipes import End, SocketEnd, pair, socket_pair
 from trigate.asgi.application import create_app
@@ -125,9 +127,14 @@ def simulate(seed: int, requests: int) -> Report:
         Violation: An invariant does not hold.
     """
     world = World(seed, requests)
+    clock = MockClock(autojump_threshold=0)
     try:
-        with _deterministic(seed), _listening(world):
-            trio.run(world.run, clock=MockClock(autojump_threshold=0), instruments=[_Steps(world)])
+        with (
+            _deterministic(seed, lambda: world.epoch_s + clock.current_time()),
+            _listening(world),
+            watched(lambda: world.books),
+        ):
+            trio.run(world.run, clock=clock, instruments=[_Steps(world)])
     except Exception as error:
         if world.violation is None:
             raise world.as_violation(f"it crashed: {error!r}") from error
@@ -137,15 +144,18 @@ def simulate(seed: int, requests: int) -> Report:
 
 
 @contextlib.contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    """Makes Trio's task order follow from the seed: runnable tasks run in a shuffled order, as under Hypothesis."""
+def _deterministic(seed: int, posix_s: Callable[[], float]) -> Iterator[None]:
+    """Makes Trio's task order follow from the seed: runnable tasks run in a shuffled order, as under Hypothesis. The
+    time of day is virtual as well."""
     before, state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc] # as trio's own switch for it does
     scheduler._r.seed(f"{seed}/order")
     close_s, poller.CLOSE_S = poller.CLOSE_S, 0.0  # the poller reads the real clock only for this
+    real, time.time = time.time, posix_s
     try:
         yield
     finally:
+        time.time = real
         poller.CLOSE_S = close_s
         scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before  # type: ignore[misc] # as above
         scheduler._r.setstate(state)
@@ -199,6 +209,8 @@ class World:
         self._queued: dict[str, Call] = {}
         self.accepted: list[Callable[[], bool]] = []
         self.settled: Counter[tuple[str, str]] = Counter()
+        self.books = Books(self.violate)
+        self.epoch_s = 0.0
         self.broken_off = False
         self.succeeded_at = self.moved_by = math.inf
         self.nursery: trio.Nursery
@@ -246,6 +258,7 @@ class World:
                 if each is gateway.generations.current or not invariants.is_closed(each)
             ]
         self._note_queue(gateway)
+        self.books.follow(gateway.exchange_services.quotas.all_counters())
         for what in invariants.of_step(self, gateway):
             self.violate(what)
 
@@ -412,6 +425,8 @@ class World:
             call = self.calls[exchange.id]
             was_live = exchange in gateway.live
             settle(exchange)
+            assert exchange.record is not None, "it has begun"
+            self.books.recorded(exchange.record)
             self.settled[exchange.id, str(exchange.outcome)] += 1
             if was_live or call.settled:
                 call.settled += 1
@@ -426,7 +441,7 @@ class World:
     # -- the life of the gateways -------------------------------------------------------------------------------------
 
     def _configuration(self) -> Config:
-        tables = draws.configuration(self.seed, self._configurations)
+        tables = draws.configuration(self.seed, self._configurations, self._lives)
         return configuration.structure(tables, env={}, source="simulator")
 
     async def run(self) -> None:
@@ -452,6 +467,9 @@ class World:
         self.broken_off = False
         self.succeeded_at = self.moved_by = math.inf
         self.settled = Counter()
+        self.books = Books(self.violate)
+        start = allowances.starts_at(draws.rng_for(self.seed, "start", self._lives))
+        self.epoch_s = start - trio.current_time()
         self.lines, self.generations, self.accepted, self._queued = [], [], [], {}
         self.calls = {}
         app = create_app(
@@ -476,7 +494,11 @@ class World:
                 self.check()
                 for what in invariants.of_ledger(self, await gateway.ledger.list(limit=self.requests + 1)):
                     self.violate(what)
+                for what in invariants.of_store(self, gateway):
+                    self.violate(what)
                 self._gateway = None
+            for what in invariants.of_closed_store(gateway):
+                self.violate(what)
             for what in invariants.of_end(self):
                 self.violate(what)
             self.nursery.cancel_scope.cancel()

@@ -42,13 +42,13 @@ async def hold(state: ExchangeState, amounts: Amounts, quotas: Quotas) -> None:
 
     Raises:
         LimitReached, StoreUnavailable: As `Quotas.reserve`.
-        GatewayError: The exchange was cancelled.
+        GatewayError: The exchange was cancelled, or has no time left.
     """
-    left_s = state.deadline_at - trio.current_time()
+    left_s = max(0.0, state.deadline_at - trio.current_time())  # the wait for a session's turn may have taken it all
     with state.waiting_in_queue(left_s, lambda: None):
         state.reservation = await quotas.reserve(state.limits, amounts)
     if state.reservation is None:
-        raise call_timed_out(left_s)
+        raise call_timed_out(state.allowed_s)
 
 
 def settle(state: ExchangeState, quotas: Quotas) -> None:

@@ -86,6 +86,24 @@ class Counter:
         self._shrink(spare)
         return spare
 
+    def follow(self, limit: int, now: float) -> int:
+        """Follows a limit that has changed; returns what it takes from the lease.
+
+        That is what is not in use, and of a lower limit also the part of the rest that is beyond it. The lease is then
+        overdrawn, until calls have ended: what they give back is not used again.
+        """
+        amount = self.give_back(now)
+        if limit < self.limit:
+            beyond = self._beyond(limit)
+            self._shrink(beyond)
+            amount += beyond
+        self.limit, self.ask_again_at = limit, -math.inf
+        return amount
+
+    def _beyond(self, limit: int) -> int:
+        """How much of a lease that is all in use is beyond a lower limit, so that all workers together keep to it."""
+        raise NotImplementedError
+
     def _shrink(self, amount: int) -> None:
         raise NotImplementedError
 
@@ -130,6 +148,9 @@ class Rate(Counter):
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.level = self.available(now) + tokens
         self.share += amount
+
+    def _beyond(self, limit: int) -> int:
+        return self.share - self.share * limit // self.limit
 
     def _shrink(self, amount: int) -> None:
         self.share -= amount
@@ -176,6 +197,9 @@ class Slots(Counter):
 
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.granted += amount
+
+    def _beyond(self, limit: int) -> int:
+        return self.granted - self.granted * limit // self.limit
 
     def _shrink(self, amount: int) -> None:
         self.granted -= amount
@@ -229,6 +253,9 @@ class Budget(Counter):
 
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.granted += amount
+
+    def _beyond(self, limit: int) -> int:
+        return self.held
 
     def _shrink(self, amount: int) -> None:
         self.granted -= amount

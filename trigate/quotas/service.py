@@ -89,10 +89,10 @@ def _ignore(event: BudgetEvent) -> None:
 
 @attrs.define(eq=False)
 class _Known:
-    """The limits of the calls of one key for one model, and how long they are: budgets change with the day."""
+    """The limits of the calls of one key for one model on one day: budgets change with it."""
 
     limits: Limits
-    until_s: float
+    day: int
 
 
 class Quotas:
@@ -147,18 +147,18 @@ class Quotas:
             posix_s: When it began, as in its record.
         """
         known = self._known.get((key, alias))
-        if known is None or known.until_s <= posix_s:
+        if known is None or known.day != posix_s // DAY_S:
             known = self._find(key, alias, posix_s)
         return known.limits
 
     def upstream_limits(self, upstream: str, posix_s: float) -> Limits:
         """Returns the limits of an upstream."""
         known = self._upstreams.get(upstream)
-        if known is None or known.until_s <= posix_s:
+        if known is None or known.day != posix_s // DAY_S:
             settings = self._config.upstreams.get(upstream, Allowance())
             day = int(posix_s // DAY_S)
             limits = Limits.of(self._of(f"upstream:{upstream}", settings, day))
-            known = self._upstreams[upstream] = _Known(limits, (day + 1) * DAY_S)
+            known = self._upstreams[upstream] = _Known(limits, day)
         return known.limits
 
     def _find(self, key: Key, alias: str, posix_s: float) -> _Known:
@@ -173,7 +173,7 @@ class Quotas:
         counters += self._of("all", config.allowance, day)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        known = self._known[key, alias] = _Known(Limits.of(counters), (day + 1) * DAY_S)
+        known = self._known[key, alias] = _Known(Limits.of(counters), day)
         return known
 
     def _of(self, scope: str, settings: Allowance, day: int) -> list[Counter]:
@@ -219,10 +219,13 @@ class Quotas:
 
     def _change(self, counter: Counter, limit: int) -> None:
         """Follows a limit that has changed: the next call leases of the new one."""
-        spare = counter.give_back(trio.current_time())
-        if spare:
-            self._nursery.start_soon(self._return, counter, self._wish(counter), spare)
-        counter.limit, counter.ask_again_at = limit, -math.inf
+        wish = self._wish(counter)
+        amount = counter.follow(limit, trio.current_time())
+        if amount:
+            self._nursery.start_soon(self._return, counter, wish, amount)
+        # A call that came before a key has changed may bring the former limit. The next one puts it right.
+        self._known.clear()
+        self._upstreams.clear()
 
     def _forget_unused(self) -> None:
         """Gives back the leases that are not in use, and forgets their counters."""

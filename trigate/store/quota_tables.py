@@ -98,13 +98,14 @@ class QuotaTables:
         self._db.execute("DELETE FROM leases WHERE worker = ?", (worker,))
 
     def _leased(self, wish: LeaseWish) -> tuple[int, int]:
-        """Returns what the worker has, and what all others have."""
+        """Returns what the worker has, and what all others have. A worker whose calls have cost more than it had has
+        less than nothing, until it leases again: what they have cost is spent, and nothing of it is for others."""
         held = others = 0
         for worker, amount in self._db.execute("SELECT worker, amount FROM leases WHERE name = ?", (wish.name,)):
             if worker == wish.worker:
                 held = amount
             else:
-                others += amount
+                others += max(0, amount)
         return held, others
 
     def _add(self, wish: LeaseWish, amount: int) -> None:
