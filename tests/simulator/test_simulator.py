@@ -38,7 +38,7 @@ from trigate.ledger.ledger import Ledger
 from trigate.openai.request import Call
 from trigate.openai.stream import StreamReader
 from trigate.quotas import counters as quota_counters
-from trigate.quotas.counters import Budget, Rate, Slots
+from trigate.quotas.counters import Amounts, Limits, Rate, Reservation
 from trigate.quotas.service import Quotas
 from trigate.routing.circuit_breaker import Breaker
 from trigate.routing.plan import Plan
@@ -290,7 +290,30 @@ def overfill(available: Any) -> Any:
 
 def book_half(settle: Any) -> Any:
     """A call counts in its budgets as less than it has cost."""
-    return lambda self, held, used, now: settle(self, held, used // 2, now)
+    return lambda self, used, now: settle(self, used._replace(cost=used.cost // 2), now)
+
+
+def keep_slots(settle: Any) -> Any:
+    """A call that has ended sometimes counts as one in flight."""
+
+    def replacement(self: Reservation, used: Amounts, now: float) -> None:
+        settle(self, used, now)
+        for slots in self.limits.slots if sometimes_leaked else ():
+            slots.held += 1
+
+    return replacement
+
+
+def hold_no_slots(hold: Any) -> Any:
+    """A call does not count as one in flight."""
+
+    def replacement(self: Limits, amounts: Amounts) -> Reservation:
+        reservation: Reservation = hold(self, amounts)
+        for slots in self.slots:
+            slots.held -= amounts.calls
+        return reservation
+
+    return replacement
 
 
 def store_no_cost(encode: Any) -> Any:
@@ -362,14 +385,11 @@ PLANTED: dict[str, tuple[Patch, str]] = {
         skip_calls(Plan, "end", lambda self, step, now, *, judged=True, **more: not judged),
         "have not ended",
     ),
-    "a reservation is not settled": (
-        skip_calls(Slots, "settle", lambda self, *rest: bool(sometimes_leaked)),
-        "but its calls hold",
-    ),
-    "a reservation holds nothing": (skip_calls(Slots, "hold", lambda self, amount: True), "but its calls hold"),
+    "a slot is not settled": (replace(Reservation, "settle", keep_slots), "but its calls hold"),
+    "a slot is not held": (replace(Limits, "hold", hold_no_slots), "but its calls hold"),
     "a rate lets too much through": (replace(Rate, "available", overfill), "rpm is exceeded|tpm is exceeded"),
     "a lowered limit is not followed": (replace(quota_counters.Counter, "follow", keep_lease), "is exceeded"),
-    "a budget counts too little": (replace(Budget, "settle", book_half), "is exceeded"),
+    "a budget counts too little": (replace(Reservation, "settle", book_half), "is exceeded"),
     "a cost is not stored": (
         replace(ExchangeRecord, "encode", store_no_cost),
         "the store has",
