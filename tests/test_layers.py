@@ -37,7 +37,7 @@ ROWS = (
     ("store",),
     ("dialects", "prices"),
     ("openai",),
-    ("server",),
+    ("server", "tracing"),
     ("concurrency",),
     ("config",),
     ("content_coding", "metrics", "signatures"),
@@ -53,6 +53,7 @@ PURE = (
     *("server.request_head", "server.request_parser", "server.response_head", "upstream.public_addresses"),
     *("upstream.no_proxy",),
     *("exchange.call_key", "exchange.affinity_key", "sessions.compose", "webhooks.payload"),
+    *("exchange.semantic_conventions", "tracing.context", "tracing.span"),
     *("cli.status_view", "status.schema"),
     *("channels.message_split", "channels.slack.messages", "channels.telegram.messages"),
 )

@@ -85,6 +85,7 @@ async def test_status_of_a_gateway_at_work(open_app: OpenApp, autojump_clock: Mo
             "streams",
             "totals",
             "prices",
+            "tracing",
         ]
         up, bad, off = status["upstreams"]
         assert set(up) == set(bad) == set(off)

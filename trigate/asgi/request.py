@@ -29,6 +29,7 @@ _UNIQUE = (
 _FORWARDED = {
     b"openai-beta": "openai-beta",
     b"idempotency-key": "idempotency-key",
+    b"baggage": "baggage",
     b"traceparent": "traceparent",
     b"tracestate": "tracestate",
 }
@@ -188,11 +189,23 @@ class RequestHead:
             for key, name in _FORWARDED.items()
             if key in self.headers and self.headers[key].isascii()
         }
+        if len(self.headers) != len(self._fields):
+            self._join_trace(found)
         if endpoint.format == "anthropic":
             for key in self.headers:
                 if key.startswith(b"anthropic-") and self.joined(key).isascii():
                     found[key.decode()] = self.joined(key).decode()
         return found
+
+    def _join_trace(self, found: dict[str, str]) -> None:
+        """Corrects the headers of a trace that occur more than once: two are lists, and the third is not valid then."""
+        repeated = self.repeated
+        for name in (b"tracestate", b"baggage"):
+            if name in repeated and (value := self.joined(name)).isascii():
+                found[name.decode()] = value.decode()
+        if b"traceparent" in repeated:
+            found.pop("traceparent", None)
+            found.pop("tracestate", None)
 
 
 def _seconds(given: bytes) -> float | None:

@@ -126,6 +126,10 @@ def _head(status: Status, streams: StreamList) -> Iterable[Cell]:
     if ledger is not None and (ledger.error is not None or ledger.dropped):
         text = f"ledger: {_name(ledger.state)}" + (f", {ledger.dropped} records dropped" if ledger.dropped else "")
         yield attrs.evolve(_with_problem(text, ledger.error), tone="warning")
+    tracing = status.tracing
+    if tracing.error is not None or tracing.dropped:
+        text = f"traces: {_name(tracing.state)}" + (f", {tracing.dropped} spans dropped" if tracing.dropped else "")
+        yield attrs.evolve(_with_problem(text, tracing.error), tone="warning")
     if len(status.workers) > 1:
         workers = (
             f"{worker.pid}: {worker.live} live, up {worker.uptime_s:.0f} s"

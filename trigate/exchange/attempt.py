@@ -57,6 +57,7 @@ class Attempt:
         is_superseded: Another attempt had content first.
         is_delivered: The sink has the whole answer.
         failed_with: The error with which its scope was cancelled.
+        span_id: Of its span in the trace of the call; None = it has sent none.
     """
 
     step: Step
@@ -90,6 +91,7 @@ class Attempt:
     task: trio.lowlevel.Task = attrs.field(factory=trio.lowlevel.current_task)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     failed_with: GatewayError | None = None
+    span_id: str | None = None
 
     async def run(
         self, upstream: Upstream, opening: AbstractAsyncContextManager[Reply], answer: Answer, sink: Sink

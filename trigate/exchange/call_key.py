@@ -28,7 +28,7 @@ MAX_JSON_BYTES = 64 * 1024
 """Up to this size, bodies are compared as JSON."""
 
 _UNORDERED_FIELDS = ("messages", "input")
-_PER_REQUEST_HEADERS = ("x-request-id", "traceparent", "tracestate")
+_PER_REQUEST_HEADERS = ("x-request-id", "traceparent", "tracestate", "baggage")
 
 _DETERMINISTIC_PATHS = ("/embeddings", "/moderations")
 """Endpoints whose answers are deterministic, whatever their parameters are."""

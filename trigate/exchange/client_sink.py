@@ -99,7 +99,8 @@ class ClientSink:
 
     def _note_commit(self) -> None:
         state = self._state
-        self._client.headers += answer_headers(state, trio.current_time())
+        now = state.committed_at = trio.current_time()
+        self._client.headers += answer_headers(state, now)
         state.first_byte_deadline = math.inf
         if state.source is not None:
             state.source.note_committed()

@@ -9,12 +9,14 @@ import attrs
 from trigate.concurrency.notify import RepeatedEvent
 from trigate.errors import Draining, GatewayError
 from trigate.exchange.call_metrics import CallMetrics
+from trigate.exchange.exchange_span import begin_trace, record_exchange
 from trigate.exchange.outcome import Outcome
 from trigate.exchange.record import complete_record
 from trigate.exchange.state import ExchangeState
 from trigate.keys.errors import KeyRevoked
 from trigate.ledger.content_log import ContentLog
 from trigate.ledger.ledger import Ledger
+from trigate.tracing.tracer import Tracer
 
 
 @attrs.define
@@ -51,6 +53,7 @@ class LiveExchanges:
         metrics: The same for Prometheus, in more detail.
         is_draining: New exchanges are refused.
         revoked_keys: The ids of the keys whose exchanges are refused.
+        tracer: Takes the spans of exchanges; None = they are not traced.
     """
 
     def __init__(self, ledger: Ledger, contents: ContentLog) -> None:
@@ -62,6 +65,7 @@ class LiveExchanges:
         self.metrics = CallMetrics()
         self.is_draining = False
         self.revoked_keys: Container[str] = ()
+        self.tracer: Tracer | None = None
 
     def __repr__(self) -> str:
         return f"<LiveExchanges {len(self)} live of {self.totals.exchanges}>"
@@ -88,6 +92,8 @@ class LiveExchanges:
             model=call.model,
             stream=call.stream,
         )
+        if self.tracer is not None:
+            begin_trace(request, self.tracer)
         if request.key.is_gone or request.key.id in self.revoked_keys:
             raise KeyRevoked
         if self.is_draining:
@@ -112,6 +118,8 @@ class LiveExchanges:
         if exchange.content is not None:
             self._contents.add(record, exchange.request.call.body, exchange.content)
         self.metrics.count(exchange, record)
+        if exchange.request.trace is not None:
+            record_exchange(exchange, record)
         totals = self.totals
         totals.exchanges += 1
         totals.events += record.events

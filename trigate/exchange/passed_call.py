@@ -19,6 +19,7 @@ import trio
 from trigate.errors import GatewayError, ProtocolViolation, Unavailable, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, StreamAnswer, headers_of
 from trigate.exchange.attempt import Answer, Attempt
+from trigate.exchange.attempt_headers import attempt_headers
 from trigate.exchange.outcome import Phase
 from trigate.exchange.request import PassThrough
 from trigate.exchange.sink import Sink
@@ -51,9 +52,8 @@ class PassedCall(UpstreamCall):
     def _open(
         self, attempt: Attempt, upstream: Upstream, translation: Translation
     ) -> AbstractAsyncContextManager[Reply]:
-        passed, model, headers = self.passed, attempt.target.model, self.request.headers
-        if self.deadline_at < math.inf:
-            headers = {**headers, "x-request-timeout": f"{max(0.001, self.deadline_at - attempt.started_at):.3f}"}
+        passed, model = self.passed, attempt.target.model
+        headers = attempt_headers(self.request, attempt, self.request.headers, over_at=self.deadline_at)
         if passed.socket is not None:
             return upstream.open_websocket(
                 passed.path_for(model),

@@ -18,6 +18,7 @@ from trigate.openai.answer import Usage
 from trigate.openai.request import Call
 from trigate.prices.prices import Prices
 from trigate.routing.routes import Target
+from trigate.tracing.tracer import Trace
 from trigate.upstream.generation import Generation, Route
 from trigate.upstream.request_stream import RequestStream
 
@@ -67,6 +68,7 @@ class ExchangeRequest:
         note: Takes the target and the next bytes of the answer, until it returns True: it has found the
             id under which the upstream keeps the answer. None = the upstream does not keep it.
         passed: What is passed through. Its call has no body then, only a path and perhaps a model.
+        trace: Its place in a trace, which it gets when its exchange begins; None = it is not traced.
         model: The settings of the model id in the call.
     """
 
@@ -82,6 +84,7 @@ class ExchangeRequest:
     upstream: str | None = None
     note: Callable[[Target | None, bytes], bool] | None = None
     passed: PassThrough | None = None
+    trace: Trace | None = None
     model: ModelConfig = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:

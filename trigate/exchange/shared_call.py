@@ -31,6 +31,7 @@ import trio
 from trigate.concurrency.notify import RepeatedEvent, open_service
 from trigate.errors import Draining, GatewayError, Header, Internal, TooSlow
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.attempt_spans import record_attempts
 from trigate.exchange.outcome import Phase
 from trigate.exchange.request import ExchangeRequest
 from trigate.exchange.sink import Sink
@@ -165,6 +166,7 @@ class SharedCall:
         finally:
             watchdog.stop()
             self._request.generation.let_go()
+            record_attempts(call)
             self._close(error)
 
     def _check_limits(self, now: float) -> list[float]:

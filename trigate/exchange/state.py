@@ -41,6 +41,7 @@ class ExchangeState:
         is_finishing: The client has disconnected, and the answer is received to its end all the same.
         admitted_at: When it got its admission slot, if it had to wait for it (Trio time).
         overhead_s: The gateway's own share of the time to the head of the answer; None = there was no head.
+        committed_at: When the status line went out (Trio time); None = it has not.
         left_at: When its client disconnected (Trio time); None = it has not.
         record: Its record in the ledger, completed when it has ended; None = it has not begun.
         content: Notes its answer for the log of contents; None = it is not logged.
@@ -62,6 +63,7 @@ class ExchangeState:
     is_finishing: bool = False
     admitted_at: float = -math.inf
     overhead_s: float | None = None
+    committed_at: float | None = None
     left_at: float | None = None
     record: ExchangeRecord | None = None
     content: AnswerContent | None = None

@@ -24,6 +24,7 @@ from trigate.dialects.translated_call import TranslatedCall
 from trigate.errors import GatewayError, UpstreamTimeout
 from trigate.exchange.answers import BinaryAnswer, JsonAnswer, StreamAnswer
 from trigate.exchange.attempt import Answer, Attempt, UpstreamClock
+from trigate.exchange.attempt_headers import attempt_headers
 from trigate.exchange.attempt_log import log_end
 from trigate.exchange.continuation import NEW_STREAM, Continuation, may_be_continued
 from trigate.exchange.deadlines import attempt_limits
@@ -309,9 +310,7 @@ class UpstreamCall:
         if self._continuation.text:
             call = call.continued_from(self._continuation.text)
         over_at = min(self.deadline_at, self.started_at + self.route.timeouts[attempt.target.upstream].total_s)
-        if over_at < math.inf:
-            left_s = max(0.001, over_at - attempt.started_at)
-            headers = {**headers, "x-request-timeout": f"{left_s:.3f}"}
+        headers = attempt_headers(request, attempt, headers, over_at=over_at)
         model = attempt.target.model
         path, body, attempt.dropped = encoded(translation, call, model, upstream)
         return upstream.open(

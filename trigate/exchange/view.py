@@ -9,6 +9,7 @@ import math
 
 from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.exchange_span import trace_id_of
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
@@ -79,10 +80,15 @@ def log_line(state: ExchangeState, now: float) -> dict[str, object]:
         "target": record.target,
         "stream": record.stream,
         "outcome": str(record.outcome),  # an enum would be logged with its name
+        "status": record.status,
         "duration_s": round(now - state.started_at, 4),
         "bytes": record.bytes,
         "attempts": attempts,
     }
+    if record.owner:
+        line["key"] = record.owner
+    if (trace_id := trace_id_of(state.request)) is not None:
+        line["trace_id"] = trace_id
     if attempts > 1:
         line["tried"] = [f"{attempt.target} {attempt.outcome or attempt.phase}" for attempt in state.attempts]
     if record.stream:

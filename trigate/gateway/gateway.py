@@ -52,6 +52,7 @@ from trigate.status.worker_metrics import WorkerMetrics
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.store.retention import keep_pruned
+from trigate.tracing.tracer import open_tracer
 from trigate.upstream.factory import TransportFactory, http_transport
 from trigate.upstream.generation import Generation, Generations, open_generation
 from trigate.webhooks.alerts import Alerts
@@ -140,6 +141,7 @@ async def open_gateway(
         open_ledger(store, worker=workers.id) as ledger,
         open_content_log() as contents,
         open_quotas(store, workers) as quotas,
+        open_tracer(environ, worker=workers.id) as tracing,
         open_service(admission.run) as background,
         open_prompt_counts() as prompt_counts,
     ):
@@ -158,6 +160,7 @@ async def open_gateway(
         )
         sessions = Sessions(store, workers)
         live = LiveExchanges(ledger, contents)
+        live.tracer = tracing.tracer
         live.revoked_keys, keys.on_revoked = keys.revoked, live.cancel_key
         # Shared calls, runs and channels have exchanges, so they close before the generations do. The runs service
         # adopts the runs of exited workers, so it opens before this worker joins the others (`_use_store`).
@@ -230,6 +233,7 @@ async def open_gateway(
                     admission=admission,
                     targets=targets,
                     ledger=ledger,
+                    tracing=tracing,
                     workers=workers,
                     store=store,
                     channels=channels,

@@ -5,7 +5,7 @@ last reported them. Where the workers disagree, the rules are:
 
 * an upstream has the best state that a worker knows (`_UPSTREAM_STATES`);
 * a channel has the state that the worker which holds it sees, else the latest change (`_seen_by_workers`);
-* the ledger has the worst state;
+* the ledger and the export of traces have the worst state;
 * counters are summed.
 """
 
@@ -24,6 +24,7 @@ from trigate.ledger.ledger import LedgerStatistics
 from trigate.status import schema
 from trigate.status.snapshot import MAX_STREAMS, MAX_TARGETS, MAX_UNKNOWN, Part
 from trigate.store.records import ChannelRecord, SessionCounts
+from trigate.tracing.tracer import TracingStatistics
 from trigate.upstream.upstream import UpstreamStatistics
 from trigate.version import __version__
 
@@ -96,6 +97,7 @@ def merge(reports: Iterable[Report], counts: StoreCounts, store: schema.StoreSta
         streams=_streams(reports),
         totals=_totals([part.totals for part in parts]),
         prices=_prices([part.prices for part in parts]),
+        tracing=_tracing([part.tracing for part in parts]),
     )
 
 
@@ -124,6 +126,17 @@ def _ledger(ledgers: Sequence[LedgerStatistics]) -> schema.LedgerStatus:
         lost=sum(ledger.lost for ledger in ledgers),
         dropped=sum(ledger.dropped for ledger in ledgers),
         error=next((ledger.error for ledger in ledgers if ledger.error is not None), None),
+    )
+
+
+def _tracing(workers: Sequence[TracingStatistics]) -> schema.TracingStatus:
+    worst = max(workers, key=lambda worker: ("off", "ok", "failing", "unavailable").index(worker.state))
+    return schema.TracingStatus(
+        state=worst.state,
+        exported=sum(worker.exported for worker in workers),
+        dropped=sum(worker.dropped for worker in workers),
+        waiting=sum(worker.waiting for worker in workers),
+        error=worst.error,
     )
 
 

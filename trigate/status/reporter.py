@@ -33,6 +33,7 @@ from trigate.status.snapshot import Part
 from trigate.store import opening
 from trigate.store.interface import Store
 from trigate.store.records import ChannelRecord, Worker
+from trigate.tracing.tracer import Tracing
 from trigate.upstream.generation import Generations
 from trigate.version import __version__
 from trigate.workers.membership import Workers
@@ -80,6 +81,7 @@ class StatusReporter:
     _admission: Admission
     _targets: Targets
     _ledger: Ledger
+    _tracing: Tracing
     _workers: Workers
     _store: Store
     _channels: Channels | None
@@ -108,6 +110,7 @@ class StatusReporter:
             admission=self._admission.statistics(),
             targets=snapshot.list_targets(self._targets, worker=worker, now=now),
             ledger=self._ledger.statistics(),
+            tracing=self._tracing.statistics(),
             prices=snapshot.list_prices(
                 generation.prices,
                 error=self._price_refresh.error,

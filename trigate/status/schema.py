@@ -106,6 +106,16 @@ class LedgerStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class TracingStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The export of traces by all workers: the worst state, and the sums of the counters."""
+
+    state: str = "off"
+    exported: int = 0
+    dropped: int = 0
+    waiting: int = 0
+    error: str | None = None
+
+
 class AdmissionStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Admission of all workers.
 
@@ -246,6 +256,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     streams: StreamsStatus
     totals: Totals
     prices: PricesStatus = PricesStatus()
+    tracing: TracingStatus = TracingStatus()
 
 
 # -- GET /status/streams ----------------------------------------------------------------------------------------------

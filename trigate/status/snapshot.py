@@ -19,6 +19,7 @@ from trigate.ledger.ledger import LedgerStatistics
 from trigate.prices.prices import Prices
 from trigate.routing.target_state import Targets
 from trigate.status.schema import OldestStream, PricesStatus, TargetStatus, Totals
+from trigate.tracing.tracer import TracingStatistics
 from trigate.upstream.upstream import UpstreamStatistics
 
 MAX_STREAMS = 100
@@ -64,6 +65,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[TargetStatus, ...]
     ledger: LedgerStatistics
     prices: PricesStatus = PricesStatus()
+    tracing: TracingStatistics = TracingStatistics()
 
 
 def list_prices(prices: Prices, *, error: str | None = None, refreshed_at: str | None = None) -> PricesStatus:
