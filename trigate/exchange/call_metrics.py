@@ -18,6 +18,7 @@ import trio
 from trigate.errors import ClientStalled, GatewayError
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.outcome import Outcome
+from trigate.exchange.semantic_conventions import OTHER, operation_of, provider_of
 from trigate.exchange.state import ExchangeState
 from trigate.metrics.families import FIRST_TOKEN_SECONDS, SECONDS, SHORT_SECONDS, TOKEN_SECONDS, TOKENS, Sample
 from trigate.metrics.histogram import Histogram
@@ -27,30 +28,6 @@ from trigate.store.records import ExchangeRecord
 
 MAX_MODELS = 100
 """How many models are counted under their names, over all upstreams."""
-OTHER = "other"
-
-OPERATIONS = {
-    "/chat/completions": "chat",
-    "/responses": "chat",
-    "/messages": "chat",
-    "/api/chat": "chat",
-    "/completions": "text_completion",
-    "/api/generate": "text_completion",
-    "/embeddings": "embeddings",
-    "/api/embed": "embeddings",
-    "/api/embeddings": "embeddings",
-}
-"""``gen_ai.operation.name`` by endpoint; all that is not here is ``generate_content`` in Gemini's format, else
-`OTHER`."""
-PROVIDERS = {
-    "anthropic": "anthropic",
-    "azure": "azure.ai.openai",
-    "bedrock": "aws.bedrock",
-    "gemini": "gcp.gemini",
-    "vertex": "gcp.vertex_ai",
-    "openai": "openai",
-}
-"""``gen_ai.provider.name`` by the kind of an upstream: the format that it speaks. Any other kind is its own name."""
 
 
 class _Model:
@@ -162,12 +139,9 @@ class CallMetrics:
                 model.per_token.observe(max(0.0, duration_s - first_s) / (completion - 1))
 
     def _model(self, state: ExchangeState, target: Target) -> _Model:
-        endpoint = state.call.endpoint
-        by_path = OPERATIONS.get(endpoint.path)
-        operation = by_path or ("generate_content" if endpoint.format == "gemini" else OTHER)
         upstream = state.generation.upstreams.get(target.upstream)
-        kind = upstream.config.kind if upstream is not None else OTHER
-        key = operation, PROVIDERS.get(kind, kind), self._name(state, target), target.upstream
+        provider = provider_of(upstream.config.kind) if upstream is not None else OTHER
+        key = operation_of(state.call.endpoint), provider, self._name(state, target), target.upstream
         model = self._models.get(key)
         if model is None:
             model = self._models[key] = _Model()
