@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -113,9 +118,86 @@ def test_a_sink_stays() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closing", ["os.close(2)", "sys.stderr.close()", "os.dup2(os.open('/dev/full', 1), 2)"])
-def test_a_log_that_nobody_can_write(closing: str) -> None:
-    """A closed standard error, or a full disk, fails no call."""
-    assert _logged(f"{closing}\nlog.info('one')\nos._exit(0)\n") == ""
+def test_a_log_whose_file_is_closed(closing: str) -> None:
+    """It fails no call; to a pipe, the log has a descriptor of its own."""
+    assert "one" in _logged(f"{closing}\nlog.info('one')\nos._exit(0)\n")
+
+
+@pytest.mark.slow
+def test_a_full_disk() -> None:
+    """It fails no call."""
+    command = [sys.executable, "-c", f"{START}\nlog.info('one')\nprint('alive')\nsys.stdout.flush()\nos._exit(0)\n"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=full, check=True, timeout=30)
+    assert done.stdout == b"alive\n"
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A small pipe that the log is written to: its end for reading, and what closes the other one."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    stream = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(log, "sink", None)
+    logs.configure({"TRIGATE_LOG_FORMAT": "json"})
+    yield reading, stream.close
+    log.sink = None
+    stream.close()
+    with contextlib.suppress(OSError):
+        os.close(reading)
+
+
+def _lines(reading: int, until: str) -> list[dict[str, object]]:
+    """Reads a pipe until an event was logged."""
+    data = b""
+    while f'"event": "{until}"'.encode() not in data:
+        data += os.read(reading, 1 << 20)
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_a_pipe_that_nobody_reads(pipe: tuple[int, Callable[[], None]]) -> None:
+    """No line waits for it; what there is no room for is dropped, and counted once there is room. No line is torn."""
+    reading, _ = pipe
+    began_at = time.monotonic()
+    for number in range(3000):
+        log.info("one", number=number, text="x" * 500)
+    assert time.monotonic() - began_at < 1
+    lines = _lines(reading, "log_lines_dropped")
+    kept = [line["number"] for line in lines if line["event"] == "one"]
+    assert kept == list(range(len(kept)))
+    assert lines[-1]["count"] == 3000 - len(kept) > 0
+    log.info("two")
+    assert _lines(reading, "two")[-1]["level"] == "info"
+
+
+def test_a_pipe_that_is_closed(pipe: tuple[int, Callable[[], None]]) -> None:
+    """Lines are dropped, those that wait for room as well."""
+    reading, _ = pipe
+    for number in range(100):
+        log.info("one", number=number, text="x" * 500)
+    os.close(reading)
+    for _ in range(100):
+        log.info("two")
+
+
+def test_a_value_cannot_end_a_line() -> None:
+    """Nor a traceback: what clients sent looks like no line of the log, and does not steer a terminal."""
+    stream = io.StringIO()
+    forged = "x\n2026-12-01T00:00:00.000000Z [info     ] exchange outcome=complete\x1b[31m\u202e\r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(log, "sink", None)
+        logs.configure({"TRIGATE_LOG_FORMAT": "text"})
+        log.info("one", model=forged, tried=[forged], given={forged: forged})
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            log.exception("two", path=forged)
+    lines = stream.getvalue().split("\n")
+    assert [line for line in lines if line.startswith("20")] == lines[:2]
+    assert all(line.isprintable() for line in lines)
+    assert [line for line in lines[2:] if not line.startswith("  ")] == [""]
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -134,7 +216,7 @@ def test_a_line_that_the_system_refuses(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(log, "_level", 0)
     monkeypatch.setattr(log, "sink", None)
-    logs.configure({})
+    logs.configure({"TRIGATE_LOG_FORMAT": "text"})
     log.info("lost")
     log.error("lost", exc_info=ValueError("lost"))
     stream.full = False

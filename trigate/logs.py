@@ -1,8 +1,11 @@
 """Logging: one line per event, to standard error.
 
 A module writes ``log.info("upstream_down", upstream=name)``: the event, and its values by name. Lines are readable by
-people by default; JSON with ``TRIGATE_LOG_FORMAT=json``; ``TRIGATE_LOG_LEVEL`` is debug, info, warning or error. A
-traceback is logged without the values of local variables: they hold messages and keys.
+people on a terminal, and JSON anywhere else (``TRIGATE_LOG_FORMAT``); ``TRIGATE_LOG_LEVEL`` is debug, info, warning or
+error. A traceback is logged without the values of local variables: they hold messages and keys.
+
+**Never waits:** a log that nobody reads must not hold up a stream. What a pipe does not take at once waits in memory,
+up to `MAX_WAITING_BYTES`, for a thread that writes it when it can (`Output`). Further lines are dropped and counted.
 
 This is not structlog, which imports asyncio, and rich where it is installed: 6 MiB in each process and a tenth of a
 second of its start.
@@ -11,11 +14,16 @@ second of its start.
 from __future__ import annotations
 
 import json
+import os
+import select
+import stat
 import sys
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TextIO, TypeAlias
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 Values: TypeAlias = dict[str, object]
@@ -23,6 +31,8 @@ Sink: TypeAlias = Callable[[Level, str, Values], None]
 """Takes an entry: its level, its event and its values, which it may change."""
 
 _LEVELS: Final[dict[str, int]] = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+MAX_WAITING_BYTES: Final = 1024 * 1024
+"""How much of the log waits for a pipe that is full."""
 _COLORS: Final[dict[Level, str]] = {"debug": "2", "info": "32", "warning": "33", "error": "31;1"}
 
 
@@ -33,15 +43,19 @@ class Log:
         sink: Takes the entries; None = nobody, until `configure` is called.
     """
 
-    __slots__ = ("_level", "sink")
+    __slots__ = ("_level", "_usual_level", "sink")
 
     def __init__(self) -> None:
-        self._level = 0
+        self._level = self._usual_level = 0
         self.sink: Sink | None = None
 
     def set_level(self, level: Level) -> None:
-        """Sets the lowest level that is logged."""
-        self._level = _LEVELS[level]
+        """Sets the lowest level that is logged, unless another one is asked for (`override_level`)."""
+        self._level = self._usual_level = _LEVELS[level]
+
+    def override_level(self, level: Level | None) -> None:
+        """Sets the lowest level that is logged from now on; None = that of `set_level`."""
+        self._level = self._usual_level if level is None else _LEVELS[level]
 
     def debug(self, event: str, /, **values: object) -> None:
         """Logs what helps to find a fault."""
@@ -85,16 +99,122 @@ def configure(env: Mapping[str, str]) -> None:
     if stream is None:  # it was closed before the process began
         log.sink = lambda level, event, values: None
         return
-    render = _JsonLine() if env.get("TRIGATE_LOG_FORMAT") == "json" else _Line(colors=stream.isatty())
+    is_terminal = stream.isatty()
+    is_json = env.get("TRIGATE_LOG_FORMAT", "").lower() == "json" or (
+        not is_terminal and env.get("TRIGATE_LOG_FORMAT", "").lower() != "text"
+    )
+    render = _JsonLine() if is_json else _Line(colors=is_terminal)
+    write_line = _line_writer(stream, lambda dropped: render("warning", "log_lines_dropped", {"count": dropped}))
 
     def write(level: Level, event: str, values: Values) -> None:
+        write_line(render(level, event, values) + "\n")
+
+    log.sink = write
+
+
+def _line_writer(stream: TextIO, dropped_line: Callable[[int], str]) -> Callable[[str], None]:
+    """Returns what writes a line to a stream, and never raises: without waiting, if there is a file behind it."""
+    try:
+        output = Output(stream.fileno(), dropped_line)
+    except (OSError, ValueError):  # it stands for something else than a file
+        output = None
+
+    def write(line: str) -> None:
         try:
-            stream.write(render(level, event, values) + "\n")
-            stream.flush()
+            if output is not None:
+                output.write(line.encode(errors="backslashreplace"))
+            else:
+                stream.write(line)
+                stream.flush()
         except (OSError, ValueError):  # nobody reads it any more, the disk is full, or it is closed
             pass
 
-    log.sink = write
+    return write
+
+
+class Output:
+    """Writes lines to a file descriptor, without waiting.
+
+    A pipe gets a description of its own that does not wait, where the system can do that (Linux). To set that for the
+    one at hand would also set it for other processes. Elsewhere, and for terminals, the descriptor is asked whether it
+    takes anything, and then gets no more than a pipe takes at least.
+
+    Args:
+        dropped_line: Renders the line that says how many were dropped.
+    """
+
+    def __init__(self, fd: int, dropped_line: Callable[[int], str]) -> None:
+        self._fd = fd
+        self._dropped_line = dropped_line
+        self._may_wait = not stat.S_ISREG(os.fstat(fd).st_mode)
+        self._piece_bytes = select.PIPE_BUF if self._may_wait else sys.maxsize
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            try:
+                self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:  # another system, another user's pipe, or nobody reads it
+                pass
+            else:
+                self._may_wait, self._piece_bytes = False, sys.maxsize
+        self._lock = threading.Lock()
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = self._dropped = 0
+
+    def write(self, line: bytes) -> None:
+        """Writes a line, or keeps it, or drops it.
+
+        Raises:
+            OSError: It cannot be written at all.
+        """
+        with self._lock:
+            if self._waiting:
+                self._keep(line)
+            elif rest := self._write_now(line):
+                self._keep(rest)
+                threading.Thread(target=self._write_waiting, name="log", daemon=True).start()
+
+    def _keep(self, line: bytes) -> None:
+        if self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
+            self._dropped += 1
+        else:
+            self._waiting.append(line)
+            self._waiting_bytes += len(line)
+
+    def _write_now(self, line: bytes) -> bytes:
+        """Writes as much of a line as is taken at once; returns the rest."""
+        while line and (not self._may_wait or self._is_writable(0.0)):
+            try:
+                line = line[os.write(self._fd, line[: self._piece_bytes]) :]
+            except BlockingIOError:
+                break
+        return line
+
+    def _is_writable(self, timeout_s: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+    def _write_waiting(self) -> None:
+        """Writes what waits, in a thread, as it is taken."""
+        try:
+            while self._is_writable(None):
+                with self._lock:
+                    while self._waiting:
+                        line = self._waiting[0]
+                        rest = self._write_now(line)
+                        self._waiting_bytes -= len(line) - len(rest)
+                        if rest:
+                            self._waiting[0] = rest
+                            break
+                        self._waiting.popleft()
+                    else:
+                        if not self._dropped:
+                            return
+                        notice, self._dropped = f"{self._dropped_line(self._dropped)}\n", 0
+                        self._keep(notice.encode())
+        except OSError:  # nobody reads it any more
+            with self._lock:
+                self._waiting.clear()
+                self._waiting_bytes = self._dropped = 0
 
 
 class _Clock:
@@ -142,7 +262,17 @@ class _Line:
         exception = values.pop("exception", None)
         words = "".join([f" {key}={_text(value)}" for key, value in values.items()])
         line = f"{self._clock.now()} {self._levels[level]} {event if event.isprintable() else repr(event)}{words}"
-        return line if exception is None else f"{line}\n{exception}"
+        return line if exception is None else f"{line}\n{_indented(str(exception))}"
+
+
+def _indented(exception: str) -> str:
+    """A traceback, each line of it indented: its message may quote a client, and must look like no line of the log.
+
+    >>> print(_indented("ValueError: a\\n2026-11-30 [info] forged\\x1b[2J"))
+      ValueError: a
+      2026-11-30 [info] forged\\x1b[2J
+    """
+    return "\n".join([f"  {line if line.isprintable() else repr(line)[1:-1]}" for line in exception.split("\n")])
 
 
 def _text(value: object) -> str:

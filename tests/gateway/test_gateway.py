@@ -21,6 +21,7 @@ from trigate.config.sections import ConfigError, UpstreamConfig
 from trigate.config.structure import structure
 from trigate.gateway import reload as gateway_reload
 from trigate.gateway.gateway import Gateway, open_gateway
+from trigate.logs import log
 from trigate.server import lifespan
 from trigate.upstream import factory
 from trigate.upstream.factory import TransportFactory, http_transport
@@ -333,6 +334,19 @@ async def test_keys_follow_a_reload(files: Files, autojump_clock: MockClock) -> 
     assert (await files.client.ask("GET", "/v1/models")).status == 401
     headers = {"authorization": "Bearer a-new-key"}
     assert (await files.client.ask("GET", "/v1/models", headers=headers)).status == 200
+
+
+async def test_the_level_of_the_log_follows_a_reload(files: Files, logs: Logs, autojump_clock: MockClock) -> None:
+    """And is that of the environment again, once the file names none."""
+    await files.reload(toml("a") + '\n[log]\nlevel = "error"')
+    await files.client.chat(model="a/m").wait()
+    assert not logs.named("exchange")
+    await files.reload(toml("a") + '\n[log]\nlevel = "info"')
+    await files.client.chat(model="a/m").wait()
+    assert len(logs.named("exchange")) == 1
+    await files.reload(toml("a"))
+    log.debug("said")
+    assert logs.named("said")
 
 
 async def test_a_gateway_does_not_start_with_a_bad_file(tmp_path: Path) -> None:

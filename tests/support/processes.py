@@ -83,6 +83,7 @@ def environment(config: Path | None = None, **more: str) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     env["PYTHONUNBUFFERED"] = "1"
     env["TRIGATE_STORE"] = ":memory:"
+    env["TRIGATE_LOG_FORMAT"] = "text"
     if config is not None:
         env["TRIGATE_CONFIG"] = str(config)
     return env | more

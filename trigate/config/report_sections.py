@@ -30,6 +30,14 @@ class AlertsConfig:
 
 
 @attrs.frozen(kw_only=True)
+class LogConfig:
+    """``[log]``: what the log has."""
+
+    level: Literal["debug", "info", "warning", "error"] | None = None
+    """The lowest level that is written. None = that of ``TRIGATE_LOG_LEVEL``."""
+
+
+@attrs.frozen(kw_only=True)
 class ContentLogConfig:
     """``[content_log]``: the requests and answers of the keys with ``content_log = true``, in files of JSON lines. A
     gateway without keys logs those of everybody. 0 disables the age."""

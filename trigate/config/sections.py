@@ -9,7 +9,7 @@ import attrs
 
 from trigate.config.config_error import ConfigError as ConfigError
 from trigate.config.key_sections import AdminConfig, Allowance, GroupConfig, KeyConfig, PriceConfig, PriceTableConfig
-from trigate.config.report_sections import AlertsConfig, ContentLogConfig
+from trigate.config.report_sections import AlertsConfig, ContentLogConfig, LogConfig
 from trigate.config.secrets import Secret
 from trigate.config.values import Action as Action
 from trigate.config.values import Count as Count
@@ -451,6 +451,7 @@ class Config:
     admin: AdminConfig = attrs.field(factory=AdminConfig)
     allowance: Allowance = attrs.field(factory=Allowance)
     alerts: AlertsConfig = attrs.field(factory=AlertsConfig)
+    log: LogConfig = attrs.field(factory=LogConfig)
     content_log: ContentLogConfig = attrs.field(factory=ContentLogConfig)
     prices: Mapping[str, PriceConfig] = attrs.field(factory=dict)
     price_table: PriceTableConfig = attrs.field(factory=PriceTableConfig)

@@ -28,7 +28,7 @@ from trigate.config.key_sections import (
     PriceTableConfig,
 )
 from trigate.config.regions import base_url_of
-from trigate.config.report_sections import AlertsConfig, ContentLogConfig
+from trigate.config.report_sections import AlertsConfig, ContentLogConfig, LogConfig
 from trigate.config.reveal import (
     SCHEMES_WITHOUT_SECRET,
     admin_key,
@@ -61,7 +61,7 @@ from trigate.config.sections import (
 SECTIONS = (
     *("server", "upstreams", "models", "limits", "retries", "breaker"),
     *("keys", "groups", "admin", "allowance", "prices", "price_table", "store", "ledger", "alerts"),
-    "content_log",
+    *("log", "content_log"),
     "reasoning_memory",
     *("sessions", "hooks", "channels"),
 )
@@ -120,6 +120,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
     breaker = document.section(BreakerConfig, "breaker")
     ledger = document.section(LedgerConfig, "ledger")
     alerts = _alerts(document, env)
+    log = document.section(LogConfig, "log")
     content_log = _content_log(document)
     reasoning_memory = document.section(ReasoningMemoryConfig, "reasoning_memory")
     sessions = document.section(SessionsConfig, "sessions")
@@ -137,6 +138,7 @@ def structure(data: Mapping[str, Any], *, env: Mapping[str, str], source: str) -
         admin=admin,
         allowance=allowance,
         alerts=alerts,
+        log=log,
         content_log=content_log,
         prices=prices,
         price_table=price_table,

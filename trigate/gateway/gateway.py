@@ -39,6 +39,7 @@ from trigate.keys.service import Keys, open_keys
 from trigate.keys.virtual import VirtualKeys
 from trigate.ledger.content_log import open_content_log
 from trigate.ledger.ledger import Ledger, open_ledger
+from trigate.logs import log
 from trigate.metrics.families import OLD_NAMES, OPT_IN
 from trigate.quotas.service import open_quotas
 from trigate.routing.target_state import Targets
@@ -188,6 +189,7 @@ async def open_gateway(
                 callbacks.apply(config.hooks or {}, outbox, config.alerts)
                 alerts.apply(config.alerts)
                 price_refresh.apply(config.price_table)
+                log.override_level(config.log.level)
 
             exchange_services = ExchangeServices(
                 admission=admission,
