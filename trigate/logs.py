@@ -104,7 +104,7 @@ def configure(env: Mapping[str, str]) -> None:
         not is_terminal and env.get("TRIGATE_LOG_FORMAT", "").lower() != "text"
     )
     render = _JsonLine() if is_json else _Line(colors=is_terminal)
-    write_line = _line_writer(stream, lambda dropped: render("warning", "log_lines_dropped", {"count": dropped}))
+    write_line = _line_writer(stream)
 
     def write(level: Level, event: str, values: Values) -> None:
         write_line(render(level, event, values) + "\n")
@@ -112,10 +112,10 @@ def configure(env: Mapping[str, str]) -> None:
     log.sink = write
 
 
-def _line_writer(stream: TextIO, dropped_line: Callable[[int], str]) -> Callable[[str], None]:
+def _line_writer(stream: TextIO) -> Callable[[str], None]:
     """Returns what writes a line to a stream, and never raises: without waiting, if there is a file behind it."""
     try:
-        output = Output(stream.fileno(), dropped_line)
+        output = Output(stream.fileno())
     except (OSError, ValueError):  # it stands for something else than a file
         output = None
 
@@ -138,14 +138,10 @@ class Output:
     A pipe gets a description of its own that does not wait, where the system can do that (Linux). To set that for the
     one at hand would also set it for other processes. Elsewhere, and for terminals, the descriptor is asked whether it
     takes anything, and then gets no more than a pipe takes at least.
-
-    Args:
-        dropped_line: Renders the line that says how many were dropped.
     """
 
-    def __init__(self, fd: int, dropped_line: Callable[[int], str]) -> None:
+    def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._dropped_line = dropped_line
         self._may_wait = not stat.S_ISREG(os.fstat(fd).st_mode)
         self._piece_bytes = select.PIPE_BUF if self._may_wait else sys.maxsize
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
@@ -195,26 +191,30 @@ class Output:
 
     def _write_waiting(self) -> None:
         """Writes what waits, in a thread, as it is taken."""
+        dropped: int | None = None
         try:
-            while self._is_writable(None):
-                with self._lock:
-                    while self._waiting:
-                        line = self._waiting[0]
-                        rest = self._write_now(line)
-                        self._waiting_bytes -= len(line) - len(rest)
-                        if rest:
-                            self._waiting[0] = rest
-                            break
-                        self._waiting.popleft()
-                    else:
-                        if not self._dropped:
-                            return
-                        notice, self._dropped = f"{self._dropped_line(self._dropped)}\n", 0
-                        self._keep(notice.encode())
+            while dropped is None and self._is_writable(None):
+                dropped = self._write_some()
         except OSError:  # nobody reads it any more
             with self._lock:
                 self._waiting.clear()
                 self._waiting_bytes = self._dropped = 0
+        if dropped:
+            log.warning("log_lines_dropped", count=dropped)
+
+    def _write_some(self) -> int | None:
+        """Writes as much of what waits as is taken at once. Once nothing waits, returns how many lines were dropped."""
+        with self._lock:
+            while self._waiting:
+                line = self._waiting[0]
+                rest = self._write_now(line)
+                self._waiting_bytes -= len(line) - len(rest)
+                if rest:
+                    self._waiting[0] = rest
+                    return None
+                self._waiting.popleft()
+            dropped, self._dropped = self._dropped, 0
+            return dropped
 
 
 class _Clock:

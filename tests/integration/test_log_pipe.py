@@ -58,7 +58,7 @@ def test_streams_flow_while_nobody_reads_the_log(tmp_path: Path, is_closed: bool
             for _ in range(100):
                 assert client.post("/v1/chat/completions", json={"model": "none-such"}).status_code in (400, 404)
             with client.stream("POST", "/v1/chat/completions", json=CHAT) as answer:
-                    text = "".join(answer.iter_text())
+                text = "".join(answer.iter_text())
             assert text.rstrip().endswith("data: [DONE]")
             assert time.monotonic() - began_at < 10
         if not is_closed:

@@ -281,6 +281,7 @@ async def _serving(config: Config, env: Mapping[str, str]) -> AsyncIterator[http
     import trio
 
     from trigate.asgi.application import create_app
+    from trigate.config.key_sections import AdminConfig
     from trigate.config.sections import ServerConfig, StoreConfig
     from trigate.config.values import Port
     from trigate.gateway.gateway import open_gateway
@@ -289,7 +290,8 @@ async def _serving(config: Config, env: Mapping[str, str]) -> AsyncIterator[http
     from trigate.store.opening import MEMORY
 
     own = ServerConfig(port=Port(0))
-    quiet = attrs.evolve(config, server=own, store=StoreConfig(path=MEMORY), keys={}, models={}, channels={}, hooks={})
+    without_keys = attrs.evolve(config, keys={}, admin=AdminConfig())
+    quiet = attrs.evolve(without_keys, server=own, store=StoreConfig(path=MEMORY), models={}, channels={}, hooks={})
     log.sink = log.sink or (lambda level, event, values: None)  # the findings say it
     app: Any = create_app(opener=lambda: open_gateway(quiet, env=env))
     sockets = listeners.open_sockets(own)
