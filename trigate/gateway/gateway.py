@@ -253,6 +253,7 @@ async def open_gateway(
                     targets=targets,
                     quotas=quotas,
                     ledger=ledger,
+                    tracing=tracing,
                     store=store,
                     slow_steps=slow_steps,
                     is_draining=drain.handing_over.is_set,

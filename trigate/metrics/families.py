@@ -254,6 +254,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(name="trigate_ledger_dropped", kind="counter", help="Records that could not be stored anywhere."),
     Family(name="trigate_ledger_waiting", kind="gauge", help="Records in memory that the store does not have yet."),
+    Family(name="trigate_spans_exported", kind="counter", help="Spans of traces that were sent."),
+    Family(name="trigate_spans_dropped", kind="counter", help="Spans that found no room, or could not be sent."),
+    Family(name="trigate_spans_waiting", kind="gauge", help="Spans that wait to be sent."),
     Family(
         name="trigate_store_writes", kind="counter", help="Groups of writes that the store has done, or failed to do."
     ),

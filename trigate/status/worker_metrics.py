@@ -25,6 +25,7 @@ from trigate.quotas.service import NO_LIMIT, Quotas
 from trigate.routing.circuit_breaker import State
 from trigate.routing.target_state import Targets
 from trigate.store.interface import Store
+from trigate.tracing.tracer import Tracing
 from trigate.upstream.generation import Generations
 
 MAX_LIMITS = 500
@@ -42,6 +43,7 @@ class WorkerMetrics:
     _targets: Targets
     _quotas: Quotas
     _ledger: Ledger
+    _tracing: Tracing
     _store: Store
     _slow_steps: SlowSteps
     _is_draining: Callable[[], bool]
@@ -101,6 +103,10 @@ class WorkerMetrics:
         yield Sample("trigate_ledger_lost", (), ledger.lost)
         yield Sample("trigate_ledger_dropped", (), ledger.dropped)
         yield Sample("trigate_ledger_waiting", (), ledger.waiting)
+        tracing = self._tracing.statistics()
+        yield Sample("trigate_spans_exported", (), tracing.exported)
+        yield Sample("trigate_spans_dropped", (), tracing.dropped)
+        yield Sample("trigate_spans_waiting", (), tracing.waiting)
         yield Sample("trigate_store_writes", (), store.writes)
         yield Sample("trigate_store_write_seconds", (), store.write_s)
 
