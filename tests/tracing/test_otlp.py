@@ -59,6 +59,7 @@ async def _gateway(open_server: OpenServer) -> AsyncIterator[tuple[httpx2.AsyncC
         yield client, provider, tracer
 
 
+@pytest.mark.slow
 async def test_a_call_arrives_as_spans(open_server: OpenServer, receiver: Receiver) -> None:
     """With the ids that its caller and its upstream know, and without a word of its messages."""
     async with _gateway(open_server) as (client, provider, tracer):
