@@ -17,7 +17,7 @@ import pytest
 import trigate
 from tests.test_layers import ROWS
 from trigate import errors
-from trigate.asgi import health
+from trigate.asgi import health, status_events
 from trigate.asgi.control_plane import create_control_plane
 from trigate.cli.commands import cli
 from trigate.config import key_sections, sections, structure
@@ -276,7 +276,7 @@ def test_endpoints() -> None:
     """Every path and method has a heading, and every heading is served."""
     served = {f"POST {path}" for path in endpoints.ENDPOINTS} | {"POST /hooks/{name}"}
     served |= {f"POST /v1beta/models/{{model}}:{method}" for method in gemini.METHODS}
-    served |= {f"GET {path}" for path in health.PATHS}
+    served |= {f"GET {path}" for path in (*health.PATHS, status_events.PATH)}
     for rule in create_control_plane().url_map.iter_rules():
         path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}

@@ -40,7 +40,7 @@ ROWS = (
     ("server", "tracing"),
     ("concurrency",),
     ("config",),
-    ("content_coding", "metrics", "signatures"),
+    ("content_coding", "metrics", "page", "signatures"),
     ("errors", "logs", "tracebacks", "version"),
 )
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}

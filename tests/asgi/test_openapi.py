@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.gateway import OpenApp, make_config
 from trigate import errors
-from trigate.asgi import api_page, health, openapi, operations
+from trigate.asgi import api_page, health, openapi, operations, status_events
 from trigate.asgi.control_plane import create_control_plane
 from trigate.dialects import endpoints, gemini
 from trigate.openai import passed_paths
@@ -32,7 +32,9 @@ def test_every_route_is_described(document: operations.Json) -> None:
     served = {f"POST {path}" for path in endpoints.ENDPOINTS}
     served |= {f"POST /v1beta/models/{{model}}:{method}" for method in gemini.METHODS}
     served |= {f"{method} /v1{each.endpoint.path}" for each in passed_paths.PASSED for method in each.methods}
-    served |= {f"GET {path}" for path in (*health.PATHS, "/", "/v1/realtime", "/hooks/{name}")} | {"POST /hooks/{name}"}
+    served |= {f"GET {path}" for path in (*health.PATHS, status_events.PATH, "/v1/realtime", "/hooks/{name}")} | {
+        "POST /hooks/{name}"
+    }
     for rule in create_control_plane().url_map.iter_rules():
         path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
         served |= {f"{method} {path}" for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
@@ -169,7 +171,8 @@ async def test_methods_that_a_path_does_not_have(open_app: OpenApp) -> None:
     """The answer names those that it has, also of a path that is served elsewhere or by several handlers."""
     async with open_app() as served:
         for method, path, allowed in [
-            ("PUT", "/", "GET, HEAD"),
+            ("PUT", "/", "GET, HEAD, OPTIONS"),
+            ("PUT", "/status/events", "GET, OPTIONS"),
             ("PUT", "/v1/realtime", "GET"),
             ("PUT", "/v1/chat/completions", "GET, POST"),
             ("PUT", "/v1/embeddings", "POST"),

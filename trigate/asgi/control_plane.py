@@ -16,7 +16,7 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 from trigate import errors
 from trigate.asgi import health, paths
 from trigate.asgi.quart_app import ControlPlane
-from trigate.asgi.routes import api, hooks, keys, metrics, models, ollama, reports, sessions, status
+from trigate.asgi.routes import api, hooks, keys, metrics, models, ollama, page, reports, sessions, status
 from trigate.dialects.endpoints import ENDPOINTS
 from trigate.dialects.errors import error_response
 from trigate.gateway.gateway import Gateway
@@ -24,6 +24,7 @@ from trigate.logs import log
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "keys.list_keys": ("limit", "after"),
+    "keys.list_limits": ("key",),
     "reports.get_usage": ("group_by", "from", "to", "key", "model", "format"),
     "reports.list_exchanges": ("id", "key", "model", "outcome", "failed", "from", "to", "limit", "after"),
     "sessions.list_sessions": ("limit", "after", "owner"),
@@ -34,9 +35,9 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "status.list_streams": ("limit",),
 }
 """The query parameters of each view; a view that is not here has none. Those of OpenAI's own paths (`models`) are not
-checked, since clients append some to every URL (``api-version``)."""
+checked, since clients append some to every URL (``api-version``), nor are those of the page, to which links lead."""
 
-_ELSEWHERE: Mapping[str, tuple[str, ...]] = {"/": ("GET", "HEAD"), "/v1/realtime": ("GET",)}
+_ELSEWHERE: Mapping[str, tuple[str, ...]] = {"/v1/realtime": ("GET",)}
 """The methods of paths that are served before a request comes here, by their paths."""
 
 
@@ -62,6 +63,7 @@ def create_control_plane() -> ControlPlane:
     app.register_blueprint(metrics.blueprint)
     app.register_blueprint(models.blueprint)
     app.register_blueprint(ollama.blueprint)
+    app.register_blueprint(page.blueprint)
     app.register_blueprint(reports.blueprint)
     app.register_blueprint(sessions.blueprint)
     app.register_blueprint(status.blueprint)
@@ -91,7 +93,7 @@ async def check_parameters() -> None:  # noqa: ASYNC124 - so that Quart gives it
         BadRequest: The endpoint does not know a parameter, or one is empty or given twice.
     """
     view = request.endpoint
-    if view is None or request.blueprint in ("models", "ollama") or request.method == "OPTIONS":
+    if view is None or request.blueprint in ("models", "ollama", "page") or request.method == "OPTIONS":
         return
     known = PARAMETERS.get(view, ())
     for name, values in request.args.lists():
@@ -113,7 +115,7 @@ def _error_for(error: HTTPException) -> errors.GatewayError:
     if error.code == 404:
         asked: str = cast("Any", request.scope).get("trigate.asked_path", request.path)  # Any: our own entry
         known = [*ENDPOINTS, *health.PATHS, *(rule.rule for rule in current_app.url_map.iter_rules())]
-        hint = paths.hint(asked, [path for path in known if "<" not in path])
+        hint = paths.hint(asked, [path for path in known if "<" not in path and path != "/"])
         return errors.NotFound(f"There is nothing at {request.method} {asked[:200]}.{hint}")
     if error.code == 413:
         return errors.TooLarge("The body is too large.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from trigate.asgi import health, paths
+from trigate.asgi import health, paths, status_events
 from trigate.asgi.auth import authorize, cors_allows, cors_headers
 from trigate.asgi.data_plane import read_body, serve_call, watch_client
 from trigate.asgi.lazy_control_plane import LazyControlPlane
@@ -29,6 +29,7 @@ from trigate.exchange.client_response import ClientResponse
 from trigate.gateway.gateway import Gateway
 from trigate.logs import log
 from trigate.openai.passed_paths import find_passed
+from trigate.page.assets import is_open
 from trigate.tracebacks import drop_frames
 from trigate.webhooks.calls import HookHead
 
@@ -84,6 +85,11 @@ async def serve_request(
         if head.path == "/" and _asks_whether_anything_is_there(head):
             await response.respond(200, [(b"content-type", b"text/plain")], b"" if head.method == "HEAD" else _RUNNING)
             return
+        if head.path == status_events.PATH:
+            await status_events.serve_events(
+                gateway, head.method, body, response, lambda: authorize(head, gateway.generations.config, gateway.keys)
+            )
+            return
         hook, rest = _hook_of(head.path)
         if hook and not rest:
             await _serve_webhook(gateway, hook, scope["query_string"], head, body, response)
@@ -92,7 +98,7 @@ async def serve_request(
             scope["trigate.readers"] = gateway.hooks.readers(
                 hook, head.headers, functools.partial(authorize, head, config, gateway.keys)
             )
-        elif head.path not in health.OPEN:
+        elif head.path not in health.OPEN and not is_open(head.path):
             scope["trigate.key"] = authorize(head, config, gateway.keys)
         if head.path in health.PATHS:
             await health.answer_probe(gateway, head, response)

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import attrs
 import msgspec
 
-from trigate.asgi import health
+from trigate.asgi import health, status_events
 from trigate.asgi.quart_app import ControlPlane
 from trigate.asgi.routes.ollama import MANAGED
 from trigate.config import json_schema
@@ -27,6 +27,7 @@ from trigate.dialects import gemini
 from trigate.dialects.endpoints import ENDPOINTS, RESPONSES, find_endpoint
 from trigate.openai.endpoints import Endpoint, Format
 from trigate.openai.passed_paths import PASSED
+from trigate.page.assets import ASSETS
 from trigate.status.inflight import MAX_LIMIT
 from trigate.status.schema import Status, StreamList
 from trigate.store.reports import UsageColumn
@@ -98,6 +99,8 @@ _TYPES: Mapping[str, tuple[str, ...]] = {
     "api.docs": ("text/html",),
     "api.llms": ("text/plain",),
     "metrics.scrape": ("text/plain", "application/openmetrics-text"),
+    "page.asset": ("text/javascript", "text/css", "image/svg+xml", "text/html"),
+    "page.index": ("text/html", "text/plain"),
     "reports.get_usage": ("application/json", "text/csv"),
 }
 """The content types of answers that are not only JSON."""
@@ -197,19 +200,16 @@ def _operations(
         )
         for path in health.PATHS
     ]
-    if not any(each.path == "/" for each in found):
-        found.append(_ROOT)
+    found.append(
+        Operation(
+            method="GET",
+            path=status_events.PATH,
+            group="Control plane",
+            summary="The state of the gateway and its exchanges in flight, twice a second, as a stream of events",
+            answer={"text/event-stream": {}},
+        )
+    )
     return found
-
-
-_ROOT = Operation(
-    method="GET",
-    path="/",
-    group="Control plane",
-    summary="Whether anything is there",
-    description="For programs; the answer to a browser is another one. Needs no key.",
-    answer={"text/plain": {"type": "string"}},
-)
 
 
 def _call(path: str, endpoint: Endpoint) -> Operation:
@@ -369,6 +369,7 @@ def described(function: Callable[..., Any]) -> tuple[str, str]:
 
 
 SEGMENTS: Mapping[str, Json] = {
+    "file": {"enum": list(ASSETS)},
     "what": {"enum": list(MANAGED)},
     "model": {**TEXT, "examples": ["default"]},
 }

@@ -47,6 +47,8 @@ class Attempt:
     Attributes:
         outcome: None while it is in progress; then an `Outcome` or an error code.
         error: Why it failed.
+        requested_at: When its request was about to be sent (Trio time): it had a slot; None = it has had none.
+        head_at: When the head of its reply had arrived.
         first_content_after_s: From its start.
         waiting_since: Since when its first content has been awaited (Trio time); infinite = it is not.
         head_due_from: Since when the head of its reply has been awaited.
@@ -73,6 +75,8 @@ class Attempt:
     phase: Phase = Phase.QUEUED
     outcome: str | None = None
     error: GatewayError | None = None
+    requested_at: float | None = None
+    head_at: float | None = None
     first_content_after_s: float | None = None
     ended_at: float | None = None
     reply: Reply | None = None
@@ -109,7 +113,7 @@ class Attempt:
         with self.scope:
             async with opening as reply:
                 self.reply = reply
-                self.last_byte_at = trio.current_time()
+                self.head_at = self.last_byte_at = trio.current_time()
                 self.head_due_from = math.inf
                 if not 200 <= reply.status < 300:
                     raise await upstream.error_of(reply)
@@ -155,7 +159,7 @@ class Attempt:
             self.phase = Phase.QUEUED
         else:
             self.phase = Phase.CONNECTING
-            now = self.waiting_since = self.head_due_from = trio.current_time()
+            now = self.requested_at = self.waiting_since = self.head_due_from = trio.current_time()
             self.on_connecting(now)
 
     @property

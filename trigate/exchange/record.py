@@ -54,13 +54,15 @@ def _status_of(state: ExchangeState) -> int | None:
 
 
 def _attempt_record(attempt: Attempt, since: float) -> AttemptRecord:
-    error = attempt.error
+    error, began_at = attempt.error, attempt.started_at
     return AttemptRecord(
         target=str(attempt.target),
         why=attempt.step.why,
-        started_s=attempt.started_at - since,
-        duration_s=attempt.ended_at - attempt.started_at if attempt.ended_at is not None else None,
+        started_s=began_at - since,
+        duration_s=attempt.ended_at - began_at if attempt.ended_at is not None else None,
         outcome=attempt.outcome or Outcome.CANCELLED,
         status=error.status if error is not None else None,
         first_content_s=attempt.first_content_after_s,
+        requested_s=attempt.requested_at - began_at if attempt.requested_at is not None else None,
+        head_s=attempt.head_at - began_at if attempt.head_at is not None else None,
     )

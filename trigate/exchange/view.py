@@ -9,11 +9,15 @@ import math
 
 from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
+from trigate.exchange.bill import bill_of
 from trigate.exchange.exchange_span import trace_id_of
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
 from trigate.prices.price import usd
+
+_ESTIMATED_BYTES = 256 * 1024
+"""The largest request whose cost so far is estimated: many of them are, at once."""
 
 
 def phase(state: ExchangeState) -> Phase:
@@ -29,6 +33,7 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
     usage, phase_now = state.usage, phase(state)
     row: dict[str, object] = {
         "id": state.id,
+        "key": state.owner,
         "model": state.call.model,
         "endpoint": state.call.endpoint.path,
         "stream": state.call.stream,
@@ -41,6 +46,8 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
         "prompt_tokens": usage.prompt_tokens if usage is not None else None,
         "completion_tokens": usage.completion_tokens if usage is not None else None,
         "first_content_s": state.first_content_after_s,
+        "tokens_per_s": _tokens_per_s(state, now),
+        "cost_microusd": bill_of(state).cost if len(state.call.body) <= _ESTIMATED_BYTES else None,
         "client_gone": state.is_client_gone,
         "queue_position": state.queue_position() if phase_now is Phase.QUEUED else None,
         "max_attempts": state.generation.config.max_attempts(state.generation.alias_of(state.call.model)),
@@ -50,6 +57,13 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
         shared = state.source.shared
         row["shared_call"] = {"id": shared.id, "role": state.source.role, "subscribers": len(shared.subscribers)}
     return row
+
+
+def _tokens_per_s(state: ExchangeState, now: float) -> float | None:
+    after_s = state.first_content_after_s
+    if not state.call.stream or after_s is None:
+        return None
+    return round(state.events / max(now - state.started_at - after_s, 0.1), 1)
 
 
 def describe_attempt(attempt: Attempt, since: float) -> dict[str, object]:

@@ -48,6 +48,7 @@ from trigate.runs.service import Runs, open_runs
 from trigate.sessions.service import Sessions
 from trigate.status.inflight import InflightRequests
 from trigate.status.reporter import StatusReporter
+from trigate.status.sampler import StatusSampler
 from trigate.status.scrape import Scrapes
 from trigate.status.worker_metrics import WorkerMetrics
 from trigate.store import opening
@@ -83,6 +84,7 @@ class Gateway:
     inflight: InflightRequests
     status: StatusReporter
     scrapes: Scrapes
+    sampler: StatusSampler
     reloader: Reloader
     drain: Drain
 
@@ -259,6 +261,7 @@ async def open_gateway(
                     is_draining=drain.handing_over.is_set,
                 )
                 old_names = OLD_NAMES in environ.get(OPT_IN, "").replace(" ", "").split(",")
+                inflight = InflightRequests(workers=workers, live=live)
                 gateway = Gateway(
                     generations=generations,
                     keys=keys,
@@ -274,14 +277,16 @@ async def open_gateway(
                     hooks=hooks,
                     alerts=alerts,
                     channels=channels,
-                    inflight=InflightRequests(workers=workers, live=live),
+                    inflight=inflight,
                     status=status,
                     scrapes=Scrapes(workers=workers, metrics=metrics, status=status, old_names=old_names),
+                    sampler=StatusSampler(status=status, inflight=inflight),
                     reloader=reloader,
                     drain=drain,
                 )
                 with reload_on_sighup(reloader), slow_steps.installed():
                     background.start_soon(reloader.run)
+                    background.start_soon(gateway.sampler.run)
                     if path is not None:
                         background.start_soon(reloader.watch_file, path)
                     background.start_soon(_use_store, gateway)

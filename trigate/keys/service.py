@@ -211,6 +211,10 @@ class Keys:
             return self._made(self._by_id[key_id])
         return Key(name=name, is_gone=self.are_required and ":" not in name)
 
+    def is_known(self, name: str) -> bool:
+        """Whether there is a key of that name now."""
+        return self.is_configured(name) or name in self._by_name or name in self._ids
+
     def is_configured(self, name: str) -> bool:
         """Whether the configuration has a key of that name, or the admin's key has it."""
         return name == ADMIN or name in self._config.keys

@@ -304,10 +304,13 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
         deadline_left_s: None = the call has no deadline.
         queue_position: From 1; None = the call does not wait for a slot.
         target: None = none has been chosen yet.
+        tokens_per_s: Of a stream, from its first content on, where one event counts as a token; None = there is none.
+        cost_microusd: So far, as estimated; None = a price is not known, or the request is too large to estimate.
         shared_call: Only if the call may share its upstream call.
     """
 
     id: str
+    key: str = ""
     model: str
     endpoint: str = ""
     stream: bool = False
@@ -320,6 +323,8 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     first_content_s: float | None = None
+    tokens_per_s: float | None = None
+    cost_microusd: int | None = None
     client_gone: bool = False
     queue_position: int | None = None
     max_attempts: int | None = None
@@ -341,3 +346,20 @@ class StreamList(msgspec.Struct, frozen=True, kw_only=True):
     data: tuple[Stream, ...]
     count: int
     missing_workers: tuple[str, ...] = ()
+
+
+# -- GET /status/events -----------------------------------------------------------------------------------------------
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of ``GET /status/events``.
+
+    Attributes:
+        at: When it was made, in POSIX seconds.
+        status: As ``GET /status``, without the oldest exchanges.
+        streams: As ``GET /status/streams``.
+    """
+
+    at: float
+    status: Status
+    streams: StreamList

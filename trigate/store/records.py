@@ -387,6 +387,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         started_s: Time from the start of the exchange.
         outcome: How it ended; the values are those of `trigate.exchange.attempt.Attempt`.
         status: The status of the error that it ended with; None = it ended without one.
+        requested_s, head_s, first_content_s: Time from its own start until its request was about to be sent, until the
+            head of its reply was there, and until its first content was; None = that did not happen.
     """
 
     target: str
@@ -396,6 +398,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     outcome: str
     status: int | None
     first_content_s: float | None
+    requested_s: float | None = None
+    head_s: float | None = None
 
 
 class ExchangeRecord(msgspec.Struct, kw_only=True, array_like=True):

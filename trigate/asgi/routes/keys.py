@@ -1,18 +1,22 @@
-"""``/v1/keys``: the keys that are made at run time. Only the admin's key may use it."""
+"""``/v1/keys``: the keys that are made at run time. Only the admin's key may use it. ``/v1/limits``: what is left of
+the limits of a key."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import attrs
 import msgspec
 from quart import Blueprint, Response, request
 
 from trigate.asgi.quart_app import current_gateway, current_key
-from trigate.errors import BadRequest
+from trigate.errors import BadRequest, NotFound
 from trigate.keys.errors import AdminRequired
+from trigate.keys.key import ANYBODY
 from trigate.keys.virtual import VirtualKeys
 from trigate.openai.raw_json import decode_client
+from trigate.quotas.left import limits_left
 from trigate.store.records import VirtualKey
 
 blueprint = Blueprint("keys", __name__)
@@ -133,6 +137,28 @@ async def rotate_key(key: str) -> Response:
     if type(overlap_s) not in (int, float):
         raise BadRequest("overlap_s must be a number of seconds.", param="overlap_s")
     return _json(_view(*await keys.rotate(key, overlap_s=overlap_s)))
+
+
+@blueprint.get("/v1/limits")
+async def list_limits() -> Response:
+    """Lists the limits of the calling key, of its group and of all calls, and what is left of each. With the admin's
+    key, ``key=NAME`` asks for those of another key.
+
+    Raises:
+        AdminRequired: Another key asks for those of another one.
+        NotFound: There is no such key.
+        StoreUnavailable: What has been spent cannot be read.
+    """
+    gateway, key = current_gateway(), current_key()
+    asked = request.args.get("key")
+    if asked is not None and asked != key.name:
+        if not (key.is_admin or key is ANYBODY):
+            raise AdminRequired("Only the admin's key may see the limits of other keys.")
+        key = gateway.keys.named(asked)
+        if key.is_gone or not gateway.keys.is_known(asked):
+            raise NotFound(f"There is no key {asked[:100]!r}.")
+    found = await limits_left(gateway.exchange_services.quotas, gateway.store, key)
+    return _json({"object": "list", "key": key.name, "data": [attrs.asdict(each) for each in found]})
 
 
 @blueprint.delete("/v1/keys/<key>")

@@ -257,6 +257,8 @@ def _exchange(record: ExchangeRecord) -> dict[str, Any]:
                 "started_s": round(attempt.started_s, 4),
                 "duration_s": _rounded(attempt.duration_s),
                 "first_content_s": _rounded(attempt.first_content_s),
+                "requested_s": _rounded(attempt.requested_s),
+                "head_s": _rounded(attempt.head_s),
             }
             for attempt in record.attempts
         ],

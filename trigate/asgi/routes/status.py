@@ -6,10 +6,13 @@ import msgspec
 from quart import Blueprint, Response, request
 
 from trigate.asgi.quart_app import current_gateway, current_key
+from trigate.config import shown
 from trigate.errors import BadRequest, NotFound
+from trigate.keys.errors import AdminRequired
 from trigate.keys.key import ANYBODY
 from trigate.status.inflight import MAX_LIMIT
 from trigate.status.schema import StreamList
+from trigate.status.warnings import warnings
 
 blueprint = Blueprint("status", __name__)
 
@@ -29,6 +32,29 @@ async def status() -> Response:
     """Returns version, uptime, workers, channels, sessions, store, upstreams, exchanges in flight and totals of all
     workers."""
     return _json(await current_gateway().status.status())
+
+
+@blueprint.get("/status/config")
+async def configuration() -> Response:
+    """Returns the configuration in force, without its secrets, and warnings. With keys, only the admin's key may.
+
+    Raises:
+        AdminRequired: Another key asks.
+    """
+    key = current_key()
+    if not (key is ANYBODY or key.is_admin):
+        raise AdminRequired("Only the admin's key may see the configuration.")
+    gateway = current_gateway()
+    config, state = gateway.generations.config, await gateway.status.status()
+    return _json(
+        {
+            "object": "config",
+            "source": config.source,
+            "sections": shown.shown(config),
+            "changed": shown.changed(config),
+            "warnings": list(warnings(config, state)),
+        }
+    )
 
 
 def _limit() -> int:
