@@ -305,17 +305,18 @@ class Limits:
     def first_short(self, amounts: Amounts, now: float) -> Counter | None:
         """Returns a counter of which a call can have less than it needs; None = all have enough.
 
-        A budget has enough for a call that costs nothing, but not when it is spent. The budgets are first: to wait for
-        a rate is useless while a budget is spent.
+        A budget has enough for a call that costs nothing, but not when it is spent. Of several counters, the first is
+        returned whose error tells the client best what to do: calls in flight end soon, and give back what they hold of
+        a budget; to wait for a rate is useless while a budget is spent.
         """
         tokens, cost, calls = amounts
         cost = cost or 1
-        for budget in self.budgets:
-            if budget.granted - budget.settled - budget.held < cost:
-                return budget
         for slots in self.slots:
             if slots.granted - slots.held < calls:
                 return slots
+        for budget in self.budgets:
+            if budget.granted - budget.settled - budget.held < cost:
+                return budget
         for requests in self.requests:
             if requests.available(now) + _ROUNDING < calls:
                 return requests
