@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import run_gateway
+from tests.support.slow import FULL
 
 ROOT = Path(__file__).parents[2]
 SCHEMATHESIS = Path(os.environ.get("TRIGATE_SCHEMATHESIS") or ROOT / ".venv-schemathesis/bin/st")
@@ -35,7 +36,8 @@ def _run(directory: Path, url: str, *options: str) -> None:
         [
             *(SCHEMATHESIS, "--config-file", ROOT / "tests/schemathesis.toml", "run", f"{url}/openapi.json"),
             *("--header", f"Authorization: Bearer {KEY}", "--seed", "1", "--no-color"),
-            *("--wait-for-schema", "20", "--request-timeout", "30", *options),
+            *("--wait-for-schema", "20", "--request-timeout", "30", *(() if FULL else ("--max-examples", "8"))),
+            *options,
         ],
         cwd=directory,
         capture_output=True,

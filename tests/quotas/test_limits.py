@@ -320,6 +320,7 @@ async def test_lowered_slots(open_app: OpenApp, autojump_clock: MockClock) -> No
         assert sorted([(await call.wait()).status for call in calls]) == [200, 429, 429]
 
 
+@pytest.mark.slow
 async def test_a_lowered_rate(open_app: OpenApp, autojump_clock: MockClock) -> None:
     """It fills at the new limit, after what has been used beyond that."""
     async with open_app(priced(keys=keys(rpm=60)), Provider(says("x"))) as served:

@@ -453,6 +453,7 @@ def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, planted: str) -
     assert re.search(pattern, violation.what), violation.what
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("untidy")
 def test_soak_prints_a_command_that_reproduces(
