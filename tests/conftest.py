@@ -6,6 +6,7 @@ time request ``autojump_clock`` *by name*: a fixture cannot set the clock for th
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # for processes too that are not started through tests/support/processes.py
 os.environ["TRIGATE_STORE"] = opening.MEMORY
+
+
+def pytest_collection_finish() -> None:
+    """Keeps thousands of tests out of the garbage collections of the code under test: one would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -266,7 +266,7 @@ def result_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("scripts/test makes .venv-bench")
     room = tmp_path_factory.mktemp("bench")
     only = ("latency", "first-token-among-1", "streams-4", "idle-500", "disconnect-100")
-    command = [str(BENCH_PYTHON), "-m", "bench", "--quick", "--window", "0.3", "--rounds", "1", "--against", "hello"]
+    command = [str(BENCH_PYTHON), "-m", "bench", "--quick", "--window", "0.6", "--rounds", "1", "--against", "hello"]
     command += ["--output", str(room), *(part for name in only for part in ("--only", name))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -292,6 +292,31 @@ async def test_workers_that_never_start_end_the_supervisor(logs: Any, monkeypatc
 
 
 @pytest.mark.slow
+async def test_workers_that_take_long_to_fail(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that exits before it is ready has not started, however long it took."""
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "SETTLED_S", 0.05)
+    command = [sys.executable, "-c", "import time; time.sleep(0.2); raise SystemExit(3)"]
+    with trio.fail_after(20), pytest.RaisesGroup(WorkersFailed, flatten_subgroups=True):
+        await supervise(command, open_sockets(CONFIG), CONFIG)
+
+
+@pytest.mark.slow
+async def test_a_worker_that_was_ready(logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has been ready for long enough is replaced, however often it exits."""
+    monkeypatch.setattr(supervisor, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "SETTLED_S", 0.05)
+    code = "import os, sys, time; fd = int(sys.argv[sys.argv.index('--ready-fd') + 1]);"
+    code += "os.write(fd, b'%d\\n' % os.getpid()); time.sleep(0.3)"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervise, [sys.executable, "-c", code], open_sockets(CONFIG), CONFIG)
+        with trio.fail_after(40):
+            while len(logs.named("worker_died")) <= 2 * supervisor.EARLY_EXITS:  # noqa: ASYNC110 - the log has no event
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [*map(os_error, ERRORS), RuntimeError("can't start new thread")], ids=str)
 async def test_a_process_that_cannot_be_started(error: Exception, logs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried again after a pause, and the other worker goes on."""

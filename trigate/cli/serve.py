@@ -91,8 +91,7 @@ def serve(
     config = override(read_configuration(env))
     refuse_open_gateway(config)
     if parent_fd is not None:
-        gate = None if ready_fd is None or gate_fd is None else (ready_fd, gate_fd)
-        finished = _serve_as_worker(config.server, override, env, fds, parent_fd, gate)
+        finished = _serve_as_worker(config.server, override, env, fds, parent_fd, ready_fd, gate_fd)
     else:
         check_certificate(config.server)  # once, and not in each worker at each restart
         if config.server.workers == 1:
@@ -134,20 +133,22 @@ def _serve_as_worker(
     env: Mapping[str, str],
     fds: Sequence[int],
     parent_fd: int,
-    gate: tuple[int, int] | None,
+    ready_fd: int | None,
+    gate_fd: int | None,
 ) -> bool:
     """Serves as one worker of a supervisor.
 
     Args:
         fds: Descriptors of the listening sockets.
         parent_fd: A descriptor that reaches its end of file when the supervisor exits.
-        gate: Where the worker reports that it is ready, and where it waits; None = it need not wait.
+        ready_fd: Where the worker reports that it is ready; None = nowhere.
+        gate_fd: Where it waits then; None = it need not wait.
     """
     from functools import partial
 
     from trigate.server.supervisor import sockets_from_fds, wait_gate
 
-    before_accepting = partial(wait_gate, *gate) if gate is not None else None
+    before_accepting = partial(wait_gate, ready_fd, gate_fd) if ready_fd is not None else None
     return _run_server(
         server, override, env, sockets_from_fds(fds), parent_fd=parent_fd, before_accepting=before_accepting
     )

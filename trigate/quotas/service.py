@@ -334,9 +334,13 @@ class Quotas:
         wish = self._wish(counter)
         missing = max(1, math.ceil(self._wanted[counter] - counter.available(now)))
         most = counter.limit if self._workers.count == 1 else missing + max(0, counter.limit - missing) // 2
-        lease = await self._store.quotas.lease(attrs.evolve(wish, least=missing, most=most))
+        # Shielded: what the store has given must not be lost, also when the gateway closes meanwhile.
+        with trio.CancelScope(shield=True):  # bounded by: the store, which answers or fails
+            lease = await self._store.quotas.lease(attrs.evolve(wish, least=missing, most=most))
         if lease.amount:
             counter.add(lease.amount, lease.tokens, trio.current_time())
+        if self._is_closed:
+            self._give_back(counter)
         if isinstance(counter, Budget):
             # What is held in the store has shrunk by what this worker's records there have cost.
             counter.spent_elsewhere = lease.spent - (counter.granted - lease.held)
@@ -385,11 +389,13 @@ class Quotas:
     def close(self) -> None:
         """Gives back all leases. Synchronous: the store writes what is queued before it closes."""
         self._is_closed = True
-        now = trio.current_time()
         for counter in self._counters.values():
-            spare = counter.give_back(now)
-            if spare:
-                self._store.quotas.give_back(self._wish(counter), spare)
+            self._give_back(counter)
+
+    def _give_back(self, counter: Counter) -> None:
+        spare = counter.give_back(trio.current_time())
+        if spare:
+            self._store.quotas.give_back(self._wish(counter), spare)
 
     # -- settling -----------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ kernel spreads the connections evenly, and the port stays open while a worker is
 read end of a pipe whose write end only the supervisor has (the *lifeline*): its end of file means that the supervisor
 has exited for any reason, and the worker ends too.
 
-In a hot restart (`hot_restart`), workers wait at a *gate* between their start and their first connection. Each worker
-reports that it is ready, and none accepts a connection before all are ready and the other gateway has been notified. So
-a hot restart that fails has not affected a client.
+Each worker reports that it is ready. In a hot restart (`hot_restart`), workers then wait at a *gate*, and none accepts
+a connection before all are ready and the other gateway has been notified. So a hot restart that fails has not affected
+a client.
 
 The pause before a restart doubles with each early exit of a worker. When every worker has exited early `EARLY_EXITS`
 times in a row, another start would not help, and `supervise` raises `WorkersFailed`.
@@ -15,6 +15,7 @@ times in a row, another start would not help, and `supervise` raises `WorkersFai
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ from trigate.server import hot_restart
 from trigate.server.hot_restart import Predecessor
 
 SETTLED_S = 5.0
-"""A worker that runs this long has started successfully."""
+"""A worker that has been ready for so long has started successfully. How long its start takes says nothing."""
 EARLY_EXITS = 3
 """How many early exits in a row of every worker make the supervisor give up."""
 BACKOFF_S = 0.25
@@ -68,17 +69,53 @@ async def wait_parent_gone(fd: int) -> None:
     await trio.lowlevel.wait_readable(fd)
 
 
-async def wait_gate(ready_fd: int, gate_fd: int) -> None:
+async def wait_gate(ready_fd: int, gate_fd: int | None) -> None:
     """Reports that this worker is ready, and waits until it may accept connections (worker side).
 
     Args:
         ready_fd: Where to report it. Closed.
-        gate_fd: At its end of file, the worker may accept. Closed.
+        gate_fd: At its end of file, the worker may accept. Closed. None = it need not wait.
     """
     os.write(ready_fd, b"%d\n" % os.getpid())
     os.close(ready_fd)
-    await trio.lowlevel.wait_readable(gate_fd)
-    os.close(gate_fd)
+    if gate_fd is None:
+        await trio.lowlevel.checkpoint()
+    else:
+        await trio.lowlevel.wait_readable(gate_fd)
+        os.close(gate_fd)
+
+
+@attrs.define(eq=False)
+class _Reports:
+    """Which workers are ready.
+
+    Attributes:
+        ready_at: When each running process reported to be ready (Trio time), by its id.
+        changed: Set when ``ready_at`` or the processes of the workers have changed.
+        fd: What a worker inherits: where to report that it is ready.
+    """
+
+    ready_at: dict[int, float] = attrs.field(init=False, factory=dict)
+    changed: RepeatedEvent = attrs.field(init=False, factory=RepeatedEvent)
+    fd: int = attrs.field(init=False)
+    _receiver: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._receiver, self.fd = os.pipe()
+
+    async def receive(self) -> None:
+        """Notes what the workers report, until cancelled."""
+        line = b""
+        async with trio.lowlevel.FdStream(os.dup(self._receiver)) as reports:
+            async for data in reports:
+                *pids, line = (line + bytes(data)).split(b"\n")
+                self.ready_at.update((int(pid), trio.current_time()) for pid in pids)
+                self.changed.set()
+
+    def close(self) -> None:
+        """Closes the pipe."""
+        os.close(self.fd)
+        os.close(self._receiver)
 
 
 @attrs.define(eq=False)
@@ -87,31 +124,15 @@ class _Gate:
 
     Attributes:
         predecessor: The gateway that is being replaced.
-        ready: The process ids of the workers that have reported to be ready.
-        changed: Set when ``ready`` or the processes of the workers have changed.
-        fds: What a worker inherits: where to report that it is ready, and what to wait for.
+        fd: What a worker inherits: at its end of file, it may accept connections.
     """
 
     predecessor: Predecessor
-    ready: set[int] = attrs.field(init=False, factory=set)
-    changed: RepeatedEvent = attrs.field(init=False, factory=RepeatedEvent)
-    fds: tuple[int, int] = attrs.field(init=False)
-    _reports: int = attrs.field(init=False)
+    fd: int = attrs.field(init=False)
     _open: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._reports, ready = os.pipe()
-        gate, self._open = os.pipe()
-        self.fds = (ready, gate)
-
-    async def receive_reports(self) -> None:
-        """Records which workers report to be ready, until cancelled."""
-        line = b""
-        async with trio.lowlevel.FdStream(os.dup(self._reports)) as reports:
-            async for data in reports:
-                *pids, line = (line + bytes(data)).split(b"\n")
-                self.ready.update(map(int, pids))
-                self.changed.set()
+        self.fd, self._open = os.pipe()
 
     def open(self) -> None:
         """Notifies the other gateway, and then lets all workers accept connections."""
@@ -119,9 +140,9 @@ class _Gate:
         self.close()
 
     def close(self) -> None:
-        """Closes the pipes. A worker that still waits may accept connections."""
-        for fd in (*self.fds, self._reports, self._open):
-            os.close(fd)
+        """Closes the pipe. A worker that still waits may accept connections."""
+        os.close(self.fd)
+        os.close(self._open)
 
 
 @attrs.define(eq=False)
@@ -139,6 +160,7 @@ class _Supervisor:
     sockets: Sequence[socket.socket]
     lifeline: int
     workers: Sequence[_Worker]
+    reports: _Reports
     gate: _Gate | None = None
     stop: trio.Event = attrs.field(init=False, factory=trio.Event)
     _shares: list[list[int]] = attrs.field(init=False)
@@ -165,7 +187,6 @@ class _Supervisor:
                     raise WorkersFailed(f"a worker cannot start ({error}): the other gateway keeps serving") from None
                 await self._back_off(worker, f"could not start: {error}")
                 continue
-            started_at = trio.current_time()
             try:
                 status = await process.wait()
             finally:
@@ -173,6 +194,7 @@ class _Supervisor:
                 process.kill()  # does nothing if it has exited
                 with trio.CancelScope(shield=True):  # bounded by: SIGKILL
                     await process.wait()
+            ready_at = self.reports.ready_at.pop(process.pid, math.inf)
             how = _describe_exit(status)
             if self.stop.is_set():
                 log.info("worker_stopped", worker=worker.number, pid=process.pid, how=how)
@@ -181,7 +203,7 @@ class _Supervisor:
             if self.gate is not None:
                 raise WorkersFailed(f"a worker exited before all were ready ({how}): the other gateway keeps serving")
             replaces = process.pid
-            if trio.current_time() - started_at >= SETTLED_S:
+            if trio.current_time() - ready_at >= SETTLED_S:
                 worker.early_exits = 0
             else:
                 await self._back_off(worker, f"exited with {how}")
@@ -216,9 +238,11 @@ class _Supervisor:
         # The sockets of an exited worker stay open here: new connections wait for its replacement.
         fds = [self.sockets[index].fileno() for index in self._shares[worker.number - 1]]
         arguments = [text for fd in fds for text in ("--fd", str(fd))]
+        fds.append(self.reports.fd)
+        arguments += ["--ready-fd", str(self.reports.fd)]
         if self.gate is not None:
-            fds += self.gate.fds
-            arguments += ["--ready-fd", str(self.gate.fds[0]), "--gate-fd", str(self.gate.fds[1])]
+            fds.append(self.gate.fd)
+            arguments += ["--gate-fd", str(self.gate.fd)]
         # A process group of its own: a terminal's Ctrl-C reaches only the supervisor, which passes it on once. A worker
         # would take a second one for a second signal, and end at once.
         process = await trio.lowlevel.open_process(
@@ -227,8 +251,7 @@ class _Supervisor:
             process_group=0,
         )
         worker.process = process
-        if self.gate is not None:
-            self.gate.changed.set()
+        self.reports.changed.set()
         if replaces is None:
             log.info("worker_started", worker=worker.number, pid=process.pid)
         else:
@@ -248,11 +271,9 @@ class _Supervisor:
         gate = self.gate
         if gate is None:
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(gate.receive_reports)
-            while not all(worker.process is not None and worker.process.pid in gate.ready for worker in self.workers):
-                await gate.changed.wait()
-            nursery.cancel_scope.cancel()
+        reports = self.reports
+        while not all(worker.process is not None and worker.process.pid in reports.ready_at for worker in self.workers):
+            await reports.changed.wait()
         self.gate = None
         gate.open()
 
@@ -323,9 +344,8 @@ async def supervise(
     once. A worker that takes longer than it may is killed. SIGHUP is passed on.
 
     Args:
-        command: Starts a worker, which must understand ``--fd N`` (repeated) and ``--parent-fd N`` (see
-            `sockets_from_fds` and `wait_parent_gone`), and with a predecessor ``--ready-fd N`` and ``--gate-fd N`` (see
-            `wait_gate`).
+        command: Starts a worker, which must understand ``--fd N`` (repeated), ``--parent-fd N`` and ``--ready-fd N``
+            (see `sockets_from_fds`, `wait_parent_gone` and `wait_gate`), and with a predecessor ``--gate-fd N``.
         sockets: Listening sockets; as `listeners.open_sockets` returns them for this number of workers, or some that
             the workers share. Owned.
         config: The number of workers, and the drain timeouts.
@@ -345,10 +365,12 @@ async def supervise(
     try:
         workers = [_Worker(number) for number in range(1, config.workers + 1)]
         gate = _Gate(predecessor) if predecessor is not None else None
-        supervisor = _Supervisor(command, sockets, lifeline, workers, gate)
+        reports = _Reports()
+        supervisor = _Supervisor(command, sockets, lifeline, workers, reports, gate)
         try:
             return await _supervise(supervisor, handover_sockets, config)
         finally:
+            reports.close()
             if supervisor.gate is not None:
                 supervisor.gate.close()
     finally:
@@ -401,6 +423,7 @@ async def _supervise(supervisor: _Supervisor, handover_sockets: Sequence[socket.
     with signals as received:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(follow_signals, received)
+            nursery.start_soon(supervisor.reports.receive)
             nursery.start_soon(hot_restarts)
             with trio.CancelScope() as running:
                 async with trio.open_nursery() as workers:
