@@ -22,7 +22,7 @@ from tests.support.slow import FULL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-KILLS = 20 if FULL else 10
+KILLS = 20 if FULL else 6
 SENDERS = 6
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 SETTLES_S = 60.0

@@ -143,7 +143,10 @@ async def test_killed_at(tmp_path: Path, point: str) -> None:
         }
         assert {cost for _, outcome, cost, _ in records if outcome == "complete"} == {COST}
         served = sum(call.text.startswith("ok") for call in upstream.calls)
-        assert sum(outcome == "complete" for _, outcome, _, _ in records) == served, "each call is billed, once"
+        ended = [outcome for _, outcome, _, _ in records]
+        complete, lost = ended.count("complete"), ended.count("lost")
+        # the upstream may have answered a call that was in flight when its worker was killed
+        assert complete <= served <= complete + lost, "each call is billed, once"
         left = "SELECT * FROM leases WHERE amount > 0 AND name NOT LIKE '%/rpm'"
         assert list(db.execute(left)) == []
     assert journals(str(store)) == [], "they are in the store"

@@ -27,7 +27,7 @@ from trigate.server import server
 from trigate.server.listeners import open_sockets
 from trigate.upstream.factory import http_transport
 
-CLIENTS = 1000 if FULL else 500
+CLIENTS = 1000 if FULL else 300
 AT_ONCE = 50
 EVENTS = 30
 SEED = 20_261_127
