@@ -28,6 +28,7 @@ from tests.support.provider import (
 )
 from tests.support.provider import Served as Received
 from trigate.exchange import prompt_counts
+from trigate.openai.token_estimate import MOST_QUICK_BYTES
 
 SILENT = (Say(content("a")), Say(content("b")), Say(DONE))
 VLLM = answers(b'{"count":90,"max_model_len":4096,"tokens":[1,2],"token_strs":null}')
@@ -142,7 +143,7 @@ async def test_anthropic(open_app: OpenApp, autojump_clock: MockClock) -> None:
         ({"count_tokens": True}, (*SILENT[:-1], Say(usage(5, 2)), Say(DONE)), {}),  # it is reported
         ({"count_tokens": True}, (Refuse(),), {}),  # nothing has been used
         ({"count_tokens": True, "max_connections": 1}, SILENT, {}),  # a call might wait for it
-        ({"count_tokens": True}, SILENT, {"user": "x" * prompt_counts.MOST_BYTES}),
+        ({"count_tokens": True}, SILENT, {"user": "x" * MOST_QUICK_BYTES}),
     ],
 )
 async def test_what_is_not_counted(

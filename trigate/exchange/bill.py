@@ -8,7 +8,7 @@ from trigate.config.key_sections import MicroUsd
 from trigate.exchange.attempt import Attempt
 from trigate.exchange.state import ExchangeState
 from trigate.openai.answer import Usage, sum_of
-from trigate.openai.token_estimate import estimated_tokens, tokens_of_size
+from trigate.openai.token_estimate import MOST_QUICK_BYTES, estimated_tokens, tokens_of_size
 from trigate.openai.token_ratios import TokenRatios
 from trigate.prices.price import FREE
 from trigate.routing.routes import Target
@@ -28,8 +28,6 @@ class Bill(NamedTuple):
     cost: MicroUsd | None
 
 
-_LEARNT_BYTES = 256 * 1024
-"""Of a larger request, nothing is learnt: to estimate it takes too long."""
 _NOTHING = Bill(None, False, MicroUsd(0))
 
 
@@ -98,7 +96,7 @@ def learn_from(state: ExchangeState) -> None:
         return
     [attempt] = source.attempts
     usage, endpoint = attempt.reported_usage, call.endpoint
-    if usage is None or not endpoint.counts_tokens or endpoint.makes_images or len(call.body) > _LEARNT_BYTES:
+    if usage is None or not endpoint.counts_tokens or endpoint.makes_images or len(call.body) > MOST_QUICK_BYTES:
         return
     ratios = _ratios(state, attempt.target)
     if not ratios.prompt.wants():

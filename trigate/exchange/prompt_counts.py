@@ -29,13 +29,11 @@ from trigate.exchange.preparation import encoded, prepare
 from trigate.exchange.reasoning_memory import ReasoningMemory
 from trigate.exchange.request import ExchangeRequest
 from trigate.logs import log
-from trigate.openai.token_estimate import estimated_tokens
+from trigate.openai.token_estimate import MOST_QUICK_BYTES, estimated_tokens
 from trigate.openai.token_ratios import Ratio
 from trigate.routing.routes import Target
 from trigate.upstream.upstream import Upstream
 
-MOST_BYTES = 256 * 1024
-"""A larger request is not counted."""
 _EVERY = 64
 _MOST_IN_FLIGHT = 4
 _TIMEOUT_S = 5.0
@@ -82,7 +80,11 @@ class PromptCounts:
         """
         generation = request.generation
         upstream = generation.upstreams[target.upstream]
-        if not counts_tokens(upstream.config) or request.passed is not None or len(request.call.body) > MOST_BYTES:
+        if (
+            not counts_tokens(upstream.config)
+            or request.passed is not None
+            or len(request.call.body) > MOST_QUICK_BYTES
+        ):
             return
         if self._is_closed or generation.is_retired or self._in_flight >= _MOST_IN_FLIGHT:
             return

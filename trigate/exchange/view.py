@@ -14,10 +14,8 @@ from trigate.exchange.exchange_span import trace_id_of
 from trigate.exchange.outcome import Phase
 from trigate.exchange.shared_call import Subscription
 from trigate.exchange.state import ExchangeState
+from trigate.openai.token_estimate import MOST_QUICK_BYTES
 from trigate.prices.price import usd
-
-_ESTIMATED_BYTES = 256 * 1024
-"""The largest request whose cost so far is estimated: many of them are, at once."""
 
 
 def phase(state: ExchangeState) -> Phase:
@@ -47,7 +45,7 @@ def describe(state: ExchangeState, now: float) -> dict[str, object]:
         "completion_tokens": usage.completion_tokens if usage is not None else None,
         "first_content_s": state.first_content_after_s,
         "tokens_per_s": _tokens_per_s(state, now),
-        "cost_microusd": bill_of(state).cost if len(state.call.body) <= _ESTIMATED_BYTES else None,
+        "cost_microusd": bill_of(state).cost if len(state.call.body) <= MOST_QUICK_BYTES else None,
         "client_gone": state.is_client_gone,
         "queue_position": state.queue_position() if phase_now is Phase.QUEUED else None,
         "max_attempts": state.generation.config.max_attempts(state.generation.alias_of(state.call.model)),

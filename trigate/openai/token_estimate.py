@@ -17,6 +17,9 @@ from collections.abc import Iterator
 MEDIUM_TOKENS = 1000
 """What a picture, a sound or a file counts, whether it is in the message or named by a URL or an id."""
 
+MOST_QUICK_BYTES = 256 * 1024
+"""To estimate a larger request takes so long that it is done only where a call needs it."""
+
 _BYTES_PER_TOKEN = 4
 _MAX_NAMED = 1000
 # Every string of at least twice this size has a whole block in it that begins at a multiple of this size.
