@@ -70,6 +70,10 @@ class Counter:
         """How much of the lease is left; below 0 = it is overdrawn."""
         raise NotImplementedError
 
+    def left(self, now: float) -> float:
+        """How much of the whole limit is left, as far as this worker knows: what it has not leased counts as free."""
+        raise NotImplementedError
+
     def add(self, amount: int, tokens: float, now: float) -> None:
         """Adds to the lease. ``tokens``: of a rate, how much of the amount may be used at once."""
         raise NotImplementedError
@@ -145,6 +149,9 @@ class Rate(Counter):
         self.at = now
         return self.level
 
+    def left(self, now: float) -> float:
+        return self.available(now) + self.limit - self.share
+
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.level = self.available(now) + tokens
         self.share += amount
@@ -194,6 +201,9 @@ class Slots(Counter):
 
     def available(self, now: float) -> float:
         return self.granted - self.held
+
+    def left(self, now: float) -> float:
+        return self.limit - self.held
 
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.granted += amount
@@ -250,6 +260,9 @@ class Budget(Counter):
 
     def available(self, now: float) -> float:
         return self.granted - self.settled - self.held
+
+    def left(self, now: float) -> float:
+        return self.limit - self.spent
 
     def add(self, amount: int, tokens: float, now: float) -> None:
         self.granted += amount

@@ -68,12 +68,11 @@ def _add_rate(
     headers: list[Header], rates: Sequence[Rate], names: _Names, form: Format, now: float, posix_s: float
 ) -> None:
     rate = rates[0]
-    left = rate.available(now) + rate.limit - rate.share  # other workers may have the rest
+    left = rate.left(now)
     for other in rates[1:]:
-        other_left = other.available(now) + other.limit - other.share
+        other_left = other.left(now)
         if other_left < left:
             rate, left = other, other_left
-    # not only for speed: what rounding leaves of a full limit is not worth a wait
     reset_s = (rate.limit - left) / rate.limit * 60 if left < rate.limit else 0.0
     limit, remaining = b"%d" % rate.limit, b"%d" % (left + 1e-6 if left > 0 else 0)
     headers.append((names.limit, limit))

@@ -9,7 +9,8 @@ import attrs
 import trio
 
 from trigate.keys.key import Key
-from trigate.quotas.counters import Budget, Rate, Slots
+from trigate.quotas.counters import Budget
+from trigate.quotas.periods import DAY_S, FOREVER
 from trigate.quotas.service import NO_LIMIT, Quotas
 from trigate.store.interface import Store
 
@@ -43,23 +44,16 @@ async def limits_left(quotas: Quotas, store: Store, key: Key) -> list[Left]:
     found = []
     now = trio.current_time()
     for counter in quotas.limits(key, "", time.time()).all:
-        match counter:
-            case Budget():
-                if counter.limit >= NO_LIMIT:
-                    continue
-                first_day, end_day = counter.first_day, counter.end_day
-                stored = await store.quotas.spent(counter.scope, first_day=first_day, end_day=end_day)
-                left = counter.limit - max(stored, counter.spent)
-                ends_at = end_day * 86_400 if counter.period != "total" else None
-                found.append(_left(counter.scope, counter.setting, counter.limit, left, ends_at))
-            case Rate():
-                left = math.floor(counter.available(now) + counter.limit - counter.share)
-                found.append(_left(counter.scope, counter.setting, counter.limit, left))
-            case Slots():
-                left = math.floor(counter.available(now) + counter.limit - counter.granted)
-                found.append(_left(counter.scope, counter.setting, counter.limit, left))
+        left, ends_at = counter.left(now), None
+        if isinstance(counter, Budget):
+            if counter.limit >= NO_LIMIT:
+                continue
+            first_day, end_day = counter.first_day, counter.end_day
+            stored = await store.quotas.spent(counter.scope, first_day=first_day, end_day=end_day)
+            left = min(left, counter.limit - stored)
+            ends_at = end_day * DAY_S if end_day != FOREVER else None
+        shown = max(0, math.floor(left))
+        found.append(
+            Left(scope=counter.scope, setting=counter.setting, limit=counter.limit, left=shown, ends_at=ends_at)
+        )
     return found
-
-
-def _left(scope: str, setting: str, limit: int, left: int, ends_at: int | None = None) -> Left:
-    return Left(scope=scope, setting=setting, limit=limit, left=max(0, left), ends_at=ends_at)

@@ -126,7 +126,7 @@ def _of_limits(counters: Iterable[Counter], now: float) -> Iterator[Sample]:
             yield Sample("trigate_limit_available", labels, max(0.0, counter.available(now)))
     for labels, budget in budgets.items():
         yield Sample("trigate_budget_usd", labels, budget.limit / 1e6)
-        yield Sample("trigate_budget_left_usd", labels, max(0, budget.limit - budget.spent) / 1e6)
+        yield Sample("trigate_budget_left_usd", labels, max(0.0, budget.left(now)) / 1e6)
 
 
 def _of_process() -> Iterator[Sample]:
