@@ -77,20 +77,15 @@ class Price:
         if price.cache_write_1h is not None and usage.cache_write_1h_tokens:
             hour = min(usage.cache_write_1h_tokens, written)
             total += hour * (price.cache_write_1h - price.cache_write)
-        if usage.audio_tokens:
-            spoken = min(usage.audio_output_tokens, usage.completion_tokens)
-            heard = min(usage.audio_tokens - usage.audio_output_tokens, plain)
-            if price.audio_input is not None:
-                total += heard * (price.audio_input - price.input)
-            if price.audio_output is not None:
-                total += spoken * (price.audio_output - price.output)
-        if usage.image_tokens:
-            drawn = min(usage.image_output_tokens, usage.completion_tokens)
-            seen = min(usage.image_tokens - usage.image_output_tokens, plain)
-            if price.image_input is not None:
-                total += seen * (price.image_input - price.input)
-            if price.image_output is not None:
-                total += drawn * (price.image_output - price.output)
+        if usage.audio_tokens or usage.image_tokens:
+            for tokens, answered, asked_rate, answered_rate in (
+                (usage.audio_tokens, usage.audio_output_tokens, price.audio_input, price.audio_output),
+                (usage.image_tokens, usage.image_output_tokens, price.image_input, price.image_output),
+            ):
+                if tokens and asked_rate is not None:
+                    total += min(tokens - answered, plain) * (asked_rate - price.input)
+                if tokens and answered_rate is not None:
+                    total += min(answered, usage.completion_tokens) * (answered_rate - price.output)
         total += plain * price.input + written * price.cache_write
         each = price.call
         if usage.images or usage.characters or usage.audio_ms:
