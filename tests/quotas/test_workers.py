@@ -170,29 +170,31 @@ async def test_a_lease_is_never_more_than_the_limit(store: Store) -> None:
     assert (first.amount, first.others, second.amount, second.others) == (70, 0, 30, 70)
 
 
+def _record(outcome: str, cost: int | None, *, day: int = 1, number: int = 1) -> bytes:
+    """A record of the worker ``w1``, as JSON."""
+    return ExchangeRecord(
+        id=f"ex_{number}",
+        request_id="r",
+        owner="a",
+        worker="w1",
+        endpoint="/x",
+        model="m",
+        stream=False,
+        started_at=86400.0 * day + 5,
+        outcome=outcome,
+        cost=cost,
+        target="up/m/n",
+    ).encode()
+
+
 async def test_costs_move_from_leases_to_what_is_spent(store: Store) -> None:
     """In the transaction that adds the record; a record that is added twice counts once."""
 
-    def record(outcome: str, cost: int | None, *, day: int = 1, number: int = 1) -> bytes:
-        return ExchangeRecord(
-            id=f"ex_{number}",
-            request_id="r",
-            owner="a",
-            worker="w1",
-            endpoint="/x",
-            model="m",
-            stream=False,
-            started_at=86400.0 * day + 5,
-            outcome=outcome,
-            cost=cost,
-            target="up/m/n",
-        ).encode()
-
     await store.quotas.lease(DAY)
-    other = record("complete", 8, number=2)
-    await store.exchanges.put([record("lost", None), other, record("complete", 1, day=2, number=3)])
-    await store.exchanges.put([record("complete", 40), other])
-    await store.exchanges.put([record("complete", 40)])
+    other = _record("complete", 8, number=2)
+    await store.exchanges.put([_record("lost", None), other, _record("complete", 1, day=2, number=3)])
+    await store.exchanges.put([_record("complete", 40), other])
+    await store.exchanges.put([_record("complete", 40)])
     assert await store.quotas.spent("key:a", first_day=1, end_day=2) == 48
     assert await store.quotas.spent("upstream:up", first_day=0, end_day=9) == 49
     lease = await store.quotas.lease(DAY)
@@ -205,19 +207,7 @@ async def test_costs_move_from_leases_to_what_is_spent(store: Store) -> None:
 async def test_what_a_worker_has_overdrawn_is_not_free(store: Store) -> None:
     """A call has cost more than its worker had leased: another worker gets what the limit has left, and no more."""
     await store.quotas.lease(attrs.evolve(DAY, most=10))
-    record = ExchangeRecord(
-        id="ex_1",
-        request_id="r",
-        owner="a",
-        worker="w1",
-        endpoint="/x",
-        model="m",
-        stream=False,
-        started_at=86405.0,
-        outcome="complete",
-        cost=30,
-    )
-    await store.exchanges.put([record.encode()])
+    await store.exchanges.put([_record("complete", 30)])
     second = await store.quotas.lease(attrs.evolve(DAY, worker="w2", most=100))
     assert (second.amount, second.spent, second.others) == (70, 30, 0)
     first = await store.quotas.lease(DAY)
