@@ -221,10 +221,11 @@ async def test_refusals_are_counted_separately() -> None:
 
 @pytest.mark.slow
 async def test_overload() -> None:
-    """Some calls are refused, and the rest is served. How many is for a quiet machine to tell."""
+    """At least two thirds are refused. The rest is served: at full size, on a quiet machine, about as much as the
+    capacity."""
     [measured] = await overload.run(rounds=1, window_s=1.0)
-    assert measured.refused_share > 0
-    assert measured.served_share > 0
+    assert measured.refused_share > 0.5
+    assert measured.served_share > (0.5 if FULL else 0.0)
     assert any("p99 ratio" in line for line in overload.lines([measured]))
 
 
